@@ -1,0 +1,45 @@
+# Every target works from a fresh clone: the virtual environment is made when it is missing.
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+
+.PHONY: help linear mnist test check format clean
+
+help:  ## list the targets
+	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
+
+linear: $(VENV)/installed  ## tutorial T1: linear regression (ARGS="--epochs 400" passes flags)
+	$(BIN)/python experiments/linear_regression.py $(ARGS)
+
+mnist: $(VENV)/installed  ## tutorial T2: MNIST (ARGS="--dataset digits" passes flags)
+	$(BIN)/python experiments/mnist.py $(ARGS)
+
+test: $(VENV)/installed-test  ## run the tests
+	$(BIN)/python -m pytest $(ARGS)
+
+check: $(VENV)/installed-dev  ## lint, format and types
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+format: $(VENV)/installed-dev  ## let ruff format and mend what it can
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+clean:  ## remove the virtual environment and caches, keep results in runs/
+	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache .hypothesis
+
+$(BIN)/python:
+	$(PYTHON) -m venv $(VENV)
+
+$(VENV)/installed: pyproject.toml | $(BIN)/python
+	$(BIN)/python -m pip install --quiet --editable .
+	touch $@
+
+$(VENV)/installed-test: pyproject.toml | $(BIN)/python
+	$(BIN)/python -m pip install --quiet --editable '.[test]'
+	touch $@ $(VENV)/installed
+
+$(VENV)/installed-dev: pyproject.toml | $(BIN)/python
+	$(BIN)/python -m pip install --quiet --editable '.[dev]'
+	touch $@ $(VENV)/installed-test $(VENV)/installed

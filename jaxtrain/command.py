@@ -1,0 +1,69 @@
+"""The command line around an experiment: flags in, one sentence and an exit status out."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Literal, TypeVar
+
+import jax
+
+from jaxtrain.errors import InputError, NonFiniteLossError
+
+Device = Literal["auto", "cpu", "gpu"]
+Config = TypeVar("Config")
+
+_INTERRUPTED = 130  # 128 + SIGINT, as shells report it
+
+
+def main(config_type: type[Config], run: Callable[[Config], object]) -> None:
+    """Run an experiment with the configuration that the command line gives.
+
+    A user's mistake ends with one sentence on stderr and status 1, Ctrl-C with one line and 130.
+
+    Args:
+      config_type: a dataclass; its fields are the flags, their docstrings the help.
+      run: the experiment; its docstring is the description.
+    """
+    import tyro
+
+    config = tyro.cli(config_type, description=run.__doc__)
+    try:
+        run(config)
+    except (InputError, NonFiniteLossError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(1)
+    except KeyboardInterrupt:
+        print("interrupted; what was finished is in the output folder", file=sys.stderr)
+        sys.exit(_INTERRUPTED)
+
+
+def select_device(device: Device) -> None:
+    """Make JAX compute on `device` (`auto`: where JAX likes); call it before the first array.
+
+    Raises:
+      InputError: a GPU is asked for and JAX sees none.
+    """
+    if device == "cpu":
+        jax.config.update("jax_platforms", "cpu")
+    elif device == "gpu":
+        try:
+            jax.config.update("jax_default_device", jax.devices("gpu")[0])
+        except RuntimeError as error:
+            raise InputError(
+                "--device is gpu, but JAX sees no GPU; expected one that nvidia-smi lists and the "
+                "CUDA build of JAX (pip install 'jaxtrain[cuda]'), or take --device cpu"
+            ) from error
+
+
+def print_summary(title: str, rows: Mapping[str, str], output_dir: Path) -> None:
+    """Print the closing table on stdout, and as the last line where the results are."""
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table(title=title, show_header=False, title_justify="left")
+    for name, value in rows.items():
+        table.add_row(name, value)
+    Console(highlight=False).print(table)
+    print(f"results: {output_dir}")

@@ -1,0 +1,103 @@
+"""The IDX file format, in which MNIST and its relatives are published."""
+
+from __future__ import annotations
+
+import gzip
+import math
+import os
+import zlib
+from pathlib import Path
+from typing import BinaryIO, cast
+
+import numpy as np
+
+from jaxtrain.errors import InputError
+
+# Third byte of the magic number -> big-endian element type
+# (the format's definition: http://yann.lecun.com/exdb/mnist/).
+_DTYPES = {0x08: ">u1", 0x09: ">i1", 0x0B: ">i2", 0x0C: ">i4", 0x0D: ">f4", 0x0E: ">f8"}
+
+_GZIP_MAGIC = b"\x1f\x8b"
+# DEFLATE cannot expand a file by more than this factor (https://zlib.net/zlib_tech.html),
+# so a header that promises more than that is wrong before anything is read.
+_DEFLATE_MAX_RATIO = 1032
+_CHUNK_BYTES = 1 << 20
+
+
+def read_idx(path: str | os.PathLike[str]) -> np.ndarray:
+    """Read one IDX file, plain or gzip-compressed (told by its first bytes, not its name).
+
+    Args:
+      path: the file. Memory stays within a constant factor of what the file really holds,
+        whatever its header promises.
+
+    Returns:
+      The array, in the shape and element type that the header gives, native byte order.
+
+    Raises:
+      InputError: the file is missing, not a file, or not exactly one whole IDX array.
+    """
+    path = Path(path)
+    if path.is_dir():
+        raise InputError(f"{path} is a directory; expected an IDX file")
+    try:
+        size = path.stat().st_size
+        if size == 0:
+            raise InputError(f"{path} is empty; expected an IDX file")
+        with path.open("rb") as file:
+            compressed = file.read(2) == _GZIP_MAGIC
+        if compressed:
+            with gzip.open(path, "rb") as stream:
+                return _read_stream(cast(BinaryIO, stream), path, size * _DEFLATE_MAX_RATIO)
+        with path.open("rb") as stream:
+            return _read_stream(stream, path, size)
+    except (gzip.BadGzipFile, EOFError, zlib.error) as error:
+        raise InputError(
+            f"{path} is not a whole gzip file ({error}); download or copy it again"
+        ) from error
+    except OSError as error:
+        raise InputError(f"{path} cannot be read: {error.strerror or error}") from error
+
+
+def _read_stream(stream: BinaryIO, path: Path, most_bytes: int) -> np.ndarray:
+    magic = stream.read(4)
+    if len(magic) < 4 or magic[:2] != b"\0\0" or magic[2] not in _DTYPES:
+        raise InputError(
+            f"{path} starts with the bytes {magic.hex(' ')}; an IDX file starts with 00 00, "
+            "an element type (08, 09 or 0b to 0e) and the number of axes"
+        )
+    dtype, axes = np.dtype(_DTYPES[magic[2]]), magic[3]
+    header = stream.read(4 * axes)
+    if len(header) < 4 * axes:
+        raise InputError(
+            f"{path} ends within its header: {len(header)} of {4 * axes} bytes of axis lengths"
+        )
+    shape = tuple(int(length) for length in np.frombuffer(header, ">u4"))
+    expected = math.prod(shape) * dtype.itemsize
+    if expected > most_bytes:
+        raise InputError(
+            f"{path} is truncated: its header promises {expected} bytes of data for shape "
+            f"{shape}, more than a file of this size can hold"
+        )
+    payload = bytearray()
+    while len(payload) <= expected:
+        # One byte more than promised is asked for, to notice what trails the array.
+        chunk = stream.read(min(_CHUNK_BYTES, expected + 1 - len(payload)))
+        if not chunk:
+            break
+        payload += chunk
+    if len(payload) < expected:
+        raise InputError(
+            f"{path} is truncated: {len(payload)} of the {expected} bytes of data that its "
+            f"header promises for shape {shape}"
+        )
+    if len(payload) > expected:
+        raise InputError(
+            f"{path} has trailing bytes after the {expected} bytes of data that its header "
+            f"promises for shape {shape}"
+        )
+    try:
+        array = np.frombuffer(payload, dtype).reshape(shape)
+    except ValueError as error:
+        raise InputError(f"{path} has the shape {shape}, which NumPy refuses: {error}") from error
+    return array.astype(dtype.newbyteorder("="), copy=False)

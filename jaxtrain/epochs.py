@@ -1,0 +1,220 @@
+"""train_epoch, evaluate: one pass over a Dataset, one compiled program."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Mapping
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jaxtyping import Array, Float, Int, Key, PyTree, Shaped
+
+from jaxtrain.checks import check_batch_size, check_inputs, check_labels
+from jaxtrain.data.dataset import Dataset, check_dataset
+from jaxtrain.losses import Loss
+from jaxtrain.metrics import Metric
+from jaxtrain.state import TrainState
+from jaxtrain.steps import Metrics, metric_items, metric_sums, predict_batch, train_step
+
+
+def train_epoch(
+    state: TrainState,
+    dataset: Dataset,
+    loss_fn: Loss,
+    *,
+    batch_size: int = 64,
+    key: Key[Array, ""] | None = None,
+) -> tuple[TrainState, Float[Array, "steps"]]:
+    """Train on every example once.
+
+    A partial last batch is averaged over its own examples. May itself be jitted, scanned over
+    epochs, vmapped over states.
+
+    Args:
+      state: where to start; left untouched.
+      dataset: inputs [examples, ...] and targets [examples, ...].
+      loss_fn: per-example loss.
+      batch_size: examples a step, at least 1; more than there are means one batch of all.
+      key: PRNG key of the order; None takes the stored order.
+
+    Returns:
+      The state after the epoch, and the loss of each step before its update, [steps].
+
+    Raises:
+      InputError: an argument is out of range; labels do not fit the model's classes.
+    """
+    check_dataset(dataset, "dataset")
+    check_batch_size(batch_size, "batch_size")
+    check_labels(state, dataset, "dataset")
+    return _train_epoch(state, dataset, loss_fn, batch_size=batch_size, key=key)
+
+
+@functools.partial(jax.jit, static_argnames=("loss_fn", "batch_size"))
+def _train_epoch(
+    state: TrainState,
+    dataset: Dataset,
+    loss_fn: Loss,
+    *,
+    batch_size: int,
+    key: Key[Array, ""] | None,
+) -> tuple[TrainState, Array]:
+    order = epoch_order(dataset.num_examples, key)
+    steps = num_steps(dataset.num_examples, batch_size)
+    return train_steps(state, dataset, order, loss_fn, 0, steps, batch_size=batch_size)
+
+
+def num_steps(examples: int, batch_size: int) -> int:
+    """Steps in an epoch, the partial last batch counted."""
+    return -(-examples // batch_size)
+
+
+@functools.partial(jax.jit, static_argnames="examples")
+def epoch_order(examples: int, key: Key[Array, ""] | None) -> Int[Array, "examples"]:
+    """The order of an epoch's examples: a permutation, or as stored if key is None."""
+    if key is None:
+        return jnp.arange(examples, dtype=jnp.int32)
+    return jax.random.permutation(key, examples)
+
+
+def train_steps(
+    state: TrainState,
+    dataset: Dataset,
+    order: Int[Array, "examples"],
+    loss_fn: Loss,
+    start: int | Int[Array, ""],
+    stop: int | Int[Array, ""],
+    *,
+    batch_size: int,
+) -> tuple[TrainState, Float[Array, "steps"]]:
+    """Steps `start` to `stop` of an epoch.
+
+    With Python integers for `start` and `stop` this is two scans; with traced ones it is one
+    program for any part of an epoch, which lets the host look in between without another
+    compilation.
+
+    Returns:
+      The state after them, and the losses of the whole epoch's steps, 0 outside start … stop.
+    """
+    examples = dataset.num_examples
+    batch_size = min(batch_size, examples)
+    full_batches, tail = divmod(examples, batch_size)
+
+    def step(size: int, index: Array, carry: tuple[TrainState, Array]) -> tuple[TrainState, Array]:
+        state, losses = carry
+        indices = lax.dynamic_slice_in_dim(order, index * batch_size, size)
+        state, metrics = train_step(state, dataset.take(indices), loss_fn)
+        return state, losses.at[index].set(metrics["loss"])
+
+    loss_dtype = jax.eval_shape(
+        lambda: train_step(state, dataset.take(order[:batch_size]), loss_fn)[1]["loss"]
+    ).dtype
+    carry = (state, jnp.zeros(num_steps(examples, batch_size), loss_dtype))
+    full_stop = (
+        min(stop, full_batches) if isinstance(stop, int) else jnp.minimum(stop, full_batches)
+    )
+    carry = lax.fori_loop(start, full_stop, functools.partial(step, batch_size), carry)
+    if tail:
+        # The last batch has a shape of its own, so it is a loop of its own, of one round or none.
+        carry = lax.fori_loop(full_batches, stop, functools.partial(step, tail), carry)
+    return carry
+
+
+def evaluate(
+    state: TrainState,
+    dataset: Dataset,
+    loss_fn: Loss,
+    metric_fns: Mapping[str, Metric] | None = None,
+    *,
+    batch_size: int = 1000,
+) -> Metrics:
+    """Mean loss and metrics over a data set, with the model in evaluation mode.
+
+    Args:
+      state: the parameters to evaluate.
+      dataset: inputs [examples, ...] and targets [examples, ...].
+      loss_fn: per-example loss.
+      metric_fns: further per-example functions by name.
+      batch_size: examples at a time; changes memory and speed, not the result.
+
+    Returns:
+      {"loss": …, and each name: its mean over all examples}.
+
+    Raises:
+      InputError: an argument is out of range; labels do not fit the model's classes.
+    """
+    check_dataset(dataset, "dataset")
+    check_batch_size(batch_size, "batch_size")
+    check_labels(state, dataset, "dataset")
+    return _evaluate(state, dataset, metric_items(loss_fn, metric_fns), batch_size=batch_size)
+
+
+def compile_evaluate(
+    state: TrainState,
+    dataset: Dataset,
+    loss_fn: Loss,
+    metric_fns: Mapping[str, Metric] | None = None,
+    *,
+    batch_size: int = 1000,
+) -> None:
+    """Compile what the same call of `evaluate` will run, so that its time can be told apart."""
+    items = metric_items(loss_fn, metric_fns)
+    _evaluate.lower(state, dataset, items, batch_size=batch_size).compile()
+
+
+@functools.partial(jax.jit, static_argnames=("metrics", "batch_size"))
+def _evaluate(
+    state: TrainState,
+    dataset: Dataset,
+    metrics: tuple[tuple[str, Metric], ...],
+    *,
+    batch_size: int,
+) -> Metrics:
+    full, tail = _split_batches(dataset, batch_size)
+    sums = jax.tree.map(jnp.sum, lax.map(lambda batch: metric_sums(state, batch, metrics), full))
+    if tail is not None:
+        sums = jax.tree.map(jnp.add, sums, metric_sums(state, tail, metrics))
+    return {name: total / dataset.num_examples for name, total in sums.items()}
+
+
+def predict(
+    state: TrainState, inputs: Shaped[Array, "examples ..."], *, batch_size: int = 1000
+) -> Array:
+    """The model's output for many inputs, in evaluation mode.
+
+    Args:
+      state: the parameters to predict with.
+      inputs: [examples, ...].
+      batch_size: examples at a time; changes memory and speed, not the result.
+
+    Returns:
+      Predictions [examples, ...].
+
+    Raises:
+      InputError: no inputs, or a batch size below 1.
+    """
+    check_inputs(inputs, "inputs")
+    check_batch_size(batch_size, "batch_size")
+    return _predict(state, inputs, batch_size=batch_size)
+
+
+@functools.partial(jax.jit, static_argnames="batch_size")
+def _predict(state: TrainState, inputs: Array, *, batch_size: int) -> Array:
+    full, tail = _split_batches(inputs, batch_size)
+    predictions = lax.map(lambda batch: predict_batch(state, batch), full)
+    predictions = predictions.reshape(-1, *predictions.shape[2:])
+    if tail is not None:
+        predictions = jnp.concatenate([predictions, predict_batch(state, tail)])
+    return predictions
+
+
+def _split_batches(examples: PyTree, batch_size: int) -> tuple[PyTree, PyTree | None]:
+    """The full batches, stacked along a new first axis, and the examples left over, if any."""
+    count = len(jax.tree.leaves(examples)[0])
+    batch_size = min(batch_size, count)
+    whole = count // batch_size * batch_size
+    full = jax.tree.map(
+        lambda array: array[:whole].reshape(-1, batch_size, *array.shape[1:]), examples
+    )
+    tail = jax.tree.map(lambda array: array[whole:], examples) if whole < count else None
+    return full, tail

@@ -1,0 +1,46 @@
+"""What can go wrong for a user, as exceptions that say so in one sentence."""
+
+from __future__ import annotations
+
+
+class InputError(ValueError):
+    """An argument, a flag or a file is not what was expected.
+
+    Its message names the thing, its value, what was expected, and the way out.
+    Scripts print the message alone; everything else keeps its traceback.
+    """
+
+
+class DataUnavailableError(InputError):
+    """A data set is neither on disk nor to be had from the network."""
+
+
+class NonFiniteLossError(ArithmeticError):
+    """The training loss became NaN or infinite.
+
+    Attributes:
+      epoch: the epoch in which it happened, counted from 1.
+      step: the step within that epoch, counted from 1.
+      loss: the loss of that step.
+      learning_rate: the rate of that step, or None where the optimizer does not record one.
+      history: the history of the epochs finished before it.
+    """
+
+    def __init__(
+        self, epoch: int, step: int, loss: float, learning_rate: float | None, history: dict
+    ) -> None:
+        self.epoch = epoch
+        self.step = step
+        self.loss = loss
+        self.learning_rate = learning_rate
+        self.history = history
+        rate = "" if learning_rate is None else f" at learning rate {learning_rate:g}"
+        tries = (
+            "a smaller learning rate or gradient clipping"
+            if learning_rate is None
+            else f"a smaller learning rate ({learning_rate / 10:g}, say) or gradient clipping"
+        )
+        super().__init__(
+            f"the training loss became {loss} in epoch {epoch}, step {step}{rate}; "
+            f"try {tries}, and check the inputs for NaN or unscaled values"
+        )

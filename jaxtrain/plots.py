@@ -1,0 +1,156 @@
+"""Pictures of a run, as matplotlib figures; nothing that trains knows of them.
+
+Colours are those of Okabe and Ito (https://jfly.uni-koeln.de/color/), which survive colour
+blindness; line styles and markers tell the same apart in grey.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator, PercentFormatter
+
+BLUE, VERMILION, GREEN, GREY = "#0072B2", "#D55E00", "#009E73", "#999999"
+
+TRAIN: dict[str, Any] = {"color": BLUE, "linestyle": "-"}
+TEST: dict[str, Any] = {"color": VERMILION, "linestyle": "--"}
+
+
+def learning_curves(history: Mapping[str, np.ndarray], title: str) -> Figure:
+    """Loss of each step and epoch, and test accuracy where there is one, against the epoch."""
+    accuracy = "test_accuracy" in history
+    figure = Figure(figsize=(9 if accuracy else 6, 3.8), layout="constrained")
+    axes = figure.subplots(1, 2 if accuracy else 1, squeeze=False)[0]
+    epochs = history["epoch"]
+
+    losses = history["step_losses"]
+    steps_per_epoch = len(losses) // len(epochs)
+    if steps_per_epoch > 1:
+        progress = epochs[0] - 1 + np.arange(1, len(losses) + 1) / steps_per_epoch
+        axes[0].plot(progress, losses, color=GREY, linewidth=0.5, alpha=0.6, label="training step")
+    marker = "o" if len(epochs) <= 30 else None
+    axes[0].plot(
+        epochs, history["train_loss"], **TRAIN, marker=marker, label="training, mean over epoch"
+    )
+    if "test_loss" in history:
+        axes[0].plot(epochs, history["test_loss"], **TEST, marker=marker, label="test, after epoch")
+    axes[0].set_yscale("log")
+    _label(axes[0], "epoch", "loss (log scale)")
+    axes[0].legend()
+
+    if accuracy:
+        axes[1].plot(epochs, history["test_accuracy"], **TEST, marker=marker)
+        last = history["test_accuracy"][-1]
+        axes[1].annotate(
+            f"{last:.2%}",
+            (epochs[-1], last),
+            xytext=(-4, -14),
+            textcoords="offset points",
+            ha="right",
+        )
+        axes[1].yaxis.set_major_formatter(PercentFormatter(1.0, decimals=0))
+        _label(axes[1], "epoch", "test accuracy")
+    for ax in axes:
+        ax.xaxis.set_major_locator(MaxNLocator(integer=True))
+    figure.suptitle(title)
+    return figure
+
+
+def line_fit(
+    train: tuple[np.ndarray, np.ndarray],
+    test: tuple[np.ndarray, np.ndarray],
+    before: np.ndarray,
+    after: np.ndarray,
+    title: str,
+) -> Figure:
+    """Training and test points, and the test points as predicted before and after training.
+
+    Args:
+      train: x and y of the training points.
+      test: x and y of the test points.
+      before: predictions at all x, training points first, before training.
+      after: the same after training.
+      title: above the picture.
+    """
+    figure = Figure(figsize=(6, 4), layout="constrained")
+    ax = figure.subplots()
+    x = np.concatenate([train[0], test[0]])
+    ax.plot(x, before, color=GREY, linestyle=":", label="model before training")
+    ax.plot(x, after, color=GREEN, linestyle="-", label="model after training")
+    ax.scatter(*train, s=18, color=BLUE, marker="o", label="training data", zorder=3)
+    ax.scatter(*test, s=22, color=VERMILION, marker="^", label="test data", zorder=3)
+    _label(ax, "x", "y")
+    ax.legend()
+    figure.suptitle(title)
+    return figure
+
+
+def prediction_grid(
+    groups: Sequence[tuple[str, np.ndarray, np.ndarray, np.ndarray]], columns: int = 10
+) -> Figure:
+    """Images with their predicted and true labels, the wrong ones framed and crossed.
+
+    Args:
+      groups: (heading, images [examples, height, width], labels [examples], predicted
+        [examples]), each drawn as rows of its own.
+      columns: images a row.
+    """
+    rows = [-(-len(images) // columns) for _, images, _, _ in groups]
+    figure = Figure(figsize=(columns * 0.9, sum(rows) * 1.12 + len(groups) * 0.35))
+    parts = figure.subfigures(len(groups), 1, height_ratios=[count + 0.35 for count in rows])
+    for part, count, (heading, images, labels, predicted) in zip(
+        np.atleast_1d(parts), rows, groups, strict=True
+    ):
+        part.suptitle(heading, fontsize=10, y=0.995)
+        axes = part.subplots(count, columns, squeeze=False).ravel()
+        part.subplots_adjust(
+            left=0.01, right=0.99, bottom=0.02, top=1 - 0.42 / count, wspace=0.1, hspace=0.5
+        )
+        for ax in axes:
+            ax.axis("off")
+        for ax, image, label, guess in zip(axes, images, labels, predicted, strict=False):
+            ax.axis("on")
+            ax.set(xticks=[], yticks=[])
+            ax.imshow(image, cmap="gray_r", vmin=0, vmax=255)
+            wrong = guess != label
+            text = f"✗ {guess}, is {label}" if wrong else f"{guess}"
+            ax.set_title(text, fontsize=9, color=VERMILION if wrong else "black", pad=3)
+            ax.spines[:].set(color=VERMILION if wrong else GREY, linewidth=2.5 if wrong else 0.5)
+    return figure
+
+
+def confusion_matrix(counts: np.ndarray, title: str) -> Figure:
+    """How often each label was predicted as each class: counts, shaded by share of the label.
+
+    Args:
+      counts: [classes, classes], labels in rows.
+      title: above the picture.
+    """
+    figure = Figure(figsize=(6.2, 5.6), layout="constrained")
+    ax = figure.subplots()
+    shares = counts / np.maximum(counts.sum(axis=1, keepdims=True), 1)
+    # The square root lifts the few errors out of the white beside a diagonal near 1.
+    image = ax.imshow(np.sqrt(shares), cmap="Blues", vmin=0, vmax=1)
+    for (row, column), count in np.ndenumerate(counts):
+        if count:
+            colour = "white" if shares[row, column] > 0.3 else "black"
+            ax.text(column, row, str(count), ha="center", va="center", fontsize=8, color=colour)
+    ticks = range(len(counts))
+    ax.set(xticks=ticks, yticks=ticks)
+    _label(ax, "predicted class", "true class", grid=False)
+    bar = figure.colorbar(image, ax=ax, shrink=0.8, label="share of the true class (root scale)")
+    marks = [0, 0.01, 0.05, 0.2, 0.5, 1]
+    bar.set_ticks(np.sqrt(marks), labels=[f"{mark:.0%}" for mark in marks])
+    figure.suptitle(title)
+    return figure
+
+
+def _label(ax: Axes, x: str, y: str, grid: bool = True) -> None:
+    ax.set(xlabel=x, ylabel=y)
+    if grid:
+        ax.grid(alpha=0.3, linewidth=0.6)
+        ax.spines[["top", "right"]].set_visible(False)

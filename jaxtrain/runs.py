@@ -1,0 +1,165 @@
+"""The folder of a run: its configuration, history, summary and pictures."""
+
+from __future__ import annotations
+
+import csv
+import dataclasses
+import io
+import json
+import math
+import os
+import platform
+import tempfile
+import time
+from collections.abc import Mapping
+from importlib import metadata
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import jax
+import numpy as np
+
+from jaxtrain.errors import InputError
+from jaxtrain.fit import Compiled, EpochDone, Event
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+_PACKAGES = ("jaxtrain", "jax", "jaxlib", "flax", "optax", "numpy")
+_PICTURE_DPI = 120
+
+
+class RunFolder:
+    """Writes what a run produces; each file appears whole or not at all.
+
+    A context manager: on leaving, also by an error or Ctrl-C, the finished epochs are on disk.
+
+    Attributes:
+      path: the folder.
+    """
+
+    def __init__(self, path: str | os.PathLike[str], config: Any) -> None:
+        """Make the folder and write `config.json`, so that an unwritable one is noticed at once.
+
+        Args:
+          path: the folder, made with its parents if it is missing.
+          config: the experiment's configuration, a dataclass.
+
+        Raises:
+          InputError: the folder cannot be made or written.
+        """
+        self.path = Path(path)
+        self._started = time.perf_counter()
+        self._compile_seconds = 0.0
+        self._epochs: list[dict[str, float]] = []
+        self._history_written = 0.0
+        try:
+            self.path.mkdir(parents=True, exist_ok=True)
+            self._write_json("config.json", dataclasses.asdict(config))
+        except OSError as error:
+            raise InputError(
+                f"the output folder {self.path} cannot be written ({error.strerror or error}); "
+                "name another by --output-dir"
+            ) from error
+
+    def __enter__(self) -> RunFolder:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._write_history()
+
+    def record(self, event: Event, **more: float) -> None:
+        """Take note of what `fit` reports.
+
+        Args:
+          event: finished epochs become rows of `history.csv`, written at most once a second.
+          more: further columns of that row.
+        """
+        if isinstance(event, Compiled):
+            self._compile_seconds += event.seconds
+        elif isinstance(event, EpochDone):
+            self._epochs.append({**event.metrics, **more})
+            if time.perf_counter() - self._history_written > 1:
+                self._write_history()
+
+    def write_summary(self, **summary: Any) -> dict[str, Any]:
+        """Write `summary.json`: these entries, and the times, device and versions of the run.
+
+        Returns:
+          All that was written.
+        """
+        device = current_device()
+        entries = {
+            **summary,
+            "device": f"{device.platform}: {device.device_kind}",
+            "compile_seconds": self._compile_seconds,
+            "train_seconds": sum(row["seconds"] for row in self._epochs),
+            "total_seconds": time.perf_counter() - self._started,
+            "versions": versions(),
+        }
+        self._write_json("summary.json", entries)
+        return entries
+
+    def write_picture(self, name: str, figure: Figure) -> None:
+        """Write a figure as a PNG file."""
+        image = io.BytesIO()
+        figure.savefig(image, format="png", dpi=_PICTURE_DPI)
+        self._write(name, image.getvalue())
+
+    def _write_history(self) -> None:
+        self._history_written = time.perf_counter()
+        if self._epochs:
+            text = io.StringIO()
+            writer = csv.DictWriter(text, self._epochs[0], lineterminator="\n")
+            writer.writeheader()
+            writer.writerows(self._epochs)
+            self._write("history.csv", text.getvalue().encode())
+
+    def _write_json(self, name: str, content: Mapping[str, Any]) -> None:
+        text = json.dumps(_plain(content), indent=2, allow_nan=False)
+        self._write(name, (text + "\n").encode())
+
+    def _write(self, name: str, content: bytes) -> None:
+        handle, scratch = tempfile.mkstemp(dir=self.path, prefix=f".{name}-")
+        try:
+            with os.fdopen(handle, "wb") as file:
+                file.write(content)
+            os.chmod(scratch, 0o666 & ~_umask())
+            os.replace(scratch, self.path / name)
+        except BaseException:
+            os.unlink(scratch)
+            raise
+
+
+def current_device() -> jax.Device:
+    """The device on which new arrays are made."""
+    return jax.config.jax_default_device or jax.devices()[0]
+
+
+def versions() -> dict[str, str]:
+    """Versions of Python and of the packages that decide a run's numbers."""
+    return {"python": platform.python_version()} | {
+        name: metadata.version(name) for name in _PACKAGES
+    }
+
+
+def _umask() -> int:
+    # mkstemp makes private files; the folder's other readers should see these as any other.
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask
+
+
+def _plain(value: Any) -> Any:
+    """The nearest thing that JSON can say; what is not a finite number becomes null."""
+    if isinstance(value, Mapping):
+        return {str(key): _plain(entry) for key, entry in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_plain(entry) for entry in value]
+    if isinstance(value, (np.ndarray, np.generic, jax.Array)):
+        return _plain(np.asarray(value).tolist())
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if value is None or isinstance(value, (bool, int, str)):
+        return value
+    return str(value)
