@@ -8,7 +8,6 @@ from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
 import jaxtrain as jt
 from jaxtrain import command, plots, progress, runs
@@ -121,9 +120,10 @@ def write_pictures(
     folder.write_picture(
         "fit.png",
         plots.line_fit(
-            *((np.ravel(data.inputs), np.ravel(data.targets)) for data in (train_data, test_data)),
-            before=np.ravel(jt.predict(before, inputs)),
-            after=np.ravel(jt.predict(after, inputs)),
+            train_data,
+            test_data,
+            before=jt.predict(before, inputs),
+            after=jt.predict(after, inputs),
             title=f"y = {WEIGHT:g} x + {BIAS:g}, fitted",
         ),
     )

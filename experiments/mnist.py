@@ -75,7 +75,7 @@ def run(config: Config) -> dict[str, Any]:
     with runs.RunFolder(config.output_dir, config) as folder:
         data = jt.data.load_resolved(config.dataset, config.data_dir)
         if data.notice is not None:
-            print(f"This is not MNIST but digits: {data.notice}.", file=sys.stderr)
+            print(f"This is not MNIST but scikit-learn's digits: {data.notice}.", file=sys.stderr)
         state, history = train(config, data, folder)
 
         predictions = jt.predict(state, data.test.inputs, batch_size=config.test_batch_size)

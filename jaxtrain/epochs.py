@@ -110,9 +110,9 @@ def train_steps(
         lambda: train_step(state, dataset.take(order[:batch_size]), loss_fn)[1]["loss"]
     ).dtype
     carry = (state, jnp.zeros(num_steps(examples, batch_size), loss_dtype))
-    full_stop = (
-        min(stop, full_batches) if isinstance(stop, int) else jnp.minimum(stop, full_batches)
-    )
+    # Python's min keeps a known bound known to JAX, which then scans.
+    least = min if isinstance(stop, int) else jnp.minimum
+    full_stop = least(stop, full_batches)
     carry = lax.fori_loop(start, full_stop, functools.partial(step, batch_size), carry)
     if tail:
         # The last batch has a shape of its own, so it is a loop of its own, of one round or none.

@@ -12,7 +12,20 @@ class InputError(ValueError):
 
 
 class DataUnavailableError(InputError):
-    """A data set is neither on disk nor to be had from the network."""
+    """A data set is neither on disk nor to be had from the network.
+
+    Attributes:
+      reason: what was tried.
+      remedy: how to get the data set.
+    """
+
+    def __init__(self, reason: str, remedy: str) -> None:
+        self.reason = reason
+        self.remedy = remedy
+        super().__init__(
+            f"{reason}; {remedy}, or take the data set digits, which needs no network "
+            "(--dataset digits)"
+        )
 
 
 class NonFiniteLossError(ArithmeticError):

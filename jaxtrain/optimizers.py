@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from numbers import Real
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeAlias
 
 import jax
 import jax.numpy as jnp
@@ -18,7 +18,7 @@ from jaxtyping import Array, Bool, Float, PyTree
 
 from jaxtrain.errors import InputError
 
-LearningRate = float | Float[Array, ""] | optax.Schedule
+LearningRate: TypeAlias = float | Float[Array, ""] | optax.Schedule
 
 
 class DampedTraceState(NamedTuple):

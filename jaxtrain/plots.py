@@ -6,6 +6,7 @@ blindness; line styles and markers tell the same apart in grey.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -13,6 +14,9 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator, PercentFormatter
+from numpy.typing import ArrayLike
+
+from jaxtrain.data.dataset import Dataset
 
 BLUE, VERMILION, GREEN, GREY = "#0072B2", "#D55E00", "#009E73", "#999999"
 
@@ -33,8 +37,13 @@ def learning_curves(history: Mapping[str, np.ndarray], title: str) -> Figure:
         progress = epochs[0] - 1 + np.arange(1, len(losses) + 1) / steps_per_epoch
         axes[0].plot(progress, losses, color=GREY, linewidth=0.5, alpha=0.6, label="training step")
     marker = "o" if len(epochs) <= 30 else None
+    # The mean over an epoch belongs to its middle; the test loss is taken at its end.
     axes[0].plot(
-        epochs, history["train_loss"], **TRAIN, marker=marker, label="training, mean over epoch"
+        epochs - (0.5 if steps_per_epoch > 1 else 1),
+        history["train_loss"],
+        **TRAIN,
+        marker=marker,
+        label="training, mean over epoch" if steps_per_epoch > 1 else "training, before the step",
     )
     if "test_loss" in history:
         axes[0].plot(epochs, history["test_loss"], **TEST, marker=marker, label="test, after epoch")
@@ -48,10 +57,11 @@ def learning_curves(history: Mapping[str, np.ndarray], title: str) -> Figure:
         axes[1].annotate(
             f"{last:.2%}",
             (epochs[-1], last),
-            xytext=(-4, -14),
+            xytext=(2, 6),
             textcoords="offset points",
             ha="right",
         )
+        axes[1].margins(y=0.12)
         axes[1].yaxis.set_major_formatter(PercentFormatter(1.0, decimals=0))
         _label(axes[1], "epoch", "test accuracy")
     for ax in axes:
@@ -61,28 +71,32 @@ def learning_curves(history: Mapping[str, np.ndarray], title: str) -> Figure:
 
 
 def line_fit(
-    train: tuple[np.ndarray, np.ndarray],
-    test: tuple[np.ndarray, np.ndarray],
-    before: np.ndarray,
-    after: np.ndarray,
+    train: Dataset,
+    test: Dataset,
+    before: ArrayLike,
+    after: ArrayLike,
     title: str,
 ) -> Figure:
     """Training and test points, and the test points as predicted before and after training.
 
     Args:
-      train: x and y of the training points.
-      test: x and y of the test points.
+      train: the training points, x and y of shape [examples, 1].
+      test: the test points.
       before: predictions at all x, training points first, before training.
       after: the same after training.
       title: above the picture.
     """
     figure = Figure(figsize=(6, 4), layout="constrained")
     ax = figure.subplots()
-    x = np.concatenate([train[0], test[0]])
+    x = np.concatenate([train.inputs, test.inputs])
     ax.plot(x, before, color=GREY, linestyle=":", label="model before training")
     ax.plot(x, after, color=GREEN, linestyle="-", label="model after training")
-    ax.scatter(*train, s=18, color=BLUE, marker="o", label="training data", zorder=3)
-    ax.scatter(*test, s=22, color=VERMILION, marker="^", label="test data", zorder=3)
+    ax.scatter(
+        train.inputs, train.targets, s=18, color=BLUE, marker="o", label="training data", zorder=3
+    )
+    ax.scatter(
+        test.inputs, test.targets, s=22, color=VERMILION, marker="^", label="test data", zorder=3
+    )
     _label(ax, "x", "y")
     ax.legend()
     figure.suptitle(title)
@@ -103,7 +117,7 @@ def prediction_grid(
     figure = Figure(figsize=(columns * 0.9, sum(rows) * 1.12 + len(groups) * 0.35))
     parts = figure.subfigures(len(groups), 1, height_ratios=[count + 0.35 for count in rows])
     for part, count, (heading, images, labels, predicted) in zip(
-        np.atleast_1d(parts), rows, groups, strict=True
+        np.ravel(np.asarray(parts)), rows, groups, strict=True
     ):
         part.suptitle(heading, fontsize=10, y=0.995)
         axes = part.subplots(count, columns, squeeze=False).ravel()
@@ -144,7 +158,7 @@ def confusion_matrix(counts: np.ndarray, title: str) -> Figure:
     _label(ax, "predicted class", "true class", grid=False)
     bar = figure.colorbar(image, ax=ax, shrink=0.8, label="share of the true class (root scale)")
     marks = [0, 0.01, 0.05, 0.2, 0.5, 1]
-    bar.set_ticks(np.sqrt(marks), labels=[f"{mark:.0%}" for mark in marks])
+    bar.set_ticks([math.sqrt(mark) for mark in marks], labels=[f"{mark:.0%}" for mark in marks])
     figure.suptitle(title)
     return figure
 

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from jaxtrain.errors import InputError
@@ -133,7 +134,7 @@ class RunFolder:
 
 def current_device() -> jax.Device:
     """The device on which new arrays are made."""
-    return jax.config.jax_default_device or jax.devices()[0]
+    return next(iter(jnp.zeros(()).devices()))
 
 
 def versions() -> dict[str, str]:

@@ -6,12 +6,11 @@ import os
 from typing import NamedTuple
 
 import jax.numpy as jnp
-import numpy as np
 
 from jaxtrain.data.dataset import Dataset
 from jaxtrain.data.digits import load_digits
 from jaxtrain.data.idx import read_idx
-from jaxtrain.data.mnist import BUILDERS, load_mnist, ways_out
+from jaxtrain.data.mnist import BUILDERS, Images, load_mnist
 from jaxtrain.data.synthetic import line
 from jaxtrain.errors import DataUnavailableError, InputError
 
@@ -24,7 +23,6 @@ __all__ = [
     "load",
     "load_resolved",
     "read_idx",
-    "ways_out",
 ]
 
 NAMES = ("auto", *BUILDERS, "digits")
@@ -80,15 +78,16 @@ def load_resolved(name: str, data_dir: str | os.PathLike[str] | None = None) -> 
     if name not in NAMES:
         raise InputError(f"the data set is {name!r}; expected one of {', '.join(NAMES)}")
     if name == "digits":
-        return Resolved("digits", *map(_to_dataset, load_digits()), notice=None)
+        return _resolved("digits", load_digits())
     if name != "auto":
-        return Resolved(name, *map(_to_dataset, load_mnist(name, data_dir)), notice=None)
+        return _resolved(name, load_mnist(name, data_dir))
     try:
         return load_resolved("mnist", data_dir)
     except DataUnavailableError as error:
-        return load_resolved("digits")._replace(notice=str(error))
+        notice = f"{error.reason}; to train on MNIST, {error.remedy}"
+        return load_resolved("digits")._replace(notice=notice)
 
 
-def _to_dataset(arrays: tuple[np.ndarray, np.ndarray]) -> Dataset:
-    images, labels = arrays
-    return Dataset(jnp.asarray(images), jnp.asarray(labels))
+def _resolved(name: str, splits: tuple[Images, Images]) -> Resolved:
+    train, test = (Dataset(jnp.asarray(images), jnp.asarray(labels)) for images, labels in splits)
+    return Resolved(name, train, test, notice=None)

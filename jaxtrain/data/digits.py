@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import numpy as np
 
+from jaxtrain.data.mnist import Images
+
 # A fixed split, so that accuracies can be compared between runs and machines.
 _TEST_FRACTION = 0.2
 _SPLIT_SEED = 0
 
 
-def load_digits() -> tuple[tuple[np.ndarray, np.ndarray], tuple[np.ndarray, np.ndarray]]:
+def load_digits() -> tuple[Images, Images]:
     """The 1,797 images of 8 × 8 pixels with 17 grey levels, enlarged to 28 × 28 and 256.
 
     Each pixel becomes 3 × 3 and the border takes the 2 pixels left over on each side, so that

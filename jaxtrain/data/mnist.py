@@ -140,8 +140,8 @@ def _download(name: str, data_dir: str | os.PathLike[str] | None) -> Path:
             complete.replace(folder)
     except Exception as error:  # Its errors share no base class: HTTP, checksum, disk, …
         raise DataUnavailableError(
-            f"{name} could not be downloaded from {base_url} ({type(error).__name__}: {error}); "
-            + ways_out(name, data_dir)
+            f"{name} could not be downloaded from {base_url} ({type(error).__name__}: {error})",
+            _remedy(name, data_dir),
         ) from error
     return folder
 
@@ -168,16 +168,12 @@ def _check_reachable(name: str, url: str, data_dir: str | os.PathLike[str] | Non
     problem = outcome[0] if outcome else f"no answer in {_REACHABLE_SECONDS:g} s"
     if problem is not None:
         raise DataUnavailableError(
-            f"{name} is not on disk and cannot be downloaded from {url} ({problem}); "
-            + ways_out(name, data_dir)
+            f"{name} is not on disk and cannot be downloaded from {url} ({problem})",
+            _remedy(name, data_dir),
         )
 
 
-def ways_out(name: str, data_dir: str | os.PathLike[str] | None = None) -> str:
-    """What a user can do who lacks the files of a data set."""
+def _remedy(name: str, data_dir: str | os.PathLike[str] | None) -> str:
     files = ", ".join(f"{file}[.gz]" for pair in FILES.values() for file in pair)
-    looked = f" (none of them is in {data_dir} or {Path(data_dir) / name})" if data_dir else ""
-    return (
-        f"put {files} into a folder{looked} and name it by --data-dir or "
-        f"${DATA_DIR_VARIABLE}, or take --dataset digits, which needs no network"
-    )
+    looked = f" ({data_dir} and its subfolder {name} hold none of them)" if data_dir else ""
+    return f"put {files} into a folder{looked} and name it by --data-dir or ${DATA_DIR_VARIABLE}"
