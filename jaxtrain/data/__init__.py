@@ -75,19 +75,24 @@ def load(name: str, data_dir: str | os.PathLike[str] | None = None) -> tuple[Dat
 
 def load_resolved(name: str, data_dir: str | os.PathLike[str] | None = None) -> Resolved:
     """`load`, which also tells what `auto` became and why; same arguments and errors."""
-    if name not in NAMES:
-        raise InputError(f"the data set is {name!r}; expected one of {', '.join(NAMES)}")
-    if name == "digits":
-        return _resolved("digits", load_digits())
-    if name != "auto":
-        return _resolved(name, load_mnist(name, data_dir))
-    try:
-        return load_resolved("mnist", data_dir)
-    except DataUnavailableError as error:
-        notice = f"{error.reason}; to train on MNIST, {error.remedy}"
-        return load_resolved("digits")._replace(notice=notice)
-
-
-def _resolved(name: str, splits: tuple[Images, Images]) -> Resolved:
+    notice = None
+    if name == "auto":
+        try:
+            name, splits = "mnist", _load_arrays("mnist", data_dir)
+        except DataUnavailableError as error:
+            name, splits = "digits", _load_arrays("digits")
+            notice = f"{error.reason}; to train on MNIST, {error.remedy}"
+    else:
+        splits = _load_arrays(name, data_dir)
     train, test = (Dataset(jnp.asarray(images), jnp.asarray(labels)) for images, labels in splits)
-    return Resolved(name, train, test, notice=None)
+    return Resolved(name, train, test, notice)
+
+
+def _load_arrays(
+    name: str, data_dir: str | os.PathLike[str] | None = None
+) -> tuple[Images, Images]:
+    if name == "digits":
+        return load_digits()
+    if name in BUILDERS:
+        return load_mnist(name, data_dir)
+    raise InputError(f"the data set is {name!r}; expected one of {', '.join(NAMES)}")

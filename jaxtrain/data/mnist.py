@@ -31,11 +31,7 @@ Images = tuple[np.ndarray, np.ndarray]
 
 
 def load_mnist(name: str, data_dir: str | os.PathLike[str] | None = None) -> tuple[Images, Images]:
-    """Load `mnist`, `fashion_mnist` or `kmnist`.
-
-    The files are looked for in `data_dir` (else `$JAXTRAIN_DATA_DIR`), in its subfolder `name`
-    first, then in the folder itself, plain or `.gz`; then in the user's cache folder, to which
-    they are downloaded if they are nowhere.
+    """Load `mnist`, `fashion_mnist` or `kmnist` from the folder that `locate_files` finds.
 
     Returns:
       (images, labels) for training and for testing: images uint8 [examples, 28, 28], labels int32
@@ -45,10 +41,23 @@ def load_mnist(name: str, data_dir: str | os.PathLike[str] | None = None) -> tup
       InputError: a file is damaged, or some of the four are missing.
       DataUnavailableError: there are none, and they could not be downloaded.
     """
+    folder = locate_files(name, data_dir)
+    return _read_split(folder, "train"), _read_split(folder, "test")
+
+
+def locate_files(name: str, data_dir: str | os.PathLike[str] | None = None) -> Path:
+    """The folder of the data set's four IDX files, plain or `.gz`.
+
+    Looks in `data_dir` (else `$JAXTRAIN_DATA_DIR`), in its subfolder `name` first, then in the
+    folder itself; then in the user's cache folder, to which files found nowhere are downloaded.
+
+    Raises:
+      InputError: some of the four files are missing.
+      DataUnavailableError: there are none, and they could not be downloaded.
+    """
     given = data_dir or os.environ.get(DATA_DIR_VARIABLE)
     folder = _find_folder(name, Path(given).expanduser()) if given else None
-    folder = folder or _find_folder(name, cache_dir()) or _download(name, given)
-    return _read_split(folder, "train"), _read_split(folder, "test")
+    return folder or _find_folder(name, cache_dir()) or _download(name, given)
 
 
 def cache_dir() -> Path:
