@@ -147,7 +147,10 @@ def damped_trace(momentum: float, dampening: float) -> optax.GradientTransformat
 
 def current_learning_rate(opt_state: Any) -> Float[Array, ""] | None:
     """The rate of the latest step, for optimizers of this module; None for others."""
-    return optax.tree_utils.tree_get(opt_state, "learning_rate")
+    found = optax.tree_utils.tree_get_all_with_path(
+        opt_state, "learning_rate", filtering=lambda path, value: isinstance(value, jax.Array)
+    )
+    return found[0][1] if len(found) == 1 else None
 
 
 def _scale_by_learning_rate(learning_rate: LearningRate) -> optax.GradientTransformation:

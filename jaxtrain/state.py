@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, no_type_check
 
 import flax.linen as nn
 import jax
@@ -12,6 +12,8 @@ from flax.training import train_state
 from jaxtyping import Array, Key, PyTree, Shaped
 
 
+# Not type-checked at run time: JAX rebuilds pytrees with placeholders for their leaves.
+@no_type_check
 class TrainState(train_state.TrainState):
     """Parameters, optimizer state, step counter and PRNG key of one run.
 

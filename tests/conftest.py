@@ -1,0 +1,49 @@
+"""Data and models that several test modules share."""
+
+from __future__ import annotations
+
+import os
+
+import jax
+import jax.numpy as jnp
+import pytest
+from hypothesis import settings
+
+import jaxtrain as jt
+from jaxtrain.data.mnist import DATA_DIR_VARIABLE
+
+# Compiling takes longer than hypothesis' default deadline, and not the same twice.
+settings.register_profile("jaxtrain", deadline=None, derandomize=True)
+settings.load_profile("jaxtrain")
+
+
+@pytest.fixture(scope="session")
+def mnist() -> jt.data.Resolved:
+    """The real MNIST, where the environment says that it is on disk."""
+    if not os.environ.get(DATA_DIR_VARIABLE):
+        pytest.skip(f"needs MNIST: set {DATA_DIR_VARIABLE} to the folder of its files")
+    return jt.data.load_resolved("mnist")
+
+
+@pytest.fixture(scope="session")
+def digits() -> jt.data.Resolved:
+    """The bundled digits."""
+    return jt.data.load_resolved("digits")
+
+
+@pytest.fixture
+def small_classes() -> jt.Dataset:
+    """50 examples of 6 features in 3 classes that a small network can learn."""
+    key = jax.random.key(7)
+    labels = jnp.arange(50) % 3
+    inputs = jax.nn.one_hot(labels, 6) + 0.3 * jax.random.normal(key, (50, 6))
+    return jt.Dataset(inputs, labels)
+
+
+@pytest.fixture
+def small_state(small_classes: jt.Dataset) -> jt.TrainState:
+    """A small network with dropout for `small_classes`, with plain SGD."""
+    model = jt.models.FeedForward(features=(8, 3), dropout_rate=0.2, mean=0.0, std=1.0)
+    return jt.init_state(
+        model, jt.optimizers.sgd(0.1), small_classes.inputs[:1], key=jax.random.key(0)
+    )

@@ -1,0 +1,93 @@
+"""Tutorial T1 from PyTorch's start: every row of its table, and the listing it printed."""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import torch
+
+import jaxtrain as jt
+from experiments.linear_regression import PUBLISHED_BIAS, PUBLISHED_WEIGHT
+from jaxtrain.fit import EpochDone
+
+# Epoch, train MAE before and test MAE after its update, w and b after: PyTorch 2.13, CPU, float32.
+TABLE = [
+    (0, 0.31288138031959534, 0.48106518387794495, 0.34059035778045654, 0.1388094127178192),
+    (20, 0.08908725529909134, 0.21729660034179688, 0.4184202253818512, 0.3333094120025635),
+    (100, 0.024458957836031914, 0.05646304413676262, 0.5800304412841797, 0.3503098785877228),
+    (160, 0.0038517764769494534, 0.008201557211577892, 0.6825708150863647, 0.30731043219566345),
+    (180, 0.008932482451200485, 0.005023092031478882, 0.6951308250427246, 0.29931047558784485),
+    (199, 0.0025885067880153656, 0.008447891101241112, 0.6990308165550232, 0.3093104660511017),
+]
+
+
+@pytest.fixture(scope="module")
+def run() -> np.ndarray:
+    """Rows (train MAE, test MAE, w, b) of 400 epochs."""
+    train, test = jt.data.line()
+    state = jt.init_state(
+        jt.models.LinearRegression(),
+        jt.optimizers.sgd(0.01),
+        train.inputs[:1],
+        key=jax.random.key(0),
+    ).replace(
+        params={"weight": jnp.array([[PUBLISHED_WEIGHT]]), "bias": jnp.array([PUBLISHED_BIAS])}
+    )
+    rows = []
+
+    def report(event: object) -> None:
+        if isinstance(event, EpochDone):
+            params, metrics = event.state.params, event.metrics
+            rows.append(
+                (
+                    metrics["train_loss"],
+                    metrics["test_loss"],
+                    params["weight"].item(),
+                    params["bias"].item(),
+                )
+            )
+
+    jt.fit(
+        state,
+        train,
+        test,
+        loss_fn=jt.losses.mean_absolute_error,
+        epochs=400,
+        batch_size=40,
+        report=report,
+    )
+    return np.array(rows)
+
+
+@pytest.mark.parametrize(("epoch", *"abcd"), TABLE)
+def test_every_row_of_the_table(run: np.ndarray, epoch: int, a, b, c, d) -> None:
+    np.testing.assert_allclose(run[epoch], [a, b, c, d], rtol=0, atol=1e-6)
+
+
+def test_the_second_run_of_the_cell_prints_the_published_listing(run: np.ndarray) -> None:
+    for epoch in range(200, 400, 10):
+        np.testing.assert_allclose(
+            run[epoch, :2], [0.008932482451200485, 0.005023092031478882], rtol=0, atol=1e-6
+        )
+    np.testing.assert_allclose(run[399, 2:], [0.6990, 0.3093], rtol=0, atol=5e-5)
+
+
+def test_a_constant_step_on_the_absolute_error_ends_in_a_cycle_of_two(run: np.ndarray) -> None:
+    np.testing.assert_allclose(run[398], run[396], atol=1e-6)
+    np.testing.assert_allclose(run[399], run[397], atol=1e-6)
+    assert abs(run[399, 3] - run[398, 3]) > 0.009  # b jumps by the learning rate
+
+
+def test_the_data_and_the_start_are_pytorchs() -> None:
+    x = torch.arange(0, 1, 0.02).unsqueeze(1)
+    y = 0.7 * x + 0.3
+    train, test = jt.data.line()
+    # torch.arange rounds some points to the neighbouring float32, depending on its vector width.
+    np.testing.assert_allclose(np.concatenate([train.inputs, test.inputs]), x, rtol=2e-7)
+    np.testing.assert_allclose(np.concatenate([train.targets, test.targets]), y, rtol=2e-7)
+    assert len(train.inputs) == 40
+
+    torch.manual_seed(42)
+    assert (torch.randn(1).item(), torch.randn(1).item()) == (PUBLISHED_WEIGHT, PUBLISHED_BIAS)

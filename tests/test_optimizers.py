@@ -1,0 +1,58 @@
+"""What the optimizers refuse, and the learning rate they record; their numbers are in parity/."""
+
+from __future__ import annotations
+
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+import jaxtrain as jt
+from jaxtrain.optimizers import current_learning_rate
+
+
+@pytest.mark.parametrize("name", jt.optimizers.OPTIMIZERS)
+@pytest.mark.parametrize("value", [-0.1, float("nan"), float("inf"), -1])
+def test_a_learning_rate_that_is_no_rate_is_refused(name: str, value: float) -> None:
+    with pytest.raises(jt.InputError, match=f"learning_rate is {float(value)}"):
+        jt.optimizers.OPTIMIZERS[name](value)
+
+
+@pytest.mark.parametrize(
+    ("name", "options", "message"),
+    [
+        ("sgd", {"momentum": -0.9}, "momentum is -0.9"),
+        ("sgd", {"weight_decay": float("nan")}, "weight_decay is nan"),
+        ("sgd", {"nesterov": True}, "nesterov is True with momentum 0.0"),
+        ("sgd", {"nesterov": True, "momentum": 0.9, "dampening": 0.1}, "dampening 0.1"),
+        ("adam", {"betas": (0.9, 1.0)}, r"betas are \(0.9, 1.0\)"),
+        ("adam", {"eps": -1e-8}, "eps is -1e-08"),
+    ],
+)
+def test_other_arguments_out_of_range_are_refused(name, options, message) -> None:
+    with pytest.raises(jt.InputError, match=message):
+        jt.optimizers.OPTIMIZERS[name](0.1, **options)
+
+
+def test_step_lr_changes_only_at_its_epochs() -> None:
+    schedule = jt.optimizers.step_lr(1.0, step_size=2, gamma=0.5, steps_per_epoch=3)
+    rates = [float(schedule(step)) for step in range(13)]
+    np.testing.assert_allclose(rates, [1.0] * 6 + [0.5] * 6 + [0.25])
+
+
+@pytest.mark.parametrize("options", [{"step_size": 0}, {"step_size": 1, "steps_per_epoch": 0}])
+def test_step_lr_refuses_no_steps(options) -> None:
+    with pytest.raises(jt.InputError, match="at least 1"):
+        jt.optimizers.step_lr(0.1, **options)
+
+
+def test_the_current_rate_is_read_from_the_state() -> None:
+    params = {"w": jnp.ones(2)}
+    optimizer = jt.optimizers.sgd(jt.optimizers.step_lr(0.5, 1, 0.1), momentum=0.9)
+    state = optimizer.init(params)
+    rates = []
+    for _ in range(3):
+        _, state = optimizer.update(params, state, params)
+        rates.append(float(current_learning_rate(state)))
+    np.testing.assert_allclose(rates, [0.5, 0.05, 0.005], rtol=1e-6)
+    assert current_learning_rate(optax.adam(0.1).init(params)) is None
