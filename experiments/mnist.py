@@ -13,6 +13,7 @@ import optax
 
 import jaxtrain as jt
 from jaxtrain import command, plots, progress, runs
+from jaxtrain.checks import check_batch_size
 from jaxtrain.epochs import num_steps
 from jaxtrain.fit import Event, History
 
@@ -136,6 +137,7 @@ def make_optimizer(
     """The solver that the flags describe."""
     rate: Any = learning_rate if config.learning_rate is None else config.learning_rate
     if config.gamma is not None:
+        check_batch_size(config.batch_size, "batch_size")
         steps = num_steps(examples, config.batch_size)
         rate = jt.optimizers.step_lr(rate, 1, config.gamma, steps_per_epoch=steps)
     options = {"momentum": config.momentum} if config.momentum else {}

@@ -11,6 +11,8 @@ import jax.numpy as jnp
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Num
 
+from jaxtrain.errors import InputError
+
 
 def uniform_fan_in(fan_in: int) -> nn.initializers.Initializer:
     """Uniform in ±1/√fan_in: the start of weight and bias in `torch.nn.Linear`.
@@ -66,7 +68,12 @@ class FeedForward(nn.Module):
         Args:
           inputs: [batch, ...], flattened to [batch, fan_in]; uint8 pixels or floats in 0 … 1.
           train: whether to drop units; draws from the RNG stream "dropout".
+
+        Raises:
+          InputError: the dropout rate is not in [0, 1).
         """
+        if not 0 <= self.dropout_rate < 1:
+            raise InputError(f"dropout_rate is {self.dropout_rate}; expected a share in [0, 1)")
         x = inputs.reshape(inputs.shape[0], -1)
         if jnp.issubdtype(x.dtype, jnp.integer):
             x = x.astype(jnp.float32) / 255

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import gzip
+import io
 import math
 import os
 import zlib
 from pathlib import Path
-from typing import BinaryIO, cast
 
 import numpy as np
 
@@ -48,7 +48,7 @@ def read_idx(path: str | os.PathLike[str]) -> np.ndarray:
             compressed = file.read(2) == _GZIP_MAGIC
         if compressed:
             with gzip.open(path, "rb") as stream:
-                return _read_stream(cast(BinaryIO, stream), path, size * _DEFLATE_MAX_RATIO)
+                return _read_stream(stream, path, size * _DEFLATE_MAX_RATIO)
         with path.open("rb") as stream:
             return _read_stream(stream, path, size)
     except (gzip.BadGzipFile, EOFError, zlib.error) as error:
@@ -59,7 +59,7 @@ def read_idx(path: str | os.PathLike[str]) -> np.ndarray:
         raise InputError(f"{path} cannot be read: {error.strerror or error}") from error
 
 
-def _read_stream(stream: BinaryIO, path: Path, most_bytes: int) -> np.ndarray:
+def _read_stream(stream: io.BufferedIOBase, path: Path, most_bytes: int) -> np.ndarray:
     magic = stream.read(4)
     if len(magic) < 4 or magic[:2] != b"\0\0" or magic[2] not in _DTYPES:
         raise InputError(

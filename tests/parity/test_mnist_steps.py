@@ -23,7 +23,7 @@ def test_losses_and_parameters_of_300_steps(mnist: jt.data.Resolved) -> None:
     model = torch_reference.feed_forward((256, 128, 64, 10), 784, dropout_rate=0.0)
     torch_reference.load_params(model, state.params)
     inputs = torch_reference.normalised(np.asarray(train.inputs), *jt.data.STATISTICS["mnist"])
-    targets = torch.from_numpy(np.asarray(train.targets)).long()
+    targets = torch.from_numpy(np.array(train.targets)).long()
 
     state, losses = jt.train_epoch(state, train, jt.losses.cross_entropy, batch_size=BATCH_SIZE)
     expected = torch_reference.train_steps(

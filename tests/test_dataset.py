@@ -1,0 +1,60 @@
+"""Dataset: splitting, and the bundled digits."""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import jaxtrain as jt
+
+
+@settings(max_examples=15)
+@given(examples=st.integers(2, 60), fraction=st.floats(0.05, 0.95), seed=st.integers(0, 5))
+def test_a_split_holds_every_example_once(examples: int, fraction: float, seed: int) -> None:
+    data = jt.Dataset(jnp.arange(examples)[:, None], -jnp.arange(examples))
+    if not 0 < round(examples * fraction) < examples:
+        with pytest.raises(jt.InputError, match="leaves at least one example in each part"):
+            data.split(fraction, jax.random.key(seed))
+        return
+    rest, held_out = data.split(fraction, jax.random.key(seed))
+    assert held_out.num_examples == round(examples * fraction)
+    together = np.concatenate([rest.targets, held_out.targets])
+    np.testing.assert_array_equal(np.sort(-together), np.arange(examples))
+    for part in (rest, held_out):
+        np.testing.assert_array_equal(part.inputs[:, 0], -part.targets)
+        assert (np.diff(part.inputs[:, 0]) > 0).all()  # stored order is kept
+
+
+def test_the_key_decides_the_split() -> None:
+    data = jt.Dataset(jnp.arange(100), jnp.arange(100))
+    parts = [np.asarray(data.split(0.3, jax.random.key(seed))[1].inputs) for seed in (0, 0, 1)]
+    np.testing.assert_array_equal(parts[0], parts[1])
+    assert (parts[0] != parts[2]).any()
+
+
+@pytest.mark.parametrize("fraction", [0.0, 1.0, -0.1, 1.5, float("nan")])
+def test_a_fraction_out_of_range_is_refused(fraction: float) -> None:
+    data = jt.Dataset(jnp.arange(100), jnp.arange(100))
+    with pytest.raises(jt.InputError, match=f"fraction is {fraction}"):
+        data.split(fraction, jax.random.key(0))
+
+
+def test_digits_are_scikit_learns_in_mnists_shape(digits: jt.data.Resolved) -> None:
+    from sklearn.datasets import load_digits
+
+    bunch = load_digits()
+    assert digits.train.num_examples + digits.test.num_examples == len(bunch.images) == 1797
+    images = np.concatenate([digits.train.inputs, digits.test.inputs])
+    labels = np.concatenate([digits.train.targets, digits.test.targets])
+    assert images.shape[1:] == (28, 28)
+    assert images.dtype == np.uint8
+    # Each pixel of the original, its grey level 0 … 16 scaled to 0 … 255, stands in a 3 × 3 block.
+    small = np.rint(images[:, 3:27:3, 3:27:3] * (16 / 255)).astype(int)
+    originals = [image.tobytes() for image in bunch.images.astype(int)]
+    label_of = dict(zip(originals, bunch.target, strict=True))
+    assert [label_of[image.tobytes()] for image in small] == labels.tolist()
+    assert np.abs(np.bincount(digits.test.targets) - 36).max() <= 1

@@ -1,0 +1,222 @@
+"""The scripts as a user runs them: what is printed, what is left, and how mistakes end."""
+
+from __future__ import annotations
+
+import csv
+import json
+import os
+import pty
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import jax
+import pytest
+
+ROOT = Path(__file__).parents[1]
+COMMON = {
+    *("experiment", "dataset", "epochs", "seed", "device", "train_loss", "test_loss"),
+    *("compile_seconds", "train_seconds", "total_seconds", "versions"),
+}
+
+
+@pytest.fixture
+def environment(tmp_path: Path) -> dict[str, str]:
+    """No MNIST on disk, and a proxy where nobody listens: no network."""
+    nowhere = "http://127.0.0.1:9"
+    inherited = {name: value for name, value in os.environ.items() if name != "JAXTRAIN_DATA_DIR"}
+    return {
+        **inherited,
+        "XDG_CACHE_HOME": str(tmp_path / "cache"),
+        "https_proxy": nowhere,
+        "http_proxy": nowhere,
+        "COLUMNS": "120",
+    }
+
+
+def run(environment, script: str, *flags: object) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, ROOT / "experiments" / f"{script}.py", *map(str, flags)],
+        env=environment,
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+    )
+
+
+def read_history(folder: Path) -> list[dict[str, str]]:
+    with (folder / "history.csv").open() as file:
+        return list(csv.DictReader(file))
+
+
+def assert_one_line_error(result: subprocess.CompletedProcess[str], *parts: str) -> None:
+    assert result.returncode == 1, result.stderr
+    lines = result.stderr.strip().splitlines()
+    assert len(lines) == 1, result.stderr
+    assert lines[0].startswith("error: ")
+    for part in parts:
+        assert part in lines[0]
+    assert result.stdout == ""
+
+
+def test_linear_regression(environment, tmp_path: Path) -> None:
+    folder = tmp_path / "out"
+    result = run(environment, "linear_regression", "--output-dir", folder)
+    assert result.returncode == 0, result.stderr
+    assert result.stdout.strip().splitlines()[-1] == f"results: {folder}"
+    assert "weight                   │ 0.6990, true 0.7" in result.stdout
+    assert "epoch 10:  train loss 0.209192  test loss 0.359826" in result.stderr
+    assert "\x1b" not in result.stdout + result.stderr
+    assert {path.name for path in folder.iterdir()} == {
+        *("config.json", "summary.json", "history.csv", "learning_curves.png", "fit.png")
+    }
+    summary = json.loads((folder / "summary.json").read_text())
+    assert summary.keys() >= COMMON | {"weight", "bias"}
+    assert summary["weight"] == pytest.approx(0.6990308165550232, abs=1e-6)
+    assert summary["bias"] == pytest.approx(0.3093104660511017, abs=1e-6)
+    rows = read_history(folder)
+    assert len(rows) == 200
+    assert rows[0].keys() >= {"epoch", "train_loss", "test_loss", "seconds", "weight", "bias"}
+
+
+def test_mnist_without_network_trains_on_digits_and_says_so(environment, tmp_path: Path) -> None:
+    folder = tmp_path / "out"
+    result = run(environment, "mnist", "--output-dir", folder)
+    assert result.returncode == 0, result.stderr
+    assert "This is not MNIST" in result.stderr
+    assert "$JAXTRAIN_DATA_DIR" in result.stderr
+    assert "epoch 60:" in result.stderr
+    assert "digits (this is not MNIST)" in result.stdout
+    assert {path.name for path in folder.iterdir()} == {
+        *("config.json", "summary.json", "history.csv"),
+        *("learning_curves.png", "predictions.png", "confusion_matrix.png"),
+    }
+    summary = json.loads((folder / "summary.json").read_text())
+    assert summary.keys() >= COMMON | {"test_accuracy", "notice"}
+    assert summary["dataset"] == "digits"
+    assert "put train-images-idx3-ubyte" in summary["notice"]
+    assert summary["test_accuracy"] > 0.9
+    assert list(read_history(folder)[0])[:4] == [
+        *("epoch", "train_loss", "test_loss", "test_accuracy")
+    ]
+
+
+def test_quiet_means_quiet_and_flags_arrive(environment, tmp_path: Path) -> None:
+    flags = {
+        "--dataset": "digits",
+        "--epochs": 2,
+        "--batch-size": 32,
+        "--test-batch-size": 50,
+        "--learning-rate": 0.003,
+        "--weight-decay": 0.01,
+        "--optimizer": "adam",
+        "--gamma": 0.5,
+        "--dropout": 0.1,
+        "--seed": 7,
+        "--device": "cpu",
+        "--log-interval": 0,
+        "--output-dir": tmp_path / "out",
+    }
+    result = run(
+        environment, "mnist", *(part for pair in flags.items() for part in pair), "--no-shuffle"
+    )
+    assert result.returncode == 0, result.stderr
+    assert result.stderr == ""
+    config = json.loads((tmp_path / "out" / "config.json").read_text())
+    for name, value in flags.items():
+        expected = str(value) if isinstance(value, Path) else value
+        assert config[name[2:].replace("-", "_")] == expected
+    assert config["shuffle"] is False
+    rates = [float(row["learning_rate"]) for row in read_history(tmp_path / "out")]
+    assert rates == pytest.approx([0.003, 0.0015])
+
+
+def test_mnist_asked_for_by_name_never_falls_back(environment, tmp_path: Path) -> None:
+    started = time.monotonic()
+    result = run(environment, "mnist", "--dataset", "mnist", "--output-dir", tmp_path / "out")
+    assert time.monotonic() - started < 10
+    assert_one_line_error(
+        result, "--data-dir", "$JAXTRAIN_DATA_DIR", "t10k-labels-idx1-ubyte", "--dataset digits"
+    )
+
+
+def test_mistakes_end_with_one_sentence(environment, tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("in the way")
+    digits = ("--dataset", "digits", "--output-dir", tmp_path / "out")
+    for flags, *parts in [
+        (("--output-dir", tmp_path / "file"), f"{tmp_path}/file cannot be written"),
+        ((*digits, "--epochs", -1), "epochs is -1", "at least 0"),
+        ((*digits, "--learning-rate", -0.5), "learning_rate is -0.5", "not negative"),
+        ((*digits, "--optimizer", "adam", "--momentum", 0.9), "--momentum is 0.9"),
+        ((*digits, "--learning-rate", 1e30), "step", "at learning rate 1e+30", "smaller"),
+        ((*digits, "--dropout", 1.5), "dropout_rate is 1.5"),
+        ((*digits, "--gamma", 0.9, "--batch-size", 0), "batch_size is 0"),
+    ]:
+        result = run(environment, "mnist", "--log-interval", 0, *flags)
+        assert_one_line_error(result, *parts)
+
+
+@pytest.mark.skipif(jax.default_backend() == "gpu", reason="there is a GPU here")
+def test_a_gpu_that_is_not_there(environment, tmp_path: Path) -> None:
+    result = run(environment, "linear_regression", "--device", "gpu", "--output-dir", tmp_path)
+    assert_one_line_error(result, "--device is gpu", "--device cpu")
+
+
+def test_ctrl_c_ends_with_one_line_and_keeps_what_was_finished(environment, tmp_path) -> None:
+    command = [sys.executable, ROOT / "experiments" / "mnist.py", "--dataset", "digits"]
+    flags = ["--epochs", "1000000", "--log-interval", "10", "--output-dir", tmp_path / "out"]
+    with subprocess.Popen(
+        [*command, *flags], env=environment, cwd=ROOT, stderr=subprocess.PIPE, text=True
+    ) as process:
+        assert process.stderr is not None
+        for line in process.stderr:
+            if line.startswith("epoch 3:"):
+                break
+        process.send_signal(signal.SIGINT)
+        rest = process.stderr.read()
+    assert process.returncode == 130
+    assert rest.strip().splitlines()[-1].startswith("interrupted")
+    assert "Traceback" not in rest
+    assert len(read_history(tmp_path / "out")) >= 3
+
+
+def test_a_terminal_shows_a_progress_bar(environment, tmp_path: Path) -> None:
+    terminal, screen = pty.openpty()
+    command = [sys.executable, ROOT / "experiments" / "mnist.py", "--dataset", "digits"]
+    process = subprocess.Popen(
+        [*command, "--epochs", "3", "--output-dir", tmp_path / "out"],
+        env={**environment, "TERM": "xterm-256color"},
+        cwd=ROOT,
+        stdout=screen,
+        stderr=screen,
+    )
+    os.close(screen)
+    shown = b""
+    while True:
+        try:
+            piece = os.read(terminal, 4096)
+        except OSError:  # Linux says so when the other end is closed
+            break
+        if not piece:
+            break
+        shown += piece
+    os.close(terminal)
+    assert process.wait(30) == 0
+    text = shown.decode()
+    assert "━" in text
+    assert "69/69" in text  # 3 epochs of 23 steps
+    assert "epoch 3:" in text
+
+
+@pytest.mark.parametrize("script", ["linear_regression", "mnist"])
+def test_help_names_every_flag(environment, script: str) -> None:
+    result = run(environment, script, "--help")
+    assert result.returncode == 0
+    for flag in ("--epochs", "--learning-rate", "--optimizer", "--seed", "--device"):
+        assert flag in result.stdout
+    assert "--log-interval" in result.stdout
+    assert "--output-dir" in result.stdout

@@ -1,0 +1,213 @@
+"""A run: the same numbers however it is cut, one compilation, and a clear end when it diverges."""
+
+from __future__ import annotations
+
+import jax
+import jax.monitoring
+import numpy as np
+import pytest
+
+import jaxtrain as jt
+from jaxtrain.fit import Compiled, EpochDone, StepsDone
+
+LOSS = jt.losses.cross_entropy
+METRICS = {"accuracy": jt.metrics.accuracy}
+
+
+def fit(state, data, **options):
+    defaults = {"loss_fn": LOSS, "metric_fns": METRICS, "batch_size": 16, "key": jax.random.key(3)}
+    return jt.fit(state, data, data, **{**defaults, **options})
+
+
+def assert_identical(ours, theirs) -> None:
+    jax.tree.map(np.testing.assert_array_equal, ours, theirs)
+
+
+def without_clock(history):
+    return {name: values for name, values in history.items() if name != "seconds"}
+
+
+def test_two_runs_are_bit_identical_and_seeds_differ(digits: jt.data.Resolved) -> None:
+    def run(seed: int):
+        state = jt.init_state(
+            jt.models.FeedForward(),
+            jt.optimizers.sgd(0.05, momentum=0.9),
+            digits.train.inputs[:1],
+            key=jax.random.key(seed),
+        )
+        state, history = jt.fit(
+            state,
+            digits.train,
+            digits.test,
+            loss_fn=LOSS,
+            metric_fns=METRICS,
+            epochs=3,
+            key=jax.random.key(seed),
+        )
+        return state.params, state.opt_state, without_clock(history)
+
+    assert_identical(run(0), run(0))
+    other = run(1)
+    assert (other[2]["step_losses"] != run(0)[2]["step_losses"]).all()
+
+
+def test_it_learns_and_records(small_state, small_classes) -> None:
+    state, history = fit(small_state, small_classes, epochs=40)
+    assert state.step == 40 * 4
+    assert list(history["epoch"]) == list(range(1, 41))
+    assert len(history["step_losses"]) == 40 * 4
+    assert history["test_accuracy"][-1] > 0.9 > history["test_accuracy"][0]
+    assert history["test_loss"][-1] < 0.5 * history["test_loss"][0]
+    np.testing.assert_allclose(history["learning_rate"], 0.1, rtol=1e-6)
+    # Three batches of 16 and one of 2, each weighted by its examples.
+    weighted = np.average(history["step_losses"].reshape(40, 4), axis=1, weights=[16, 16, 16, 2])
+    np.testing.assert_allclose(history["train_loss"], weighted, rtol=1e-6)
+    final = jt.evaluate(state, small_classes, LOSS, METRICS)
+    assert history["test_accuracy"][-1] == pytest.approx(final["accuracy"].item())
+    assert history["test_loss"][-1] == pytest.approx(final["loss"].item(), rel=1e-6)
+
+
+def test_an_epoch_of_fit_is_train_epoch(small_state, small_classes) -> None:
+    fitted, history = fit(small_state, small_classes, epochs=1)
+    key = jax.random.fold_in(jax.random.key(3), 1)
+    state, losses = jt.train_epoch(small_state, small_classes, LOSS, batch_size=16, key=key)
+    np.testing.assert_allclose(history["step_losses"], losses, rtol=1e-6)
+    for ours, theirs in zip(
+        jax.tree.leaves(fitted.params), jax.tree.leaves(state.params), strict=True
+    ):
+        np.testing.assert_allclose(ours, theirs, rtol=1e-5, atol=1e-7)
+
+
+@pytest.mark.parametrize("log_interval", [1, 3, 100])
+def test_looking_in_more_often_changes_nothing(small_state, small_classes, log_interval) -> None:
+    events = []
+    expected = fit(small_state, small_classes, epochs=3, log_interval=0)
+    state, history = fit(
+        small_state, small_classes, epochs=3, log_interval=log_interval, report=events.append
+    )
+    assert_identical(state.params, expected[0].params)
+    assert_identical(without_clock(history), without_clock(expected[1]))
+
+    assert isinstance(events[0], Compiled)
+    assert events[0][1:] == (3, 4, 50)
+    steps = [event for event in events if isinstance(event, StepsDone)]
+    reached = {(event.epoch, event.step) for event in steps}
+    assert reached >= {(epoch, 4) for epoch in (1, 2, 3)}
+    assert reached >= {(epoch, s) for epoch in (1, 2, 3) for s in range(log_interval, 4, 4)}
+    for event in steps:
+        assert event.examples_seen == min(16 * event.step, 50)
+        expected_loss = history["step_losses"].reshape(3, 4)[event.epoch - 1, event.step - 1]
+        assert event.loss == expected_loss
+    ends = [event for event in events if isinstance(event, EpochDone)]
+    assert [event.epoch for event in ends] == [1, 2, 3]
+    assert_identical(ends[-1].state.params, state.params)
+
+
+def test_two_epochs_and_three_are_five(small_state, small_classes) -> None:
+    whole, history = fit(small_state, small_classes, epochs=5)
+    state, first = fit(small_state, small_classes, epochs=2)
+    state, second = fit(state, small_classes, epochs=3)
+    assert_identical(state.params, whole.params)
+    for name, values in without_clock(history).items():
+        np.testing.assert_array_equal(values, np.concatenate([first[name], second[name]]))
+
+
+def test_one_compilation_for_training_and_one_for_evaluation(digits: jt.data.Resolved) -> None:
+    """Five epochs with a tail batch, looked into every 7 steps."""
+    compiled: list[str] = []
+
+    def listen(event: str, seconds: float, **more: str) -> None:
+        if event.endswith("backend_compile_duration"):
+            compiled.append(more["fun_name"])
+
+    state = jt.init_state(
+        jt.models.FeedForward((32, 10)),
+        jt.optimizers.adam(jt.optimizers.step_lr(0.001, 1, 0.9, steps_per_epoch=23)),
+        digits.train.inputs[:1],
+        key=jax.random.key(0),
+    )
+    jax.monitoring.register_event_duration_secs_listener(listen)
+    try:
+        _, history = jt.fit(
+            state,
+            digits.train,
+            digits.test,
+            loss_fn=LOSS,
+            metric_fns=METRICS,
+            epochs=5,
+            key=jax.random.key(0),
+            test_batch_size=100,
+            log_interval=7,
+        )
+    finally:
+        jax.monitoring.unregister_event_duration_listener(listen)
+    assert len(history["step_losses"]) == 5 * 23
+    assert compiled.count("jit(train_steps)") == 1
+    assert compiled.count("jit(_evaluate)") == 1
+    assert not any("step" in name for name in set(compiled) - {"jit(train_steps)"})
+
+
+def test_no_epochs_and_no_test_data(small_state, small_classes) -> None:
+    state, history = fit(small_state, small_classes, epochs=0)
+    assert_identical(state.params, small_state.params)
+    columns = ["epoch", "train_loss", "test_loss", "test_accuracy", "learning_rate", "seconds"]
+    assert list(history) == [*columns, "step_losses"]
+    assert not any(len(values) for values in history.values())
+    _, history = jt.fit(small_state, small_classes, loss_fn=LOSS, epochs=1)
+    assert "test_loss" not in history
+
+
+def test_a_run_that_diverges_stops_and_says_where(small_classes) -> None:
+    """Squared error, rate 100: the second steps overflow; epoch 1 of one batch is finished."""
+    data = jt.Dataset(small_classes.inputs, small_classes.targets[:, None].astype(float))
+    state = jt.init_state(
+        jt.models.LinearRegression(),
+        jt.optimizers.sgd(1e4),
+        data.inputs[:1],
+        key=jax.random.key(0),
+    )
+    with pytest.raises(jt.NonFiniteLossError) as raised:
+        jt.fit(state, data, loss_fn=jt.losses.mean_squared_error, epochs=20, batch_size=25)
+    error = raised.value
+    finished = error.history["train_loss"]
+    assert 1 <= len(finished) == error.epoch - 1
+    assert np.isfinite(finished).all()
+    assert not np.isfinite(error.loss)
+    assert error.learning_rate == pytest.approx(1e4)
+    # The step is the first that is not finite: run up to it, and look.
+    state, _ = jt.fit(
+        state, data, loss_fn=jt.losses.mean_squared_error, epochs=error.epoch - 1, batch_size=25
+    )
+    _, losses = jt.train_epoch(state, data, jt.losses.mean_squared_error, batch_size=25)
+    assert np.flatnonzero(~np.isfinite(losses))[0] + 1 == error.step
+    assert f"epoch {error.epoch}, step {error.step} at learning rate 10000" in str(error)
+    assert "smaller learning rate (1000, say)" in str(error)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"epochs": -1}, "epochs is -1; expected a whole number of at least 0"),
+        ({"batch_size": 0}, "batch_size is 0"),
+        ({"test_batch_size": 0}, "test_batch_size is 0"),
+        ({"log_interval": -1}, "log_interval is -1"),
+    ],
+)
+def test_bad_arguments_are_named(small_state, small_classes, options, message) -> None:
+    with pytest.raises(jt.InputError, match=message):
+        fit(small_state, small_classes, **options)
+
+
+def test_both_data_sets_are_checked(small_state, small_classes) -> None:
+    wrong = small_classes._replace(targets=small_classes.targets + 1)
+    with pytest.raises(jt.InputError, match=r"test_data\.targets holds the label 3"):
+        jt.fit(small_state, small_classes, wrong, loss_fn=LOSS)
+    with pytest.raises(jt.InputError, match=r"train_data\.targets holds the label 3"):
+        jt.fit(small_state, wrong, small_classes, loss_fn=LOSS)
+
+
+def test_numpy_data_trains_alike(small_state, small_classes) -> None:
+    arrays = jt.Dataset(*map(np.asarray, small_classes))
+    _, ours = fit(small_state, arrays, epochs=2)
+    _, expected = fit(small_state, small_classes, epochs=2)
+    np.testing.assert_array_equal(ours["step_losses"], expected["step_losses"])

@@ -1,0 +1,228 @@
+"""Where MNIST is found, how it is downloaded, and what is said when it is neither."""
+
+from __future__ import annotations
+
+import gzip
+import http.server
+import threading
+import time
+from collections.abc import Iterator
+from hashlib import sha256
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+import jaxtrain as jt
+from jaxtrain.data.mnist import FILES, cache_dir
+from tests.test_idx import encode
+
+PIXELS = np.arange(5 * 28 * 28, dtype=np.uint32).reshape(5, 28, 28).astype(np.uint8)
+LABELS = np.array([3, 0, 9, 1, 1], np.uint8)
+CONTENTS = {
+    name: encode(array)
+    for split in FILES.values()
+    for name, array in zip(split, (PIXELS, LABELS), strict=True)
+}
+
+
+@pytest.fixture(autouse=True)
+def elsewhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """No data folder, an empty cache, and no way out but to this machine."""
+    monkeypatch.delenv("JAXTRAIN_DATA_DIR", raising=False)
+    monkeypatch.setattr("platformdirs.user_cache_path", lambda name: tmp_path / "cache" / name)
+    monkeypatch.setenv("no_proxy", "127.0.0.1")
+
+
+def write_files(folder: Path, compressed: bool = False, **changed: bytes | None) -> Path:
+    """The four files, some of them changed (by their first word, None leaves one out)."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for name, content in CONTENTS.items():
+        content = changed.get(name.replace("-", "_").removesuffix("_ubyte"), content)
+        if content is not None:
+            path = folder / (f"{name}.gz" if compressed else name)
+            path.write_bytes(gzip.compress(content) if compressed else content)
+    return folder
+
+
+def assert_loaded(loaded: tuple[jt.Dataset, jt.Dataset]) -> None:
+    for part in loaded:
+        np.testing.assert_array_equal(part.inputs, PIXELS)
+        np.testing.assert_array_equal(part.targets, LABELS)
+        assert part.inputs.dtype == np.uint8
+        assert part.targets.dtype == np.int32
+
+
+@pytest.mark.parametrize("compressed", [False, True])
+@pytest.mark.parametrize("subfolder", ["", "kmnist"])
+@pytest.mark.parametrize("by", ["argument", "environment"])
+def test_files_are_found(tmp_path, monkeypatch, compressed, subfolder, by) -> None:
+    write_files(tmp_path / "data" / subfolder, compressed)
+    if by == "environment":
+        monkeypatch.setenv("JAXTRAIN_DATA_DIR", str(tmp_path / "data"))
+        assert_loaded(jt.data.load("kmnist"))
+    else:
+        assert_loaded(jt.data.load("kmnist", tmp_path / "data"))
+
+
+def test_a_subfolder_named_after_the_data_set_comes_first(tmp_path: Path) -> None:
+    write_files(tmp_path, t10k_labels_idx1=b"damaged")
+    write_files(tmp_path / "mnist")
+    assert_loaded(jt.data.load("mnist", tmp_path))
+
+
+def test_one_data_sets_folder_is_not_taken_for_another(tmp_path: Path, dead_server) -> None:
+    """MNIST's files in a folder named mnist are no KMNIST, though they are named alike."""
+    folder = write_files(tmp_path / "mnist")
+    with pytest.raises(jt.DataUnavailableError):
+        jt.data.load("kmnist", folder)
+
+
+def test_some_files_missing_is_said(tmp_path: Path) -> None:
+    write_files(tmp_path, t10k_labels_idx1=None)
+    with pytest.raises(jt.InputError, match=r"not t10k-labels-idx1-ubyte \(plain or \.gz\)"):
+        jt.data.load("mnist", tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("changed", "message"),
+    [
+        (
+            {"train_labels_idx1": encode(LABELS[:4])},
+            "holds 5 images but .*train-labels-idx1-ubyte 4 labels",
+        ),
+        (
+            {"train_labels_idx1": encode(np.array([3, 0, 10, 1, 1], np.uint8))},
+            r"train-labels-idx1-ubyte holds the label 10 \(at position 2\); expected labels from 0",
+        ),
+        ({"train_images_idx3": encode(LABELS)}, r"holds uint8 values of shape \(5,\)"),
+        ({"train_labels_idx1": encode(LABELS.astype(np.float32))}, "holds float32 values"),
+        ({"t10k_images_idx3": CONTENTS["t10k-images-idx3-ubyte"][:-5]}, "t10k-images.*truncated"),
+        (
+            {"train_images_idx3": encode(PIXELS[:0]), "train_labels_idx1": encode(LABELS[:0])},
+            "holds no images",
+        ),
+    ],
+)
+def test_files_that_do_not_fit_are_named(tmp_path: Path, changed, message) -> None:
+    write_files(tmp_path, **changed)
+    for name in ("mnist", "auto"):  # damage is no reason to fall back
+        with pytest.raises(jt.InputError, match=message):
+            jt.data.load(name, tmp_path)
+
+
+def test_an_unknown_name_lists_the_known() -> None:
+    with pytest.raises(jt.InputError, match=r"'minst'; expected one of auto, mnist, fashion_mnist"):
+        jt.data.load("minst")
+
+
+@pytest.fixture
+def serve(monkeypatch: pytest.MonkeyPatch) -> Iterator[dict[str, bytes]]:
+    """A server of MNIST's files on this machine, registered with TensorFlow Datasets as theirs.
+
+    Yields the files by name; a test may change what is sent, the checksums stay.
+    """
+    from tensorflow_datasets.core.download import checksums
+    from tensorflow_datasets.image_classification import mnist
+
+    files = {f"{name}.gz": gzip.compress(content) for name, content in CONTENTS.items()}
+
+    class Handler(http.server.BaseHTTPRequestHandler):
+        def do_HEAD(self) -> None:
+            self.do_GET()
+
+        def do_GET(self) -> None:
+            content = files.get(self.path.removeprefix("/"))
+            self.send_response(404 if content is None else 200)
+            self.send_header("Content-Length", str(len(content or b"")))
+            self.end_headers()
+            if self.command == "GET" and content is not None:
+                self.wfile.write(content)
+
+        def log_message(self, *_: object) -> None: ...
+
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    url = f"http://127.0.0.1:{server.server_port}/"
+    monkeypatch.setattr(mnist.MNIST, "URL", url)
+    for name, content in files.items():
+        info = checksums.UrlInfo(len(content), sha256(content).hexdigest(), name)
+        monkeypatch.setitem(checksums.get_all_url_infos(), url + name, info)
+    thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.05})
+    thread.start()
+    yield files
+    server.shutdown()
+    thread.join()
+    server.server_close()
+
+
+def test_files_are_downloaded_once(serve: dict[str, bytes]) -> None:
+    assert_loaded(jt.data.load("mnist"))
+    serve.clear()
+    assert_loaded(jt.data.load("mnist"))
+    assert sorted(path.name for path in cache_dir().rglob("*")) == sorted(
+        ["mnist", *(f"{name}.gz" for name in CONTENTS)]
+    )
+
+
+def test_a_file_with_the_wrong_checksum_is_not_kept(serve: dict[str, bytes]) -> None:
+    serve["train-labels-idx1-ubyte.gz"] = gzip.compress(encode(LABELS[::-1]))
+    with pytest.raises(jt.DataUnavailableError, match="checksum"):
+        jt.data.load("mnist")
+    assert not list(cache_dir().iterdir())
+
+
+@pytest.fixture
+def dead_server(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nobody listens where the data sets are published."""
+    from tensorflow_datasets.image_classification import mnist
+
+    for builder in (mnist.MNIST, mnist.KMNIST):
+        monkeypatch.setattr(builder, "URL", "http://127.0.0.1:9/")
+
+
+def test_without_files_and_network_the_ways_out_are_named(tmp_path: Path, dead_server) -> None:
+    started = time.monotonic()
+    with pytest.raises(jt.DataUnavailableError) as raised:
+        jt.data.load("mnist", tmp_path)
+    assert time.monotonic() - started < 10
+    message = str(raised.value)
+    for part in ("--data-dir", "$JAXTRAIN_DATA_DIR", "--dataset digits", str(tmp_path), *CONTENTS):
+        assert part in message
+
+
+def test_a_server_that_never_answers_is_given_up_in_time(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    import socket
+
+    from tensorflow_datasets.image_classification import mnist
+
+    with socket.socket() as silent:
+        silent.bind(("127.0.0.1", 0))
+        silent.listen()
+        monkeypatch.setattr(mnist.MNIST, "URL", f"http://127.0.0.1:{silent.getsockname()[1]}/")
+        started = time.monotonic()
+        with pytest.raises(jt.DataUnavailableError):
+            jt.data.load("mnist")
+        assert time.monotonic() - started < 10
+
+
+def test_auto_says_that_digits_are_not_mnist(dead_server) -> None:
+    resolved = jt.data.load_resolved("auto")
+    assert resolved.name == "digits"
+    assert resolved.notice is not None
+    assert "to train on MNIST, put train-images-idx3-ubyte" in resolved.notice
+
+
+def test_auto_takes_mnist_where_it_is(tmp_path: Path) -> None:
+    resolved = jt.data.load_resolved("auto", write_files(tmp_path))
+    assert (resolved.name, resolved.notice) == ("mnist", None)
+
+
+def test_the_real_files(mnist: jt.data.Resolved) -> None:
+    assert mnist.train.inputs.shape == (60_000, 28, 28)
+    assert mnist.test.inputs.shape == (10_000, 28, 28)
+    # Class sizes as published with the data set.
+    assert np.bincount(mnist.train.targets).tolist() == [
+        5923, 6742, 5958, 6131, 5842, 5421, 5918, 6265, 5851, 5949,
+    ]  # fmt: skip

@@ -1,0 +1,113 @@
+"""One step: pure, for any module and optimizer, and equal to a hand-solved case."""
+
+from __future__ import annotations
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+import jaxtrain as jt
+
+
+class ConvNet(nn.Module):
+    """Convolution, batch norm and dropout: all that a Linen module may bring along."""
+
+    @nn.compact
+    def __call__(self, inputs, train: bool = False):
+        x = inputs.reshape(-1, 28, 28, 1).astype(jnp.float32) / 255
+        x = nn.relu(nn.Conv(4, (3, 3), strides=4)(x))
+        x = nn.BatchNorm(use_running_average=not train, momentum=0.5)(x)
+        x = nn.Dropout(0.2, deterministic=not train)(x.reshape(len(x), -1))
+        return nn.Dense(10)(x)
+
+
+def test_a_step_solved_by_hand() -> None:
+    """ŷ = w x + b at w = 1, b = 0 on (1, 3) and (2, 6): errors −2, −4; loss (4 + 16) / 2."""
+    batch = jt.Dataset(jnp.array([[1.0], [2.0]]), jnp.array([[3.0], [6.0]]))
+    state = jt.init_state(
+        jt.models.LinearRegression(), jt.optimizers.sgd(0.1), batch.inputs, key=jax.random.key(0)
+    ).replace(params={"weight": jnp.array([[1.0]]), "bias": jnp.array([0.0])})
+    state, metrics = jt.train_step(state, batch, jt.losses.mean_squared_error)
+    assert metrics["loss"] == pytest.approx(10.0)
+    # dL/dw = mean(2 · error · x) = (−4 − 16) / 2 = −10; dL/db = mean(2 · error) = −6.
+    assert state.params["weight"].item() == pytest.approx(2.0)
+    assert state.params["bias"].item() == pytest.approx(0.6)
+    assert state.step == 1
+
+
+def test_the_old_state_stays_usable(small_state, small_classes) -> None:
+    before = jax.tree.map(np.array, small_state.params)
+    first, _ = jt.train_step(small_state, small_classes, jt.losses.cross_entropy)
+    again, _ = jt.train_step(small_state, small_classes, jt.losses.cross_entropy)
+    jax.tree.map(np.testing.assert_array_equal, before, small_state.params)
+    jax.tree.map(np.testing.assert_array_equal, first.params, again.params)
+
+
+def test_dropout_differs_from_step_to_step_and_key_to_key(small_state, small_classes) -> None:
+    def loss(state):
+        _, metrics = jt.train_step(state, small_classes, jt.losses.cross_entropy)
+        return metrics["loss"].item()
+
+    later = small_state.replace(step=small_state.step + 1)
+    other = small_state.replace(key=jax.random.key(9))
+    assert len({loss(small_state), loss(later), loss(other)}) == 3
+    assert loss(small_state) == loss(small_state)
+
+
+@pytest.mark.parametrize(
+    "optimizer",
+    [
+        jt.optimizers.sgd(0.05, momentum=0.9),
+        optax.adamw(0.01),
+        optax.lion(0.001),
+        optax.lbfgs(),
+        optax.chain(optax.clip_by_global_norm(1.0), optax.rmsprop(0.003)),
+    ],
+    ids=["sgd", "adamw", "lion", "lbfgs", "clipped rmsprop"],
+)
+def test_any_module_with_any_optimizer_learns(digits: jt.data.Resolved, optimizer) -> None:
+    batch = digits.train.take(jnp.arange(64))
+    state = jt.init_state(ConvNet(), optimizer, batch.inputs[:1], key=jax.random.key(0))
+    statistics = jax.tree.map(np.array, state.model_state)
+    losses = []
+    for _ in range(30):
+        state, metrics = jt.train_step(state, batch, jt.losses.cross_entropy)
+        losses.append(metrics["loss"].item())
+    assert np.mean(losses[-3:]) < 0.7 * losses[0]
+    moved = jax.tree.map(lambda a, b: bool((a != b).any()), statistics, state.model_state)
+    assert all(jax.tree.leaves(moved))  # batch norm's running mean and variance
+
+
+def test_evaluation_uses_the_running_statistics_and_no_dropout(digits: jt.data.Resolved) -> None:
+    batch = digits.test.take(jnp.arange(40))
+    state = jt.init_state(
+        ConvNet(), jt.optimizers.sgd(0.1), batch.inputs[:1], key=jax.random.key(0)
+    )
+    metrics = {"accuracy": jt.metrics.accuracy}
+    whole = jt.eval_step(state, batch, jt.losses.cross_entropy, metrics)
+    # With batch statistics, one example's loss would depend on the others in its batch.
+    singly = [
+        jt.eval_step(state, batch.take(jnp.array([i])), jt.losses.cross_entropy, metrics)
+        for i in range(40)
+    ]
+    for name in ("loss", "accuracy"):
+        mean = np.mean([one[name].item() for one in singly])
+        assert whole[name].item() == pytest.approx(mean, rel=1e-4)
+
+
+def test_a_loss_that_is_not_one_value_an_example_is_refused(small_state, small_classes) -> None:
+    def mean_loss(predictions, targets):
+        return jt.losses.cross_entropy(predictions, targets).mean()
+
+    with pytest.raises(jt.InputError, match=r"mean_loss returned the shape \(\).*\(50,\)"):
+        jt.train_step(small_state, small_classes, mean_loss)
+
+
+def test_a_metric_may_not_take_the_losss_name(small_state, small_classes) -> None:
+    with pytest.raises(jt.InputError, match="named 'loss'"):
+        jt.eval_step(
+            small_state, small_classes, jt.losses.cross_entropy, {"loss": jt.metrics.accuracy}
+        )
