@@ -56,6 +56,8 @@ class RunFolder:
         self._history_written = 0.0
         try:
             self.path.mkdir(parents=True, exist_ok=True)
+            for earlier in ("summary.json", "history.csv"):  # of another run, not of this one
+                (self.path / earlier).unlink(missing_ok=True)
             self._write_json("config.json", dataclasses.asdict(config))
         except OSError as error:
             raise InputError(

@@ -17,5 +17,5 @@ def test_only_whole_numbers_count(check, value) -> None:
 
 
 def test_a_tuple_is_no_dataset() -> None:
-    with pytest.raises(jt.InputError, match="train_data is a tuple; expected a jaxtrain.Dataset"):
+    with pytest.raises(jt.InputError, match=r"train_data is a tuple; expected a jaxtrain.Dataset"):
         check_dataset(([1.0], [2.0]), "train_data")
