@@ -17,10 +17,12 @@ mnist: $(VENV)/installed  ## tutorial T2: MNIST (ARGS="--dataset digits" passes 
 test: $(VENV)/installed-test  ## run the tests
 	$(BIN)/python -m pytest $(ARGS)
 
-check: $(VENV)/installed-dev  ## lint, format and types
+# The scripts are left out of the last line: they are processes of their own, beyond its checker.
+check: $(VENV)/installed-dev  ## lint, format, types, and the tests with shapes and types checked at run time
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+	$(BIN)/python -m pytest --jaxtyping-packages=jaxtrain,tests.checked --ignore=tests/test_experiments.py
 
 format: $(VENV)/installed-dev  ## let ruff format and mend what it can
 	$(BIN)/ruff check --fix .

@@ -84,12 +84,12 @@ def train(
     ) as show:
 
         def report(event: Event) -> None:
-            show(event)
             if isinstance(event, EpochDone):
                 params = event.state.params
                 folder.record(event, weight=params["weight"].item(), bias=params["bias"].item())
             else:
                 folder.record(event)
+            show(event)
 
         after, history = jt.fit(
             before,

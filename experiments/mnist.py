@@ -113,8 +113,8 @@ def train(
     ) as show:
 
         def report(event: Event) -> None:
-            show(event)
             folder.record(event)
+            show(event)
 
         return jt.fit(
             state,

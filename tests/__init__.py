@@ -1,4 +1,4 @@
-"""The tests, and the run-time type checker that they put on every function of jaxtrain."""
+"""The tests, and the run-time type checker that `make check` puts on every function of jaxtrain."""
 
 from beartype import BeartypeConf, beartype
 
