@@ -171,6 +171,19 @@ def test_a_file_with_the_wrong_checksum_is_not_kept(serve: dict[str, bytes]) -> 
     assert not list(cache_dir().iterdir())
 
 
+def test_a_file_without_a_registered_checksum_is_not_taken(
+    serve: dict[str, bytes], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from tensorflow_datasets.core.download import checksums
+    from tensorflow_datasets.image_classification import mnist
+
+    url = f"{mnist.MNIST.URL}t10k-images-idx3-ubyte.gz"
+    monkeypatch.delitem(checksums.get_all_url_infos(), url)
+    with pytest.raises(jt.DataUnavailableError, match="Missing checksums"):
+        jt.data.load("mnist")
+    assert not list(cache_dir().iterdir())
+
+
 @pytest.fixture
 def dead_server(monkeypatch: pytest.MonkeyPatch) -> None:
     """Nobody listens where the data sets are published."""
