@@ -14,6 +14,7 @@ from rich.table import Table
 
 import jaxtrain as jt
 from experiments import mnist
+from jaxtrain.command import mistakes_on_one_line
 from jaxtrain.runs import RunFolder
 
 SEEDS = (42, 1, 2, 3, 4)
@@ -25,7 +26,8 @@ REFERENCE = {"shuffled": 9483, "stored": 9476}
 def correct_answers(data: jt.data.Resolved, seed: int, shuffle: bool) -> list[int]:
     """Correct test answers after each of T2's five epochs."""
     with tempfile.TemporaryDirectory() as scratch:
-        config = mnist.Config(dataset="mnist", seed=seed, shuffle=shuffle, log_interval=0)
+        config = mnist.Config(seed=seed, shuffle=shuffle, log_interval=0)
+        config = mnist.with_defaults(config, data.name)
         _, history = mnist.train(config, data, RunFolder(scratch, config))
     return [round(share * data.test.num_examples) for share in history["test_accuracy"]]
 
@@ -50,4 +52,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    with mistakes_on_one_line():
+        main()

@@ -34,8 +34,8 @@ STARTED_VARIABLE = "JAXTRAIN_BENCHMARK_STARTED"
 Epoch = Callable[[], object]
 
 
-def jax_epoch(folder: Path, shuffle: bool) -> tuple[Epoch, Epoch]:
-    """(one epoch, one step) of jaxtrain, each starting from the same state at every call."""
+def jax_start(folder: Path) -> tuple[Any, Any]:
+    """The training data and the state of the T2 network."""
     import jax
 
     import jaxtrain as jt
@@ -47,6 +47,16 @@ def jax_epoch(folder: Path, shuffle: bool) -> tuple[Epoch, Epoch]:
         train_data.inputs[:1],
         key=jax.random.key(42),
     )
+    return train_data, state
+
+
+def jax_epoch(folder: Path, shuffle: bool) -> tuple[Epoch, Epoch]:
+    """(one epoch, one step) of jaxtrain, each starting from the same state at every call."""
+    import jax
+
+    import jaxtrain as jt
+
+    train_data, state = jax_start(folder)
     first_batch = jax.tree.map(lambda array: array[:BATCH_SIZE], train_data)
     loss_fn = jt.losses.cross_entropy
     key = jax.random.key(0) if shuffle else None
@@ -89,7 +99,24 @@ def torch_epoch(folder: Path, shuffle: bool) -> tuple[Epoch, Epoch]:
     return epoch, step
 
 
+FIT = "an epoch of fit"
 SIDES = {"jaxtrain": jax_epoch, "PyTorch eager": torch_epoch}
+
+
+def fit_epoch(folder: Path, shuffle: bool) -> Callable[[], float]:
+    """One epoch by `fit`, looked into every 100 steps, without evaluation; returns its seconds."""
+    import jax
+
+    import jaxtrain as jt
+
+    train_data, state = jax_start(folder)
+    key = jax.random.key(0) if shuffle else None
+
+    def epoch() -> float:
+        _, history = jt.fit(state, train_data, loss_fn=jt.losses.cross_entropy, epochs=1, key=key)
+        return float(history["seconds"][0])
+
+    return epoch
 
 
 def measure_alone(side: str, folder: Path) -> dict[str, float]:
@@ -133,16 +160,20 @@ def measure_in_child(side: str, folder: Path) -> dict[str, float]:
 
 
 def measure_in_turns(folder: Path, shuffle: bool, rounds: int) -> dict[str, list[float]]:
-    """Seconds of each epoch of each side, A B A B …, after one that is not counted."""
-    epochs = {side: make(folder, shuffle)[0] for side, make in SIDES.items()}
-    seconds: dict[str, list[float]] = {side: [] for side in epochs}
-    for counted in [False] + [True] * rounds:
-        for side, epoch in epochs.items():
+    """Seconds of each epoch of each side, A B C A B C …, after one that is not counted."""
+
+    def timed(epoch: Epoch) -> Callable[[], float]:
+        def seconds() -> float:
             started = time.perf_counter()
             epoch()
-            if counted:
-                seconds[side].append(time.perf_counter() - started)
-    return seconds
+            return time.perf_counter() - started
+
+        return seconds
+
+    epochs = {side: timed(make(folder, shuffle)[0]) for side, make in SIDES.items()}
+    epochs[FIT] = fit_epoch(folder, shuffle)
+    results = [{side: epoch() for side, epoch in epochs.items()} for _ in range(rounds + 1)]
+    return {side: [result[side] for result in results[1:]] for side in epochs}
 
 
 def cpu_name() -> str:
@@ -172,12 +203,15 @@ def main() -> None:
     from rich.console import Console
     from rich.table import Table
 
+    from jaxtrain.command import mistakes_on_one_line
     from jaxtrain.data.mnist import locate_files
 
-    folder = locate_files("mnist", arguments.data_dir)
+    with mistakes_on_one_line():
+        folder = locate_files("mnist", arguments.data_dir)
     alone = {side: measure_in_child(side, folder) for side in SIDES}
 
-    table = Table(title="MNIST, T2 network, batch 64, float32", title_justify="left")
+    title = f"MNIST, T2 network, batch 64, float32; medians of {arguments.rounds}"
+    table = Table(title=title, title_justify="left")
     for heading in ("", *SIDES, "ratio"):
         table.add_column(heading, justify="right" if heading else "left")
 
@@ -189,14 +223,16 @@ def main() -> None:
     for shuffle in (False, True):
         seconds = measure_in_turns(folder, shuffle, arguments.rounds)
         order = "shuffled" if shuffle else "stored order"
-        add(
-            f"an epoch, {order}: median of {arguments.rounds}",
-            "s",
-            {side: statistics.median(values) for side, values in seconds.items()},
-            3,
-        )
+        fit_seconds = seconds.pop(FIT)
+        medians = {side: statistics.median(values) for side, values in seconds.items()}
+        add(f"an epoch, {order}", "s", medians, 3)
         spread = [f"{min(values):.3f} – {max(values):.3f} s" for values in seconds.values()]
-        table.add_row("    from – to", *spread, "")
+        table.add_row("  from – to", *spread, "")
+        share = statistics.median(fit_seconds) / medians["jaxtrain"]
+        table.add_row(
+            "  by fit, 10 looks an epoch", f"{statistics.median(fit_seconds):.3f} s", "", ""
+        )
+        table.add_row("  fit / train_epoch", f"{share:.3f}", "", "")
 
     def each(entry: str) -> dict[str, Any]:
         return {side: values[entry] for side, values in alone.items()}
@@ -207,11 +243,11 @@ def main() -> None:
         for side, values in alone.items()
     }
     table.add_row(
-        "first epoch minus a later one (compiling)",
+        "compiling (first epoch − later one)",
         *(f"{value:.2f} s" for value in compile_seconds.values()),
         "",
     )
-    add("process start to first trained step", "s", each("first_step_seconds"), 2)
+    add("start to first trained step", "s", each("first_step_seconds"), 2)
     add("peak memory, two epochs", "MiB", each("peak_mib"), 0)
 
     console = Console(highlight=False)

@@ -6,11 +6,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-import jax
 import jax.numpy as jnp
 
 import jaxtrain as jt
 from jaxtrain import command, plots, progress, runs
+from jaxtrain.checks import check_whole
 from jaxtrain.fit import EpochDone, Event, History
 
 LOSS = jt.losses.mean_absolute_error
@@ -73,12 +73,13 @@ def train(
         jt.models.LinearRegression(),
         optimizer,
         train_data.inputs[:1],
-        key=jax.random.key(config.seed),
+        key=command.seed_key(config.seed),
     )
     if config.start == "published":
         start = {"weight": jnp.array([[PUBLISHED_WEIGHT]]), "bias": jnp.array([PUBLISHED_BIAS])}
         before = before.replace(params=start)
 
+    check_whole(config.log_interval, "log_interval", least=0)
     with progress.console(
         log_interval=config.log_interval, epoch_interval=config.log_interval
     ) as show:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -13,9 +13,10 @@ import optax
 
 import jaxtrain as jt
 from jaxtrain import command, plots, progress, runs
-from jaxtrain.checks import check_batch_size
+from jaxtrain.checks import check_whole
 from jaxtrain.epochs import num_steps
 from jaxtrain.fit import Event, History
+from jaxtrain.optimizers import LearningRate
 
 LOSS = jt.losses.cross_entropy
 METRICS = {"accuracy": jt.metrics.accuracy}
@@ -77,11 +78,11 @@ def run(config: Config) -> dict[str, Any]:
         data = jt.data.load_resolved(config.dataset, config.data_dir)
         if data.notice is not None:
             print(f"This is not MNIST but scikit-learn's digits: {data.notice}.", file=sys.stderr)
+        folder.config = config = with_defaults(config, data.name)
         state, history = train(config, data, folder)
 
-        predictions = jt.predict(state, data.test.inputs, batch_size=config.test_batch_size)
-        write_pictures(folder, data, history, predictions)
-        final = jt.evaluate(state, data.test, LOSS, METRICS, batch_size=config.test_batch_size)
+        logits = jt.predict(state, data.test.inputs, batch_size=config.test_batch_size)
+        write_pictures(folder, data, history, logits)
         summary = folder.write_summary(
             experiment="mnist",
             dataset=data.name,
@@ -89,23 +90,32 @@ def run(config: Config) -> dict[str, Any]:
             epochs=len(history["epoch"]),
             seed=config.seed,
             train_loss=history["train_loss"][-1] if len(history["epoch"]) else None,
-            test_loss=final["loss"],
-            test_accuracy=final["accuracy"],
+            test_loss=LOSS(logits, data.test.targets).mean().item(),
+            test_accuracy=METRICS["accuracy"](logits, data.test.targets).mean().item(),
         )
     print_table(config, data, summary)
     return summary
 
 
+def with_defaults(config: Config, dataset: str) -> Config:
+    """The configuration with this data set's epochs and rate where none were given."""
+    epochs, learning_rate = DEFAULTS[dataset]
+    return replace(
+        config,
+        epochs=epochs if config.epochs is None else config.epochs,
+        learning_rate=learning_rate if config.learning_rate is None else config.learning_rate,
+    )
+
+
 def train(
     config: Config, data: jt.data.Resolved, folder: runs.RunFolder
 ) -> tuple[jt.TrainState, History]:
-    """Fit the network to the data as the configuration says."""
-    epochs, learning_rate = DEFAULTS[data.name]
-    epochs = epochs if config.epochs is None else config.epochs
+    """Fit the network to the data as the configuration, its defaults filled in, says."""
+    assert config.epochs is not None
     mean, std = jt.data.STATISTICS[data.name]
     model = jt.models.FeedForward(dropout_rate=config.dropout, mean=mean, std=std)
-    init_key, shuffle_key = jax.random.split(jax.random.key(config.seed))
-    optimizer = make_optimizer(config, learning_rate, data.train.num_examples)
+    init_key, shuffle_key = jax.random.split(command.seed_key(config.seed))
+    optimizer = make_optimizer(config, data.train.num_examples)
     state = jt.init_state(model, optimizer, data.train.inputs[:1], key=init_key)
 
     with progress.console(
@@ -122,7 +132,7 @@ def train(
             data.test,
             loss_fn=LOSS,
             metric_fns=METRICS,
-            epochs=epochs,
+            epochs=config.epochs,
             batch_size=config.batch_size,
             test_batch_size=config.test_batch_size,
             key=shuffle_key if config.shuffle else None,
@@ -131,15 +141,14 @@ def train(
         )
 
 
-def make_optimizer(
-    config: Config, learning_rate: float, examples: int
-) -> optax.GradientTransformation:
+def make_optimizer(config: Config, examples: int) -> optax.GradientTransformation:
     """The solver that the flags describe."""
-    rate: Any = learning_rate if config.learning_rate is None else config.learning_rate
+    assert config.learning_rate is not None
+    rate: LearningRate = config.learning_rate
     if config.gamma is not None:
-        check_batch_size(config.batch_size, "batch_size")
+        check_whole(config.batch_size, "batch_size", least=1)
         steps = num_steps(examples, config.batch_size)
-        rate = jt.optimizers.step_lr(rate, 1, config.gamma, steps_per_epoch=steps)
+        rate = jt.optimizers.step_lr(config.learning_rate, 1, config.gamma, steps_per_epoch=steps)
     options = {"momentum": config.momentum} if config.momentum else {}
     if options and config.optimizer != "sgd":
         raise jt.InputError(
@@ -159,7 +168,7 @@ def write_pictures(
     images, labels = np.asarray(data.test.inputs), np.asarray(data.test.targets)
     predicted = np.asarray(logits.argmax(axis=-1))
     mistakes = np.flatnonzero(predicted != labels)[:MISTAKES_SHOWN]
-    groups = [("the first test images: predicted class", np.arange(IMAGES_SHOWN))]
+    groups = [("the first test images: predicted class", np.arange(min(IMAGES_SHOWN, len(labels))))]
     if len(mistakes):
         groups.append(("the first mistakes: predicted class, true class", mistakes))
     if len(history["epoch"]):
@@ -182,9 +191,9 @@ def print_table(config: Config, data: jt.data.Resolved, summary: dict[str, Any])
         {
             "data set": data.name + ("" if data.notice is None else " (this is not MNIST)"),
             "epochs": str(summary["epochs"]),
-            "test loss": f"{float(summary['test_loss']):.4f}",
+            "test loss": f"{summary['test_loss']:.4f}",
             "test accuracy": accuracy,
-            "the original, 5 epochs": "about 94.8 % on MNIST",
+            "PyTorch on MNIST, 5 epochs": "94.8 %",
             "compiling": f"{summary['compile_seconds']:.1f} s",
             "training": f"{summary['train_seconds']:.1f} s on {summary['device']}",
         },

@@ -11,18 +11,23 @@ from jaxtyping import Array
 
 from jaxtrain.data.dataset import Dataset
 from jaxtrain.errors import InputError
+from jaxtrain.losses import LABEL_LOSSES, Loss
 from jaxtrain.state import TrainState
 from jaxtrain.steps import predict_batch
 
 
-def check_batch_size(value: Any, name: str) -> None:
-    """Raise unless `value` is a whole number of at least 1."""
-    _check_whole(value, name, least=1)
+def check_whole(value: Any, name: str, least: int, most: int | None = None) -> None:
+    """Raise unless `value` is a whole number from `least` to `most`."""
+    whole = isinstance(value, (int, np.integer)) and not isinstance(value, bool)
+    if not whole or value < least or (most is not None and value > most):
+        upper = "" if most is None else f" and at most {most}"
+        raise InputError(f"{name} is {value!r}; expected a whole number of at least {least}{upper}")
 
 
-def check_epochs(value: Any, name: str) -> None:
-    """Raise unless `value` is a whole number of at least 0."""
-    _check_whole(value, name, least=0)
+def check_key(key: Any, name: str) -> None:
+    """Raise unless `key` is a PRNG key."""
+    if not isinstance(key, jax.Array):
+        raise InputError(f"{name} is {key!r}; expected a PRNG key, jax.random.key(0) for instance")
 
 
 def check_inputs(inputs: Array, name: str) -> None:
@@ -34,18 +39,21 @@ def check_inputs(inputs: Array, name: str) -> None:
         )
 
 
-def check_labels(state: TrainState, dataset: Dataset, name: str) -> None:
-    """Raise if integer targets are labels outside the model's classes.
+def check_labels(state: TrainState, dataset: Dataset, loss_fn: Loss, name: str) -> None:
+    """Raise if the loss takes class labels and some are outside the model's classes.
 
     JAX clamps an index out of range, so a wrong label would train silently. Skipped where the
-    targets are being traced: there is no value to look at.
+    targets have no value to look at: while they are traced, or spread over several hosts.
     """
     targets = dataset.targets
-    if isinstance(targets, jax.core.Tracer) or not jnp.issubdtype(targets.dtype, jnp.integer):
+    if (
+        loss_fn not in LABEL_LOSSES
+        or isinstance(targets, jax.core.Tracer)
+        or not jnp.issubdtype(targets.dtype, jnp.integer)  # the loss itself refuses these
+        or not getattr(targets, "is_fully_addressable", True)
+    ):
         return
     predictions = jax.eval_shape(predict_batch, state, dataset.inputs[:1])
-    if predictions.ndim != targets.ndim + 1:
-        return
     classes, labels = predictions.shape[-1], np.asarray(targets)
     low, high = int(labels.min()), int(labels.max())
     if low < 0 or high >= classes:
@@ -53,8 +61,3 @@ def check_labels(state: TrainState, dataset: Dataset, name: str) -> None:
             f"{name}.targets holds the label {low if low < 0 else high}; expected labels from 0 to "
             f"{classes - 1}, since the model has {classes} outputs"
         )
-
-
-def _check_whole(value: Any, name: str, least: int) -> None:
-    if isinstance(value, bool) or not isinstance(value, (int, np.integer)) or value < least:
-        raise InputError(f"{name} is {value!r}; expected a whole number of at least {least}")

@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import contextlib
+import os
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Literal, TypeVar
 
 import jax
+from jaxtyping import Array, Key
 
+from jaxtrain.checks import check_whole
 from jaxtrain.errors import InputError, NonFiniteLossError
+from jaxtrain.runs import FINISHED_NOTE
 
 Device = Literal["auto", "cpu", "gpu"]
 Config = TypeVar("Config")
@@ -28,15 +33,29 @@ def main(config_type: type[Config], run: Callable[[Config], object]) -> None:
     """
     import tyro
 
-    config = tyro.cli(config_type, description=run.__doc__)
+    with mistakes_on_one_line():
+        run(tyro.cli(config_type, description=run.__doc__))
+
+
+@contextlib.contextmanager
+def mistakes_on_one_line() -> Iterator[None]:
+    """End the process as `main` describes where a user's mistake or Ctrl-C comes up in it."""
     try:
-        run(config)
+        yield
     except (InputError, NonFiniteLossError) as error:
-        print(f"error: {error}", file=sys.stderr)
+        print(_one_line(f"error: {error}", error), file=sys.stderr)
         sys.exit(1)
-    except KeyboardInterrupt:
-        print("interrupted; what was finished is in the output folder", file=sys.stderr)
-        sys.exit(_INTERRUPTED)
+    except KeyboardInterrupt as error:
+        print(_one_line("interrupted", error), file=sys.stderr)
+        sys.stdout.flush()
+        sys.stderr.flush()
+        # At once: Python's own exit would tear XLA down while it may still be compiling.
+        os._exit(_INTERRUPTED)
+
+
+def _one_line(message: str, error: BaseException) -> str:
+    notes = [note for note in getattr(error, "__notes__", []) if note.startswith(FINISHED_NOTE)]
+    return "; ".join([message, *notes])
 
 
 def select_device(device: Device) -> None:
@@ -55,6 +74,16 @@ def select_device(device: Device) -> None:
                 "--device is gpu, but JAX sees no GPU; expected one that nvidia-smi lists and the "
                 "CUDA build of JAX (pip install 'jaxtrain[cuda]'), or take --device cpu"
             ) from error
+
+
+def seed_key(seed: int) -> Key[Array, ""]:
+    """The PRNG key of a seed.
+
+    Raises:
+      InputError: the seed is not in 0 … 2³² − 1; JAX would take a larger one for a smaller.
+    """
+    check_whole(seed, "seed", least=0, most=2**32 - 1)
+    return jax.random.key(seed)
 
 
 def print_summary(title: str, rows: Mapping[str, str], output_dir: Path) -> None:

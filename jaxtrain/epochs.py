@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float, Int, Key, PyTree, Shaped
 
-from jaxtrain.checks import check_batch_size, check_inputs, check_labels
+from jaxtrain.checks import check_inputs, check_key, check_labels, check_whole
 from jaxtrain.data.dataset import Dataset, check_dataset
 from jaxtrain.losses import Loss
 from jaxtrain.metrics import Metric
@@ -45,8 +45,10 @@ def train_epoch(
       InputError: an argument is out of range; labels do not fit the model's classes.
     """
     check_dataset(dataset, "dataset")
-    check_batch_size(batch_size, "batch_size")
-    check_labels(state, dataset, "dataset")
+    check_whole(batch_size, "batch_size", least=1)
+    if key is not None:
+        check_key(key, "key")
+    check_labels(state, dataset, loss_fn, "dataset")
     return _train_epoch(state, dataset, loss_fn, batch_size=batch_size, key=key)
 
 
@@ -144,32 +146,20 @@ def evaluate(
       InputError: an argument is out of range; labels do not fit the model's classes.
     """
     check_dataset(dataset, "dataset")
-    check_batch_size(batch_size, "batch_size")
-    check_labels(state, dataset, "dataset")
-    return _evaluate(state, dataset, metric_items(loss_fn, metric_fns), batch_size=batch_size)
-
-
-def compile_evaluate(
-    state: TrainState,
-    dataset: Dataset,
-    loss_fn: Loss,
-    metric_fns: Mapping[str, Metric] | None = None,
-    *,
-    batch_size: int = 1000,
-) -> None:
-    """Compile what the same call of `evaluate` will run, so that its time can be told apart."""
-    items = metric_items(loss_fn, metric_fns)
-    _evaluate.lower(state, dataset, items, batch_size=batch_size).compile()
+    check_whole(batch_size, "batch_size", least=1)
+    check_labels(state, dataset, loss_fn, "dataset")
+    return evaluation(state, dataset, metric_items(loss_fn, metric_fns), batch_size=batch_size)
 
 
 @functools.partial(jax.jit, static_argnames=("metrics", "batch_size"))
-def _evaluate(
+def evaluation(
     state: TrainState,
     dataset: Dataset,
     metrics: tuple[tuple[str, Metric], ...],
     *,
     batch_size: int,
 ) -> Metrics:
+    """`evaluate` after its checks, with the metrics that `metric_items` gives."""
     full, tail = _split_batches(dataset, batch_size)
     sums = jax.tree.map(jnp.sum, lax.map(lambda batch: metric_sums(state, batch, metrics), full))
     if tail is not None:
@@ -194,7 +184,7 @@ def predict(
       InputError: no inputs, or a batch size below 1.
     """
     check_inputs(inputs, "inputs")
-    check_batch_size(batch_size, "batch_size")
+    check_whole(batch_size, "batch_size", least=1)
     return _predict(state, inputs, batch_size=batch_size)
 
 

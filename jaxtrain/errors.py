@@ -29,31 +29,37 @@ class DataUnavailableError(InputError):
 
 
 class NonFiniteLossError(ArithmeticError):
-    """The training loss became NaN or infinite.
+    """The training or test loss became NaN or infinite.
 
     Attributes:
       epoch: the epoch in which it happened, counted from 1.
-      step: the step within that epoch, counted from 1.
-      loss: the loss of that step.
+      step: the step within that epoch, counted from 1; None for the test loss.
+      loss: the loss.
       learning_rate: the rate of that step, or None where the optimizer does not record one.
       history: the history of the epochs finished before it.
     """
 
     def __init__(
-        self, epoch: int, step: int, loss: float, learning_rate: float | None, history: dict
+        self,
+        epoch: int,
+        step: int | None,
+        loss: float,
+        learning_rate: float | None,
+        history: dict,
     ) -> None:
         self.epoch = epoch
         self.step = step
         self.loss = loss
         self.learning_rate = learning_rate
         self.history = history
-        rate = "" if learning_rate is None else f" at learning rate {learning_rate:g}"
-        tries = (
-            "a smaller learning rate or gradient clipping"
-            if learning_rate is None
-            else f"a smaller learning rate ({learning_rate / 10:g}, say) or gradient clipping"
-        )
+        where = f"the test loss became {loss} after epoch {epoch}"
+        if step is not None:
+            where = f"the training loss became {loss} in epoch {epoch}, step {step}"
+        rate, smaller = "", "a smaller learning rate"
+        if learning_rate is not None:
+            rate = f" at learning rate {learning_rate:g}"
+            smaller = f"{smaller} ({learning_rate / 10:g}, say)"
         super().__init__(
-            f"the training loss became {loss} in epoch {epoch}, step {step}{rate}; "
-            f"try {tries}, and check the inputs for NaN or unscaled values"
+            f"{where}{rate}; try {smaller} or gradient clipping, and check the inputs for NaN or "
+            "unscaled values"
         )

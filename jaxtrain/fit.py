@@ -11,14 +11,15 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Key
 
-from jaxtrain.checks import check_batch_size, check_epochs, check_labels
+from jaxtrain.checks import check_key, check_labels, check_whole
 from jaxtrain.data.dataset import Dataset, check_dataset
-from jaxtrain.epochs import compile_evaluate, epoch_order, evaluate, num_steps, train_steps
+from jaxtrain.epochs import epoch_order, evaluation, num_steps, train_steps
 from jaxtrain.errors import NonFiniteLossError
 from jaxtrain.losses import Loss
 from jaxtrain.metrics import Metric
 from jaxtrain.optimizers import current_learning_rate
 from jaxtrain.state import TrainState
+from jaxtrain.steps import metric_items
 
 History = dict[str, np.ndarray]
 
@@ -94,8 +95,8 @@ def fit(
 ) -> tuple[TrainState, History]:
     """Train for some epochs, evaluating after each.
 
-    Calling it again with the state it returned continues the run: two calls of 2 and 3 epochs give
-    exactly what one call of 5 gives.
+    Calling it again with the state it returned, the same data and batch size continues the run (the
+    epoch is counted by the state's steps): 2 and 3 epochs give exactly what 5 in one call give.
 
     Args:
       state: where to start; left untouched.
@@ -124,17 +125,19 @@ def fit(
       NonFiniteLossError: the loss became NaN or infinite; carries the finished epochs' history.
     """
     check_dataset(train_data, "train_data")
-    check_epochs(epochs, "epochs")
-    check_batch_size(batch_size, "batch_size")
-    check_batch_size(test_batch_size, "test_batch_size")
-    check_epochs(log_interval, "log_interval")
+    check_whole(epochs, "epochs", least=0)
+    check_whole(batch_size, "batch_size", least=1)
+    check_whole(test_batch_size, "test_batch_size", least=1)
+    check_whole(log_interval, "log_interval", least=0)
+    if key is not None:
+        check_key(key, "key")
     # On the device once, not at every call.
     train_data = Dataset(*map(jnp.asarray, train_data))
-    check_labels(state, train_data, "train_data")
+    check_labels(state, train_data, loss_fn, "train_data")
     if test_data is not None:
         check_dataset(test_data, "test_data")
         test_data = Dataset(*map(jnp.asarray, test_data))
-        check_labels(state, test_data, "test_data")
+        check_labels(state, test_data, loss_fn, "test_data")
     report = report or (lambda event: None)
     examples = train_data.num_examples
     batch_size = min(batch_size, examples)
@@ -144,14 +147,15 @@ def fit(
     started = time.perf_counter()
     order = epoch_order(examples, key)
     _train_steps.lower(state, train_data, order, loss_fn, 0, steps, batch_size=batch_size).compile()
+    metrics = metric_items(loss_fn, metric_fns)
     if test_data is not None:
-        compile_evaluate(state, test_data, loss_fn, metric_fns, batch_size=test_batch_size)
+        evaluation.lower(state, test_data, metrics, batch_size=test_batch_size).compile()
     report(Compiled(time.perf_counter() - started, epochs, steps, examples))
 
     batch_sizes = np.full(steps, batch_size)
     batch_sizes[-1] = examples - (steps - 1) * batch_size
-    test_names = [f"test_{name}" for name in ("loss", *(metric_fns or ()))] if test_data else []
-    rate_names = [] if current_learning_rate(state.opt_state) is None else ["learning_rate"]
+    test_names = [f"test_{name}" for name, _ in metrics] if test_data else []
+    rate_names = [] if _learning_rate(state) is None else ["learning_rate"]
     columns = ["epoch", "train_loss", *test_names, *rate_names, "seconds"]
     rows: list[dict[str, float]] = []
     step_losses: list[np.ndarray] = []
@@ -166,29 +170,48 @@ def fit(
             start = len(losses)
             stop = _next_stop(start, steps, log_interval, seconds_per_step)
             chunk_started = time.perf_counter()
+            before = state
             state, all_losses = _train_steps(
                 state, train_data, order, loss_fn, start, stop, batch_size=batch_size
             )
             chunk = np.asarray(all_losses)[start:stop]
             seconds_per_step = (time.perf_counter() - chunk_started) / (stop - start)
-            rate = current_learning_rate(state.opt_state)
             if not np.isfinite(chunk).all():
                 bad = int(np.argmin(np.isfinite(chunk)))
+                # Once more up to that step, for the learning rate that it used.
+                state, _ = _train_steps(
+                    before,
+                    train_data,
+                    order,
+                    loss_fn,
+                    start,
+                    start + bad + 1,
+                    batch_size=batch_size,
+                )
                 raise NonFiniteLossError(
-                    epoch=epoch,
-                    step=start + bad + 1,
-                    loss=float(chunk[bad]),
-                    learning_rate=None if rate is None else float(rate),
-                    history=_history(columns, rows, step_losses),
+                    epoch,
+                    start + bad + 1,
+                    float(chunk[bad]),
+                    _learning_rate(state),
+                    _history(columns, rows, step_losses),
                 )
             losses = np.append(losses, chunk)
             report(StepsDone(epoch, stop, int(batch_sizes[:stop].sum()), float(chunk[-1])))
         row = {"epoch": epoch, "train_loss": float(np.average(losses, weights=batch_sizes))}
         if test_data is not None:
-            metrics = evaluate(state, test_data, loss_fn, metric_fns, batch_size=test_batch_size)
-            row |= {name: float(metrics[name.removeprefix("test_")]) for name in test_names}
+            means = evaluation(state, test_data, metrics, batch_size=test_batch_size)
+            row |= {name: float(means[name.removeprefix("test_")]) for name in test_names}
+            if not np.isfinite(row["test_loss"]):
+                raise NonFiniteLossError(
+                    epoch,
+                    None,
+                    row["test_loss"],
+                    _learning_rate(state),
+                    _history(columns, rows, step_losses),
+                )
+        rate = _learning_rate(state)
         if rate is not None:
-            row["learning_rate"] = float(rate)
+            row["learning_rate"] = rate
         row["seconds"] = time.perf_counter() - epoch_started
         rows.append(row)
         step_losses.append(losses)
@@ -203,6 +226,11 @@ def _next_stop(start: int, steps: int, log_interval: int, seconds_per_step: floa
     if log_interval:
         stop = min(stop, (start // log_interval + 1) * log_interval)
     return stop
+
+
+def _learning_rate(state: TrainState) -> float | None:
+    rate = current_learning_rate(state.opt_state)
+    return None if rate is None else float(rate)
 
 
 def _history(

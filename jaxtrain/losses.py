@@ -65,8 +65,14 @@ def cross_entropy(
             f"targets of cross_entropy have the shape {targets.shape}; expected one label for each "
             f"row of the logits, {predictions.shape[:1]}"
         )
+    # Narrow labels would wrap in the comparison: 256 is 0 as uint8.
+    targets = targets.astype(jnp.int32)
     loss = optax.softmax_cross_entropy_with_integer_labels(predictions, targets)
     return jnp.where((targets >= 0) & (targets < predictions.shape[-1]), loss, jnp.nan)
+
+
+# The losses whose targets are class labels, which are checked against the model's outputs.
+LABEL_LOSSES: frozenset[Loss] = frozenset({cross_entropy})
 
 
 def _check_same_shape(predictions: Array, targets: Array) -> None:

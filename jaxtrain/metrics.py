@@ -22,5 +22,5 @@ def confusion_matrix(
 ) -> Int[Array, "classes classes"]:
     """How often each label (row) was predicted as each class (column)."""
     classes = predictions.shape[-1]
-    pairs = targets * classes + jnp.argmax(predictions, axis=-1)
+    pairs = targets.astype(jnp.int32) * classes + jnp.argmax(predictions, axis=-1)
     return jnp.bincount(pairs, length=classes * classes).reshape(classes, classes)

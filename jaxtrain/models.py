@@ -34,12 +34,12 @@ class LinearRegression(nn.Module):
 
     @nn.compact
     def __call__(
-        self, inputs: Float[Array, "batch inputs"], train: bool = False
+        self, inputs: Num[Array, "batch inputs"], train: bool = False
     ) -> Float[Array, "batch features"]:
         """Predict; `train` changes nothing here."""
-        shape = (inputs.shape[-1], self.features)
-        weight = self.param("weight", nn.initializers.normal(1.0), shape, inputs.dtype)
-        bias = self.param("bias", nn.initializers.normal(1.0), (self.features,), inputs.dtype)
+        shape, dtype = (inputs.shape[-1], self.features), jnp.result_type(inputs, jnp.float32)
+        weight = self.param("weight", nn.initializers.normal(1.0), shape, dtype)
+        bias = self.param("bias", nn.initializers.normal(1.0), (self.features,), dtype)
         return inputs @ weight + bias
 
 
@@ -70,8 +70,10 @@ class FeedForward(nn.Module):
           train: whether to drop units; draws from the RNG stream "dropout".
 
         Raises:
-          InputError: the dropout rate is not in [0, 1).
+          InputError: there are no layers, or the dropout rate is not in [0, 1).
         """
+        if not self.features:
+            raise InputError("features is empty; expected the width of at least one layer")
         if not 0 <= self.dropout_rate < 1:
             raise InputError(f"dropout_rate is {self.dropout_rate}; expected a share in [0, 1)")
         x = inputs.reshape(inputs.shape[0], -1)

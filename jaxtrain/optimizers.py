@@ -8,13 +8,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from numbers import Real
 from typing import Any, NamedTuple, TypeAlias
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
-from jaxtyping import Array, Bool, Float, PyTree
+from jaxtyping import Array, Bool, Float, Int, PyTree
 
 from jaxtrain.errors import InputError
 
@@ -50,18 +50,18 @@ def sgd(
       InputError: a negative or NaN argument, or Nesterov without momentum or with dampening.
     """
     _check_learning_rate(learning_rate)
-    _check_not_negative(momentum=momentum, weight_decay=weight_decay)
-    if nesterov and (momentum == 0 or dampening != 0):
+    _check_not_negative(momentum=momentum, dampening=dampening, weight_decay=weight_decay)
+    if nesterov and (not _is_used(momentum) or _is_used(dampening)):
         raise InputError(
             f"nesterov is True with momentum {momentum} and dampening {dampening}; expected a "
             "momentum above 0 and no dampening, as in torch.optim.SGD"
         )
     parts = []
-    if weight_decay:
+    if _is_used(weight_decay):
         parts.append(optax.add_decayed_weights(weight_decay))
-    if momentum and dampening:
+    if _is_used(momentum) and _is_used(dampening):
         parts.append(damped_trace(momentum, dampening))
-    elif momentum:
+    elif _is_used(momentum):
         parts.append(optax.trace(momentum, nesterov=nesterov))
     return optax.chain(*parts, _scale_by_learning_rate(learning_rate))
 
@@ -82,10 +82,8 @@ def adam(
     """
     _check_learning_rate(learning_rate)
     _check_not_negative(eps=eps, weight_decay=weight_decay)
-    for beta in betas:
-        if not 0 <= beta < 1:
-            raise InputError(f"betas are {betas}; expected two values in [0, 1)")
-    parts = [optax.add_decayed_weights(weight_decay)] if weight_decay else []
+    _check_shares(betas=betas)
+    parts = [optax.add_decayed_weights(weight_decay)] if _is_used(weight_decay) else []
     return optax.chain(
         *parts,
         optax.scale_by_adam(b1=betas[0], b2=betas[1], eps=eps),
@@ -112,13 +110,16 @@ def step_lr(
     """
     _check_learning_rate(learning_rate)
     _check_not_negative(gamma=gamma)
-    if step_size < 1 or steps_per_epoch < 1:
-        raise InputError(
-            f"step_size is {step_size} and steps_per_epoch {steps_per_epoch}; expected at least 1"
-        )
-    return optax.exponential_decay(
-        learning_rate, step_size * steps_per_epoch, gamma, staircase=True
-    )
+    for name, value in {"step_size": step_size, "steps_per_epoch": steps_per_epoch}.items():
+        if not isinstance(value, (int, np.integer)) or value < 1:
+            raise InputError(f"{name} is {value!r}; expected a whole number of at least 1")
+    steps = int(step_size * steps_per_epoch)
+
+    def schedule(count: Int[Array, ""] | int) -> Float[Array, ""]:
+        # Not optax.exponential_decay, which takes a gamma of 0 as no decay.
+        return jnp.asarray(learning_rate) * jnp.asarray(gamma, jnp.float32) ** (count // steps)
+
+    return schedule
 
 
 def damped_trace(momentum: float, dampening: float) -> optax.GradientTransformation:
@@ -148,7 +149,7 @@ def damped_trace(momentum: float, dampening: float) -> optax.GradientTransformat
 def current_learning_rate(opt_state: Any) -> Float[Array, ""] | None:
     """The rate of the latest step, for optimizers of this module; None for others."""
     found = optax.tree_utils.tree_get_all_with_path(
-        opt_state, "learning_rate", filtering=lambda path, value: isinstance(value, jax.Array)
+        opt_state, "learning_rate", filtering=lambda path, value: hasattr(value, "dtype")
     )
     return found[0][1] if len(found) == 1 else None
 
@@ -158,18 +159,33 @@ def _scale_by_learning_rate(learning_rate: LearningRate) -> optax.GradientTransf
     return scale(learning_rate)
 
 
+def _is_used(value: float) -> bool:
+    """Whether an argument differs from 0; one that is traced, in a sweep over it, may."""
+    return isinstance(value, jax.core.Tracer) or value != 0
+
+
 def _check_learning_rate(learning_rate: LearningRate) -> None:
-    # Schedules and traced rates (in a sweep over rates) have no value to look at yet.
-    if isinstance(learning_rate, Real):
-        value = float(learning_rate)
-        if not (math.isfinite(value) and value >= 0):
-            raise InputError(
-                f"learning_rate is {value}; expected a finite number that is not negative, "
-                "0.01 for instance"
-            )
+    if not callable(learning_rate):  # a schedule has no value yet
+        _check_not_negative(learning_rate=learning_rate)
 
 
-def _check_not_negative(**arguments: float) -> None:
+def _check_not_negative(**arguments: Any) -> None:
     for name, value in arguments.items():
-        if not (math.isfinite(value) and value >= 0):
-            raise InputError(f"{name} is {value}; expected a finite number that is not negative")
+        _check(name, value, lambda number: 0 <= number < math.inf, "finite and not negative")
+
+
+def _check_shares(**arguments: tuple[Any, ...]) -> None:
+    for name, values in arguments.items():
+        for value in values:
+            _check(name, value, lambda number: 0 <= number < 1, "in [0, 1)")
+
+
+def _check(name: str, value: Any, is_good: Callable[[float], bool], expected: str) -> None:
+    if isinstance(value, jax.core.Tracer):
+        return
+    try:
+        good = is_good(float(value))
+    except (TypeError, ValueError):
+        good = False
+    if not good:
+        raise InputError(f"{name} is {value!r}; expected a number that is {expected}")

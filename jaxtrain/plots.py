@@ -114,15 +114,20 @@ def prediction_grid(
       columns: images a row.
     """
     rows = [-(-len(images) // columns) for _, images, _, _ in groups]
-    figure = Figure(figsize=(columns * 0.9, sum(rows) * 1.12 + len(groups) * 0.35))
-    parts = figure.subfigures(len(groups), 1, height_ratios=[count + 0.35 for count in rows])
+    figure = Figure(figsize=(columns * 0.9, sum(rows) * 1.12 + len(groups) * 0.5))
+    parts = figure.subfigures(len(groups), 1, height_ratios=[count + 0.45 for count in rows])
     for part, count, (heading, images, labels, predicted) in zip(
         np.ravel(np.asarray(parts)), rows, groups, strict=True
     ):
-        part.suptitle(heading, fontsize=10, y=0.995)
+        part.suptitle(heading, fontsize=10, y=1 - 0.1 / (count + 0.45))
         axes = part.subplots(count, columns, squeeze=False).ravel()
         part.subplots_adjust(
-            left=0.01, right=0.99, bottom=0.02, top=1 - 0.42 / count, wspace=0.1, hspace=0.5
+            left=0.01,
+            right=0.99,
+            bottom=0.02,
+            top=1 - 0.65 / (count + 0.45),
+            wspace=0.1,
+            hspace=0.5,
         )
         for ax in axes:
             ax.axis("off")

@@ -29,6 +29,9 @@ if TYPE_CHECKING:
 _PACKAGES = ("jaxtrain", "jax", "jaxlib", "flax", "optax", "numpy")
 _PICTURE_DPI = 120
 
+# How the note begins that a run cut short leaves on its exception.
+FINISHED_NOTE = "the finished epochs"
+
 
 class RunFolder:
     """Writes what a run produces; each file appears whole or not at all.
@@ -37,10 +40,13 @@ class RunFolder:
 
     Attributes:
       path: the folder.
+      config: what `config.json` will say, a dataclass; may be replaced until training starts.
     """
 
     def __init__(self, path: str | os.PathLike[str], config: Any) -> None:
-        """Make the folder and write `config.json`, so that an unwritable one is noticed at once.
+        """Make the folder, so that one that cannot be written is noticed before training.
+
+        An earlier run's files stay until training starts: a mistake in the flags costs nothing.
 
         Args:
           path: the folder, made with its parents if it is missing.
@@ -50,15 +56,15 @@ class RunFolder:
           InputError: the folder cannot be made or written.
         """
         self.path = Path(path)
+        self.config = config
         self._started = time.perf_counter()
         self._compile_seconds = 0.0
         self._epochs: list[dict[str, float]] = []
         self._history_written = 0.0
         try:
             self.path.mkdir(parents=True, exist_ok=True)
-            for earlier in ("summary.json", "history.csv"):  # of another run, not of this one
-                (self.path / earlier).unlink(missing_ok=True)
-            self._write_json("config.json", dataclasses.asdict(config))
+            with tempfile.TemporaryFile(dir=self.path):
+                pass
         except OSError as error:
             raise InputError(
                 f"the output folder {self.path} cannot be written ({error.strerror or error}); "
@@ -68,18 +74,28 @@ class RunFolder:
     def __enter__(self) -> RunFolder:
         return self
 
-    def __exit__(self, *_: object) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: object
+    ) -> None:
         self._write_history()
+        if error is not None and self._epochs:
+            where = self.path / "history.csv"
+            error.add_note(f"{FINISHED_NOTE} ({len(self._epochs)}) are in {where}")
 
     def record(self, event: Event, **more: float) -> None:
         """Take note of what `fit` reports.
 
         Args:
-          event: finished epochs become rows of `history.csv`, written at most once a second.
+          event: with the start of training the results of an earlier run make way for
+            `config.json`; finished epochs become rows of `history.csv`, written at most once a
+            second.
           more: further columns of that row.
         """
         if isinstance(event, Compiled):
             self._compile_seconds += event.seconds
+            for earlier in ("summary.json", "history.csv"):
+                (self.path / earlier).unlink(missing_ok=True)
+            self._write_json("config.json", dataclasses.asdict(self.config))
         elif isinstance(event, EpochDone):
             self._epochs.append({**event.metrics, **more})
             if time.perf_counter() - self._history_written > 1:

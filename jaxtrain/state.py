@@ -36,7 +36,8 @@ def init_state(
     """The state before the first step.
 
     Args:
-      model: any Flax Linen module that is called as `model(inputs, train: bool)`.
+      model: any Flax Linen module that is called as `model(inputs, train: bool)`. Its collections
+        beside "params" are carried along as long as they keep their structure, as batch norm's do.
       optimizer: any optax transformation; `jaxtrain.optimizers` has those of `torch.optim`.
       sample_inputs: inputs of the shape and dtype to come, one example is enough; values unused.
       key: PRNG key from `jax.random.key(seed)`; decides parameters and dropout.

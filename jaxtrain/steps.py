@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import Array, Float, PyTree, Shaped
 
-from jaxtrain.data.dataset import Dataset
+from jaxtrain.data.dataset import Dataset, check_dataset
 from jaxtrain.errors import InputError
 from jaxtrain.losses import Loss
 from jaxtrain.metrics import Metric
@@ -31,7 +31,12 @@ def train_step(state: TrainState, batch: Dataset, loss_fn: Loss) -> tuple[TrainS
 
     Returns:
       The next state, and {"loss": mean loss before the update}.
+
+    Raises:
+      InputError: the batch is no Dataset of as many inputs as targets, or the loss is not one
+        value an example.
     """
+    check_dataset(batch, "batch")
 
     def mean_loss(params: PyTree) -> tuple[Array, PyTree]:
         predictions, model_state = state.apply_fn(
@@ -86,6 +91,7 @@ def eval_step(
 def _eval_step(
     state: TrainState, batch: Dataset, metrics: tuple[tuple[str, Metric], ...]
 ) -> Metrics:
+    check_dataset(batch, "batch")
     sums = metric_sums(state, batch, metrics)
     return {name: total / batch.num_examples for name, total in sums.items()}
 
@@ -105,7 +111,13 @@ def metric_sums(
 ) -> Metrics:
     """Each metric, summed over the examples of a batch."""
     predictions = predict_batch(state, batch.inputs)
-    return {name: jnp.sum(per_example(fn, predictions, batch)) for name, fn in metrics}
+
+    def total(fn: Metric) -> Array:
+        values = per_example(fn, predictions, batch)
+        # At least in float32: half precision overflows within a few hundred examples.
+        return jnp.sum(values, dtype=jnp.promote_types(values.dtype, jnp.float32))
+
+    return {name: total(fn) for name, fn in metrics}
 
 
 def predict_batch(state: TrainState, inputs: Shaped[Array, "batch ..."]) -> Array:

@@ -2,20 +2,47 @@
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
 
 import jaxtrain as jt
-from jaxtrain.checks import check_batch_size, check_epochs
+from jaxtrain.checks import check_key, check_whole
+from jaxtrain.command import seed_key
 from jaxtrain.data.dataset import check_dataset
 
 
 @pytest.mark.parametrize("value", [2.5, "64", None, True, float("nan")])
-@pytest.mark.parametrize("check", [check_batch_size, check_epochs])
-def test_only_whole_numbers_count(check, value) -> None:
+def test_only_whole_numbers_count(value) -> None:
     with pytest.raises(jt.InputError, match=f"steps is {value!r}; expected a whole number"):
-        check(value, "steps")
+        check_whole(value, "steps", least=0)
+
+
+def test_bounds() -> None:
+    check_whole(3, "steps", least=3, most=3)
+    with pytest.raises(jt.InputError, match=r"steps is 4; .*at least 3 and at most 3"):
+        check_whole(4, "steps", least=3, most=3)
+    with pytest.raises(jt.InputError, match=r"steps is 2; .*at least 3"):
+        check_whole(2, "steps", least=3)
 
 
 def test_a_tuple_is_no_dataset() -> None:
     with pytest.raises(jt.InputError, match=r"train_data is a tuple; expected a jaxtrain.Dataset"):
         check_dataset(([1.0], [2.0]), "train_data")
+
+
+def test_lists_and_scalars_are_no_arrays() -> None:
+    with pytest.raises(jt.InputError, match=r"data\.inputs is a list; expected an array"):
+        check_dataset(jt.Dataset([1.0], np.ones(1)), "data")
+    with pytest.raises(jt.InputError, match=r"data\.targets is of shape \(\); expected an array"):
+        check_dataset(jt.Dataset(np.ones(1), np.float32(1)), "data")
+
+
+@pytest.mark.parametrize("seed", [-1, 2**32, 99999999999999999999])
+def test_a_seed_that_jax_would_take_for_another_is_refused(seed: int) -> None:
+    with pytest.raises(jt.InputError, match=f"seed is {seed}"):
+        seed_key(seed)
+
+
+def test_a_number_is_no_key() -> None:
+    with pytest.raises(jt.InputError, match=r"key is 0; expected a PRNG key, jax\.random\.key"):
+        check_key(0, "key")

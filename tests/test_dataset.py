@@ -29,6 +29,11 @@ def test_a_split_holds_every_example_once(examples: int, fraction: float, seed: 
         assert (np.diff(part.inputs[:, 0]) > 0).all()  # stored order is kept
 
 
+def test_a_split_refuses_unequal_lengths() -> None:
+    with pytest.raises(jt.InputError, match=r"inputs of shape \(50,\).*targets of shape \(40,\)"):
+        jt.Dataset(jnp.arange(50), jnp.arange(40)).split(0.2, jax.random.key(0))
+
+
 def test_the_key_decides_the_split() -> None:
     data = jt.Dataset(jnp.arange(100), jnp.arange(100))
     parts = [np.asarray(data.split(0.3, jax.random.key(seed))[1].inputs) for seed in (0, 0, 1)]

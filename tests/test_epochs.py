@@ -136,6 +136,21 @@ def test_evaluation_does_not_depend_on_the_batch_size(batch_size: int) -> None:
     )
 
 
+def test_whole_numbers_are_labels_only_for_losses_that_say_so() -> None:
+    """A line through whole numbers: the targets go up to 19, the model has one output."""
+    data = jt.Dataset(jnp.arange(20.0)[:, None], jnp.arange(20))
+    state = jt.init_state(
+        jt.models.LinearRegression(), optax.sgd(1e-3), data.inputs[:1], key=jax.random.key(0)
+    )
+
+    def squared(predictions, targets):
+        return (predictions[:, 0] - targets) ** 2
+
+    before = jt.evaluate(state, data, squared)["loss"]
+    state, _ = jt.train_epoch(state, data, squared, batch_size=5)
+    assert jt.evaluate(state, data, squared)["loss"] < before
+
+
 def bad(inputs=(50, 6), targets=(50,), dtype=jnp.int32, fill=0):
     return jt.Dataset(jnp.zeros(inputs), jnp.full(targets, fill, dtype))
 

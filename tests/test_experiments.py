@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import dataclasses
 import json
 import os
 import pty
@@ -13,7 +14,11 @@ import time
 from pathlib import Path
 
 import jax
+import numpy as np
 import pytest
+
+from experiments import linear_regression, mnist
+from jaxtrain.runs import RunFolder
 
 ROOT = Path(__file__).parents[1]
 COMMON = {
@@ -105,7 +110,7 @@ def test_mnist_without_network_trains_on_digits_and_says_so(environment, tmp_pat
     ]
 
 
-def test_quiet_means_quiet_and_flags_arrive(environment, tmp_path: Path) -> None:
+def test_quiet_means_quiet_and_config_json_tells_the_flags(environment, tmp_path: Path) -> None:
     flags = {
         "--dataset": "digits",
         "--epochs": 2,
@@ -133,6 +138,26 @@ def test_quiet_means_quiet_and_flags_arrive(environment, tmp_path: Path) -> None
     assert config["shuffle"] is False
     rates = [float(row["learning_rate"]) for row in read_history(tmp_path / "out")]
     assert rates == pytest.approx([0.003, 0.0015])
+
+
+@pytest.mark.parametrize(
+    "flag",
+    [
+        *({"batch_size": 32}, {"learning_rate": 0.02}, {"weight_decay": 0.5}, {"momentum": 0.9}),
+        *({"optimizer": "adam"}, {"gamma": 0.5}, {"dropout": 0.5}, {"seed": 43}),
+        {"shuffle": False},
+    ],
+    ids=str,
+)
+def test_every_flag_changes_the_training(flag, digits, tmp_path: Path) -> None:
+    def losses(config: mnist.Config) -> np.ndarray:
+        config = mnist.with_defaults(dataclasses.replace(config, epochs=2), "digits")
+        return mnist.train(config, digits, RunFolder(tmp_path, config))[1]["step_losses"]
+
+    plain = mnist.Config(log_interval=0)
+    changed = losses(dataclasses.replace(plain, **flag))
+    usual = losses(plain)
+    assert len(changed) != len(usual) or (changed[24:] != usual[24:]).any()
 
 
 def test_mnist_asked_for_by_name_never_falls_back(environment, tmp_path: Path) -> None:
@@ -166,22 +191,48 @@ def test_a_gpu_that_is_not_there(environment, tmp_path: Path) -> None:
     assert_one_line_error(result, "--device is gpu", "--device cpu")
 
 
-def test_ctrl_c_ends_with_one_line_and_keeps_what_was_finished(environment, tmp_path) -> None:
+@pytest.mark.parametrize("moment", ["compiling", "training"])
+def test_ctrl_c_ends_with_one_line_and_keeps_what_was_finished(
+    environment, tmp_path: Path, moment: str
+) -> None:
+    folder = tmp_path / "out"
     command = [sys.executable, ROOT / "experiments" / "mnist.py", "--dataset", "digits"]
-    flags = ["--epochs", "1000000", "--log-interval", "10", "--output-dir", tmp_path / "out"]
+    flags = ["--epochs", "1000000", "--log-interval", "10", "--output-dir", folder]
     with subprocess.Popen(
         [*command, *flags], env=environment, cwd=ROOT, stderr=subprocess.PIPE, text=True
     ) as process:
         assert process.stderr is not None
-        for line in process.stderr:
-            if line.startswith("epoch 3:"):
-                break
+        if moment == "training":
+            for line in process.stderr:
+                if line.startswith("epoch 3:"):
+                    break
+        else:
+            while not folder.exists():
+                time.sleep(0.05)
+            time.sleep(1.5)  # data and start; compiling takes two seconds
         process.send_signal(signal.SIGINT)
         rest = process.stderr.read()
     assert process.returncode == 130
-    assert rest.strip().splitlines()[-1].startswith("interrupted")
+    last = rest.strip().splitlines()[-1]
+    assert last.startswith("interrupted")
     assert "Traceback" not in rest
-    assert len(read_history(tmp_path / "out")) >= 3
+    if moment == "training":
+        count = len(read_history(folder))
+        assert count >= 3
+        assert f"the finished epochs ({count}) are in {folder}/history.csv" in last
+    else:
+        assert last == "interrupted"
+        assert list(folder.iterdir()) == []
+
+
+def test_a_mistake_leaves_an_earlier_runs_results_alone(environment, tmp_path: Path) -> None:
+    folder = tmp_path / "out"
+    run(environment, "linear_regression", "--epochs", 5, "--output-dir", folder)
+    before = {path.name: path.read_bytes() for path in folder.iterdir()}
+    assert "summary.json" in before
+    result = run(environment, "linear_regression", "--epochs", -1, "--output-dir", folder)
+    assert_one_line_error(result, "epochs is -1")
+    assert {path.name: path.read_bytes() for path in folder.iterdir()} == before
 
 
 def test_a_terminal_shows_a_progress_bar(environment, tmp_path: Path) -> None:
@@ -212,11 +263,9 @@ def test_a_terminal_shows_a_progress_bar(environment, tmp_path: Path) -> None:
     assert "epoch 3:" in text
 
 
-@pytest.mark.parametrize("script", ["linear_regression", "mnist"])
-def test_help_names_every_flag(environment, script: str) -> None:
-    result = run(environment, script, "--help")
+@pytest.mark.parametrize("script", [linear_regression, mnist])
+def test_help_names_every_flag(environment, script) -> None:
+    result = run(environment, Path(script.__file__).stem, "--help")
     assert result.returncode == 0
-    for flag in ("--epochs", "--learning-rate", "--optimizer", "--seed", "--device"):
-        assert flag in result.stdout
-    assert "--log-interval" in result.stdout
-    assert "--output-dir" in result.stdout
+    for field in dataclasses.fields(script.Config):
+        assert f"--{field.name.replace('_', '-')}" in result.stdout

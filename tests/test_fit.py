@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import sys
+
 import jax
 import jax.monitoring
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -103,6 +106,18 @@ def test_looking_in_more_often_changes_nothing(small_state, small_classes, log_i
     assert_identical(ends[-1].state.params, state.params)
 
 
+def test_slow_steps_are_looked_into_one_by_one(small_state, small_classes, monkeypatch) -> None:
+    """With no time for a chunk, each step is one, log line or not."""
+    expected = fit(small_state, small_classes, epochs=2)
+    # The name jaxtrain.fit is the function; its module is found among the modules.
+    monkeypatch.setattr(sys.modules["jaxtrain.fit"], "_CHUNK_SECONDS", 0.0)
+    events = []
+    state, _ = fit(small_state, small_classes, epochs=2, log_interval=0, report=events.append)
+    steps = [event.step for event in events if isinstance(event, StepsDone)]
+    assert steps == [1, 2, 3, 4] * 2
+    assert_identical(state.params, expected[0].params)
+
+
 def test_two_epochs_and_three_are_five(small_state, small_classes) -> None:
     whole, history = fit(small_state, small_classes, epochs=5)
     state, first = fit(small_state, small_classes, epochs=2)
@@ -143,7 +158,7 @@ def test_one_compilation_for_training_and_one_for_evaluation(digits: jt.data.Res
         jax.monitoring.unregister_event_duration_listener(listen)
     assert len(history["step_losses"]) == 5 * 23
     assert compiled.count("jit(train_steps)") == 1
-    assert compiled.count("jit(_evaluate)") == 1
+    assert compiled.count("jit(evaluation)") == 1
     assert not any("step" in name for name in set(compiled) - {"jit(train_steps)"})
 
 
@@ -182,6 +197,24 @@ def test_a_run_that_diverges_stops_and_says_where(small_classes) -> None:
     assert np.flatnonzero(~np.isfinite(losses))[0] + 1 == error.step
     assert f"epoch {error.epoch}, step {error.step} at learning rate 10000" in str(error)
     assert "smaller learning rate (1000, say)" in str(error)
+
+
+def test_the_learning_rate_is_that_of_the_step_that_diverged(small_classes) -> None:
+    """The rate grows tenfold a step; all twenty steps are one chunk."""
+    data = jt.Dataset(small_classes.inputs, small_classes.targets[:, None].astype(float))
+    optimizer = jt.optimizers.sgd(lambda count: 1e-3 * 10.0**count)
+    state = jt.init_state(
+        jt.models.LinearRegression(), optimizer, data.inputs[:1], key=jax.random.key(0)
+    )
+    with pytest.raises(jt.NonFiniteLossError) as raised:
+        jt.fit(state, data, loss_fn=jt.losses.mean_squared_error, batch_size=2, log_interval=0)
+    assert raised.value.learning_rate == pytest.approx(1e-3 * 10 ** (raised.value.step - 1))
+
+
+def test_a_test_loss_that_is_not_finite_stops_the_run(small_state, small_classes) -> None:
+    broken = small_classes._replace(inputs=small_classes.inputs.at[7, 0].set(jnp.nan))
+    with pytest.raises(jt.NonFiniteLossError, match="the test loss became nan after epoch 1"):
+        jt.fit(small_state, small_classes, broken, loss_fn=LOSS, epochs=3)
 
 
 @pytest.mark.parametrize(

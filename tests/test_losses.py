@@ -70,6 +70,13 @@ def test_a_label_outside_the_classes_gives_nan_not_a_neighbours_loss(label: int)
     assert np.isnan(values[1])
 
 
+def test_narrow_labels_do_not_wrap() -> None:
+    """Bytes are a language model's classes; 256 is 0 as uint8."""
+    labels = np.array([0, 255], np.uint8)
+    values = jt.losses.cross_entropy(jnp.zeros((2, 256)), jnp.asarray(labels))
+    np.testing.assert_allclose(values, np.log(256), rtol=1e-6)
+
+
 @pytest.mark.parametrize("loss_fn", REGRESSION)
 def test_shapes_that_would_broadcast_are_refused(loss_fn) -> None:
     with pytest.raises(jt.InputError, match=r"\(4, 1\).*\(4,\).*same shape"):

@@ -96,6 +96,10 @@ def test_some_files_missing_is_said(tmp_path: Path) -> None:
             r"train-labels-idx1-ubyte holds the label 10 \(at position 2\); expected labels from 0",
         ),
         ({"train_images_idx3": encode(LABELS)}, r"holds uint8 values of shape \(5,\)"),
+        (
+            {"t10k_images_idx3": encode(PIXELS[:, 4:24, 4:24])},
+            r"t10k-images.* shape \(5, 20, 20\); expected .*\[examples, 28, 28\]",
+        ),
         ({"train_labels_idx1": encode(LABELS.astype(np.float32))}, "holds float32 values"),
         ({"t10k_images_idx3": CONTENTS["t10k-images-idx3-ubyte"][:-5]}, "t10k-images.*truncated"),
         (
@@ -164,6 +168,15 @@ def test_files_are_downloaded_once(serve: dict[str, bytes]) -> None:
     )
 
 
+def test_processes_that_download_at_once_all_get_it(serve: dict[str, bytes]) -> None:
+    from concurrent.futures import ThreadPoolExecutor
+
+    with ThreadPoolExecutor(3) as pool:
+        for resolved in pool.map(lambda _: jt.data.load_resolved("auto"), range(3)):
+            assert resolved.name == "mnist"
+            assert_loaded((resolved.train, resolved.test))
+
+
 def test_a_file_with_the_wrong_checksum_is_not_kept(serve: dict[str, bytes]) -> None:
     serve["train-labels-idx1-ubyte.gz"] = gzip.compress(encode(LABELS[::-1]))
     with pytest.raises(jt.DataUnavailableError, match="checksum"):
@@ -191,6 +204,12 @@ def dead_server(monkeypatch: pytest.MonkeyPatch) -> None:
 
     for builder in (mnist.MNIST, mnist.KMNIST):
         monkeypatch.setattr(builder, "URL", "http://127.0.0.1:9/")
+
+
+@pytest.mark.parametrize("folder", ["~nobody-of-this-name/data", "x" * 5000])
+def test_a_data_folder_that_cannot_be_looked_into_is_named(folder: str) -> None:
+    with pytest.raises(jt.InputError, match=r"the data folder .* cannot be read"):
+        jt.data.load("mnist", folder)
 
 
 def test_without_files_and_network_the_ways_out_are_named(tmp_path: Path, dead_server) -> None:

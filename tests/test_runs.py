@@ -92,4 +92,4 @@ def test_a_picture_that_fails_leaves_the_old_one(tmp_path: Path) -> None:
     (tmp_path / "b.png").mkdir()  # where the next one would go
     with pytest.raises(IsADirectoryError):
         folder.write_picture("b.png", Figure())
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["a.png", "b.png", "config.json"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["a.png", "b.png"]

@@ -106,6 +106,23 @@ def test_a_loss_that_is_not_one_value_an_example_is_refused(small_state, small_c
         jt.train_step(small_state, small_classes, mean_loss)
 
 
+def test_half_precision_losses_are_summed_in_float32(small_state) -> None:
+    """3,000 losses of 100 add up to more than float16 can hold."""
+    data = jt.Dataset(jnp.zeros((3000, 6)), jnp.zeros(3000, int))
+
+    def hundred(predictions, targets):
+        return jnp.full(len(targets), 100, jnp.float16)
+
+    assert jt.evaluate(small_state, data, hundred, batch_size=3000)["loss"] == 100
+
+
+def test_a_batch_of_unequal_lengths_is_refused(small_state, small_classes) -> None:
+    batch = small_classes._replace(targets=small_classes.targets[:-1])
+    for step in (jt.train_step, jt.eval_step):
+        with pytest.raises(jt.InputError, match=r"batch has inputs of shape \(50, 6\)"):
+            step(small_state, batch, jt.losses.cross_entropy)
+
+
 def test_a_metric_may_not_take_the_losss_name(small_state, small_classes) -> None:
     with pytest.raises(jt.InputError, match="named 'loss'"):
         jt.eval_step(

@@ -7,10 +7,10 @@ from typing import NamedTuple
 
 import jax.numpy as jnp
 
-from jaxtrain.data.dataset import Dataset
+from jaxtrain.data.dataset import Dataset, Images
 from jaxtrain.data.digits import load_digits
 from jaxtrain.data.idx import read_idx
-from jaxtrain.data.mnist import BUILDERS, Images, load_mnist
+from jaxtrain.data.mnist import BUILDERS, load_mnist
 from jaxtrain.data.synthetic import line
 from jaxtrain.errors import DataUnavailableError, InputError
 

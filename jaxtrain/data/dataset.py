@@ -6,9 +6,13 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Int, Key, Shaped
 
 from jaxtrain.errors import InputError
+
+# (images uint8 [examples, 28, 28], labels int32 [examples]), as they are read from files.
+Images = tuple[np.ndarray, np.ndarray]
 
 
 class Dataset(NamedTuple):
@@ -44,8 +48,10 @@ class Dataset(NamedTuple):
           The rest and the held-out part (for validation), each in stored order.
 
         Raises:
-          InputError: the fraction leaves either part without an example.
+          InputError: the fraction leaves either part without an example, or there are not as many
+            inputs as targets.
         """
+        check_dataset(self, "dataset")
         examples = self.num_examples
         held_out = round(examples * fraction) if 0 < fraction < 1 else 0
         if not 0 < held_out < examples:
@@ -67,12 +73,22 @@ def check_dataset(dataset: Any, name: str) -> None:
         raise InputError(
             f"{name} is a {type(dataset).__name__}; expected a jaxtrain.Dataset(inputs, targets)"
         )
-    lengths = [array.shape[0] if array.ndim else None for array in map(jnp.asarray, dataset)]
-    if None in lengths or lengths[0] != lengths[1]:
+    for field, array in zip(dataset._fields, dataset, strict=True):
+        if not hasattr(array, "shape") or not array.shape:
+            raise InputError(
+                f"{name}.{field} is {_describe(array)}; expected an array with one entry an "
+                "example along its first axis"
+            )
+    lengths = [array.shape[0] for array in dataset]
+    if lengths[0] != lengths[1]:
         raise InputError(
-            f"{name} has inputs of shape {jnp.shape(dataset.inputs)} and targets of shape "
-            f"{jnp.shape(dataset.targets)}; expected first axes of the same length, one "
-            "entry an example"
+            f"{name} has inputs of shape {dataset.inputs.shape} and targets of shape "
+            f"{dataset.targets.shape}; expected first axes of the same length, one entry an example"
         )
     if lengths[0] == 0:
         raise InputError(f"{name} is empty; expected at least one example")
+
+
+def _describe(value: Any) -> str:
+    shape = getattr(value, "shape", None)
+    return f"a {type(value).__name__}" if shape is None else f"of shape {shape}"

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from jaxtrain.data.mnist import Images
+from jaxtrain.data.dataset import Images
 
 # A fixed split, so that accuracies can be compared between runs and machines.
 _TEST_FRACTION = 0.2

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import numpy as np
 
+from jaxtrain.data.dataset import Images
 from jaxtrain.data.idx import read_idx
 from jaxtrain.errors import DataUnavailableError, InputError
 
@@ -26,8 +27,6 @@ DATA_DIR_VARIABLE = "JAXTRAIN_DATA_DIR"
 # A user without a network hears so within 10 seconds; TensorFlow Datasets alone would retry for
 # more than 3 minutes.
 _REACHABLE_SECONDS = 6.0
-
-Images = tuple[np.ndarray, np.ndarray]
 
 
 def load_mnist(name: str, data_dir: str | os.PathLike[str] | None = None) -> tuple[Images, Images]:
@@ -56,7 +55,13 @@ def locate_files(name: str, data_dir: str | os.PathLike[str] | None = None) -> P
       DataUnavailableError: there are none, and they could not be downloaded.
     """
     given = data_dir or os.environ.get(DATA_DIR_VARIABLE)
-    folder = _find_folder(name, Path(given).expanduser()) if given else None
+    try:
+        folder = _find_folder(name, Path(given).expanduser()) if given else None
+    except (OSError, RuntimeError) as error:  # No permission, a name too long, no such user, …
+        raise InputError(
+            f"the data folder {given} cannot be read ({error}); expected a folder of IDX files, "
+            f"named by --data-dir or ${DATA_DIR_VARIABLE}"
+        ) from error
     return folder or _find_folder(name, cache_dir()) or _download(name, given)
 
 
@@ -96,10 +101,10 @@ def _read_split(folder: Path, split: str) -> Images:
     assert image_path is not None
     assert label_path is not None
     images, labels = read_idx(image_path), read_idx(label_path)
-    if images.ndim != 3 or images.dtype != np.uint8:
+    if images.ndim != 3 or images.shape[1:] != (28, 28) or images.dtype != np.uint8:
         raise InputError(
             f"{image_path} holds {images.dtype} values of shape {images.shape}; expected uint8 "
-            "images of shape [examples, height, width]"
+            "images of shape [examples, 28, 28]"
         )
     if labels.ndim != 1 or labels.dtype != np.uint8:
         raise InputError(
@@ -128,13 +133,14 @@ def _download(name: str, data_dir: str | os.PathLike[str] | None) -> Path:
     need that, so the files are parsed here. The folder takes its final name when all four files
     are whole.
     """
-    from tensorflow_datasets import download
+    from tensorflow_datasets import disable_progress_bar, download
     from tensorflow_datasets.image_classification import mnist as builders
 
     base_url = getattr(builders, BUILDERS[name]).URL
     names = [f"{file}.gz" for pair in FILES.values() for file in pair]
     _check_reachable(name, base_url + names[0], data_dir)
     folder = cache_dir() / name
+    disable_progress_bar()  # A library is silent.
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=folder.parent, prefix="download-") as scratch:
@@ -146,7 +152,11 @@ def _download(name: str, data_dir: str | os.PathLike[str] | None) -> Path:
             complete.mkdir()
             for file, path in paths.items():
                 shutil.move(path, complete / file)
-            complete.replace(folder)
+            try:
+                complete.replace(folder)
+            except OSError:  # Another process may have been faster.
+                if _find_folder(name, cache_dir()) is None:
+                    raise
     except Exception as error:  # Its errors share no base class: HTTP, checksum, disk, …
         raise DataUnavailableError(
             f"{name} could not be downloaded from {base_url} ({type(error).__name__}: {error})",

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterable
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -13,6 +16,7 @@ import jaxtrain as jt
 from benchmarks import torch_reference
 
 STEPS, BATCH_SIZE, FEATURES = 200, 16, (16, 12, 4)
+STEPS_PER_EPOCH = 10  # for schedules
 
 CASES = {
     "sgd": ({"learning_rate": 0.05}, torch.optim.SGD),
@@ -28,6 +32,10 @@ CASES = {
     "sgd weight decay": ({"learning_rate": 0.05, "weight_decay": 0.01}, torch.optim.SGD),
     "sgd dampening, weight decay": (
         {"learning_rate": 0.05, "momentum": 0.8, "dampening": 0.3, "weight_decay": 0.01},
+        torch.optim.SGD,
+    ),
+    "sgd nesterov, weight decay": (
+        {"learning_rate": 0.05, "momentum": 0.9, "nesterov": True, "weight_decay": 0.01},
         torch.optim.SGD,
     ),
     "adam": ({"learning_rate": 0.003}, torch.optim.Adam),
@@ -47,13 +55,13 @@ def data() -> jt.Dataset:
     return jt.Dataset(jnp.asarray(inputs), jnp.asarray(labels))
 
 
-def train_both(
+def assert_same_training(
     data: jt.Dataset,
     ours: optax.GradientTransformation,
-    make_theirs: object,
-    make_scheduler: object = None,
-) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """(our parameters, PyTorch's, the start's) after the same steps, each as one vector."""
+    make_theirs: Callable[[Iterable[torch.Tensor]], torch.optim.Optimizer],
+    make_scheduler: Callable[[torch.optim.Optimizer], Any] | None = None,
+) -> None:
+    """The loss of each step and the parameters after all, from the same start on both sides."""
     state = jt.init_state(
         jt.models.FeedForward(FEATURES, dropout_rate=0.0, mean=0.0, std=1.0),
         ours,
@@ -66,13 +74,20 @@ def train_both(
     optimizer = make_theirs(model.parameters())
     scheduler = make_scheduler(optimizer) if make_scheduler else None
 
-    state, _ = jt.train_epoch(state, data, jt.losses.cross_entropy, batch_size=BATCH_SIZE)
+    state, losses = jt.train_epoch(state, data, jt.losses.cross_entropy, batch_size=BATCH_SIZE)
     inputs, targets = torch.tensor(np.array(data.inputs)), torch.tensor(np.array(data.targets))
+    expected_losses = []
     for step, batch in enumerate(torch_reference.slices(inputs, targets.long(), BATCH_SIZE)):
-        torch_reference.train_steps(model, optimizer, [batch], torch.nn.functional.cross_entropy)
-        if scheduler is not None and (step + 1) % 10 == 0:
+        expected_losses += torch_reference.train_steps(
+            model, optimizer, [batch], torch.nn.functional.cross_entropy
+        )
+        if scheduler is not None and (step + 1) % STEPS_PER_EPOCH == 0:
             scheduler.step()
-    return flat(state.params), flat(torch_reference.read_params(model)), start
+    expected = flat(torch_reference.read_params(model))
+
+    np.testing.assert_allclose(losses, torch.stack(expected_losses), rtol=0, atol=1e-5)
+    np.testing.assert_allclose(flat(state.params), expected, rtol=0, atol=1e-5)
+    assert np.linalg.norm(expected - start) > 0.3 * np.linalg.norm(start)  # they moved
 
 
 def flat(params: object) -> np.ndarray:
@@ -80,28 +95,27 @@ def flat(params: object) -> np.ndarray:
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_parameters_after_200_steps(case: str, data: jt.Dataset) -> None:
+def test_losses_and_parameters_of_200_steps(case: str, data: jt.Dataset) -> None:
     options, theirs = CASES[case]
     torch_options = {("lr" if name == "learning_rate" else name): v for name, v in options.items()}
-    ours, expected, start = train_both(
+    assert_same_training(
         data,
         jt.optimizers.OPTIMIZERS[case.split()[0]](**options),
         lambda params: theirs(params, **torch_options),
     )
-    assert np.linalg.norm(expected - start) > 0.3 * np.linalg.norm(start)  # they moved
-    assert np.linalg.norm(ours - expected) < 1e-5 * np.linalg.norm(expected)
 
 
-def test_step_lr(data: jt.Dataset) -> None:
+@pytest.mark.parametrize(("name", "rate"), [("sgd", 0.2), ("adam", 0.01)])
+def test_step_lr(name: str, rate: float, data: jt.Dataset) -> None:
     """Twenty epochs of ten steps; the rate falls by 0.8 every two epochs."""
-    schedule = jt.optimizers.step_lr(0.1, step_size=2, gamma=0.8, steps_per_epoch=10)
-    ours, expected, _ = train_both(
+    schedule = jt.optimizers.step_lr(rate, step_size=2, gamma=0.8, steps_per_epoch=STEPS_PER_EPOCH)
+    theirs = {"sgd": torch.optim.SGD, "adam": torch.optim.Adam}[name]
+    assert_same_training(
         data,
-        jt.optimizers.sgd(schedule, momentum=0.5),
-        lambda params: torch.optim.SGD(params, 0.1, momentum=0.5),
+        jt.optimizers.OPTIMIZERS[name](schedule),
+        lambda params: theirs(params, rate),
         lambda optimizer: torch.optim.lr_scheduler.StepLR(optimizer, step_size=2, gamma=0.8),
     )
-    assert np.linalg.norm(ours - expected) < 1e-5 * np.linalg.norm(expected)
 
 
 @pytest.mark.parametrize(("name", "theirs"), [("sgd", torch.optim.SGD), ("adam", torch.optim.Adam)])
