@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import time
 from collections.abc import Callable, Mapping
 from typing import NamedTuple
@@ -145,8 +146,10 @@ def fit(
     first_epoch = int(state.step) // steps
 
     started = time.perf_counter()
-    order = epoch_order(examples, key)
-    _train_steps.lower(state, train_data, order, loss_fn, 0, steps, batch_size=batch_size).compile()
+    any_order = jax.eval_shape(functools.partial(epoch_order, examples), key)
+    _train_steps.lower(
+        state, train_data, any_order, loss_fn, 0, steps, batch_size=batch_size
+    ).compile()
     metrics = metric_items(loss_fn, metric_fns)
     if test_data is not None:
         evaluation.lower(state, test_data, metrics, batch_size=test_batch_size).compile()
@@ -163,8 +166,8 @@ def fit(
 
     for epoch in range(first_epoch + 1, first_epoch + epochs + 1):
         epoch_started = time.perf_counter()
-        if key is not None:
-            order = epoch_order(examples, jax.random.fold_in(key, epoch))
+        epoch_key = None if key is None else jax.random.fold_in(key, epoch)
+        order = epoch_order(examples, epoch_key)
         losses = np.empty(0, np.float32)
         while len(losses) < steps:
             start = len(losses)
