@@ -17,6 +17,7 @@ from jaxtrain.data import Dataset
 from jaxtrain.epochs import evaluate, predict, train_epoch
 from jaxtrain.errors import DataUnavailableError, InputError, NonFiniteLossError
 from jaxtrain.fit import fit
+from jaxtrain.minimize import Minimum, minimize
 from jaxtrain.state import TrainState, init_state
 from jaxtrain.steps import eval_step, train_step
 
@@ -24,6 +25,7 @@ __all__ = [
     "DataUnavailableError",
     "Dataset",
     "InputError",
+    "Minimum",
     "NonFiniteLossError",
     "TrainState",
     "data",
@@ -34,6 +36,7 @@ __all__ = [
     "init_state",
     "losses",
     "metrics",
+    "minimize",
     "models",
     "optimizers",
     "predict",

@@ -12,6 +12,7 @@ from jaxtyping import Array
 from jaxtrain.data.dataset import Dataset
 from jaxtrain.errors import InputError
 from jaxtrain.losses import LABEL_LOSSES, Loss
+from jaxtrain.optimizers import has_line_search
 from jaxtrain.state import TrainState
 from jaxtrain.steps import predict_batch
 
@@ -60,4 +61,14 @@ def check_labels(state: TrainState, dataset: Dataset, loss_fn: Loss, name: str) 
         raise InputError(
             f"{name}.targets holds the label {low if low < 0 else high}; expected labels from 0 to "
             f"{classes - 1}, since the model has {classes} outputs"
+        )
+
+
+def check_line_search(state: TrainState, examples: int, batch_size: int) -> None:
+    """Raise if an optimizer with a line search, L-BFGS for one, is given mini-batches."""
+    if batch_size < examples and has_line_search(state.opt_state):
+        raise InputError(
+            f"batch_size is {batch_size} of {examples} examples, but the optimizer has a line "
+            "search (L-BFGS); expected all examples in one batch, since it compares losses, which "
+            "a change of batch would change, too"
         )

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float, Int, Key, PyTree, Shaped
 
-from jaxtrain.checks import check_inputs, check_key, check_labels, check_whole
+from jaxtrain.checks import check_inputs, check_key, check_labels, check_line_search, check_whole
 from jaxtrain.data.dataset import Dataset, check_dataset
 from jaxtrain.losses import Loss
 from jaxtrain.metrics import Metric
@@ -49,6 +49,7 @@ def train_epoch(
     if key is not None:
         check_key(key, "key")
     check_labels(state, dataset, loss_fn, "dataset")
+    check_line_search(state, dataset.num_examples, batch_size)
     return _train_epoch(state, dataset, loss_fn, batch_size=batch_size, key=key)
 
 

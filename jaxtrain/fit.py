@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Key
 
-from jaxtrain.checks import check_key, check_labels, check_whole
+from jaxtrain.checks import check_key, check_labels, check_line_search, check_whole
 from jaxtrain.data.dataset import Dataset, check_dataset
 from jaxtrain.epochs import epoch_order, evaluation, num_steps, train_steps
 from jaxtrain.errors import NonFiniteLossError
@@ -135,6 +135,7 @@ def fit(
     # On the device once, not at every call.
     train_data = Dataset(*map(jnp.asarray, train_data))
     check_labels(state, train_data, loss_fn, "train_data")
+    check_line_search(state, train_data.num_examples, batch_size)
     if test_data is not None:
         check_dataset(test_data, "test_data")
         test_data = Dataset(*map(jnp.asarray, test_data))

@@ -6,8 +6,10 @@ are its value for each example, averaged over all axes but the first.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 
+import jax
 import jax.numpy as jnp
 import optax
 from jaxtyping import Array, Float, Shaped
@@ -43,6 +45,49 @@ def mean_squared_error(
     return _mean_over_example(jnp.square(predictions - targets))
 
 
+def squared_error_sum(
+    predictions: Float[Array, "batch ..."], targets: Shaped[Array, "..."]
+) -> Float[Array, "batch"]:
+    """(prediction − target)², summed over all axes but the first.
+
+    Raises:
+      InputError: the shapes differ (they would broadcast).
+    """
+    _check_same_shape(predictions, targets)
+    return _sum_over_example(jnp.square(predictions - targets))
+
+
+def euclidean_distance(
+    predictions: Float[Array, "batch ..."], targets: Shaped[Array, "..."]
+) -> Float[Array, "batch"]:
+    """‖prediction − target‖₂, each example as one vector (`torch.linalg.vector_norm`).
+
+    Its gradient at distance 0 is 0, where the formula alone gives NaN.
+
+    Raises:
+      InputError: the shapes differ (they would broadcast).
+    """
+    _check_same_shape(predictions, targets)
+    return _norm(_as_vectors(predictions - targets))
+
+
+def cosine_distance(
+    predictions: Float[Array, "batch ..."], targets: Shaped[Array, "..."]
+) -> Float[Array, "batch"]:
+    """1 − cos of the angle between prediction and target (1 − `torch.cosine_similarity`).
+
+    0 for the same direction, 1 for a right angle, 2 for opposite ones. As in PyTorch, a norm below
+    1e-8 counts as 1e-8.
+
+    Raises:
+      InputError: the shapes differ (they would broadcast).
+    """
+    _check_same_shape(predictions, targets)
+    pair = _as_vectors(predictions), _as_vectors(targets).astype(predictions.dtype)
+    directions = [vector / jnp.maximum(_norm(vector), 1e-8)[:, None] for vector in pair]
+    return 1 - jnp.sum(directions[0] * directions[1], axis=-1)
+
+
 def cross_entropy(
     predictions: Float[Array, "batch classes"], targets: Shaped[Array, "..."]
 ) -> Float[Array, "batch"]:
@@ -71,6 +116,85 @@ def cross_entropy(
     return jnp.where((targets >= 0) & (targets < predictions.shape[-1]), loss, jnp.nan)
 
 
+def soft_cross_entropy(
+    predictions: Float[Array, "batch classes"], targets: Float[Array, "..."]
+) -> Float[Array, "batch"]:
+    """−Σ p log softmax(logits), of the target distribution p (`torch.nn.CrossEntropyLoss`).
+
+    Args:
+      predictions: logits [batch, classes].
+      targets: probabilities [batch, classes], each row summing to 1 (not checked).
+
+    Raises:
+      InputError: the shapes differ.
+    """
+    _check_same_shape(predictions, targets)
+    return optax.softmax_cross_entropy(predictions, targets)
+
+
+def binary_cross_entropy(
+    predictions: Float[Array, "batch ..."], targets: Shaped[Array, "..."]
+) -> Float[Array, "batch"]:
+    """−(t log p + (1 − t) log(1 − p)), averaged over all axes but the first (`torch.nn.BCELoss`).
+
+    As in PyTorch, a logarithm is at least −100, and the gradient (p − t) / (p (1 − p)) divides by
+    at least 1e-12: both stay finite at p = 0 and p = 1.
+
+    Args:
+      predictions: probabilities [batch, ...]; for logits take `sigmoid_binary_cross_entropy`.
+      targets: 0 or 1, or probabilities, of the same shape.
+
+    Raises:
+      InputError: the shapes differ (they would broadcast).
+    """
+    _check_same_shape(predictions, targets)
+    return _mean_over_example(_clamped_bce(predictions, targets.astype(predictions.dtype)))
+
+
+def sigmoid_binary_cross_entropy(
+    predictions: Float[Array, "batch ..."], targets: Shaped[Array, "..."]
+) -> Float[Array, "batch"]:
+    """Binary cross entropy of logits, averaged like the others (`torch.nn.BCEWithLogitsLoss`).
+
+    The log loss of logistic regression.
+
+    Args:
+      predictions: logits [batch, ...].
+      targets: 0 or 1, or probabilities, of the same shape.
+
+    Raises:
+      InputError: the shapes differ (they would broadcast).
+    """
+    _check_same_shape(predictions, targets)
+    targets = targets.astype(predictions.dtype)
+    return _mean_over_example(optax.sigmoid_binary_cross_entropy(predictions, targets))
+
+
+def weighted_sum(*terms: tuple[float, Loss]) -> Loss:
+    """The loss Σ weight · loss, L1 + λ L2 for instance: `weighted_sum((1.0, l1), (0.1, l2))`.
+
+    Build it once and pass the same object to every step: a new one compiles anew.
+
+    Args:
+      terms: (weight, loss) pairs; a weight may be negative.
+
+    Raises:
+      InputError: there are no terms, or a weight is not finite.
+    """
+    if not terms:
+        raise InputError("weighted_sum has no terms; expected (weight, loss) pairs")
+    for weight, _ in terms:
+        if not isinstance(weight, jax.core.Tracer) and not math.isfinite(weight):
+            raise InputError(f"a weight of weighted_sum is {weight}; expected a finite number")
+
+    def loss(predictions: Array, targets: Array) -> Array:
+        return jnp.sum(
+            jnp.stack([weight * term(predictions, targets) for weight, term in terms]), axis=0
+        )
+
+    return loss
+
+
 # The losses whose targets are class labels, which are checked against the model's outputs.
 LABEL_LOSSES: frozenset[Loss] = frozenset({cross_entropy})
 
@@ -85,3 +209,36 @@ def _check_same_shape(predictions: Array, targets: Array) -> None:
 
 def _mean_over_example(values: Array) -> Array:
     return jnp.mean(values, axis=tuple(range(1, values.ndim)))
+
+
+def _as_vectors(values: Array) -> Array:
+    return values.reshape(values.shape[0], -1)
+
+
+def _sum_over_example(values: Array) -> Array:
+    return jnp.sum(values, axis=tuple(range(1, values.ndim)))
+
+
+def _norm(vectors: Array) -> Array:
+    """Length of each row, with gradient 0 at length 0."""
+    squares = jnp.sum(jnp.square(vectors), axis=-1)
+    positive = squares > 0
+    # Twice where: the branch not taken must be differentiable, too, or its NaN leaks through.
+    return jnp.where(positive, jnp.sqrt(jnp.where(positive, squares, 1.0)), 0.0)
+
+
+@jax.custom_jvp
+def _clamped_bce(probabilities: Array, targets: Array) -> Array:
+    log_p = jnp.maximum(jnp.log(probabilities), -100)
+    log_not_p = jnp.maximum(jnp.log1p(-probabilities), -100)
+    return -(targets * log_p + (1 - targets) * log_not_p)
+
+
+@_clamped_bce.defjvp
+def _clamped_bce_jvp(
+    primals: tuple[Array, Array], tangents: tuple[Array, Array]
+) -> tuple[Array, Array]:
+    p, t = primals
+    by_p = (p - t) / jnp.maximum((1 - p) * p, 1e-12)
+    by_t = jnp.maximum(jnp.log1p(-p), -100) - jnp.maximum(jnp.log(p), -100)
+    return _clamped_bce(p, t), by_p * tangents[0] + by_t * tangents[1]

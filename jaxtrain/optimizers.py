@@ -8,29 +8,23 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from typing import Any, NamedTuple, TypeAlias
+from typing import Any, TypeAlias
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from jaxtyping import Array, Bool, Float, Int, PyTree
+from jaxtyping import Array, Float, Int
 
 from jaxtrain.errors import InputError
+from jaxtrain.transforms import (
+    damped_trace,
+    scale_by_amsgrad,
+    scale_by_root_sum_of_squares,
+    scale_by_sign_and_step_size,
+)
 
 LearningRate: TypeAlias = float | Float[Array, ""] | optax.Schedule
-
-
-class DampedTraceState(NamedTuple):
-    """State of `damped_trace`.
-
-    Attributes:
-      trace: the momentum buffer of each parameter.
-      started: whether the buffer holds a gradient yet.
-    """
-
-    trace: PyTree
-    started: Bool[Array, ""]
 
 
 def sgd(
@@ -50,15 +44,13 @@ def sgd(
       InputError: a negative or NaN argument, or Nesterov without momentum or with dampening.
     """
     _check_learning_rate(learning_rate)
-    _check_not_negative(momentum=momentum, dampening=dampening, weight_decay=weight_decay)
+    _check_not_negative(momentum=momentum, dampening=dampening)
     if nesterov and (not _is_used(momentum) or _is_used(dampening)):
         raise InputError(
             f"nesterov is True with momentum {momentum} and dampening {dampening}; expected a "
             "momentum above 0 and no dampening, as in torch.optim.SGD"
         )
-    parts = []
-    if _is_used(weight_decay):
-        parts.append(optax.add_decayed_weights(weight_decay))
+    parts = _l2(weight_decay)
     if _is_used(momentum) and _is_used(dampening):
         parts.append(damped_trace(momentum, dampening))
     elif _is_used(momentum):
@@ -71,27 +63,196 @@ def adam(
     betas: tuple[float, float] = (0.9, 0.999),
     eps: float = 1e-8,
     weight_decay: float = 0.0,
+    amsgrad: bool = False,
 ) -> optax.GradientTransformation:
     """Adam as `torch.optim.Adam` (Kingma & Ba, 2015, https://arxiv.org/abs/1412.6980).
 
-    Weight decay is L2: it is added to the gradient, before the moments (`optax.adamw` decays the
+    Weight decay is L2: it is added to the gradient, before the moments (`adamw` decays the
     parameters themselves). Epsilon is added after the square root, as in optax.
 
     Raises:
       InputError: a negative or NaN argument, or a beta outside [0, 1).
     """
-    _check_learning_rate(learning_rate)
-    _check_not_negative(eps=eps, weight_decay=weight_decay)
-    _check_shares(betas=betas)
-    parts = [optax.add_decayed_weights(weight_decay)] if _is_used(weight_decay) else []
     return optax.chain(
-        *parts,
-        optax.scale_by_adam(b1=betas[0], b2=betas[1], eps=eps),
+        *_l2(weight_decay),
+        _scale_by_adam(learning_rate, betas, eps, amsgrad),
         _scale_by_learning_rate(learning_rate),
     )
 
 
-OPTIMIZERS: dict[str, Callable[..., optax.GradientTransformation]] = {"sgd": sgd, "adam": adam}
+def adamw(
+    learning_rate: LearningRate = 1e-3,
+    betas: tuple[float, float] = (0.9, 0.999),
+    eps: float = 1e-8,
+    weight_decay: float = 1e-2,
+    amsgrad: bool = False,
+) -> optax.GradientTransformation:
+    """Adam with decoupled weight decay as `torch.optim.AdamW`.
+
+    (Loshchilov & Hutter, 2019, https://arxiv.org/abs/1711.05101.) The parameters shrink by
+    learning_rate · weight_decay a step; PyTorch's default decay is 1e-2, optax's 1e-4.
+
+    Raises:
+      InputError: a negative or NaN argument, or a beta outside [0, 1).
+    """
+    _check_not_negative(weight_decay=weight_decay)
+    return optax.chain(
+        _scale_by_adam(learning_rate, betas, eps, amsgrad),
+        optax.add_decayed_weights(weight_decay),
+        _scale_by_learning_rate(learning_rate),
+    )
+
+
+def rmsprop(
+    learning_rate: LearningRate = 1e-2,
+    alpha: float = 0.99,
+    eps: float = 1e-8,
+    weight_decay: float = 0.0,
+    momentum: float = 0.0,
+    centered: bool = False,
+) -> optax.GradientTransformation:
+    """RMSprop as `torch.optim.RMSprop` (Hinton's lecture; centered: Graves, 2013).
+
+    Epsilon is added after the square root (optax: inside it), and the rate scales the momentum
+    buffer when it is applied (optax: before it enters the buffer).
+
+    Raises:
+      InputError: a negative or NaN argument, or alpha outside [0, 1).
+    """
+    _check_learning_rate(learning_rate)
+    _check_not_negative(eps=eps, momentum=momentum)
+    _check_shares(alpha=(alpha,))
+    scale_by = optax.scale_by_stddev if centered else optax.scale_by_rms
+    return optax.chain(
+        *_l2(weight_decay),
+        scale_by(decay=alpha, eps=eps, eps_in_sqrt=False),
+        *([optax.trace(momentum)] if _is_used(momentum) else []),
+        _scale_by_learning_rate(learning_rate),
+    )
+
+
+def rprop(
+    learning_rate: float = 1e-2,
+    etas: tuple[float, float] = (0.5, 1.2),
+    step_sizes: tuple[float, float] = (1e-6, 50.0),
+) -> optax.GradientTransformation:
+    """Resilient backpropagation as `torch.optim.Rprop` (Riedmiller & Braun, 1993).
+
+    Each parameter has a step size of its own, first `learning_rate`, times etas[1] while its
+    gradient keeps its sign and etas[0] where the sign turns; there the parameter rests for a step.
+    optax's rprop applies each update one step late. Meant for full batches: the noise of
+    mini-batches turns signs.
+
+    Raises:
+      InputError: a negative or NaN argument, or etas or step_sizes in the wrong order.
+    """
+    _check_learning_rate(learning_rate)
+    eta_minus, eta_plus = etas
+    smallest, largest = step_sizes
+    if not (0 < eta_minus < 1 < eta_plus):
+        raise InputError(f"etas are {etas}; expected one in (0, 1) and one above 1")
+    if not (0 <= smallest <= largest):
+        raise InputError(f"step_sizes are {step_sizes}; expected the smallest and the largest")
+    return optax.chain(
+        scale_by_sign_and_step_size(learning_rate, etas, step_sizes), optax.scale(-1.0)
+    )
+
+
+def adagrad(
+    learning_rate: LearningRate = 1e-2,
+    lr_decay: float = 0.0,
+    weight_decay: float = 0.0,
+    initial_accumulator_value: float = 0.0,
+    eps: float = 1e-10,
+) -> optax.GradientTransformation:
+    """Adagrad as `torch.optim.Adagrad` (Duchi, Hazan & Singer, 2011).
+
+    Epsilon is added after the square root (optax: inside it), the first accumulator is 0 (optax:
+    0.1), and the rate of step t, counted from 0, is learning_rate / (1 + t · lr_decay).
+
+    Raises:
+      InputError: a negative or NaN argument.
+    """
+    _check_learning_rate(learning_rate)
+    _check_not_negative(
+        lr_decay=lr_decay, initial_accumulator_value=initial_accumulator_value, eps=eps
+    )
+    rate = learning_rate
+    if _is_used(lr_decay):
+
+        def rate(count: Int[Array, ""]) -> Float[Array, ""]:
+            base = learning_rate(count) if callable(learning_rate) else learning_rate
+            return base / (1 + count * lr_decay)
+
+    return optax.chain(
+        *_l2(weight_decay),
+        scale_by_root_sum_of_squares(initial_accumulator_value, eps),
+        _scale_by_learning_rate(rate),
+    )
+
+
+def adadelta(
+    learning_rate: LearningRate = 1.0,
+    rho: float = 0.9,
+    eps: float = 1e-6,
+    weight_decay: float = 0.0,
+) -> optax.GradientTransformation:
+    """Adadelta as `torch.optim.Adadelta` (Zeiler, 2012, https://arxiv.org/abs/1212.5701).
+
+    Weight decay is added to the gradient before it is scaled (optax: after).
+
+    Raises:
+      InputError: a negative or NaN argument, or rho outside [0, 1).
+    """
+    _check_learning_rate(learning_rate)
+    _check_not_negative(eps=eps)
+    _check_shares(rho=(rho,))
+    return optax.chain(
+        *_l2(weight_decay),
+        optax.scale_by_adadelta(rho, eps),
+        _scale_by_learning_rate(learning_rate),
+    )
+
+
+def lbfgs(
+    learning_rate: LearningRate = 1.0, history_size: int = 100
+) -> optax.GradientTransformationExtraArgs:
+    """L-BFGS with a line search, as `torch.optim.LBFGS(line_search_fn="strong_wolfe")`.
+
+    (Liu & Nocedal, 1989; line search: Nocedal & Wright, Numerical Optimization, 2006, algorithm
+    3.5.) One update is one iteration, where PyTorch's `step` makes up to 20. It compares values of
+    one function, so it takes full batches and a model without dropout; `minimize` runs it without
+    evaluating any point twice.
+
+    Args:
+      learning_rate: factor of the direction from which the line search starts.
+      history_size: how many past steps shape the direction.
+
+    Raises:
+      InputError: a negative or NaN rate, or a history below 1.
+    """
+    _check_learning_rate(learning_rate)
+    if not isinstance(history_size, (int, np.integer)) or history_size < 1:
+        raise InputError(f"history_size is {history_size!r}; expected a whole number of at least 1")
+    return optax.lbfgs(
+        learning_rate,
+        memory_size=history_size,
+        linesearch=optax.scale_by_zoom_linesearch(
+            max_linesearch_steps=25, initial_guess_strategy="one"
+        ),
+    )
+
+
+OPTIMIZERS: dict[str, Callable[..., optax.GradientTransformation]] = {
+    "sgd": sgd,
+    "adam": adam,
+    "adamw": adamw,
+    "rmsprop": rmsprop,
+    "rprop": rprop,
+    "adagrad": adagrad,
+    "adadelta": adadelta,
+    "lbfgs": lbfgs,
+}
 
 
 def step_lr(
@@ -122,36 +283,35 @@ def step_lr(
     return schedule
 
 
-def damped_trace(momentum: float, dampening: float) -> optax.GradientTransformation:
-    """Momentum with PyTorch's dampening: buffer ← momentum · buffer + (1 − dampening) · gradient.
-
-    `optax.trace` has no dampening. The first buffer is the first gradient, undamped.
-    """
-
-    def init(params: PyTree) -> DampedTraceState:
-        return DampedTraceState(jax.tree.map(jnp.zeros_like, params), jnp.zeros((), bool))
-
-    def update(
-        updates: PyTree, state: DampedTraceState, params: PyTree | None = None
-    ) -> tuple[PyTree, DampedTraceState]:
-        del params
-        share = jnp.where(state.started, 1 - dampening, 1.0)
-        trace = jax.tree.map(
-            lambda buffer, gradient: momentum * buffer + share.astype(gradient.dtype) * gradient,
-            state.trace,
-            updates,
-        )
-        return trace, DampedTraceState(trace, jnp.ones((), bool))
-
-    return optax.GradientTransformation(init, update)
-
-
 def current_learning_rate(opt_state: Any) -> Float[Array, ""] | None:
     """The rate of the latest step, for optimizers of this module; None for others."""
     found = optax.tree_utils.tree_get_all_with_path(
         opt_state, "learning_rate", filtering=lambda path, value: hasattr(value, "dtype")
     )
     return found[0][1] if len(found) == 1 else None
+
+
+def has_line_search(opt_state: Any) -> bool:
+    """Whether an optimizer compares values of the loss, and so needs the same batch each step."""
+    searches = (optax.ScaleByZoomLinesearchState, optax.ScaleByBacktrackingLinesearchState)
+    leaves = jax.tree.leaves(opt_state, is_leaf=lambda node: isinstance(node, searches))
+    return any(isinstance(leaf, searches) for leaf in leaves)
+
+
+def _scale_by_adam(
+    learning_rate: LearningRate, betas: tuple[float, float], eps: float, amsgrad: bool
+) -> optax.GradientTransformation:
+    _check_learning_rate(learning_rate)
+    _check_not_negative(eps=eps)
+    _check_shares(betas=betas)
+    scale_by = scale_by_amsgrad if amsgrad else optax.scale_by_adam
+    return scale_by(b1=betas[0], b2=betas[1], eps=eps)
+
+
+def _l2(weight_decay: float) -> list[optax.GradientTransformation]:
+    """L2 weight decay as PyTorch has it: added to the gradient before all else."""
+    _check_not_negative(weight_decay=weight_decay)
+    return [optax.add_decayed_weights(weight_decay)] if _is_used(weight_decay) else []
 
 
 def _scale_by_learning_rate(learning_rate: LearningRate) -> optax.GradientTransformation:

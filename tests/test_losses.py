@@ -7,17 +7,34 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import assume, given
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
 import jaxtrain as jt
 
+F = torch.nn.functional
+
+
+def each(loss):
+    """A PyTorch loss without reduction, averaged over each example."""
+    return lambda predictions, targets: loss(predictions, targets, reduction="none").mean(
+        dim=(1, 2)
+    )
+
+
 REGRESSION = {
-    jt.losses.mean_absolute_error: torch.nn.functional.l1_loss,
-    jt.losses.mean_squared_error: torch.nn.functional.mse_loss,
+    jt.losses.mean_absolute_error: each(F.l1_loss),
+    jt.losses.mean_squared_error: each(F.mse_loss),
+    jt.losses.squared_error_sum: lambda p, t: F.mse_loss(p, t, reduction="none").sum(dim=(1, 2)),
+    jt.losses.euclidean_distance: lambda p, t: torch.linalg.vector_norm(p - t, dim=(1, 2)),
+    jt.losses.cosine_distance: lambda p, t: 1 - F.cosine_similarity(p.flatten(1), t.flatten(1)),
 }
-VALUES = st.floats(-1e4, 1e4, width=32)
+# No subnormal numbers: XLA takes them for 0.
+VALUES = st.floats(-1e4, 1e4, width=32, allow_subnormal=False)
+PROBABILITIES = st.one_of(
+    st.sampled_from([0.0, 1.0]), st.floats(0, 1, width=32, allow_subnormal=False)
+)
 
 
 def value_and_grad(loss_fn, predictions, targets):
@@ -29,17 +46,73 @@ def value_and_grad(loss_fn, predictions, targets):
     return np.asarray(values), np.asarray(gradient)
 
 
-@pytest.mark.parametrize("loss_fn", REGRESSION)
-@given(pair=hnp.arrays(np.float32, (2, 3, 4), elements=VALUES))
-def test_regression_losses_are_pytorchs(loss_fn, pair: np.ndarray) -> None:
-    predictions, targets = pair
+def assert_pytorchs(loss_fn, theirs, predictions, targets, rtol=1e-6, scale=1.0) -> None:
+    """Values and gradients, relative to their size; `scale` is the size of what they subtract."""
     values, gradient = value_and_grad(loss_fn, predictions, jnp.asarray(targets))
-    theirs = torch.tensor(predictions, requires_grad=True)
-    expected = REGRESSION[loss_fn](theirs, torch.tensor(targets), reduction="none").mean(dim=1)
+    leaf = torch.tensor(predictions, requires_grad=True)
+    expected = theirs(leaf, torch.tensor(targets))
     expected.sum().backward()
     # XLA flushes subnormal numbers to zero.
-    np.testing.assert_allclose(values, expected.detach(), rtol=1e-6, atol=1e-37)
-    np.testing.assert_allclose(gradient, theirs.grad, rtol=1e-6, atol=1e-37)
+    np.testing.assert_allclose(values, expected.detach(), rtol=rtol, atol=1e-37 + 1e-6 * scale)
+    finite = np.isfinite(leaf.grad.numpy())
+    np.testing.assert_allclose(
+        gradient[finite], leaf.grad.numpy()[finite], rtol=rtol, atol=1e-37 + 1e-6 * scale
+    )
+
+
+@pytest.mark.parametrize("loss_fn", REGRESSION)
+@given(pair=hnp.arrays(np.float32, (2, 3, 2, 2), elements=VALUES))
+def test_regression_losses_are_pytorchs(loss_fn, pair: np.ndarray) -> None:
+    scale = 0.0
+    if loss_fn is jt.losses.cosine_distance:
+        # The angle of vectors that are nearly parallel is a difference of nearly equal numbers,
+        # and its gradient grows as 1 / length; below 1e-3 the comparison would be one of noise.
+        assume(np.linalg.norm(pair.reshape(6, 4), axis=1).min() > 1e-3)
+        scale = 1000.0 if np.linalg.norm(pair[0].reshape(3, 4), axis=1).min() < 1 else 1.0
+    elif loss_fn is jt.losses.euclidean_distance:
+        # PyTorch's norm does not square what would underflow; squares below 1e-38 do.
+        difference = np.linalg.norm((pair[0] - pair[1]).reshape(3, 4), axis=1)
+        assume(((difference == 0) | (difference > 1e-15)).all())
+        scale = 1.0
+    assert_pytorchs(loss_fn, REGRESSION[loss_fn], *pair, scale=scale)
+
+
+@given(
+    predictions=hnp.arrays(np.float32, (3, 2, 2), elements=PROBABILITIES),
+    targets=hnp.arrays(np.float32, (3, 2, 2), elements=PROBABILITIES),
+)
+def test_binary_cross_entropy_is_pytorchs(predictions, targets) -> None:
+    assert_pytorchs(
+        jt.losses.binary_cross_entropy, each(F.binary_cross_entropy), predictions, targets
+    )
+
+
+@given(
+    predictions=hnp.arrays(np.float32, (3, 2, 2), elements=VALUES),
+    targets=hnp.arrays(np.float32, (3, 2, 2), elements=PROBABILITIES),
+)
+def test_sigmoid_binary_cross_entropy_is_pytorchs(predictions, targets) -> None:
+    assert_pytorchs(
+        jt.losses.sigmoid_binary_cross_entropy,
+        each(F.binary_cross_entropy_with_logits),
+        predictions,
+        targets,
+        scale=max(1.0, np.abs(predictions).max() / 10),
+    )
+
+
+@given(
+    logits=hnp.arrays(np.float32, (4, 5), elements=VALUES),
+    weights=hnp.arrays(np.float32, (4, 5), elements=st.floats(0.0625, 1, width=32)),
+)
+def test_soft_cross_entropy_is_pytorchs(logits, weights) -> None:
+    assert_pytorchs(
+        jt.losses.soft_cross_entropy,
+        lambda p, t: F.cross_entropy(p, t, reduction="none"),
+        logits,
+        weights / weights.sum(axis=1, keepdims=True),
+        scale=max(1.0, np.abs(logits).max()),
+    )
 
 
 @given(
@@ -77,7 +150,69 @@ def test_narrow_labels_do_not_wrap() -> None:
     np.testing.assert_allclose(values, np.log(256), rtol=1e-6)
 
 
-@pytest.mark.parametrize("loss_fn", REGRESSION)
+def test_the_distance_of_equal_vectors_has_gradient_zero() -> None:
+    values, gradient = value_and_grad(
+        jt.losses.euclidean_distance, np.ones((2, 3), np.float32), jnp.ones((2, 3))
+    )
+    np.testing.assert_array_equal(values, 0)
+    np.testing.assert_array_equal(gradient, 0)
+
+
+def test_cosine_distances_by_hand() -> None:
+    """The same direction, a right angle, opposite, 60°, and no direction at all."""
+    right = jnp.array([1.0, 0.0])
+    others = jnp.array([[3.0, 0.0], [0.0, 2.0], [-5.0, 0.0], [0.5, 0.75**0.5], [0.0, 0.0]])
+    values = jt.losses.cosine_distance(others, jnp.tile(right, (5, 1)))
+    np.testing.assert_allclose(values, [0, 1, 2, 0.5, 1], atol=1e-6)
+
+
+@pytest.mark.parametrize("p", [0.0, 1.0])
+def test_certainty_that_is_wrong_costs_100_with_a_finite_gradient(p: float) -> None:
+    values, gradient = value_and_grad(
+        jt.losses.binary_cross_entropy, np.full((1, 1), p, np.float32), jnp.array([[1 - p]])
+    )
+    np.testing.assert_array_equal(values, 100)
+    assert np.isfinite(gradient).all()
+
+
+def test_weighted_sum_is_the_sum_of_weighted_losses() -> None:
+    """And is a loss again, for a step and for another sum."""
+    l1, l2 = jt.losses.mean_absolute_error, jt.losses.mean_squared_error
+    predictions, targets = jnp.array([[3.0], [1.0]]), jnp.array([[1.0], [1.5]])
+    elastic = jt.losses.weighted_sum((1.0, l1), (0.5, l2))
+    np.testing.assert_allclose(elastic(predictions, targets), [2 + 0.5 * 4, 0.5 + 0.5 * 0.25])
+    nested = jt.losses.weighted_sum((2.0, elastic), (-1.0, l1))
+    np.testing.assert_allclose(nested(predictions, targets), [8 - 2, 1.25 - 0.5])
+
+
+def test_weighted_sum_mixes_labels_and_a_teachers_distribution() -> None:
+    """Distillation: targets hold the label in the first column and the teacher's shares behind."""
+    logits = jnp.array([[2.0, 0.0, 1.0]])
+    teacher = jnp.array([[0.7, 0.1, 0.2]])
+    targets = jnp.concatenate([jnp.array([[2.0]]), teacher], axis=1)
+    loss_fn = jt.losses.weighted_sum(
+        (0.3, lambda p, t: jt.losses.cross_entropy(p, t[:, 0].astype(int))),
+        (0.7, lambda p, t: jt.losses.soft_cross_entropy(p, t[:, 1:])),
+    )
+    log_shares = np.asarray(logits - np.log(np.exp(logits).sum()))[0]
+    expected = -0.3 * log_shares[2] - 0.7 * np.sum(np.asarray(teacher)[0] * log_shares)
+    np.testing.assert_allclose(loss_fn(logits, targets), [expected], rtol=1e-6)
+
+
+@pytest.mark.parametrize("terms", [(), ((float("nan"), jt.losses.mean_squared_error),)])
+def test_weighted_sum_refuses_no_terms_and_no_numbers(terms) -> None:
+    with pytest.raises(jt.InputError, match=r"expected (\(weight, loss\) pairs|a finite)"):
+        jt.losses.weighted_sum(*terms)
+
+
+ALL_SHAPED = [
+    *REGRESSION,
+    jt.losses.binary_cross_entropy,
+    jt.losses.sigmoid_binary_cross_entropy,
+]
+
+
+@pytest.mark.parametrize("loss_fn", ALL_SHAPED)
 def test_shapes_that_would_broadcast_are_refused(loss_fn) -> None:
     with pytest.raises(jt.InputError, match=r"\(4, 1\).*\(4,\).*same shape"):
         loss_fn(jnp.zeros((4, 1)), jnp.zeros(4))

@@ -29,6 +29,12 @@ def test_a_learning_rate_that_is_no_rate_is_refused(name: str, value) -> None:
         ("adam", {"betas": (0.9, 1.0)}, r"betas is 1\.0; expected a number that is in"),
         ("adam", {"eps": -1e-8}, "eps is -1e-08"),
         ("sgd", {"momentum": 0.9, "dampening": float("nan")}, "dampening is nan"),
+        ("rmsprop", {"alpha": 1.5}, r"alpha is 1\.5"),
+        ("rprop", {"etas": (1.2, 0.5)}, r"etas are \(1\.2, 0\.5\)"),
+        ("rprop", {"step_sizes": (1.0, 0.1)}, r"step_sizes are \(1\.0, 0\.1\)"),
+        ("adagrad", {"lr_decay": -1.0}, r"lr_decay is -1\.0"),
+        ("adadelta", {"rho": -0.1}, r"rho is -0\.1"),
+        ("lbfgs", {"history_size": 0}, "history_size is 0"),
     ],
 )
 def test_other_arguments_out_of_range_are_refused(name, options, message) -> None:

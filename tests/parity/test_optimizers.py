@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Iterable
 from typing import Any
 
@@ -14,35 +15,49 @@ import torch
 
 import jaxtrain as jt
 from benchmarks import torch_reference
+from jaxtrain.minimize import STOPS
 
 STEPS, BATCH_SIZE, FEATURES = 200, 16, (16, 12, 4)
 STEPS_PER_EPOCH = 10  # for schedules
 
-CASES = {
-    "sgd": ({"learning_rate": 0.05}, torch.optim.SGD),
-    "sgd momentum": ({"learning_rate": 0.05, "momentum": 0.9}, torch.optim.SGD),
-    "sgd nesterov": (
-        {"learning_rate": 0.05, "momentum": 0.9, "nesterov": True},
-        torch.optim.SGD,
-    ),
-    "sgd dampening": (
-        {"learning_rate": 0.1, "momentum": 0.9, "dampening": 0.5},
-        torch.optim.SGD,
-    ),
-    "sgd weight decay": ({"learning_rate": 0.05, "weight_decay": 0.01}, torch.optim.SGD),
-    "sgd dampening, weight decay": (
-        {"learning_rate": 0.05, "momentum": 0.8, "dampening": 0.3, "weight_decay": 0.01},
-        torch.optim.SGD,
-    ),
-    "sgd nesterov, weight decay": (
-        {"learning_rate": 0.05, "momentum": 0.9, "nesterov": True, "weight_decay": 0.01},
-        torch.optim.SGD,
-    ),
-    "adam": ({"learning_rate": 0.003}, torch.optim.Adam),
-    "adam betas, eps, weight decay": (
-        {"learning_rate": 0.003, "betas": (0.8, 0.95), "eps": 1e-4, "weight_decay": 0.01},
-        torch.optim.Adam,
-    ),
+# (optimizer, its options beside the defaults); lr stands for learning_rate.
+CASES = [
+    ("sgd", {"lr": 0.05}),
+    ("sgd", {"lr": 0.05, "momentum": 0.9}),
+    ("sgd", {"lr": 0.05, "momentum": 0.9, "nesterov": True}),
+    ("sgd", {"lr": 0.1, "momentum": 0.9, "dampening": 0.5}),
+    ("sgd", {"lr": 0.05, "weight_decay": 0.01}),
+    ("sgd", {"lr": 0.05, "momentum": 0.8, "dampening": 0.3, "weight_decay": 0.01}),
+    ("sgd", {"lr": 0.05, "momentum": 0.9, "nesterov": True, "weight_decay": 0.01}),
+    ("adam", {"lr": 0.003}),
+    ("adam", {"lr": 0.003, "betas": (0.8, 0.95), "eps": 1e-4, "weight_decay": 0.01}),
+    ("adam", {"lr": 0.003, "amsgrad": True, "betas": (0.9, 0.9)}),
+    ("adamw", {"lr": 0.003}),
+    ("adamw", {"lr": 0.003, "betas": (0.8, 0.95), "eps": 1e-4, "weight_decay": 0.1}),
+    ("adamw", {"lr": 0.003, "amsgrad": True, "betas": (0.9, 0.9)}),
+    ("rmsprop", {"lr": 0.001}),
+    ("rmsprop", {"lr": 0.001, "alpha": 0.9, "eps": 1e-4, "weight_decay": 0.01}),
+    ("rmsprop", {"lr": 0.001, "centered": True, "eps": 1e-4}),
+    ("rmsprop", {"lr": 0.0005, "momentum": 0.9}),
+    ("rmsprop", {"lr": 0.0005, "momentum": 0.5, "centered": True, "eps": 1e-4}),
+    ("rprop", {"lr": 0.001}),
+    ("rprop", {"lr": 0.001, "etas": (0.6, 1.1), "step_sizes": (1e-5, 0.005)}),
+    ("rprop", {"lr": 0.1, "step_sizes": (1e-6, 0.01)}),
+    ("adagrad", {"lr": 0.02}),
+    ("adagrad", {"lr": 0.05, "lr_decay": 0.01, "weight_decay": 0.01}),
+    ("adagrad", {"lr": 0.05, "initial_accumulator_value": 0.1, "eps": 1e-3}),
+    ("adadelta", {}),
+    ("adadelta", {"lr": 0.5, "rho": 0.8, "eps": 1e-5, "weight_decay": 0.01}),
+]
+TORCH = {
+    "sgd": torch.optim.SGD,
+    "adam": torch.optim.Adam,
+    "adamw": torch.optim.AdamW,
+    "rmsprop": torch.optim.RMSprop,
+    "rprop": torch.optim.Rprop,
+    "adagrad": torch.optim.Adagrad,
+    "adadelta": torch.optim.Adadelta,
+    "lbfgs": torch.optim.LBFGS,
 }
 
 
@@ -94,37 +109,69 @@ def flat(params: object) -> np.ndarray:
     return np.concatenate([np.ravel(leaf) for leaf in jax.tree.leaves(params)])
 
 
-@pytest.mark.parametrize("case", CASES)
-def test_losses_and_parameters_of_200_steps(case: str, data: jt.Dataset) -> None:
-    options, theirs = CASES[case]
-    torch_options = {("lr" if name == "learning_rate" else name): v for name, v in options.items()}
+@pytest.mark.parametrize(("name", "options"), CASES, ids=str)
+def test_losses_and_parameters_of_200_steps(name: str, options: dict, data: jt.Dataset) -> None:
+    ours = {("learning_rate" if key == "lr" else key): value for key, value in options.items()}
     assert_same_training(
         data,
-        jt.optimizers.OPTIMIZERS[case.split()[0]](**options),
-        lambda params: theirs(params, **torch_options),
+        jt.optimizers.OPTIMIZERS[name](**ours),
+        lambda params: TORCH[name](params, **options),
     )
+
+
+def test_lbfgs_solves_least_squares_in_as_few_evaluations() -> None:
+    """Twenty unknowns, sixty equations; both stop at the same largest entry of the gradient."""
+    random = np.random.default_rng(0)
+    matrix = random.normal(size=(60, 20)).astype(np.float32)
+    right = random.normal(size=60).astype(np.float32)
+    solution = np.linalg.lstsq(matrix.astype(float), right.astype(float), rcond=None)[0]
+    tolerance = 2e-4
+
+    result = jax.jit(
+        lambda start: jt.minimize(
+            lambda x: jnp.sum((matrix @ x - right) ** 2),
+            start,
+            jt.optimizers.lbfgs(),
+            max_steps=100,
+            gradient_tolerance=tolerance,
+        )
+    )(jnp.zeros(20))
+
+    x = torch.zeros(20, requires_grad=True)
+    theirs = torch.optim.LBFGS(
+        [x], max_iter=100, tolerance_grad=tolerance, line_search_fn="strong_wolfe"
+    )
+
+    def closure() -> torch.Tensor:
+        theirs.zero_grad()
+        loss = ((torch.tensor(matrix) @ x - torch.tensor(right)) ** 2).sum()
+        loss.backward()
+        return loss
+
+    theirs.step(closure)
+    np.testing.assert_allclose(result.params, solution, rtol=0, atol=1e-5)
+    assert result.evaluations <= 1.2 * theirs.state[x]["func_evals"]
+    assert STOPS[result.stop] == "gradient below the tolerance"
 
 
 @pytest.mark.parametrize(("name", "rate"), [("sgd", 0.2), ("adam", 0.01)])
 def test_step_lr(name: str, rate: float, data: jt.Dataset) -> None:
     """Twenty epochs of ten steps; the rate falls by 0.8 every two epochs."""
     schedule = jt.optimizers.step_lr(rate, step_size=2, gamma=0.8, steps_per_epoch=STEPS_PER_EPOCH)
-    theirs = {"sgd": torch.optim.SGD, "adam": torch.optim.Adam}[name]
     assert_same_training(
         data,
         jt.optimizers.OPTIMIZERS[name](schedule),
-        lambda params: theirs(params, rate),
+        lambda params: TORCH[name](params, rate),
         lambda optimizer: torch.optim.lr_scheduler.StepLR(optimizer, step_size=2, gamma=0.8),
     )
 
 
-@pytest.mark.parametrize(("name", "theirs"), [("sgd", torch.optim.SGD), ("adam", torch.optim.Adam)])
-def test_defaults_are_torch_optims(name: str, theirs: type) -> None:
-    import inspect
-
+@pytest.mark.parametrize("name", TORCH)
+def test_names_and_defaults_are_torch_optims(name: str) -> None:
     expected = {
         ("learning_rate" if key == "lr" else key): parameter.default
-        for key, parameter in inspect.signature(theirs).parameters.items()
+        for key, parameter in inspect.signature(TORCH[name]).parameters.items()
     }
     for key, parameter in inspect.signature(jt.optimizers.OPTIMIZERS[name]).parameters.items():
         assert parameter.default == expected[key], key
+    assert jt.optimizers.OPTIMIZERS.keys() == TORCH.keys()

@@ -1,0 +1,141 @@
+"""minimize: descent on a function of parameters, one compiled loop that knows when to stop."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+from jax import lax
+from jaxtyping import Array, Float, Int, PyTree
+
+from jaxtrain.checks import check_whole
+from jaxtrain.optimizers import has_line_search
+
+STOPS = (
+    "step limit",
+    "loss below the threshold",
+    "gradient below the tolerance",
+    "loss not finite",
+)
+
+
+class Minimum(NamedTuple):
+    """Where a descent ended, and how it came there.
+
+    Attributes:
+      params: the parameters at the end.
+      loss: the loss there.
+      losses: the loss at the start and after each step, [max_steps + 1]; NaN after the last.
+      steps: steps taken.
+      evaluations: how often the loss was evaluated, with its gradient, line searches included.
+      stop: what ended it, an index into `STOPS`.
+    """
+
+    params: PyTree
+    loss: Float[Array, ""]
+    losses: Float[Array, "points"]
+    steps: Int[Array, ""]
+    evaluations: Int[Array, ""]
+    stop: Int[Array, ""]
+
+
+class _Point(NamedTuple):
+    params: PyTree
+    opt_state: PyTree
+    loss: Array
+    grad: PyTree
+    losses: Array
+    steps: Array
+    evaluations: Array
+
+
+def minimize(
+    loss_fn: Callable[[PyTree], Float[Array, ""]],
+    params: PyTree,
+    optimizer: optax.GradientTransformation,
+    *,
+    max_steps: int,
+    loss_threshold: float = -jnp.inf,
+    gradient_tolerance: float = 0.0,
+) -> Minimum:
+    """Step until the loss or its gradient is small enough, or the steps are used up.
+
+    A pure function of its arguments: jit it to compile it once for many calls, vmap it to run many
+    descents at once (each stops for itself; the loop runs as long as the longest).
+
+    Args:
+      loss_fn: params -> loss, a scalar that depends on nothing else (all data, no dropout).
+      params: where to start.
+      optimizer: any optax transformation; one with a line search, such as `optimizers.lbfgs`,
+        evaluates no point twice.
+      max_steps: the most steps to take, at least 0.
+      loss_threshold: stop when the loss is below.
+      gradient_tolerance: stop when no entry of the gradient is larger than this.
+
+    Returns:
+      The end point, the losses on the way, and what ended it. A loss that is not finite ends it,
+      too: that descent has diverged.
+
+    Raises:
+      InputError: max_steps is no whole number of at least 0.
+    """
+    check_whole(max_steps, "max_steps", least=0)
+    searches = has_line_search(jax.eval_shape(optimizer.init, params))
+    evaluate = jax.value_and_grad(loss_fn)
+    update = optax.with_extra_args_support(optimizer).update
+
+    def stop(point: _Point) -> Array:
+        """The index of the first reason that holds, or −1; the step limit comes last."""
+        largest = optax.tree_utils.tree_norm(point.grad, ord=jnp.inf)
+        reasons = [
+            (~jnp.isfinite(point.loss), 3),
+            (point.loss < loss_threshold, 1),
+            (largest <= gradient_tolerance, 2),
+            (point.steps >= max_steps, 0),
+        ]
+        return jnp.select([holds for holds, _ in reasons], [index for _, index in reasons], -1)
+
+    def step(point: _Point) -> _Point:
+        updates, opt_state = update(
+            point.grad,
+            point.opt_state,
+            point.params,
+            value=point.loss,
+            grad=point.grad,
+            value_fn=loss_fn,
+        )
+        params = optax.apply_updates(point.params, updates)
+        if searches:
+            # The search has been there already.
+            find = optax.tree_utils.tree_get
+            loss, grad = find(opt_state, "value"), find(opt_state, "grad")
+            evaluations = find(opt_state, "num_linesearch_steps")
+        else:
+            loss, grad = evaluate(params)
+            evaluations = 1
+        steps = point.steps + 1
+        return _Point(
+            params,
+            opt_state,
+            loss,
+            grad,
+            point.losses.at[steps].set(loss),
+            steps,
+            point.evaluations + evaluations,
+        )
+
+    loss, grad = evaluate(params)
+    first = _Point(
+        params,
+        optimizer.init(params),
+        loss,
+        grad,
+        jnp.full(max_steps + 1, jnp.nan, loss.dtype).at[0].set(loss),
+        jnp.zeros((), jnp.int32),
+        jnp.ones((), jnp.int32),
+    )
+    last = lax.while_loop(lambda point: stop(point) < 0, step, first)
+    return Minimum(last.params, last.loss, last.losses, last.steps, last.evaluations, stop(last))

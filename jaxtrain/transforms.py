@@ -1,0 +1,165 @@
+"""Gradient transformations that torch.optim needs and optax lacks."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+from jaxtyping import Array, Bool, Int, PyTree
+
+
+class DampedTraceState(NamedTuple):
+    """State of `damped_trace`.
+
+    Attributes:
+      trace: the momentum buffer of each parameter.
+      started: whether the buffer holds a gradient yet.
+    """
+
+    trace: PyTree
+    started: Bool[Array, ""]
+
+
+def damped_trace(momentum: float, dampening: float) -> optax.GradientTransformation:
+    """Momentum with PyTorch's dampening: buffer ← momentum · buffer + (1 − dampening) · gradient.
+
+    `optax.trace` has no dampening. The first buffer is the first gradient, undamped.
+    """
+
+    def init(params: PyTree) -> DampedTraceState:
+        return DampedTraceState(jax.tree.map(jnp.zeros_like, params), jnp.zeros((), bool))
+
+    def update(
+        updates: PyTree, state: DampedTraceState, params: PyTree | None = None
+    ) -> tuple[PyTree, DampedTraceState]:
+        del params
+        share = jnp.where(state.started, 1 - dampening, 1.0)
+        trace = jax.tree.map(
+            lambda buffer, gradient: momentum * buffer + share.astype(gradient.dtype) * gradient,
+            state.trace,
+            updates,
+        )
+        return trace, DampedTraceState(trace, jnp.ones((), bool))
+
+    return optax.GradientTransformation(init, update)
+
+
+class AmsgradState(NamedTuple):
+    """State of `scale_by_amsgrad`.
+
+    Attributes:
+      step: steps so far.
+      mu: first moment of the gradient.
+      nu: second moment.
+      nu_max: the largest second moment so far.
+    """
+
+    step: Int[Array, ""]
+    mu: PyTree
+    nu: PyTree
+    nu_max: PyTree
+
+
+def scale_by_amsgrad(b1: float, b2: float, eps: float) -> optax.GradientTransformation:
+    """Adam by the largest second moment so far (Reddi, Kale & Kumar, 2018).
+
+    PyTorch takes the largest moment and corrects its bias then; optax's `scale_by_amsgrad`
+    corrects first, which lets the first steps' large corrections last for ever.
+    """
+
+    def init(params: PyTree) -> AmsgradState:
+        zeros = jax.tree.map(jnp.zeros_like, params)
+        return AmsgradState(jnp.zeros((), jnp.int32), zeros, zeros, zeros)
+
+    def update(
+        updates: PyTree, state: AmsgradState, params: PyTree | None = None
+    ) -> tuple[PyTree, AmsgradState]:
+        del params
+        mu = optax.tree_utils.tree_update_moment(updates, state.mu, b1, 1)
+        nu = optax.tree_utils.tree_update_moment(updates, state.nu, b2, 2)
+        step = state.step + 1
+        nu_max = jax.tree.map(jnp.maximum, state.nu_max, nu)
+        mu_hat = optax.tree_utils.tree_bias_correction(mu, b1, step)
+        nu_hat = optax.tree_utils.tree_bias_correction(nu_max, b2, step)
+        updates = jax.tree.map(lambda m, v: m / (jnp.sqrt(v) + eps), mu_hat, nu_hat)
+        return updates, AmsgradState(step, mu, nu, nu_max)
+
+    return optax.GradientTransformation(init, update)
+
+
+class SumOfSquaresState(NamedTuple):
+    """State of `scale_by_root_sum_of_squares`: the sum of each parameter's squared gradients."""
+
+    sum_of_squares: PyTree
+
+
+def scale_by_root_sum_of_squares(
+    initial_accumulator_value: float, eps: float
+) -> optax.GradientTransformation:
+    """Divide by √(sum of squared gradients) + eps: Adagrad's scaling in PyTorch.
+
+    `optax.scale_by_rss` has epsilon inside the root, where 1e-10 is 1e-5.
+    """
+
+    def init(params: PyTree) -> SumOfSquaresState:
+        return SumOfSquaresState(
+            jax.tree.map(lambda leaf: jnp.full_like(leaf, initial_accumulator_value), params)
+        )
+
+    def update(
+        updates: PyTree, state: SumOfSquaresState, params: PyTree | None = None
+    ) -> tuple[PyTree, SumOfSquaresState]:
+        del params
+        sums = jax.tree.map(lambda s, g: s + jnp.square(g), state.sum_of_squares, updates)
+        updates = jax.tree.map(lambda s, g: g / (jnp.sqrt(s) + eps), sums, updates)
+        return updates, SumOfSquaresState(sums)
+
+    return optax.GradientTransformation(init, update)
+
+
+class RpropState(NamedTuple):
+    """State of `scale_by_sign_and_step_size`.
+
+    Attributes:
+      step_sizes: each parameter's step size.
+      previous: its previous gradient, 0 where the sign has just turned.
+    """
+
+    step_sizes: PyTree
+    previous: PyTree
+
+
+def scale_by_sign_and_step_size(
+    first: float, etas: tuple[float, float], step_sizes: tuple[float, float]
+) -> optax.GradientTransformation:
+    """Rprop's update before its sign is flipped: sign of the gradient times a step size of its own.
+
+    `optax.scale_by_rprop` applies each update one step late.
+    """
+    eta_minus, eta_plus = etas
+
+    def init(params: PyTree) -> RpropState:
+        return RpropState(
+            jax.tree.map(lambda leaf: jnp.full_like(leaf, first), params),
+            jax.tree.map(jnp.zeros_like, params),
+        )
+
+    def update(
+        updates: PyTree, state: RpropState, params: PyTree | None = None
+    ) -> tuple[PyTree, RpropState]:
+        del params
+        turns = jax.tree.map(lambda g, p: jnp.sign(g * p), updates, state.previous)
+        sizes = jax.tree.map(
+            lambda turn, size: jnp.clip(
+                size * jnp.select([turn > 0, turn < 0], [eta_plus, eta_minus], 1.0), *step_sizes
+            ),
+            turns,
+            state.step_sizes,
+        )
+        kept = jax.tree.map(lambda turn, g: jnp.where(turn < 0, 0, g), turns, updates)
+        updates = jax.tree.map(lambda g, size: jnp.sign(g) * size, kept, sizes)
+        return updates, RpropState(sizes, kept)
+
+    return optax.GradientTransformation(init, update)

@@ -1,0 +1,107 @@
+"""Descent on functions whose minimum is known."""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+import jaxtrain as jt
+from jaxtrain.minimize import STOPS
+
+
+def parabola(w):
+    return jnp.sum((w - 3.0) ** 2)
+
+
+def test_gradient_descent_by_hand() -> None:
+    """W − 3 shrinks by 1 − 2 · 0.25 = 1/2 a step: losses 9, 9/4, 9/16, …"""
+    result = jt.minimize(parabola, jnp.array(0.0), optax.sgd(0.25), max_steps=4)
+    np.testing.assert_allclose(result.losses, 9 / 4.0 ** np.arange(5), rtol=1e-6)
+    assert result.params == pytest.approx(3 - 3 / 2**4)
+    assert (result.steps, result.evaluations) == (4, 5)
+    assert STOPS[result.stop] == "step limit"
+
+
+def test_it_stops_below_the_threshold() -> None:
+    result = jt.minimize(
+        parabola, jnp.array(0.0), optax.sgd(0.25), max_steps=100, loss_threshold=0.1
+    )
+    assert result.steps == 4  # 9 / 4⁴ = 0.035 is the first below
+    assert STOPS[result.stop] == "loss below the threshold"
+    assert np.isnan(result.losses[5:]).all()
+
+
+def test_many_rates_at_once_each_stop_for_themselves() -> None:
+    """Rates that crawl, halve, hit at once, swing for ever, and diverge."""
+    rates = jnp.array([1e-6, 0.25, 0.5, 1.0, 20.0])
+    result = jax.vmap(
+        lambda rate: jt.minimize(
+            parabola,
+            jnp.array(0.0),
+            jt.optimizers.sgd(rate),
+            max_steps=50,
+            loss_threshold=1e-9,
+        )
+    )(rates)
+    assert [STOPS[stop] for stop in result.stop] == [
+        "step limit",
+        "loss below the threshold",
+        "loss below the threshold",
+        "step limit",
+        "loss not finite",
+    ]
+    assert result.steps[2] == 1
+    np.testing.assert_allclose(result.losses[3], 9.0)
+    for index, rate in enumerate(rates):
+        alone = jt.minimize(
+            parabola, jnp.array(0.0), optax.sgd(rate), max_steps=50, loss_threshold=1e-9
+        )
+        assert alone.steps == result.steps[index]
+        np.testing.assert_allclose(alone.losses, result.losses[index], rtol=1e-5)
+
+
+def test_lbfgs_on_the_valley_of_rosenbrock() -> None:
+    result = jax.jit(
+        lambda start: jt.minimize(
+            lambda x: (1 - x[0]) ** 2 + 100 * (x[1] - x[0] ** 2) ** 2,
+            start,
+            jt.optimizers.lbfgs(),
+            max_steps=100,
+            gradient_tolerance=1e-4,
+        )
+    )(jnp.array([-1.2, 1.0]))
+    np.testing.assert_allclose(result.params, [1, 1], atol=1e-3)
+    assert result.steps < 60
+
+
+def test_a_minimum_is_recognised_at_once() -> None:
+    result = jt.minimize(
+        parabola, jnp.array(3.0), jt.optimizers.lbfgs(), max_steps=9, gradient_tolerance=1e-6
+    )
+    assert result.steps == 0
+    assert STOPS[result.stop] == "gradient below the tolerance"
+
+
+def test_the_steps_are_checked() -> None:
+    with pytest.raises(jt.InputError, match="max_steps is -1"):
+        jt.minimize(parabola, jnp.array(0.0), optax.sgd(0.1), max_steps=-1)
+
+
+def test_line_searches_refuse_mini_batches(small_state, small_classes) -> None:
+    model = jt.models.FeedForward((8, 3), dropout_rate=0.0, mean=0.0, std=1.0)
+    state = jt.init_state(
+        model, jt.optimizers.lbfgs(), small_classes.inputs[:1], key=jax.random.key(0)
+    )
+    loss_fn = jt.losses.cross_entropy
+    for train in (
+        lambda size: jt.train_epoch(state, small_classes, loss_fn, batch_size=size),
+        lambda size: jt.fit(state, small_classes, loss_fn=loss_fn, batch_size=size, epochs=3),
+    ):
+        with pytest.raises(jt.InputError, match=r"batch_size is 16 of 50 .* line search"):
+            train(16)
+        after, _ = train(50)
+        start = jt.evaluate(state, small_classes, loss_fn)["loss"]
+        assert jt.evaluate(after, small_classes, loss_fn)["loss"] < start
