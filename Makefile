@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 
-.PHONY: help linear mnist test check format clean
+.PHONY: help linear mnist tutorials test check format clean
 
 help:  ## list the targets
 	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -13,6 +13,9 @@ linear: $(VENV)/installed  ## tutorial T1: linear regression (ARGS="--epochs 400
 
 mnist: $(VENV)/installed  ## tutorial T2: MNIST (ARGS="--dataset digits" passes flags)
 	$(BIN)/python experiments/mnist.py $(ARGS)
+
+tutorials: $(VENV)/installed  ## all tutorials, and one table of their figures beside the originals'
+	$(BIN)/python -m experiments.tutorials $(ARGS)
 
 test: $(VENV)/installed-test  ## run the tests
 	$(BIN)/python -m pytest $(ARGS)

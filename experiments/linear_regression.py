@@ -7,13 +7,34 @@ from pathlib import Path
 from typing import Any, Literal
 
 import jax.numpy as jnp
+import numpy as np
+from matplotlib.figure import Figure
 
 import jaxtrain as jt
 from jaxtrain import command, plots, progress, runs
 from jaxtrain.checks import check_whole
+from jaxtrain.command import Comparison
 from jaxtrain.fit import EpochDone, Event, History
 
-LOSS = jt.losses.mean_absolute_error
+LOSSES = {
+    "mean_absolute_error": jt.losses.mean_absolute_error,
+    "mean_squared_error": jt.losses.mean_squared_error,
+    "squared_error_sum": jt.losses.squared_error_sum,
+    "euclidean_distance": jt.losses.euclidean_distance,
+}
+
+# Epoch (counted from 0), train MAE before and test MAE after its update, weight and bias after:
+# PyTorch 2.13 from the published start.
+REFERENCE = (
+    (0, 0.31288138031959534, 0.48106518387794495, 0.34059035778045654, 0.1388094127178192),
+    (20, 0.08908725529909134, 0.21729660034179688, 0.4184202253818512, 0.3333094120025635),
+    (100, 0.024458957836031914, 0.05646304413676262, 0.5800304412841797, 0.3503098785877228),
+    (160, 0.0038517764769494534, 0.008201557211577892, 0.6825708150863647, 0.30731043219566345),
+    (180, 0.008932482451200485, 0.005023092031478882, 0.6951308250427246, 0.29931047558784485),
+    (199, 0.0025885067880153656, 0.008447891101241112, 0.6990308165550232, 0.3093104660511017),
+    # The listing that the tutorial prints is of a second run of its cell.
+    (380, 0.008932482451200485, 0.005023092031478882, 0.6951308250427246, 0.29931047558784485),
+)
 
 # The line behind the data, and what torch.randn(1) gives twice after torch.manual_seed(42).
 WEIGHT, BIAS = 0.7, 0.3
@@ -28,7 +49,11 @@ class Config:
     """Steps of gradient descent, each on all training points."""
     learning_rate: float = 0.01
     """Factor of the gradient in each step."""
-    optimizer: Literal["sgd", "adam"] = "sgd"
+    loss: Literal[
+        "mean_absolute_error", "mean_squared_error", "squared_error_sum", "euclidean_distance"
+    ] = "mean_absolute_error"
+    """What is minimised; its mean over the points."""
+    optimizer: command.OptimizerName = "sgd"
     """The solver, as in torch.optim."""
     start: Literal["published", "random"] = "published"
     """published: the tutorial's weight and bias. random: a normal draw from the seed."""
@@ -47,9 +72,10 @@ def run(config: Config) -> dict[str, Any]:
     command.select_device(config.device)
     with runs.RunFolder(config.output_dir, config) as folder:
         train_data, test_data = jt.data.line(WEIGHT, BIAS)
-        before, after, history = train(config, train_data, test_data, folder)
-        final = jt.evaluate(after, test_data, LOSS)
-        write_pictures(folder, train_data, test_data, before, after, history)
+        before, after, history, path = train(config, train_data, test_data, folder)
+        comparisons = compare(config, history, path)
+        final = jt.evaluate(after, test_data, LOSSES[config.loss])
+        write_pictures(config, folder, train_data, test_data, before, after, history, path)
         summary = folder.write_summary(
             experiment="linear_regression",
             dataset="line",
@@ -59,16 +85,41 @@ def run(config: Config) -> dict[str, Any]:
             test_loss=float(final["loss"]),
             weight=after.params["weight"].item(),
             bias=after.params["bias"].item(),
+            figures=[row._asdict() for row in comparisons],
         )
-    print_table(config, summary)
+    print_result(summary)
+    command.print_comparisons("T1: the tutorial's figures", comparisons, config.output_dir)
     return summary
+
+
+def compare(config: Config, history: History, path: np.ndarray) -> list[Comparison]:
+    """PyTorch's figures beside ours, as far as the run went; none with other flags than its."""
+    plain = Config()
+    flags = ("learning_rate", "loss", "optimizer", "start")
+    if any(getattr(config, flag) != getattr(plain, flag) for flag in flags):
+        return []
+    rows = []
+    for epoch, *reference in REFERENCE:
+        if epoch < config.epochs:
+            ours = (history["train_loss"][epoch], history["test_loss"][epoch], *path[epoch + 1])
+            names = ("train loss", "test loss", "weight", "bias")
+            rows += [
+                Comparison(f"epoch {epoch}: {name}", original, float(our), 1e-6)
+                for name, original, our in zip(names, reference, ours, strict=True)
+            ]
+    return rows
 
 
 def train(
     config: Config, train_data: jt.Dataset, test_data: jt.Dataset, folder: runs.RunFolder
-) -> tuple[jt.TrainState, jt.TrainState, History]:
-    """Fit the line; returns the state before and after, and the history."""
-    optimizer = jt.optimizers.OPTIMIZERS[config.optimizer](config.learning_rate)
+) -> tuple[jt.TrainState, jt.TrainState, History, np.ndarray]:
+    """Fit the line.
+
+    Returns:
+      The state before and after, the history, and (weight, bias) at the start and after each
+      epoch, [epochs + 1, 2].
+    """
+    optimizer = jt.optimizers.make(config.optimizer, config.learning_rate)
     before = jt.init_state(
         jt.models.LinearRegression(),
         optimizer,
@@ -79,6 +130,7 @@ def train(
         start = {"weight": jnp.array([[PUBLISHED_WEIGHT]]), "bias": jnp.array([PUBLISHED_BIAS])}
         before = before.replace(params=start)
 
+    path = [line_of(before)]
     check_whole(config.log_interval, "log_interval", least=0)
     with progress.console(
         log_interval=config.log_interval, epoch_interval=config.log_interval
@@ -86,8 +138,8 @@ def train(
 
         def report(event: Event) -> None:
             if isinstance(event, EpochDone):
-                params = event.state.params
-                folder.record(event, weight=params["weight"].item(), bias=params["bias"].item())
+                path.append(line_of(event.state))
+                folder.record(event, weight=path[-1][0], bias=path[-1][1])
             else:
                 folder.record(event)
             show(event)
@@ -96,28 +148,36 @@ def train(
             before,
             train_data,
             test_data,
-            loss_fn=LOSS,
+            loss_fn=LOSSES[config.loss],
             epochs=config.epochs,
             batch_size=train_data.num_examples,
             log_interval=0,
             report=report,
         )
-    return before, after, history
+    return before, after, history, np.array(path)
+
+
+def line_of(state: jt.TrainState) -> tuple[float, float]:
+    """Weight and bias of a state."""
+    return state.params["weight"].item(), state.params["bias"].item()
 
 
 def write_pictures(
+    config: Config,
     folder: runs.RunFolder,
     train_data: jt.Dataset,
     test_data: jt.Dataset,
     before: jt.TrainState,
     after: jt.TrainState,
     history: History,
+    path: np.ndarray,
 ) -> None:
-    """Draw the loss curves, and the data with the line before and after training."""
+    """Draw the loss curves, the data with the line before and after, weight and bias at the end."""
     inputs = jnp.concatenate([train_data.inputs, test_data.inputs])
     if len(history["epoch"]):
-        curves = plots.learning_curves(history, "linear regression: mean absolute error")
+        curves = plots.learning_curves(history, f"T1: {config.loss.replace('_', ' ')}")
         folder.write_picture("learning_curves.png", curves)
+        folder.write_picture("last_epochs.png", draw_last_epochs(path))
     folder.write_picture(
         "fit.png",
         plots.line_fit(
@@ -130,22 +190,40 @@ def write_pictures(
     )
 
 
-def print_table(config: Config, summary: dict[str, Any]) -> None:
-    """Print the result beside the tutorial's, and where it lies."""
+def draw_last_epochs(path: np.ndarray, epochs: int = 40) -> Figure:
+    """Weight and bias over the last epochs: a constant step on |error| ends in a two-step cycle.
+
+    The gradient of the absolute error has the same size however small the error is, so that near
+    the minimum each step crosses it and the next one goes back.
+    """
+    figure = Figure(figsize=(7, 4.4), layout="constrained")
+    first = max(0, len(path) - epochs)
+    styles = (("weight", WEIGHT, plots.BLUE, "o"), ("bias", BIAS, plots.VERMILION, "^"))
+    for column, (ax, (name, true, color, marker)) in enumerate(
+        zip(figure.subplots(2, 1, sharex=True), styles, strict=True)
+    ):
+        ax.plot(np.arange(first, len(path)), path[first:, column], color=color, marker=marker)
+        ax.axhline(true, color="black", linewidth=0.8, linestyle=":", label=f"true {name} {true:g}")
+        plots.label_axes(ax, "epoch" if column else "", name)
+        ax.legend(loc="upper left")
+    figure.suptitle("T1: a constant step on the absolute error does not come to rest")
+    return figure
+
+
+def print_result(summary: dict[str, Any]) -> None:
+    """Print the result."""
     train_loss = summary["train_loss"]
-    command.print_summary(
+    command.print_table(
         "T1: linear regression",
         {
             "epochs": str(summary["epochs"]),
-            "train loss (MAE)": "none" if train_loss is None else f"{train_loss:.7f}",
-            "test loss (MAE)": f"{summary['test_loss']:.7f}",
+            "train loss": "none" if train_loss is None else f"{train_loss:.7f}",
+            "test loss": f"{summary['test_loss']:.7f}",
             "weight": f"{summary['weight']:.4f}, true {WEIGHT:g}",
             "bias": f"{summary['bias']:.4f}, true {BIAS:g}",
-            "the original, 200 epochs": "weight 0.6990, bias 0.3093",
             "compiling": f"{summary['compile_seconds']:.1f} s",
             "training": f"{summary['train_seconds']:.2f} s on {summary['device']}",
         },
-        config.output_dir,
     )
 
 

@@ -49,12 +49,16 @@ class Config:
     """Test examples at a time."""
     learning_rate: float | None = None
     """None is 0.01, on digits 0.05."""
-    weight_decay: float = 1e-6
-    """L2 penalty, added to the gradient."""
+    weight_decay: float | None = None
+    """L2 penalty, added to the gradient; None is 1e-6, for rprop and lbfgs 0."""
     momentum: float = 0.0
-    """Momentum of sgd."""
-    optimizer: Literal["sgd", "adam"] = "sgd"
+    """Momentum of sgd and rmsprop."""
+    optimizer: command.OptimizerName = "sgd"
     """The solver, as in torch.optim."""
+    validation: float = 0.0
+    """Share of the training data held out for validation, evaluated after every epoch."""
+    patience: int | None = None
+    """Stop after so many epochs without a better validation loss and keep the best parameters."""
     gamma: float | None = None
     """Multiply the learning rate by this after every epoch (StepLR); None leaves it constant."""
     dropout: float = 0.2
@@ -100,10 +104,12 @@ def run(config: Config) -> dict[str, Any]:
 def with_defaults(config: Config, dataset: str) -> Config:
     """The configuration with this data set's epochs and rate where none were given."""
     epochs, learning_rate = DEFAULTS[dataset]
+    weight_decay = 0.0 if config.optimizer in ("rprop", "lbfgs") else 1e-6
     return replace(
         config,
         epochs=epochs if config.epochs is None else config.epochs,
         learning_rate=learning_rate if config.learning_rate is None else config.learning_rate,
+        weight_decay=weight_decay if config.weight_decay is None else config.weight_decay,
     )
 
 
@@ -114,9 +120,15 @@ def train(
     assert config.epochs is not None
     mean, std = jt.data.STATISTICS[data.name]
     model = jt.models.FeedForward(dropout_rate=config.dropout, mean=mean, std=std)
-    init_key, shuffle_key = jax.random.split(command.seed_key(config.seed))
-    optimizer = make_optimizer(config, data.train.num_examples)
-    state = jt.init_state(model, optimizer, data.train.inputs[:1], key=init_key)
+    key = command.seed_key(config.seed)
+    init_key, shuffle_key = jax.random.split(key)
+    train_data, validation_data = data.train, None
+    if config.validation:
+        train_data, validation_data = data.train.split(
+            config.validation, jax.random.fold_in(key, 2)
+        )
+    optimizer = make_optimizer(config, train_data.num_examples)
+    state = jt.init_state(model, optimizer, train_data.inputs[:1], key=init_key)
 
     with progress.console(
         log_interval=config.log_interval, test_examples=data.test.num_examples
@@ -128,8 +140,10 @@ def train(
 
         return jt.fit(
             state,
-            data.train,
+            train_data,
             data.test,
+            validation_data=validation_data,
+            patience=config.patience,
             loss_fn=LOSS,
             metric_fns=METRICS,
             epochs=config.epochs,
@@ -149,14 +163,8 @@ def make_optimizer(config: Config, examples: int) -> optax.GradientTransformatio
         check_whole(config.batch_size, "batch_size", least=1)
         steps = num_steps(examples, config.batch_size)
         rate = jt.optimizers.step_lr(config.learning_rate, 1, config.gamma, steps_per_epoch=steps)
-    options = {"momentum": config.momentum} if config.momentum else {}
-    if options and config.optimizer != "sgd":
-        raise jt.InputError(
-            f"--momentum is {config.momentum} with --optimizer {config.optimizer}; only sgd takes "
-            "a momentum, drop one of the two"
-        )
-    return jt.optimizers.OPTIMIZERS[config.optimizer](
-        rate, weight_decay=config.weight_decay, **options
+    return jt.optimizers.make(
+        config.optimizer, rate, weight_decay=config.weight_decay, momentum=config.momentum
     )
 
 
@@ -173,6 +181,8 @@ def write_pictures(
         groups.append(("the first mistakes: predicted class, true class", mistakes))
     if len(history["epoch"]):
         folder.write_picture("learning_curves.png", plots.learning_curves(history, data.name))
+    if "validation_loss" in history:
+        folder.write_picture("overfitting.png", plots.generalisation_gap(history, data.name))
     folder.write_picture(
         "predictions.png",
         plots.prediction_grid(

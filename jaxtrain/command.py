@@ -5,9 +5,9 @@ from __future__ import annotations
 import contextlib
 import os
 import sys
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import Literal, TypeVar
+from typing import Literal, NamedTuple, TypeVar
 
 import jax
 from jaxtyping import Array, Key
@@ -17,6 +17,7 @@ from jaxtrain.errors import InputError, NonFiniteLossError
 from jaxtrain.runs import FINISHED_NOTE
 
 Device = Literal["auto", "cpu", "gpu"]
+OptimizerName = Literal["sgd", "adam", "adamw", "rmsprop", "rprop", "adagrad", "adadelta", "lbfgs"]
 Config = TypeVar("Config")
 
 _INTERRUPTED = 130  # 128 + SIGINT, as shells report it
@@ -86,8 +87,58 @@ def seed_key(seed: int) -> Key[Array, ""]:
     return jax.random.key(seed)
 
 
+class Comparison(NamedTuple):
+    """A figure of a tutorial beside ours.
+
+    Attributes:
+      figure: what it is.
+      original: the tutorial's, or PyTorch's where the tutorial runs it.
+      ours: the same from jaxtrain.
+      tolerance: how far apart they may be.
+    """
+
+    figure: str
+    original: float
+    ours: float
+    tolerance: float
+
+    @property
+    def agrees(self) -> bool:
+        """Whether ours is within the tolerance."""
+        return abs(self.ours - self.original) <= self.tolerance
+
+
+def comparison_rows(comparisons: Iterable[Comparison]) -> Iterator[tuple[str, str, str, str]]:
+    """Figure, original, ours and difference as text, with a mark where they disagree."""
+    for row in comparisons:
+        mark = "" if row.agrees else f"  ✗ more than {row.tolerance:g}"
+        difference = f"{row.ours - row.original:+.1e}{mark}"
+        yield row.figure, f"{row.original:.10g}", f"{row.ours:.10g}", difference
+
+
+def print_comparisons(title: str, comparisons: Iterable[Comparison], output_dir: Path) -> None:
+    """Print the table of figures on stdout, and as the last line where the results are."""
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table(title=title, title_justify="left")
+    table.add_column("figure")
+    for heading in ("original", "ours", "difference"):
+        table.add_column(heading, justify="right")
+    for row in comparison_rows(comparisons):
+        table.add_row(*row)
+    Console(highlight=False).print(table)
+    print(f"results: {output_dir}")
+
+
 def print_summary(title: str, rows: Mapping[str, str], output_dir: Path) -> None:
     """Print the closing table on stdout, and as the last line where the results are."""
+    print_table(title, rows)
+    print(f"results: {output_dir}")
+
+
+def print_table(title: str, rows: Mapping[str, str]) -> None:
+    """Print names and values on stdout."""
     from rich.console import Console
     from rich.table import Table
 
@@ -95,4 +146,3 @@ def print_summary(title: str, rows: Mapping[str, str], output_dir: Path) -> None
     for name, value in rows.items():
         table.add_row(name, value)
     Console(highlight=False).print(table)
-    print(f"results: {output_dir}")

@@ -33,7 +33,7 @@ class NonFiniteLossError(ArithmeticError):
 
     Attributes:
       epoch: the epoch in which it happened, counted from 1.
-      step: the step within that epoch, counted from 1; None for the test loss.
+      step: the step within that epoch, counted from 1; None for test or validation loss.
       loss: the loss.
       learning_rate: the rate of that step, or None where the optimizer does not record one.
       history: the history of the epochs finished before it.
@@ -52,7 +52,7 @@ class NonFiniteLossError(ArithmeticError):
         self.loss = loss
         self.learning_rate = learning_rate
         self.history = history
-        where = f"the test loss became {loss} after epoch {epoch}"
+        where = f"the test or validation loss became {loss} after epoch {epoch}"
         if step is not None:
             where = f"the training loss became {loss} in epoch {epoch}, step {step}"
         rate, smaller = "", "a smaller learning rate"

@@ -15,7 +15,7 @@ from jaxtyping import Array, Key
 from jaxtrain.checks import check_key, check_labels, check_line_search, check_whole
 from jaxtrain.data.dataset import Dataset, check_dataset
 from jaxtrain.epochs import epoch_order, evaluation, num_steps, train_steps
-from jaxtrain.errors import NonFiniteLossError
+from jaxtrain.errors import InputError, NonFiniteLossError
 from jaxtrain.losses import Loss
 from jaxtrain.metrics import Metric
 from jaxtrain.optimizers import current_learning_rate
@@ -54,12 +54,14 @@ class StepsDone(NamedTuple):
       step: steps finished in this epoch.
       examples_seen: examples used in this epoch.
       loss: training loss of the latest step.
+      state: the state after it.
     """
 
     epoch: int
     step: int
     examples_seen: int
     loss: float
+    state: TrainState
 
 
 class EpochDone(NamedTuple):
@@ -85,6 +87,8 @@ def fit(
     train_data: Dataset,
     test_data: Dataset | None = None,
     *,
+    validation_data: Dataset | None = None,
+    patience: int | None = None,
     loss_fn: Loss,
     metric_fns: Mapping[str, Metric] | None = None,
     epochs: int = 5,
@@ -103,8 +107,11 @@ def fit(
       state: where to start; left untouched.
       train_data: inputs [examples, ...] and targets [examples, ...].
       test_data: likewise; None skips evaluation.
+      validation_data: likewise, evaluated after each epoch, too: what decides early stopping.
+      patience: stop after so many epochs without a smaller validation loss, and return the state
+        of the epoch with the smallest; None trains all epochs and returns the last state.
       loss_fn: per-example loss.
-      metric_fns: further per-example functions to evaluate on `test_data`, by name.
+      metric_fns: further per-example functions to evaluate on test and validation data, by name.
       epochs: passes over `train_data`, at least 0.
       batch_size: examples a step.
       test_batch_size: examples at a time in evaluation.
@@ -117,9 +124,9 @@ def fit(
     Returns:
       The state after the last epoch, and the history: arrays with one entry an epoch, `epoch`,
       `train_loss` (mean over the epoch's examples, each loss taken before its update), `test_loss`
-      and `test_NAME` for each metric, `learning_rate` (of the epoch's last step, for optimizers
-      that record it) and `seconds` (training and evaluation, without compiling); and
-      `step_losses`, one entry a step.
+      and `test_NAME` for each metric, `validation_loss` and so on, `learning_rate` (of the epoch's
+      last step, for optimizers that record it) and `seconds` (training and evaluation, without
+      compiling); and `step_losses`, one entry a step.
 
     Raises:
       InputError: an argument is out of range; labels do not fit the model's classes.
@@ -136,10 +143,19 @@ def fit(
     train_data = Dataset(*map(jnp.asarray, train_data))
     check_labels(state, train_data, loss_fn, "train_data")
     check_line_search(state, train_data.num_examples, batch_size)
-    if test_data is not None:
-        check_dataset(test_data, "test_data")
-        test_data = Dataset(*map(jnp.asarray, test_data))
-        check_labels(state, test_data, loss_fn, "test_data")
+    held_out: dict[str, Dataset] = {}
+    for name, data in (("test", test_data), ("validation", validation_data)):
+        if data is not None:
+            check_dataset(data, f"{name}_data")
+            held_out[name] = Dataset(*map(jnp.asarray, data))
+            check_labels(state, held_out[name], loss_fn, f"{name}_data")
+    if patience is not None:
+        check_whole(patience, "patience", least=1)
+        if validation_data is None:
+            raise InputError(
+                f"patience is {patience} without validation_data; expected some to watch, "
+                "train_data.split(0.1, key) makes it"
+            )
     report = report or (lambda event: None)
     examples = train_data.num_examples
     batch_size = min(batch_size, examples)
@@ -152,18 +168,19 @@ def fit(
         state, train_data, any_order, loss_fn, 0, steps, batch_size=batch_size
     ).compile()
     metrics = metric_items(loss_fn, metric_fns)
-    if test_data is not None:
-        evaluation.lower(state, test_data, metrics, batch_size=test_batch_size).compile()
+    for data in held_out.values():
+        evaluation.lower(state, data, metrics, batch_size=test_batch_size).compile()
     report(Compiled(time.perf_counter() - started, epochs, steps, examples))
 
     batch_sizes = np.full(steps, batch_size)
     batch_sizes[-1] = examples - (steps - 1) * batch_size
-    test_names = [f"test_{name}" for name, _ in metrics] if test_data else []
+    metric_names = [f"{part}_{name}" for part in held_out for name, _ in metrics]
     rate_names = [] if _learning_rate(state) is None else ["learning_rate"]
-    columns = ["epoch", "train_loss", *test_names, *rate_names, "seconds"]
+    columns = ["epoch", "train_loss", *metric_names, *rate_names, "seconds"]
     rows: list[dict[str, float]] = []
     step_losses: list[np.ndarray] = []
     seconds_per_step: float | None = None
+    best: EpochDone | None = None
 
     for epoch in range(first_epoch + 1, first_epoch + epochs + 1):
         epoch_started = time.perf_counter()
@@ -200,16 +217,16 @@ def fit(
                     _history(columns, rows, step_losses),
                 )
             losses = np.append(losses, chunk)
-            report(StepsDone(epoch, stop, int(batch_sizes[:stop].sum()), float(chunk[-1])))
+            report(StepsDone(epoch, stop, int(batch_sizes[:stop].sum()), float(chunk[-1]), state))
         row = {"epoch": epoch, "train_loss": float(np.average(losses, weights=batch_sizes))}
-        if test_data is not None:
-            means = evaluation(state, test_data, metrics, batch_size=test_batch_size)
-            row |= {name: float(means[name.removeprefix("test_")]) for name in test_names}
-            if not np.isfinite(row["test_loss"]):
+        for name, data in held_out.items():
+            means = evaluation(state, data, metrics, batch_size=test_batch_size)
+            row |= {f"{name}_{metric}": float(means[metric]) for metric, _ in metrics}
+            if not np.isfinite(row[f"{name}_loss"]):
                 raise NonFiniteLossError(
                     epoch,
                     None,
-                    row["test_loss"],
+                    row[f"{name}_loss"],
                     _learning_rate(state),
                     _history(columns, rows, step_losses),
                 )
@@ -220,7 +237,12 @@ def fit(
         rows.append(row)
         step_losses.append(losses)
         report(EpochDone(epoch, row, state))
-    return state, _history(columns, rows, step_losses)
+        if patience is not None:
+            if best is None or row["validation_loss"] < best.metrics["validation_loss"]:
+                best = EpochDone(epoch, row, state)
+            elif epoch - best.epoch >= patience:
+                break
+    return (state if best is None else best.state), _history(columns, rows, step_losses)
 
 
 def _next_stop(start: int, steps: int, log_interval: int, seconds_per_step: float | None) -> int:

@@ -28,9 +28,15 @@ def uniform_fan_in(fan_in: int) -> nn.initializers.Initializer:
 
 
 class LinearRegression(nn.Module):
-    """y = x · weight + bias, both started from a standard normal draw (tutorial T1)."""
+    """y = x · weight + bias, both started from a standard normal draw (tutorial T1).
+
+    Attributes:
+      features: outputs of each example.
+      use_bias: whether there is a bias; without one the line runs through the origin (T3).
+    """
 
     features: int = 1
+    use_bias: bool = True
 
     @nn.compact
     def __call__(
@@ -39,8 +45,10 @@ class LinearRegression(nn.Module):
         """Predict; `train` changes nothing here."""
         shape, dtype = (inputs.shape[-1], self.features), jnp.result_type(inputs, jnp.float32)
         weight = self.param("weight", nn.initializers.normal(1.0), shape, dtype)
-        bias = self.param("bias", nn.initializers.normal(1.0), (self.features,), dtype)
-        return inputs @ weight + bias
+        outputs = inputs @ weight
+        if self.use_bias:
+            outputs += self.param("bias", nn.initializers.normal(1.0), (self.features,), dtype)
+        return outputs
 
 
 class FeedForward(nn.Module):

@@ -6,6 +6,7 @@ current rate can be read from the optimizer state (see `current_learning_rate`).
 
 from __future__ import annotations
 
+import inspect
 import math
 from collections.abc import Callable
 from typing import Any, TypeAlias
@@ -253,6 +254,35 @@ OPTIMIZERS: dict[str, Callable[..., optax.GradientTransformation]] = {
     "adadelta": adadelta,
     "lbfgs": lbfgs,
 }
+
+
+def make(name: str, learning_rate: LearningRate, **options: Any) -> optax.GradientTransformation:
+    """The optimizer of that name; options that it does not have must be 0.
+
+    Args:
+      name: a key of `OPTIMIZERS`.
+      learning_rate: a number, or a schedule where the optimizer takes one.
+      options: further arguments by name, such as momentum.
+
+    Raises:
+      InputError: no such optimizer, or it lacks an option that is not 0.
+    """
+    if name not in OPTIMIZERS:
+        raise InputError(f"the optimizer is {name!r}; expected one of {', '.join(OPTIMIZERS)}")
+    known = inspect.signature(OPTIMIZERS[name]).parameters
+    for option, value in options.items():
+        if option not in known and _is_used(value):
+            raise InputError(
+                f"{option} is {value} with the optimizer {name}, which has none; expected 0, or an "
+                "optimizer that has it"
+            )
+    if name == "rprop" and callable(learning_rate):
+        raise InputError(
+            "the learning rate of rprop is a schedule; expected a number, since each parameter's "
+            "step size adapts itself"
+        )
+    kept = {option: value for option, value in options.items() if option in known}
+    return OPTIMIZERS[name](learning_rate, **kept)
 
 
 def step_lr(

@@ -19,6 +19,7 @@ from numpy.typing import ArrayLike
 from jaxtrain.data.dataset import Dataset
 
 BLUE, VERMILION, GREEN, GREY = "#0072B2", "#D55E00", "#009E73", "#999999"
+ORANGE, SKY, PURPLE, YELLOW = "#E69F00", "#56B4E9", "#CC79A7", "#F0E442"
 
 TRAIN: dict[str, Any] = {"color": BLUE, "linestyle": "-"}
 TEST: dict[str, Any] = {"color": VERMILION, "linestyle": "--"}
@@ -48,7 +49,7 @@ def learning_curves(history: Mapping[str, np.ndarray], title: str) -> Figure:
     if "test_loss" in history:
         axes[0].plot(epochs, history["test_loss"], **TEST, marker=marker, label="test, after epoch")
     axes[0].set_yscale("log")
-    _label(axes[0], "epoch", "loss (log scale)")
+    label_axes(axes[0], "epoch", "loss (log scale)")
     axes[0].legend()
 
     if accuracy:
@@ -63,10 +64,32 @@ def learning_curves(history: Mapping[str, np.ndarray], title: str) -> Figure:
         )
         axes[1].margins(y=0.12)
         axes[1].yaxis.set_major_formatter(PercentFormatter(1.0, decimals=0))
-        _label(axes[1], "epoch", "test accuracy")
+        label_axes(axes[1], "epoch", "test accuracy")
     for ax in axes:
         ax.xaxis.set_major_locator(MaxNLocator(integer=True))
     figure.suptitle(title)
+    return figure
+
+
+def generalisation_gap(history: Mapping[str, np.ndarray], title: str) -> Figure:
+    """Training and validation loss, the gap between them shaded, the best epoch marked.
+
+    While both fall, the model learns; where the validation loss turns up, it learns its examples
+    by heart (overfitting).
+    """
+    figure = Figure(figsize=(6.5, 4), layout="constrained")
+    ax = figure.subplots()
+    epochs, train, validation = (history[k] for k in ("epoch", "train_loss", "validation_loss"))
+    marker = "o" if len(epochs) <= 30 else None
+    ax.plot(epochs, train, **TRAIN, marker=marker, label="training, mean over epoch (with dropout)")
+    ax.plot(epochs, validation, **TEST, marker=marker, label="validation, after epoch")
+    ax.fill_between(epochs, train, validation, color=GREY, alpha=0.25, label="gap")
+    best = int(np.argmin(validation))
+    ax.plot(epochs[best], validation[best], "*", color="black", markersize=13, label="best epoch")
+    ax.xaxis.set_major_locator(MaxNLocator(integer=True))
+    label_axes(ax, "epoch", "loss")
+    ax.legend()
+    figure.suptitle(f"{title}: training against validation")
     return figure
 
 
@@ -97,7 +120,7 @@ def line_fit(
     ax.scatter(
         test.inputs, test.targets, s=22, color=VERMILION, marker="^", label="test data", zorder=3
     )
-    _label(ax, "x", "y")
+    label_axes(ax, "x", "y")
     ax.legend()
     figure.suptitle(title)
     return figure
@@ -160,7 +183,7 @@ def confusion_matrix(counts: np.ndarray, title: str) -> Figure:
             ax.text(column, row, str(count), ha="center", va="center", fontsize=8, color=colour)
     ticks = range(len(counts))
     ax.set(xticks=ticks, yticks=ticks)
-    _label(ax, "predicted class", "true class", grid=False)
+    label_axes(ax, "predicted class", "true class", grid=False)
     bar = figure.colorbar(image, ax=ax, shrink=0.8, label="share of the true class (root scale)")
     marks = [0, 0.01, 0.05, 0.2, 0.5, 1]
     bar.set_ticks([math.sqrt(mark) for mark in marks], labels=[f"{mark:.0%}" for mark in marks])
@@ -168,7 +191,8 @@ def confusion_matrix(counts: np.ndarray, title: str) -> Figure:
     return figure
 
 
-def _label(ax: Axes, x: str, y: str, grid: bool = True) -> None:
+def label_axes(ax: Axes, x: str, y: str, grid: bool = True) -> None:
+    """Name the axes, in one style for all pictures."""
     ax.set(xlabel=x, ylabel=y)
     if grid:
         ax.grid(alpha=0.3, linewidth=0.6)

@@ -91,6 +91,8 @@ def epoch_line(event: EpochDone, test_examples: int | None = None) -> str:
     parts = [f"epoch {event.epoch}:", f"train loss {metrics['train_loss']:.6f}"]
     if "test_loss" in metrics:
         parts.append(f"test loss {metrics['test_loss']:.6f}")
+    if "validation_loss" in metrics:
+        parts.append(f"validation loss {metrics['validation_loss']:.6f}")
     if "test_accuracy" in metrics:
         parts.append(f"test accuracy {accuracy_text(metrics['test_accuracy'], test_examples)}")
     parts.append(f"{metrics['seconds']:.2f} s")

@@ -58,8 +58,9 @@ class RunFolder:
         self.path = Path(path)
         self.config = config
         self._started = time.perf_counter()
+        self._begun = False
         self._compile_seconds = 0.0
-        self._epochs: list[dict[str, float]] = []
+        self._epochs: list[dict[str, Any]] = []
         self._history_written = 0.0
         try:
             self.path.mkdir(parents=True, exist_ok=True)
@@ -82,20 +83,25 @@ class RunFolder:
             where = self.path / "history.csv"
             error.add_note(f"{FINISHED_NOTE} ({len(self._epochs)}) are in {where}")
 
-    def record(self, event: Event, **more: float) -> None:
+    def start(self) -> None:
+        """Let the results of an earlier run make way for `config.json`."""
+        self._begun = True
+        for earlier in ("summary.json", "history.csv"):
+            (self.path / earlier).unlink(missing_ok=True)
+        self._write_json("config.json", dataclasses.asdict(self.config))
+
+    def record(self, event: Event, **more: float | str) -> None:
         """Take note of what `fit` reports.
 
         Args:
-          event: with the start of training the results of an earlier run make way for
-            `config.json`; finished epochs become rows of `history.csv`, written at most once a
-            second.
+          event: training begins with `start`; finished epochs become rows of `history.csv`,
+            written at most once a second.
           more: further columns of that row.
         """
         if isinstance(event, Compiled):
             self._compile_seconds += event.seconds
-            for earlier in ("summary.json", "history.csv"):
-                (self.path / earlier).unlink(missing_ok=True)
-            self._write_json("config.json", dataclasses.asdict(self.config))
+            if not self._begun:
+                self.start()
         elif isinstance(event, EpochDone):
             self._epochs.append({**event.metrics, **more})
             if time.perf_counter() - self._history_written > 1:
@@ -119,6 +125,14 @@ class RunFolder:
         self._write_json("summary.json", entries)
         return entries
 
+    def write_table(self, name: str, columns: Mapping[str, Any]) -> None:
+        """Write a CSV file from columns of equal length."""
+        text = io.StringIO()
+        writer = csv.writer(text, lineterminator="\n")
+        writer.writerow(columns)
+        writer.writerows(zip(*columns.values(), strict=True))
+        self._write(name, text.getvalue().encode())
+
     def write_picture(self, name: str, figure: Figure) -> None:
         """Write a figure as a PNG file."""
         image = io.BytesIO()
@@ -128,11 +142,10 @@ class RunFolder:
     def _write_history(self) -> None:
         self._history_written = time.perf_counter()
         if self._epochs:
-            text = io.StringIO()
-            writer = csv.DictWriter(text, self._epochs[0], lineterminator="\n")
-            writer.writeheader()
-            writer.writerows(self._epochs)
-            self._write("history.csv", text.getvalue().encode())
+            names = list(dict.fromkeys(name for row in self._epochs for name in row))
+            self.write_table(
+                "history.csv", {name: [row.get(name) for row in self._epochs] for name in names}
+            )
 
     def _write_json(self, name: str, content: Mapping[str, Any]) -> None:
         text = json.dumps(_plain(content), indent=2, allow_nan=False)

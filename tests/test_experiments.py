@@ -17,7 +17,18 @@ import jax
 import numpy as np
 import pytest
 
-from experiments import linear_regression, mnist
+import jaxtrain as jt
+from experiments import (
+    gradient_descent,
+    learning_rate,
+    linear_regression,
+    loss_landscape,
+    losses,
+    minibatch_regression,
+    mnist,
+    optimizers,
+)
+from jaxtrain import command
 from jaxtrain.runs import RunFolder
 
 ROOT = Path(__file__).parents[1]
@@ -73,11 +84,12 @@ def test_linear_regression(environment, tmp_path: Path) -> None:
     result = run(environment, "linear_regression", "--output-dir", folder)
     assert result.returncode == 0, result.stderr
     assert result.stdout.strip().splitlines()[-1] == f"results: {folder}"
-    assert "weight                   │ 0.6990, true 0.7" in result.stdout
+    assert "│ 0.6990, true 0.7" in result.stdout
     assert "epoch 10:  train loss 0.209192  test loss 0.359826" in result.stderr
     assert "\x1b" not in result.stdout + result.stderr
     assert {path.name for path in folder.iterdir()} == {
-        *("config.json", "summary.json", "history.csv", "learning_curves.png", "fit.png")
+        *("config.json", "summary.json", "history.csv"),
+        *("learning_curves.png", "fit.png", "last_epochs.png"),
     }
     summary = json.loads((folder / "summary.json").read_text())
     assert summary.keys() >= COMMON | {"weight", "bias"}
@@ -150,13 +162,13 @@ def test_quiet_means_quiet_and_config_json_tells_the_flags(environment, tmp_path
     ids=str,
 )
 def test_every_flag_changes_the_training(flag, digits, tmp_path: Path) -> None:
-    def losses(config: mnist.Config) -> np.ndarray:
+    def step_losses(config: mnist.Config) -> np.ndarray:
         config = mnist.with_defaults(dataclasses.replace(config, epochs=2), "digits")
         return mnist.train(config, digits, RunFolder(tmp_path, config))[1]["step_losses"]
 
     plain = mnist.Config(log_interval=0)
-    changed = losses(dataclasses.replace(plain, **flag))
-    usual = losses(plain)
+    changed = step_losses(dataclasses.replace(plain, **flag))
+    usual = step_losses(plain)
     assert len(changed) != len(usual) or (changed[24:] != usual[24:]).any()
 
 
@@ -176,7 +188,7 @@ def test_mistakes_end_with_one_sentence(environment, tmp_path: Path) -> None:
         (("--output-dir", tmp_path / "file"), f"{tmp_path}/file cannot be written"),
         ((*digits, "--epochs", -1), "epochs is -1", "at least 0"),
         ((*digits, "--learning-rate", -0.5), "learning_rate is -0.5", "not negative"),
-        ((*digits, "--optimizer", "adam", "--momentum", 0.9), "--momentum is 0.9"),
+        ((*digits, "--optimizer", "adam", "--momentum", 0.9), "momentum is 0.9"),
         ((*digits, "--learning-rate", 1e30), "step", "at learning rate 1e+30", "smaller"),
         ((*digits, "--dropout", 1.5), "dropout_rate is 1.5"),
         ((*digits, "--gamma", 0.9, "--batch-size", 0), "batch_size is 0"),
@@ -263,7 +275,85 @@ def test_a_terminal_shows_a_progress_bar(environment, tmp_path: Path) -> None:
     assert "epoch 3:" in text
 
 
-@pytest.mark.parametrize("script", [linear_regression, mnist])
+SCRIPTS = [
+    *(gradient_descent, learning_rate, linear_regression, loss_landscape, losses),
+    *(minibatch_regression, mnist, optimizers),
+]
+# Script, flags, pictures: all that finish within seconds.
+QUICK = [
+    (linear_regression, {"epochs": 400}, {"fit", "last_epochs", "learning_curves"}),
+    (linear_regression, {"loss": "mean_squared_error", "optimizer": "adam"}, {"fit"}),
+    (linear_regression, {"optimizer": "lbfgs", "loss": "mean_squared_error"}, {"fit"}),
+    (losses, {}, {"losses"}),
+    (loss_landscape, {}, {"loss_curve", "loss_surface"}),
+    (loss_landscape, {"as_published": True}, {"loss_surface"}),
+    (gradient_descent, {}, {"descent", "descent_on_surface"}),
+    (gradient_descent, {"as_published": True}, {"descent"}),
+    (gradient_descent, {"optimizer": "rprop"}, {"descent"}),
+    (learning_rate, {}, {"learning_rates"}),
+    (learning_rate, {"optimizer": "adam"}, {"learning_rates"}),
+    (minibatch_regression, {}, {"fit", "path"}),
+    (minibatch_regression, {"as_published": True}, {"fit", "path"}),
+    (minibatch_regression, {"seed": 3}, {"fit", "path"}),
+]
+
+
+@pytest.mark.parametrize(
+    ("script", "flags", "pictures"), QUICK, ids=lambda value: getattr(value, "__name__", str(value))
+)
+def test_tutorials_reach_their_figures(script, flags, pictures, tmp_path, capsys) -> None:
+    summary = script.run(script.Config(**flags, log_interval=0, output_dir=tmp_path))
+    disagreeing = [row for row in summary["figures"] if not command.Comparison(**row).agrees]
+    assert not disagreeing
+    if "optimizer" not in flags and "loss" not in flags and script is not loss_landscape:
+        assert summary["figures"]
+    assert {path.stem for path in tmp_path.glob("*.png")} >= pictures
+    written = json.loads((tmp_path / "summary.json").read_text())
+    assert written["figures"] == summary["figures"]
+    assert written.keys() >= COMMON
+    assert read_history(tmp_path)
+    captured = capsys.readouterr()
+    assert captured.out.splitlines()[-1] == f"results: {tmp_path}"
+    assert captured.err == ""
+
+
+def test_a_figure_out_of_tolerance_is_marked() -> None:
+    rows = [command.Comparison("a", 1.0, 1.1, 0.2), command.Comparison("b", 1.0, 1.3, 0.2)]
+    assert [row.agrees for row in rows] == [True, False]
+    assert [cells[-1] for cells in command.comparison_rows(rows)] == [
+        "+1.0e-01",
+        "+3.0e-01  ✗ more than 0.2",
+    ]
+
+
+def test_eight_solvers_on_digits(tmp_path: Path) -> None:
+    config = optimizers.Config(
+        dataset="digits", examples=400, epochs=3, log_interval=0, output_dir=tmp_path
+    )
+    summary = optimizers.run(config)
+    assert summary["solvers"].keys() == jt.optimizers.OPTIMIZERS.keys()
+    assert len(read_history(tmp_path)) == 8 * 3
+    assert (tmp_path / "optimizers.png").exists()
+    for solver in summary["solvers"].values():
+        assert solver["test_loss"] < 2.31  # below that of equal logits, log 10 = 2.303, or near it
+
+
+def test_validation_and_early_stopping_on_digits(tmp_path: Path) -> None:
+    config = mnist.Config(
+        dataset="digits",
+        validation=0.2,
+        patience=3,
+        learning_rate=0.3,
+        log_interval=0,
+        output_dir=tmp_path,
+    )
+    mnist.run(config)
+    losses = [float(row["validation_loss"]) for row in read_history(tmp_path)]
+    assert len(losses) == int(np.argmin(losses)) + 1 + 3 < 60
+    assert (tmp_path / "overfitting.png").exists()
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
 def test_help_names_every_flag(environment, script) -> None:
     result = run(environment, Path(script.__file__).stem, "--help")
     assert result.returncode == 0

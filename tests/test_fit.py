@@ -162,6 +162,42 @@ def test_one_compilation_for_training_and_one_for_evaluation(digits: jt.data.Res
     assert not any("step" in name for name in set(compiled) - {"jit(train_steps)"})
 
 
+def test_early_stopping_returns_the_best_epoch(small_state, small_classes) -> None:
+    """Validation labels that contradict the training ones: learning makes them worse soon."""
+    contrary = small_classes._replace(targets=(small_classes.targets + 1) % 3)
+    states = []
+
+    def report(event) -> None:
+        if isinstance(event, EpochDone):
+            states.append(event.state)
+
+    options = {"loss_fn": LOSS, "metric_fns": METRICS, "batch_size": 16, "epochs": 30}
+    state, history = jt.fit(
+        small_state,
+        small_classes,
+        validation_data=contrary,
+        patience=3,
+        report=report,
+        **options,
+    )
+    losses = history["validation_loss"]
+    best = int(losses.argmin())
+    assert len(losses) == best + 1 + 3 < 30
+    assert_identical(state.params, states[best].params)
+    assert "validation_accuracy" in history
+    assert "test_loss" not in history
+    # Watching changes nothing of the training itself.
+    _, unwatched = jt.fit(small_state, small_classes, **{**options, "epochs": len(losses)})
+    np.testing.assert_array_equal(history["train_loss"], unwatched["train_loss"])
+
+
+def test_patience_needs_something_to_watch(small_state, small_classes) -> None:
+    with pytest.raises(jt.InputError, match="patience is 3 without validation_data"):
+        fit(small_state, small_classes, patience=3)
+    with pytest.raises(jt.InputError, match="patience is 0"):
+        fit(small_state, small_classes, patience=0, validation_data=small_classes)
+
+
 def test_no_epochs_and_no_test_data(small_state, small_classes) -> None:
     state, history = fit(small_state, small_classes, epochs=0)
     assert_identical(state.params, small_state.params)
@@ -213,7 +249,7 @@ def test_the_learning_rate_is_that_of_the_step_that_diverged(small_classes) -> N
 
 def test_a_test_loss_that_is_not_finite_stops_the_run(small_state, small_classes) -> None:
     broken = small_classes._replace(inputs=small_classes.inputs.at[7, 0].set(jnp.nan))
-    with pytest.raises(jt.NonFiniteLossError, match="the test loss became nan after epoch 1"):
+    with pytest.raises(jt.NonFiniteLossError, match="loss became nan after epoch 1"):
         jt.fit(small_state, small_classes, broken, loss_fn=LOSS, epochs=3)
 
 

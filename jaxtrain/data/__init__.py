@@ -11,7 +11,7 @@ from jaxtrain.data.dataset import Dataset, Images
 from jaxtrain.data.digits import load_digits
 from jaxtrain.data.idx import read_idx
 from jaxtrain.data.mnist import BUILDERS, load_mnist
-from jaxtrain.data.synthetic import line
+from jaxtrain.data.synthetic import line, noisy_line, points_on_line
 from jaxtrain.errors import DataUnavailableError, InputError
 
 __all__ = [
@@ -22,6 +22,8 @@ __all__ = [
     "line",
     "load",
     "load_resolved",
+    "noisy_line",
+    "points_on_line",
     "read_idx",
 ]
 

@@ -19,3 +19,29 @@ def line(weight: float = 0.7, bias: float = 0.3) -> tuple[Dataset, Dataset]:
     y = np.float32(weight) * x + np.float32(bias)
     inputs, targets = jnp.asarray(x), jnp.asarray(y)
     return Dataset(inputs[:40], targets[:40]), Dataset(inputs[40:], targets[40:])
+
+
+def points_on_line(weight: float = 2.0, bias: float = 0.0) -> Dataset:
+    """The three points x = 1, 2, 3 of y = weight · x + bias (tutorial T3); arrays [3, 1].
+
+    In float64 where JAX has it enabled, else float32.
+    """
+    x = jnp.arange(1.0, 4.0)[:, None]
+    return Dataset(x, weight * x + bias)
+
+
+def noisy_line(
+    examples: int, weight: float, bias: float, noise: float, *, seed: int, width: float
+) -> Dataset:
+    """Points of y = weight · x + bias + noise · n: x uniform in 0 … width, n standard normal.
+
+    Drawn as `numpy.random.seed(seed)` and then `rand` and `randn` do, which is how tutorial T5
+    makes its data.
+
+    Returns:
+      Inputs and targets, float32 [examples, 1].
+    """
+    random = np.random.RandomState(seed)
+    x = width * random.rand(examples, 1)
+    y = weight * x + bias + noise * random.randn(examples, 1)
+    return Dataset(jnp.asarray(x, jnp.float32), jnp.asarray(y, jnp.float32))

@@ -1,0 +1,226 @@
+"""Tutorial T3: batch and stochastic gradient descent on three points, drawn on the loss."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from matplotlib.figure import Figure
+
+import jaxtrain as jt
+from jaxtrain import command, plots, progress, runs
+from jaxtrain.command import Comparison
+from jaxtrain.fit import EpochDone, Event
+
+LOSS = jt.losses.mean_squared_error
+# The gradient is overwritten in the tutorial's loop over examples: what is left is the last
+# example's, over the count of all three.
+PUBLISHED_LOSS = jt.losses.weighted_sum((1 / 3, LOSS))
+START, QUESTION = 1.0, 4.0  # w at the start; the x to predict, whose true y is 8
+
+
+@dataclass(frozen=True)
+class Config:
+    """Flags of this experiment; the defaults are the tutorial's."""
+
+    epochs: int = 100
+    """Passes over the three points."""
+    learning_rate: float = 0.01
+    """Factor of the gradient in each step."""
+    optimizer: command.OptimizerName = "sgd"
+    """The solver, as in torch.optim; lbfgs takes all points at once in both runs."""
+    as_published: bool = False
+    """Batch descent as the tutorial's listing has it: only the last example's gradient counts."""
+    seed: int = 42
+    """Nothing is drawn at random here; every experiment takes one."""
+    device: command.Device = "auto"
+    """Where to compute; auto takes a GPU where there is one."""
+    log_interval: int = 10
+    """A line every so many epochs; 0 is quiet."""
+    output_dir: Path = Path("runs/gradient_descent")
+    """Where results go."""
+
+
+def run(config: Config) -> dict[str, Any]:
+    """Fit y = w x to (1, 2), (2, 4), (3, 6) from w = 1, in float64 as the tutorial does."""
+    command.select_device(config.device)
+    # The tutorial computes in Python's float64.
+    with jax.enable_x64(True), runs.RunFolder(config.output_dir, config) as folder:
+        data = jt.data.points_on_line(2.0)
+        batch = descend(
+            config,
+            data.take(jnp.array([2])) if config.as_published else data,
+            data,
+            folder,
+            loss_fn=PUBLISHED_LOSS if config.as_published else LOSS,
+            batch_size=3,
+        )
+        alone = 3 if config.optimizer == "lbfgs" else 1
+        stochastic = descend(config, data, data, folder, loss_fn=LOSS, batch_size=alone)
+        comparisons = compare(batch, stochastic, config.as_published) if is_default(config) else []
+        folder.write_picture("descent.png", draw(data, batch, stochastic))
+        surface = descend_surface(config)
+        folder.write_picture("descent_on_surface.png", draw_on_surface(surface))
+        summary = folder.write_summary(
+            experiment="gradient_descent",
+            dataset="points_on_line",
+            epochs=config.epochs,
+            seed=config.seed,
+            train_loss=mean_loss(data, batch[-1]),
+            test_loss=None,
+            weight=batch[-1],
+            bias=0.0,
+            stochastic_weight=stochastic[-1],
+            figures=[row._asdict() for row in comparisons],
+        )
+    command.print_comparisons("T3: gradient descent", comparisons, config.output_dir)
+    return summary
+
+
+def is_default(config: Config) -> bool:
+    """Whether the tutorial's figures are to be expected."""
+    flags = config.epochs, config.learning_rate, config.optimizer
+    return flags == (Config.epochs, Config.learning_rate, Config.optimizer)
+
+
+def descend(
+    config: Config,
+    data: jt.Dataset,
+    all_data: jt.Dataset,
+    folder: runs.RunFolder,
+    *,
+    loss_fn: jt.losses.Loss,
+    batch_size: int,
+) -> np.ndarray:
+    """The weight at the start and after each epoch, [epochs + 1]."""
+    state = jt.init_state(
+        jt.models.LinearRegression(use_bias=False),
+        jt.optimizers.make(config.optimizer, config.learning_rate),
+        data.inputs[:1],
+        key=command.seed_key(config.seed),
+    ).replace(params={"weight": jnp.array([[START]])})
+    weights = [START]
+    with progress.console(
+        log_interval=config.log_interval, epoch_interval=config.log_interval
+    ) as show:
+
+        def report(event: Event) -> None:
+            if isinstance(event, EpochDone):
+                weights.append(event.state.params["weight"].item())
+                folder.record(event, weight=weights[-1], batch_size=batch_size)
+            else:
+                folder.record(event)
+            show(event)
+
+        jt.fit(
+            state,
+            data,
+            all_data,
+            loss_fn=loss_fn,
+            epochs=config.epochs,
+            batch_size=batch_size,
+            log_interval=0,
+            report=report,
+        )
+    return np.array(weights)
+
+
+def mean_loss(data: jt.Dataset, weight: float | np.ndarray) -> Any:
+    """The mean squared error of y = w x, for one weight or many."""
+    errors = np.multiply.outer(np.asarray(weight), np.ravel(data.inputs)) - np.ravel(data.targets)
+    return (errors**2).mean(axis=-1)
+
+
+def compare(batch: np.ndarray, stochastic: np.ndarray, as_published: bool) -> list[Comparison]:
+    """The tutorial's figures beside ours."""
+    if as_published:
+        rows = [
+            ("batch as published: w after 1 epoch", 1.06, batch[1]),
+            ("batch as published: w after 100 epochs", 1.9979451252294764, batch[100]),
+        ]
+        prediction = Comparison(
+            "batch as published: prediction for x = 4", 7.9918, batch[100] * QUESTION, 5e-5
+        )
+    else:
+        rows = [
+            ("batch: w after 1 epoch", 1.0933333333333333, batch[1]),
+            ("batch: w after 100 epochs", 1.9999444396553017, batch[100]),
+        ]
+        prediction = Comparison(
+            "batch: prediction for x = 4", 7.9997778, batch[100] * QUESTION, 1e-6
+        )
+    rows += [
+        ("stochastic: w after 1 epoch", 1.260688, stochastic[1]),
+        ("stochastic: w after 100 epochs", 1.9999999999999236, stochastic[100]),
+        ("stochastic: prediction for x = 4", 8.0, stochastic[100] * QUESTION),
+    ]
+    return [prediction, *(Comparison(name, a, float(b), 1e-6) for name, a, b in rows)]
+
+
+def draw(data: jt.Dataset, batch: np.ndarray, stochastic: np.ndarray) -> Figure:
+    """Both descents on the loss curve, and the loss against the epoch."""
+    figure = Figure(figsize=(10, 4), layout="constrained")
+    left, right = figure.subplots(1, 2)
+    grid = np.linspace(0.8, 2.4, 200)
+    left.plot(grid, mean_loss(data, grid), color=plots.GREY, label="mean squared error")
+    paths = [
+        (batch, "batch", {"color": plots.BLUE, "marker": "o", "linestyle": "-"}),
+        (stochastic, "stochastic", {"color": plots.VERMILION, "marker": "^", "linestyle": "--"}),
+    ]
+    for weights, name, style in paths:
+        losses = mean_loss(data, weights)
+        left.plot(weights, losses, markersize=5, label=f"{name}, one mark an epoch", **style)
+        right.plot(losses, label=name, **{**style, "marker": None})
+    plots.label_axes(left, "weight w", "mean squared error")
+    left.legend()
+    right.set_yscale("log")
+    plots.label_axes(right, "epoch", "mean squared error (log scale)")
+    right.legend()
+    figure.suptitle("T3: gradient descent from w = 1")
+    return figure
+
+
+def descend_surface(config: Config) -> np.ndarray:
+    """(w, b) at each of 400 steps of batch descent on y = 2 x + 2 from (0, 0)."""
+    data = jt.data.points_on_line(2.0, 2.0)
+    state = jt.init_state(
+        jt.models.LinearRegression(),
+        jt.optimizers.make(config.optimizer, config.learning_rate),
+        data.inputs[:1],
+        key=command.seed_key(config.seed),
+    )
+    state = state.replace(params=jax.tree.map(jnp.zeros_like, state.params))
+
+    def step(state: jt.TrainState, _: None) -> tuple[jt.TrainState, jax.Array]:
+        point = jnp.concatenate([jnp.ravel(state.params[name]) for name in ("weight", "bias")])
+        return jt.train_step(state, data, LOSS)[0], point
+
+    return np.asarray(jax.lax.scan(step, state, length=400)[1])
+
+
+def draw_on_surface(path: np.ndarray) -> Figure:
+    """The path of (w, b) over the contours of the loss."""
+    figure = Figure(figsize=(6, 4.6), layout="constrained")
+    ax = figure.subplots()
+    grid = np.linspace(-0.3, 4, 120)
+    weights, biases = np.meshgrid(grid, grid, indexing="ij")
+    x = np.arange(1.0, 4.0)
+    errors = weights[..., None] * x + biases[..., None] - (2 * x + 2)
+    levels = [0.02, 0.1, 0.5, 1, 2, 4, 8, 16, 32]
+    lines = ax.contour(weights, biases, (errors**2).mean(axis=-1), levels=levels, cmap="viridis")
+    ax.clabel(lines, fmt="%g", fontsize=8)
+    ax.plot(*path.T, color=plots.VERMILION, marker=".", markersize=4, label="400 steps")
+    ax.plot(*path[0], "o", color=plots.VERMILION, label="start (0, 0)")
+    ax.plot(2, 2, "*", color="black", markersize=13, label="minimum (2, 2)")
+    plots.label_axes(ax, "weight w", "bias b", grid=False)
+    ax.legend(loc="upper right")
+    figure.suptitle("T3: down the slope, then along the valley of y = w x + b")
+    return figure
+
+
+if __name__ == "__main__":
+    command.main(Config, run)

@@ -1,0 +1,175 @@
+"""Tutorial T2: the losses as functions of the error, the angle and the logit."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from matplotlib.figure import Figure
+
+import jaxtrain as jt
+from jaxtrain import command, plots, runs
+from jaxtrain.command import Comparison
+
+
+@dataclass(frozen=True)
+class Config:
+    """Flags of this experiment."""
+
+    weight: float = 0.5
+    """λ of the weighted sum |error| + λ error²."""
+    seed: int = 42
+    """Nothing is drawn at random here; every experiment takes one."""
+    device: command.Device = "auto"
+    """Where to compute; auto takes a GPU where there is one."""
+    log_interval: int = 1
+    """There are no steps to log; 0 or not, this is quiet."""
+    output_dir: Path = Path("runs/losses")
+    """Where results go."""
+
+
+def run(config: Config) -> dict[str, Any]:
+    """Draw every loss, and check cases whose value is known."""
+    command.select_device(config.device)
+    with runs.RunFolder(config.output_dir, config) as folder:
+        curves = [by_error(config.weight), by_angle(), by_logit()]
+        folder.start()
+        columns = {name: values for _, _, lines in curves for name, values in lines.items()}
+        folder.write_table("history.csv", {"index": range(len(GRID)), **columns})
+        folder.write_picture("losses.png", draw(curves))
+        comparisons = compare()
+        summary = folder.write_summary(
+            experiment="losses",
+            dataset=None,
+            epochs=0,
+            seed=config.seed,
+            train_loss=None,
+            test_loss=None,
+            figures=[row._asdict() for row in comparisons],
+        )
+    command.print_comparisons("T2: losses by hand", comparisons, config.output_dir)
+    return summary
+
+
+GRID = jnp.linspace(-1.0, 1.0, 201)[:, None]  # scaled to each picture's range
+
+Curves = tuple[str, np.ndarray, dict[str, np.ndarray]]  # axis, x, and each loss over it
+
+
+def by_error(weight: float) -> Curves:
+    """Losses of one number off by −3 … 3."""
+    errors, zeros = 3 * GRID, jnp.zeros_like(GRID)
+    absolute, squared = jt.losses.mean_absolute_error, jt.losses.mean_squared_error
+    losses = {
+        "mean absolute error": absolute,
+        "mean squared error": squared,
+        f"|error| + {weight:g} error²": jt.losses.weighted_sum((1.0, absolute), (weight, squared)),
+        "Euclidean distance": jt.losses.euclidean_distance,
+    }
+    values = {name: np.asarray(loss(errors, zeros)) for name, loss in losses.items()}
+    return "error (prediction − target)", np.ravel(errors), values
+
+
+def by_angle() -> Curves:
+    """Distances of two vectors of length 1 at −180° … 180°."""
+    angles = math.pi * GRID[:, 0]
+    vectors = jnp.stack([jnp.cos(angles), jnp.sin(angles)], axis=1)
+    right = jnp.tile(jnp.array([1.0, 0.0]), (len(vectors), 1))
+    losses = {
+        "cosine distance": jt.losses.cosine_distance,
+        "Euclidean distance, unit vectors": jt.losses.euclidean_distance,
+    }
+    values = {name: np.asarray(loss(vectors, right)) for name, loss in losses.items()}
+    return "angle between the vectors (degrees)", np.degrees(angles), values
+
+
+def by_logit() -> Curves:
+    """Losses of a logit −6 … 6 whose true class is 1 (or 1 with probability 0.8)."""
+    logits = 6 * GRID
+    ones = jnp.ones_like(logits)
+    pairs = jnp.concatenate([jnp.zeros_like(logits), logits], axis=1)  # of two classes
+    shares = jnp.tile(jnp.array([0.2, 0.8]), (len(pairs), 1))
+    values = {
+        "binary cross entropy of a logit": jt.losses.sigmoid_binary_cross_entropy(logits, ones),
+        "the same of its probability": jt.losses.binary_cross_entropy(jax.nn.sigmoid(logits), ones),
+        "cross entropy, two classes": jt.losses.cross_entropy(pairs, jnp.ones(len(pairs), int)),
+        "cross entropy of q with p = (0.2, 0.8)": jt.losses.soft_cross_entropy(pairs, shares),
+    }
+    arrays = {name: np.asarray(value) for name, value in values.items()}
+    return "logit of the true class", np.ravel(logits), arrays
+
+
+def compare() -> list[Comparison]:
+    """Values known from their formula beside ours."""
+
+    def one(loss: jt.losses.Loss, prediction: Any, target: Any) -> float:
+        return loss(jnp.array([prediction]), jnp.array([target])).item()
+
+    p, q = np.array([0.5, 0.25, 0.25]), np.array([0.7, 0.2, 0.1])
+    return [
+        Comparison(
+            "mean squared error of (1, 2), (3, 5)",
+            6.5,
+            one(jt.losses.mean_squared_error, [1.0, 2.0], [3.0, 5.0]),
+            1e-6,
+        ),
+        Comparison(
+            "Euclidean distance of (0, 0), (3, 4)",
+            5.0,
+            one(jt.losses.euclidean_distance, [0.0, 0.0], [3.0, 4.0]),
+            1e-6,
+        ),
+        Comparison(
+            "cosine distance at 60°",
+            0.5,
+            one(jt.losses.cosine_distance, [1.0, 0.0], [0.5, math.sqrt(0.75)]),
+            1e-6,
+        ),
+        Comparison(
+            "cross entropy of p, q: −Σ p log q",
+            -float(np.sum(p * np.log(q))),
+            one(jt.losses.soft_cross_entropy, np.log(q), p),
+            1e-6,
+        ),
+        Comparison(
+            "cross entropy of 10 equal logits: log 10",
+            math.log(10),
+            one(jt.losses.cross_entropy, [0.0] * 10, 3),
+            1e-6,
+        ),
+        Comparison(
+            "binary cross entropy at probability 1/2: log 2",
+            math.log(2),
+            one(jt.losses.binary_cross_entropy, [0.5], [1.0]),
+            1e-6,
+        ),
+    ]
+
+
+def draw(curves: list[Curves]) -> Figure:
+    """The three pictures side by side."""
+    figure = Figure(figsize=(13, 4.2), layout="constrained")
+    styles = [
+        {"color": plots.BLUE, "linestyle": "-"},
+        {"color": plots.VERMILION, "linestyle": "--"},
+        {"color": plots.GREEN, "linestyle": "-."},
+        {"color": "black", "linestyle": ":"},
+    ]
+    for ax, (axis, x, lines) in zip(figure.subplots(1, 3), curves, strict=True):
+        for style, (name, values) in zip(styles, lines.items(), strict=False):
+            ax.plot(x, values, label=name, linewidth=2, **style)
+        plots.label_axes(ax, axis, "loss")
+        ax.set_ylim(top=1.35 * max(values.max() for values in lines.values()))
+        ax.legend(fontsize=8, loc="upper center")
+    figure.axes[1].set_xticks([-180, -90, 0, 90, 180])
+    figure.suptitle("T2: losses")
+    return figure
+
+
+if __name__ == "__main__":
+    command.main(Config, run)

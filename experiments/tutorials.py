@@ -1,0 +1,116 @@
+"""All tutorials in a row, and one table of their figures: `python -m experiments.tutorials`."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import jaxtrain as jt
+from experiments import (
+    gradient_descent,
+    learning_rate,
+    linear_regression,
+    loss_landscape,
+    losses,
+    minibatch_regression,
+    mnist,
+    optimizers,
+)
+from jaxtrain import command
+from jaxtrain.command import Comparison
+
+# Correct share after five epochs, PyTorch 2.13, mean over five seeds (shuffled), and how far
+# a single seed may lie from it.
+MNIST_ACCURACY, MNIST_TOLERANCE = 0.9483, 0.005
+# What the default run on digits is to reach; there is no tutorial on them.
+DIGITS_ACCURACY = 0.9
+
+
+@dataclass(frozen=True)
+class Config:
+    """Flags of the whole series."""
+
+    dataset: Literal["auto", "mnist", "digits"] = "auto"
+    """For T2. auto: MNIST where it can be had, else scikit-learn's digits."""
+    data_dir: Path | None = None
+    """Folder of the IDX files; None takes $JAXTRAIN_DATA_DIR, then the cache, then downloads."""
+    device: command.Device = "auto"
+    """Where to compute; auto takes a GPU where there is one."""
+    output_dir: Path = Path("runs")
+    """Each tutorial's results go to a subfolder."""
+
+
+def run(config: Config) -> None:
+    """Run every tutorial and compare its figures with the original's."""
+    rows = list(all_figures(config))
+    table = Table(title="The tutorials' figures", title_justify="left")
+    for heading in ("tutorial", "figure"):
+        table.add_column(heading)
+    for heading in ("original", "ours", "difference", "tolerance"):
+        table.add_column(heading, justify="right")
+    for (tutorial, row), cells in zip(
+        rows, command.comparison_rows(row for _, row in rows), strict=True
+    ):
+        table.add_row(tutorial, *cells, f"{row.tolerance:g}")
+    Console(highlight=False, width=110).print(table)
+    wrong = [row.figure for _, row in rows if not row.agrees]
+    if wrong:
+        raise jt.InputError(
+            f"{len(wrong)} of {len(rows)} figures are outside their tolerance: {', '.join(wrong)}"
+        )
+    print(f"all {len(rows)} figures are within their tolerance")
+    print(f"results: {config.output_dir}")
+
+
+def all_figures(config: Config) -> Iterator[tuple[str, Comparison]]:
+    """(tutorial, figure) of every experiment, in the order of the tutorials."""
+    # (tutorial, script, its flags; the folder is named after script and variant)
+    plan: list[tuple[str, Any, str, dict[str, Any]]] = [
+        ("T1", linear_regression, "", {"epochs": 400}),
+        ("T2", losses, "", {}),
+        ("T2", mnist, "", {"dataset": config.dataset, "data_dir": config.data_dir}),
+        (
+            "T2",
+            optimizers,
+            "",
+            {
+                "dataset": config.dataset,
+                "data_dir": config.data_dir,
+                "examples": 4000,
+                "epochs": 5,
+            },
+        ),
+        ("T3", loss_landscape, "", {}),
+        ("T3", gradient_descent, "", {}),
+        ("T3", gradient_descent, "_as_published", {"as_published": True}),
+        ("T4", learning_rate, "", {}),
+        ("T5", minibatch_regression, "", {}),
+        ("T5", minibatch_regression, "_as_published", {"as_published": True}),
+    ]
+    for tutorial, script, variant, flags in plan:
+        name = script.__name__.removeprefix("experiments.") + variant
+        print(f"{tutorial}: {name}", file=sys.stderr)
+        summary = script.run(
+            script.Config(
+                **flags, device=config.device, log_interval=0, output_dir=config.output_dir / name
+            )
+        )
+        for figure in summary.get("figures", []):
+            yield tutorial, Comparison(**figure)
+        if script is mnist:
+            yield tutorial, accuracy_of(summary)
+
+
+def accuracy_of(summary: dict[str, Any]) -> Comparison:
+    """T2's figure; on digits, what the run is to reach at least."""
+    ours = float(summary["test_accuracy"])
+    if summary["dataset"] == "mnist":
+        return Comparison("MNIST: accuracy, 5 epochs", MNIST_ACCURACY, ours, MNIST_TOLERANCE)
+    return Comparison("digits: accuracy (at least)", DIGITS_ACCURACY, ours, 1 - DIGITS_ACCURACY)
+
+
+if __name__ == "__main__":
+    command.main(Config, run)
