@@ -11,6 +11,7 @@ turns in one process. Start-up and memory are measured in a process of their own
 from __future__ import annotations
 
 import argparse
+import importlib.util
 import json
 import os
 import platform
@@ -196,6 +197,9 @@ def main() -> None:
     if arguments.alone:
         print(json.dumps(measure_alone(arguments.alone, Path(arguments.data_dir))))
         return
+
+    if importlib.util.find_spec("torch") is None:
+        sys.exit("error: PyTorch is not installed; `make test` or pip install -e '.[test]' does")
 
     # Not above: the process of each side imports its own library and no other.
     import jax

@@ -178,7 +178,7 @@ def write_pictures(
     mistakes = np.flatnonzero(predicted != labels)[:MISTAKES_SHOWN]
     groups = [("the first test images: predicted class", np.arange(min(IMAGES_SHOWN, len(labels))))]
     if len(mistakes):
-        groups.append(("the first mistakes: predicted class, true class", mistakes))
+        groups.append(("the first mistakes: ✗ predicted class, true class", mistakes))
     if len(history["epoch"]):
         folder.write_picture("learning_curves.png", plots.learning_curves(history, data.name))
     if "validation_loss" in history:
@@ -196,6 +196,9 @@ def write_pictures(
 def print_table(config: Config, data: jt.data.Resolved, summary: dict[str, Any]) -> None:
     """Print the result, and where it lies."""
     accuracy = progress.accuracy_text(float(summary["test_accuracy"]), data.test.num_examples)
+    reference = with_defaults(Config(seed=config.seed, device=config.device), "mnist")
+    named = ("epochs", "batch_size", "learning_rate", "optimizer", "momentum", "gamma", "dropout")
+    plain = all(getattr(config, flag) == getattr(reference, flag) for flag in named)
     command.print_summary(
         "T2: a feed-forward network",
         {
@@ -203,7 +206,7 @@ def print_table(config: Config, data: jt.data.Resolved, summary: dict[str, Any])
             "epochs": str(summary["epochs"]),
             "test loss": f"{summary['test_loss']:.4f}",
             "test accuracy": accuracy,
-            "PyTorch on MNIST, 5 epochs": "94.8 %",
+            **({"PyTorch, mean of five seeds": "94.83%"} if plain and data.name == "mnist" else {}),
             "compiling": f"{summary['compile_seconds']:.1f} s",
             "training": f"{summary['train_seconds']:.1f} s on {summary['device']}",
         },

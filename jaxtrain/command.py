@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import _thread
 import contextlib
 import os
 import sys
+import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import Literal, NamedTuple, TypeVar
+from typing import Any, Literal, NamedTuple, TypeVar
 
 import jax
 from jaxtyping import Array, Key
@@ -41,6 +43,7 @@ def main(config_type: type[Config], run: Callable[[Config], object]) -> None:
 @contextlib.contextmanager
 def mistakes_on_one_line() -> Iterator[None]:
     """End the process as `main` describes where a user's mistake or Ctrl-C comes up in it."""
+    sys.unraisablehook = _interrupt_again
     try:
         yield
     except (InputError, NonFiniteLossError) as error:
@@ -52,6 +55,15 @@ def mistakes_on_one_line() -> Iterator[None]:
         sys.stderr.flush()
         # At once: Python's own exit would tear XLA down while it may still be compiling.
         os._exit(_INTERRUPTED)
+
+
+def _interrupt_again(ignored: Any) -> None:
+    """Repeat a Ctrl-C that Python dropped because it arrived within a callback of XLA."""
+    if issubclass(ignored.exc_type, KeyboardInterrupt):
+        # A moment later, when the callback is over: here it would be dropped once more.
+        threading.Timer(0.05, _thread.interrupt_main).start()
+    else:
+        sys.__unraisablehook__(ignored)
 
 
 def _one_line(message: str, error: BaseException) -> str:

@@ -119,7 +119,7 @@ def fit(
         examples in stored order.
       log_interval: a `StepsDone` is reported at least every so many steps; 0 sets no such bound.
       report: called with `Compiled`, then `StepsDone` and `EpochDone` as they happen;
-        `jaxtrain.progress.Console` prints them.
+        `jaxtrain.progress.console` makes one that prints them.
 
     Returns:
       The state after the last epoch, and the history: arrays with one entry an epoch, `epoch`,
@@ -139,6 +139,11 @@ def fit(
     check_whole(log_interval, "log_interval", least=0)
     if key is not None:
         check_key(key, "key")
+    if hasattr(report, "__enter__"):
+        raise InputError(
+            "report is a context manager; expected what it yields: "
+            "with progress.console() as report: fit(..., report=report)"
+        )
     # On the device once, not at every call.
     train_data = Dataset(*map(jnp.asarray, train_data))
     check_labels(state, train_data, loss_fn, "train_data")
@@ -256,7 +261,8 @@ def _next_stop(start: int, steps: int, log_interval: int, seconds_per_step: floa
 
 def _learning_rate(state: TrainState) -> float | None:
     rate = current_learning_rate(state.opt_state)
-    return None if rate is None else float(rate)
+    # Seven digits are what a float32 holds: 0.01, not 0.009999999776.
+    return None if rate is None else float(f"{float(rate):.7g}")
 
 
 def _history(

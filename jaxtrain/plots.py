@@ -54,19 +54,12 @@ def learning_curves(history: Mapping[str, np.ndarray], title: str) -> Figure:
 
     if accuracy:
         axes[1].plot(epochs, history["test_accuracy"], **TEST, marker=marker)
-        last = history["test_accuracy"][-1]
-        axes[1].annotate(
-            f"{last:.2%}",
-            (epochs[-1], last),
-            xytext=(2, 6),
-            textcoords="offset points",
-            ha="right",
-        )
+        axes[1].set_title(f"{history['test_accuracy'][-1]:.2%} after the last epoch", fontsize=10)
         axes[1].margins(y=0.12)
-        axes[1].yaxis.set_major_formatter(PercentFormatter(1.0, decimals=0))
+        axes[1].yaxis.set_major_formatter(PercentFormatter(1.0))
         label_axes(axes[1], "epoch", "test accuracy")
     for ax in axes:
-        ax.xaxis.set_major_locator(MaxNLocator(integer=True))
+        ax.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
     figure.suptitle(title)
     return figure
 
@@ -160,7 +153,7 @@ def prediction_grid(
             ax.imshow(image, cmap="gray_r", vmin=0, vmax=255)
             wrong = guess != label
             text = f"✗ {guess}, is {label}" if wrong else f"{guess}"
-            ax.set_title(text, fontsize=9, color=VERMILION if wrong else "black", pad=3)
+            ax.set_title(text, fontsize=9, color=VERMILION if wrong else "black", pad=5)
             ax.spines[:].set(color=VERMILION if wrong else GREY, linewidth=2.5 if wrong else 0.5)
     return figure
 

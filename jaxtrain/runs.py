@@ -86,8 +86,10 @@ class RunFolder:
     def start(self) -> None:
         """Let the results of an earlier run make way for `config.json`."""
         self._begun = True
-        for earlier in ("summary.json", "history.csv"):
-            (self.path / earlier).unlink(missing_ok=True)
+        if (self.path / "config.json").exists():
+            names = (self.path / name for name in ("summary.json", "history.csv"))
+            for earlier in [*names, *self.path.glob("*.png")]:
+                earlier.unlink(missing_ok=True)
         self._write_json("config.json", dataclasses.asdict(self.config))
 
     def record(self, event: Event, **more: float | str) -> None:
@@ -116,7 +118,8 @@ class RunFolder:
         device = current_device()
         entries = {
             **summary,
-            "device": f"{device.platform}: {device.device_kind}",
+            "device": device.platform
+            + (f": {device.device_kind}" if device.device_kind != device.platform else ""),
             "compile_seconds": self._compile_seconds,
             "train_seconds": sum(row["seconds"] for row in self._epochs),
             "total_seconds": time.perf_counter() - self._started,

@@ -11,6 +11,8 @@ import optax
 from flax.training import train_state
 from jaxtyping import Array, Key, PyTree, Shaped
 
+from jaxtrain.errors import InputError
+
 
 # Not type-checked at run time: JAX rebuilds pytrees with placeholders for their leaves.
 @no_type_check
@@ -44,7 +46,17 @@ def init_state(
 
     Returns:
       A TrainState with fresh parameters, at step 0.
+
+    Raises:
+      InputError: the key is no PRNG key, or the optimizer no optax transformation.
     """
+    if not isinstance(key, jax.Array):
+        raise InputError(f"key is {key!r}; expected a PRNG key, jax.random.key(0) for instance")
+    if not isinstance(optimizer, optax.GradientTransformation):
+        raise InputError(
+            f"optimizer is {optimizer!r}; expected an optax transformation, "
+            "jaxtrain.optimizers.sgd(0.01) for instance"
+        )
     params_key, state_key = jax.random.split(key)
     # Compiled as one program: run eagerly, every initializer would be compiled by itself.
     variables: dict[str, Any] = jax.jit(model.init, static_argnames="train")(

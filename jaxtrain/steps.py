@@ -100,7 +100,12 @@ def metric_items(
     loss_fn: Loss, metric_fns: Mapping[str, Metric] | None
 ) -> tuple[tuple[str, Metric], ...]:
     """The loss and the metrics as one hashable value, which `jax.jit` asks of static arguments."""
-    metric_fns = metric_fns or {}
+    metric_fns = {} if metric_fns is None else metric_fns
+    if not isinstance(metric_fns, Mapping):
+        raise InputError(
+            f"metric_fns is {metric_fns!r}; expected functions by name, "
+            '{"accuracy": metrics.accuracy} for instance'
+        )
     if "loss" in metric_fns:
         raise InputError("metric_fns has a metric named 'loss'; that name is the loss's, rename it")
     return (("loss", loss_fn), *metric_fns.items())

@@ -6,9 +6,14 @@ import numpy as np
 import pytest
 
 import jaxtrain as jt
+from jaxtrain import progress
 from jaxtrain.checks import check_key, check_whole
 from jaxtrain.command import seed_key
 from jaxtrain.data.dataset import check_dataset
+from jaxtrain.steps import metric_items
+
+# `make check` puts a type checker on every function, which stops these before the checks do.
+RUNTIME_TYPES = hasattr(jt.init_state, "__wrapped__")
 
 
 @pytest.mark.parametrize("value", [2.5, "64", None, True, float("nan")])
@@ -41,6 +46,20 @@ def test_lists_and_scalars_are_no_arrays() -> None:
 def test_a_seed_that_jax_would_take_for_another_is_refused(seed: int) -> None:
     with pytest.raises(jt.InputError, match=f"seed is {seed}"):
         seed_key(seed)
+
+
+@pytest.mark.skipif(RUNTIME_TYPES, reason="the type checker is faster")
+def test_what_is_no_state_is_named() -> None:
+    model = jt.models.LinearRegression()
+    optimizer = jt.optimizers.sgd(0.1)
+    with pytest.raises(jt.InputError, match="key is 0; expected a PRNG key"):
+        jt.init_state(model, optimizer, np.ones((1, 1), np.float32), key=0)
+    with pytest.raises(jt.InputError, match="optimizer is 'adam'; expected an optax"):
+        jt.init_state(model, "adam", np.ones((1, 1), np.float32), key=seed_key(0))
+    with pytest.raises(jt.InputError, match=r"metric_fns is <.*accuracy"):
+        metric_items(jt.losses.cross_entropy, jt.metrics.accuracy)
+    with pytest.raises(jt.InputError, match="report is a context manager"):
+        jt.fit(None, jt.Dataset(np.ones(1), np.ones(1)), loss_fn=None, report=progress.console())
 
 
 def test_a_number_is_no_key() -> None:

@@ -206,6 +206,11 @@ def dead_server(monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(builder, "URL", "http://127.0.0.1:9/")
 
 
+def test_a_data_folder_that_is_none_is_no_reason_to_fall_back(tmp_path: Path) -> None:
+    with pytest.raises(jt.InputError, match="missing is not a folder"):
+        jt.data.load("auto", tmp_path / "missing")
+
+
 @pytest.mark.parametrize("folder", ["~nobody-of-this-name/data", "x" * 5000])
 def test_a_data_folder_that_cannot_be_looked_into_is_named(folder: str) -> None:
     with pytest.raises(jt.InputError, match=r"the data folder .* cannot be read"):
@@ -244,6 +249,8 @@ def test_auto_says_that_digits_are_not_mnist(dead_server) -> None:
     assert resolved.name == "digits"
     assert resolved.notice is not None
     assert "to train on MNIST, put train-images-idx3-ubyte" in resolved.notice
+    with pytest.warns(UserWarning, match="digits instead of MNIST"):
+        jt.data.load("auto")
 
 
 def test_auto_takes_mnist_where_it_is(tmp_path: Path) -> None:

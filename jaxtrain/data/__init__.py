@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import warnings
 from typing import NamedTuple
 
 import jax.numpy as jnp
@@ -60,7 +61,7 @@ def load(name: str, data_dir: str | os.PathLike[str] | None = None) -> tuple[Dat
 
     Args:
       name: `mnist`, `fashion_mnist`, `kmnist`, `digits`, or `auto`: MNIST where it can be had,
-        else digits. A name given explicitly never falls back to another.
+        else digits, with a warning. A name given explicitly never falls back to another.
       data_dir: folder of the IDX files; None takes `$JAXTRAIN_DATA_DIR`, then the cache folder,
         then downloads. Not used for digits.
 
@@ -72,6 +73,8 @@ def load(name: str, data_dir: str | os.PathLike[str] | None = None) -> tuple[Dat
       DataUnavailableError: no files on disk and no way to download them.
     """
     resolved = load_resolved(name, data_dir)
+    if resolved.notice is not None:
+        warnings.warn(f"digits instead of MNIST: {resolved.notice}", stacklevel=2)
     return resolved.train, resolved.test
 
 

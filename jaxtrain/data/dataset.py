@@ -56,10 +56,11 @@ class Dataset(NamedTuple):
         held_out = round(examples * fraction) if 0 < fraction < 1 else 0
         if not 0 < held_out < examples:
             raise InputError(
-                f"fraction is {fraction}, which splits {examples} examples into "
-                f"{examples - held_out} and {held_out}; expected a value between 0 and 1 "
+                f"fraction is {fraction} of {examples} examples; expected a value between 0 and 1 "
                 "that leaves at least one example in each part"
             )
+        if not isinstance(key, jax.Array):
+            raise InputError(f"key is {key!r}; expected a PRNG key, jax.random.key(0) for instance")
         order = jax.random.permutation(key, examples)
         return (
             self.take(jnp.sort(order[: examples - held_out])),

@@ -55,8 +55,15 @@ def locate_files(name: str, data_dir: str | os.PathLike[str] | None = None) -> P
       DataUnavailableError: there are none, and they could not be downloaded.
     """
     given = data_dir or os.environ.get(DATA_DIR_VARIABLE)
+    folder = None
     try:
-        folder = _find_folder(name, Path(given).expanduser()) if given else None
+        if given and not Path(given).expanduser().is_dir():
+            raise InputError(
+                f"the data folder {given} is not a folder; expected one that holds the files of "
+                f"{name}, named by --data-dir or ${DATA_DIR_VARIABLE}"
+            )
+        if given:
+            folder = _find_folder(name, Path(given).expanduser())
     except (OSError, RuntimeError) as error:  # No permission, a name too long, no such user, …
         raise InputError(
             f"the data folder {given} cannot be read ({error}); expected a folder of IDX files, "
@@ -194,5 +201,9 @@ def _check_reachable(name: str, url: str, data_dir: str | os.PathLike[str] | Non
 
 def _remedy(name: str, data_dir: str | os.PathLike[str] | None) -> str:
     files = ", ".join(f"{file}[.gz]" for pair in FILES.values() for file in pair)
-    looked = f" ({data_dir} and its subfolder {name} hold none of them)" if data_dir else ""
+    looked = ""
+    if data_dir:
+        looked = (
+            f" (looked into {Path(data_dir) / name} and {data_dir}, where they are not {name}'s)"
+        )
     return f"put {files} into a folder{looked} and name it by --data-dir or ${DATA_DIR_VARIABLE}"
