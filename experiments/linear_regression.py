@@ -205,7 +205,7 @@ def draw_last_epochs(path: np.ndarray, epochs: int = 40) -> Figure:
         ax.plot(np.arange(first, len(path)), path[first:, column], color=color, marker=marker)
         ax.axhline(true, color="black", linewidth=0.8, linestyle=":", label=f"true {name} {true:g}")
         plots.label_axes(ax, "epoch" if column else "", name)
-        ax.legend(loc="upper left")
+        ax.legend(loc="upper left" if column else "lower right")
     figure.suptitle("T1: a constant step on the absolute error does not come to rest")
     return figure
 

@@ -46,7 +46,7 @@ class Config:
     """Training images (a tenth of them held out to choose the rates)."""
     epochs: int = 10
     """The budget: passes over the training images, for every solver alike."""
-    sweep_epochs: int = 1
+    sweep_epochs: int = 2
     """Passes of each candidate rate; full-batch solvers get ten times as many."""
     batch_size: int = 64
     """Examples a step; rprop and lbfgs take all."""

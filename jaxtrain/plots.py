@@ -74,7 +74,7 @@ def generalisation_gap(history: Mapping[str, np.ndarray], title: str) -> Figure:
     ax = figure.subplots()
     epochs, train, validation = (history[k] for k in ("epoch", "train_loss", "validation_loss"))
     marker = "o" if len(epochs) <= 30 else None
-    ax.plot(epochs, train, **TRAIN, marker=marker, label="training, mean over epoch (with dropout)")
+    ax.plot(epochs, train, **TRAIN, marker=marker, label="training, mean over epoch")
     ax.plot(epochs, validation, **TEST, marker=marker, label="validation, after epoch")
     ax.fill_between(epochs, train, validation, color=GREY, alpha=0.25, label="gap")
     best = int(np.argmin(validation))
