@@ -158,7 +158,11 @@ def compare(batch: np.ndarray, stochastic: np.ndarray, as_published: bool) -> li
         ("stochastic: w after 100 epochs", 1.9999999999999236, stochastic[100]),
         ("stochastic: prediction for x = 4", 8.0, stochastic[100] * QUESTION),
     ]
-    return [prediction, *(Comparison(name, a, float(b), 1e-6) for name, a, b in rows)]
+    return [
+        Comparison("prediction for x = 4 before", 4.0, batch[0] * QUESTION, 1e-6),
+        prediction,
+        *(Comparison(name, original, float(ours), 1e-6) for name, original, ours in rows),
+    ]
 
 
 def draw(data: jt.Dataset, batch: np.ndarray, stochastic: np.ndarray) -> Figure:

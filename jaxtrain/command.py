@@ -129,7 +129,7 @@ def comparison_rows(comparisons: Iterable[Comparison]) -> Iterator[tuple[str, st
 
 
 def print_comparisons(title: str, comparisons: Iterable[Comparison], output_dir: Path) -> None:
-    """Print the table of figures on stdout, and as the last line where the results are."""
+    """Print the table of figures, if any, on stdout, and as the last line where the results are."""
     from rich.console import Console
     from rich.table import Table
 
@@ -139,7 +139,8 @@ def print_comparisons(title: str, comparisons: Iterable[Comparison], output_dir:
         table.add_column(heading, justify="right")
     for row in comparison_rows(comparisons):
         table.add_row(*row)
-    Console(highlight=False).print(table)
+    if table.row_count:
+        Console(highlight=False).print(table)
     print(f"results: {output_dir}")
 
 

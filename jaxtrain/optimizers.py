@@ -147,6 +147,11 @@ def rprop(
     Raises:
       InputError: a negative or NaN argument, or etas or step_sizes in the wrong order.
     """
+    if callable(learning_rate):
+        raise InputError(
+            "the learning rate of rprop is a schedule; expected a number, since each parameter's "
+            "step size adapts itself"
+        )
     _check_learning_rate(learning_rate)
     eta_minus, eta_plus = etas
     smallest, largest = step_sizes
@@ -276,11 +281,6 @@ def make(name: str, learning_rate: LearningRate, **options: Any) -> optax.Gradie
                 f"{option} is {value} with the optimizer {name}, which has none; expected 0, or an "
                 "optimizer that has it"
             )
-    if name == "rprop" and callable(learning_rate):
-        raise InputError(
-            "the learning rate of rprop is a schedule; expected a number, since each parameter's "
-            "step size adapts itself"
-        )
     kept = {option: value for option, value in options.items() if option in known}
     return OPTIMIZERS[name](learning_rate, **kept)
 

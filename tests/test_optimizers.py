@@ -74,6 +74,34 @@ def test_a_sweep_over_any_argument_is_a_vmap() -> None:
     np.testing.assert_allclose(swept, [0.81, 0.72, 0.0], atol=1e-6)
 
 
+def test_rprop_takes_no_schedule() -> None:
+    with pytest.raises(jt.InputError, match="learning rate of rprop is a schedule"):
+        jt.optimizers.make("rprop", jt.optimizers.step_lr(0.1, 1))
+
+
+@pytest.mark.parametrize("name", ["sgd", "adam", "adamw", "rmsprop", "adagrad", "adadelta"])
+def test_any_schedule_of_optax_is_a_learning_rate(name: str) -> None:
+    """A schedule that ends at 0 ends the training."""
+    optimizer = jt.optimizers.make(name, optax.cosine_decay_schedule(0.1, decay_steps=5))
+    params = {"w": jnp.ones(2)}
+    state, path = optimizer.init(params), []
+    for _ in range(7):
+        updates, state = optimizer.update(params, state, params)
+        params = optax.apply_updates(params, updates)
+        path.append(np.asarray(params["w"]))
+    assert (path[0] != 1).all()
+    np.testing.assert_array_equal(path[5], path[4])
+    np.testing.assert_array_equal(path[6], path[4])
+
+
+def test_make_refuses_what_an_optimizer_does_not_have() -> None:
+    with pytest.raises(jt.InputError, match=r"momentum is 0\.9 with the optimizer adam"):
+        jt.optimizers.make("adam", 0.1, momentum=0.9)
+    with pytest.raises(jt.InputError, match="'sdg'; expected one of sgd, adam"):
+        jt.optimizers.make("sdg", 0.1)
+    jt.optimizers.make("adam", 0.1, momentum=0.0)
+
+
 def test_the_current_rate_is_read_from_the_state() -> None:
     params = {"w": jnp.ones(2)}
     optimizer = jt.optimizers.sgd(jt.optimizers.step_lr(0.5, 1, 0.1), momentum=0.9)
