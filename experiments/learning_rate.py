@@ -48,6 +48,10 @@ def run(config: Config) -> dict[str, Any]:
     """Descend the sum of squared errors at each rate until a threshold, a limit, or divergence."""
     command.select_device(config.device)
     check_whole(config.seed, "seed", least=0, most=2**32 - 1)
+    if not config.learning_rates:
+        raise jt.InputError("learning_rates is empty; expected at least one, 0.025 for instance")
+    for rate in config.learning_rates:
+        jt.optimizers.make(config.optimizer, rate)  # under vmap there is no value to check
     with runs.RunFolder(config.output_dir, config) as folder:
         data = jt.data.noisy_line(20, 3.0, 1.0, 0.08, seed=config.seed, width=1.0)
         result = descend(config, data)
@@ -66,7 +70,7 @@ def run(config: Config) -> dict[str, Any]:
         folder.write_picture("learning_rates.png", draw(config, result))
         ours, theirs = logistic_regression(config.seed)
         comparisons = compare(config, result, ours, theirs)
-        best = int(np.nanargmin(np.where(np.isfinite(result.loss), result.loss, np.nan)))
+        best = int(np.argmin(np.where(np.isfinite(result.loss), result.loss, np.inf)))
         summary = folder.write_summary(
             experiment="learning_rate",
             dataset="noisy_line",
@@ -148,7 +152,8 @@ def compare(
         {"w": jnp.array(2.5)}, jt.optimizers.sgd(0.01).init(params), params
     )
     rows = [Comparison("step of gradient 2.5 at rate 0.01", 0.025, -updates["w"].item(), 1e-8)]
-    if 0.025 in config.learning_rates and config.optimizer == "sgd":
+    expected = command.has_defaults(config, "optimizer", "max_steps", "threshold", "seed")
+    if expected and 0.025 in config.learning_rates:
         at = config.learning_rates.index(0.025)
         converged = float(result.stop[at] == STOPS.index("loss below the threshold"))
         rows.append(Comparison("rate 0.025 reaches the threshold (1: yes)", 1.0, converged, 0.0))

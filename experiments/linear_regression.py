@@ -12,7 +12,6 @@ from matplotlib.figure import Figure
 
 import jaxtrain as jt
 from jaxtrain import command, plots, progress, runs
-from jaxtrain.checks import check_whole
 from jaxtrain.command import Comparison
 from jaxtrain.fit import EpochDone, Event, History
 
@@ -94,9 +93,7 @@ def run(config: Config) -> dict[str, Any]:
 
 def compare(config: Config, history: History, path: np.ndarray) -> list[Comparison]:
     """PyTorch's figures beside ours, as far as the run went; none with other flags than its."""
-    plain = Config()
-    flags = ("learning_rate", "loss", "optimizer", "start")
-    if any(getattr(config, flag) != getattr(plain, flag) for flag in flags):
+    if not command.has_defaults(config, "learning_rate", "loss", "optimizer", "start"):
         return []
     rows = []
     for epoch, *reference in REFERENCE:
@@ -131,7 +128,6 @@ def train(
         before = before.replace(params=start)
 
     path = [line_of(before)]
-    check_whole(config.log_interval, "log_interval", least=0)
     with progress.console(
         log_interval=config.log_interval, epoch_interval=config.log_interval
     ) as show:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import sys
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
@@ -59,7 +60,7 @@ class Config:
     test_batch_size: int = 1000
     """Test examples at a time."""
     learning_rate: float | None = None
-    """None is 0.01, on digits 0.05."""
+    """None is 0.01, on digits 0.05; for solvers other than sgd their default in torch.optim."""
     weight_decay: float | None = None
     """L2 penalty, added to the gradient; None is 1e-6, for rprop and lbfgs 0."""
     momentum: float = 0.0
@@ -99,13 +100,15 @@ def run(config: Config) -> dict[str, Any]:
         logits = jt.predict(state, data.test.inputs, batch_size=config.test_batch_size)
         write_pictures(folder, data, history, logits)
         comparisons = compare(config, data, history)
+        kept = kept_epoch(config, history)
         summary = folder.write_summary(
             experiment="mnist",
             dataset=data.name,
             notice=data.notice,
             epochs=len(history["epoch"]),
             seed=config.seed,
-            train_loss=history["train_loss"][-1] if len(history["epoch"]) else None,
+            train_loss=None if kept is None else history["train_loss"][kept],
+            **({} if config.patience is None or kept is None else {"best_epoch": kept + 1}),
             test_loss=LOSS(logits, data.test.targets).mean().item(),
             test_accuracy=METRICS["accuracy"](logits, data.test.targets).mean().item(),
             figures=[row._asdict() for row in comparisons],
@@ -115,9 +118,25 @@ def run(config: Config) -> dict[str, Any]:
     return summary
 
 
+def kept_epoch(config: Config, history: History) -> int | None:
+    """The epoch whose parameters are kept, counted from 0: the best where patience watches."""
+    if not len(history["epoch"]):
+        return None
+    watched = config.patience is not None
+    return int(history["validation_loss"].argmin()) if watched else len(history["epoch"]) - 1
+
+
 def with_defaults(config: Config, dataset: str) -> Config:
     """The configuration with this data set's epochs and rate where none were given."""
     epochs, learning_rate = DEFAULTS[dataset]
+    if config.optimizer != "sgd":  # its own, as in torch.optim
+        signature = inspect.signature(jt.optimizers.OPTIMIZERS[config.optimizer])
+        learning_rate = signature.parameters["learning_rate"].default
+    if config.optimizer == "lbfgs" and config.dropout:
+        raise jt.InputError(
+            f"dropout is {config.dropout} with the optimizer lbfgs; expected --dropout 0, since its "
+            "line search compares values of one function"
+        )
     weight_decay = 0.0 if config.optimizer in ("rprop", "lbfgs") else 1e-6
     return replace(
         config,
@@ -195,7 +214,7 @@ def write_pictures(
         groups.append(("the first mistakes: ✗ predicted class, true class", mistakes))
     if len(history["epoch"]):
         folder.write_picture("learning_curves.png", plots.learning_curves(history, data.name))
-    if "validation_loss" in history:
+    if "validation_loss" in history and len(history["epoch"]):
         folder.write_picture("overfitting.png", plots.generalisation_gap(history, data.name))
     folder.write_picture(
         "predictions.png",
@@ -231,7 +250,8 @@ def print_result(data: jt.data.Resolved, summary: dict[str, Any]) -> None:
         "T2: a feed-forward network",
         {
             "data set": data.name + ("" if data.notice is None else " (this is not MNIST)"),
-            "epochs": str(summary["epochs"]),
+            "epochs": str(summary["epochs"])
+            + (f", best {summary['best_epoch']}" if "best_epoch" in summary else ""),
             "test loss": f"{summary['test_loss']:.4f}",
             "test accuracy": progress.accuracy_text(
                 summary["test_accuracy"], data.test.num_examples

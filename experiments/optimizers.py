@@ -19,15 +19,16 @@ from jaxtrain.fit import EpochDone, Event, History
 LOSS = jt.losses.cross_entropy
 METRICS = {"accuracy": jt.metrics.accuracy}
 
-# Learning rates to choose from: around each solver's usual one. L-BFGS searches along its line.
+# Learning rates to choose from, a factor of about 3 apart around each solver's usual one. L-BFGS
+# searches along its line.
 CANDIDATES: dict[str, tuple[float, ...]] = {
-    "sgd": (0.03, 0.1, 0.3),
-    "adam": (0.0003, 0.001, 0.003),
-    "adamw": (0.0003, 0.001, 0.003),
-    "rmsprop": (0.0001, 0.0003, 0.001),
-    "rprop": (0.0001, 0.001, 0.01),
-    "adagrad": (0.003, 0.01, 0.03),
-    "adadelta": (0.3, 1.0, 3.0),
+    "sgd": (0.01, 0.03, 0.1, 0.3),
+    "adam": (0.0003, 0.001, 0.003, 0.01),
+    "adamw": (0.0003, 0.001, 0.003, 0.01),
+    "rmsprop": (0.0001, 0.0003, 0.001, 0.003),
+    "rprop": (0.0003, 0.001, 0.003, 0.01, 0.03),
+    "adagrad": (0.003, 0.01, 0.03, 0.1),
+    "adadelta": (0.1, 0.3, 1.0, 3.0),
     "lbfgs": (1.0,),
 }
 # These compare one step with the last, so they take all examples in each.
@@ -47,7 +48,7 @@ class Config:
     epochs: int = 10
     """The budget: passes over the training images, for every solver alike."""
     sweep_epochs: int = 2
-    """Passes of each candidate rate; full-batch solvers get ten times as many."""
+    """Passes of each candidate rate; a full-batch solver, one step a pass, gets the whole budget."""
     batch_size: int = 64
     """Examples a step; rprop and lbfgs take all."""
     seed: int = 42
@@ -63,6 +64,9 @@ class Config:
 def run(config: Config) -> dict[str, Any]:
     """Train the T2 network, without dropout, by each solver; each first chooses its rate."""
     command.select_device(config.device)
+    check_whole(config.epochs, "epochs", least=1)
+    check_whole(config.sweep_epochs, "sweep_epochs", least=1)
+    check_whole(config.log_interval, "log_interval", least=0)
     with runs.RunFolder(config.output_dir, config) as folder:
         data = jt.data.load_resolved(config.dataset, config.data_dir)
         if data.notice is not None:
@@ -136,7 +140,7 @@ def choose_rate(
     candidates = CANDIDATES[name]
     if len(candidates) == 1:
         return candidates[0]
-    epochs = config.sweep_epochs * (10 if name in FULL_BATCH else 1)
+    epochs = config.epochs if name in FULL_BATCH else config.sweep_epochs
     keys = jax.random.split(command.seed_key(config.seed), epochs)
     size = batch_size_of(name, config, train_data)
 
@@ -148,6 +152,11 @@ def choose_rate(
         return jt.evaluate(jax.lax.scan(epoch, state, keys)[0], validation_data, LOSS)["loss"]
 
     losses = jax.jit(jax.vmap(short_run))(jnp.array(candidates))
+    if not jnp.isfinite(losses).any():
+        raise jt.InputError(
+            f"every learning rate of {name} diverged ({candidates}); expected one that trains, check "
+            "the data"
+        )
     return candidates[int(jnp.nanargmin(losses))]
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import _thread
 import contextlib
+import dataclasses
 import os
 import sys
 import threading
@@ -97,6 +98,12 @@ def seed_key(seed: int) -> Key[Array, ""]:
     """
     check_whole(seed, "seed", least=0, most=2**32 - 1)
     return jax.random.key(seed)
+
+
+def has_defaults(config: Any, *names: str) -> bool:
+    """Whether these flags were left as they are, so that the tutorial's figures can be expected."""
+    fields = {field.name: field.default for field in dataclasses.fields(config)}
+    return all(getattr(config, name) == fields[name] for name in names)
 
 
 class Comparison(NamedTuple):

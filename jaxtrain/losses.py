@@ -12,6 +12,7 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 import optax
+from jax import lax
 from jaxtyping import Array, Float, Shaped
 
 from jaxtrain.errors import InputError
@@ -84,7 +85,7 @@ def cosine_distance(
     """
     _check_same_shape(predictions, targets)
     pair = _as_vectors(predictions), _as_vectors(targets).astype(predictions.dtype)
-    directions = [vector / jnp.maximum(_norm(vector), 1e-8)[:, None] for vector in pair]
+    directions = [vector / _at_least(_norm(vector), 1e-8)[:, None] for vector in pair]
     return 1 - jnp.sum(directions[0] * directions[1], axis=-1)
 
 
@@ -225,6 +226,11 @@ def _norm(vectors: Array) -> Array:
     positive = squares > 0
     # Twice where: the branch not taken must be differentiable, too, or its NaN leaks through.
     return jnp.where(positive, jnp.sqrt(jnp.where(positive, squares, 1.0)), 0.0)
+
+
+def _at_least(values: Array, least: float) -> Array:
+    """The larger of both; the gradient is that of `values` throughout, as in PyTorch."""
+    return values + lax.stop_gradient(jnp.maximum(values, least) - values)
 
 
 @jax.custom_jvp

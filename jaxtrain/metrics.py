@@ -5,20 +5,20 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float, Int, Integer
 
 Metric = Callable[[Array, Array], Array]
 
 
 def accuracy(
-    predictions: Float[Array, "batch classes"], targets: Int[Array, "batch"]
+    predictions: Float[Array, "batch classes"], targets: Integer[Array, "batch"]
 ) -> Float[Array, "batch"]:
     """1 where the largest logit is the label's, else 0."""
     return (jnp.argmax(predictions, axis=-1) == targets).astype(jnp.float32)
 
 
 def confusion_matrix(
-    predictions: Float[Array, "examples classes"], targets: Int[Array, "examples"]
+    predictions: Float[Array, "examples classes"], targets: Integer[Array, "examples"]
 ) -> Int[Array, "classes classes"]:
     """How often each label (row) was predicted as each class (column)."""
     classes = predictions.shape[-1]

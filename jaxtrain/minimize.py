@@ -19,6 +19,7 @@ STOPS = (
     "loss below the threshold",
     "gradient below the tolerance",
     "loss not finite",
+    "line search without progress",
 )
 
 
@@ -50,6 +51,7 @@ class _Point(NamedTuple):
     losses: Array
     steps: Array
     evaluations: Array
+    stalled: Array
 
 
 def minimize(
@@ -77,7 +79,7 @@ def minimize(
 
     Returns:
       The end point, the losses on the way, and what ended it. A loss that is not finite ends it,
-      too: that descent has diverged.
+      too: that descent has diverged. So does a line search that stays where it is.
 
     Raises:
       InputError: max_steps is no whole number of at least 0.
@@ -94,6 +96,7 @@ def minimize(
             (~jnp.isfinite(point.loss), 3),
             (point.loss < loss_threshold, 1),
             (largest <= gradient_tolerance, 2),
+            (point.stalled, 4),
             (point.steps >= max_steps, 0),
         ]
         return jnp.select([holds for holds, _ in reasons], [index for _, index in reasons], -1)
@@ -113,9 +116,11 @@ def minimize(
             find = optax.tree_utils.tree_get
             loss, grad = find(opt_state, "value"), find(opt_state, "grad")
             evaluations = find(opt_state, "num_linesearch_steps")
+            same = jax.tree.map(lambda a, b: jnp.all(a == b), params, point.params)
+            stalled = jnp.all(jnp.array(jax.tree.leaves(same)))
         else:
             loss, grad = evaluate(params)
-            evaluations = 1
+            evaluations, stalled = 1, jnp.zeros((), bool)
         steps = point.steps + 1
         return _Point(
             params,
@@ -125,6 +130,7 @@ def minimize(
             point.losses.at[steps].set(loss),
             steps,
             point.evaluations + evaluations,
+            stalled,
         )
 
     loss, grad = evaluate(params)
@@ -136,6 +142,7 @@ def minimize(
         jnp.full(max_steps + 1, jnp.nan, loss.dtype).at[0].set(loss),
         jnp.zeros((), jnp.int32),
         jnp.ones((), jnp.int32),
+        jnp.zeros((), bool),
     )
     last = lax.while_loop(lambda point: stop(point) < 0, step, first)
     return Minimum(last.params, last.loss, last.losses, last.steps, last.evaluations, stop(last))

@@ -1,7 +1,7 @@
 """Optimizers that follow `torch.optim`, argument by argument, as optax transformations.
 
-Each ends in `optax.scale_by_learning_rate`, held by `optax.inject_hyperparams`, so that the
-current rate can be read from the optimizer state (see `current_learning_rate`).
+Those with a learning rate end in `optax.scale_by_learning_rate`, held by `optax.inject_hyperparams`,
+so that the current rate can be read from the optimizer state (see `current_learning_rate`).
 """
 
 from __future__ import annotations
@@ -19,20 +19,21 @@ from jaxtyping import Array, Float, Int
 
 from jaxtrain.errors import InputError
 from jaxtrain.transforms import (
+    Number,
     damped_trace,
     scale_by_amsgrad,
     scale_by_root_sum_of_squares,
     scale_by_sign_and_step_size,
 )
 
-LearningRate: TypeAlias = float | Float[Array, ""] | optax.Schedule
+LearningRate: TypeAlias = Number | optax.Schedule
 
 
 def sgd(
     learning_rate: LearningRate = 1e-3,
-    momentum: float = 0.0,
-    dampening: float = 0.0,
-    weight_decay: float = 0.0,
+    momentum: Number = 0.0,
+    dampening: Number = 0.0,
+    weight_decay: Number = 0.0,
     nesterov: bool = False,
 ) -> optax.GradientTransformation:
     """Stochastic gradient descent as `torch.optim.SGD`.
@@ -61,9 +62,9 @@ def sgd(
 
 def adam(
     learning_rate: LearningRate = 1e-3,
-    betas: tuple[float, float] = (0.9, 0.999),
-    eps: float = 1e-8,
-    weight_decay: float = 0.0,
+    betas: tuple[Number, Number] = (0.9, 0.999),
+    eps: Number = 1e-8,
+    weight_decay: Number = 0.0,
     amsgrad: bool = False,
 ) -> optax.GradientTransformation:
     """Adam as `torch.optim.Adam` (Kingma & Ba, 2015, https://arxiv.org/abs/1412.6980).
@@ -83,9 +84,9 @@ def adam(
 
 def adamw(
     learning_rate: LearningRate = 1e-3,
-    betas: tuple[float, float] = (0.9, 0.999),
-    eps: float = 1e-8,
-    weight_decay: float = 1e-2,
+    betas: tuple[Number, Number] = (0.9, 0.999),
+    eps: Number = 1e-8,
+    weight_decay: Number = 1e-2,
     amsgrad: bool = False,
 ) -> optax.GradientTransformation:
     """Adam with decoupled weight decay as `torch.optim.AdamW`.
@@ -106,10 +107,10 @@ def adamw(
 
 def rmsprop(
     learning_rate: LearningRate = 1e-2,
-    alpha: float = 0.99,
-    eps: float = 1e-8,
-    weight_decay: float = 0.0,
-    momentum: float = 0.0,
+    alpha: Number = 0.99,
+    eps: Number = 1e-8,
+    weight_decay: Number = 0.0,
+    momentum: Number = 0.0,
     centered: bool = False,
 ) -> optax.GradientTransformation:
     """RMSprop as `torch.optim.RMSprop` (Hinton's lecture; centered: Graves, 2013).
@@ -133,7 +134,7 @@ def rmsprop(
 
 
 def rprop(
-    learning_rate: float = 1e-2,
+    learning_rate: LearningRate = 1e-2,
     etas: tuple[float, float] = (0.5, 1.2),
     step_sizes: tuple[float, float] = (1e-6, 50.0),
 ) -> optax.GradientTransformation:
@@ -166,10 +167,10 @@ def rprop(
 
 def adagrad(
     learning_rate: LearningRate = 1e-2,
-    lr_decay: float = 0.0,
-    weight_decay: float = 0.0,
-    initial_accumulator_value: float = 0.0,
-    eps: float = 1e-10,
+    lr_decay: Number = 0.0,
+    weight_decay: Number = 0.0,
+    initial_accumulator_value: Number = 0.0,
+    eps: Number = 1e-10,
 ) -> optax.GradientTransformation:
     """Adagrad as `torch.optim.Adagrad` (Duchi, Hazan & Singer, 2011).
 
@@ -199,9 +200,9 @@ def adagrad(
 
 def adadelta(
     learning_rate: LearningRate = 1.0,
-    rho: float = 0.9,
-    eps: float = 1e-6,
-    weight_decay: float = 0.0,
+    rho: Number = 0.9,
+    eps: Number = 1e-6,
+    weight_decay: Number = 0.0,
 ) -> optax.GradientTransformation:
     """Adadelta as `torch.optim.Adadelta` (Zeiler, 2012, https://arxiv.org/abs/1212.5701).
 
@@ -286,7 +287,7 @@ def make(name: str, learning_rate: LearningRate, **options: Any) -> optax.Gradie
 
 
 def step_lr(
-    learning_rate: float, step_size: int, gamma: float = 0.1, *, steps_per_epoch: int = 1
+    learning_rate: Number, step_size: int, gamma: Number = 0.1, *, steps_per_epoch: int = 1
 ) -> optax.Schedule:
     """Multiply the rate by `gamma` every `step_size` epochs, as `torch.optim.lr_scheduler.StepLR`.
 
@@ -314,7 +315,12 @@ def step_lr(
 
 
 def current_learning_rate(opt_state: Any) -> Float[Array, ""] | None:
-    """The rate of the latest step, for optimizers of this module; None for others."""
+    """The rate of the latest step, for optimizers of this module that have one; else None.
+
+    (Rprop has a step size for each parameter, L-BFGS finds its own along each line.)
+    """
+    if has_line_search(opt_state):
+        return None
     found = optax.tree_utils.tree_get_all_with_path(
         opt_state, "learning_rate", filtering=lambda path, value: hasattr(value, "dtype")
     )
@@ -329,7 +335,7 @@ def has_line_search(opt_state: Any) -> bool:
 
 
 def _scale_by_adam(
-    learning_rate: LearningRate, betas: tuple[float, float], eps: float, amsgrad: bool
+    learning_rate: LearningRate, betas: tuple[Number, Number], eps: Number, amsgrad: bool
 ) -> optax.GradientTransformation:
     _check_learning_rate(learning_rate)
     _check_not_negative(eps=eps)
@@ -338,7 +344,7 @@ def _scale_by_adam(
     return scale_by(b1=betas[0], b2=betas[1], eps=eps)
 
 
-def _l2(weight_decay: float) -> list[optax.GradientTransformation]:
+def _l2(weight_decay: Number) -> list[optax.GradientTransformation]:
     """L2 weight decay as PyTorch has it: added to the gradient before all else."""
     _check_not_negative(weight_decay=weight_decay)
     return [optax.add_decayed_weights(weight_decay)] if _is_used(weight_decay) else []
@@ -349,9 +355,9 @@ def _scale_by_learning_rate(learning_rate: LearningRate) -> optax.GradientTransf
     return scale(learning_rate)
 
 
-def _is_used(value: float) -> bool:
+def _is_used(value: Number) -> bool:
     """Whether an argument differs from 0; one that is traced, in a sweep over it, may."""
-    return isinstance(value, jax.core.Tracer) or value != 0
+    return isinstance(value, jax.core.Tracer) or bool(value != 0)
 
 
 def _check_learning_rate(learning_rate: LearningRate) -> None:

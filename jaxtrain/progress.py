@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Iterator
 
+from jaxtrain.checks import check_whole
 from jaxtrain.fit import Compiled, EpochDone, Event, Report, StepsDone
 
 
@@ -25,6 +26,7 @@ def console(
     Yields:
       The function to pass as `fit(..., report=…)`.
     """
+    check_whole(log_interval, "log_interval", least=0)
     if log_interval == 0:
         yield lambda event: None
         return

@@ -59,6 +59,7 @@ class RunFolder:
         self.config = config
         self._started = time.perf_counter()
         self._begun = False
+        self._pictures: list[str] = []
         self._compile_seconds = 0.0
         self._epochs: list[dict[str, Any]] = []
         self._history_written = 0.0
@@ -86,10 +87,8 @@ class RunFolder:
     def start(self) -> None:
         """Let the results of an earlier run make way for `config.json`."""
         self._begun = True
-        if (self.path / "config.json").exists():
-            names = (self.path / name for name in ("summary.json", "history.csv"))
-            for earlier in [*names, *self.path.glob("*.png")]:
-                earlier.unlink(missing_ok=True)
+        for name in ("summary.json", "history.csv", *self._earlier_pictures()):
+            (self.path / name).unlink(missing_ok=True)
         self._write_json("config.json", dataclasses.asdict(self.config))
 
     def record(self, event: Event, **more: float | str) -> None:
@@ -123,6 +122,7 @@ class RunFolder:
             "compile_seconds": self._compile_seconds,
             "train_seconds": sum(row["seconds"] for row in self._epochs),
             "total_seconds": time.perf_counter() - self._started,
+            "pictures": self._pictures,
             "versions": versions(),
         }
         self._write_json("summary.json", entries)
@@ -141,6 +141,15 @@ class RunFolder:
         image = io.BytesIO()
         figure.savefig(image, format="png", dpi=_PICTURE_DPI)
         self._write(name, image.getvalue())
+        self._pictures.append(name)
+
+    def _earlier_pictures(self) -> list[str]:
+        """The pictures that an earlier run's summary lists, and no other file of the user's."""
+        try:
+            listed = json.loads((self.path / "summary.json").read_text())["pictures"]
+        except (OSError, ValueError, KeyError, TypeError):
+            return []
+        return [name for name in listed if isinstance(name, str) and Path(name).name == name]
 
     def _write_history(self) -> None:
         self._history_written = time.perf_counter()

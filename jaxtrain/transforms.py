@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import NamedTuple, TypeAlias
 
 import jax
 import jax.numpy as jnp
 import optax
-from jaxtyping import Array, Bool, Int, PyTree
+from jaxtyping import Array, Bool, Float, Int, PyTree
+
+# An array where a sweep runs over the argument.
+Number: TypeAlias = float | Float[Array, ""]
 
 
 class DampedTraceState(NamedTuple):
@@ -22,7 +25,7 @@ class DampedTraceState(NamedTuple):
     started: Bool[Array, ""]
 
 
-def damped_trace(momentum: float, dampening: float) -> optax.GradientTransformation:
+def damped_trace(momentum: Number, dampening: Number) -> optax.GradientTransformation:
     """Momentum with PyTorch's dampening: buffer ← momentum · buffer + (1 − dampening) · gradient.
 
     `optax.trace` has no dampening. The first buffer is the first gradient, undamped.
@@ -62,7 +65,7 @@ class AmsgradState(NamedTuple):
     nu_max: PyTree
 
 
-def scale_by_amsgrad(b1: float, b2: float, eps: float) -> optax.GradientTransformation:
+def scale_by_amsgrad(b1: Number, b2: Number, eps: Number) -> optax.GradientTransformation:
     """Adam by the largest second moment so far (Reddi, Kale & Kumar, 2018).
 
     PyTorch takes the largest moment and corrects its bias then; optax's `scale_by_amsgrad`
@@ -96,7 +99,7 @@ class SumOfSquaresState(NamedTuple):
 
 
 def scale_by_root_sum_of_squares(
-    initial_accumulator_value: float, eps: float
+    initial_accumulator_value: Number, eps: Number
 ) -> optax.GradientTransformation:
     """Divide by √(sum of squared gradients) + eps: Adagrad's scaling in PyTorch.
 
@@ -132,7 +135,7 @@ class RpropState(NamedTuple):
 
 
 def scale_by_sign_and_step_size(
-    first: float, etas: tuple[float, float], step_sizes: tuple[float, float]
+    first: Number, etas: tuple[float, float], step_sizes: tuple[float, float]
 ) -> optax.GradientTransformation:
     """Rprop's update before its sign is flipped: sign of the gradient times a step size of its own.
 

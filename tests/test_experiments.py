@@ -14,8 +14,10 @@ import time
 from pathlib import Path
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
+import torch
 
 import jaxtrain as jt
 from experiments import (
@@ -315,6 +317,64 @@ def test_tutorials_reach_their_figures(script, flags, pictures, tmp_path, capsys
     captured = capsys.readouterr()
     assert captured.out.splitlines()[-1] == f"results: {tmp_path}"
     assert captured.err == ""
+
+
+@pytest.mark.parametrize(
+    ("script", "flags", "message"),
+    [
+        (learning_rate, {"learning_rates": ()}, "learning_rates is empty"),
+        (learning_rate, {"learning_rates": (0.1, -1.0)}, r"learning_rate is -1\.0"),
+        (optimizers, {"epochs": 0}, "epochs is 0"),
+        (optimizers, {"sweep_epochs": 0}, "sweep_epochs is 0"),
+        (minibatch_regression, {"epochs": -1}, "epochs is -1"),
+        (minibatch_regression, {"optimizer": "lbfgs"}, "line search"),
+        (mnist, {"dataset": "digits", "optimizer": "lbfgs"}, "expected --dropout 0"),
+        (mnist, {"dataset": "digits", "patience": 3}, "without validation_data"),
+        (mnist, {"dataset": "digits", "validation": 1.5}, r"fraction is 1\.5"),
+        (linear_regression, {"log_interval": -1}, "log_interval is -1"),
+    ],
+)
+def test_flags_out_of_range_are_named(script, flags, message, tmp_path: Path) -> None:
+    with pytest.raises(jt.InputError, match=message):
+        script.run(script.Config(**{"log_interval": 0, **flags}, output_dir=tmp_path))
+
+
+def test_rates_that_all_diverge_are_drawn_as_such(tmp_path: Path) -> None:
+    config = learning_rate.Config(learning_rates=(0.5, 1.0), output_dir=tmp_path)
+    assert learning_rate.run(config)["stops"] == ["loss not finite"] * 2
+    assert (tmp_path / "learning_rates.png").exists()
+
+
+def test_no_epochs_leave_a_summary(tmp_path: Path) -> None:
+    config = mnist.Config(
+        dataset="digits", epochs=0, validation=0.1, log_interval=0, output_dir=tmp_path
+    )
+    assert mnist.run(config)["train_loss"] is None
+
+
+def test_mini_batches_in_pytorchs_order_end_where_pytorch_does(tmp_path: Path) -> None:
+    """T5's reference run: start and permutations of torch's seed 0."""
+    data = jt.data.noisy_line(150, 2.0, 6.0, 0.3, seed=100, width=5.0)
+    torch.manual_seed(0)
+    weight, bias = torch.randn(1).item(), torch.randn(1).item()
+    assert weight == pytest.approx(minibatch_regression.START_WEIGHT)
+    assert bias == pytest.approx(minibatch_regression.START_BIAS)
+    state = jt.init_state(
+        jt.models.LinearRegression(),
+        jt.optimizers.sgd(0.01),
+        data.inputs[:1],
+        key=jax.random.key(0),
+    ).replace(params={"weight": jnp.array([[weight]]), "bias": jnp.array([bias])})
+    loss_fn = jt.losses.mean_squared_error
+    loader = torch.utils.data.DataLoader(torch.arange(150), batch_size=150, shuffle=True)
+    for _ in range(99):
+        (order,) = loader
+        shuffled = data.take(jnp.asarray(order.numpy()))
+        state, _ = jt.train_epoch(state, shuffled, loss_fn, batch_size=20)
+    assert state.params["weight"].item() == pytest.approx(2.0620, abs=5e-5)
+    assert state.params["bias"].item() == pytest.approx(5.8549, abs=5e-5)
+    loss = jt.evaluate(state, data, loss_fn)["loss"].item()
+    assert loss == pytest.approx(0.10407, abs=5e-6)
 
 
 def test_a_figure_out_of_tolerance_is_marked() -> None:

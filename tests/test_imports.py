@@ -39,7 +39,7 @@ MAY_IMPORT = {
     "epochs": {"checks", "data", "losses", "metrics", "state", "steps"},
     "fit": {"checks", "data", "epochs", "losses", "metrics", "optimizers", "state", "steps"},
     "minimize": {"checks", "optimizers"},
-    "progress": {"fit"},
+    "progress": {"checks", "fit"},
     "plots": {"data"},
     "runs": {"fit"},
     "command": {"checks", "runs"},

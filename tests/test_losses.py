@@ -158,6 +158,18 @@ def test_the_distance_of_equal_vectors_has_gradient_zero() -> None:
     np.testing.assert_array_equal(gradient, 0)
 
 
+@pytest.mark.parametrize("length", [1e-3, 3e-9, 1e-12])
+def test_cosine_distance_of_tiny_vectors_is_pytorchs(length: float) -> None:
+    short = np.float32(length) * np.array([[1.0, 0.5, 0.2]], np.float32)
+    long = np.array([[1.0, -0.3, 1.0]], np.float32)
+    values, gradient = value_and_grad(jt.losses.cosine_distance, short, jnp.asarray(long))
+    leaf = torch.tensor(short, requires_grad=True)
+    expected = 1 - F.cosine_similarity(leaf, torch.tensor(long))
+    expected.sum().backward()
+    np.testing.assert_allclose(values, expected.detach(), rtol=1e-6)
+    np.testing.assert_allclose(gradient, leaf.grad, rtol=1e-5)
+
+
 def test_cosine_distances_by_hand() -> None:
     """The same direction, a right angle, opposite, 60°, and no direction at all."""
     right = jnp.array([1.0, 0.0])

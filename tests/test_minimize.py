@@ -85,6 +85,18 @@ def test_a_minimum_is_recognised_at_once() -> None:
     assert STOPS[result.stop] == "gradient below the tolerance"
 
 
+def test_a_line_search_that_finds_nothing_better_ends_it() -> None:
+    """With no tolerance, L-BFGS would search on for ever at the last float."""
+    result = jt.minimize(parabola, jnp.array(0.0), jt.optimizers.lbfgs(), max_steps=100)
+    assert result.steps < 20
+    assert result.params == pytest.approx(3.0, abs=1e-3)
+    result = jt.minimize(
+        lambda x: jnp.sum(jnp.abs(x - 0.3)), jnp.zeros(3), jt.optimizers.lbfgs(), max_steps=100
+    )
+    assert STOPS[result.stop] == "line search without progress"
+    assert result.steps < 100
+
+
 def test_the_steps_are_checked() -> None:
     with pytest.raises(jt.InputError, match="max_steps is -1"):
         jt.minimize(parabola, jnp.array(0.0), optax.sgd(0.1), max_steps=-1)

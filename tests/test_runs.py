@@ -82,6 +82,18 @@ def test_a_folder_that_cannot_be_written_is_refused_at_once(tmp_path: Path) -> N
             RunFolder(path, Config())
 
 
+def test_a_new_run_clears_the_last_ones_pictures_and_no_others(tmp_path: Path) -> None:
+    from matplotlib.figure import Figure
+
+    (tmp_path / "holiday.png").write_bytes(b"mine")
+    first = RunFolder(tmp_path, Config())
+    first.start()
+    first.write_picture("a.png", Figure())
+    first.write_summary()
+    RunFolder(tmp_path, Config()).start()
+    assert {path.name for path in tmp_path.iterdir()} == {"config.json", "holiday.png"}
+
+
 def test_a_picture_that_fails_leaves_the_old_one(tmp_path: Path) -> None:
     from matplotlib.figure import Figure
 
