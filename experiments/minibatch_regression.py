@@ -95,10 +95,8 @@ def train(
             if config.log_interval and (len(path) - 1) % config.log_interval == 0:
                 epoch, batch = event.epoch, event.step
                 if config.as_published:
-                    epoch, batch = (
-                        (epoch - 1) // STEPS_AN_EPOCH + 1,
-                        (epoch - 1) % STEPS_AN_EPOCH + 1,
-                    )
+                    whole, part = divmod(epoch - 1, STEPS_AN_EPOCH)
+                    epoch, batch = whole + 1, part + 1
                 (weight, bias), (old_weight, old_bias) = path[-1], path[-2]
                 print(
                     f"epoch {epoch} batch {batch}  loss {event.loss:.6f}  "

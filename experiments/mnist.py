@@ -134,8 +134,8 @@ def with_defaults(config: Config, dataset: str) -> Config:
         learning_rate = signature.parameters["learning_rate"].default
     if config.optimizer == "lbfgs" and config.dropout:
         raise jt.InputError(
-            f"dropout is {config.dropout} with the optimizer lbfgs; expected --dropout 0, since its "
-            "line search compares values of one function"
+            f"dropout is {config.dropout} with the optimizer lbfgs; expected --dropout 0, since "
+            "its line search compares values of one function"
         )
     weight_decay = 0.0 if config.optimizer in ("rprop", "lbfgs") else 1e-6
     return replace(

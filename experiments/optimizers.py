@@ -48,7 +48,7 @@ class Config:
     epochs: int = 10
     """The budget: passes over the training images, for every solver alike."""
     sweep_epochs: int = 2
-    """Passes of each candidate rate; a full-batch solver, one step a pass, gets the whole budget."""
+    """Passes of each candidate rate; a full-batch solver, one step each, gets the whole budget."""
     batch_size: int = 64
     """Examples a step; rprop and lbfgs take all."""
     seed: int = 42
@@ -154,8 +154,8 @@ def choose_rate(
     losses = jax.jit(jax.vmap(short_run))(jnp.array(candidates))
     if not jnp.isfinite(losses).any():
         raise jt.InputError(
-            f"every learning rate of {name} diverged ({candidates}); expected one that trains, check "
-            "the data"
+            f"every learning rate of {name} diverged ({candidates}); expected one that trains: "
+            "check the data"
         )
     return candidates[int(jnp.nanargmin(losses))]
 

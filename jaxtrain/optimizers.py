@@ -1,7 +1,8 @@
 """Optimizers that follow `torch.optim`, argument by argument, as optax transformations.
 
-Those with a learning rate end in `optax.scale_by_learning_rate`, held by `optax.inject_hyperparams`,
-so that the current rate can be read from the optimizer state (see `current_learning_rate`).
+Those with a learning rate end in `optax.scale_by_learning_rate`, held by
+`optax.inject_hyperparams`, so that the current rate can be read from the optimizer state (see
+`current_learning_rate`).
 """
 
 from __future__ import annotations
