@@ -128,7 +128,7 @@ def test_cross_entropy_is_pytorchs(logits: np.ndarray, labels: np.ndarray) -> No
     # Near 0 both subtract nearly equal numbers: compare there by the logits' own precision.
     atol = 1e-6 * max(1.0, float(np.abs(logits).max()))
     np.testing.assert_allclose(values, expected.detach(), rtol=1e-6, atol=atol)
-    np.testing.assert_allclose(gradient, theirs.grad, rtol=1e-5, atol=1e-6)
+    np.testing.assert_allclose(gradient, theirs.grad, rtol=1e-6, atol=1e-6)
 
 
 def test_cross_entropy_of_equal_logits_is_the_log_of_the_classes() -> None:
