@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 
-.PHONY: help linear mnist tutorials test check format clean
+.PHONY: help linear mnist tutorials test bench check format clean
 
 help:  ## list the targets
 	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -19,6 +19,9 @@ tutorials: $(VENV)/installed  ## all tutorials, and one table of their figures b
 
 test: $(VENV)/installed-test  ## run the tests
 	$(BIN)/python -m pytest $(ARGS)
+
+bench: $(VENV)/installed-bench  ## time ours against PyTorch and others (ARGS="--quick" in a minute)
+	$(BIN)/python -m benchmarks $(ARGS)
 
 # The scripts are left out of the last line: they are processes of their own, beyond its checker.
 check: $(VENV)/installed-dev  ## lint, format, types, and the tests with shapes and types checked at run time
@@ -45,6 +48,10 @@ $(VENV)/installed-test: pyproject.toml | $(BIN)/python
 	$(BIN)/python -m pip install --quiet --editable '.[test]'
 	touch $@ $(VENV)/installed
 
+$(VENV)/installed-bench: pyproject.toml | $(BIN)/python
+	$(BIN)/python -m pip install --quiet --editable '.[bench]'
+	touch $@ $(VENV)/installed
+
 $(VENV)/installed-dev: pyproject.toml | $(BIN)/python
 	$(BIN)/python -m pip install --quiet --editable '.[dev]'
-	touch $@ $(VENV)/installed-test $(VENV)/installed
+	touch $@ $(VENV)/installed-test $(VENV)/installed-bench $(VENV)/installed

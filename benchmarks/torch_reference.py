@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import gzip
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -75,15 +73,3 @@ def slices(
         else:
             chosen = order[start : start + batch_size]
             yield inputs[chosen], targets[chosen]
-
-
-def read_mnist_training(folder: Path) -> tuple[np.ndarray, np.ndarray]:
-    """Training images [60000, 28, 28] and labels of MNIST, without a line of jaxtrain or JAX."""
-    contents = []
-    for name in ("train-images-idx3-ubyte", "train-labels-idx1-ubyte"):
-        plain, compressed = folder / name, folder / f"{name}.gz"
-        contents.append(
-            plain.read_bytes() if plain.exists() else gzip.decompress(compressed.read_bytes())
-        )
-    images, labels = (np.frombuffer(content, np.uint8) for content in contents)
-    return images[16:].reshape(-1, 28, 28), labels[8:]  # after the IDX headers

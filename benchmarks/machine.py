@@ -1,0 +1,85 @@
+"""What a measurement was made on: processor, threads, versions, precision and commit."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import os
+import platform
+import subprocess
+from pathlib import Path
+from typing import Any
+
+import jax
+
+PACKAGES = ("jax", "jaxlib", "flax", "optax", "numpy", "torch", "equinox", "keras")
+
+
+def describe() -> dict[str, Any]:
+    """The machine as JSON."""
+    device = jax.devices()[0]
+    return {
+        "processor": processor(),
+        "cores": cores(),
+        "device": "cpu" if device.platform == "cpu" else device.device_kind,
+        "system": f"{platform.system()} {platform.machine()}",
+        "python": platform.python_version(),
+        "versions": {name: version for name in PACKAGES if (version := installed(name))},
+        "precision": "float32, no TF32",
+        "flags": {
+            name: os.environ[name]
+            for name in ("XLA_FLAGS", "JAX_PLATFORMS", "OMP_NUM_THREADS", "OMP_WAIT_POLICY")
+            if name in os.environ
+        },
+        "commit": commit(),
+    }
+
+
+def same_terms() -> None:
+    """Give PyTorch and XLA the same threads and precision, and neither a cache of programs."""
+    jax.config.update("jax_enable_compilation_cache", False)
+    os.environ["TORCHINDUCTOR_FORCE_DISABLE_CACHES"] = "1"
+    if jax.default_backend() != "cpu":
+        jax.config.update("jax_default_matmul_precision", "highest")  # no TF32
+    try:
+        import torch
+    except ModuleNotFoundError:
+        return
+    torch.set_num_threads(cores())
+    torch.set_float32_matmul_precision("highest")
+
+
+def cores() -> int:
+    """The cores that this process may use, which is what XLA takes as well."""
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
+
+
+def processor() -> str:
+    """The processor's name, as far as the system tells it."""
+    info = Path("/proc/cpuinfo")
+    if info.exists():
+        for line in info.read_text().splitlines():
+            if line.startswith("model name"):
+                return line.split(":", 1)[1].strip()
+    return platform.processor() or platform.machine()
+
+
+def installed(name: str) -> str | None:
+    """The version of a package, None where it is missing."""
+    try:
+        return importlib.metadata.version(name)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def commit() -> str | None:
+    """The commit that is measured, marked where files differ from it; None outside of git."""
+    result = subprocess.run(
+        ["git", "describe", "--always", "--dirty", "--exclude=*"],
+        cwd=Path(__file__).parent,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    return result.stdout.strip() or None

@@ -1,0 +1,61 @@
+"""jaxtrain, as the README shows it: uint8 images, normalised inside the compiled step."""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+import jaxtrain as jt
+from benchmarks.problem import MEAN, STD, Params, Problem, Trainer
+
+LOSS = jt.losses.cross_entropy
+
+
+def start(problem: Problem, params: Params) -> tuple[jt.TrainState, jt.Dataset]:
+    """The state with these parameters, and the data on the device."""
+    data = jt.Dataset(jnp.asarray(problem.images), jnp.asarray(problem.labels))
+    model = jt.models.FeedForward(problem.features, problem.dropout_rate, MEAN, STD)
+    optimizer = jt.optimizers.sgd(problem.learning_rate, weight_decay=problem.weight_decay)
+    state = jt.init_state(model, optimizer, data.inputs[:1], key=jax.random.key(0))
+    return state.replace(params=jax.tree.map(jnp.asarray, params)), data
+
+
+def epoch_compiled(problem: Problem, params: Params) -> Trainer:
+    """An epoch is one call of `train_epoch`."""
+    return _trainer(problem, params, by_steps=False)
+
+
+def step_by_step(problem: Problem, params: Params) -> Trainer:
+    """An epoch is a Python loop over `train_step`, with batches sliced from NumPy arrays."""
+    return _trainer(problem, params, by_steps=True)
+
+
+def _trainer(problem: Problem, params: Params, *, by_steps: bool) -> Trainer:
+    state, data = start(problem, params)
+    first_batch = jax.tree.map(lambda array: array[: problem.batch_size], data)
+
+    def steps(count: int) -> None:
+        nonlocal state
+        for _ in range(count):
+            state, _ = jt.train_step(state, first_batch, LOSS)
+        jax.block_until_ready(state)
+
+    def losses() -> np.ndarray:
+        nonlocal state
+        if not by_steps:
+            state, losses = jt.train_epoch(state, data, LOSS, batch_size=problem.batch_size)
+            return np.asarray(losses)
+        collected = []
+        for index in range(problem.steps):
+            part = slice(index * problem.batch_size, (index + 1) * problem.batch_size)
+            batch = jt.Dataset(jnp.asarray(problem.images[part]), jnp.asarray(problem.labels[part]))
+            state, metrics = jt.train_step(state, batch, LOSS)
+            collected.append(metrics["loss"])
+        return np.asarray(jax.block_until_ready(jnp.stack(collected)))
+
+    def accuracy(images: np.ndarray, labels: np.ndarray) -> float:
+        test = jt.Dataset(jnp.asarray(images), jnp.asarray(labels))
+        return float(jt.evaluate(state, test, LOSS, {"accuracy": jt.metrics.accuracy})["accuracy"])
+
+    return Trainer(steps, losses, losses, accuracy)

@@ -1,0 +1,138 @@
+"""PyTorch: eager by slices and by DataLoader, torch.compile, and CUDA graphs."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+
+import numpy as np
+import torch
+from torch.nn.functional import cross_entropy
+
+from benchmarks import torch_reference
+from benchmarks.peers import MissingError
+from benchmarks.problem import PIXELS, Params, Problem, Trainer, normalised
+
+Batch = tuple[torch.Tensor, torch.Tensor]
+Step = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
+
+
+def device() -> torch.device:
+    """Where PyTorch computes: the GPU where there is one."""
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def wait() -> None:
+    """Return when the device is done."""
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+
+
+def eager(problem: Problem, params: Params) -> Trainer:
+    """Batches are slices of tensors that are normalised and on the device beforehand."""
+    return _trainer(problem, params)
+
+
+def dataloader(problem: Problem, params: Params) -> Trainer:
+    """Batches come from a DataLoader, as in the tutorial."""
+    return _trainer(problem, params, loader=True)
+
+
+def compiled(problem: Problem, params: Params) -> Trainer:
+    """The network and its loss are compiled, forward and backward; the rest as in `eager`."""
+    torch.compiler.reset()  # what was compiled for another problem; each pays for its own
+    return _trainer(problem, params, wrap_loss=lambda loss: torch.compile(loss, dynamic=False))
+
+
+def cuda_graphs(problem: Problem, params: Params) -> Trainer:
+    """A step is captured once for each batch shape and replayed."""
+    if not torch.cuda.is_available():
+        raise MissingError("CUDA graphs need an NVIDIA GPU, and PyTorch sees none")
+    return _trainer(problem, params, capture=True)
+
+
+def _trainer(
+    problem: Problem,
+    params: Params,
+    *,
+    loader: bool = False,
+    wrap_loss: Callable[[Step], Step] = lambda loss: loss,
+    capture: bool = False,
+) -> Trainer:
+    torch.manual_seed(0)
+    place = device()
+    inputs = torch.from_numpy(normalised(problem.images)).to(place)
+    targets = torch.from_numpy(problem.labels.astype(np.int64)).to(place)
+    model = torch_reference.feed_forward(problem.features, PIXELS, problem.dropout_rate)
+    torch_reference.load_params(model, params)
+    model.to(place).train()
+    optimizer = torch.optim.SGD(
+        model.parameters(), problem.learning_rate, weight_decay=problem.weight_decay
+    )
+    loss_of = wrap_loss(lambda images, labels: cross_entropy(model(images), labels))
+
+    def eager_step(images: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+        optimizer.zero_grad()
+        loss = loss_of(images, labels)
+        loss.backward()
+        optimizer.step()
+        return loss.detach()
+
+    step = _captured(eager_step, model, optimizer) if capture else eager_step
+
+    def batches() -> Iterable[Batch]:
+        if not loader:
+            return torch_reference.slices(inputs, targets, problem.batch_size)
+        dataset = torch.utils.data.TensorDataset(inputs, targets)
+        return torch.utils.data.DataLoader(dataset, batch_size=problem.batch_size)
+
+    def steps(count: int) -> None:
+        images, labels = inputs[: problem.batch_size], targets[: problem.batch_size]
+        for _ in range(count):
+            step(images, labels)
+        wait()
+
+    def losses() -> np.ndarray:
+        model.train()
+        collected = [step(images, labels) for images, labels in batches()]
+        return torch.stack(collected).cpu().numpy()
+
+    def accuracy(images: np.ndarray, labels: np.ndarray) -> float:
+        model.eval()
+        with torch.no_grad():
+            found = model(torch.from_numpy(normalised(images)).to(place)).argmax(1).cpu().numpy()
+        model.train()
+        return float((found == labels).mean())
+
+    return Trainer(steps, losses, losses, accuracy)
+
+
+def _captured(step: Step, model: torch.nn.Module, optimizer: torch.optim.Optimizer) -> Step:
+    """Replay `step` from a CUDA graph, one for each shape of batch (PyTorch's notes on graphs)."""
+    graphs: dict[torch.Size, tuple[torch.cuda.CUDAGraph, Batch, torch.Tensor]] = {}
+
+    def capture(images: torch.Tensor, labels: torch.Tensor) -> None:
+        start = {name: value.clone() for name, value in model.state_dict().items()}
+        static = images.clone(), labels.clone()
+        side = torch.cuda.Stream()
+        side.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(side):
+            for _ in range(3):  # warm-up, as the notes ask
+                step(*static)
+        torch.cuda.current_stream().wait_stream(side)
+        optimizer.zero_grad(set_to_none=True)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            loss = step(*static)
+        model.load_state_dict(start)  # the warm-up's steps do not count
+        graphs[images.shape] = graph, static, loss
+
+    def replay(images: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+        if images.shape not in graphs:
+            capture(images, labels)
+        graph, (static_images, static_labels), loss = graphs[images.shape]
+        static_images.copy_(images)
+        static_labels.copy_(labels)
+        graph.replay()
+        return loss.clone()
+
+    return replay

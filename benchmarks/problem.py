@@ -1,0 +1,116 @@
+"""What is trained: a network, its data and its rates, as NumPy that every peer starts from."""
+
+from __future__ import annotations
+
+import gzip
+from collections.abc import Callable
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+
+MEAN, STD = 0.1307, 0.3081  # of MNIST's pixels, divided by 255
+PIXELS = 28 * 28
+CLASSES = 10
+
+# Width of each layer; the last holds the logits. T2 is the tutorial's network.
+NETWORKS = {
+    "linear": (CLASSES,),
+    "T2": (256, 128, 64, CLASSES),
+    "wide": (1024, 1024, 1024, 1024, CLASSES),
+}
+
+Params = dict[str, dict[str, np.ndarray]]
+
+
+class Problem(NamedTuple):
+    """One training problem.
+
+    Attributes:
+      network: a key of `NETWORKS`, or another name.
+      features: width of each layer.
+      images: pixels [examples, 28, 28], uint8.
+      labels: classes [examples], uint8.
+      batch_size: examples a step.
+      dropout_rate: share of hidden units dropped.
+      learning_rate: of SGD.
+      weight_decay: L2, added to the gradient.
+    """
+
+    network: str
+    features: tuple[int, ...]
+    images: np.ndarray
+    labels: np.ndarray
+    batch_size: int = 64
+    dropout_rate: float = 0.2
+    learning_rate: float = 0.01
+    weight_decay: float = 1e-6
+
+    @property
+    def steps(self) -> int:
+        """Steps in an epoch, the partial last batch counted."""
+        return -(-len(self.images) // self.batch_size)
+
+
+class Trainer(NamedTuple):
+    """A problem in the hands of a peer. Each call waits until the device is done.
+
+    Attributes:
+      steps: so many steps on the first batch, one call each.
+      epoch: one pass over the data in stored order, as the peer's users write it.
+      losses: such a pass, too; the loss at each step, or the mean of each group of steps where a
+        peer tells no more.
+      accuracy: share of these images classified as these labels say.
+    """
+
+    steps: Callable[[int], None]
+    epoch: Callable[[], object]
+    losses: Callable[[], np.ndarray]
+    accuracy: Callable[[np.ndarray, np.ndarray], float]
+
+
+def make(network: str, images: np.ndarray, labels: np.ndarray, batch_size: int = 64) -> Problem:
+    """The problem of training `network` on these images."""
+    return Problem(network, NETWORKS[network], images, labels, batch_size)
+
+
+def start(problem: Problem, seed: int = 0) -> Params:
+    """Parameters to start from: uniform in ±1/√fan_in, kernels [inputs, outputs]."""
+    generator = np.random.default_rng(seed)
+    params: Params = {}
+    fan_in = PIXELS
+    for layer, width in enumerate(problem.features):
+        bound = fan_in**-0.5
+        params[f"Dense_{layer}"] = {
+            "kernel": generator.uniform(-bound, bound, (fan_in, width)).astype(np.float32),
+            "bias": generator.uniform(-bound, bound, width).astype(np.float32),
+        }
+        fan_in = width
+    return params
+
+
+def normalised(images: np.ndarray) -> np.ndarray:
+    """Pixels 0 … 255 as the float32 inputs [examples, 784] that all peers but ours are given."""
+    return ((images.reshape(len(images), -1).astype(np.float32) / 255 - MEAN) / STD).astype(
+        np.float32
+    )
+
+
+def random_images(examples: int) -> tuple[np.ndarray, np.ndarray]:
+    """Noise and labels of MNIST's shapes: speed does not depend on what the pixels show."""
+    generator = np.random.default_rng(0)
+    images = generator.integers(0, 256, (examples, 28, 28), dtype=np.uint8)
+    return images, generator.integers(0, CLASSES, examples, dtype=np.uint8)
+
+
+def read_mnist(folder: Path, split: str) -> tuple[np.ndarray, np.ndarray]:
+    """Images and labels of MNIST, `train` or `t10k`, without a line of jaxtrain, JAX or PyTorch."""
+    contents = []
+    for kind, header in (("images-idx3", 16), ("labels-idx1", 8)):
+        plain = folder / f"{split}-{kind}-ubyte"
+        if plain.exists():
+            content = plain.read_bytes()
+        else:
+            content = gzip.decompress(plain.with_name(f"{plain.name}.gz").read_bytes())
+        contents.append(np.frombuffer(content, np.uint8)[header:])
+    return contents[0].reshape(-1, 28, 28), contents[1]

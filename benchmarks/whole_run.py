@@ -1,0 +1,52 @@
+"""A peer's whole run as a process of its own: import, load, compile, train and test.
+
+    python -m benchmarks.whole_run PEER [--folder FOLDER] [--epochs 5]
+
+Prints one line of JSON: test accuracy and peak memory. Imports the peer's library and no other.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import resource
+import sys
+from pathlib import Path
+
+from benchmarks import peers, problem
+
+
+def peak_memory_mib() -> float:
+    """Peak resident memory of this process."""
+    status = Path("/proc/self/status")
+    if status.exists():  # Linux; there getrusage would count the parent's memory before exec, too.
+        line = next(line for line in status.read_text().splitlines() if line.startswith("VmHWM"))
+        return int(line.split()[1]) / 2**10
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak / (2**20 if sys.platform == "darwin" else 2**10)
+
+
+def main() -> None:
+    """Train T2 on MNIST, or on noise without a folder, testing after each epoch."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
+    parser.add_argument("peer", choices=peers.PEERS)
+    parser.add_argument("--folder", type=Path, help="of the MNIST files")
+    parser.add_argument("--epochs", type=int, default=5)
+    arguments = parser.parse_args()
+
+    if arguments.folder is None:
+        train, test = problem.random_images(1280), problem.random_images(1280)
+    else:
+        train = problem.read_mnist(arguments.folder, "train")
+        test = problem.read_mnist(arguments.folder, "t10k")
+    task = problem.make("T2", *train)
+    trainer = peers.load(arguments.peer)(task, problem.start(task))
+    accuracies = []
+    for _ in range(arguments.epochs):
+        trainer.epoch()
+        accuracies.append(trainer.accuracy(*test))
+    print(json.dumps({"accuracy": accuracies[-1], "peak_mib": peak_memory_mib()}))
+
+
+if __name__ == "__main__":
+    main()
