@@ -35,7 +35,7 @@ format: $(VENV)/installed-dev  ## let ruff format and mend what it can
 	$(BIN)/ruff format .
 
 clean:  ## remove the virtual environment and caches, keep results in runs/
-	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache .jax_cache .hypothesis
 
 $(BIN)/python:
 	$(PYTHON) -m venv $(VENV)

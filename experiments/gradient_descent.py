@@ -39,6 +39,8 @@ class Config:
     """Nothing is drawn at random here; every experiment takes one."""
     device: command.Device = "auto"
     """Where to compute; auto takes a GPU where there is one."""
+    compilation_cache: bool = True
+    """Keep compiled programs in the user's cache folder, so that the next run starts sooner."""
     log_interval: int = 10
     """A line every so many epochs; 0 is quiet."""
     output_dir: Path = Path("runs/gradient_descent")
@@ -47,7 +49,7 @@ class Config:
 
 def run(config: Config) -> dict[str, Any]:
     """Fit y = w x to (1, 2), (2, 4), (3, 6) from w = 1, in float64 as the tutorial does."""
-    command.select_device(config.device)
+    command.set_up_jax(config.device, config.compilation_cache)
     # The tutorial computes in Python's float64.
     with jax.enable_x64(True), runs.RunFolder(config.output_dir, config) as folder:
         data = jt.data.points_on_line(2.0)

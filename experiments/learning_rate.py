@@ -38,6 +38,8 @@ class Config:
     """Decides the data, 20 noisy points of y = 3 x + 1 with x in 0 … 1."""
     device: command.Device = "auto"
     """Where to compute; auto takes a GPU where there is one."""
+    compilation_cache: bool = True
+    """Keep compiled programs in the user's cache folder, so that the next run starts sooner."""
     log_interval: int = 1
     """The descents are one compiled loop with nothing to log; 0 or not, this is quiet."""
     output_dir: Path = Path("runs/learning_rate")
@@ -46,7 +48,7 @@ class Config:
 
 def run(config: Config) -> dict[str, Any]:
     """Descend the sum of squared errors at each rate until a threshold, a limit, or divergence."""
-    command.select_device(config.device)
+    command.set_up_jax(config.device, config.compilation_cache)
     check_whole(config.seed, "seed", least=0, most=2**32 - 1)
     if not config.learning_rates:
         raise jt.InputError("learning_rates is empty; expected at least one, 0.025 for instance")

@@ -60,6 +60,8 @@ class Config:
     """Decides a random start."""
     device: command.Device = "auto"
     """Where to compute; auto takes a GPU where there is one."""
+    compilation_cache: bool = True
+    """Keep compiled programs in the user's cache folder, so that the next run starts sooner."""
     log_interval: int = 10
     """A line every so many epochs; 0 is quiet."""
     output_dir: Path = Path("runs/linear_regression")
@@ -68,7 +70,7 @@ class Config:
 
 def run(config: Config) -> dict[str, Any]:
     """Fit y = weight · x + bias to 40 points of y = 0.7 x + 0.3 and test it on the next 10."""
-    command.select_device(config.device)
+    command.set_up_jax(config.device, config.compilation_cache)
     with runs.RunFolder(config.output_dir, config) as folder:
         train_data, test_data = jt.data.line(WEIGHT, BIAS)
         before, after, history, path = train(config, train_data, test_data, folder)

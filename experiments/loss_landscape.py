@@ -30,6 +30,8 @@ class Config:
     """Nothing is drawn at random here; every experiment takes one."""
     device: command.Device = "auto"
     """Where to compute; auto takes a GPU where there is one."""
+    compilation_cache: bool = True
+    """Keep compiled programs in the user's cache folder, so that the next run starts sooner."""
     log_interval: int = 1
     """There are no steps to log; 0 or not, this is quiet."""
     output_dir: Path = Path("runs/loss_landscape")
@@ -38,7 +40,7 @@ class Config:
 
 def run(config: Config) -> dict[str, Any]:
     """Evaluate the mean squared error at 41 weights, and at 41 x 41 weights and biases, by vmap."""
-    command.select_device(config.device)
+    command.set_up_jax(config.device, config.compilation_cache)
     with runs.RunFolder(config.output_dir, config) as folder:
         folder.start()
         curve = jax.jit(jax.vmap(loss_of(jt.data.points_on_line(2.0)), in_axes=(0, None)))(

@@ -27,6 +27,8 @@ class Config:
     """Nothing is drawn at random here; every experiment takes one."""
     device: command.Device = "auto"
     """Where to compute; auto takes a GPU where there is one."""
+    compilation_cache: bool = True
+    """Keep compiled programs in the user's cache folder, so that the next run starts sooner."""
     log_interval: int = 1
     """There are no steps to log; 0 or not, this is quiet."""
     output_dir: Path = Path("runs/losses")
@@ -35,7 +37,7 @@ class Config:
 
 def run(config: Config) -> dict[str, Any]:
     """Draw every loss, and check cases whose value is known."""
-    command.select_device(config.device)
+    command.set_up_jax(config.device, config.compilation_cache)
     with runs.RunFolder(config.output_dir, config) as folder:
         curves = [by_error(config.weight), by_angle(), by_logit()]
         folder.start()

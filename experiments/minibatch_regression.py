@@ -41,6 +41,8 @@ class Config:
     """Decides the order of the points."""
     device: command.Device = "auto"
     """Where to compute; auto takes a GPU where there is one."""
+    compilation_cache: bool = True
+    """Keep compiled programs in the user's cache folder, so that the next run starts sooner."""
     log_interval: int = 1
     """A line every so many steps; 0 is quiet."""
     output_dir: Path = Path("runs/minibatch_regression")
@@ -49,7 +51,7 @@ class Config:
 
 def run(config: Config) -> dict[str, Any]:
     """Fit y = w x + b to 150 noisy points of y = 2 x + 6, in batches of 20."""
-    command.select_device(config.device)
+    command.set_up_jax(config.device, config.compilation_cache)
     check_whole(config.log_interval, "log_interval", least=0)
     check_whole(config.epochs, "epochs", least=0)
     with runs.RunFolder(config.output_dir, config) as folder:

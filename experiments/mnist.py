@@ -81,6 +81,8 @@ class Config:
     """Shuffle the examples every epoch, or take them in stored order."""
     device: command.Device = "auto"
     """Where to compute; auto takes a GPU where there is one."""
+    compilation_cache: bool = True
+    """Keep compiled programs in the user's cache folder, so that the next run starts sooner."""
     log_interval: int = 100
     """A line every so many steps; 0 is quiet."""
     output_dir: Path = Path("runs/mnist")
@@ -89,7 +91,7 @@ class Config:
 
 def run(config: Config) -> dict[str, Any]:
     """Train the T2 network (784-256-128-64-10, ReLU, dropout), testing it after each epoch."""
-    command.select_device(config.device)
+    command.set_up_jax(config.device, config.compilation_cache)
     with runs.RunFolder(config.output_dir, config) as folder:
         data = jt.data.load_resolved(config.dataset, config.data_dir)
         if data.notice is not None:
@@ -229,8 +231,9 @@ def write_pictures(
 def compare(config: Config, data: jt.data.Resolved, history: History) -> list[Comparison]:
     """PyTorch's figures beside ours; none on other data or with other flags than the tutorial's."""
     tutorial = with_defaults(Config(), "mnist")
-    free = ("dataset", "data_dir", "seed", "shuffle", "device", "log_interval", "output_dir")
-    plain = {field.name for field in fields(Config)} - {*free, "test_batch_size"}
+    free = {"dataset", "data_dir", "seed", "shuffle", "device", "log_interval", "output_dir"}
+    free |= {"test_batch_size", "compilation_cache"}
+    plain = {field.name for field in fields(Config)} - free
     if data.name != "mnist" or any(getattr(config, f) != getattr(tutorial, f) for f in plain):
         return []
     order = "shuffled" if config.shuffle else "stored order"

@@ -55,6 +55,8 @@ class Config:
     """Decides the start and the order of examples, the same for every solver."""
     device: command.Device = "auto"
     """Where to compute; auto takes a GPU where there is one."""
+    compilation_cache: bool = True
+    """Keep compiled programs in the user's cache folder, so that the next run starts sooner."""
     log_interval: int = 1
     """A line for each solver; 0 is quiet."""
     output_dir: Path = Path("runs/optimizers")
@@ -63,7 +65,7 @@ class Config:
 
 def run(config: Config) -> dict[str, Any]:
     """Train the T2 network, without dropout, by each solver; each first chooses its rate."""
-    command.select_device(config.device)
+    command.set_up_jax(config.device, config.compilation_cache)
     check_whole(config.epochs, "epochs", least=1)
     check_whole(config.sweep_epochs, "sweep_epochs", least=1)
     check_whole(config.log_interval, "log_interval", least=0)

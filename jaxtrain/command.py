@@ -5,7 +5,9 @@ from __future__ import annotations
 import _thread
 import contextlib
 import dataclasses
+import hashlib
 import os
+import platform
 import sys
 import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -88,6 +90,52 @@ def select_device(device: Device) -> None:
                 "--device is gpu, but JAX sees no GPU; expected one that nvidia-smi lists and the "
                 "CUDA build of JAX (pip install 'jaxtrain[cuda]'), or take --device cpu"
             ) from error
+
+
+def set_up_jax(device: Device, compilation_cache: bool) -> None:
+    """Choose the device and cache compilations, before the first array.
+
+    Raises:
+      InputError: a GPU is asked for and JAX sees none.
+    """
+    select_device(device)
+    if compilation_cache:
+        cache_compilations()
+
+
+def cache_compilations() -> None:
+    """Keep compiled programs where the next process finds them, by JAX's persistent cache.
+
+    In the folder that $JAX_COMPILATION_CACHE_DIR names, or else in the user's cache folder, apart
+    for each kind of processor, since its programs hold machine code; a folder that cannot be
+    written is left alone. Safe to delete at any time.
+    """
+    from platformdirs import user_cache_path
+
+    if jax.config.jax_compilation_cache_dir is None:
+        folder = user_cache_path("jaxtrain") / "compiled" / _processor_kind()
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+        except OSError:
+            return
+        if not os.access(folder, os.W_OK):
+            return
+        jax.config.update("jax_compilation_cache_dir", str(folder))
+    # JAX keeps only what took a second to compile; here half a second is half of the waiting.
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.05)
+
+
+def _processor_kind() -> str:
+    """A name for processors that run the same machine code."""
+    features = platform.processor()
+    info = Path("/proc/cpuinfo")
+    if info.exists():
+        lines = info.read_text().splitlines()
+        features = next(
+            (line for line in lines if line.startswith(("flags", "Features"))), features
+        )
+    digest = hashlib.sha256(features.encode()).hexdigest()[:12]
+    return f"{platform.machine()}-{digest}"
 
 
 def seed_key(seed: int) -> Key[Array, ""]:

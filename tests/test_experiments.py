@@ -8,6 +8,7 @@ import json
 import os
 import pty
 import signal
+import shutil
 import subprocess
 import sys
 import time
@@ -419,3 +420,29 @@ def test_help_names_every_flag(environment, script) -> None:
     assert result.returncode == 0
     for field in dataclasses.fields(script.Config):
         assert f"--{field.name.replace('_', '-')}" in result.stdout
+
+
+def test_compiled_programs_are_kept_for_the_next_run(environment, tmp_path: Path) -> None:
+    del environment["JAX_COMPILATION_CACHE_DIR"]
+    flags = ("--epochs", 5, "--log-interval", 0, "--output-dir", tmp_path / "out")
+    compiled = tmp_path / "cache" / "jaxtrain" / "compiled"
+
+    run(environment, "linear_regression", "--no-compilation-cache", *flags)
+    assert not compiled.exists()
+    first = run(environment, "linear_regression", *flags)
+    kept = {path.name for path in compiled.rglob("*train_steps*-cache")}
+    assert kept
+    again = run(environment, "linear_regression", *flags)
+    assert {path.name for path in compiled.rglob("*train_steps*-cache")} == kept
+    shutil.rmtree(compiled)
+    after = run(environment, "linear_regression", *flags)
+    assert first.returncode == again.returncode == after.returncode == 0
+    assert "error" not in (first.stderr + again.stderr + after.stderr).lower()
+
+
+def test_a_cache_folder_that_cannot_be_written_is_left_alone(environment, tmp_path: Path) -> None:
+    del environment["JAX_COMPILATION_CACHE_DIR"]
+    (tmp_path / "cache").write_text("not a folder")
+    flags = ("--epochs", 5, "--log-interval", 0, "--output-dir", tmp_path / "out")
+    result = run(environment, "linear_regression", *flags)
+    assert (result.returncode, result.stderr) == (0, "")
