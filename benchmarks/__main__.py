@@ -60,7 +60,7 @@ def run(config: Config) -> dict[str, Any]:
     else:
         folder = locate_files("mnist", config.data_dir)
         images, labels = read_mnist(folder, "train")
-    machine.same_terms()
+    machine.same_terms(cached=config.quick)
     names = [name for name in config.peers if not (config.quick and name == suites.SLOW_COMPILER)]
     settings = suites.Settings(
         names,

@@ -34,9 +34,12 @@ def describe() -> dict[str, Any]:
     }
 
 
-def same_terms() -> None:
-    """Give PyTorch and XLA the same threads and precision, and neither a cache of programs."""
-    jax.config.update("jax_enable_compilation_cache", False)
+def same_terms(cached: bool = False) -> None:
+    """Give PyTorch and XLA the same threads and precision, and neither a cache of programs.
+
+    With `cached` JAX may use the cache that the environment names: a tour that times nothing.
+    """
+    jax.config.update("jax_enable_compilation_cache", cached)
     os.environ["TORCHINDUCTOR_FORCE_DISABLE_CACHES"] = "1"
     if jax.default_backend() != "cpu":
         jax.config.update("jax_default_matmul_precision", "highest")  # no TF32

@@ -11,13 +11,13 @@ CACHE = Path(__file__).parents[1] / ".jax_cache"
 os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(CACHE))
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.1")
 
-import jax
-import jax.numpy as jnp
-import pytest
-from hypothesis import settings
+import jax  # noqa: E402
+import jax.numpy as jnp  # noqa: E402
+import pytest  # noqa: E402
+from hypothesis import settings  # noqa: E402
 
-import jaxtrain as jt
-from jaxtrain.data.mnist import DATA_DIR_VARIABLE
+import jaxtrain as jt  # noqa: E402
+from jaxtrain.data.mnist import DATA_DIR_VARIABLE  # noqa: E402
 
 # Compiling takes longer than hypothesis' default deadline, and not the same twice.
 settings.register_profile("jaxtrain", deadline=None, derandomize=True)

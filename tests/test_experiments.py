@@ -7,8 +7,8 @@ import dataclasses
 import json
 import os
 import pty
-import signal
 import shutil
+import signal
 import subprocess
 import sys
 import time
