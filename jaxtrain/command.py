@@ -112,7 +112,7 @@ def cache_compilations() -> None:
     """
     from platformdirs import user_cache_path
 
-    if jax.config.read("jax_compilation_cache_dir") is None:
+    if jax.config.jax_compilation_cache_dir is None:  # type: ignore[attr-defined]
         folder = user_cache_path("jaxtrain") / "compiled" / _processor_kind()
         try:
             folder.mkdir(parents=True, exist_ok=True)

@@ -442,6 +442,7 @@ def test_compiled_programs_are_kept_for_the_next_run(environment, tmp_path: Path
 
 def test_a_cache_folder_that_cannot_be_written_is_left_alone(environment, tmp_path: Path) -> None:
     del environment["JAX_COMPILATION_CACHE_DIR"]
+    environment["MPLCONFIGDIR"] = str(tmp_path / "matplotlib")  # it would complain on its own
     (tmp_path / "cache").write_text("not a folder")
     flags = ("--epochs", 5, "--log-interval", 0, "--output-dir", tmp_path / "out")
     result = run(environment, "linear_regression", *flags)
