@@ -40,8 +40,9 @@ def same_terms(cached: bool = False) -> None:
     With `cached` JAX may use the cache that the environment names: a tour that times nothing.
     """
     jax.config.update("jax_enable_compilation_cache", cached)
+    os.environ["JAXTRAIN_BENCHMARK_DEVICE"] = jax.default_backend()
     os.environ["TORCHINDUCTOR_FORCE_DISABLE_CACHES"] = "1"
-    if jax.default_backend() != "cpu":
+    if has_gpu():
         jax.config.update("jax_default_matmul_precision", "highest")  # no TF32
     try:
         import torch
@@ -49,6 +50,11 @@ def same_terms(cached: bool = False) -> None:
         return
     torch.set_num_threads(cores())
     torch.set_float32_matmul_precision("highest")
+
+
+def has_gpu() -> bool:
+    """Whether JAX computes elsewhere than on the CPU."""
+    return jax.default_backend() != "cpu"
 
 
 def cores() -> int:

@@ -19,12 +19,13 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from benchmarks import peers, problem, timing, work
+from benchmarks import machine, peers, problem, timing, work
 from benchmarks.problem import NETWORKS, Problem, Trainer
 from benchmarks.timing import Action, Repeated
 
 CHECKED_STEPS = 20
 CHECK_TOLERANCE = 1e-4
+NOT_ASKED = "not among --peers"
 OURS = "jaxtrain"
 EAGER = "pytorch"
 
@@ -33,7 +34,9 @@ STEP_BATCH_SIZES = (1, 16, 64, 256, 1024, 4096)
 SLOW_COMPILER = "pytorch-compile"
 COMPILED_AT = ("T2", 64)
 # These differ from their sibling only in how they make an epoch.
-EPOCH_ONLY = {"jaxtrain-steps", "pytorch-dataloader", "keras-steps-per-execution"}
+EPOCH_ONLY = {
+    *("jaxtrain-steps", "pytorch-dataloader", "pytorch-pixels", "keras-steps-per-execution")
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -134,6 +137,9 @@ def growth(settings: Settings) -> Iterator[Row]:
         )
     if settings.quick:
         grown = {"batch 256": grown["batch 256"]}
+    if OURS not in settings.names:
+        yield Row("growth", "all", OURS, missing=NOT_ASKED)
+        return
     settings.say(f"growth: {', '.join(grown)}")
     make = peers.load(OURS)
     actions = {case: make(task, problem.start(task)).epoch for case, task in grown.items()}
@@ -148,13 +154,14 @@ def run(settings: Settings) -> Iterator[Row]:
     """T1's 200 epochs, and a whole process that trains T2 from a cold start."""
     yield from _lines(settings, "run", (1,))
     epochs = 1 if settings.quick else 5
-    yield from _whole_runs(settings, "run", epochs, 1 if settings.quick else 3)
+    yield from _whole_runs(settings, "run", epochs)
 
 
 def sweep(settings: Settings) -> Iterator[Row]:
     """Many linear regressions, and many networks, trained at once."""
     yield from _lines(settings, "sweep", (32,) if settings.quick else (1, 32, 1000))
     if OURS not in settings.names:
+        yield Row("sweep", "T2 networks", OURS, missing=NOT_ASKED)
         return
     from benchmarks import networks
 
@@ -162,7 +169,15 @@ def sweep(settings: Settings) -> Iterator[Row]:
     task = problem.make("T2", settings.images[:count], settings.labels[:count])
     at_once = networks.at_once(task)
     one_by_one = networks.one_by_one(task) if _has(settings, EAGER) else None
-    _check_sweep(task, networks)
+    if one_by_one is None:
+        yield Row("sweep", "T2 networks", EAGER, missing=_why_not(settings, EAGER))
+    else:
+        quiet = task._replace(
+            dropout_rate=0.0, images=task.images[:1280], labels=task.labels[:1280]
+        )
+        difference = np.abs(networks.at_once(quiet)(2)() - networks.one_by_one(quiet)(2)()).max()
+        if not difference <= CHECK_TOLERANCE:
+            raise DisagreementError(f"a sweep's losses are {difference:.1e} off those one by one")
     for size in (8,) if settings.quick else (1, 8, 64):
         case = f"{size} × T2 network, {task.steps} steps"
         settings.say(f"sweep: {case}")
@@ -171,7 +186,7 @@ def sweep(settings: Settings) -> Iterator[Row]:
             # Nothing is shared between runs, so a few stand for all.
             actions[EAGER] = one_by_one(min(size, 2))
         factors = {OURS: 1.0, EAGER: size / min(size, 2)}
-        rounds = max(2, settings.rounds // 2)
+        rounds = max(1, settings.rounds // 2)
         for name, readings in timing.in_turns(actions, rounds).items():
             facts = {} if factors[name] == 1 else {"extrapolated_from": min(size, 2)}
             yield Row("sweep", case, name, [factors[name] * each for each in readings], facts)
@@ -179,9 +194,9 @@ def sweep(settings: Settings) -> Iterator[Row]:
 
 def memory(settings: Settings) -> Iterator[Row]:
     """Peak resident memory of a process that trains T2 and does nothing else."""
-    for row in _whole_runs(settings, "memory", 1 if settings.quick else 2, 1):
+    for row in _whole_runs(settings, "memory", 1 if settings.quick else 2):
         if not row.missing:
-            row = dataclasses.replace(row, readings=[row.facts["peak_mib"]])
+            row = dataclasses.replace(row, readings=row.facts.pop("each_peak_mib"))
         yield row
 
 
@@ -244,20 +259,21 @@ def _in_turns(
         labels=np.resize(task.labels, first),
         dropout_rate=0.0,
     )
-    expected = None
+    reference = EAGER if _installed(EAGER) else OURS
+    settings.say(f"{suite}: {case}: losses of {peers.PEERS[reference].label} to check against")
+    expected = check(reference, peers.load(reference), checked, None)
     actions: dict[str, Action] = {}
     facts: dict[str, dict[str, Any]] = {}
     for name in names:
         settings.say(f"{suite}: {case}: {peers.PEERS[name].label}")
         try:
             make = peers.load(name)
-            losses = check(name, make, checked, expected)
+            check(name, make, checked, expected)
             actions[name] = action(make(task, problem.start(task)))
             facts[name] = {"first_seconds": _first_seconds(actions[name])}
         except peers.MissingError as error:
             yield Row(suite, case, name, missing=str(error))
             continue
-        expected = losses if expected is None else expected
     floors = {name: floor(run) for name, run in work.floors(task).items()}
     settings.say(f"{suite}: {case}: {settings.rounds} rounds in turns")
     counted = work.epoch_work(task) if suite == "epoch" else _step_work(task)
@@ -302,13 +318,28 @@ def _repeat(action: Callable[[], object], times: int) -> None:
         action()
 
 
-def _has(settings: Settings, name: str) -> bool:
-    """Whether a peer is asked for and installed."""
+def _installed(name: str) -> bool:
     try:
         peers.load(name)
     except peers.MissingError:
         return False
-    return name in settings.names
+    return True
+
+
+def _has(settings: Settings, name: str) -> bool:
+    """Whether a peer is asked for and installed."""
+    return name in settings.names and _installed(name)
+
+
+def _why_not(settings: Settings, name: str) -> str:
+    """Why `_has` says no."""
+    if name not in settings.names:
+        return NOT_ASKED
+    try:
+        peers.load(name)
+    except peers.MissingError as error:
+        return str(error)
+    raise AssertionError(name)
 
 
 def _lines(settings: Settings, suite: str, counts: Iterable[int]) -> Iterator[Row]:
@@ -316,8 +347,11 @@ def _lines(settings: Settings, suite: str, counts: Iterable[int]) -> Iterator[Ro
     from benchmarks import lines
 
     if OURS not in settings.names:
+        yield Row(suite, "T1", OURS, missing=NOT_ASKED)
         return
     ours, eager = lines.ours(), lines.eager() if _has(settings, EAGER) else None
+    if eager is None:
+        yield Row(suite, "T1", EAGER, missing=_why_not(settings, EAGER))
     if eager is not None:
         starts = lines.starts(3)
         difference = np.abs(ours(starts) - eager(starts)).max()
@@ -341,34 +375,21 @@ def _lines(settings: Settings, suite: str, counts: Iterable[int]) -> Iterator[Ro
             yield Row(suite, case, name, [factor * each for each in readings], facts)
 
 
-def _check_sweep(task: Problem, networks: Any) -> None:
-    """Two networks at once end as each alone does: the vmapped epoch is the epoch."""
-    quiet = task._replace(dropout_rate=0.0, images=task.images[:1280], labels=task.labels[:1280])
-    together = networks.at_once(quiet)(2)()
-    alone = peers.load(OURS)
-    for seed in range(2):
-        difference = np.abs(alone(quiet, problem.start(quiet, seed)).losses() - together[seed])
-        if not difference.max() <= CHECK_TOLERANCE:
-            raise DisagreementError(f"network {seed} of a sweep is {difference.max():.1e} off")
-
-
-def _whole_runs(settings: Settings, suite: str, epochs: int, rounds: int) -> Iterator[Row]:
+def _whole_runs(settings: Settings, suite: str, epochs: int) -> Iterator[Row]:
     """Each peer in a process of its own; JAX's, in `run`, with a cold and a warm cache, too."""
     case = f"whole process, T2, {epochs} epoch{'s' * (epochs > 1)}"
-    names = [name for name in settings.names if name != SLOW_COMPILER]
+    names = settings.names
     if settings.quick:
         names = [name for name in names if name in (OURS, EAGER)]
     runnable = []
     for name in names:
-        try:
-            if name == "pytorch-cuda-graphs":
-                raise peers.MissingError("CUDA graphs are timed in step and epoch")
-            peers.load(name)
-        except peers.MissingError as error:
-            if name != "pytorch-cuda-graphs":
-                yield Row(suite, case, name, missing=str(error))
-        else:
+        if name in (SLOW_COMPILER, "pytorch-cuda-graphs"):
+            yield Row(suite, case, name, missing="timed in step and epoch")
+        elif _installed(name):
             runnable.append(name)
+        else:
+            yield Row(suite, case, name, missing=_why_not(settings, name))
+    rounds = max(1, settings.rounds // 3)
     results: dict[str, list[tuple[float, dict[str, float]]]] = {}
     with tempfile.TemporaryDirectory() as cache:
         # A first round, not counted, fills the cache and the system's file cache.
@@ -383,10 +404,18 @@ def _whole_runs(settings: Settings, suite: str, epochs: int, rounds: int) -> Ite
     accuracies = {}
     for name, measured in results.items():
         counted = measured[-rounds:]
-        facts = {key: statistics.median(each[1][key] for each in counted) for key in counted[0][1]}
+        facts: dict[str, Any] = {
+            key: statistics.median(each[1][key] for each in counted) for key in counted[0][1]
+        }
         accuracies[name] = facts["accuracy"]
+        if suite == "memory":
+            facts["each_peak_mib"] = [each[1]["peak_mib"] for each in counted]
         yield Row(suite, case, name, [seconds for seconds, _ in counted], facts)
-    if settings.folder and max(accuracies.values()) - min(accuracies.values()) > 0.02:
+    if (
+        settings.folder
+        and accuracies
+        and max(accuracies.values()) > min(accuracies.values()) + 0.02
+    ):
         raise DisagreementError(f"the runs end at different accuracies: {accuracies}")
 
 
@@ -398,6 +427,10 @@ def _child(
     if settings.folder is not None:
         command += ["--folder", str(settings.folder)]
     environment = {k: v for k, v in os.environ.items() if not k.startswith("JAX_COMPILATION")}
+    # The terms of `machine.same_terms`, for a process that may not import both libraries.
+    environment |= {"OMP_NUM_THREADS": str(machine.cores())}
+    if machine.has_gpu():
+        environment |= {"JAX_DEFAULT_MATMUL_PRECISION": "highest"}
     if cache is not None:
         environment |= {
             "JAX_COMPILATION_CACHE_DIR": cache,

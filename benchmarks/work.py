@@ -74,7 +74,10 @@ def floors(problem: Problem) -> dict[str, Callable[[int], None]]:
     The operands stay the same from step to step, as warm in the cache as they can be.
     """
     shapes = products(problem.features, problem.batch_size)
-    runs = {"matrix products, NumPy": _numpy_products(shapes)}
+    runs = {
+        "matrix products, NumPy": _numpy_products(shapes),
+        "matrix products, XLA": _xla_products(shapes),
+    }
     try:
         import torch
     except ModuleNotFoundError:
@@ -102,6 +105,31 @@ def _numpy_products(shapes: Sequence[Product]) -> Callable[[int], None]:
                 np.matmul(left, right, out=out)
 
     return run
+
+
+def _xla_products(shapes: Sequence[Product]) -> Callable[[int], None]:
+    import jax
+    import jax.numpy as jnp
+
+    keys = jax.random.split(jax.random.key(0), len(shapes))
+    pairs = [
+        (jax.random.normal(key, (m, k)), jax.random.normal(key, (k, n)))
+        for key, (m, k, n) in zip(keys, shapes, strict=True)
+    ]
+
+    @jax.jit
+    def loop(pairs: list[tuple[jax.Array, jax.Array]], steps: jax.Array) -> jax.Array:
+        def body(_: jax.Array, carry: tuple[list, jax.Array]) -> tuple[list, jax.Array]:
+            pairs, total = carry
+            results = jax.lax.optimization_barrier([left @ right for left, right in pairs])
+            total += sum(result[0, 0] for result in results)
+            # Each round depends on the one before, or XLA would compute it once.
+            pairs = [(left.at[0, 0].add(1e-20 * total), right) for left, right in pairs]
+            return pairs, total
+
+        return jax.lax.fori_loop(0, steps, body, (pairs, jnp.float32(0)))[1]
+
+    return lambda steps: jax.block_until_ready(loop(pairs, jnp.int32(steps)))
 
 
 def _torch_products(shapes: Sequence[Product]) -> Callable[[int], None]:

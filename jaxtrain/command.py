@@ -99,6 +99,7 @@ def set_up_jax(device: Device, compilation_cache: bool) -> None:
       InputError: a GPU is asked for and JAX sees none.
     """
     select_device(device)
+    jax.config.update("jax_enable_compilation_cache", compilation_cache)
     if compilation_cache:
         cache_compilations()
 
@@ -121,8 +122,9 @@ def cache_compilations() -> None:
         if not os.access(folder, os.W_OK):
             return
         jax.config.update("jax_compilation_cache_dir", str(folder))
-    # JAX keeps only what took a second to compile; here half a second is half of the waiting.
-    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.05)
+    if "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS" not in os.environ:
+        # JAX keeps only what took a second to compile; here half a second is half of the waiting.
+        jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.05)
 
 
 def _processor_kind() -> str:

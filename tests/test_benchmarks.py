@@ -8,6 +8,7 @@ import statistics
 import subprocess
 import sys
 from pathlib import Path
+from typing import get_args
 
 import jax
 import jax.numpy as jnp
@@ -16,6 +17,7 @@ import pytest
 
 import jaxtrain as jt
 from benchmarks import peers, problem, report, suites, timing, work
+from benchmarks.__main__ import PeerName
 from benchmarks.peers import ours
 from benchmarks.problem import PIXELS, Problem
 
@@ -167,7 +169,8 @@ def test_the_readmes_figures_are_those_of_the_committed_readings() -> None:
 
 
 def test_a_gpu_has_aims_of_its_own() -> None:
-    row = {"suite": "epoch", "case": "T2, batch 64", "facts": {}, "missing": None}
+    facts = {"examples": 60000, "batch_size": 64}
+    row = {"suite": "epoch", "case": "T2, batch 64", "facts": facts, "missing": None}
     readings = {"jaxtrain": [938 * 40e-6] * 2, "pytorch": [938 * 800e-6] * 2}
     results = {
         "machine": {"device": "NVIDIA H200"},
@@ -178,6 +181,22 @@ def test_a_gpu_has_aims_of_its_own() -> None:
         ["≤ 30 µs", "40 µs", "**missed**"],
         ["≥ 15 ×", "20 ×", "yes"],
     ]
+
+
+def test_a_figure_whose_interval_spans_its_aim_is_not_called_reached() -> None:
+    row = {"suite": "epoch", "case": "T2, batch 64", "facts": {}, "missing": None}
+    readings = {"jaxtrain": [1.0] * 5, "pytorch": [2.0, 2.1, 2.4, 2.5, 2.6]}
+    results = {
+        "machine": {"device": "cpu"},
+        "rows": [{**row, "peer": peer, "readings": values} for peer, values in readings.items()],
+    }
+    _, [cells] = report.target_table(results)
+    assert cells[2].startswith("2.4 ×")
+    assert cells[3] == "within noise"
+
+
+def test_the_flags_know_every_peer() -> None:
+    assert set(get_args(PeerName)) == set(peers.PEERS)
 
 
 def test_a_target_that_is_missed_says_so() -> None:

@@ -35,6 +35,7 @@ PEERS = {
     "pytorch-dataloader": Peer(
         "PyTorch eager, DataLoader", "pytorch:dataloader", ("torch",), "test"
     ),
+    "pytorch-pixels": Peer("PyTorch eager, from pixels", "pytorch:from_pixels", ("torch",), "test"),
     "pytorch-compile": Peer("PyTorch torch.compile", "pytorch:compiled", ("torch",), "test"),
     "pytorch-cuda-graphs": Peer("PyTorch CUDA graphs", "pytorch:cuda_graphs", ("torch",), "test"),
     "nnx": Peer("Flax NNX", "nnx:step_by_step", ("flax",)),

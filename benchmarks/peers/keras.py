@@ -6,6 +6,7 @@ import os
 
 os.environ["KERAS_BACKEND"] = "jax"  # before Keras is imported
 
+import jax.numpy as jnp
 import keras
 import numpy as np
 
@@ -54,7 +55,10 @@ def _trainer(problem: Problem, params: Params, steps_per_execution: int) -> Trai
         jit_compile=True,
     )
     inputs, targets = normalised(problem.images), problem.labels.astype(np.int32)
-    first = inputs[: problem.batch_size], targets[: problem.batch_size]
+    first = (
+        jnp.asarray(inputs[: problem.batch_size]),
+        jnp.asarray(targets[: problem.batch_size]),
+    )
 
     def steps(count: int) -> None:
         for _ in range(count):

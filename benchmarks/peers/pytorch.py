@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterable
 
 import numpy as np
@@ -10,15 +11,19 @@ from torch.nn.functional import cross_entropy
 
 from benchmarks import torch_reference
 from benchmarks.peers import MissingError
-from benchmarks.problem import PIXELS, Params, Problem, Trainer, normalised
+from benchmarks.problem import MEAN, PIXELS, STD, Params, Problem, Trainer, normalised
+
+# Set by the suite to the kind of device that JAX has chosen.
+DEVICE_VARIABLE = "JAXTRAIN_BENCHMARK_DEVICE"
 
 Batch = tuple[torch.Tensor, torch.Tensor]
 Step = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
 
 
 def device() -> torch.device:
-    """Where PyTorch computes: the GPU where there is one."""
-    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    """Where PyTorch computes: the GPU where there is one and JAX computes there, too."""
+    usable = torch.cuda.is_available() and os.environ.get(DEVICE_VARIABLE) != "cpu"
+    return torch.device("cuda" if usable else "cpu")
 
 
 def wait() -> None:
@@ -30,6 +35,11 @@ def wait() -> None:
 def eager(problem: Problem, params: Params) -> Trainer:
     """Batches are slices of tensors that are normalised and on the device beforehand."""
     return _trainer(problem, params)
+
+
+def from_pixels(problem: Problem, params: Params) -> Trainer:
+    """The pixels stay uint8 and each batch is normalised in its step, as ours does it."""
+    return _trainer(problem, params, pixels=True)
 
 
 def dataloader(problem: Problem, params: Params) -> Trainer:
@@ -55,12 +65,16 @@ def _trainer(
     params: Params,
     *,
     loader: bool = False,
+    pixels: bool = False,
     wrap_loss: Callable[[Step], Step] = lambda loss: loss,
     capture: bool = False,
 ) -> Trainer:
     torch.manual_seed(0)
     place = device()
-    inputs = torch.from_numpy(normalised(problem.images)).to(place)
+    if pixels:
+        inputs = torch.from_numpy(np.array(problem.images)).to(place)
+    else:
+        inputs = torch.from_numpy(normalised(problem.images)).to(place)
     targets = torch.from_numpy(problem.labels.astype(np.int64)).to(place)
     model = torch_reference.feed_forward(problem.features, PIXELS, problem.dropout_rate)
     torch_reference.load_params(model, params)
@@ -72,6 +86,8 @@ def _trainer(
 
     def eager_step(images: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
         optimizer.zero_grad()
+        if pixels:
+            images = (images.float() / 255 - MEAN) / STD
         loss = loss_of(images, labels)
         loss.backward()
         optimizer.step()
