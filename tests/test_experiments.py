@@ -440,6 +440,17 @@ def test_compiled_programs_are_kept_for_the_next_run(environment, tmp_path: Path
     assert "error" not in (first.stderr + again.stderr + after.stderr).lower()
 
 
+def test_no_compilation_cache_means_none_whatever_the_environment_says(
+    environment, tmp_path: Path
+) -> None:
+    environment["JAX_COMPILATION_CACHE_DIR"] = str(tmp_path / "mine")
+    flags = ("--epochs", 5, "--log-interval", 0, "--output-dir", tmp_path / "out")
+    run(environment, "linear_regression", "--no-compilation-cache", *flags)
+    assert not list((tmp_path / "mine").glob("*"))
+    run(environment, "linear_regression", *flags)
+    assert list((tmp_path / "mine").glob("*-cache"))
+
+
 def test_a_cache_folder_that_cannot_be_written_is_left_alone(environment, tmp_path: Path) -> None:
     del environment["JAX_COMPILATION_CACHE_DIR"]
     environment["MPLCONFIGDIR"] = str(tmp_path / "matplotlib")  # it would complain on its own
