@@ -230,7 +230,8 @@ def target_table(results: Results) -> tuple[Cells, list[Cells]]:
         verdicts = {target.reached(value.low), target.reached(value.high)}
         verdict = "yes" if verdicts.pop() else "**missed**"
         if verdicts:  # the interval spans the aim
-            verdict = "within noise"
+            verb = "reaches" if target.reached(value.median) else "misses"
+            verdict = f"within noise, its median {verb}"
         body.append([target.measure, target.aim, f"{middle}{target.unit}{interval}", verdict])
     return ["measure", "aim", "measured (95 % interval)", "reached"], body
 

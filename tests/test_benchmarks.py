@@ -192,7 +192,7 @@ def test_a_figure_whose_interval_spans_its_aim_is_not_called_reached() -> None:
     }
     _, [cells] = report.target_table(results)
     assert cells[2].startswith("2.4 ×")
-    assert cells[3] == "within noise"
+    assert cells[3] == "within noise, its median reaches"
 
 
 def test_the_flags_know_every_peer() -> None:
