@@ -298,7 +298,7 @@ def _note(results: Results, row: dict[str, Any], median: float) -> str:
         notes.append(f"{facts['flops'] / median / 1e9:.3g} GFLOP/s")
     if row["suite"] in ("step", "epoch") and not facts["floor"]:
         compiling = max(0.0, facts["first_seconds"] - median)
-        eager = readings(results, "epoch", row["case"], EAGER)
+        eager = readings(results, row["suite"], row["case"], EAGER)
         if eager is not None and row["peer"] not in (EAGER, "pytorch-dataloader"):
             notes.append(f"compiling {compiling:.2g} s")
             saved = statistics.median(eager) - median

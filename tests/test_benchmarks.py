@@ -88,7 +88,7 @@ def test_ratio_of_medians_and_its_interval() -> None:
     # Noise that both share in a round cancels: the interval of a pure factor is that factor.
     drift = [1.0, 3.0, 1.0, 3.0, 1.0]
     low, ratio, high = timing.speedup(drift, [2 * each for each in drift])
-    assert (ratio, low <= 2 <= high) == (2, True)
+    assert (low, ratio, high) == (2, 2, 2)
 
 
 @pytest.mark.parametrize(
@@ -147,10 +147,9 @@ def test_a_quick_run_measures_everything(tmp_path: Path) -> None:
     assert results["machine"]["versions"]["jax"] == jax.__version__
     assert {row["suite"] for row in results["rows"]} == set(suites.SUITES)
     for row in results["rows"]:
-        if row["missing"]:
-            assert row["missing"] in result.stdout.replace("\n", " ") or not row["readings"]
-        else:
-            assert min(row["readings"]) > 0
+        assert bool(row["missing"]) != bool(row["readings"])
+        assert min(row["readings"], default=1) > 0
+    assert any(row["missing"] for row in results["rows"]) == ("missing: " in result.stdout)
     timed = {row["peer"] for row in results["rows"] if row["readings"]}
     assert {"jaxtrain", "pytorch"} <= timed
     for picture in ("step_time", "step_throughput", "epoch_ratios"):
