@@ -14,7 +14,7 @@ from matplotlib.figure import Figure
 import jaxtrain as jt
 from jaxtrain import command, plots, progress, runs
 from jaxtrain.command import Comparison
-from jaxtrain.fit import EpochDone, Event
+from jaxtrain.fit import Event
 
 LOSS = jt.losses.mean_squared_error
 # The gradient is overwritten in the tutorial's loop over examples: what is left is the last
@@ -45,26 +45,36 @@ class Config:
     """A line every so many epochs; 0 is quiet."""
     output_dir: Path = Path("runs/gradient_descent")
     """Where results go."""
+    overwrite: bool = False
+    """Let the results of a finished run in that folder make way."""
+    safety: command.Safety = command.Safety()
+    """Checkpoints and faults."""
 
 
 def run(config: Config) -> dict[str, Any]:
     """Fit y = w x to (1, 2), (2, 4), (3, 6) from w = 1, in float64 as the tutorial does."""
     command.set_up_jax(config.device, config.compilation_cache)
     # The tutorial computes in Python's float64.
-    with jax.enable_x64(True), runs.RunFolder(config.output_dir, config) as folder:
+    goes_on = config.safety.goes_on(config.output_dir)
+    folder = runs.RunFolder(config.output_dir, config, overwrite=config.overwrite, goes_on=goes_on)
+    with jax.enable_x64(True), folder:
         data = jt.data.points_on_line(2.0)
         batch = descend(
             config,
             data.take(jnp.array([2])) if config.as_published else data,
             data,
             folder,
+            name="batch",
             loss_fn=PUBLISHED_LOSS if config.as_published else LOSS,
             batch_size=3,
         )
         alone = 3 if config.optimizer == "lbfgs" else 1
-        stochastic = descend(config, data, data, folder, loss_fn=LOSS, batch_size=alone)
+        stochastic = descend(
+            config, data, data, folder, name="stochastic", loss_fn=LOSS, batch_size=alone
+        )
         comparisons = []
-        if command.has_defaults(config, "epochs", "learning_rate", "optimizer"):
+        plain = command.has_defaults(config, "epochs", "learning_rate", "optimizer")
+        if plain and config.safety.max_gradient_norm is None:
             comparisons = compare(batch, stochastic, config.as_published)
         folder.write_picture("descent.png", draw(data, batch, stochastic))
         surface = descend_surface(config)
@@ -91,40 +101,41 @@ def descend(
     all_data: jt.Dataset,
     folder: runs.RunFolder,
     *,
+    name: str,
     loss_fn: jt.losses.Loss,
     batch_size: int,
 ) -> np.ndarray:
     """The weight at the start and after each epoch, [epochs + 1]."""
     state = jt.init_state(
         jt.models.LinearRegression(use_bias=False),
-        jt.optimizers.make(config.optimizer, config.learning_rate),
+        jt.optimizers.clip_gradients(
+            jt.optimizers.make(config.optimizer, config.learning_rate),
+            config.safety.max_gradient_norm,
+        ),
         data.inputs[:1],
         key=command.seed_key(config.seed),
     ).replace(params={"weight": jnp.array([[START]])})
-    weights = [START]
     with progress.console(
         log_interval=config.log_interval, epoch_interval=config.log_interval
     ) as show:
 
         def report(event: Event) -> None:
-            if isinstance(event, EpochDone):
-                weights.append(event.state.params["weight"].item())
-                folder.record(event, weight=weights[-1], batch_size=batch_size)
-            else:
-                folder.record(event)
+            folder.record(event, batch_size=batch_size)
             show(event)
 
-        jt.fit(
+        _, history = jt.fit(
             state,
             data,
             all_data,
             loss_fn=loss_fn,
             epochs=config.epochs,
             batch_size=batch_size,
+            state_metrics={"weight": lambda state: state.params["weight"].item()},
             log_interval=0,
             report=report,
+            **config.safety.fit_options(config, part=name),
         )
-    return np.array(weights)
+    return np.array([START, *history["weight"]])
 
 
 def mean_loss(data: jt.Dataset, weight: float | np.ndarray) -> Any:

@@ -44,6 +44,8 @@ class Config:
     """The descents are one compiled loop with nothing to log; 0 or not, this is quiet."""
     output_dir: Path = Path("runs/learning_rate")
     """Where results go."""
+    overwrite: bool = False
+    """Let the results of a finished run in that folder make way."""
 
 
 def run(config: Config) -> dict[str, Any]:
@@ -54,7 +56,7 @@ def run(config: Config) -> dict[str, Any]:
         raise jt.InputError("learning_rates is empty; expected at least one, 0.025 for instance")
     for rate in config.learning_rates:
         jt.optimizers.make(config.optimizer, rate)  # under vmap there is no value to check
-    with runs.RunFolder(config.output_dir, config) as folder:
+    with runs.RunFolder(config.output_dir, config, overwrite=config.overwrite) as folder:
         data = jt.data.noisy_line(20, 3.0, 1.0, 0.08, seed=config.seed, width=1.0)
         result = descend(config, data)
         folder.start()

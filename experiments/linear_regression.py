@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -13,7 +14,7 @@ from matplotlib.figure import Figure
 import jaxtrain as jt
 from jaxtrain import command, plots, progress, runs
 from jaxtrain.command import Comparison
-from jaxtrain.fit import EpochDone, Event, History
+from jaxtrain.fit import Event, History
 
 LOSSES = {
     "mean_absolute_error": jt.losses.mean_absolute_error,
@@ -66,12 +67,19 @@ class Config:
     """A line every so many epochs; 0 is quiet."""
     output_dir: Path = Path("runs/linear_regression")
     """Where results go."""
+    overwrite: bool = False
+    """Let the results of a finished run in that folder make way."""
+    safety: command.Safety = command.Safety()
+    """Checkpoints and faults."""
 
 
 def run(config: Config) -> dict[str, Any]:
     """Fit y = weight · x + bias to 40 points of y = 0.7 x + 0.3 and test it on the next 10."""
     command.set_up_jax(config.device, config.compilation_cache)
-    with runs.RunFolder(config.output_dir, config) as folder:
+    goes_on = config.safety.goes_on(config.output_dir)
+    with runs.RunFolder(
+        config.output_dir, config, overwrite=config.overwrite, goes_on=goes_on
+    ) as folder:
         train_data, test_data = jt.data.line(WEIGHT, BIAS)
         before, after, history, path = train(config, train_data, test_data, folder)
         comparisons = compare(config, history, path)
@@ -95,7 +103,8 @@ def run(config: Config) -> dict[str, Any]:
 
 def compare(config: Config, history: History, path: np.ndarray) -> list[Comparison]:
     """PyTorch's figures beside ours, as far as the run went; none with other flags than its."""
-    if not command.has_defaults(config, "learning_rate", "loss", "optimizer", "start"):
+    plain = command.has_defaults(config, "learning_rate", "loss", "optimizer", "start")
+    if not plain or config.safety.max_gradient_norm is not None:
         return []
     rows = []
     for epoch, *reference in REFERENCE:
@@ -118,7 +127,9 @@ def train(
       The state before and after, the history, and (weight, bias) at the start and after each
       epoch, [epochs + 1, 2].
     """
-    optimizer = jt.optimizers.make(config.optimizer, config.learning_rate)
+    optimizer = jt.optimizers.clip_gradients(
+        jt.optimizers.make(config.optimizer, config.learning_rate), config.safety.max_gradient_norm
+    )
     before = jt.init_state(
         jt.models.LinearRegression(),
         optimizer,
@@ -129,17 +140,12 @@ def train(
         start = {"weight": jnp.array([[PUBLISHED_WEIGHT]]), "bias": jnp.array([PUBLISHED_BIAS])}
         before = before.replace(params=start)
 
-    path = [line_of(before)]
     with progress.console(
         log_interval=config.log_interval, epoch_interval=config.log_interval
     ) as show:
 
         def report(event: Event) -> None:
-            if isinstance(event, EpochDone):
-                path.append(line_of(event.state))
-                folder.record(event, weight=path[-1][0], bias=path[-1][1])
-            else:
-                folder.record(event)
+            folder.record(event)
             show(event)
 
         after, history = jt.fit(
@@ -149,15 +155,21 @@ def train(
             loss_fn=LOSSES[config.loss],
             epochs=config.epochs,
             batch_size=train_data.num_examples,
+            state_metrics={
+                name: functools.partial(parameter, name=name) for name in ("weight", "bias")
+            },
             log_interval=0,
             report=report,
+            **config.safety.fit_options(config),
         )
-    return before, after, history, np.array(path)
+    first = [[parameter(before, "weight"), parameter(before, "bias")]]
+    path = np.concatenate([first, np.stack([history["weight"], history["bias"]], axis=1)])
+    return before, after, history, path
 
 
-def line_of(state: jt.TrainState) -> tuple[float, float]:
-    """Weight and bias of a state."""
-    return state.params["weight"].item(), state.params["bias"].item()
+def parameter(state: jt.TrainState, name: str) -> float:
+    """The weight or the bias of a state."""
+    return state.params[name].item()
 
 
 def write_pictures(

@@ -36,12 +36,14 @@ class Config:
     """There are no steps to log; 0 or not, this is quiet."""
     output_dir: Path = Path("runs/loss_landscape")
     """Where results go."""
+    overwrite: bool = False
+    """Let the results of a finished run in that folder make way."""
 
 
 def run(config: Config) -> dict[str, Any]:
     """Evaluate the mean squared error at 41 weights, and at 41 x 41 weights and biases, by vmap."""
     command.set_up_jax(config.device, config.compilation_cache)
-    with runs.RunFolder(config.output_dir, config) as folder:
+    with runs.RunFolder(config.output_dir, config, overwrite=config.overwrite) as folder:
         folder.start()
         curve = jax.jit(jax.vmap(loss_of(jt.data.points_on_line(2.0)), in_axes=(0, None)))(
             PARAMETERS, 0.0

@@ -33,12 +33,14 @@ class Config:
     """There are no steps to log; 0 or not, this is quiet."""
     output_dir: Path = Path("runs/losses")
     """Where results go."""
+    overwrite: bool = False
+    """Let the results of a finished run in that folder make way."""
 
 
 def run(config: Config) -> dict[str, Any]:
     """Draw every loss, and check cases whose value is known."""
     command.set_up_jax(config.device, config.compilation_cache)
-    with runs.RunFolder(config.output_dir, config) as folder:
+    with runs.RunFolder(config.output_dir, config, overwrite=config.overwrite) as folder:
         curves = [by_error(config.weight), by_angle(), by_logit()]
         folder.start()
         columns = {name: values for _, _, lines in curves for name, values in lines.items()}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,7 +16,8 @@ import jaxtrain as jt
 from jaxtrain import command, plots, runs
 from jaxtrain.checks import check_whole
 from jaxtrain.command import Comparison
-from jaxtrain.fit import Event, StepsDone
+from jaxtrain.fit import EpochDone, Event, Resumed, StepsDone
+from jaxtrain.folders import write_whole
 
 LOSS = jt.losses.mean_squared_error
 # What torch.randn gives after torch.manual_seed(0): the start of the reference runs.
@@ -47,6 +49,10 @@ class Config:
     """A line every so many steps; 0 is quiet."""
     output_dir: Path = Path("runs/minibatch_regression")
     """Where results go."""
+    overwrite: bool = False
+    """Let the results of a finished run in that folder make way."""
+    safety: command.Safety = command.Safety()
+    """Checkpoints and faults."""
 
 
 def run(config: Config) -> dict[str, Any]:
@@ -54,7 +60,10 @@ def run(config: Config) -> dict[str, Any]:
     command.set_up_jax(config.device, config.compilation_cache)
     check_whole(config.log_interval, "log_interval", least=0)
     check_whole(config.epochs, "epochs", least=0)
-    with runs.RunFolder(config.output_dir, config) as folder:
+    goes_on = config.safety.goes_on(config.output_dir)
+    with runs.RunFolder(
+        config.output_dir, config, overwrite=config.overwrite, goes_on=goes_on
+    ) as folder:
         data = jt.data.noisy_line(150, 2.0, 6.0, 0.3, seed=100, width=5.0)
         state, path = train(config, data, folder)
         mean_squared_error = jt.evaluate(state, data, LOSS)["loss"].item()
@@ -81,17 +90,26 @@ def train(
     config: Config, data: jt.Dataset, folder: runs.RunFolder
 ) -> tuple[jt.TrainState, np.ndarray]:
     """The state at the end, and (w, b) at the start and after each step, [steps + 1, 2]."""
+    optimizer = jt.optimizers.make(config.optimizer, config.learning_rate)
     state = jt.init_state(
         jt.models.LinearRegression(),
-        jt.optimizers.make(config.optimizer, config.learning_rate),
+        jt.optimizers.clip_gradients(optimizer, config.safety.max_gradient_norm),
         data.inputs[:1],
         key=command.seed_key(config.seed),
     ).replace(params={"weight": jnp.array([[START_WEIGHT]]), "bias": jnp.array([START_BIAS])})
     path = [(START_WEIGHT, START_BIAS)]
+    # The steps so far lie beside the checkpoints, which hold what each epoch leaves.
+    kept = config.safety.checkpoint_dir and config.safety.checkpoint_dir / "path.json"
 
     def report(event: Event) -> None:
         folder.record(event)
-        if isinstance(event, StepsDone):
+        if isinstance(event, Resumed) and kept:
+            if config.log_interval:
+                print(f"going on after epoch {event.epoch}, from its checkpoint", file=sys.stderr)
+            path[:] = read_path(kept, int(event.state.step))
+        elif isinstance(event, EpochDone) and kept:
+            write_whole(kept, json.dumps(path).encode())
+        elif isinstance(event, StepsDone):
             params = event.state.params
             path.append((params["weight"].item(), params["bias"].item()))
             if config.log_interval and (len(path) - 1) % config.log_interval == 0:
@@ -118,8 +136,23 @@ def train(
         key=None if full else command.seed_key(config.seed),
         log_interval=1,
         report=report,
+        **config.safety.fit_options(config),
     )
     return state, np.array(path)
+
+
+def read_path(file: Path, steps: int) -> list[tuple[float, float]]:
+    """(w, b) at the start and after each of the steps, as an earlier part of the run left them."""
+    try:
+        path = [(float(weight), float(bias)) for weight, bias in json.loads(file.read_bytes())]
+        if len(path) <= steps:
+            raise ValueError(f"{len(path)} points for {steps} steps")
+    except (OSError, ValueError, TypeError, OverflowError, RecursionError) as error:
+        raise jt.InputError(
+            f"{file}, the path of the steps behind the checkpoint, cannot be read ({error}); "
+            f"delete {file.parent} to start anew"
+        ) from error
+    return path[: steps + 1]
 
 
 def compare(
@@ -134,7 +167,8 @@ def compare(
         Comparison("least squares: w", 2.02491836, float(solution[0]), 1e-6),
         Comparison("least squares: b", 5.9624574, float(solution[1]), 1e-6),
     ]
-    if not command.has_defaults(config, "epochs", "batch_size", "learning_rate", "optimizer"):
+    plain = command.has_defaults(config, "epochs", "batch_size", "learning_rate", "optimizer")
+    if not plain or config.safety.max_gradient_norm is not None:
         return rows
     if config.as_published:
         return [

@@ -87,12 +87,19 @@ class Config:
     """A line every so many steps; 0 is quiet."""
     output_dir: Path = Path("runs/mnist")
     """Where results go."""
+    overwrite: bool = False
+    """Let the results of a finished run in that folder make way."""
+    safety: command.Safety = command.Safety()
+    """Checkpoints and faults."""
 
 
 def run(config: Config) -> dict[str, Any]:
     """Train the T2 network (784-256-128-64-10, ReLU, dropout), testing it after each epoch."""
     command.set_up_jax(config.device, config.compilation_cache)
-    with runs.RunFolder(config.output_dir, config) as folder:
+    goes_on = config.safety.goes_on(config.output_dir)
+    with runs.RunFolder(
+        config.output_dir, config, overwrite=config.overwrite, goes_on=goes_on
+    ) as folder:
         data = jt.data.load_resolved(config.dataset, config.data_dir)
         if data.notice is not None:
             print(f"This is not MNIST but scikit-learn's digits: {data.notice}.", file=sys.stderr)
@@ -187,6 +194,7 @@ def train(
             key=shuffle_key if config.shuffle else None,
             log_interval=config.log_interval,
             report=report,
+            **config.safety.fit_options(config, dataset=data.name),
         )
 
 
@@ -198,9 +206,10 @@ def make_optimizer(config: Config, examples: int) -> optax.GradientTransformatio
         check_whole(config.batch_size, "batch_size", least=1)
         steps = num_steps(examples, config.batch_size)
         rate = jt.optimizers.step_lr(config.learning_rate, 1, config.gamma, steps_per_epoch=steps)
-    return jt.optimizers.make(
+    optimizer = jt.optimizers.make(
         config.optimizer, rate, weight_decay=config.weight_decay, momentum=config.momentum
     )
+    return jt.optimizers.clip_gradients(optimizer, config.safety.max_gradient_norm)
 
 
 def write_pictures(
@@ -232,9 +241,11 @@ def compare(config: Config, data: jt.data.Resolved, history: History) -> list[Co
     """PyTorch's figures beside ours; none on other data or with other flags than the tutorial's."""
     tutorial = with_defaults(Config(), "mnist")
     free = {"dataset", "data_dir", "seed", "shuffle", "device", "log_interval", "output_dir"}
-    free |= {"test_batch_size", "compilation_cache"}
+    free |= {"test_batch_size", "compilation_cache", "overwrite", "safety"}
     plain = {field.name for field in fields(Config)} - free
     if data.name != "mnist" or any(getattr(config, f) != getattr(tutorial, f) for f in plain):
+        return []
+    if config.safety.max_gradient_norm is not None:
         return []
     order = "shuffled" if config.shuffle else "stored order"
     rows = [

@@ -9,12 +9,13 @@ from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
+import optax
 from matplotlib.figure import Figure
 
 import jaxtrain as jt
 from jaxtrain import command, plots, runs
 from jaxtrain.checks import check_whole
-from jaxtrain.fit import EpochDone, Event, History
+from jaxtrain.fit import Event, History
 
 LOSS = jt.losses.cross_entropy
 METRICS = {"accuracy": jt.metrics.accuracy}
@@ -61,6 +62,10 @@ class Config:
     """A line for each solver; 0 is quiet."""
     output_dir: Path = Path("runs/optimizers")
     """Where results go."""
+    overwrite: bool = False
+    """Let the results of a finished run in that folder make way."""
+    safety: command.Safety = command.Safety()
+    """Checkpoints and faults."""
 
 
 def run(config: Config) -> dict[str, Any]:
@@ -69,19 +74,23 @@ def run(config: Config) -> dict[str, Any]:
     check_whole(config.epochs, "epochs", least=1)
     check_whole(config.sweep_epochs, "sweep_epochs", least=1)
     check_whole(config.log_interval, "log_interval", least=0)
-    with runs.RunFolder(config.output_dir, config) as folder:
+    goes_on = config.safety.goes_on(config.output_dir)
+    with runs.RunFolder(
+        config.output_dir, config, overwrite=config.overwrite, goes_on=goes_on
+    ) as folder:
         data = jt.data.load_resolved(config.dataset, config.data_dir)
         if data.notice is not None:
             print(f"This is not MNIST but scikit-learn's digits: {data.notice}.", file=sys.stderr)
         train_data, validation_data = split(config, data)
-        folder.start()
         results = {}
         for name in CANDIDATES:
             rate = choose_rate(name, config, data.name, train_data, validation_data)
             results[name] = (rate, *train(name, rate, config, data, train_data, folder))
             if config.log_interval:
                 accuracy = results[name][1]["test_accuracy"][-1]
-                print(f"{name}: rate {rate:g}, accuracy {accuracy:.2%}", file=sys.stderr)
+                clipped = config.safety.max_gradient_norm is None or name != "lbfgs"
+                note = "" if clipped else ", its gradients not clipped"
+                print(f"{name}: rate {rate:g}, accuracy {accuracy:.2%}{note}", file=sys.stderr)
         folder.write_picture("optimizers.png", draw(results, data.name))
         rows = {name: describe(*result) for name, result in results.items()}
         best = max(results, key=lambda name: results[name][1]["test_accuracy"][-1])
@@ -124,12 +133,20 @@ def batch_size_of(name: str, config: Config, train_data: jt.Dataset) -> int:
     return train_data.num_examples if name in FULL_BATCH else config.batch_size
 
 
+def make_optimizer(name: str, rate: Any, config: Config) -> optax.GradientTransformation:
+    """The solver of that name; L-BFGS is left out of clipping, which would spoil its search."""
+    optimizer = jt.optimizers.make(name, rate)
+    if name == "lbfgs":
+        return optimizer
+    return jt.optimizers.clip_gradients(optimizer, config.safety.max_gradient_norm)
+
+
 def start(name: str, rate: Any, config: Config, dataset: str, data: jt.Dataset) -> jt.TrainState:
     """The same parameters for every solver. No dropout: L-BFGS compares values of one function."""
     mean, std = jt.data.STATISTICS[dataset]
     return jt.init_state(
         jt.models.FeedForward(dropout_rate=0.0, mean=mean, std=std),
-        jt.optimizers.make(name, rate),
+        make_optimizer(name, rate, config),
         data.inputs[:1],
         key=command.seed_key(config.seed),
     )
@@ -173,8 +190,7 @@ def train(
     """The history of the budget, and its seconds without compiling."""
 
     def report(event: Event) -> None:
-        more: dict[str, Any] = {"solver": name} if isinstance(event, EpochDone) else {}
-        folder.record(event, **more)
+        folder.record(event, solver=name)
 
     _, history = jt.fit(
         start(name, rate, config, data.name, train_data),
@@ -187,6 +203,8 @@ def train(
         key=command.seed_key(config.seed),
         log_interval=0,
         report=report,
+        # The budget decides the rates of some solvers, so that with another this is another run.
+        **config.safety.fit_options(config, part=name, dataset=data.name, epochs=config.epochs),
     )
     return history, float(history["seconds"].sum())
 

@@ -39,8 +39,10 @@ class Config:
     """Folder of the IDX files; None takes $JAXTRAIN_DATA_DIR, then the cache, then downloads."""
     device: command.Device = "auto"
     """Where to compute; auto takes a GPU where there is one."""
-    output_dir: Path = Path("runs")
+    output_dir: Path = Path("runs/tutorials")
     """Each tutorial's results go to a subfolder."""
+    overwrite: bool = False
+    """Let the results of an earlier series there make way."""
 
 
 def run(config: Config) -> None:
@@ -101,7 +103,11 @@ def all_figures(config: Config) -> Iterator[tuple[str, Comparison]]:
         print(f"{tutorial}: {name}", file=sys.stderr)
         summary = script.run(
             script.Config(
-                **flags, device=config.device, log_interval=0, output_dir=config.output_dir / name
+                **flags,
+                device=config.device,
+                log_interval=0,
+                output_dir=config.output_dir / name,
+                overwrite=config.overwrite,
             )
         )
         for figure in summary.get("figures", []):

@@ -15,7 +15,14 @@ epoch scans the step, a run loops over epochs.
 from jaxtrain import data, errors, losses, metrics, models, optimizers
 from jaxtrain.data import Dataset
 from jaxtrain.epochs import evaluate, predict, train_epoch
-from jaxtrain.errors import DataUnavailableError, InputError, NonFiniteLossError
+from jaxtrain.errors import (
+    DataUnavailableError,
+    InputError,
+    NonFiniteLossError,
+    OutOfMemoryError,
+    StorageError,
+)
+from jaxtrain.export import load_params, save_params
 from jaxtrain.fit import fit
 from jaxtrain.minimize import Minimum, minimize
 from jaxtrain.state import TrainState, init_state
@@ -27,6 +34,8 @@ __all__ = [
     "InputError",
     "Minimum",
     "NonFiniteLossError",
+    "OutOfMemoryError",
+    "StorageError",
     "TrainState",
     "data",
     "errors",
@@ -34,12 +43,14 @@ __all__ = [
     "evaluate",
     "fit",
     "init_state",
+    "load_params",
     "losses",
     "metrics",
     "minimize",
     "models",
     "optimizers",
     "predict",
+    "save_params",
     "train_epoch",
     "train_step",
 ]

@@ -12,7 +12,7 @@ from jaxtyping import Array
 from jaxtrain.data.dataset import Dataset
 from jaxtrain.errors import InputError
 from jaxtrain.losses import LABEL_LOSSES, Loss
-from jaxtrain.optimizers import has_line_search
+from jaxtrain.optimizers import has_clipping, has_line_search
 from jaxtrain.state import TrainState
 from jaxtrain.steps import predict_batch
 
@@ -40,6 +40,35 @@ def check_inputs(inputs: Array, name: str) -> None:
         )
 
 
+def check_values(dataset: Dataset, name: str) -> None:
+    """Raise unless inputs and targets are real numbers, none of them NaN or infinite.
+
+    Skipped where there is no value to look at: while they are traced, or spread over several hosts.
+    """
+    for field, array in zip(dataset._fields, dataset, strict=True):
+        dtype = array.dtype
+        real = (jnp.bool_, jnp.integer, jnp.floating)
+        if not any(jnp.issubdtype(dtype, kind) for kind in real):
+            raise InputError(f"{name}.{field} has the element type {dtype}; expected real numbers")
+        if (
+            isinstance(array, jax.core.Tracer)
+            or not jnp.issubdtype(dtype, jnp.floating)
+            or not getattr(array, "is_fully_addressable", True)
+            or not array.size
+        ):
+            continue
+        # By NumPy: nothing is to compile, and on a CPU nothing is copied.
+        values = np.asarray(array)
+        # Where there is a NaN it is both; two passes without a copy of the data's size.
+        if not (np.isfinite(float(values.min())) and np.isfinite(float(values.max()))):
+            position = np.unravel_index(int(np.argmin(np.isfinite(values))), values.shape)
+            place = ", ".join(map(str, position))
+            raise InputError(
+                f"{name}.{field} holds {values[position]} at [{place}]; expected finite numbers: "
+                "fill or leave out such examples"
+            )
+
+
 def check_labels(state: TrainState, dataset: Dataset, loss_fn: Loss, name: str) -> None:
     """Raise if the loss takes class labels and some are outside the model's classes.
 
@@ -54,7 +83,9 @@ def check_labels(state: TrainState, dataset: Dataset, loss_fn: Loss, name: str) 
         or not getattr(targets, "is_fully_addressable", True)
     ):
         return
-    predictions = jax.eval_shape(predict_batch, state, dataset.inputs[:1])
+    inputs = dataset.inputs
+    one = jax.ShapeDtypeStruct((1, *inputs.shape[1:]), inputs.dtype)
+    predictions = jax.eval_shape(predict_batch, state, one)
     classes, labels = predictions.shape[-1], np.asarray(targets)
     low, high = int(labels.min()), int(labels.max())
     if low < 0 or high >= classes:
@@ -65,10 +96,17 @@ def check_labels(state: TrainState, dataset: Dataset, loss_fn: Loss, name: str) 
 
 
 def check_line_search(state: TrainState, examples: int, batch_size: int) -> None:
-    """Raise if an optimizer with a line search, L-BFGS for one, is given mini-batches."""
-    if batch_size < examples and has_line_search(state.opt_state):
+    """Raise if an optimizer with a line search, L-BFGS for one, meets mini-batches or clipping."""
+    if not has_line_search(state.opt_state):
+        return
+    if batch_size < examples:
         raise InputError(
             f"batch_size is {batch_size} of {examples} examples, but the optimizer has a line "
             "search (L-BFGS); expected all examples in one batch, since it compares losses, which "
             "a change of batch would change, too"
+        )
+    if has_clipping(state.opt_state):
+        raise InputError(
+            "max_gradient_norm is given, but the optimizer has a line search (L-BFGS); expected "
+            "none, since the search finds the length of each step"
         )

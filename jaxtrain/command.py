@@ -6,10 +6,16 @@ import _thread
 import contextlib
 import dataclasses
 import hashlib
+import importlib.util
+import json
 import os
 import platform
+import re
+import signal
 import sys
 import threading
+import time
+import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, TypeVar
@@ -17,21 +23,104 @@ from typing import Any, Literal, NamedTuple, TypeVar
 import jax
 from jaxtyping import Array, Key
 
+from jaxtrain.checkpoints import Resume, list_epochs
 from jaxtrain.checks import check_whole
-from jaxtrain.errors import InputError, NonFiniteLossError
-from jaxtrain.runs import FINISHED_NOTE
+from jaxtrain.errors import (
+    InputError,
+    NonFiniteLossError,
+    OutOfMemoryError,
+    StorageError,
+    what_is_kept,
+)
+from jaxtrain.fit import OnNonfinite
 
 Device = Literal["auto", "cpu", "gpu"]
 OptimizerName = Literal["sgd", "adam", "adamw", "rmsprop", "rprop", "adagrad", "adadelta", "lbfgs"]
 Config = TypeVar("Config")
 
-_INTERRUPTED = 130  # 128 + SIGINT, as shells report it
+
+@dataclasses.dataclass(frozen=True)
+class Safety:
+    """Flags of every experiment that trains by `fit`: what a run survives, and how."""
+
+    checkpoint_dir: Path | None = None
+    """Keep checkpoints here; the same command then goes on where it was cut off."""
+    checkpoint_every: int = 1
+    """Epochs from one checkpoint to the next; the last epoch always has one."""
+    keep: int = 3
+    """How many checkpoints to keep, the newest."""
+    resume: Resume = "auto"
+    """auto: go on from a checkpoint if there is one. must: or fail. never: fail if there is one."""
+    on_nonfinite: OnNonfinite = "stop"
+    """What a NaN or infinity in loss or gradient does: end the run, or skip that step's update."""
+    max_gradient_norm: float | None = None
+    """Scale gradients down to this norm (over all parameters); None leaves them."""
+
+    def fit_options(self, config: Any, *, part: str = "", **known: Any) -> dict[str, Any]:
+        """Arguments of `fit`.
+
+        Args:
+          config: the experiment's configuration; a run with another cannot go on from these
+            checkpoints.
+          part: subfolder of the checkpoints, where an experiment is several runs.
+          known: what fields of the configuration turned out to be, the data set of "auto".
+        """
+        names = [field.name for field in dataclasses.fields(config) if field.name not in _FREE]
+        return {
+            "checkpoint_dir": self.checkpoint_dir and self.checkpoint_dir / part,
+            "checkpoint_every": self.checkpoint_every,
+            "keep": self.keep,
+            "resume": self.resume,
+            "on_nonfinite": self.on_nonfinite,
+            "configuration": {name: getattr(config, name) for name in names}
+            | {"max_gradient_norm": self.max_gradient_norm, "on_nonfinite": self.on_nonfinite}
+            | known,
+        }
+
+    def goes_on(self, output_dir: Path) -> bool:
+        """Whether results in this folder are of the run that goes on from the checkpoints.
+
+        Raises:
+          InputError: results and checkpoints would lie in one folder.
+        """
+        folder = self.checkpoint_dir
+        if folder is None:
+            return False
+        if folder.resolve() == output_dir.resolve():
+            raise InputError(
+                f"--checkpoint-dir is {folder}, the output folder itself; expected another, "
+                f"{output_dir / 'checkpoints'} for instance"
+            )
+        parts = [folder, *(path for path in folder.glob("*") if path.is_dir())]
+        if self.resume == "never" or not any(map(list_epochs, parts)):
+            return False
+        try:
+            config = json.loads((output_dir / "config.json").read_text())
+            return config["safety"]["checkpoint_dir"] == str(folder)
+        except (OSError, ValueError, KeyError, TypeError, RecursionError):
+            return False
+
+
+# What may change when a run goes on: how far it goes, what is seen of it, and where it runs.
+_FREE = {
+    *("epochs", "device", "compilation_cache", "log_interval", "output_dir", "overwrite"),
+    *("data_dir", "test_batch_size", "safety"),
+}
+
+
+class _Terminated(BaseException):
+    """The process was asked to end by SIGTERM."""
+
+
+# 128 + the signal's number, as shells report it.
+_EXIT_STATUS = {KeyboardInterrupt: 128 + signal.SIGINT, _Terminated: 128 + signal.SIGTERM}
 
 
 def main(config_type: type[Config], run: Callable[[Config], object]) -> None:
     """Run an experiment with the configuration that the command line gives.
 
-    A user's mistake ends with one sentence on stderr and status 1, Ctrl-C with one line and 130.
+    A user's mistake ends with one sentence on stderr and status 1, Ctrl-C with one line and 130,
+    SIGTERM with one line and 143.
 
     Args:
       config_type: a dataclass; its fields are the flags, their docstrings the help.
@@ -40,38 +129,66 @@ def main(config_type: type[Config], run: Callable[[Config], object]) -> None:
     import tyro
 
     with mistakes_on_one_line():
-        run(tyro.cli(config_type, description=run.__doc__))
+        run(tyro.cli(config_type, description=run.__doc__, config=(tyro.conf.OmitArgPrefixes,)))
 
 
 @contextlib.contextmanager
 def mistakes_on_one_line() -> Iterator[None]:
-    """End the process as `main` describes where a user's mistake or Ctrl-C comes up in it."""
+    """End the process as `main` describes where a mistake or a signal comes up in it."""
     sys.unraisablehook = _interrupt_again
+    warnings.showwarning = _warn_on_one_line
+    for number in _EXCEPTIONS:
+        signal.signal(number, _end_once)
     try:
         yield
-    except (InputError, NonFiniteLossError) as error:
+    except (InputError, NonFiniteLossError, OutOfMemoryError, StorageError) as error:
         print(_one_line(f"error: {error}", error), file=sys.stderr)
         sys.exit(1)
-    except KeyboardInterrupt as error:
-        print(_one_line("interrupted", error), file=sys.stderr)
+    except (KeyboardInterrupt, _Terminated) as error:
+        word = "terminated" if isinstance(error, _Terminated) else "interrupted"
+        print(_one_line(word, error), file=sys.stderr)
         sys.stdout.flush()
         sys.stderr.flush()
         # At once: Python's own exit would tear XLA down while it may still be compiling.
-        os._exit(_INTERRUPTED)
+        os._exit(_EXIT_STATUS[type(error)])
+
+
+_EXCEPTIONS = {signal.SIGINT: KeyboardInterrupt, signal.SIGTERM: _Terminated}
+# While a run comes to its end, further signals would cut off what the first one asked for; after
+# so long they may.
+_PATIENCE_SECONDS = 10.0
+_ended_at: list[float] = []
+
+
+def _end_once(number: int, frame: object) -> None:
+    now = time.monotonic()
+    if _ended_at and now - _ended_at[-1] < _PATIENCE_SECONDS:
+        return
+    _ended_at.append(now)
+    raise _EXCEPTIONS[signal.Signals(number)]
 
 
 def _interrupt_again(ignored: Any) -> None:
-    """Repeat a Ctrl-C that Python dropped because it arrived within a callback of XLA."""
-    if issubclass(ignored.exc_type, KeyboardInterrupt):
-        # A moment later, when the callback is over: here it would be dropped once more.
-        threading.Timer(0.05, _thread.interrupt_main).start()
-    else:
-        sys.__unraisablehook__(ignored)
+    """Repeat a signal that Python dropped because it arrived within a callback of XLA."""
+    for number, kind in _EXCEPTIONS.items():
+        if ignored.exc_type is kind:
+            _ended_at.clear()
+            # A moment later, when the callback is over: here it would be dropped once more.
+            threading.Timer(0.05, _thread.interrupt_main, [number]).start()
+            return
+    sys.__unraisablehook__(ignored)
+
+
+def _warn_on_one_line(message: Warning | str, *_: Any, **__: Any) -> None:
+    print(f"warning: {message}", file=sys.stderr)
 
 
 def _one_line(message: str, error: BaseException) -> str:
-    notes = [note for note in getattr(error, "__notes__", []) if note.startswith(FINISHED_NOTE)]
-    return "; ".join([message, *notes])
+    text = "; ".join([message, *what_is_kept(error)])
+    # The same words as in Python, as flags.
+    for name in ("checkpoint_dir", "max_gradient_norm", "on_nonfinite"):
+        text = re.sub(rf"(?<![\w/]){name}\b", f"--{name.replace('_', '-')}", text)
+    return text
 
 
 def select_device(device: Device) -> None:
@@ -87,9 +204,36 @@ def select_device(device: Device) -> None:
             jax.config.update("jax_default_device", jax.devices("gpu")[0])
         except RuntimeError as error:
             raise InputError(
-                "--device is gpu, but JAX sees no GPU; expected one that nvidia-smi lists and the "
-                "CUDA build of JAX (pip install 'jaxtrain[cuda]'), or take --device cpu"
+                "--device is gpu, but "
+                + missing_gpu_advice(has_nvidia_gpu(), has_cuda_plugin())
+                + ", or take --device cpu"
             ) from error
+
+
+def missing_gpu_advice(gpu: bool, plugin: bool) -> str:
+    """What is missing where JAX sees no GPU, and what to do about it."""
+    if gpu and not plugin:
+        return (
+            "JAX has no CUDA plugin for the NVIDIA GPU of this machine; install it by "
+            "pip install 'jaxtrain[cuda]'"
+        )
+    if gpu:
+        return (
+            "JAX's CUDA plugin cannot use the NVIDIA GPU of this machine; see that nvidia-smi "
+            "lists it, that its driver is recent enough for CUDA 13, and that "
+            "CUDA_VISIBLE_DEVICES and JAX_PLATFORMS do not hide it"
+        )
+    return "this machine has no NVIDIA GPU that its driver lists; expected one (see nvidia-smi)"
+
+
+def has_nvidia_gpu() -> bool:
+    """Whether an NVIDIA driver has a device on this machine."""
+    return any(Path("/dev").glob("nvidia[0-9]*"))
+
+
+def has_cuda_plugin() -> bool:
+    """Whether JAX's CUDA plugin is installed, of whichever CUDA version."""
+    return any(importlib.util.find_spec(f"jax_cuda{version}_plugin") for version in (12, 13))
 
 
 def set_up_jax(device: Device, compilation_cache: bool) -> None:

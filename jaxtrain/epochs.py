@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Mapping
+from typing import Literal
 
 import jax
 import jax.numpy as jnp
@@ -15,7 +16,18 @@ from jaxtrain.data.dataset import Dataset, check_dataset
 from jaxtrain.losses import Loss
 from jaxtrain.metrics import Metric
 from jaxtrain.state import TrainState
-from jaxtrain.steps import Metrics, metric_items, metric_sums, predict_batch, train_step
+from jaxtrain.steps import (
+    Metrics,
+    gradient_step,
+    metric_items,
+    metric_sums,
+    predict_batch,
+    unless_nonfinite,
+)
+from jaxtrain.transforms import global_norm
+
+# The steps of an epoch whose gradient is measured.
+Norms = Literal["none", "last", "every"]
 
 
 def train_epoch(
@@ -64,7 +76,8 @@ def _train_epoch(
 ) -> tuple[TrainState, Array]:
     order = epoch_order(dataset.num_examples, key)
     steps = num_steps(dataset.num_examples, batch_size)
-    return train_steps(state, dataset, order, loss_fn, 0, steps, batch_size=batch_size)
+    state, losses, _ = train_steps(state, dataset, order, loss_fn, 0, steps, batch_size=batch_size)
+    return state, losses
 
 
 def num_steps(examples: int, batch_size: int) -> int:
@@ -89,37 +102,66 @@ def train_steps(
     stop: int | Int[Array, ""],
     *,
     batch_size: int,
-) -> tuple[TrainState, Float[Array, "steps"]]:
+    norms: Norms = "none",
+    skip_nonfinite: bool = False,
+) -> tuple[TrainState, Float[Array, "steps"], Float[Array, "steps"]]:
     """Steps `start` to `stop` of an epoch.
 
     With Python integers for `start` and `stop` this is two scans; with traced ones it is one
     program for any part of an epoch, which lets the host look in between without another
     compilation.
 
+    Args:
+      state: where to start; left untouched.
+      dataset: inputs [examples, ...] and targets [examples, ...].
+      order: the epoch's order of the examples.
+      loss_fn: per-example loss.
+      start: steps of this epoch that are done.
+      stop: step before which to end.
+      batch_size: examples a step.
+      norms: the steps whose gradient's norm to compute. On a CPU it takes an eighth of a small
+        network's step, so "last", the epoch's last step alone, is what `fit` asks for.
+      skip_nonfinite: leave out the update of a step whose loss or gradient is not finite; norms
+        must be "every".
+
     Returns:
-      The state after them, and the losses of the whole epoch's steps, 0 outside start … stop.
+      The state after them, the loss of each of the epoch's steps before its update, and the
+      Euclidean norm of its gradient over all parameters, before any clipping; 0 outside
+      start … stop and where no norm is computed.
     """
     examples = dataset.num_examples
     batch_size = min(batch_size, examples)
-    full_batches, tail = divmod(examples, batch_size)
+    steps = num_steps(examples, batch_size)
+    last_size = examples - (steps - 1) * batch_size
+    Carry = tuple[TrainState, Array, Array]
 
-    def step(size: int, index: Array, carry: tuple[TrainState, Array]) -> tuple[TrainState, Array]:
-        state, losses = carry
+    def step(size: int, measured: bool, index: Array, carry: Carry) -> Carry:
+        before, losses, gradient_norms = carry
         indices = lax.dynamic_slice_in_dim(order, index * batch_size, size)
-        state, metrics = train_step(state, dataset.take(indices), loss_fn)
-        return state, losses.at[index].set(metrics["loss"])
+        after, loss, grads = gradient_step(before, dataset.take(indices), loss_fn)
+        if measured:
+            norm = global_norm(grads).astype(gradient_norms.dtype)
+            gradient_norms = gradient_norms.at[index].set(norm)
+            if skip_nonfinite:
+                after = unless_nonfinite(before, after, loss, norm)
+        return after, losses.at[index].set(loss), gradient_norms
 
-    loss_dtype = jax.eval_shape(
-        lambda: train_step(state, dataset.take(order[:batch_size]), loss_fn)[1]["loss"]
-    ).dtype
-    carry = (state, jnp.zeros(num_steps(examples, batch_size), loss_dtype))
+    first = dataset.take(order[:batch_size])
+    loss_dtype = jax.eval_shape(lambda: gradient_step(state, first, loss_fn)[1]).dtype
+    nothing = jnp.zeros(steps, loss_dtype)
+    carry = (state, nothing, nothing)
+    # The last step has a loop of its own, of one round or none, where its batch has a shape of its
+    # own or it alone is measured.
+    apart = last_size != batch_size or norms == "last"
     # Python's min keeps a known bound known to JAX, which then scans.
     least = min if isinstance(stop, int) else jnp.minimum
-    full_stop = least(stop, full_batches)
-    carry = lax.fori_loop(start, full_stop, functools.partial(step, batch_size), carry)
-    if tail:
-        # The last batch has a shape of its own, so it is a loop of its own, of one round or none.
-        carry = lax.fori_loop(full_batches, stop, functools.partial(step, tail), carry)
+    alike = steps - 1 if apart else steps
+    if alike:
+        body = functools.partial(step, batch_size, norms == "every")
+        carry = lax.fori_loop(start, least(stop, alike), body, carry)
+    if apart:
+        body = functools.partial(step, last_size, norms != "none")
+        carry = lax.fori_loop(steps - 1, stop, body, carry)
     return carry
 
 

@@ -2,32 +2,51 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
+import hashlib
+import math
+import os
+import re
 import time
 from collections.abc import Callable, Mapping
-from typing import NamedTuple
+from typing import Any, Literal, NamedTuple, NoReturn
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Key
+import optax
+from jaxtyping import Array, Key, PyTree
 
-from jaxtrain.checks import check_key, check_labels, check_line_search, check_whole
+from jaxtrain.checkpoints import (
+    COMPILED_STEP,
+    START,
+    Checkpoint,
+    Checkpoints,
+    Resume,
+    digest,
+)
+from jaxtrain.checks import check_key, check_labels, check_line_search, check_values, check_whole
 from jaxtrain.data.dataset import Dataset, check_dataset
-from jaxtrain.epochs import epoch_order, evaluation, num_steps, train_steps
+from jaxtrain.epochs import Norms, epoch_order, evaluation, num_steps, train_steps
 from jaxtrain.errors import InputError, NonFiniteLossError
 from jaxtrain.losses import Loss
+from jaxtrain.memory import out_of_memory_explained
 from jaxtrain.metrics import Metric
-from jaxtrain.optimizers import current_learning_rate
+from jaxtrain.optimizers import current_learning_rate, has_line_search
 from jaxtrain.state import TrainState
 from jaxtrain.steps import metric_items
+from jaxtrain.versions import device_name, versions
 
 History = dict[str, np.ndarray]
+OnNonfinite = Literal["stop", "skip"]
 
 # The host looks in this often: a progress bar moves, and Ctrl-C is heard.
 _CHUNK_SECONDS = 1.0
 
-_train_steps = jax.jit(train_steps, static_argnames=("loss_fn", "batch_size"))
+_train_steps = jax.jit(
+    train_steps, static_argnames=("loss_fn", "batch_size", "norms", "skip_nonfinite")
+)
 
 
 class Compiled(NamedTuple):
@@ -78,7 +97,21 @@ class EpochDone(NamedTuple):
     state: TrainState
 
 
-Event = Compiled | StepsDone | EpochDone
+class Resumed(NamedTuple):
+    """Reported after `Compiled` where the run goes on from a checkpoint.
+
+    Attributes:
+      epoch: the epochs behind it.
+      history: their history.
+      state: the state after them.
+    """
+
+    epoch: int
+    history: History
+    state: TrainState
+
+
+Event = Compiled | StepsDone | EpochDone | Resumed
 Report = Callable[[Event], None]
 
 
@@ -91,10 +124,17 @@ def fit(
     patience: int | None = None,
     loss_fn: Loss,
     metric_fns: Mapping[str, Metric] | None = None,
+    state_metrics: Mapping[str, Callable[[TrainState], float]] | None = None,
     epochs: int = 5,
     batch_size: int = 64,
     test_batch_size: int = 1000,
     key: Key[Array, ""] | None = None,
+    on_nonfinite: OnNonfinite = "stop",
+    checkpoint_dir: str | os.PathLike[str] | None = None,
+    checkpoint_every: int = 1,
+    keep: int = 3,
+    resume: Resume = "auto",
+    configuration: Mapping[str, Any] | None = None,
     log_interval: int = 100,
     report: Report | None = None,
 ) -> tuple[TrainState, History]:
@@ -102,6 +142,9 @@ def fit(
 
     Calling it again with the state it returned, the same data and batch size continues the run (the
     epoch is counted by the state's steps): 2 and 3 epochs give exactly what 5 in one call give.
+
+    With `checkpoint_dir` the run survives its process: the same call goes on from the newest
+    checkpoint there and ends, on the same machine with the same versions, in the same bits.
 
     Args:
       state: where to start; left untouched.
@@ -112,48 +155,64 @@ def fit(
         of the epoch with the smallest; None trains all epochs and returns the last state.
       loss_fn: per-example loss.
       metric_fns: further per-example functions to evaluate on test and validation data, by name.
-      epochs: passes over `train_data`, at least 0.
+      state_metrics: further columns of the history by name, functions of the state after an epoch.
+      epochs: passes over `train_data`, at least 0; counted from `state`, also where the run goes
+        on from a checkpoint.
       batch_size: examples a step.
       test_batch_size: examples at a time in evaluation.
       key: PRNG key of the shuffling (epoch e is ordered by `fold_in(key, e)`); None takes the
         examples in stored order.
+      on_nonfinite: what a NaN or infinity in a step's loss or gradient does: "stop" ends the run
+        before the epoch is reported or kept (it looks at the losses, the last step's gradient and
+        the parameters, and at every step's gradient where the optimizer could hide it); "skip"
+        leaves out that step's update and counts it (and measures every step's gradient, which
+        takes an eighth of a small network's step on a CPU).
+      checkpoint_dir: folder of this run's checkpoints; None writes none.
+      checkpoint_every: epochs from one checkpoint to the next; the last epoch always has one.
+      keep: how many checkpoints to keep, the newest.
+      resume: "auto" goes on from a checkpoint if there is one, "must" insists, "never" insists on
+        an empty folder.
+      configuration: what else makes this run what it is, by name (a learning rate, say), to be
+        named in the error when a run with another goes on from its checkpoints. Model, start,
+        data, batch size and the compiled step are compared in any case.
       log_interval: a `StepsDone` is reported at least every so many steps; 0 sets no such bound.
-      report: called with `Compiled`, then `StepsDone` and `EpochDone` as they happen;
-        `jaxtrain.progress.console` makes one that prints them.
+      report: called with `Compiled`, then `Resumed` where that is so, then `StepsDone` and
+        `EpochDone` as they happen; `jaxtrain.progress.console` makes one that prints them.
 
     Returns:
       The state after the last epoch, and the history: arrays with one entry an epoch, `epoch`,
-      `train_loss` (mean over the epoch's examples, each loss taken before its update), `test_loss`
-      and `test_NAME` for each metric, `validation_loss` and so on, `learning_rate` (of the epoch's
-      last step, for optimizers that record it) and `seconds` (training and evaluation, without
-      compiling); and `step_losses`, one entry a step.
+      `train_loss` (mean over the epoch's examples, each loss taken before its update),
+      `gradient_norm` (of the epoch's last step: Euclidean, over all parameters, before any
+      clipping), `skipped_steps` (with "skip"), `test_loss` and `test_NAME` for each metric,
+      `validation_loss` and so on, the state's metrics, `learning_rate` (of the epoch's last step,
+      for optimizers that record it) and `seconds` (training and evaluation, without compiling);
+      and `step_losses`, one entry a step. Epochs behind a checkpoint are in it, too.
 
     Raises:
-      InputError: an argument is out of range; labels do not fit the model's classes.
-      NonFiniteLossError: the loss became NaN or infinite; carries the finished epochs' history.
+      InputError: an argument is out of range; labels do not fit the model's classes; inputs are
+        not finite; the checkpoints are of another run, in use, or none is whole.
+      NonFiniteLossError: a loss or gradient became NaN or infinite; carries the finished epochs'
+        history.
+      OutOfMemoryError: the device has not the memory.
+      StorageError: a checkpoint could not be written; those before it are whole.
     """
-    check_dataset(train_data, "train_data")
     check_whole(epochs, "epochs", least=0)
     check_whole(batch_size, "batch_size", least=1)
     check_whole(test_batch_size, "test_batch_size", least=1)
     check_whole(log_interval, "log_interval", least=0)
+    check_whole(checkpoint_every, "checkpoint_every", least=1)
+    check_whole(keep, "keep", least=1)
+    if checkpoint_dir is None and resume == "must":
+        raise InputError("resume is 'must' without checkpoint_dir; expected the run's folder of it")
     if key is not None:
         check_key(key, "key")
+    if on_nonfinite not in ("stop", "skip"):
+        raise InputError(f"on_nonfinite is {on_nonfinite!r}; expected 'stop' or 'skip'")
     if hasattr(report, "__enter__"):
         raise InputError(
             "report is a context manager; expected what it yields: "
             "with progress.console() as report: fit(..., report=report)"
         )
-    # On the device once, not at every call.
-    train_data = Dataset(*map(jnp.asarray, train_data))
-    check_labels(state, train_data, loss_fn, "train_data")
-    check_line_search(state, train_data.num_examples, batch_size)
-    held_out: dict[str, Dataset] = {}
-    for name, data in (("test", test_data), ("validation", validation_data)):
-        if data is not None:
-            check_dataset(data, f"{name}_data")
-            held_out[name] = Dataset(*map(jnp.asarray, data))
-            check_labels(state, held_out[name], loss_fn, f"{name}_data")
     if patience is not None:
         check_whole(patience, "patience", least=1)
         if validation_data is None:
@@ -162,92 +221,359 @@ def fit(
                 "train_data.split(0.1, key) makes it"
             )
     report = report or (lambda event: None)
-    examples = train_data.num_examples
-    batch_size = min(batch_size, examples)
-    steps = num_steps(examples, batch_size)
-    first_epoch = int(state.step) // steps
+    state = jax.tree.map(_strongly_typed, state)
+    train_data = _checked(train_data, "train_data", state, loss_fn)
+    check_line_search(state, train_data.num_examples, batch_size)
+    held_out = {
+        name: _checked(data, f"{name}_data", state, loss_fn)
+        for name, data in (("test", test_data), ("validation", validation_data))
+        if data is not None
+    }
+    plan = _Plan(
+        train_data=train_data,
+        held_out=held_out,
+        loss_fn=loss_fn,
+        metrics=metric_items(loss_fn, metric_fns),
+        state_metrics=dict(state_metrics or {}),
+        batch_size=min(batch_size, train_data.num_examples),
+        test_batch_size=test_batch_size,
+        key=key,
+        norms="every" if on_nonfinite == "skip" or _hides_nonfinite(state) else "last",
+        skip_nonfinite=on_nonfinite == "skip",
+        log_interval=log_interval,
+        report=report,
+    )
+    first_epoch = int(state.step) // plan.steps
+    last_epoch = first_epoch + epochs
+    records = _Records(_columns(plan, state))
+    best_state: TrainState | None = None
 
-    started = time.perf_counter()
-    any_order = jax.eval_shape(functools.partial(epoch_order, examples), key)
-    _train_steps.lower(
-        state, train_data, any_order, loss_fn, 0, steps, batch_size=batch_size
-    ).compile()
-    metrics = metric_items(loss_fn, metric_fns)
-    for data in held_out.values():
-        evaluation.lower(state, data, metrics, batch_size=test_batch_size).compile()
-    report(Compiled(time.perf_counter() - started, epochs, steps, examples))
-
-    batch_sizes = np.full(steps, batch_size)
-    batch_sizes[-1] = examples - (steps - 1) * batch_size
-    metric_names = [f"{part}_{name}" for part in held_out for name, _ in metrics]
-    rate_names = [] if _learning_rate(state) is None else ["learning_rate"]
-    columns = ["epoch", "train_loss", *metric_names, *rate_names, "seconds"]
-    rows: list[dict[str, float]] = []
-    step_losses: list[np.ndarray] = []
-    seconds_per_step: float | None = None
-    best: EpochDone | None = None
-
-    for epoch in range(first_epoch + 1, first_epoch + epochs + 1):
-        epoch_started = time.perf_counter()
-        epoch_key = None if key is None else jax.random.fold_in(key, epoch)
-        order = epoch_order(examples, epoch_key)
-        losses = np.empty(0, np.float32)
-        while len(losses) < steps:
-            start = len(losses)
-            stop = _next_stop(start, steps, log_interval, seconds_per_step)
-            chunk_started = time.perf_counter()
-            before = state
-            state, all_losses = _train_steps(
-                state, train_data, order, loss_fn, start, stop, batch_size=batch_size
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(
+            out_of_memory_explained(
+                plan.batch_size, lambda size: _lower(plan._replace(batch_size=size), state)
             )
-            chunk = np.asarray(all_losses)[start:stop]
-            seconds_per_step = (time.perf_counter() - chunk_started) / (stop - start)
-            if not np.isfinite(chunk).all():
-                bad = int(np.argmin(np.isfinite(chunk)))
-                # Once more up to that step, for the learning rate that it used.
-                state, _ = _train_steps(
-                    before,
-                    train_data,
-                    order,
-                    loss_fn,
-                    start,
-                    start + bad + 1,
-                    batch_size=batch_size,
+        )
+        started = time.perf_counter()
+        lowered = _lower(plan, state)
+        store, resumed = None, None
+        if checkpoint_dir is not None:
+            store = stack.enter_context(
+                Checkpoints(
+                    checkpoint_dir,
+                    keep=keep,
+                    configuration=configuration or {},
+                    identity=_identity(plan, state, patience, lowered),
+                    versions={**versions(), "device": device_name()},
                 )
-                raise NonFiniteLossError(
-                    epoch,
-                    start + bad + 1,
-                    float(chunk[bad]),
-                    _learning_rate(state),
-                    _history(columns, rows, step_losses),
+            )
+            resumed = store.load(state, resume)
+        if resumed is not None:
+            if resumed.epoch > last_epoch:
+                raise InputError(
+                    f"epochs is {epochs}, but {checkpoint_dir} holds a checkpoint of epoch "
+                    f"{resumed.epoch}; expected at least {resumed.epoch - first_epoch}, or another "
+                    "checkpoint_dir"
                 )
-            losses = np.append(losses, chunk)
-            report(StepsDone(epoch, stop, int(batch_sizes[:stop].sum()), float(chunk[-1]), state))
-        row = {"epoch": epoch, "train_loss": float(np.average(losses, weights=batch_sizes))}
-        for name, data in held_out.items():
-            means = evaluation(state, data, metrics, batch_size=test_batch_size)
-            row |= {f"{name}_{metric}": float(means[metric]) for metric, _ in metrics}
-            if not np.isfinite(row[f"{name}_loss"]):
-                raise NonFiniteLossError(
-                    epoch,
-                    None,
-                    row[f"{name}_loss"],
-                    _learning_rate(state),
-                    _history(columns, rows, step_losses),
-                )
-        rate = _learning_rate(state)
-        if rate is not None:
-            row["learning_rate"] = rate
-        row["seconds"] = time.perf_counter() - epoch_started
-        rows.append(row)
-        step_losses.append(losses)
-        report(EpochDone(epoch, row, state))
-        if patience is not None:
-            if best is None or row["validation_loss"] < best.metrics["validation_loss"]:
-                best = EpochDone(epoch, row, state)
-            elif epoch - best.epoch >= patience:
+            state, best_state = resumed.state, resumed.best_state
+            records.restore(resumed.history)
+        lowered.compile()
+        for data in held_out.values():
+            evaluation.lower(state, data, plan.metrics, batch_size=test_batch_size).compile()
+        epochs_done = first_epoch if resumed is None else resumed.epoch
+        if _is_over(records, patience):  # as it is where a finished run goes on
+            last_epoch = epochs_done
+        report(
+            Compiled(
+                time.perf_counter() - started,
+                last_epoch - epochs_done,
+                plan.steps,
+                train_data.num_examples,
+            )
+        )
+        if resumed is not None:
+            report(Resumed(resumed.epoch, resumed.history, resumed.state))
+
+        for epoch in range(epochs_done + 1, last_epoch + 1):
+            state, row, losses = _train_epoch(plan, state, epoch, records)
+            records.append(row, losses)
+            report(EpochDone(epoch, row, state))
+            if patience is not None and records.best_epoch() == epoch:
+                best_state = state
+            over = _is_over(records, patience)
+            last = over or epoch == last_epoch
+            if store is not None and (last or epoch % checkpoint_every == 0):
+                store.save(Checkpoint(epoch, state, records.history(), best_state))
+            if over:
                 break
-    return (state if best is None else best.state), _history(columns, rows, step_losses)
+    return (state if best_state is None else best_state), records.history()
+
+
+class _Plan(NamedTuple):
+    """What stays the same from epoch to epoch."""
+
+    train_data: Dataset
+    held_out: dict[str, Dataset]
+    loss_fn: Loss
+    metrics: tuple[tuple[str, Metric], ...]
+    state_metrics: dict[str, Callable[[TrainState], float]]
+    batch_size: int
+    test_batch_size: int
+    key: Key[Array, ""] | None
+    norms: Norms
+    skip_nonfinite: bool
+    log_interval: int
+    report: Report
+
+    @property
+    def steps(self) -> int:
+        return num_steps(self.train_data.num_examples, self.batch_size)
+
+    @property
+    def options(self) -> dict[str, Any]:
+        """What the compiled steps are told beside their arguments."""
+        return {
+            "batch_size": self.batch_size,
+            "norms": self.norms,
+            "skip_nonfinite": self.skip_nonfinite,
+        }
+
+    @property
+    def batch_sizes(self) -> np.ndarray:
+        """Examples of each step of an epoch."""
+        sizes = np.full(self.steps, self.batch_size)
+        sizes[-1] = self.train_data.num_examples - (self.steps - 1) * self.batch_size
+        return sizes
+
+
+class _Records:
+    """The history as it grows: a row an epoch, a loss a step."""
+
+    def __init__(self, columns: list[str]) -> None:
+        self.rows: list[dict[str, float]] = []
+        self._columns = columns
+        self._step_losses = [np.empty(0, np.float32)]
+
+    def append(self, row: dict[str, float], step_losses: np.ndarray) -> None:
+        self.rows.append(row)
+        self._step_losses.append(step_losses)
+
+    def restore(self, history: History) -> None:
+        columns = [history[name].tolist() for name in self._columns]
+        rows = zip(*columns, strict=True)
+        self.rows = [dict(zip(self._columns, row, strict=True)) for row in rows]
+        self._step_losses = [history["step_losses"]]
+
+    def history(self) -> History:
+        columns = {name: np.asarray([row[name] for row in self.rows]) for name in self._columns}
+        return columns | {"step_losses": np.concatenate(self._step_losses)}
+
+    def best_epoch(self) -> float:
+        """The first epoch with the smallest validation loss."""
+        return min(self.rows, key=lambda row: row["validation_loss"])["epoch"]
+
+
+def _is_over(records: _Records, patience: int | None) -> bool:
+    """Whether early stopping ends the run after the epochs recorded."""
+    if patience is None or not records.rows:
+        return False
+    return records.rows[-1]["epoch"] - records.best_epoch() >= patience
+
+
+def _checked(data: Dataset, name: str, state: TrainState, loss_fn: Loss) -> Dataset:
+    """The data set, fit for training, on the device once and not at every call."""
+    check_dataset(data, name)
+    check_values(data, name)
+    data = Dataset(*map(jnp.asarray, data))
+    check_labels(state, data, loss_fn, name)
+    return data
+
+
+def _lower(plan: _Plan, state: TrainState) -> jax.stages.Lowered:
+    any_order = jax.eval_shape(
+        functools.partial(epoch_order, plan.train_data.num_examples), plan.key
+    )
+    return _train_steps.lower(
+        state,
+        plan.train_data,
+        any_order,
+        plan.loss_fn,
+        0,
+        plan.steps,
+        **plan.options,
+    )
+
+
+def _columns(plan: _Plan, state: TrainState) -> list[str]:
+    return [
+        *("epoch", "train_loss"),
+        *(f"{part}_{name}" for part in plan.held_out for name, _ in plan.metrics),
+        *plan.state_metrics,
+        "gradient_norm",
+        *(["skipped_steps"] if plan.skip_nonfinite else []),
+        *([] if _learning_rate(state) is None else ["learning_rate"]),
+        "seconds",
+    ]
+
+
+def _train_epoch(
+    plan: _Plan, state: TrainState, epoch: int, records: _Records
+) -> tuple[TrainState, dict[str, float], np.ndarray]:
+    """The state after an epoch, its row of the history, and the loss of each step."""
+    started = time.perf_counter()
+    epoch_key = None if plan.key is None else jax.random.fold_in(plan.key, epoch)
+    order = epoch_order(plan.train_data.num_examples, epoch_key)
+    sizes = plan.batch_sizes
+    losses = np.empty(0, np.float32)
+    norms = np.empty(0, np.float32)
+    seconds_per_step: float | None = None
+    while len(losses) < plan.steps:
+        start = len(losses)
+        stop = _next_stop(start, plan.steps, plan.log_interval, seconds_per_step)
+        chunk_started = time.perf_counter()
+        before = state
+        state, *found = _train_steps(
+            before, plan.train_data, order, plan.loss_fn, start, stop, **plan.options
+        )
+        chunk, chunk_norms = (np.asarray(values)[start:stop] for values in found)
+        seconds_per_step = (time.perf_counter() - chunk_started) / (stop - start)
+        finite = np.isfinite(chunk) & np.isfinite(chunk_norms)
+        if not plan.skip_nonfinite and not finite.all():
+            _stop_at_nonfinite(plan, before, order, epoch, start, finite, records)
+        losses, norms = np.append(losses, chunk), np.append(norms, chunk_norms)
+        plan.report(StepsDone(epoch, stop, int(sizes[:stop].sum()), float(chunk[-1]), state))
+
+    largest = float(_largest(state.params))
+    if not np.isfinite(largest):  # by a gradient that no later loss of the epoch depends on
+        rate, history = _learning_rate(state), records.history()
+        raise NonFiniteLossError(epoch, None, "largest parameter", largest, rate, history)
+    finite = np.isfinite(losses) & np.isfinite(norms)
+    if not finite.any():  # skipped, all of them: going on would change nothing any more
+        value = float(norms[0] if np.isfinite(losses[0]) else losses[0])
+        quantity = "training loss or gradient norm of every step"
+        rate, history = _learning_rate(state), records.history()
+        raise NonFiniteLossError(epoch, None, quantity, value, rate, history, skipping=True)
+    row: dict[str, float] = {
+        "epoch": epoch,
+        "train_loss": float(np.average(losses[finite], weights=sizes[finite])),
+    }
+    for name, data in plan.held_out.items():
+        means = evaluation(state, data, plan.metrics, batch_size=plan.test_batch_size)
+        row |= {f"{name}_{metric}": float(means[metric]) for metric, _ in plan.metrics}
+        value = row[f"{name}_loss"]
+        if not np.isfinite(value):
+            rate, history = _learning_rate(state), records.history()
+            raise NonFiniteLossError(epoch, None, f"{name} loss", value, rate, history)
+    row |= {name: float(measure(state)) for name, measure in plan.state_metrics.items()}
+    row["gradient_norm"] = float(norms[-1])
+    if plan.skip_nonfinite:
+        row["skipped_steps"] = int((~finite).sum())
+    last_rate = _learning_rate(state)
+    if last_rate is not None:
+        row["learning_rate"] = last_rate
+    row["seconds"] = time.perf_counter() - started
+    return state, row, losses
+
+
+def _stop_at_nonfinite(
+    plan: _Plan,
+    state: TrainState,
+    order: Array,
+    epoch: int,
+    start: int,
+    finite: np.ndarray,
+    records: _Records,
+) -> NoReturn:
+    """Raise, with the first step of a chunk that is not finite and what of it is not."""
+    # Once more with every gradient measured: a loss can be finite whose gradient is not, and the
+    # next step's loss is then the first to show it.
+    options = {**plan.options, "norms": "every"}
+    stop = start + len(finite)
+    _, *found = _train_steps(state, plan.train_data, order, plan.loss_fn, start, stop, **options)
+    losses, norms = (np.asarray(values)[start:stop] for values in found)
+    bad = int(np.argmin(finite & np.isfinite(losses) & np.isfinite(norms)))
+    # And up to that step, for the learning rate that it used.
+    end = start + bad + 1
+    state, *_ = _train_steps(state, plan.train_data, order, plan.loss_fn, start, end, **options)
+    finite_loss = np.isfinite(losses[bad])
+    quantity = "gradient norm" if finite_loss else "training loss"
+    value = float(norms[bad] if finite_loss else losses[bad])
+    raise NonFiniteLossError(epoch, end, quantity, value, _learning_rate(state), records.history())
+
+
+def _identity(
+    plan: _Plan, state: TrainState, patience: int | None, lowered: jax.stages.Lowered
+) -> dict[str, Any]:
+    """What makes a run this run and no other."""
+    model = getattr(state.apply_fn, "__self__", state.apply_fn)
+    data = {"training data": plan.train_data} | {
+        f"{name} data": data for name, data in plan.held_out.items()
+    }
+    return {
+        "model": re.sub(r" at 0x[0-9a-f]+|# attributes ", "", " ".join(repr(model).split())),
+        "loss": _name(plan.loss_fn),
+        **{
+            name: f"{part.num_examples} examples with the sum {digest(part)}"
+            for name, part in data.items()
+        },
+        "batch_size": plan.batch_size,
+        "order of the examples": "as stored" if plan.key is None else f"by key {digest(plan.key)}",
+        "metrics": ", ".join(_name(metric) for _, metric in plan.metrics),
+        "columns": ", ".join(_columns(plan, state)),
+        "patience": patience,
+        START: digest(state),
+        # All constants of model, loss and optimizer are in it.
+        COMPILED_STEP: hashlib.sha256(lowered.as_text().encode()).hexdigest()[:16],
+    }
+
+
+@jax.jit
+def _largest(params: PyTree) -> Array:
+    """The largest absolute value of all parameters; NaN or infinite where one of them is."""
+    found = [
+        jnp.abs(leaf).max().astype(jnp.float32) for leaf in jax.tree.leaves(params) if leaf.size
+    ]
+    return jnp.stack([jnp.zeros(()), *found]).max()
+
+
+def _hides_nonfinite(state: TrainState) -> bool:
+    """Whether an infinite gradient can leave parameters finite, so that no later loss shows it.
+
+    Rprop goes by signs, clipping by value makes a number of an infinity. With other optimizers
+    a parameter stays NaN or infinite once it is, and to look at it at an epoch's end is enough.
+    """
+    if has_line_search(state.opt_state):
+        return False  # a step of it is an epoch, whose gradient is measured
+
+    @jax.jit
+    def updated(params: PyTree, gradient: Array) -> PyTree:
+        grads = jax.tree.map(lambda leaf: jnp.full_like(leaf, gradient), params)
+        updates, _ = state.tx.update(grads, state.tx.init(params), params)
+        return optax.apply_updates(params, updates)
+
+    # One number for each parameter: it is the rule that is asked for.
+    params = jax.tree.map(lambda leaf: jnp.ones((), leaf.dtype), state.params)
+    try:
+        after = [updated(params, jnp.float32(gradient)) for gradient in (math.inf, math.nan)]
+    except Exception:  # an optimizer for which the shape of a parameter matters
+        return True
+    return any(np.isfinite(leaf).any() for leaf in jax.tree.leaves(after))
+
+
+def _strongly_typed(leaf: Any) -> Any:
+    """Without the mark of a Python number, which the first step would take off.
+
+    Then every state of a run has the same types, and one compiled step fits all.
+    """
+    array = jnp.asarray(leaf)
+    is_key = jnp.issubdtype(array.dtype, jax.dtypes.prng_key)
+    return (
+        array if is_key or not array.weak_type else jax.lax.convert_element_type(array, array.dtype)
+    )
+
+
+def _name(function: Any) -> str:
+    return getattr(function, "__name__", "a function")
 
 
 def _next_stop(start: int, steps: int, log_interval: int, seconds_per_step: float | None) -> int:
@@ -263,10 +589,3 @@ def _learning_rate(state: TrainState) -> float | None:
     rate = current_learning_rate(state.opt_state)
     # Seven digits are what a float32 holds: 0.01, not 0.009999999776.
     return None if rate is None else float(f"{float(rate):.7g}")
-
-
-def _history(
-    columns: list[str], rows: list[dict[str, float]], step_losses: list[np.ndarray]
-) -> History:
-    history = {name: np.asarray([row[name] for row in rows]) for name in columns}
-    return history | {"step_losses": np.concatenate([np.empty(0, np.float32), *step_losses])}

@@ -20,7 +20,9 @@ from jaxtyping import Array, Float, Int
 
 from jaxtrain.errors import InputError
 from jaxtrain.transforms import (
+    ClippingState,
     Number,
+    clip_by_global_norm,
     damped_trace,
     scale_by_amsgrad,
     scale_by_root_sum_of_squares,
@@ -287,6 +289,33 @@ def make(name: str, learning_rate: LearningRate, **options: Any) -> optax.Gradie
     return OPTIMIZERS[name](learning_rate, **kept)
 
 
+def clip_gradients(
+    optimizer: optax.GradientTransformation, max_gradient_norm: float | None
+) -> optax.GradientTransformation:
+    """Let an optimizer see gradients scaled down to a global norm, as after `clip_grad_norm_`.
+
+    (Pascanu, Mikolov & Bengio, 2013, https://arxiv.org/abs/1211.5063.)
+
+    Args:
+      optimizer: any but one with a line search (L-BFGS), which compares losses along the true
+        gradient.
+      max_gradient_norm: Euclidean norm over all parameters above which gradients are scaled; None
+        leaves them.
+
+    Raises:
+      InputError: a norm that is not positive.
+    """
+    if max_gradient_norm is None:
+        return optimizer
+    _check(
+        "max_gradient_norm",
+        max_gradient_norm,
+        lambda number: 0 < number < math.inf,
+        "finite and positive",
+    )
+    return optax.chain(clip_by_global_norm(max_gradient_norm), optimizer)
+
+
 def step_lr(
     learning_rate: Number, step_size: int, gamma: Number = 0.1, *, steps_per_epoch: int = 1
 ) -> optax.Schedule:
@@ -330,9 +359,19 @@ def current_learning_rate(opt_state: Any) -> Float[Array, ""] | None:
 
 def has_line_search(opt_state: Any) -> bool:
     """Whether an optimizer compares values of the loss, and so needs the same batch each step."""
-    searches = (optax.ScaleByZoomLinesearchState, optax.ScaleByBacktrackingLinesearchState)
-    leaves = jax.tree.leaves(opt_state, is_leaf=lambda node: isinstance(node, searches))
-    return any(isinstance(leaf, searches) for leaf in leaves)
+    return _has_state(
+        opt_state, optax.ScaleByZoomLinesearchState, optax.ScaleByBacktrackingLinesearchState
+    )
+
+
+def has_clipping(opt_state: Any) -> bool:
+    """Whether an optimizer clips gradients by `clip_gradients`."""
+    return _has_state(opt_state, ClippingState)
+
+
+def _has_state(opt_state: Any, *kinds: type) -> bool:
+    leaves = jax.tree.leaves(opt_state, is_leaf=lambda node: isinstance(node, kinds))
+    return any(isinstance(leaf, kinds) for leaf in leaves)
 
 
 def _scale_by_adam(

@@ -6,7 +6,7 @@ import contextlib
 from collections.abc import Iterator
 
 from jaxtrain.checks import check_whole
-from jaxtrain.fit import Compiled, EpochDone, Event, Report, StepsDone
+from jaxtrain.fit import Compiled, EpochDone, Event, Report, Resumed, StepsDone
 
 
 @contextlib.contextmanager
@@ -69,6 +69,11 @@ def console(
             plan = event
             bar.update(task, description="training", total=plan.epochs * plan.steps)
             print_line(f"compiled in {plan.seconds:.1f} s")
+        elif isinstance(event, Resumed):
+            if plan.epochs:
+                print_line(f"going on after epoch {event.epoch}, from its checkpoint")
+            else:
+                print_line(f"finished already, after epoch {event.epoch}: nothing left to train")
         elif isinstance(event, StepsDone):
             first_epoch = first_epoch or event.epoch
             done = (event.epoch - first_epoch) * plan.steps + event.step
@@ -98,6 +103,8 @@ def epoch_line(event: EpochDone, test_examples: int | None = None) -> str:
         parts.append(f"validation loss {metrics['validation_loss']:.6f}")
     if "test_accuracy" in metrics:
         parts.append(f"test accuracy {accuracy_text(metrics['test_accuracy'], test_examples)}")
+    if metrics.get("skipped_steps"):
+        parts.append(f"{metrics['skipped_steps']} steps skipped, not finite")
     parts.append(f"{metrics['seconds']:.2f} s")
     return "  ".join(parts)
 

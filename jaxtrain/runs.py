@@ -8,29 +8,25 @@ import io
 import json
 import math
 import os
-import platform
-import tempfile
 import time
 from collections.abc import Mapping
-from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
-from jaxtrain.errors import InputError
-from jaxtrain.fit import Compiled, EpochDone, Event
+from jaxtrain.errors import InputError, StorageError, note_what_is_kept
+from jaxtrain.fit import Compiled, EpochDone, Event, Resumed
+from jaxtrain.folders import PART, lock_folder, make_folder, write_whole
+from jaxtrain.versions import device_name, versions
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-_PACKAGES = ("jaxtrain", "jax", "jaxlib", "flax", "optax", "numpy")
 _PICTURE_DPI = 120
-
-# How the note begins that a run cut short leaves on its exception.
-FINISHED_NOTE = "the finished epochs"
+# What the folder is to the user, and the flag that names another.
+_NAMES = ("output folder", "--output-dir")
 
 
 class RunFolder:
@@ -43,7 +39,14 @@ class RunFolder:
       config: what `config.json` will say, a dataclass; may be replaced until training starts.
     """
 
-    def __init__(self, path: str | os.PathLike[str], config: Any) -> None:
+    def __init__(
+        self,
+        path: str | os.PathLike[str],
+        config: Any,
+        *,
+        overwrite: bool = False,
+        goes_on: bool = False,
+    ) -> None:
         """Make the folder, so that one that cannot be written is noticed before training.
 
         An earlier run's files stay until training starts: a mistake in the flags costs nothing.
@@ -51,9 +54,12 @@ class RunFolder:
         Args:
           path: the folder, made with its parents if it is missing.
           config: the experiment's configuration, a dataclass.
+          overwrite: let the results of a finished run make way.
+          goes_on: there are checkpoints to go on from, so that results here are this run's.
 
         Raises:
-          InputError: the folder cannot be made or written.
+          InputError: the folder cannot be made or written, or holds a finished run. (Entering the
+            context raises it if another run writes there.)
         """
         self.path = Path(path)
         self.config = config
@@ -63,46 +69,77 @@ class RunFolder:
         self._compile_seconds = 0.0
         self._epochs: list[dict[str, Any]] = []
         self._history_written = 0.0
-        try:
-            self.path.mkdir(parents=True, exist_ok=True)
-            with tempfile.TemporaryFile(dir=self.path):
-                pass
-        except OSError as error:
+        self._goes_on = goes_on
+        self._keeps_results = not (overwrite or goes_on)
+        make_folder(self.path, *_NAMES)
+        self._check_unfinished()
+
+    def _check_unfinished(self) -> None:
+        if self._keeps_results and (self.path / "summary.json").exists():
             raise InputError(
-                f"the output folder {self.path} cannot be written ({error.strerror or error}); "
-                "name another by --output-dir"
-            ) from error
+                f"the output folder {self.path} holds a finished run; keep it and name another by "
+                "--output-dir, or take --overwrite"
+            )
 
     def __enter__(self) -> RunFolder:
+        self._lock = lock_folder(self.path, *_NAMES)
+        try:
+            self._check_unfinished()  # another run may have ended since
+        except InputError:
+            os.close(self._lock)
+            raise
+        for left in self.path.glob(f".*{PART}"):  # by a run that was killed
+            left.unlink(missing_ok=True)
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: object
     ) -> None:
-        self._write_history()
-        if error is not None and self._epochs:
-            where = self.path / "history.csv"
-            error.add_note(f"{FINISHED_NOTE} ({len(self._epochs)}) are in {where}")
+        try:
+            self._write_history()
+            if error is not None and self._epochs:
+                where = self.path / "history.csv"
+                note_what_is_kept(
+                    error, f"the finished epochs ({len(self._epochs)}) are in {where}"
+                )
+        except StorageError:
+            if error is None:
+                raise
+        finally:
+            os.close(self._lock)
 
     def start(self) -> None:
-        """Let the results of an earlier run make way for `config.json`."""
+        """Let the results of an earlier run make way for `config.json`.
+
+        Those of this run, where it goes on, stay until there are newer ones.
+        """
         self._begun = True
-        for name in ("summary.json", "history.csv", *self._earlier_pictures()):
-            (self.path / name).unlink(missing_ok=True)
+        if not self._goes_on:
+            for name in ("summary.json", "history.csv", *self._earlier_pictures()):
+                (self.path / name).unlink(missing_ok=True)
         self._write_json("config.json", dataclasses.asdict(self.config))
 
     def record(self, event: Event, **more: float | str) -> None:
         """Take note of what `fit` reports.
 
         Args:
-          event: training begins with `start`; finished epochs become rows of `history.csv`,
-            written at most once a second.
-          more: further columns of that row.
+          event: training begins with `start`; finished epochs, those behind a checkpoint too,
+            become rows of `history.csv`, written at most once a second.
+          more: further columns of these rows.
         """
         if isinstance(event, Compiled):
             self._compile_seconds += event.seconds
             if not self._begun:
                 self.start()
+        elif isinstance(event, Resumed):
+            columns = {
+                name: values.tolist()
+                for name, values in event.history.items()
+                if not name.startswith("step_")
+            }
+            rows = zip(*columns.values(), strict=True)
+            self._epochs += [{**dict(zip(columns, row, strict=True)), **more} for row in rows]
+            self._write_history()
         elif isinstance(event, EpochDone):
             self._epochs.append({**event.metrics, **more})
             if time.perf_counter() - self._history_written > 1:
@@ -114,18 +151,19 @@ class RunFolder:
         Returns:
           All that was written.
         """
-        device = current_device()
         entries = {
             **summary,
-            "device": device.platform
-            + (f": {device.device_kind}" if device.device_kind != device.platform else ""),
+            "device": device_name(),
             "compile_seconds": self._compile_seconds,
             "train_seconds": sum(row["seconds"] for row in self._epochs),
             "total_seconds": time.perf_counter() - self._started,
             "pictures": self._pictures,
             "versions": versions(),
         }
+        outdated = set(self._earlier_pictures()) - set(self._pictures)
         self._write_json("summary.json", entries)
+        for name in outdated:
+            (self.path / name).unlink(missing_ok=True)
         return entries
 
     def write_table(self, name: str, columns: Mapping[str, Any]) -> None:
@@ -134,22 +172,22 @@ class RunFolder:
         writer = csv.writer(text, lineterminator="\n")
         writer.writerow(columns)
         writer.writerows(zip(*columns.values(), strict=True))
-        self._write(name, text.getvalue().encode())
+        write_whole(self.path / name, text.getvalue().encode())
 
     def write_picture(self, name: str, figure: Figure) -> None:
         """Write a figure as a PNG file."""
         image = io.BytesIO()
         figure.savefig(image, format="png", dpi=_PICTURE_DPI)
-        self._write(name, image.getvalue())
+        write_whole(self.path / name, image.getvalue())
         self._pictures.append(name)
 
     def _earlier_pictures(self) -> list[str]:
         """The pictures that an earlier run's summary lists, and no other file of the user's."""
         try:
             listed = json.loads((self.path / "summary.json").read_text())["pictures"]
-        except (OSError, ValueError, KeyError, TypeError):
+            return [name for name in listed if isinstance(name, str) and Path(name).name == name]
+        except (OSError, ValueError, KeyError, TypeError, RecursionError):
             return []
-        return [name for name in listed if isinstance(name, str) and Path(name).name == name]
 
     def _write_history(self) -> None:
         self._history_written = time.perf_counter()
@@ -161,37 +199,7 @@ class RunFolder:
 
     def _write_json(self, name: str, content: Mapping[str, Any]) -> None:
         text = json.dumps(_plain(content), indent=2, allow_nan=False)
-        self._write(name, (text + "\n").encode())
-
-    def _write(self, name: str, content: bytes) -> None:
-        handle, scratch = tempfile.mkstemp(dir=self.path, prefix=f".{name}-")
-        try:
-            with os.fdopen(handle, "wb") as file:
-                file.write(content)
-            os.chmod(scratch, 0o666 & ~_umask())
-            os.replace(scratch, self.path / name)
-        except BaseException:
-            os.unlink(scratch)
-            raise
-
-
-def current_device() -> jax.Device:
-    """The device on which new arrays are made."""
-    return next(iter(jnp.zeros(()).devices()))
-
-
-def versions() -> dict[str, str]:
-    """Versions of Python and of the packages that decide a run's numbers."""
-    return {"python": platform.python_version()} | {
-        name: metadata.version(name) for name in _PACKAGES
-    }
-
-
-def _umask() -> int:
-    # mkstemp makes private files; the folder's other readers should see these as any other.
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask
+        write_whole(self.path / name, (text + "\n").encode())
 
 
 def _plain(value: Any) -> Any:

@@ -36,6 +36,14 @@ def train_step(state: TrainState, batch: Dataset, loss_fn: Loss) -> tuple[TrainS
       InputError: the batch is no Dataset of as many inputs as targets, or the loss is not one
         value an example.
     """
+    next_state, loss, _ = gradient_step(state, batch, loss_fn)
+    return next_state, {"loss": loss}
+
+
+def gradient_step(
+    state: TrainState, batch: Dataset, loss_fn: Loss
+) -> tuple[TrainState, Float[Array, ""], PyTree]:
+    """`train_step` to build on: the next state, the loss, and its gradient as it was computed."""
     check_dataset(batch, "batch")
 
     def mean_loss(params: PyTree) -> tuple[Array, PyTree]:
@@ -64,7 +72,19 @@ def train_step(state: TrainState, batch: Dataset, loss_fn: Loss) -> tuple[TrainS
         opt_state=opt_state,
         model_state=model_state,
     )
-    return next_state, {"loss": loss}
+    return next_state, loss, grads
+
+
+def unless_nonfinite(
+    before: TrainState, after: TrainState, *values: Float[Array, ""]
+) -> TrainState:
+    """The state after a step, or where a value is NaN or infinite the one before it.
+
+    The step is counted in either case, so that dropout's draws and the epoch go on.
+    """
+    finite = jnp.isfinite(jnp.stack(values)).all()
+    kept = jax.tree.map(lambda old, new: jnp.where(finite, new, old), before, after)
+    return kept.replace(step=after.step)
 
 
 def eval_step(

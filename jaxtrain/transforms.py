@@ -13,6 +13,38 @@ from jaxtyping import Array, Bool, Float, Int, PyTree
 Number: TypeAlias = float | Float[Array, ""]
 
 
+def global_norm(tree: PyTree) -> Float[Array, ""]:
+    """The Euclidean norm of all leaves together, at least in float32."""
+
+    def sum_of_squares(leaf: Array) -> Array:
+        squares = jnp.square(jnp.abs(leaf)).astype(jnp.promote_types(leaf.dtype, jnp.float32))
+        # Along the first axis first: rows are added as vectors, where one sum of all would be a
+        # chain of single additions on a CPU.
+        return jnp.sum(jnp.sum(squares, axis=0)) if leaf.ndim > 1 else jnp.sum(squares)
+
+    return jnp.sqrt(sum(map(sum_of_squares, jax.tree.leaves(tree)), start=jnp.zeros(())))
+
+
+class ClippingState(NamedTuple):
+    """State of `clip_by_global_norm`: none, but a name of its own."""
+
+
+def clip_by_global_norm(max_norm: Number) -> optax.GradientTransformation:
+    """Scale gradients whose global norm is above `max_norm`, as PyTorch's `clip_grad_norm_`.
+
+    The factor is min(1, max_norm / (norm + 1e-6)); optax's has no 1e-6.
+    """
+
+    def update(
+        updates: PyTree, state: ClippingState, params: PyTree | None = None
+    ) -> tuple[PyTree, ClippingState]:
+        del params
+        factor = jnp.minimum(1.0, max_norm / (global_norm(updates) + 1e-6))
+        return jax.tree.map(lambda leaf: leaf * factor.astype(leaf.dtype), updates), state
+
+    return optax.GradientTransformation(lambda params: ClippingState(), update)
+
+
 class DampedTraceState(NamedTuple):
     """State of `damped_trace`.
 

@@ -62,6 +62,15 @@ def test_what_is_no_state_is_named() -> None:
         jt.fit(None, jt.Dataset(np.ones(1), np.ones(1)), loss_fn=None, report=progress.console())
 
 
+@pytest.mark.skipif(RUNTIME_TYPES, reason="the type checker is faster")
+def test_words_that_are_none_of_the_choices_are_named(tmp_path, small_state, small_classes) -> None:
+    options = {"loss_fn": jt.losses.cross_entropy, "checkpoint_dir": tmp_path}
+    with pytest.raises(jt.InputError, match="resume is 'maybe'; expected 'auto', 'never' or"):
+        jt.fit(small_state, small_classes, **options, resume="maybe")
+    with pytest.raises(jt.InputError, match="on_nonfinite is 'go'; expected 'stop' or 'skip'"):
+        jt.fit(small_state, small_classes, **options, on_nonfinite="go")
+
+
 def test_a_number_is_no_key() -> None:
     with pytest.raises(jt.InputError, match=r"key is 0; expected a PRNG key, jax\.random\.key"):
         check_key(0, "key")

@@ -7,6 +7,7 @@ import dataclasses
 import json
 import os
 import pty
+import re
 import shutil
 import signal
 import subprocess
@@ -245,7 +246,8 @@ def test_a_mistake_leaves_an_earlier_runs_results_alone(environment, tmp_path: P
     run(environment, "linear_regression", "--epochs", 5, "--output-dir", folder)
     before = {path.name: path.read_bytes() for path in folder.iterdir()}
     assert "summary.json" in before
-    result = run(environment, "linear_regression", "--epochs", -1, "--output-dir", folder)
+    again = ("--output-dir", folder, "--overwrite")
+    result = run(environment, "linear_regression", "--epochs", -1, *again)
     assert_one_line_error(result, "epochs is -1")
     assert {path.name: path.read_bytes() for path in folder.iterdir()} == before
 
@@ -302,7 +304,7 @@ QUICK = [
 
 
 @pytest.mark.parametrize(
-    ("script", "flags", "pictures"), QUICK, ids=lambda value: getattr(value, "__name__", str(value))
+    ("script", "flags", "pictures"), QUICK, ids=lambda value: getattr(value, "__name__", "")
 )
 def test_tutorials_reach_their_figures(script, flags, pictures, tmp_path, capsys) -> None:
     summary = script.run(script.Config(**flags, log_interval=0, output_dir=tmp_path))
@@ -418,8 +420,11 @@ def test_validation_and_early_stopping_on_digits(tmp_path: Path) -> None:
 def test_help_names_every_flag(environment, script) -> None:
     result = run(environment, Path(script.__file__).stem, "--help")
     assert result.returncode == 0
-    for field in dataclasses.fields(script.Config):
-        assert f"--{field.name.replace('_', '-')}" in result.stdout
+    fields = {field.name for field in dataclasses.fields(script.Config)}
+    if "safety" in fields:  # a group of flags without a prefix
+        fields |= {field.name for field in dataclasses.fields(command.Safety)}
+    for name in fields - {"safety"}:
+        assert re.search(rf"--{name.replace('_', '-')}\b", result.stdout)
 
 
 def test_compiled_programs_are_kept_for_the_next_run(environment, tmp_path: Path) -> None:
@@ -429,13 +434,13 @@ def test_compiled_programs_are_kept_for_the_next_run(environment, tmp_path: Path
 
     run(environment, "linear_regression", "--no-compilation-cache", *flags)
     assert not compiled.exists()
-    first = run(environment, "linear_regression", *flags)
+    first = run(environment, "linear_regression", *flags, "--overwrite")
     kept = {path.name for path in compiled.rglob("*train_steps*-cache")}
     assert kept
-    again = run(environment, "linear_regression", *flags)
+    again = run(environment, "linear_regression", *flags, "--overwrite")
     assert {path.name for path in compiled.rglob("*train_steps*-cache")} == kept
     shutil.rmtree(compiled)
-    after = run(environment, "linear_regression", *flags)
+    after = run(environment, "linear_regression", *flags, "--overwrite")
     assert first.returncode == again.returncode == after.returncode == 0
     assert "error" not in (first.stderr + again.stderr + after.stderr).lower()
 
@@ -447,7 +452,7 @@ def test_no_compilation_cache_means_none_whatever_the_environment_says(
     flags = ("--epochs", 5, "--log-interval", 0, "--output-dir", tmp_path / "out")
     run(environment, "linear_regression", "--no-compilation-cache", *flags)
     assert not list((tmp_path / "mine").glob("*"))
-    run(environment, "linear_regression", *flags)
+    run(environment, "linear_regression", *flags, "--overwrite")
     assert list((tmp_path / "mine").glob("*-cache"))
 
 

@@ -6,7 +6,6 @@ import sys
 
 import jax
 import jax.monitoring
-import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -201,7 +200,8 @@ def test_patience_needs_something_to_watch(small_state, small_classes) -> None:
 def test_no_epochs_and_no_test_data(small_state, small_classes) -> None:
     state, history = fit(small_state, small_classes, epochs=0)
     assert_identical(state.params, small_state.params)
-    columns = ["epoch", "train_loss", "test_loss", "test_accuracy", "learning_rate", "seconds"]
+    columns = ["epoch", "train_loss", "test_loss", "test_accuracy"]
+    columns += ["gradient_norm", "learning_rate", "seconds"]
     assert list(history) == [*columns, "step_losses"]
     assert not any(len(values) for values in history.values())
     _, history = jt.fit(small_state, small_classes, loss_fn=LOSS, epochs=1)
@@ -223,7 +223,8 @@ def test_a_run_that_diverges_stops_and_says_where(small_classes) -> None:
     finished = error.history["train_loss"]
     assert 1 <= len(finished) == error.epoch - 1
     assert np.isfinite(finished).all()
-    assert not np.isfinite(error.loss)
+    assert error.quantity == "training loss"
+    assert not np.isfinite(error.value)
     assert error.learning_rate == pytest.approx(1e4)
     # The step is the first that is not finite: run up to it, and look.
     state, _ = jt.fit(
@@ -247,10 +248,15 @@ def test_the_learning_rate_is_that_of_the_step_that_diverged(small_classes) -> N
     assert raised.value.learning_rate == pytest.approx(1e-3 * 10 ** (raised.value.step - 1))
 
 
-def test_a_test_loss_that_is_not_finite_stops_the_run(small_state, small_classes) -> None:
-    broken = small_classes._replace(inputs=small_classes.inputs.at[7, 0].set(jnp.nan))
-    with pytest.raises(jt.NonFiniteLossError, match="loss became nan after epoch 1"):
-        jt.fit(small_state, small_classes, broken, loss_fn=LOSS, epochs=3)
+def test_a_test_loss_that_is_not_finite_stops_the_run(small_classes) -> None:
+    """Squared, an error of 1e30 is beyond float32."""
+    data = jt.Dataset(small_classes.inputs, small_classes.targets[:, None].astype(float))
+    state = jt.init_state(
+        jt.models.LinearRegression(), jt.optimizers.sgd(0.1), data.inputs[:1], key=jax.random.key(0)
+    )
+    far = data._replace(targets=data.targets.at[7].set(1e30))
+    with pytest.raises(jt.NonFiniteLossError, match="test loss became inf after epoch 1"):
+        jt.fit(state, data, far, loss_fn=jt.losses.mean_squared_error, epochs=3)
 
 
 @pytest.mark.parametrize(

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from hypothesis import HealthCheck, example, given, settings
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
@@ -80,6 +80,7 @@ PACKED = gzip.compress(GOOD)
         (PACKED + b"junk", "is not a whole gzip file"),
         (encode(IMAGES)[:4] + b"\xff" * 12, "is truncated: its header promises"),
     ],
+    ids=lambda value: value if isinstance(value, str) else "",  # gzip writes the time
 )
 def test_damage_is_named(tmp_path: Path, content: bytes, message: str) -> None:
     path = write(tmp_path, content)
@@ -99,36 +100,6 @@ def test_a_folder_and_a_missing_file_are_named(tmp_path: Path) -> None:
 def header(*shape: int, code: int = 8, ndim: int | None = None) -> bytes:
     ndim = len(shape) if ndim is None else ndim
     return struct.pack(f">HBB{len(shape)}I", 0, code, ndim, *shape)
-
-
-mostly_idx = st.builds(
-    lambda shape, code, ndim, payload: header(*shape, code=code, ndim=ndim) + payload,
-    st.lists(st.sampled_from([0, 1, 2, 3, 2**16, 2**31, 2**32 - 1]), max_size=6),
-    st.integers(0, 255),
-    st.one_of(st.none(), st.integers(0, 255)),
-    st.binary(max_size=64),
-)
-
-
-@settings(max_examples=500, suppress_health_check=[HealthCheck.function_scoped_fixture])
-@given(
-    content=st.one_of(
-        st.binary(max_size=64),
-        mostly_idx,
-        mostly_idx.map(gzip.compress),
-        st.tuples(mostly_idx.map(gzip.compress), st.integers(0, 40)).map(lambda p: p[0][: p[1]]),
-    )
-)
-@example(content=header(*[1] * 100) + b"x")  # more axes than NumPy has
-@example(content=header(0, 2**32 - 1, 2**32 - 1, 2**32 - 1))  # no elements, impossible strides
-def test_any_bytes_give_an_array_or_a_value_error(tmp_path: Path, content: bytes) -> None:
-    path = write(tmp_path, content)
-    try:
-        array = read_idx(path)
-    except jt.InputError:  # a ValueError that names the file
-        return
-    plain = gzip.decompress(content) if content.startswith(b"\x1f\x8b") else content
-    assert encode(array, code=plain[2]) == plain
 
 
 def test_memory_is_bounded_by_what_the_file_holds(tmp_path: Path) -> None:

@@ -12,6 +12,7 @@ PACKAGE = Path(__file__).parents[1] / "jaxtrain"
 HEAVY = {
     *("matplotlib", "sklearn", "tensorflow_datasets", "tensorflow", "requests", "platformdirs"),
     *("tyro", "torch", "beartype", "pytest", "hypothesis", "pandas"),
+    *("orbax", "safetensors"),
 }
 
 
@@ -32,17 +33,25 @@ PARTS = {"data", "models", "losses", "metrics", "transforms"}
 MAY_IMPORT = {
     "errors": set(),
     **{part: set() for part in PARTS},
+    "folders": set(),
+    "versions": set(),
     "optimizers": {"transforms"},
     "state": set(),
     "steps": {"data", "losses", "metrics", "state"},
     "checks": {"data", "losses", "optimizers", "state", "steps"},
-    "epochs": {"checks", "data", "losses", "metrics", "state", "steps"},
-    "fit": {"checks", "data", "epochs", "losses", "metrics", "optimizers", "state", "steps"},
+    "epochs": {"checks", "data", "losses", "metrics", "state", "steps", "transforms"},
+    "checkpoints": {"folders", "state"},
+    "export": {"folders", "state"},
+    "memory": {"versions"},
+    "fit": {
+        *("checkpoints", "checks", "data", "epochs", "losses", "memory", "metrics"),
+        *("optimizers", "state", "steps", "versions"),
+    },
     "minimize": {"checks", "optimizers"},
     "progress": {"checks", "fit"},
     "plots": {"data"},
-    "runs": {"fit"},
-    "command": {"checks", "runs"},
+    "runs": {"fit", "folders", "versions"},
+    "command": {"checkpoints", "checks", "fit"},
 }
 
 

@@ -148,9 +148,11 @@ def serve(monkeypatch: pytest.MonkeyPatch) -> Iterator[dict[str, bytes]]:
     server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
     url = f"http://127.0.0.1:{server.server_port}/"
     monkeypatch.setattr(mnist.MNIST, "URL", url)
-    for name, content in files.items():
-        info = checksums.UrlInfo(len(content), sha256(content).hexdigest(), name)
-        monkeypatch.setitem(checksums.get_all_url_infos(), url + name, info)
+    infos = {
+        url + name: checksums.UrlInfo(len(content), sha256(content).hexdigest(), name)
+        for name, content in files.items()
+    }
+    monkeypatch.setattr(mnist.MNIST, "url_infos", infos)
     thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.05})
     thread.start()
     yield files
@@ -187,12 +189,10 @@ def test_a_file_with_the_wrong_checksum_is_not_kept(serve: dict[str, bytes]) -> 
 def test_a_file_without_a_registered_checksum_is_not_taken(
     serve: dict[str, bytes], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from tensorflow_datasets.core.download import checksums
     from tensorflow_datasets.image_classification import mnist
 
-    url = f"{mnist.MNIST.URL}t10k-images-idx3-ubyte.gz"
-    monkeypatch.delitem(checksums.get_all_url_infos(), url)
-    with pytest.raises(jt.DataUnavailableError, match="Missing checksums"):
+    monkeypatch.delitem(mnist.MNIST.url_infos, f"{mnist.MNIST.URL}t10k-images-idx3-ubyte.gz")
+    with pytest.raises(jt.DataUnavailableError, match="has no registered checksum"):
         jt.data.load("mnist")
     assert not list(cache_dir().iterdir())
 

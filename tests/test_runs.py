@@ -90,7 +90,7 @@ def test_a_new_run_clears_the_last_ones_pictures_and_no_others(tmp_path: Path) -
     first.start()
     first.write_picture("a.png", Figure())
     first.write_summary()
-    RunFolder(tmp_path, Config()).start()
+    RunFolder(tmp_path, Config(), overwrite=True).start()
     assert {path.name for path in tmp_path.iterdir()} == {"config.json", "holiday.png"}
 
 
@@ -102,6 +102,6 @@ def test_a_picture_that_fails_leaves_the_old_one(tmp_path: Path) -> None:
     before = (tmp_path / "a.png").read_bytes()
     assert before.startswith(b"\x89PNG")
     (tmp_path / "b.png").mkdir()  # where the next one would go
-    with pytest.raises(IsADirectoryError):
+    with pytest.raises(jt.StorageError, match=r"b\.png could not be written \(Is a directory\)"):
         folder.write_picture("b.png", Figure())
     assert sorted(path.name for path in tmp_path.iterdir()) == ["a.png", "b.png"]

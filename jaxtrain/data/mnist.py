@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import shutil
 import tempfile
-import threading
+import time
 from pathlib import Path
 
 import numpy as np
 
 from jaxtrain.data.dataset import Images
+from jaxtrain.data.download import DownloadError, check_reachable, fetch
 from jaxtrain.data.idx import read_idx
 from jaxtrain.errors import DataUnavailableError, InputError
 
@@ -24,9 +26,9 @@ FILES = {
 CLASSES = 10
 DATA_DIR_VARIABLE = "JAXTRAIN_DATA_DIR"
 
-# A user without a network hears so within 10 seconds; TensorFlow Datasets alone would retry for
-# more than 3 minutes.
-_REACHABLE_SECONDS = 6.0
+# Where files lie until all four are whole; longer than a download may take, nobody needs it.
+_SCRATCH = "download-"
+_ABANDONED_SECONDS = 2 * 60 * 60
 
 
 def load_mnist(name: str, data_dir: str | os.PathLike[str] | None = None) -> tuple[Images, Images]:
@@ -134,69 +136,54 @@ def _read_split(folder: Path, split: str) -> Images:
 
 
 def _download(name: str, data_dir: str | os.PathLike[str] | None) -> Path:
-    """Fetch the four files into the cache folder by TensorFlow Datasets' download manager.
+    """Fetch the four files into the cache folder, from where and by the sums that TFDS registers.
 
-    It checks the registered checksums and works without TensorFlow; only its unpacking would
-    need that, so the files are parsed here. The folder takes its final name when all four files
-    are whole.
+    (TensorFlow Datasets' own download manager has no bound on time or size, and its unpacking needs
+    TensorFlow, so that files are fetched and parsed here.) The folder takes its final name when all
+    four files are whole.
     """
-    from tensorflow_datasets import disable_progress_bar, download
     from tensorflow_datasets.image_classification import mnist as builders
 
-    base_url = getattr(builders, BUILDERS[name]).URL
-    names = [f"{file}.gz" for pair in FILES.values() for file in pair]
-    _check_reachable(name, base_url + names[0], data_dir)
+    builder = getattr(builders, BUILDERS[name])
+    files = [f"{file}.gz" for pair in FILES.values() for file in pair]
     folder = cache_dir() / name
-    disable_progress_bar()  # A library is silent.
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=folder.parent, prefix="download-") as scratch:
-            manager = download.DownloadManager(
-                download_dir=scratch, dataset_name=name, force_checksums_validation=True
-            )
-            paths = manager.download({file: base_url + file for file in names})
+        _remove_abandoned(folder.parent)
+        with tempfile.TemporaryDirectory(dir=folder.parent, prefix=_SCRATCH) as scratch:
+            check_reachable(builder.URL + files[0])
             complete = Path(scratch) / "complete"
             complete.mkdir()
-            for file, path in paths.items():
-                shutil.move(path, complete / file)
+            for file in files:
+                url = builder.URL + file
+                known = builder.url_infos.get(url)
+                if known is None:
+                    raise DownloadError(f"{url} has no registered checksum")
+                fetch(url, complete / file, int(known.size), known.checksum)
             try:
                 complete.replace(folder)
             except OSError:  # Another process may have been faster.
                 if _find_folder(name, cache_dir()) is None:
                     raise
-    except Exception as error:  # Its errors share no base class: HTTP, checksum, disk, …
+    except DownloadError as error:
         raise DataUnavailableError(
-            f"{name} could not be downloaded from {base_url} ({type(error).__name__}: {error})",
-            _remedy(name, data_dir),
+            f"{name} is not on disk and could not be downloaded: {error}", _remedy(name, data_dir)
+        ) from error
+    except OSError as error:
+        raise DataUnavailableError(
+            f"{name} is not on disk, and the cache folder {folder.parent} cannot be written "
+            f"({error.strerror or error})",
+            f"let $XDG_CACHE_HOME name another, or {_remedy(name, data_dir)}",
         ) from error
     return folder
 
 
-def _check_reachable(name: str, url: str, data_dir: str | os.PathLike[str] | None) -> None:
-    """Raise within seconds if the server does not answer.
-
-    In a thread, because a name look-up can hang for longer than any timeout of the request.
-    """
-    import requests
-
-    outcome: list[str | None] = []
-
-    def ask() -> None:
-        try:
-            requests.head(url, timeout=_REACHABLE_SECONDS, allow_redirects=True).raise_for_status()
-            outcome.append(None)
-        except requests.RequestException as error:
-            outcome.append(type(error).__name__)
-
-    thread = threading.Thread(target=ask, daemon=True)
-    thread.start()
-    thread.join(_REACHABLE_SECONDS)
-    problem = outcome[0] if outcome else f"no answer in {_REACHABLE_SECONDS:g} s"
-    if problem is not None:
-        raise DataUnavailableError(
-            f"{name} is not on disk and cannot be downloaded from {url} ({problem})",
-            _remedy(name, data_dir),
-        )
+def _remove_abandoned(folder: Path) -> None:
+    """Clear away what processes left that were killed while downloading."""
+    for scratch in folder.glob(f"{_SCRATCH}*"):
+        with contextlib.suppress(OSError):
+            if time.time() - scratch.stat().st_mtime > _ABANDONED_SECONDS:
+                shutil.rmtree(scratch, ignore_errors=True)
 
 
 def _remedy(name: str, data_dir: str | os.PathLike[str] | None) -> str:

@@ -12,10 +12,14 @@ import numpy as np
 import optax
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from hypothesis.extra import numpy as hnp
 
 import jaxtrain as jt
 from benchmarks import torch_reference
 from jaxtrain.minimize import STOPS
+from jaxtrain.transforms import clip_by_global_norm
 
 STEPS, BATCH_SIZE, FEATURES = 200, 16, (16, 12, 4)
 STEPS_PER_EPOCH = 10  # for schedules
@@ -185,3 +189,56 @@ def test_names_and_defaults_are_torch_optims(name: str) -> None:
     for key, parameter in inspect.signature(jt.optimizers.OPTIMIZERS[name]).parameters.items():
         assert parameter.default == expected[key], key
     assert jt.optimizers.OPTIMIZERS.keys() == TORCH.keys()
+
+
+shares = st.floats(0.0, 0.99)
+small = st.sampled_from([0.0, 1e-4, 0.1])
+# Arguments of torch.optim, any of them; adam's epsilon and rmsprop's must not be 0 with gradients
+# that may be.
+OPTIONS: dict[str, dict[str, Any]] = {
+    "sgd": {"momentum": shares, "dampening": shares, "weight_decay": small},
+    "adam": {"betas": st.tuples(shares, shares), "amsgrad": st.booleans(), "weight_decay": small},
+    "adamw": {"betas": st.tuples(shares, shares), "amsgrad": st.booleans(), "weight_decay": small},
+    "rmsprop": {"alpha": shares, "momentum": shares, "weight_decay": small},
+    "rprop": {"etas": st.tuples(st.floats(0.1, 0.9), st.floats(1.1, 3.0))},
+    "adagrad": {"lr_decay": small, "weight_decay": small},
+    "adadelta": {"rho": shares, "weight_decay": small},
+}
+
+
+@pytest.mark.parametrize("name", OPTIONS)
+@settings(max_examples=30)
+@given(drawn=st.data())
+def test_any_gradients_and_options_step_as_pytorchs(name: str, drawn: st.DataObject) -> None:
+    """Five steps in float64 on gradients of any size and sign, zeros among them."""
+    options = {option: drawn.draw(values) for option, values in OPTIONS[name].items()}
+    rate = drawn.draw(st.floats(1e-5, 1.0))
+    numbers = st.floats(-100, 100, allow_subnormal=False)
+    start, *gradients = drawn.draw(hnp.arrays(np.float64, (6, 3), elements=numbers))
+    theirs = torch.nn.Parameter(torch.tensor(start))
+    optimizer = TORCH[name]([theirs], lr=rate, **options)
+    with jax.enable_x64(True):
+        ours = jt.optimizers.OPTIMIZERS[name](rate, **options)
+        params = jnp.asarray(start)
+        state = ours.init(params)
+        for gradient in gradients:
+            theirs.grad = torch.tensor(gradient)
+            optimizer.step()
+            updates, state = ours.update(jnp.asarray(gradient), state, params)
+            params = optax.apply_updates(params, updates)
+        scale = max(1.0, np.abs(start).max())
+        np.testing.assert_allclose(params, theirs.detach().numpy(), rtol=1e-7, atol=1e-7 * scale)
+
+
+@given(
+    gradient=hnp.arrays(np.float32, 4, elements=st.floats(-1e6, 1e6, width=32)),
+    max_norm=st.floats(1e-3, 1e3),
+)
+def test_clipped_gradients_keep_their_direction_and_their_bound(gradient, max_norm) -> None:
+    clip = clip_by_global_norm(max_norm)
+    clipped, _ = clip.update(jnp.asarray(gradient), clip.init(None))
+    norm = np.linalg.norm(gradient.astype(np.float64))
+    assert np.linalg.norm(np.asarray(clipped, np.float64)) <= min(norm, max_norm) * (1 + 1e-5)
+    # The same factor for all of them, and 1 where the norm is within the bound.
+    factor = 1.0 if norm + 1e-6 <= max_norm else max_norm / (norm + 1e-6)
+    np.testing.assert_allclose(clipped, gradient * factor, rtol=1e-4, atol=1e-30)

@@ -1,0 +1,151 @@
+"""One file from a server: bounded in time and size, checked by its sum, whole or not there."""
+
+from __future__ import annotations
+
+import hashlib
+import threading
+import time
+from pathlib import Path
+from typing import Any
+from urllib.parse import urljoin, urlsplit
+
+# A server answers within so long, and sends on within so long, or it is given up.
+ANSWER_SECONDS = 6.0
+_SILENCE_SECONDS = 10.0
+# A file may take so long, and longer in proportion to its size.
+_LEAST_SECONDS = 30.0
+_SLOWEST_BYTES_PER_SECOND = 20_000
+
+_CHUNK_BYTES = 1 << 16
+_MOST_REDIRECTIONS = 5
+
+
+class DownloadError(Exception):
+    """A file could not be had; says which and why."""
+
+
+def fetch(url: str, path: Path, size: int, sha256: str) -> None:
+    """Download a file.
+
+    Args:
+      url: http or https; redirections are followed to these only.
+      path: where it goes; there is no file if the download fails.
+      size: its length in bytes; a server that sends more is cut short.
+      sha256: its sum.
+
+    Raises:
+      DownloadError: the server cannot be reached, refuses, breaks off, is too slow, or sends
+        something else; the disk refuses the file.
+    """
+    limit = _LEAST_SECONDS + size / _SLOWEST_BYTES_PER_SECOND
+    outcome: list[BaseException | None] = []
+
+    def work() -> None:
+        try:
+            _fetch(url, path, size, sha256, limit)
+            outcome.append(None)
+        except BaseException as error:
+            path.unlink(missing_ok=True)
+            outcome.append(error)
+
+    # In a thread: headers that drip have no timeout of their own.
+    thread = threading.Thread(target=work, daemon=True)
+    thread.start()
+    thread.join(limit + 1)
+    if not outcome:
+        path.unlink(missing_ok=True)
+        raise DownloadError(f"{url} is too slow: no whole answer in {limit:.0f} s")
+    error = outcome[0]
+    if isinstance(error, DownloadError):
+        raise error
+    if error is not None:  # of requests, urllib3, http.client, or the disk
+        raise DownloadError(f"{url}: {describe(error)}") from error
+
+
+def _fetch(url: str, path: Path, size: int, sha256: str, limit: float) -> None:
+    deadline = time.monotonic() + limit
+    found, received = hashlib.sha256(), 0
+    with _open(url) as response, path.open("wb") as file:
+        response.raise_for_status()
+        # What has arrived, be it a byte: a larger read would wait for the rest, and a slow server
+        # would not be noticed.
+        while chunk := response.raw.read1(_CHUNK_BYTES, decode_content=True):
+            received += len(chunk)
+            if received > size:
+                raise DownloadError(f"{url} sends more than the {size} bytes of the file")
+            if time.monotonic() > deadline:
+                raise DownloadError(
+                    f"{url} is too slow: {received} of {size} bytes in {limit:.0f} s"
+                )
+            file.write(chunk)
+            found.update(chunk)
+    if received < size:
+        raise DownloadError(f"{url} broke off: {received} of {size} bytes")
+    if found.hexdigest() != sha256:
+        raise DownloadError(
+            f"{url} sends another file than the published one: its checksum is "
+            f"{found.hexdigest()}, not {sha256}; what was sent is removed"
+        )
+
+
+def _open(url: str) -> Any:
+    """The answer of an address or of where it leads; what a redirection sends along is not read."""
+    import requests
+
+    session, place = requests.Session(), url
+    for _ in range(_MOST_REDIRECTIONS + 1):
+        request = session.prepare_request(requests.Request("GET", place))
+        settings = session.merge_environment_settings(place, {}, True, None, None)
+        # By the adapter: a session would read the body of a redirection, however long.
+        response = session.get_adapter(place).send(
+            request, timeout=(ANSWER_SECONDS, _SILENCE_SECONDS), **settings
+        )
+        if not response.is_redirect:
+            return response
+        response.close()
+        place = urljoin(place, response.headers["location"])
+        if urlsplit(place).scheme not in ("http", "https"):
+            raise DownloadError(f"{url} leads to {place}, an address that is none of the web")
+    raise DownloadError(f"{url} leads on and on, more than {_MOST_REDIRECTIONS} times")
+
+
+def check_reachable(url: str) -> None:
+    """Raise DownloadError within seconds if the server does not answer.
+
+    In a thread, because a name look-up can hang for longer than any timeout of the request.
+    """
+    import requests
+
+    outcome: list[str | None] = []
+
+    def ask() -> None:
+        try:
+            requests.head(url, timeout=ANSWER_SECONDS, allow_redirects=True).raise_for_status()
+            outcome.append(None)
+        except Exception as error:
+            outcome.append(describe(error))
+
+    thread = threading.Thread(target=ask, daemon=True)
+    thread.start()
+    thread.join(ANSWER_SECONDS)
+    problem = outcome[0] if outcome else f"no answer in {ANSWER_SECONDS:g} s"
+    if problem is not None:
+        raise DownloadError(f"{url}: {problem}")
+
+
+def describe(error: BaseException) -> str:
+    """What went wrong, in a few words."""
+    import requests
+    import urllib3
+
+    if isinstance(error, requests.HTTPError) and error.response is not None:
+        return f"the server says {error.response.status_code} {error.response.reason}"
+    if isinstance(error, requests.exceptions.ProxyError):
+        return "the proxy cannot be reached or refuses (see $https_proxy and $http_proxy)"
+    if isinstance(error, (requests.exceptions.Timeout, urllib3.exceptions.TimeoutError)):
+        return "no answer in time"
+    if isinstance(error, urllib3.exceptions.ProtocolError):
+        return "the connection broke off"
+    if isinstance(error, OSError) and error.strerror:
+        return error.strerror
+    return type(error).__name__

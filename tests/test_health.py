@@ -1,0 +1,229 @@
+"""NaN and infinities in a run, and the gradient's norm: stopped, skipped, clipped, recorded."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+import torch
+
+import jaxtrain as jt
+from experiments import mnist
+from jaxtrain.checks import check_values
+
+MSE = jt.losses.mean_squared_error
+
+
+def line(targets, optimizer=None, weight: float = 1.0) -> tuple[jt.TrainState, jt.Dataset]:
+    """Y = w x at x = 1, 2, …, one example a batch."""
+    inputs = jnp.arange(1.0, len(targets) + 1)[:, None]
+    data = jt.Dataset(inputs, jnp.asarray(targets)[:, None])
+    state = jt.init_state(
+        jt.models.LinearRegression(use_bias=False),
+        optimizer or jt.optimizers.sgd(0.1, momentum=0.5),
+        inputs[:1],
+        key=jax.random.key(0),
+    )
+    return state.replace(params={"weight": jnp.full((1, 1), weight)}), data
+
+
+def test_the_gradient_norm_of_the_last_step_by_hand() -> None:
+    """Loss (w x − y)², gradient 2 (w x − y) x, at x = 2, y = 0 and w after the first step."""
+    state, data = line([0.0, 0.0], jt.optimizers.sgd(0.1))
+    _, history = jt.fit(state, data, loss_fn=MSE, epochs=1, batch_size=1)
+    after_first = 1.0 - 0.1 * 2 * 1.0
+    assert history["gradient_norm"] == pytest.approx([2 * after_first * 2 * 2], rel=1e-6)
+
+
+def test_the_norm_is_over_all_parameters_and_before_clipping(small_state, small_classes) -> None:
+    def loss(params):
+        logits = small_state.apply_fn(
+            {"params": params},
+            small_classes.inputs,
+            train=True,
+            rngs={"dropout": jax.random.fold_in(small_state.key, 0)},
+        )
+        return jt.losses.cross_entropy(logits, small_classes.targets).mean()
+
+    expected = optax.tree.norm(jax.grad(loss)(small_state.params))
+    for max_norm in (None, 0.01):
+        optimizer = jt.optimizers.clip_gradients(jt.optimizers.sgd(0.1), max_norm)
+        state = small_state.replace(tx=optimizer, opt_state=optimizer.init(small_state.params))
+        _, history = jt.fit(
+            state, small_classes, loss_fn=jt.losses.cross_entropy, epochs=1, batch_size=50
+        )
+        assert history["gradient_norm"] == pytest.approx([float(expected)], rel=1e-5)
+
+
+@pytest.mark.parametrize("max_norm", [0.01, 1.0, 100.0])
+def test_clipping_is_pytorchs(max_norm: float) -> None:
+    """Twenty steps of SGD with momentum on gradients that PyTorch clips, too."""
+    random = np.random.default_rng(0)
+    start, gradients = random.normal(size=3), random.normal(size=(20, 3)) * 3
+    parameter = torch.nn.Parameter(torch.tensor(start, dtype=torch.float32))
+    theirs = torch.optim.SGD([parameter], 0.1, momentum=0.9)
+    ours = jt.optimizers.clip_gradients(jt.optimizers.sgd(0.1, momentum=0.9), max_norm)
+    params = {"a": jnp.asarray(start[:1], jnp.float32), "b": jnp.asarray(start[1:], jnp.float32)}
+    state = ours.init(params)
+    for gradient in gradients.astype(np.float32):
+        parameter.grad = torch.tensor(gradient)
+        torch.nn.utils.clip_grad_norm_([parameter], max_norm)
+        theirs.step()
+        grads = {"a": jnp.asarray(gradient[:1]), "b": jnp.asarray(gradient[1:])}
+        updates, state = ours.update(grads, state, params)
+        params = optax.apply_updates(params, updates)
+    found = np.concatenate([params["a"], params["b"]])
+    np.testing.assert_allclose(found, parameter.detach().numpy(), rtol=2e-6, atol=1e-6)
+
+
+def test_clipping_refuses_what_it_cannot_mean() -> None:
+    with pytest.raises(jt.InputError, match=r"max_gradient_norm is -1\.0; expected .* positive"):
+        jt.optimizers.clip_gradients(jt.optimizers.sgd(0.1), -1.0)
+    state, data = line([1.0], jt.optimizers.clip_gradients(jt.optimizers.lbfgs(), 1.0))
+    with pytest.raises(jt.InputError, match=r"max_gradient_norm is given, but .* line search"):
+        jt.fit(state, data, loss_fn=MSE)
+
+
+def test_skipped_steps_leave_no_trace_but_a_count() -> None:
+    """The third target overflows when it is squared; without it the run is the same."""
+    state, data = line([1.0, -1.0, 1e30, 0.5])
+    skipped, history = jt.fit(state, data, loss_fn=MSE, epochs=3, batch_size=1, on_nonfinite="skip")
+    assert history["skipped_steps"].tolist() == [1, 1, 1]
+    losses = history["step_losses"].reshape(3, 4)
+    assert np.isinf(losses[:, 2]).all()
+    expected = state
+    few = data.take(jnp.array([0, 1, 3]))
+    for epoch in range(3):
+        for index in range(3):
+            batch = few.take(jnp.array([index]))
+            expected, metrics = jt.train_step(expected, batch, MSE)
+            found = losses[epoch, [0, 1, 3][index]]
+            assert found == pytest.approx(float(metrics["loss"]), rel=1e-5)
+    np.testing.assert_allclose(skipped.params["weight"], expected.params["weight"], rtol=1e-6)
+    np.testing.assert_allclose(
+        jax.tree.leaves(skipped.opt_state)[0], jax.tree.leaves(expected.opt_state)[0], rtol=1e-6
+    )
+    assert skipped.step == 12  # skipped ones are counted: dropout and schedules of `step` go on
+    finite = losses[:, [0, 1, 3]]
+    np.testing.assert_allclose(history["train_loss"], finite.mean(axis=1), rtol=1e-6)
+
+
+def test_where_nothing_is_skipped_skipping_changes_nothing(small_state, small_classes) -> None:
+    options = {"loss_fn": jt.losses.cross_entropy, "epochs": 3, "batch_size": 16}
+    plain, history = jt.fit(small_state, small_classes, **options)
+    other, counted = jt.fit(small_state, small_classes, on_nonfinite="skip", **options)
+    assert counted["skipped_steps"].tolist() == [0, 0, 0]
+    for ours, theirs in zip(
+        jax.tree.leaves(other.params), jax.tree.leaves(plain.params), strict=True
+    ):
+        np.testing.assert_allclose(ours, theirs, rtol=1e-6, atol=1e-7)
+    np.testing.assert_allclose(counted["step_losses"], history["step_losses"], rtol=1e-6)
+
+
+def test_when_every_step_is_skipped_the_run_ends() -> None:
+    state, data = line([1e30, 1e30])
+    with pytest.raises(jt.NonFiniteLossError, match="of every step became inf after epoch 1"):
+        jt.fit(state, data, loss_fn=MSE, epochs=3, batch_size=1, on_nonfinite="skip")
+
+
+def root_loss(predictions, targets):
+    """√|error|: finite everywhere, its gradient infinite where the error is 0."""
+    return jnp.sqrt(jnp.abs(predictions - targets))[:, 0]
+
+
+@pytest.mark.parametrize("log_interval", [1, 0])
+def test_a_gradient_that_is_not_finite_ends_the_run_though_its_loss_is(log_interval) -> None:
+    """W = 1 meets y = x exactly at the first step; the second's loss shows it at the latest."""
+    state, data = line([1.0, 5.0, 5.0])
+    with pytest.raises(jt.NonFiniteLossError) as raised:
+        jt.fit(state, data, loss_fn=root_loss, batch_size=1, log_interval=log_interval)
+    found = (raised.value.epoch, raised.value.step, raised.value.quantity)
+    assert found in {(1, 1, "gradient norm"), (1, 2, "training loss")}
+    _, history = jt.fit(state, data, loss_fn=root_loss, batch_size=1, epochs=1, on_nonfinite="skip")
+    assert history["skipped_steps"].tolist() == [1]
+
+
+@pytest.mark.parametrize(
+    "optimizer", [jt.optimizers.rprop(0.1), optax.chain(optax.clip(1.0), optax.sgd(0.1))]
+)
+def test_an_optimizer_cannot_hide_an_infinite_gradient(optimizer) -> None:
+    """Their steps stay finite: a sign, a clipped value."""
+    state, data = line([1.0, 5.0, 5.0], optimizer)
+    with pytest.raises(jt.NonFiniteLossError, match="gradient norm became inf in epoch 1, step 1"):
+        jt.fit(state, data, loss_fn=root_loss, batch_size=1, epochs=1)
+
+
+def test_a_parameter_that_no_loss_shows_is_found(tmp_path: Path) -> None:
+    """The row of the first example gets an infinite gradient, and is not looked up again."""
+
+    class Table(nn.Module):
+        @nn.compact
+        def __call__(self, inputs, train: bool = False):
+            return nn.Embed(2, 1, embedding_init=nn.initializers.ones)(inputs)
+
+    data = jt.Dataset(jnp.array([1, 0, 0]), jnp.array([[1.0], [5.0], [5.0]]))
+    state = jt.init_state(Table(), jt.optimizers.sgd(0.1), data.inputs[:1], key=jax.random.key(0))
+    with pytest.raises(jt.NonFiniteLossError, match=r"largest parameter became (inf|nan) after"):
+        jt.fit(state, data, loss_fn=root_loss, batch_size=1, epochs=1, checkpoint_dir=tmp_path)
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_gradient_that_is_not_finite_at_an_epochs_end_is_not_kept(tmp_path: Path) -> None:
+    """Nothing after it would show it: no further step, no test data."""
+    state, data = line([5.0, 2.0], jt.optimizers.sgd(0.0))
+    with pytest.raises(jt.NonFiniteLossError, match=r"gradient norm became .* epoch 1, step 2"):
+        jt.fit(state, data, loss_fn=root_loss, batch_size=1, epochs=1, checkpoint_dir=tmp_path)
+    assert not list(tmp_path.iterdir())
+
+
+def test_the_flags_reach_the_run(tmp_path: Path) -> None:
+    from jaxtrain.command import Safety
+
+    config = mnist.Config(
+        dataset="digits",
+        epochs=2,
+        learning_rate=1e5,
+        log_interval=0,
+        output_dir=tmp_path,
+        safety=Safety(max_gradient_norm=1e-7, on_nonfinite="skip"),
+    )
+    summary = mnist.run(config)  # without clipping, this rate ends in NaN
+    assert math.isfinite(summary["train_loss"])
+    header, *rows = (tmp_path / "history.csv").read_text().splitlines()
+    assert {"gradient_norm", "skipped_steps"} <= set(header.split(","))
+    assert len(rows) == 2
+    written = json.loads((tmp_path / "config.json").read_text())
+    assert written["safety"]["max_gradient_norm"] == 1e-7
+
+
+@pytest.mark.parametrize("field", ["inputs", "targets"])
+@pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
+@pytest.mark.parametrize("kind", [np.asarray, jnp.asarray])
+def test_values_that_are_not_finite_are_found(field: str, bad: float, kind) -> None:
+    arrays = {"inputs": np.ones((4, 3), np.float32), "targets": np.ones((4, 1), np.float32)}
+    arrays[field][2, -1] = bad
+    data = jt.Dataset(**{name: kind(array) for name, array in arrays.items()})
+    column = arrays[field].shape[1] - 1
+    message = rf"train_data\.{field} holds {bad} at \[2, {column}\]; expected finite numbers"
+    with pytest.raises(jt.InputError, match=message):
+        check_values(data, "train_data")
+    with pytest.raises(jt.InputError, match=message):
+        jt.fit(line([0.0])[0], data, loss_fn=MSE)
+
+
+@pytest.mark.parametrize("array", [np.array([1 + 2j]), np.array(["a"]), np.array([object()])])
+def test_what_is_no_number_is_refused(array: np.ndarray) -> None:
+    with pytest.raises(jt.InputError, match=r"data\.inputs has the element type .*real numbers"):
+        check_values(jt.Dataset(array, np.zeros(1)), "data")
+
+
+def test_bytes_truths_and_half_precision_are_numbers() -> None:
+    for dtype in (np.uint8, bool, jnp.bfloat16, np.float16, np.int32):
+        check_values(jt.Dataset(jnp.ones(3, dtype), np.zeros(3)), "data")
