@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import subprocess
 import sys
 import tempfile
 import warnings
@@ -11,11 +12,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, get_args
 
+import numpy as np
+
 from benchmarks import machine, report, suites
 from benchmarks.problem import random_images, read_mnist
 from jaxtrain import command
 from jaxtrain.data.mnist import locate_files
 from jaxtrain.errors import InputError
+from jaxtrain.folders import make_folder, write_whole
 
 Suite = Literal["step", "epoch", "growth", "run", "sweep", "memory"]
 PeerName = Literal[
@@ -63,12 +67,48 @@ def run(config: Config) -> dict[str, Any]:
     file = config.json or config.output_dir / "results.json"
     if file.is_dir():
         raise InputError(f"--json is the folder {file}; expected a file")
-    check_writable(config.output_dir, file.parent)  # now, not when hours are measured
+    make_folder(config.output_dir, "output folder", "--output-dir")  # not when hours are measured
+    make_folder(file.parent, "folder of the readings", "--json")
     if config.quick:
         folder, (images, labels) = None, random_images(1280)
     else:
         folder = locate_files("mnist", config.data_dir)
         images, labels = read_mnist(folder, "train")
+    if len(config.suite) > 1 and not config.quick:
+        results = each_in_its_own_process(config, folder, file)
+    else:
+        results = measure(config, folder, images, labels, file)
+    pictures = report.draw(results, config.output_dir)
+    print(report.machine_line(results))
+    print(f"results: {', '.join(map(str, [file, *pictures]))}")
+    return results
+
+
+def each_in_its_own_process(config: Config, folder: Path | None, file: Path) -> dict[str, Any]:
+    """Measure suite by suite, each undisturbed by the threads that another's peers leave behind."""
+    results: dict[str, Any] = {}
+    for suite in config.suite:
+        with tempfile.TemporaryDirectory() as scratch:
+            readings = Path(scratch) / "readings.json"
+            command_line = [
+                *(sys.executable, "-m", "benchmarks", "--suite", suite, "--peers", *config.peers),
+                *("--rounds", str(config.rounds), "--data-dir", str(folder)),
+                *("--json", str(readings), "--output-dir", scratch),
+            ]
+            finished = subprocess.run(command_line, stdout=subprocess.DEVNULL, check=False)
+            if finished.returncode:
+                sys.exit(finished.returncode)  # it has said why
+            found = json.loads(readings.read_text())
+        results = {**found, **results, "rows": results.get("rows", []) + found["rows"]}
+        write_json(file, results)  # suite by suite: nothing measured is lost
+        report.print_suite(results, suite)
+    return results
+
+
+def measure(
+    config: Config, folder: Path | None, images: np.ndarray, labels: np.ndarray, file: Path
+) -> dict[str, Any]:
+    """Measure in this process."""
     machine.same_terms(cached=config.quick)
     names = [name for name in config.peers if not (config.quick and name == suites.SLOW_COMPILER)]
     settings = suites.Settings(
@@ -84,38 +124,15 @@ def run(config: Config) -> dict[str, Any]:
     for suite in config.suite:
         for row in suites.SUITES[suite](settings):
             results["rows"].append(dataclasses.asdict(row))
-        write_json(file, results)  # suite by suite: nothing measured is lost
+        write_json(file, results)
         report.print_suite(results, suite)
-    pictures = report.draw(results, config.output_dir)
-    print(report.machine_line(results))
-    print(f"results: {', '.join(map(str, [file, *pictures]))}")
     return results
-
-
-def check_writable(*folders: Path) -> None:
-    """Make the folders and see that files can be written there.
-
-    Raises:
-      InputError: they cannot.
-    """
-    for folder in folders:
-        try:
-            folder.mkdir(parents=True, exist_ok=True)
-            with tempfile.TemporaryFile(dir=folder):
-                pass
-        except OSError as error:
-            raise InputError(
-                f"the output folder {folder} cannot be written ({error.strerror}); expected one "
-                "that can, by --output-dir or --json"
-            ) from error
 
 
 def write_json(path: Path, results: dict[str, Any]) -> None:
     """Write the readings so far, whole or not at all."""
-    partial = path.with_name(f"{path.name}.partial")
     rounded = json.loads(json.dumps(results), parse_float=lambda text: float(f"{float(text):.6g}"))
-    partial.write_text(json.dumps(rounded, indent=1) + "\n")
-    partial.replace(path)
+    write_whole(path, (json.dumps(rounded, indent=1) + "\n").encode())
 
 
 if __name__ == "__main__":
