@@ -12,9 +12,9 @@ import numpy as np
 from matplotlib.figure import Figure
 
 import jaxtrain as jt
-from jaxtrain import command, plots, progress, runs
-from jaxtrain.command import Comparison
-from jaxtrain.fit import Event
+from jaxtrain import command, devices, plots, progress, runs, tables
+from jaxtrain.events import Event
+from jaxtrain.tables import Comparison
 
 LOSS = jt.losses.mean_squared_error
 # The gradient is overwritten in the tutorial's loop over examples: what is left is the last
@@ -37,7 +37,7 @@ class Config:
     """Batch descent as the tutorial's listing has it: only the last example's gradient counts."""
     seed: int = 42
     """Nothing is drawn at random here; every experiment takes one."""
-    device: command.Device = "auto"
+    device: devices.Device = "auto"
     """Where to compute; auto takes a GPU where there is one."""
     compilation_cache: bool = True
     """Keep compiled programs in the user's cache folder, so that the next run starts sooner."""
@@ -53,10 +53,9 @@ class Config:
 
 def run(config: Config) -> dict[str, Any]:
     """Fit y = w x to (1, 2), (2, 4), (3, 6) from w = 1, in float64 as the tutorial does."""
-    command.set_up_jax(config.device, config.compilation_cache)
+    devices.set_up_jax(config.device, config.compilation_cache)
+    folder = command.output_folder(config)
     # The tutorial computes in Python's float64.
-    goes_on = config.safety.goes_on(config.output_dir)
-    folder = runs.RunFolder(config.output_dir, config, overwrite=config.overwrite, goes_on=goes_on)
     with jax.enable_x64(True), folder:
         data = jt.data.points_on_line(2.0)
         batch = descend(
@@ -91,7 +90,7 @@ def run(config: Config) -> dict[str, Any]:
             stochastic_weight=stochastic[-1],
             figures=[row._asdict() for row in comparisons],
         )
-    command.print_comparisons("T3: gradient descent", comparisons, config.output_dir)
+    tables.print_comparisons("T3: gradient descent", comparisons, config.output_dir)
     return summary
 
 

@@ -13,10 +13,10 @@ from jax.typing import ArrayLike
 from matplotlib.figure import Figure
 
 import jaxtrain as jt
-from jaxtrain import command, plots, runs
+from jaxtrain import command, devices, plots, tables
 from jaxtrain.checks import check_whole
-from jaxtrain.command import Comparison
 from jaxtrain.minimize import STOPS, Minimum
+from jaxtrain.tables import Comparison
 
 LOSS = jt.losses.squared_error_sum
 RATES = (0.0003, 0.003, 0.01, 0.025, 0.04, 0.05)
@@ -36,7 +36,7 @@ class Config:
     """Stop where the sum of squared errors falls below."""
     seed: int = 42
     """Decides the data, 20 noisy points of y = 3 x + 1 with x in 0 … 1."""
-    device: command.Device = "auto"
+    device: devices.Device = "auto"
     """Where to compute; auto takes a GPU where there is one."""
     compilation_cache: bool = True
     """Keep compiled programs in the user's cache folder, so that the next run starts sooner."""
@@ -50,13 +50,13 @@ class Config:
 
 def run(config: Config) -> dict[str, Any]:
     """Descend the sum of squared errors at each rate until a threshold, a limit, or divergence."""
-    command.set_up_jax(config.device, config.compilation_cache)
+    devices.set_up_jax(config.device, config.compilation_cache)
     check_whole(config.seed, "seed", least=0, most=2**32 - 1)
     if not config.learning_rates:
         raise jt.InputError("learning_rates is empty; expected at least one, 0.025 for instance")
     for rate in config.learning_rates:
         jt.optimizers.make(config.optimizer, rate)  # under vmap there is no value to check
-    with runs.RunFolder(config.output_dir, config, overwrite=config.overwrite) as folder:
+    with command.output_folder(config) as folder:
         data = jt.data.noisy_line(20, 3.0, 1.0, 0.08, seed=config.seed, width=1.0)
         result = descend(config, data)
         folder.start()
@@ -92,8 +92,8 @@ def run(config: Config) -> dict[str, Any]:
         f"rate {rate:g}": f"{stop} after {steps} steps, loss {loss:.6g}"
         for rate, stop, steps, loss in zip(rates, stops, result.steps, result.loss, strict=True)
     }
-    command.print_table("T4: learning rates", rows)
-    command.print_comparisons("T4: figures", comparisons, config.output_dir)
+    tables.print_table("T4: learning rates", rows)
+    tables.print_comparisons("T4: figures", comparisons, config.output_dir)
     return summary
 
 

@@ -12,9 +12,10 @@ import numpy as np
 from matplotlib.figure import Figure
 
 import jaxtrain as jt
-from jaxtrain import command, plots, progress, runs
-from jaxtrain.command import Comparison
-from jaxtrain.fit import Event, History
+from jaxtrain import command, devices, plots, progress, runs, tables
+from jaxtrain.events import Event
+from jaxtrain.history import History
+from jaxtrain.tables import Comparison
 
 LOSSES = {
     "mean_absolute_error": jt.losses.mean_absolute_error,
@@ -59,7 +60,7 @@ class Config:
     """published: the tutorial's weight and bias. random: a normal draw from the seed."""
     seed: int = 42
     """Decides a random start."""
-    device: command.Device = "auto"
+    device: devices.Device = "auto"
     """Where to compute; auto takes a GPU where there is one."""
     compilation_cache: bool = True
     """Keep compiled programs in the user's cache folder, so that the next run starts sooner."""
@@ -75,15 +76,13 @@ class Config:
 
 def run(config: Config) -> dict[str, Any]:
     """Fit y = weight · x + bias to 40 points of y = 0.7 x + 0.3 and test it on the next 10."""
-    command.set_up_jax(config.device, config.compilation_cache)
-    goes_on = config.safety.goes_on(config.output_dir)
-    with runs.RunFolder(
-        config.output_dir, config, overwrite=config.overwrite, goes_on=goes_on
-    ) as folder:
+    devices.set_up_jax(config.device, config.compilation_cache)
+    with command.output_folder(config) as folder:
         train_data, test_data = jt.data.line(WEIGHT, BIAS)
         before, after, history, path = train(config, train_data, test_data, folder)
         comparisons = compare(config, history, path)
         final = jt.evaluate(after, test_data, LOSSES[config.loss])
+        folder.write_model(after)
         write_pictures(config, folder, train_data, test_data, before, after, history, path)
         summary = folder.write_summary(
             experiment="linear_regression",
@@ -97,7 +96,7 @@ def run(config: Config) -> dict[str, Any]:
             figures=[row._asdict() for row in comparisons],
         )
     print_result(summary)
-    command.print_comparisons("T1: the tutorial's figures", comparisons, config.output_dir)
+    tables.print_comparisons("T1: the tutorial's figures", comparisons, config.output_dir)
     return summary
 
 
@@ -223,7 +222,7 @@ def draw_last_epochs(path: np.ndarray, epochs: int = 40) -> Figure:
 def print_result(summary: dict[str, Any]) -> None:
     """Print the result."""
     train_loss = summary["train_loss"]
-    command.print_table(
+    tables.print_table(
         "T1: linear regression",
         {
             "epochs": str(summary["epochs"]),

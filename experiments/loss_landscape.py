@@ -13,8 +13,8 @@ import numpy as np
 from matplotlib.figure import Figure
 
 import jaxtrain as jt
-from jaxtrain import command, plots, runs
-from jaxtrain.command import Comparison
+from jaxtrain import command, devices, plots, tables
+from jaxtrain.tables import Comparison
 
 LOSS = jt.losses.mean_squared_error
 PARAMETERS = jnp.linspace(0, 4, 41)  # 0.0, 0.1, … 4.0 of both weight and bias
@@ -28,7 +28,7 @@ class Config:
     """Draw the surface that the tutorial drew: the last example's loss over 3, not the mean."""
     seed: int = 42
     """Nothing is drawn at random here; every experiment takes one."""
-    device: command.Device = "auto"
+    device: devices.Device = "auto"
     """Where to compute; auto takes a GPU where there is one."""
     compilation_cache: bool = True
     """Keep compiled programs in the user's cache folder, so that the next run starts sooner."""
@@ -42,8 +42,8 @@ class Config:
 
 def run(config: Config) -> dict[str, Any]:
     """Evaluate the mean squared error at 41 weights, and at 41 x 41 weights and biases, by vmap."""
-    command.set_up_jax(config.device, config.compilation_cache)
-    with runs.RunFolder(config.output_dir, config, overwrite=config.overwrite) as folder:
+    devices.set_up_jax(config.device, config.compilation_cache)
+    with command.output_folder(config) as folder:
         folder.start()
         curve = jax.jit(jax.vmap(loss_of(jt.data.points_on_line(2.0)), in_axes=(0, None)))(
             PARAMETERS, 0.0
@@ -66,7 +66,7 @@ def run(config: Config) -> dict[str, Any]:
             test_loss=None,
             figures=[row._asdict() for row in comparisons],
         )
-    command.print_comparisons("T3: the loss landscape", comparisons, config.output_dir)
+    tables.print_comparisons("T3: the loss landscape", comparisons, config.output_dir)
     return summary
 
 

@@ -13,8 +13,8 @@ import numpy as np
 from matplotlib.figure import Figure
 
 import jaxtrain as jt
-from jaxtrain import command, plots, runs
-from jaxtrain.command import Comparison
+from jaxtrain import command, devices, plots, tables
+from jaxtrain.tables import Comparison
 
 
 @dataclass(frozen=True)
@@ -25,7 +25,7 @@ class Config:
     """λ of the weighted sum |error| + λ error²."""
     seed: int = 42
     """Nothing is drawn at random here; every experiment takes one."""
-    device: command.Device = "auto"
+    device: devices.Device = "auto"
     """Where to compute; auto takes a GPU where there is one."""
     compilation_cache: bool = True
     """Keep compiled programs in the user's cache folder, so that the next run starts sooner."""
@@ -39,8 +39,8 @@ class Config:
 
 def run(config: Config) -> dict[str, Any]:
     """Draw every loss, and check cases whose value is known."""
-    command.set_up_jax(config.device, config.compilation_cache)
-    with runs.RunFolder(config.output_dir, config, overwrite=config.overwrite) as folder:
+    devices.set_up_jax(config.device, config.compilation_cache)
+    with command.output_folder(config) as folder:
         curves = [by_error(config.weight), by_angle(), by_logit()]
         folder.start()
         columns = {name: values for _, _, lines in curves for name, values in lines.items()}
@@ -56,7 +56,7 @@ def run(config: Config) -> dict[str, Any]:
             test_loss=None,
             figures=[row._asdict() for row in comparisons],
         )
-    command.print_comparisons("T2: losses by hand", comparisons, config.output_dir)
+    tables.print_comparisons("T2: losses by hand", comparisons, config.output_dir)
     return summary
 
 

@@ -13,11 +13,11 @@ import numpy as np
 from matplotlib.figure import Figure
 
 import jaxtrain as jt
-from jaxtrain import command, plots, runs
+from jaxtrain import command, devices, plots, runs, tables
 from jaxtrain.checks import check_whole
-from jaxtrain.command import Comparison
-from jaxtrain.fit import EpochDone, Event, Resumed, StepsDone
+from jaxtrain.events import EpochDone, Event, Resumed, StepsDone
 from jaxtrain.folders import write_whole
+from jaxtrain.tables import Comparison
 
 LOSS = jt.losses.mean_squared_error
 # What torch.randn gives after torch.manual_seed(0): the start of the reference runs.
@@ -41,7 +41,7 @@ class Config:
     """Every step on the whole data set, as the tutorial's loop computes."""
     seed: int = 0
     """Decides the order of the points."""
-    device: command.Device = "auto"
+    device: devices.Device = "auto"
     """Where to compute; auto takes a GPU where there is one."""
     compilation_cache: bool = True
     """Keep compiled programs in the user's cache folder, so that the next run starts sooner."""
@@ -57,18 +57,16 @@ class Config:
 
 def run(config: Config) -> dict[str, Any]:
     """Fit y = w x + b to 150 noisy points of y = 2 x + 6, in batches of 20."""
-    command.set_up_jax(config.device, config.compilation_cache)
+    devices.set_up_jax(config.device, config.compilation_cache)
     check_whole(config.log_interval, "log_interval", least=0)
     check_whole(config.epochs, "epochs", least=0)
-    goes_on = config.safety.goes_on(config.output_dir)
-    with runs.RunFolder(
-        config.output_dir, config, overwrite=config.overwrite, goes_on=goes_on
-    ) as folder:
+    with command.output_folder(config) as folder:
         data = jt.data.noisy_line(150, 2.0, 6.0, 0.3, seed=100, width=5.0)
         state, path = train(config, data, folder)
         mean_squared_error = jt.evaluate(state, data, LOSS)["loss"].item()
         weight, bias = map(float, path[-1])
         comparisons = compare(config, data, weight, bias, mean_squared_error)
+        folder.write_model(state)
         folder.write_picture("fit.png", draw_fit(data, path))
         folder.write_picture("path.png", draw_path(data, path, config.as_published))
         summary = folder.write_summary(
@@ -82,7 +80,7 @@ def run(config: Config) -> dict[str, Any]:
             bias=bias,
             figures=[row._asdict() for row in comparisons],
         )
-    command.print_comparisons("T5: mini-batches", comparisons, config.output_dir)
+    tables.print_comparisons("T5: mini-batches", comparisons, config.output_dir)
     return summary
 
 

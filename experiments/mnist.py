@@ -13,12 +13,13 @@ import numpy as np
 import optax
 
 import jaxtrain as jt
-from jaxtrain import command, plots, progress, runs
+from jaxtrain import command, devices, plots, progress, runs, tables
 from jaxtrain.checks import check_whole
-from jaxtrain.command import Comparison
 from jaxtrain.epochs import num_steps
-from jaxtrain.fit import Event, History
+from jaxtrain.events import Event
+from jaxtrain.history import History
 from jaxtrain.optimizers import LearningRate
+from jaxtrain.tables import Comparison
 
 LOSS = jt.losses.cross_entropy
 METRICS = {"accuracy": jt.metrics.accuracy}
@@ -79,7 +80,7 @@ class Config:
     """Decides the start, the order of examples and the dropout."""
     shuffle: bool = True
     """Shuffle the examples every epoch, or take them in stored order."""
-    device: command.Device = "auto"
+    device: devices.Device = "auto"
     """Where to compute; auto takes a GPU where there is one."""
     compilation_cache: bool = True
     """Keep compiled programs in the user's cache folder, so that the next run starts sooner."""
@@ -95,11 +96,8 @@ class Config:
 
 def run(config: Config) -> dict[str, Any]:
     """Train the T2 network (784-256-128-64-10, ReLU, dropout), testing it after each epoch."""
-    command.set_up_jax(config.device, config.compilation_cache)
-    goes_on = config.safety.goes_on(config.output_dir)
-    with runs.RunFolder(
-        config.output_dir, config, overwrite=config.overwrite, goes_on=goes_on
-    ) as folder:
+    devices.set_up_jax(config.device, config.compilation_cache)
+    with command.output_folder(config) as folder:
         data = jt.data.load_resolved(config.dataset, config.data_dir)
         if data.notice is not None:
             print(f"This is not MNIST but scikit-learn's digits: {data.notice}.", file=sys.stderr)
@@ -107,6 +105,7 @@ def run(config: Config) -> dict[str, Any]:
         state, history = train(config, data, folder)
 
         logits = jt.predict(state, data.test.inputs, batch_size=config.test_batch_size)
+        folder.write_model(state)
         write_pictures(folder, data, history, logits)
         comparisons = compare(config, data, history)
         kept = kept_epoch(config, history)
@@ -123,7 +122,7 @@ def run(config: Config) -> dict[str, Any]:
             figures=[row._asdict() for row in comparisons],
         )
     print_result(data, summary)
-    command.print_comparisons("T2: PyTorch's figures", comparisons, config.output_dir)
+    tables.print_comparisons("T2: PyTorch's figures", comparisons, config.output_dir)
     return summary
 
 
@@ -260,7 +259,7 @@ def compare(config: Config, data: jt.data.Resolved, history: History) -> list[Co
 
 def print_result(data: jt.data.Resolved, summary: dict[str, Any]) -> None:
     """Print the result."""
-    command.print_table(
+    tables.print_table(
         "T2: a feed-forward network",
         {
             "data set": data.name + ("" if data.notice is None else " (this is not MNIST)"),

@@ -13,9 +13,10 @@ import optax
 from matplotlib.figure import Figure
 
 import jaxtrain as jt
-from jaxtrain import command, plots, runs
+from jaxtrain import command, devices, plots, runs, tables
 from jaxtrain.checks import check_whole
-from jaxtrain.fit import Event, History
+from jaxtrain.events import Event
+from jaxtrain.history import History
 
 LOSS = jt.losses.cross_entropy
 METRICS = {"accuracy": jt.metrics.accuracy}
@@ -54,7 +55,7 @@ class Config:
     """Examples a step; rprop and lbfgs take all."""
     seed: int = 42
     """Decides the start and the order of examples, the same for every solver."""
-    device: command.Device = "auto"
+    device: devices.Device = "auto"
     """Where to compute; auto takes a GPU where there is one."""
     compilation_cache: bool = True
     """Keep compiled programs in the user's cache folder, so that the next run starts sooner."""
@@ -70,14 +71,11 @@ class Config:
 
 def run(config: Config) -> dict[str, Any]:
     """Train the T2 network, without dropout, by each solver; each first chooses its rate."""
-    command.set_up_jax(config.device, config.compilation_cache)
+    devices.set_up_jax(config.device, config.compilation_cache)
     check_whole(config.epochs, "epochs", least=1)
     check_whole(config.sweep_epochs, "sweep_epochs", least=1)
     check_whole(config.log_interval, "log_interval", least=0)
-    goes_on = config.safety.goes_on(config.output_dir)
-    with runs.RunFolder(
-        config.output_dir, config, overwrite=config.overwrite, goes_on=goes_on
-    ) as folder:
+    with command.output_folder(config) as folder:
         data = jt.data.load_resolved(config.dataset, config.data_dir)
         if data.notice is not None:
             print(f"This is not MNIST but scikit-learn's digits: {data.notice}.", file=sys.stderr)
@@ -115,7 +113,7 @@ def run(config: Config) -> dict[str, Any]:
                 for name, (rate, history, seconds) in results.items()
             },
         )
-    command.print_summary(
+    tables.print_summary(
         f"T2: solvers on {data.name}, {config.epochs} passes", rows, config.output_dir
     )
     return summary

@@ -22,8 +22,8 @@ from experiments import (
     mnist,
     optimizers,
 )
-from jaxtrain import command
-from jaxtrain.command import Comparison
+from jaxtrain import command, devices, tables
+from jaxtrain.tables import Comparison
 
 # What the default run on digits is to reach; there is no tutorial on them.
 DIGITS_ACCURACY = 0.9
@@ -37,7 +37,7 @@ class Config:
     """For T2. auto: MNIST where it can be had, else scikit-learn's digits."""
     data_dir: Path | None = None
     """Folder of the IDX files; None takes $JAXTRAIN_DATA_DIR, then the cache, then downloads."""
-    device: command.Device = "auto"
+    device: devices.Device = "auto"
     """Where to compute; auto takes a GPU where there is one."""
     output_dir: Path = Path("runs/tutorials")
     """Each tutorial's results go to a subfolder."""
@@ -54,7 +54,7 @@ def run(config: Config) -> None:
     for heading in ("original", "ours", "difference", "tolerance"):
         table.add_column(heading, justify="right")
     for (tutorial, row), cells in zip(
-        rows, command.comparison_rows(row for _, row in rows), strict=True
+        rows, tables.comparison_rows(row for _, row in rows), strict=True
     ):
         table.add_row(tutorial, *cells, f"{row.tolerance:g}")
     Console(highlight=False, width=110).print(table)

@@ -1,26 +1,29 @@
-"""Checkpoints: a run between two of its epochs, on disk, whole or not at all."""
+"""Checkpoints: the folder from which a run goes on, written in the background."""
 
 from __future__ import annotations
 
 import contextlib
-import errno
-import hashlib
 import json
-import logging
 import os
 import re
-import shutil
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal
 
-import jax
-import jax.numpy as jnp
 import numpy as np
-from jaxtyping import PyTree
 
+from jaxtrain.checkpoint_files import (
+    Checkpoint,
+    DamagedError,
+    first_line,
+    flatten,
+    read_checkpoint,
+    synchronize,
+    unflatten,
+    write_checkpoint,
+)
 from jaxtrain.errors import (
     NO_SPACE,
     InputError,
@@ -28,38 +31,17 @@ from jaxtrain.errors import (
     StorageError,
     note_what_is_kept,
 )
-from jaxtrain.folders import lock_folder, make_folder
+from jaxtrain.folders import lock_folder, make_folder, remove
 from jaxtrain.state import TrainState
 
 Resume = Literal["auto", "never", "must"]
 
-_FORMAT = 1
-_BLOCK_BYTES = 4096
-_ARRAYS, _RECORD, _SUMS = "arrays", "record.json", "SHA256SUMS"
-_SUM_LINE = re.compile(r"^([0-9a-f]{64})  (.+)$", re.MULTILINE)
 # What the folder is to the user, and the argument that names another.
 _NAMES = ("checkpoint folder", "checkpoint_dir")
 _UNFINISHED, _DAMAGED = ".unfinished", ".damaged"
-
-
-class Checkpoint(NamedTuple):
-    """A run between two epochs.
-
-    Attributes:
-      epoch: the epochs behind it.
-      state: the state after them.
-      history: their history, arrays by name.
-      best_state: the state to return if early stopping ends the run here, or None.
-    """
-
-    epoch: int
-    state: TrainState
-    history: dict[str, np.ndarray]
-    best_state: TrainState | None = None
-
-
-class DamagedError(InputError):
-    """A checkpoint is not what was written."""
+# The entries of an identity that are sums of what other versions and devices change by themselves.
+COMPILED_STEP = "compiled step (of model, loss and optimizer)"
+START = "start (by seed, optimizer and learning rate)"
 
 
 class Checkpoints:
@@ -115,7 +97,7 @@ class Checkpoints:
     def __enter__(self) -> Checkpoints:
         self._lock = lock_folder(self.path, *_NAMES)
         for left in self.path.glob(f"*{_UNFINISHED}"):  # by a run that was killed
-            _remove(left)
+            remove(left)
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="checkpoints")
         return self
 
@@ -160,7 +142,7 @@ class Checkpoints:
         """
         self.wait()
         # Copied off the device here, written there.
-        leaves, record = _flatten(checkpoint)
+        leaves, record = flatten(checkpoint)
         record |= {
             "configuration": self.configuration,
             "identity": self.identity,
@@ -214,13 +196,13 @@ class Checkpoints:
                 continue
             try:
                 self._check_same_run(record, epoch)
-                checkpoint = _unflatten(epoch, record, leaves, like, self._folder(epoch))
+                checkpoint = unflatten(epoch, record, leaves, like, self._folder(epoch))
             except InputError as error:
                 newer = "; newer ones are damaged: " if damaged else ""
                 raise InputError(f"{error}{newer}{'; '.join(damaged.values())}") from error
             for number, reason in damaged.items():
                 aside = self.path / f"{self._folder(number).name}{_DAMAGED}"
-                _remove(aside)
+                remove(aside)
                 os.replace(self._folder(number), aside)
                 warnings.warn(
                     f"the checkpoint of epoch {number} is damaged ({reason}) and was set aside as "
@@ -257,7 +239,7 @@ class Checkpoints:
         if self.identity[START] in record["state_digests"]:
             # The run goes on in the process that wrote it, from the state that it returned.
             forgiven.add(START)
-            self.identity[START] = record["identity"][START]
+            self.identity[START] = record["identity"].get(START)
         found = {
             name: pair for name, pair in differences["identity"].items() if name not in forgiven
         }
@@ -281,23 +263,16 @@ class Checkpoints:
         final = self._folder(epoch)
         scratch = self.path / f"{final.name}{_UNFINISHED}"
         try:
-            _check_room(self.path, leaves)
-            _remove(scratch)
-            scratch.mkdir()
-            _save_arrays(scratch / _ARRAYS, leaves)
-            (scratch / _RECORD).write_text(json.dumps(record, indent=1))
-            sums = _sums({name: _digest_file(scratch / name) for name in _files(scratch)})
-            (scratch / _SUMS).write_text(sums)
-            for path in (*scratch.rglob("*"), scratch):
-                _synchronize(path)
+            remove(scratch)
+            write_checkpoint(scratch, leaves, record)
             self._delete(epoch)
             os.rename(scratch, final)
-            _synchronize(self.path)
+            synchronize(self.path)
         except Exception as error:  # Orbax's and TensorStore's share no base class
-            _remove(scratch)
+            remove(scratch)
             # TensorStore has no class of its own for it.
             full = "No space left" in str(error)
-            reason = NO_SPACE if full else _first_line(error)
+            reason = NO_SPACE if full else first_line(error)
             raise StorageError(final, reason) from error
         for old in self.epochs[: -self.keep]:
             self._delete(old)
@@ -306,15 +281,10 @@ class Checkpoints:
         """Under another name first: cut short, it leaves no half of a checkpoint behind."""
         folder = self._folder(epoch)
         doomed = self.path / f"{folder.name}.old{_UNFINISHED}"
-        _remove(doomed)
+        remove(doomed)
         with contextlib.suppress(OSError):  # an old one too many is no reason to stop
             os.rename(folder, doomed)
-            _remove(doomed)
-
-
-# The entries of an identity that are sums of what other versions and devices change by themselves.
-COMPILED_STEP = "compiled step (of model, loss and optimizer)"
-START = "start (by seed, optimizer and learning rate)"
+            remove(doomed)
 
 
 def checkpoint_folder(path: Path, epoch: int) -> Path:
@@ -328,274 +298,6 @@ def list_epochs(path: Path) -> list[int]:
         return []
     matches = (re.fullmatch("epoch-(0|[1-9][0-9]*)", entry.name) for entry in path.iterdir())
     return sorted(int(match[1]) for match in matches if match)
-
-
-def read_checkpoint(folder: Path) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
-    """The record and the arrays of one checkpoint, after its sums were found right.
-
-    Raises:
-      DamagedError: they were not, or the files are none that `Checkpoints` writes.
-      InputError: it cannot be read now, or is of another version's format.
-    """
-    check_sums(folder)
-    try:
-        record = json.loads((folder / _RECORD).read_bytes())
-        if record["format"] != _FORMAT:
-            raise InputError(
-                f"{folder} has the format {record['format']}, this jaxtrain has {_FORMAT}; "
-                "expected a checkpoint of this version, or another checkpoint_dir"
-            )
-        _check_record(record)
-        targets = {
-            name: np.empty([int(length) for length in spec["shape"]], _dtype(spec["dtype"]))
-            for name, spec in record["stored"].items()
-        }
-        leaves = _load_arrays(folder / _ARRAYS, targets)
-        wrong = [name for name, target in targets.items() if not _alike(leaves[name], target)]
-    except InputError:  # DamagedError among them
-        raise
-    except MemoryError as error:
-        raise InputError(f"{folder} needs more memory than there is") from error
-    except Exception as error:  # of JSON, NumPy, Orbax or TensorStore
-        raise DamagedError(f"{folder} cannot be read: {_first_line(error)}") from error
-    if wrong:
-        raise DamagedError(f"{folder} holds arrays unlike those of its record")
-    return record, leaves
-
-
-def _check_record(record: dict[str, Any]) -> None:
-    """Raise something unless a record has what `_flatten` and `save` write."""
-    for name in ("configuration", "identity", "versions", "stored", "trees"):
-        if not isinstance(record[name], dict):
-            raise TypeError(f"{name} is no object")
-    if START not in record["identity"]:
-        raise KeyError(START)
-    names = [f"history_{number}" for number, _ in enumerate(record["history"])]
-    for tree_name in ("state", *record["trees"]):
-        for number, spec in enumerate(record["trees"][tree_name]):
-            names.append(f"{tree_name}_{number}")
-            if set(spec) != {"path", "dtype", "shape", "key"}:
-                raise TypeError(f"{names[-1]} is no leaf")
-    if not all(isinstance(name, str) for name in record["history"]):
-        raise TypeError("a column has no name")
-    if not set(names) <= set(record["stored"]):
-        raise KeyError("a leaf is not stored")
-    bool(record["best_is_last"]), list(record["state_digests"])
-
-
-def check_sums(folder: Path) -> None:
-    """Raise DamagedError unless a folder holds just the files of its SHA256SUMS, unchanged.
-
-    Raises:
-      InputError: a file is there and cannot be read.
-    """
-    try:
-        text = (folder / _SUMS).read_bytes().decode()
-        listed = {name: found for found, name in _SUM_LINE.findall(text)}
-        # As it was written, to the byte: lines that end otherwise, or twice, are damage, too.
-        if not listed or text != _sums(listed):
-            raise DamagedError(f"{folder / _SUMS} is no list of sums")
-        found = {name for name in _files(folder) if name != _SUMS}
-        for name in sorted({*listed, *found}):
-            if name not in found:
-                raise DamagedError(f"{folder / name} is missing")
-            if name not in listed:
-                raise DamagedError(f"{folder / name} is in no list of sums")
-            if _digest_file(folder / name) != listed[name]:
-                raise DamagedError(f"{folder / name} has changed")
-    except UnicodeDecodeError as error:
-        raise DamagedError(f"{folder / _SUMS} is no list of sums") from error
-    except (FileNotFoundError, NotADirectoryError, IsADirectoryError) as error:
-        raise DamagedError(f"{error.filename or folder} is missing") from error
-    except OSError as error:
-        raise InputError(f"{folder} cannot be read ({error.strerror or error})") from error
-
-
-def _sums(sums: Mapping[str, str]) -> str:
-    """As sha256sum writes them, in the order of the names."""
-    return "".join(f"{sums[name]}  {name}\n" for name in sorted(sums))
-
-
-def digest(tree: PyTree) -> str:
-    """A short sum of the values, types and shapes of all leaves."""
-    found = hashlib.sha256()
-    for leaf in jax.tree.leaves(tree):
-        array = _to_host(leaf)
-        found.update(f"{array.dtype}{array.shape}".encode())
-        found.update(np.ascontiguousarray(array).reshape(-1).view(np.uint8).data)
-    return found.hexdigest()[:16]
-
-
-def _flatten(checkpoint: Checkpoint) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
-    """All arrays of a checkpoint by number or name, and what is needed to put them back."""
-    leaves: dict[str, np.ndarray] = {}
-    record: dict[str, Any] = {"format": _FORMAT, "epoch": checkpoint.epoch, "trees": {}}
-    states = {"state": checkpoint.state, "best_state": checkpoint.best_state}
-    record["best_is_last"] = checkpoint.best_state is checkpoint.state
-    if record["best_is_last"]:
-        del states["best_state"]
-    for tree_name, state in states.items():
-        if state is not None:
-            paths = jax.tree_util.tree_leaves_with_path(state)
-            record["trees"][tree_name] = [_spec(path, leaf) for path, leaf in paths]
-            leaves |= {
-                f"{tree_name}_{number}": _to_host(leaf) for number, (_, leaf) in enumerate(paths)
-            }
-    record["state_digests"] = [digest(state) for state in states.values() if state is not None]
-    record["history"] = list(checkpoint.history)
-    leaves |= {
-        f"history_{number}": np.asarray(column)
-        for number, column in enumerate(checkpoint.history.values())
-    }
-    record["stored"] = {
-        name: {"dtype": leaf.dtype.name, "shape": leaf.shape} for name, leaf in leaves.items()
-    }
-    return leaves, record
-
-
-def _unflatten(
-    epoch: int,
-    record: dict[str, Any],
-    leaves: dict[str, np.ndarray],
-    like: TrainState,
-    folder: Path,
-) -> Checkpoint:
-    paths = jax.tree_util.tree_leaves_with_path(like)
-    treedef = jax.tree.structure(like)
-
-    def tree(name: str) -> TrainState:
-        stored, expected = record["trees"][name], [_spec(path, leaf) for path, leaf in paths]
-        if len(stored) != len(expected):
-            raise InputError(
-                f"{folder} has a {name} of {len(stored)} arrays, the model and optimizer have "
-                f"{len(expected)}; expected the same model and optimizer"
-            )
-        for ours, theirs in zip(expected, stored, strict=True):
-            if ours != theirs:
-                raise InputError(
-                    f"{folder} has {_describe(theirs)}, the model and optimizer have "
-                    f"{_describe(ours)}; expected the same model and optimizer"
-                )
-        values = [
-            _to_device(leaves[f"{name}_{number}"], spec, leaf)
-            for number, (spec, (_, leaf)) in enumerate(zip(stored, paths, strict=True))
-        ]
-        return jax.tree.unflatten(treedef, values)
-
-    last = tree("state")
-    best = tree("best_state") if "best_state" in record["trees"] else None
-    return Checkpoint(
-        epoch,
-        last,
-        {name: leaves[f"history_{number}"] for number, name in enumerate(record["history"])},
-        last if record["best_is_last"] else best,
-    )
-
-
-def _spec(path: tuple[Any, ...], leaf: Any) -> dict[str, Any]:
-    array = jnp.asarray(leaf)
-    is_key = jnp.issubdtype(array.dtype, jax.dtypes.prng_key)
-    return {
-        "path": jax.tree_util.keystr(path),
-        "dtype": str(array.dtype),
-        "shape": list(array.shape),
-        "key": str(jax.random.key_impl(array)) if is_key else None,
-    }
-
-
-def _describe(spec: dict[str, Any]) -> str:
-    return f"{spec['path']} of {spec['dtype']}{spec['shape']}"
-
-
-def _to_host(leaf: Any) -> np.ndarray:
-    array = jnp.asarray(leaf) if not isinstance(leaf, np.ndarray) else leaf
-    if jnp.issubdtype(array.dtype, jax.dtypes.prng_key):
-        array = jax.random.key_data(array)
-    return np.asarray(array)
-
-
-def _to_device(array: np.ndarray, spec: dict[str, Any], like: Any) -> jax.Array:
-    value = jnp.asarray(array)
-    if spec["key"]:
-        value = jax.random.wrap_key_data(value, impl=spec["key"])
-    if isinstance(like, jax.Array) and like.committed:
-        value = jax.device_put(value, like.sharding)
-    return value
-
-
-def _save_arrays(path: Path, leaves: dict[str, np.ndarray]) -> None:
-    full = {name: leaf for name, leaf in leaves.items() if leaf.size}
-    with _orbax() as (checkpointer, args):
-        checkpointer.save(path, args=args.PyTreeSave(full))
-
-
-def _load_arrays(path: Path, targets: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
-    # Orbax has no arrays without elements.
-    full = {name: target for name, target in targets.items() if target.size}
-    with _orbax() as (checkpointer, args):
-        return {**targets, **checkpointer.restore(path, args=args.PyTreeRestore(full))}
-
-
-@contextlib.contextmanager
-def _orbax() -> Iterator[tuple[Any, Any]]:
-    import orbax.checkpoint as ocp
-
-    logger = logging.getLogger("absl")
-    logger.addFilter(_is_not_of_orbax)
-    try:
-        # One file an array: with TensorStore's database of arrays (OCDBT) the process would grow by
-        # some KiB at every save.
-        with ocp.Checkpointer(ocp.PyTreeCheckpointHandler(use_ocdbt=False)) as checkpointer:
-            yield checkpointer, ocp.args
-    finally:
-        logger.removeFilter(_is_not_of_orbax)
-
-
-def _is_not_of_orbax(record: logging.LogRecord) -> bool:
-    """Orbax logs with a traceback what it also raises, and that it merges no OCDBT."""
-    return "orbax" not in record.pathname
-
-
-def _alike(array: np.ndarray, target: np.ndarray) -> bool:
-    return array.dtype == target.dtype and array.shape == target.shape
-
-
-def _dtype(name: str) -> np.dtype:
-    # Through JAX, which knows bfloat16 and its like by name; np.dtype would also take "object".
-    dtype = np.dtype(jnp.dtype(name))
-    if dtype.hasobject:
-        raise DamagedError(f"the element type {name} is none of numbers")
-    return dtype
-
-
-def _files(folder: Path) -> list[str]:
-    """Every file below, as a relative path."""
-    return sorted(
-        path.relative_to(folder).as_posix() for path in folder.rglob("*") if not path.is_dir()
-    )
-
-
-def _digest_file(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def _synchronize(path: Path) -> None:
-    """See that a file, or the names in a folder, outlive a power cut."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
-def _check_room(path: Path, leaves: dict[str, np.ndarray]) -> None:
-    """Raise if the arrays will not fit: sooner, and in fewer words, than TensorStore would."""
-    # Each array is two files and a folder, each of whole blocks.
-    needed = sum(leaf.nbytes + 4 * _BLOCK_BYTES for leaf in leaves.values())
-    free = shutil.disk_usage(path).free
-    if free < needed:
-        raise OSError(errno.ENOSPC, f"No space left: {needed} bytes are needed, {free} are free")
 
 
 def _as_json(values: Mapping[str, Any]) -> dict[str, Any]:
@@ -621,15 +323,3 @@ def _in_words(pairs: Mapping[str, tuple[Any, Any]]) -> str:
     return ", ".join(
         f"{name} was {then} and is now {now}" for name, (then, now) in sorted(pairs.items())
     )
-
-
-def _remove(path: Path) -> None:
-    if path.is_dir() and not path.is_symlink():
-        shutil.rmtree(path, ignore_errors=True)
-    else:
-        with contextlib.suppress(OSError):
-            path.unlink()
-
-
-def _first_line(error: BaseException) -> str:
-    return (str(error).splitlines() or [type(error).__name__])[0]

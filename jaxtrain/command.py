@@ -5,20 +5,17 @@ from __future__ import annotations
 import _thread
 import contextlib
 import dataclasses
-import hashlib
-import importlib.util
 import json
 import os
-import platform
 import re
 import signal
 import sys
 import threading
 import time
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any, Literal, NamedTuple, TypeVar
+from typing import Any, Literal, TypeVar
 
 import jax
 from jaxtyping import Array, Key
@@ -33,8 +30,8 @@ from jaxtrain.errors import (
     what_is_kept,
 )
 from jaxtrain.fit import OnNonfinite
+from jaxtrain.runs import RunFolder
 
-Device = Literal["auto", "cpu", "gpu"]
 OptimizerName = Literal["sgd", "adam", "adamw", "rmsprop", "rprop", "adagrad", "adadelta", "lbfgs"]
 Config = TypeVar("Config")
 
@@ -191,97 +188,15 @@ def _one_line(message: str, error: BaseException) -> str:
     return text
 
 
-def select_device(device: Device) -> None:
-    """Make JAX compute on `device` (`auto`: where JAX likes); call it before the first array.
+def output_folder(config: Any) -> RunFolder:
+    """The folder that --output-dir names, as --overwrite and the checkpoints let it be used.
 
     Raises:
-      InputError: a GPU is asked for and JAX sees none.
+      InputError: it cannot be written, or holds a finished run.
     """
-    if device == "cpu":
-        jax.config.update("jax_platforms", "cpu")
-    elif device == "gpu":
-        try:
-            jax.config.update("jax_default_device", jax.devices("gpu")[0])
-        except RuntimeError as error:
-            raise InputError(
-                "--device is gpu, but "
-                + missing_gpu_advice(has_nvidia_gpu(), has_cuda_plugin())
-                + ", or take --device cpu"
-            ) from error
-
-
-def missing_gpu_advice(gpu: bool, plugin: bool) -> str:
-    """What is missing where JAX sees no GPU, and what to do about it."""
-    if gpu and not plugin:
-        return (
-            "JAX has no CUDA plugin for the NVIDIA GPU of this machine; install it by "
-            "pip install 'jaxtrain[cuda]'"
-        )
-    if gpu:
-        return (
-            "JAX's CUDA plugin cannot use the NVIDIA GPU of this machine; see that nvidia-smi "
-            "lists it, that its driver is recent enough for CUDA 13, and that "
-            "CUDA_VISIBLE_DEVICES and JAX_PLATFORMS do not hide it"
-        )
-    return "this machine has no NVIDIA GPU that its driver lists; expected one (see nvidia-smi)"
-
-
-def has_nvidia_gpu() -> bool:
-    """Whether an NVIDIA driver has a device on this machine."""
-    return any(Path("/dev").glob("nvidia[0-9]*"))
-
-
-def has_cuda_plugin() -> bool:
-    """Whether JAX's CUDA plugin is installed, of whichever CUDA version."""
-    return any(importlib.util.find_spec(f"jax_cuda{version}_plugin") for version in (12, 13))
-
-
-def set_up_jax(device: Device, compilation_cache: bool) -> None:
-    """Choose the device and cache compilations, before the first array.
-
-    Raises:
-      InputError: a GPU is asked for and JAX sees none.
-    """
-    select_device(device)
-    jax.config.update("jax_enable_compilation_cache", compilation_cache)
-    if compilation_cache:
-        cache_compilations()
-
-
-def cache_compilations() -> None:
-    """Keep compiled programs where the next process finds them, by JAX's persistent cache.
-
-    In the folder that $JAX_COMPILATION_CACHE_DIR names, or else in the user's cache folder, apart
-    for each kind of processor, since its programs hold machine code; a folder that cannot be
-    written is left alone. Safe to delete at any time.
-    """
-    from platformdirs import user_cache_path
-
-    if jax.config.jax_compilation_cache_dir is None:  # type: ignore[attr-defined]
-        folder = user_cache_path("jaxtrain") / "compiled" / _processor_kind()
-        try:
-            folder.mkdir(parents=True, exist_ok=True)
-        except OSError:
-            return
-        if not os.access(folder, os.W_OK):
-            return
-        jax.config.update("jax_compilation_cache_dir", str(folder))
-    if "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS" not in os.environ:
-        # JAX keeps only what took a second to compile; here half a second is half of the waiting.
-        jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.05)
-
-
-def _processor_kind() -> str:
-    """A name for processors that run the same machine code."""
-    features = platform.processor()
-    info = Path("/proc/cpuinfo")
-    if info.exists():
-        lines = info.read_text().splitlines()
-        features = next(
-            (line for line in lines if line.startswith(("flags", "Features"))), features
-        )
-    digest = hashlib.sha256(features.encode()).hexdigest()[:12]
-    return f"{platform.machine()}-{digest}"
+    safety = getattr(config, "safety", None)  # of experiments that train by fit
+    goes_on = safety is not None and safety.goes_on(config.output_dir)
+    return RunFolder(config.output_dir, config, overwrite=config.overwrite, goes_on=goes_on)
 
 
 def seed_key(seed: int) -> Key[Array, ""]:
@@ -298,65 +213,3 @@ def has_defaults(config: Any, *names: str) -> bool:
     """Whether these flags were left as they are, so that the tutorial's figures can be expected."""
     fields = {field.name: field.default for field in dataclasses.fields(config)}
     return all(getattr(config, name) == fields[name] for name in names)
-
-
-class Comparison(NamedTuple):
-    """A figure of a tutorial beside ours.
-
-    Attributes:
-      figure: what it is.
-      original: the tutorial's, or PyTorch's where the tutorial runs it.
-      ours: the same from jaxtrain.
-      tolerance: how far apart they may be.
-    """
-
-    figure: str
-    original: float
-    ours: float
-    tolerance: float
-
-    @property
-    def agrees(self) -> bool:
-        """Whether ours is within the tolerance."""
-        return abs(self.ours - self.original) <= self.tolerance
-
-
-def comparison_rows(comparisons: Iterable[Comparison]) -> Iterator[tuple[str, str, str, str]]:
-    """Figure, original, ours and difference as text, with a mark where they disagree."""
-    for row in comparisons:
-        mark = "" if row.agrees else f"  ✗ more than {row.tolerance:g}"
-        difference = f"{row.ours - row.original:+.1e}{mark}"
-        yield row.figure, f"{row.original:.10g}", f"{row.ours:.10g}", difference
-
-
-def print_comparisons(title: str, comparisons: Iterable[Comparison], output_dir: Path) -> None:
-    """Print the table of figures, if any, on stdout, and as the last line where the results are."""
-    from rich.console import Console
-    from rich.table import Table
-
-    table = Table(title=title, title_justify="left")
-    table.add_column("figure")
-    for heading in ("original", "ours", "difference"):
-        table.add_column(heading, justify="right")
-    for row in comparison_rows(comparisons):
-        table.add_row(*row)
-    if table.row_count:
-        Console(highlight=False).print(table)
-    print(f"results: {output_dir}")
-
-
-def print_summary(title: str, rows: Mapping[str, str], output_dir: Path) -> None:
-    """Print the closing table on stdout, and as the last line where the results are."""
-    print_table(title, rows)
-    print(f"results: {output_dir}")
-
-
-def print_table(title: str, rows: Mapping[str, str]) -> None:
-    """Print names and values on stdout."""
-    from rich.console import Console
-    from rich.table import Table
-
-    table = Table(title=title, show_header=False, title_justify="left")
-    for name, value in rows.items():
-        table.add_row(name, value)
-    Console(highlight=False).print(table)

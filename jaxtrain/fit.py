@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import functools
 import hashlib
-import math
 import os
 import re
 import time
@@ -15,30 +14,25 @@ from typing import Any, Literal, NamedTuple, NoReturn
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
-from jaxtyping import Array, Key, PyTree
+from jaxtyping import Array, Key
 
-from jaxtrain.checkpoints import (
-    COMPILED_STEP,
-    START,
-    Checkpoint,
-    Checkpoints,
-    Resume,
-    digest,
-)
+from jaxtrain.checkpoint_files import Checkpoint, digest
+from jaxtrain.checkpoints import COMPILED_STEP, START, Checkpoints, Resume
 from jaxtrain.checks import check_key, check_labels, check_line_search, check_values, check_whole
 from jaxtrain.data.dataset import Dataset, check_dataset
 from jaxtrain.epochs import Norms, epoch_order, evaluation, num_steps, train_steps
 from jaxtrain.errors import InputError, NonFiniteLossError
+from jaxtrain.events import Compiled, EpochDone, Report, Resumed, StepsDone
+from jaxtrain.health import hides_nonfinite, largest_parameter
+from jaxtrain.history import History, Records
 from jaxtrain.losses import Loss
 from jaxtrain.memory import out_of_memory_explained
 from jaxtrain.metrics import Metric
-from jaxtrain.optimizers import current_learning_rate, has_line_search
+from jaxtrain.optimizers import current_learning_rate
 from jaxtrain.state import TrainState
 from jaxtrain.steps import metric_items
 from jaxtrain.versions import device_name, versions
 
-History = dict[str, np.ndarray]
 OnNonfinite = Literal["stop", "skip"]
 
 # The host looks in this often: a progress bar moves, and Ctrl-C is heard.
@@ -47,72 +41,6 @@ _CHUNK_SECONDS = 1.0
 _train_steps = jax.jit(
     train_steps, static_argnames=("loss_fn", "batch_size", "norms", "skip_nonfinite")
 )
-
-
-class Compiled(NamedTuple):
-    """Reported once, before the first step.
-
-    Attributes:
-      seconds: tracing and compiling, training and evaluation together.
-      epochs: the epochs to come.
-      steps: steps in each.
-      examples: training examples in each.
-    """
-
-    seconds: float
-    epochs: int
-    steps: int
-    examples: int
-
-
-class StepsDone(NamedTuple):
-    """Reported several times an epoch.
-
-    Attributes:
-      epoch: the running epoch, counted from 1.
-      step: steps finished in this epoch.
-      examples_seen: examples used in this epoch.
-      loss: training loss of the latest step.
-      state: the state after it.
-    """
-
-    epoch: int
-    step: int
-    examples_seen: int
-    loss: float
-    state: TrainState
-
-
-class EpochDone(NamedTuple):
-    """Reported after each epoch.
-
-    Attributes:
-      epoch: the epoch, counted from 1.
-      metrics: this epoch's entry of each column of the history.
-      state: the state after it.
-    """
-
-    epoch: int
-    metrics: dict[str, float]
-    state: TrainState
-
-
-class Resumed(NamedTuple):
-    """Reported after `Compiled` where the run goes on from a checkpoint.
-
-    Attributes:
-      epoch: the epochs behind it.
-      history: their history.
-      state: the state after them.
-    """
-
-    epoch: int
-    history: History
-    state: TrainState
-
-
-Event = Compiled | StepsDone | EpochDone | Resumed
-Report = Callable[[Event], None]
 
 
 def fit(
@@ -238,14 +166,14 @@ def fit(
         batch_size=min(batch_size, train_data.num_examples),
         test_batch_size=test_batch_size,
         key=key,
-        norms="every" if on_nonfinite == "skip" or _hides_nonfinite(state) else "last",
+        norms="every" if on_nonfinite == "skip" or hides_nonfinite(state) else "last",
         skip_nonfinite=on_nonfinite == "skip",
         log_interval=log_interval,
         report=report,
     )
     first_epoch = int(state.step) // plan.steps
     last_epoch = first_epoch + epochs
-    records = _Records(_columns(plan, state))
+    records = Records(_columns(plan, state))
     best_state: TrainState | None = None
 
     with contextlib.ExitStack() as stack:
@@ -281,7 +209,7 @@ def fit(
         for data in held_out.values():
             evaluation.lower(state, data, plan.metrics, batch_size=test_batch_size).compile()
         epochs_done = first_epoch if resumed is None else resumed.epoch
-        if _is_over(records, patience):  # as it is where a finished run goes on
+        if records.is_over(patience):  # as it is where a finished run goes on
             last_epoch = epochs_done
         report(
             Compiled(
@@ -300,7 +228,7 @@ def fit(
             report(EpochDone(epoch, row, state))
             if patience is not None and records.best_epoch() == epoch:
                 best_state = state
-            over = _is_over(records, patience)
+            over = records.is_over(patience)
             last = over or epoch == last_epoch
             if store is not None and (last or epoch % checkpoint_every == 0):
                 store.save(Checkpoint(epoch, state, records.history(), best_state))
@@ -346,40 +274,6 @@ class _Plan(NamedTuple):
         return sizes
 
 
-class _Records:
-    """The history as it grows: a row an epoch, a loss a step."""
-
-    def __init__(self, columns: list[str]) -> None:
-        self.rows: list[dict[str, float]] = []
-        self._columns = columns
-        self._step_losses = [np.empty(0, np.float32)]
-
-    def append(self, row: dict[str, float], step_losses: np.ndarray) -> None:
-        self.rows.append(row)
-        self._step_losses.append(step_losses)
-
-    def restore(self, history: History) -> None:
-        columns = [history[name].tolist() for name in self._columns]
-        rows = zip(*columns, strict=True)
-        self.rows = [dict(zip(self._columns, row, strict=True)) for row in rows]
-        self._step_losses = [history["step_losses"]]
-
-    def history(self) -> History:
-        columns = {name: np.asarray([row[name] for row in self.rows]) for name in self._columns}
-        return columns | {"step_losses": np.concatenate(self._step_losses)}
-
-    def best_epoch(self) -> float:
-        """The first epoch with the smallest validation loss."""
-        return min(self.rows, key=lambda row: row["validation_loss"])["epoch"]
-
-
-def _is_over(records: _Records, patience: int | None) -> bool:
-    """Whether early stopping ends the run after the epochs recorded."""
-    if patience is None or not records.rows:
-        return False
-    return records.rows[-1]["epoch"] - records.best_epoch() >= patience
-
-
 def _checked(data: Dataset, name: str, state: TrainState, loss_fn: Loss) -> Dataset:
     """The data set, fit for training, on the device once and not at every call."""
     check_dataset(data, name)
@@ -417,7 +311,7 @@ def _columns(plan: _Plan, state: TrainState) -> list[str]:
 
 
 def _train_epoch(
-    plan: _Plan, state: TrainState, epoch: int, records: _Records
+    plan: _Plan, state: TrainState, epoch: int, records: Records
 ) -> tuple[TrainState, dict[str, float], np.ndarray]:
     """The state after an epoch, its row of the history, and the loss of each step."""
     started = time.perf_counter()
@@ -443,7 +337,7 @@ def _train_epoch(
         losses, norms = np.append(losses, chunk), np.append(norms, chunk_norms)
         plan.report(StepsDone(epoch, stop, int(sizes[:stop].sum()), float(chunk[-1]), state))
 
-    largest = float(_largest(state.params))
+    largest = float(largest_parameter(state.params))
     if not np.isfinite(largest):  # by a gradient that no later loss of the epoch depends on
         rate, history = _learning_rate(state), records.history()
         raise NonFiniteLossError(epoch, None, "largest parameter", largest, rate, history)
@@ -482,7 +376,7 @@ def _stop_at_nonfinite(
     epoch: int,
     start: int,
     finite: np.ndarray,
-    records: _Records,
+    records: Records,
 ) -> NoReturn:
     """Raise, with the first step of a chunk that is not finite and what of it is not."""
     # Once more with every gradient measured: a loss can be finite whose gradient is not, and the
@@ -525,39 +419,6 @@ def _identity(
         # All constants of model, loss and optimizer are in it.
         COMPILED_STEP: hashlib.sha256(lowered.as_text().encode()).hexdigest()[:16],
     }
-
-
-@jax.jit
-def _largest(params: PyTree) -> Array:
-    """The largest absolute value of all parameters; NaN or infinite where one of them is."""
-    found = [
-        jnp.abs(leaf).max().astype(jnp.float32) for leaf in jax.tree.leaves(params) if leaf.size
-    ]
-    return jnp.stack([jnp.zeros(()), *found]).max()
-
-
-def _hides_nonfinite(state: TrainState) -> bool:
-    """Whether an infinite gradient can leave parameters finite, so that no later loss shows it.
-
-    Rprop goes by signs, clipping by value makes a number of an infinity. With other optimizers
-    a parameter stays NaN or infinite once it is, and to look at it at an epoch's end is enough.
-    """
-    if has_line_search(state.opt_state):
-        return False  # a step of it is an epoch, whose gradient is measured
-
-    @jax.jit
-    def updated(params: PyTree, gradient: Array) -> PyTree:
-        grads = jax.tree.map(lambda leaf: jnp.full_like(leaf, gradient), params)
-        updates, _ = state.tx.update(grads, state.tx.init(params), params)
-        return optax.apply_updates(params, updates)
-
-    # One number for each parameter: it is the rule that is asked for.
-    params = jax.tree.map(lambda leaf: jnp.ones((), leaf.dtype), state.params)
-    try:
-        after = [updated(params, jnp.float32(gradient)) for gradient in (math.inf, math.nan)]
-    except Exception:  # an optimizer for which the shape of a parameter matters
-        return True
-    return any(np.isfinite(leaf).any() for leaf in jax.tree.leaves(after))
 
 
 def _strongly_typed(leaf: Any) -> Any:

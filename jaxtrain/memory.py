@@ -9,8 +9,8 @@ from pathlib import Path
 
 import jax
 
+from jaxtrain.devices import current_device
 from jaxtrain.errors import OutOfMemoryError
-from jaxtrain.versions import current_device
 
 # What XLA's and NumPy's errors say.
 _OUT_OF_MEMORY = ("RESOURCE_EXHAUSTED", "Out of memory", "Unable to allocate")

@@ -6,7 +6,7 @@ import contextlib
 from collections.abc import Iterator
 
 from jaxtrain.checks import check_whole
-from jaxtrain.fit import Compiled, EpochDone, Event, Report, Resumed, StepsDone
+from jaxtrain.events import Compiled, EpochDone, Event, Report, Resumed, StepsDone
 
 
 @contextlib.contextmanager

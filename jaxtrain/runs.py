@@ -1,4 +1,4 @@
-"""The folder of a run: its configuration, history, summary and pictures."""
+"""The folder of a run: its configuration, history, summary, model and pictures."""
 
 from __future__ import annotations
 
@@ -17,14 +17,17 @@ import jax
 import numpy as np
 
 from jaxtrain.errors import InputError, StorageError, note_what_is_kept
-from jaxtrain.fit import Compiled, EpochDone, Event, Resumed
+from jaxtrain.events import Compiled, EpochDone, Event, Resumed
+from jaxtrain.export import save_params
 from jaxtrain.folders import PART, lock_folder, make_folder, write_whole
+from jaxtrain.state import TrainState
 from jaxtrain.versions import device_name, versions
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 _PICTURE_DPI = 120
+MODEL = "model.safetensors"
 # What the folder is to the user, and the flag that names another.
 _NAMES = ("output folder", "--output-dir")
 
@@ -115,7 +118,7 @@ class RunFolder:
         """
         self._begun = True
         if not self._goes_on:
-            for name in ("summary.json", "history.csv", *self._earlier_pictures()):
+            for name in ("summary.json", "history.csv", MODEL, *self._earlier_pictures()):
                 (self.path / name).unlink(missing_ok=True)
         self._write_json("config.json", dataclasses.asdict(self.config))
 
@@ -173,6 +176,10 @@ class RunFolder:
         writer.writerow(columns)
         writer.writerows(zip(*columns.values(), strict=True))
         write_whole(self.path / name, text.getvalue().encode())
+
+    def write_model(self, state: TrainState) -> None:
+        """Write the trained parameters as `model.safetensors`, for `load_params` and others."""
+        save_params(self.path / MODEL, state)
 
     def write_picture(self, name: str, figure: Figure) -> None:
         """Write a figure as a PNG file."""

@@ -5,15 +5,9 @@ from __future__ import annotations
 import platform
 from importlib import metadata
 
-import jax
-import jax.numpy as jnp
+from jaxtrain.devices import current_device
 
 _PACKAGES = ("jaxtrain", "jax", "jaxlib", "flax", "optax", "numpy")
-
-
-def current_device() -> jax.Device:
-    """The device on which new arrays are made."""
-    return next(iter(jnp.zeros(()).devices()))
 
 
 def versions() -> dict[str, str]:

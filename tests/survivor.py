@@ -21,9 +21,9 @@ import jax
 import jax.numpy as jnp
 
 import jaxtrain as jt
-from jaxtrain.checkpoints import digest
-from jaxtrain.command import cache_compilations
-from jaxtrain.fit import EpochDone, Event
+from jaxtrain.checkpoint_files import digest
+from jaxtrain.devices import cache_compilations
+from jaxtrain.events import EpochDone, Event
 
 # Epochs from one checkpoint to the next of a run that is watched, and how many of them it keeps.
 EVERY, KEEP = 5, 3

@@ -23,9 +23,10 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
 import jaxtrain as jt
-from jaxtrain import checkpoints
-from jaxtrain.checkpoints import Checkpoint, Checkpoints, list_epochs, read_checkpoint
-from jaxtrain.fit import EpochDone
+from jaxtrain import checkpoint_files, checkpoints
+from jaxtrain.checkpoint_files import Checkpoint, read_checkpoint
+from jaxtrain.checkpoints import Checkpoints, list_epochs
+from jaxtrain.events import EpochDone
 from jaxtrain.optimizers import OPTIMIZERS
 
 LOSS = jt.losses.cross_entropy
@@ -241,7 +242,7 @@ def test_a_file_that_cannot_be_read_is_not_called_damaged(
     def refuse(path: Path) -> str:
         raise OSError(24, "Too many open files")
 
-    monkeypatch.setattr(checkpoints, "_digest_file", refuse)
+    monkeypatch.setattr(checkpoint_files, "_digest_file", refuse)
     with pytest.raises(jt.InputError, match=r"epoch-3 cannot be read \(Too many open files\)"):
         fit(state, data, tmp_path / "a", epochs=4)
     assert list_epochs(tmp_path / "a") == [1, 2, 3]
@@ -382,7 +383,7 @@ def test_a_damaged_checkpoint_is_reported_and_the_one_before_taken(
             assert list_epochs(folder) == [2, 3, 4]
             assert (folder / "epoch-3.damaged").exists()
         else:
-            with pytest.raises(checkpoints.DamagedError):
+            with pytest.raises(checkpoint_files.DamagedError):
                 read_checkpoint(folder / "epoch-3")
 
 
@@ -392,7 +393,7 @@ def test_sums_that_differ_only_in_how_lines_end_are_damaged(tmp_path, trained, c
     shutil.copytree(trained[3] / "epoch-3", folder)
     file = folder / "SHA256SUMS"
     file.write_bytes(file.read_bytes().decode().replace(*change, 1).encode())
-    with pytest.raises(checkpoints.DamagedError, match=r"is (no list of|in no list of) sums"):
+    with pytest.raises(checkpoint_files.DamagedError, match=r"is (no list of|in no list of) sums"):
         read_checkpoint(folder)
 
 
@@ -421,8 +422,8 @@ def test_what_is_left_of_a_killed_writer_is_not_taken(tmp_path: Path, trained) -
 
 def reseal(folder: Path) -> None:
     """Sums that are right for whatever lies there, as a forger would make them."""
-    names = [name for name in checkpoints._files(folder) if name != "SHA256SUMS"]
-    sums = [f"{checkpoints._digest_file(folder / name)}  {name}\n" for name in names]
+    names = [name for name in checkpoint_files._files(folder) if name != "SHA256SUMS"]
+    sums = [f"{checkpoint_files._digest_file(folder / name)}  {name}\n" for name in names]
     (folder / "SHA256SUMS").write_text("".join(sums))
 
 
@@ -471,7 +472,7 @@ def test_nothing_in_a_checkpoint_is_executed(tmp_path: Path, trained) -> None:
             spec["dtype"] = change
         (folder / "epoch-3" / "record.json").write_text(json.dumps(record))
         reseal(folder / "epoch-3")
-        with pytest.raises(checkpoints.DamagedError):
+        with pytest.raises(checkpoint_files.DamagedError):
             read_checkpoint(folder / "epoch-3")
         assert not trace.exists()
     os.mkdir(trace)  # the bombs are real: what they would do can be done

@@ -32,7 +32,7 @@ from experiments import (
     mnist,
     optimizers,
 )
-from jaxtrain import command
+from jaxtrain import command, tables
 from jaxtrain.runs import RunFolder
 
 ROOT = Path(__file__).parents[1]
@@ -92,7 +92,7 @@ def test_linear_regression(environment, tmp_path: Path) -> None:
     assert "epoch 10:  train loss 0.209192  test loss 0.359826" in result.stderr
     assert "\x1b" not in result.stdout + result.stderr
     assert {path.name for path in folder.iterdir()} == {
-        *("config.json", "summary.json", "history.csv"),
+        *("config.json", "summary.json", "history.csv", "model.safetensors"),
         *("learning_curves.png", "fit.png", "last_epochs.png"),
     }
     summary = json.loads((folder / "summary.json").read_text())
@@ -113,7 +113,7 @@ def test_mnist_without_network_trains_on_digits_and_says_so(environment, tmp_pat
     assert "epoch 60:" in result.stderr
     assert "digits (this is not MNIST)" in result.stdout
     assert {path.name for path in folder.iterdir()} == {
-        *("config.json", "summary.json", "history.csv"),
+        *("config.json", "summary.json", "history.csv", "model.safetensors"),
         *("learning_curves.png", "predictions.png", "confusion_matrix.png"),
     }
     summary = json.loads((folder / "summary.json").read_text())
@@ -121,6 +121,17 @@ def test_mnist_without_network_trains_on_digits_and_says_so(environment, tmp_pat
     assert summary["dataset"] == "digits"
     assert "put train-images-idx3-ubyte" in summary["notice"]
     assert summary["test_accuracy"] > 0.9
+    _, test = jt.data.load("digits")
+    mean, std = jt.data.STATISTICS["digits"]
+    state = jt.init_state(
+        jt.models.FeedForward(mean=mean, std=std),
+        jt.optimizers.sgd(0.01),
+        test.inputs[:1],
+        key=jax.random.key(9),
+    )
+    trained = jt.load_params(folder / "model.safetensors", state)
+    metrics = jt.evaluate(trained, test, mnist.LOSS, mnist.METRICS)
+    assert float(metrics["accuracy"]) == pytest.approx(summary["test_accuracy"], abs=1e-6)
     assert list(read_history(folder)[0])[:4] == [
         *("epoch", "train_loss", "test_loss", "test_accuracy")
     ]
@@ -308,7 +319,7 @@ QUICK = [
 )
 def test_tutorials_reach_their_figures(script, flags, pictures, tmp_path, capsys) -> None:
     summary = script.run(script.Config(**flags, log_interval=0, output_dir=tmp_path))
-    disagreeing = [row for row in summary["figures"] if not command.Comparison(**row).agrees]
+    disagreeing = [row for row in summary["figures"] if not tables.Comparison(**row).agrees]
     assert not disagreeing
     if "optimizer" not in flags and "loss" not in flags and script is not loss_landscape:
         assert summary["figures"]
@@ -381,9 +392,9 @@ def test_mini_batches_in_pytorchs_order_end_where_pytorch_does(tmp_path: Path) -
 
 
 def test_a_figure_out_of_tolerance_is_marked() -> None:
-    rows = [command.Comparison("a", 1.0, 1.1, 0.2), command.Comparison("b", 1.0, 1.3, 0.2)]
+    rows = [tables.Comparison("a", 1.0, 1.1, 0.2), tables.Comparison("b", 1.0, 1.3, 0.2)]
     assert [row.agrees for row in rows] == [True, False]
-    assert [cells[-1] for cells in command.comparison_rows(rows)] == [
+    assert [cells[-1] for cells in tables.comparison_rows(rows)] == [
         "+1.0e-01",
         "+3.0e-01  ✗ more than 0.2",
     ]

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 import jaxtrain as jt
-from jaxtrain.fit import Compiled, EpochDone, StepsDone
+from jaxtrain.events import Compiled, EpochDone, StepsDone
 
 LOSS = jt.losses.cross_entropy
 METRICS = {"accuracy": jt.metrics.accuracy}

@@ -21,13 +21,8 @@ from hypothesis import strategies as st
 
 import jaxtrain as jt
 from experiments.minibatch_regression import read_path
-from jaxtrain.checkpoints import (
-    START,
-    Checkpoint,
-    Checkpoints,
-    DamagedError,
-    read_checkpoint,
-)
+from jaxtrain.checkpoint_files import Checkpoint, DamagedError, read_checkpoint
+from jaxtrain.checkpoints import START, Checkpoints
 from jaxtrain.command import Safety
 from jaxtrain.data import read_idx
 from jaxtrain.runs import RunFolder

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 
 import jaxtrain as jt
-from jaxtrain.fit import Compiled, EpochDone
+from jaxtrain.events import Compiled, EpochDone
 from jaxtrain.runs import RunFolder
 
 
@@ -82,13 +82,16 @@ def test_a_folder_that_cannot_be_written_is_refused_at_once(tmp_path: Path) -> N
             RunFolder(path, Config())
 
 
-def test_a_new_run_clears_the_last_ones_pictures_and_no_others(tmp_path: Path) -> None:
+def test_a_new_run_clears_the_last_ones_pictures_and_no_others(
+    tmp_path: Path, small_state: jt.TrainState
+) -> None:
     from matplotlib.figure import Figure
 
     (tmp_path / "holiday.png").write_bytes(b"mine")
     first = RunFolder(tmp_path, Config())
     first.start()
     first.write_picture("a.png", Figure())
+    first.write_model(small_state)
     first.write_summary()
     RunFolder(tmp_path, Config(), overwrite=True).start()
     assert {path.name for path in tmp_path.iterdir()} == {"config.json", "holiday.png"}

@@ -10,7 +10,7 @@ import torch
 
 import jaxtrain as jt
 from experiments.linear_regression import PUBLISHED_BIAS, PUBLISHED_WEIGHT, REFERENCE
-from jaxtrain.fit import EpochDone
+from jaxtrain.events import EpochDone
 
 
 @pytest.fixture(scope="module")
