@@ -72,8 +72,7 @@ def run(config: Config) -> dict[str, Any]:
             config, data, data, folder, name="stochastic", loss_fn=LOSS, batch_size=alone
         )
         comparisons = []
-        plain = command.has_defaults(config, "epochs", "learning_rate", "optimizer")
-        if plain and config.safety.max_gradient_norm is None:
+        if command.has_defaults(config, "epochs", "learning_rate", "optimizer"):
             comparisons = compare(batch, stochastic, config.as_published)
         folder.write_picture("descent.png", draw(data, batch, stochastic))
         surface = descend_surface(config)

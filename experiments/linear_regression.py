@@ -102,8 +102,7 @@ def run(config: Config) -> dict[str, Any]:
 
 def compare(config: Config, history: History, path: np.ndarray) -> list[Comparison]:
     """PyTorch's figures beside ours, as far as the run went; none with other flags than its."""
-    plain = command.has_defaults(config, "learning_rate", "loss", "optimizer", "start")
-    if not plain or config.safety.max_gradient_norm is not None:
+    if not command.has_defaults(config, "learning_rate", "loss", "optimizer", "start"):
         return []
     rows = []
     for epoch, *reference in REFERENCE:

@@ -11,7 +11,7 @@ from jaxtyping import Array
 
 from jaxtrain.data.dataset import Dataset
 from jaxtrain.errors import InputError
-from jaxtrain.losses import LABEL_LOSSES, Loss
+from jaxtrain.losses import LABEL_LOSSES, PROBABILITY_LOSSES, Loss, single_losses
 from jaxtrain.optimizers import has_clipping, has_line_search
 from jaxtrain.state import TrainState
 from jaxtrain.steps import predict_batch
@@ -69,29 +69,38 @@ def check_values(dataset: Dataset, name: str) -> None:
             )
 
 
-def check_labels(state: TrainState, dataset: Dataset, loss_fn: Loss, name: str) -> None:
-    """Raise if the loss takes class labels and some are outside the model's classes.
+def check_targets(state: TrainState, dataset: Dataset, loss_fn: Loss, name: str) -> None:
+    """Raise if the loss, or a term of it, takes class labels or probabilities and some are none.
 
     JAX clamps an index out of range, so a wrong label would train silently. Skipped where the
     targets have no value to look at: while they are traced, or spread over several hosts.
     """
     targets = dataset.targets
+    losses = single_losses(loss_fn)
+    integers = jnp.issubdtype(targets.dtype, jnp.integer)  # other labels the loss itself refuses
+    labels = bool(losses & LABEL_LOSSES) and integers
     if (
-        loss_fn not in LABEL_LOSSES
+        not (labels or losses & PROBABILITY_LOSSES)
         or isinstance(targets, jax.core.Tracer)
-        or not jnp.issubdtype(targets.dtype, jnp.integer)  # the loss itself refuses these
         or not getattr(targets, "is_fully_addressable", True)
+        or not targets.size
     ):
         return
-    inputs = dataset.inputs
-    one = jax.ShapeDtypeStruct((1, *inputs.shape[1:]), inputs.dtype)
-    predictions = jax.eval_shape(predict_batch, state, one)
-    classes, labels = predictions.shape[-1], np.asarray(targets)
-    low, high = int(labels.min()), int(labels.max())
-    if low < 0 or high >= classes:
+    values = np.asarray(targets)
+    low, high = values.min(), values.max()
+    if labels:
+        inputs = dataset.inputs
+        one = jax.ShapeDtypeStruct((1, *inputs.shape[1:]), inputs.dtype)
+        classes = jax.eval_shape(predict_batch, state, one).shape[-1]
+        if low < 0 or high >= classes:
+            raise InputError(
+                f"{name}.targets holds the label {low if low < 0 else high}; expected labels from "
+                f"0 to {classes - 1}, since the model has {classes} outputs"
+            )
+    elif low < 0 or high > 1:
         raise InputError(
-            f"{name}.targets holds the label {low if low < 0 else high}; expected labels from 0 to "
-            f"{classes - 1}, since the model has {classes} outputs"
+            f"{name}.targets holds the probability {low if low < 0 else high}; expected values "
+            "from 0 to 1, since the loss is a cross entropy"
         )
 
 

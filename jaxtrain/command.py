@@ -210,6 +210,11 @@ def seed_key(seed: int) -> Key[Array, ""]:
 
 
 def has_defaults(config: Any, *names: str) -> bool:
-    """Whether these flags were left as they are, so that the tutorial's figures can be expected."""
+    """Whether these flags were left as they are, so that the tutorial's figures can be expected.
+
+    With clipped gradients they cannot.
+    """
+    if hasattr(config, "safety") and config.safety.max_gradient_norm is not None:
+        return False
     fields = {field.name: field.default for field in dataclasses.fields(config)}
     return all(getattr(config, name) == fields[name] for name in names)

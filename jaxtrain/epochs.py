@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float, Int, Key, PyTree, Shaped
 
-from jaxtrain.checks import check_inputs, check_key, check_labels, check_line_search, check_whole
+from jaxtrain.checks import check_inputs, check_key, check_line_search, check_targets, check_whole
 from jaxtrain.data.dataset import Dataset, check_dataset
 from jaxtrain.losses import Loss
 from jaxtrain.metrics import Metric
@@ -54,13 +54,14 @@ def train_epoch(
       The state after the epoch, and the loss of each step before its update, [steps].
 
     Raises:
-      InputError: an argument is out of range; labels do not fit the model's classes.
+      InputError: an argument is out of range; targets are no labels or probabilities where the loss
+        takes such.
     """
     check_dataset(dataset, "dataset")
     check_whole(batch_size, "batch_size", least=1)
     if key is not None:
         check_key(key, "key")
-    check_labels(state, dataset, loss_fn, "dataset")
+    check_targets(state, dataset, loss_fn, "dataset")
     check_line_search(state, dataset.num_examples, batch_size)
     return _train_epoch(state, dataset, loss_fn, batch_size=batch_size, key=key)
 
@@ -186,11 +187,12 @@ def evaluate(
       {"loss": …, and each name: its mean over all examples}.
 
     Raises:
-      InputError: an argument is out of range; labels do not fit the model's classes.
+      InputError: an argument is out of range; targets are no labels or probabilities where the loss
+        takes such.
     """
     check_dataset(dataset, "dataset")
     check_whole(batch_size, "batch_size", least=1)
-    check_labels(state, dataset, loss_fn, "dataset")
+    check_targets(state, dataset, loss_fn, "dataset")
     return evaluation(state, dataset, metric_items(loss_fn, metric_fns), batch_size=batch_size)
 
 

@@ -18,14 +18,14 @@ from jaxtyping import Array, Key
 
 from jaxtrain.checkpoint_files import Checkpoint, digest
 from jaxtrain.checkpoints import COMPILED_STEP, START, Checkpoints, Resume
-from jaxtrain.checks import check_key, check_labels, check_line_search, check_values, check_whole
+from jaxtrain.checks import check_key, check_line_search, check_targets, check_values, check_whole
 from jaxtrain.data.dataset import Dataset, check_dataset
 from jaxtrain.epochs import Norms, epoch_order, evaluation, num_steps, train_steps
 from jaxtrain.errors import InputError, NonFiniteLossError
 from jaxtrain.events import Compiled, EpochDone, Report, Resumed, StepsDone
 from jaxtrain.health import hides_nonfinite, largest_parameter
 from jaxtrain.history import History, Records
-from jaxtrain.losses import Loss
+from jaxtrain.losses import Loss, name_of
 from jaxtrain.memory import out_of_memory_explained
 from jaxtrain.metrics import Metric
 from jaxtrain.optimizers import current_learning_rate
@@ -117,8 +117,9 @@ def fit(
       and `step_losses`, one entry a step. Epochs behind a checkpoint are in it, too.
 
     Raises:
-      InputError: an argument is out of range; labels do not fit the model's classes; inputs are
-        not finite; the checkpoints are of another run, in use, or none is whole.
+      InputError: an argument is out of range; targets are no labels or probabilities where the loss
+        takes such; values are not finite; the checkpoints are of another run, in use, or none is
+        whole.
       NonFiniteLossError: a loss or gradient became NaN or infinite; carries the finished epochs'
         history.
       OutOfMemoryError: the device has not the memory.
@@ -150,13 +151,14 @@ def fit(
             )
     report = report or (lambda event: None)
     state = jax.tree.map(_strongly_typed, state)
-    train_data = _checked(train_data, "train_data", state, loss_fn)
+    with out_of_memory_explained(batch_size):  # data go to the device here
+        train_data = _checked(train_data, "train_data", state, loss_fn)
+        held_out = {
+            name: _checked(data, f"{name}_data", state, loss_fn)
+            for name, data in (("test", test_data), ("validation", validation_data))
+            if data is not None
+        }
     check_line_search(state, train_data.num_examples, batch_size)
-    held_out = {
-        name: _checked(data, f"{name}_data", state, loss_fn)
-        for name, data in (("test", test_data), ("validation", validation_data))
-        if data is not None
-    }
     plan = _Plan(
         train_data=train_data,
         held_out=held_out,
@@ -279,7 +281,7 @@ def _checked(data: Dataset, name: str, state: TrainState, loss_fn: Loss) -> Data
     check_dataset(data, name)
     check_values(data, name)
     data = Dataset(*map(jnp.asarray, data))
-    check_labels(state, data, loss_fn, name)
+    check_targets(state, data, loss_fn, name)
     return data
 
 
@@ -405,14 +407,14 @@ def _identity(
     }
     return {
         "model": re.sub(r" at 0x[0-9a-f]+|# attributes ", "", " ".join(repr(model).split())),
-        "loss": _name(plan.loss_fn),
+        "loss": name_of(plan.loss_fn),
         **{
             name: f"{part.num_examples} examples with the sum {digest(part)}"
             for name, part in data.items()
         },
         "batch_size": plan.batch_size,
         "order of the examples": "as stored" if plan.key is None else f"by key {digest(plan.key)}",
-        "metrics": ", ".join(_name(metric) for _, metric in plan.metrics),
+        "metrics": ", ".join(name_of(metric) for _, metric in plan.metrics),
         "columns": ", ".join(_columns(plan, state)),
         "patience": patience,
         START: digest(state),
@@ -431,10 +433,6 @@ def _strongly_typed(leaf: Any) -> Any:
     return (
         array if is_key or not array.weak_type else jax.lax.convert_element_type(array, array.dtype)
     )
-
-
-def _name(function: Any) -> str:
-    return getattr(function, "__name__", "a function")
 
 
 def _next_stop(start: int, steps: int, log_interval: int, seconds_per_step: float | None) -> int:

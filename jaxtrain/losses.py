@@ -6,8 +6,10 @@ are its value for each example, averaged over all axes but the first.
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -171,6 +173,27 @@ def sigmoid_binary_cross_entropy(
     return _mean_over_example(optax.sigmoid_binary_cross_entropy(predictions, targets))
 
 
+@dataclasses.dataclass(frozen=True, eq=False)  # compared as functions are, by identity
+class WeightedSum:
+    """What `weighted_sum` gives, a loss like any other.
+
+    Attributes:
+      terms: its (weight, loss) pairs.
+    """
+
+    terms: tuple[tuple[float, Loss], ...]
+
+    @property
+    def __name__(self) -> str:
+        return f"({' + '.join(f'{weight} * {name_of(term)}' for weight, term in self.terms)})"
+
+    def __call__(self, predictions: Array, targets: Array) -> Array:
+        """Σ weight · loss of each example, [batch]."""
+        return jnp.sum(
+            jnp.stack([weight * term(predictions, targets) for weight, term in self.terms]), axis=0
+        )
+
+
 def weighted_sum(*terms: tuple[float, Loss]) -> Loss:
     """The loss Σ weight · loss, L1 + λ L2 for instance: `weighted_sum((1.0, l1), (0.1, l2))`.
 
@@ -187,17 +210,27 @@ def weighted_sum(*terms: tuple[float, Loss]) -> Loss:
     for weight, _ in terms:
         if not isinstance(weight, jax.core.Tracer) and not math.isfinite(weight):
             raise InputError(f"a weight of weighted_sum is {weight}; expected a finite number")
-
-    def loss(predictions: Array, targets: Array) -> Array:
-        return jnp.sum(
-            jnp.stack([weight * term(predictions, targets) for weight, term in terms]), axis=0
-        )
-
-    return loss
+    return WeightedSum(terms)
 
 
-# The losses whose targets are class labels, which are checked against the model's outputs.
+def name_of(function: Any) -> str:
+    """The name of a loss or metric, to be told in a message."""
+    return getattr(function, "__name__", "a function")
+
+
+def single_losses(loss_fn: Loss) -> set[Loss]:
+    """The losses that a loss is a weighted sum of, or itself."""
+    if not isinstance(loss_fn, WeightedSum):
+        return {loss_fn}
+    return set().union(*(single_losses(term) for _, term in loss_fn.terms))
+
+
+# What the values of the targets are checked by before training: the losses that take class labels,
+# and those that take probabilities.
 LABEL_LOSSES: frozenset[Loss] = frozenset({cross_entropy})
+PROBABILITY_LOSSES: frozenset[Loss] = frozenset(
+    {soft_cross_entropy, binary_cross_entropy, sigmoid_binary_cross_entropy}
+)
 
 
 def _check_same_shape(predictions: Array, targets: Array) -> None:

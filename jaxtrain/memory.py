@@ -20,13 +20,14 @@ _SHARE = 0.5
 
 @contextlib.contextmanager
 def out_of_memory_explained(
-    batch_size: int, lower: Callable[[int], jax.stages.Lowered]
+    batch_size: int, lower: Callable[[int], jax.stages.Lowered] | None = None
 ) -> Iterator[None]:
     """Turn the device's "out of memory" into an error that says which batch size fits.
 
     Args:
       batch_size: examples a step.
-      lower: the run's steps at another batch size, to be compiled for an estimate, not run.
+      lower: the run's steps at another batch size, to be compiled for an estimate, not run; None
+        where the batch size is not what it depends on.
 
     Raises:
       OutOfMemoryError: what runs in this context asked for more than there is.
@@ -38,8 +39,9 @@ def out_of_memory_explained(
         if not any(word in words for word in _OUT_OF_MEMORY):
             raise
         fitting = None
-        with contextlib.suppress(Exception):  # an estimate that fails is none
-            fitting = fitting_batch_size(batch_size, lower, free_bytes())
+        if lower is not None:
+            with contextlib.suppress(Exception):  # an estimate that fails is none
+                fitting = fitting_batch_size(batch_size, lower, free_bytes())
         explained = OutOfMemoryError(batch_size, fitting, words.splitlines()[0])
         explained.__notes__ = getattr(error, "__notes__", [])
         raise explained from error

@@ -281,6 +281,26 @@ def test_both_data_sets_are_checked(small_state, small_classes) -> None:
         jt.fit(small_state, wrong, small_classes, loss_fn=LOSS)
 
 
+def test_the_terms_of_a_loss_are_asked_too(small_state, small_classes) -> None:
+    wrong = small_classes._replace(targets=small_classes.targets + 1)
+    mixed = jt.losses.weighted_sum((0.5, jt.losses.weighted_sum((2.0, LOSS))), (0.1, LOSS))
+    with pytest.raises(jt.InputError, match=r"train_data\.targets holds the label 3"):
+        jt.fit(small_state, wrong, loss_fn=mixed)
+    jt.fit(small_state, small_classes, loss_fn=mixed, epochs=1)
+
+
+@pytest.mark.parametrize("value", [-0.25, 1.5])
+@pytest.mark.parametrize("name", ["soft_cross_entropy", "sigmoid_binary_cross_entropy"])
+def test_probabilities_lie_between_0_and_1(small_state, small_classes, name, value) -> None:
+    shares = jax.nn.one_hot(small_classes.targets, 3)
+    data = small_classes._replace(targets=shares)
+    loss_fn = getattr(jt.losses, name)
+    jt.fit(small_state, data, loss_fn=loss_fn, epochs=1)
+    wrong = data._replace(targets=shares.at[7, 1].set(value))
+    with pytest.raises(jt.InputError, match=rf"targets holds the probability {value}; expected"):
+        jt.fit(small_state, wrong, loss_fn=loss_fn)
+
+
 def test_numpy_data_trains_alike(small_state, small_classes) -> None:
     arrays = jt.Dataset(*map(np.asarray, small_classes))
     _, ours = fit(small_state, arrays, epochs=2)

@@ -211,6 +211,12 @@ def test_weighted_sum_mixes_labels_and_a_teachers_distribution() -> None:
     np.testing.assert_allclose(loss_fn(logits, targets), [expected], rtol=1e-6)
 
 
+def test_a_weighted_sum_says_of_what() -> None:
+    inner = jt.losses.weighted_sum((2.0, jt.losses.cross_entropy))
+    outer = jt.losses.weighted_sum((0.5, inner), (-1.0, lambda p, t: p))
+    assert outer.__name__ == "(0.5 * (2.0 * cross_entropy) + -1.0 * <lambda>)"
+
+
 @pytest.mark.parametrize("terms", [(), ((float("nan"), jt.losses.mean_squared_error),)])
 def test_weighted_sum_refuses_no_terms_and_no_numbers(terms) -> None:
     with pytest.raises(jt.InputError, match=r"expected (\(weight, loss\) pairs|a finite)"):

@@ -336,6 +336,29 @@ else:
     assert out.strip() == "it fits"
 
 
+@pytest.mark.skipif(jax.default_backend() == "gpu", reason="limits the memory of a CPU")
+def test_data_that_do_not_fit_are_no_matter_of_the_batch_size(environment) -> None:
+    """600 MiB of images to copy as float32, with 100 MiB to do it in."""
+    program = """
+import resource
+import jax, jax.numpy as jnp, numpy as np
+import jaxtrain as jt
+data = jt.Dataset(np.zeros((200_000, 784)), np.zeros(200_000, np.int32))
+state = jt.init_state(jt.models.FeedForward((4, 3), mean=0.0, std=1.0), jt.optimizers.sgd(0.1),
+                      jnp.ones((1, 784)), key=jax.random.key(0))
+now = int(open("/proc/self/statm").read().split()[0]) * resource.getpagesize()
+resource.setrlimit(resource.RLIMIT_AS, (now + 100 * 2**20,) * 2)
+try:
+    jt.fit(state, data, loss_fn=jt.losses.cross_entropy, epochs=1)
+except jt.OutOfMemoryError as error:
+    print(error)
+"""
+    out, _ = run(environment, "-c", program)
+    (line,) = out.strip().splitlines()
+    assert line.startswith("out of memory at batch size 64 (")
+    assert line.endswith("expected a device with more memory, less data at once or a smaller model")
+
+
 def test_a_thousand_epochs_leave_memory_threads_and_files_as_they_were(
     environment, tmp_path: Path
 ) -> None:
