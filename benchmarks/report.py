@@ -473,6 +473,25 @@ def markdown(headings: Cells, body: list[Cells]) -> str:
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
+def machines_table(every: list[Results]) -> tuple[Cells, list[Cells]]:
+    """The aims, and what each of several machines reached."""
+    reached = [{cells[0]: cells for cells in target_table(results)[1]} for results in every]
+    aims = {measure: cells[1] for rows in reached for measure, cells in rows.items()}
+    body = []
+    for measure, aim in aims.items():
+        found = [rows.get(measure) for rows in reached]
+        body.append(
+            [measure, aim, *("" if cells is None else f"{cells[2]}: {cells[3]}" for cells in found)]
+        )
+    return ["measure", "aim", *map(machine_name, every)], body
+
+
+def machine_name(results: Results) -> str:
+    """What computed: the GPU, or the processor."""
+    machine = results["machine"]
+    return str(machine["processor"] if machine["device"] == "cpu" else machine["device"])
+
+
 def readme_section(every: dict[str, Results]) -> str:
     """The text between the README's marks."""
     parts = [
@@ -481,15 +500,27 @@ def readme_section(every: dict[str, Results]) -> str:
         "[RESULTS.md](benchmarks/RESULTS.md), what was tried and did not help in "
         "[NOTES.md](benchmarks/NOTES.md)."
     ]
-    for name, results in every.items():
-        parts += [
-            f"Measured on {machine_line(results)}.",
-            markdown(*target_table(results)),
+    on_cpu = {name: r for name, r in every.items() if r["machine"]["device"] == "cpu"}
+    on_gpu = {name: r for name, r in every.items() if name not in on_cpu}
+    for group in (on_cpu, on_gpu):
+        if not group:
+            continue
+        parts.append(markdown(*machines_table(list(group.values()))))
+        parts.append(
+            "Figures with their 95 % intervals. Measured on:\n\n"
+            + "\n".join(f"- {machine_line(results)}" for results in group.values())
+        )
+        first = next(iter(group))
+        parts.append(
+            f"On the {machine_name(group[first])} (the others in "
+            "[RESULTS.md](benchmarks/RESULTS.md)):"
+        )
+        parts.append(
             "![An epoch of MNIST: each peer's time in multiples of jaxtrain's]"
-            f"(docs/{name}_epoch_ratios.png)",
-            f"![Time of a training step against batch size](docs/{name}_step_time.png)",
-        ]
-    if all(results["machine"]["device"] == "cpu" for results in every.values()):
+            f"(docs/{first}_epoch_ratios.png)"
+        )
+        parts.append(f"![Time of a training step against batch size](docs/{first}_step_time.png)")
+    if not on_gpu:
         parts.append("No GPU was at hand: it has no row here.")
     return "\n\n".join(parts)
 
@@ -499,7 +530,8 @@ def all_tables(every: dict[str, Results]) -> str:
     parts = ["# Readings\n\nWritten by `python -m benchmarks.report`; do not edit."]
     for name, results in every.items():
         parts.append(f"## {name}\n\n{machine_line(results)}")
-        parts.append(f"![Examples a second](../docs/{name}_step_throughput.png)")
+        for picture in ("step_throughput", "step_time", "epoch_ratios"):
+            parts.append(f"![{picture.replace('_', ' ')}](../docs/{name}_{picture}.png)")
         parts.append(f"### Counted work of a step\n\n{markdown(*work_table(results))}")
         for suite in dict.fromkeys(row["suite"] for row in results["rows"]):
             parts.append(f"### {suite}\n\n{markdown(*suite_table(results, suite))}")
@@ -528,7 +560,7 @@ def main() -> None:
     if arguments.file is not None:
         print_file(arguments.file)
         return
-    files = sorted((ROOT / "benchmarks" / "results").glob("*.json"))
+    files = sorted((ROOT / "benchmarks" / "results").glob("*.json"), key=lambda file: file.stem)
     every = {file.stem: json.loads(file.read_text()) for file in files}
     readme = (ROOT / "README.md").read_text()
     before, rest = readme.split(BEGIN)

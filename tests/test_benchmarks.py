@@ -210,3 +210,21 @@ def test_a_target_that_is_missed_says_so() -> None:
         ["≥ 2.3 ×", "2 ×", "**missed**"],
         ["≥ 1.4 ×", "2 ×", "yes"],
     ]
+
+
+def test_two_machines_stand_side_by_side() -> None:
+    row = {"suite": "epoch", "case": "T2, batch 64", "facts": {}, "missing": None}
+
+    def measured(processor: str, **seconds: float) -> dict:
+        return {
+            "machine": {"device": "cpu", "processor": processor},
+            "rows": [{**row, "peer": peer, "readings": [s, s]} for peer, s in seconds.items()],
+        }
+
+    every = [measured("A", jaxtrain=1, pytorch=3), measured("B", jaxtrain=1, pytorch=2, keras=2)]
+    headings, body = report.machines_table(every)
+    assert headings == ["measure", "aim", "A", "B"]
+    assert [cells[1:] for cells in body] == [
+        ["≥ 2.3 ×", "3 ×: yes", "2 ×: **missed**"],
+        ["≥ 1.4 ×", "", "2 ×: yes"],
+    ]
