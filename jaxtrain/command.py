@@ -2,16 +2,12 @@
 
 from __future__ import annotations
 
-import _thread
 import contextlib
 import dataclasses
 import json
 import os
 import re
-import signal
 import sys
-import threading
-import time
 import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -31,6 +27,7 @@ from jaxtrain.errors import (
 )
 from jaxtrain.fit import OnNonfinite
 from jaxtrain.runs import RunFolder
+from jaxtrain.signals import EXIT_STATUS, Terminated, ignore_signals, raise_on_signals
 
 OptimizerName = Literal["sgd", "adam", "adamw", "rmsprop", "rprop", "adagrad", "adadelta", "lbfgs"]
 Config = TypeVar("Config")
@@ -105,14 +102,6 @@ _FREE = {
 }
 
 
-class _Terminated(BaseException):
-    """The process was asked to end by SIGTERM."""
-
-
-# 128 + the signal's number, as shells report it.
-_EXIT_STATUS = {KeyboardInterrupt: 128 + signal.SIGINT, _Terminated: 128 + signal.SIGTERM}
-
-
 def main(config_type: type[Config], run: Callable[[Config], object]) -> None:
     """Run an experiment with the configuration that the command line gives.
 
@@ -132,48 +121,22 @@ def main(config_type: type[Config], run: Callable[[Config], object]) -> None:
 @contextlib.contextmanager
 def mistakes_on_one_line() -> Iterator[None]:
     """End the process as `main` describes where a mistake or a signal comes up in it."""
-    sys.unraisablehook = _interrupt_again
     warnings.showwarning = _warn_on_one_line
-    for number in _EXCEPTIONS:
-        signal.signal(number, _end_once)
+    raise_on_signals()
     try:
         yield
     except (InputError, NonFiniteLossError, OutOfMemoryError, StorageError) as error:
         print(_one_line(f"error: {error}", error), file=sys.stderr)
         sys.exit(1)
-    except (KeyboardInterrupt, _Terminated) as error:
-        word = "terminated" if isinstance(error, _Terminated) else "interrupted"
+    except (KeyboardInterrupt, Terminated) as error:
+        word = "terminated" if isinstance(error, Terminated) else "interrupted"
         print(_one_line(word, error), file=sys.stderr)
         sys.stdout.flush()
         sys.stderr.flush()
         # At once: Python's own exit would tear XLA down while it may still be compiling.
-        os._exit(_EXIT_STATUS[type(error)])
-
-
-_EXCEPTIONS = {signal.SIGINT: KeyboardInterrupt, signal.SIGTERM: _Terminated}
-# While a run comes to its end, further signals would cut off what the first one asked for; after
-# so long they may.
-_PATIENCE_SECONDS = 10.0
-_ended_at: list[float] = []
-
-
-def _end_once(number: int, frame: object) -> None:
-    now = time.monotonic()
-    if _ended_at and now - _ended_at[-1] < _PATIENCE_SECONDS:
-        return
-    _ended_at.append(now)
-    raise _EXCEPTIONS[signal.Signals(number)]
-
-
-def _interrupt_again(ignored: Any) -> None:
-    """Repeat a signal that Python dropped because it arrived within a callback of XLA."""
-    for number, kind in _EXCEPTIONS.items():
-        if ignored.exc_type is kind:
-            _ended_at.clear()
-            # A moment later, when the callback is over: here it would be dropped once more.
-            threading.Timer(0.05, _thread.interrupt_main, [number]).start()
-            return
-    sys.__unraisablehook__(ignored)
+        os._exit(EXIT_STATUS[type(error)])
+    finally:
+        ignore_signals()
 
 
 def _warn_on_one_line(message: Warning | str, *_: Any, **__: Any) -> None:

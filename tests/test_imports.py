@@ -37,6 +37,7 @@ MAY_IMPORT = {
     "devices": set(),
     "versions": {"devices"},
     "tables": set(),
+    "signals": set(),
     "optimizers": {"transforms"},
     "state": set(),
     "steps": {"data", "losses", "metrics", "state"},
@@ -57,7 +58,7 @@ MAY_IMPORT = {
     "progress": {"checks", "events"},
     "plots": {"data"},
     "runs": {"events", "export", "folders", "state", "versions"},
-    "command": {"checkpoints", "checks", "fit", "runs"},
+    "command": {"checkpoints", "checks", "fit", "runs", "signals"},
 }
 
 
