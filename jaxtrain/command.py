@@ -112,9 +112,9 @@ def main(config_type: type[Config], run: Callable[[Config], object]) -> None:
       config_type: a dataclass; its fields are the flags, their docstrings the help.
       run: the experiment; its docstring is the description.
     """
-    import tyro
-
     with mistakes_on_one_line():
+        import tyro  # takes its time, too
+
         run(tyro.cli(config_type, description=run.__doc__, config=(tyro.conf.OmitArgPrefixes,)))
 
 
