@@ -7,6 +7,7 @@ import dataclasses
 import json
 import os
 import re
+import signal
 import sys
 import warnings
 from collections.abc import Callable, Iterator
@@ -31,6 +32,7 @@ from jaxtrain.signals import EXIT_STATUS, Terminated, ignore_signals, raise_on_s
 
 OptimizerName = Literal["sgd", "adam", "adamw", "rmsprop", "rprop", "adagrad", "adadelta", "lbfgs"]
 Config = TypeVar("Config")
+EXIT_STATUS_OF_A_BROKEN_PIPE = 128 + signal.SIGPIPE
 
 
 @dataclasses.dataclass(frozen=True)
@@ -128,6 +130,9 @@ def mistakes_on_one_line() -> Iterator[None]:
     except (InputError, NonFiniteLossError, OutOfMemoryError, StorageError) as error:
         print(_one_line(f"error: {error}", error), file=sys.stderr)
         sys.exit(1)
+    except BrokenPipeError:  # who reads the output has left: `--help | head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(EXIT_STATUS_OF_A_BROKEN_PIPE)
     except (KeyboardInterrupt, Terminated) as error:
         word = "terminated" if isinstance(error, Terminated) else "interrupted"
         print(_one_line(word, error), file=sys.stderr)

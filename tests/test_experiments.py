@@ -438,6 +438,19 @@ def test_help_names_every_flag(environment, script) -> None:
         assert re.search(rf"--{name.replace('_', '-')}\b", result.stdout)
 
 
+def test_a_reader_that_leaves_early_is_no_error(environment) -> None:
+    with subprocess.Popen(
+        [sys.executable, "experiments/mnist.py", "--help"],
+        env=environment,
+        cwd=ROOT,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+    ) as process:
+        process.stdout.close()
+        assert process.stderr.read() == b""
+    assert process.returncode == 128 + signal.SIGPIPE
+
+
 def test_compiled_programs_are_kept_for_the_next_run(environment, tmp_path: Path) -> None:
     del environment["JAX_COMPILATION_CACHE_DIR"]
     flags = ("--epochs", 5, "--log-interval", 0, "--output-dir", tmp_path / "out")
