@@ -96,7 +96,7 @@ class Checkpoints:
 
     def __enter__(self) -> Checkpoints:
         self._lock = lock_folder(self.path, *_NAMES)
-        for left in self.path.glob(f"*{_UNFINISHED}"):  # by a run that was killed
+        for left in self.path.glob(f"epoch-*{_UNFINISHED}"):  # by a run that was killed
             remove(left)
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="checkpoints")
         return self
@@ -191,6 +191,8 @@ class Checkpoints:
         for epoch in reversed(epochs):
             try:
                 record, leaves = read_checkpoint(self._folder(epoch))
+                if record["epoch"] != epoch:
+                    raise DamagedError(f"{self._folder(epoch)} is that of epoch {record['epoch']}")
             except DamagedError as error:
                 damaged[epoch] = str(error)
                 continue
@@ -293,10 +295,12 @@ def checkpoint_folder(path: Path, epoch: int) -> Path:
 
 
 def list_epochs(path: Path) -> list[int]:
-    """The epochs of the checkpoints in a folder, ascending; none where there is no folder."""
-    if not path.is_dir():
+    """The epochs of the checkpoints in a folder, ascending; none where there is no such folder."""
+    try:
+        names = [entry.name for entry in path.iterdir()]
+    except OSError:
         return []
-    matches = (re.fullmatch("epoch-(0|[1-9][0-9]*)", entry.name) for entry in path.iterdir())
+    matches = (re.fullmatch("epoch-(0|[1-9][0-9]*)", name) for name in names)
     return sorted(int(match[1]) for match in matches if match)
 
 

@@ -87,10 +87,12 @@ class Safety:
                 f"--checkpoint-dir is {folder}, the output folder itself; expected another, "
                 f"{output_dir / 'checkpoints'} for instance"
             )
-        parts = [folder, *(path for path in folder.glob("*") if path.is_dir())]
-        if self.resume == "never" or not any(map(list_epochs, parts)):
+        if self.resume == "never":
             return False
         try:
+            parts = [folder, *folder.iterdir()] if folder.exists() else []
+            if not any(map(list_epochs, parts)):
+                return False
             config = json.loads((output_dir / "config.json").read_text())
             return config["safety"]["checkpoint_dir"] == str(folder)
         except (OSError, ValueError, KeyError, TypeError, RecursionError):

@@ -149,8 +149,8 @@ def train_steps(
 
     first = dataset.take(order[:batch_size])
     loss_dtype = jax.eval_shape(lambda: gradient_step(state, first, loss_fn)[1]).dtype
-    nothing = jnp.zeros(steps, loss_dtype)
-    carry = (state, nothing, nothing)
+    norm_dtype = jnp.promote_types(loss_dtype, jnp.float32)
+    carry = (state, jnp.zeros(steps, loss_dtype), jnp.zeros(steps, norm_dtype))
     # The last step has a loop of its own, of one round or none, where its batch has a shape of its
     # own or it alone is measured.
     apart = last_size != batch_size or norms == "last"

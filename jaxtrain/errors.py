@@ -56,13 +56,16 @@ class OutOfMemoryError(MemoryError):
       fitting: a batch size that should fit, or None where not even one example does.
     """
 
-    def __init__(self, batch_size: int, fitting: int | None, detail: str) -> None:
+    def __init__(
+        self, batch_size: int, fitting: int | None, detail: str, flag: str = "batch_size"
+    ) -> None:
         self.batch_size = batch_size
         self.fitting = fitting
         way_out = "expected a device with more memory, less data at once or a smaller model"
         if fitting is not None:
-            way_out = f"an estimate of what fits is --batch-size {fitting}"
-        super().__init__(f"out of memory at batch size {batch_size} ({detail}); {way_out}")
+            way_out = f"an estimate of what fits is --{flag.replace('_', '-')} {fitting}"
+        name = flag.replace("_", " ")
+        super().__init__(f"out of memory at {name} {batch_size} ({detail}); {way_out}")
 
 
 class NonFiniteLossError(ArithmeticError):

@@ -72,7 +72,8 @@ def fit(
     epoch is counted by the state's steps): 2 and 3 epochs give exactly what 5 in one call give.
 
     With `checkpoint_dir` the run survives its process: the same call goes on from the newest
-    checkpoint there and ends, on the same machine with the same versions, in the same bits.
+    checkpoint there and ends, on the same machine with the same versions, in the same bits. (A
+    program of several calls gives each a folder of its own.)
 
     Args:
       state: where to start; left untouched.
@@ -354,8 +355,8 @@ def _train_epoch(
         "train_loss": float(np.average(losses[finite], weights=sizes[finite])),
     }
     for name, data in plan.held_out.items():
-        means = evaluation(state, data, plan.metrics, batch_size=plan.test_batch_size)
-        row |= {f"{name}_{metric}": float(means[metric]) for metric, _ in plan.metrics}
+        means = _evaluate(plan, state, data)
+        row |= {f"{name}_{metric}": means[metric] for metric, _ in plan.metrics}
         value = row[f"{name}_loss"]
         if not np.isfinite(value):
             rate, history = _learning_rate(state), records.history()
@@ -369,6 +370,15 @@ def _train_epoch(
         row["learning_rate"] = last_rate
     row["seconds"] = time.perf_counter() - started
     return state, row, losses
+
+
+def _evaluate(plan: _Plan, state: TrainState, data: Dataset) -> dict[str, float]:
+    def lower(size: int) -> jax.stages.Lowered:
+        return evaluation.lower(state, data, plan.metrics, batch_size=size)
+
+    with out_of_memory_explained(plan.test_batch_size, lower, "test_batch_size"):
+        means = evaluation(state, data, plan.metrics, batch_size=plan.test_batch_size)
+        return {name: float(mean) for name, mean in means.items()}
 
 
 def _stop_at_nonfinite(

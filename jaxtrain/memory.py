@@ -12,15 +12,17 @@ import jax
 from jaxtrain.devices import current_device
 from jaxtrain.errors import OutOfMemoryError
 
-# What XLA's and NumPy's errors say.
-_OUT_OF_MEMORY = ("RESOURCE_EXHAUSTED", "Out of memory", "Unable to allocate")
+# What XLA's errors say.
+_OUT_OF_MEMORY = ("RESOURCE_EXHAUSTED", "Out of memory")
 # Of the memory that is free, what an estimate may fill: matrix products take room of their own.
 _SHARE = 0.5
 
 
 @contextlib.contextmanager
 def out_of_memory_explained(
-    batch_size: int, lower: Callable[[int], jax.stages.Lowered] | None = None
+    batch_size: int,
+    lower: Callable[[int], jax.stages.Lowered] | None = None,
+    flag: str = "batch_size",
 ) -> Iterator[None]:
     """Turn the device's "out of memory" into an error that says which batch size fits.
 
@@ -28,6 +30,7 @@ def out_of_memory_explained(
       batch_size: examples a step.
       lower: the run's steps at another batch size, to be compiled for an estimate, not run; None
         where the batch size is not what it depends on.
+      flag: the argument that sets the batch size.
 
     Raises:
       OutOfMemoryError: what runs in this context asked for more than there is.
@@ -35,14 +38,15 @@ def out_of_memory_explained(
     try:
         yield
     except (jax.errors.JaxRuntimeError, MemoryError) as error:
-        words = str(error)
-        if not any(word in words for word in _OUT_OF_MEMORY):
+        words = str(error) or type(error).__name__
+        memory = isinstance(error, MemoryError) or any(word in words for word in _OUT_OF_MEMORY)
+        if not memory or isinstance(error, OutOfMemoryError):
             raise
         fitting = None
         if lower is not None:
             with contextlib.suppress(Exception):  # an estimate that fails is none
                 fitting = fitting_batch_size(batch_size, lower, free_bytes())
-        explained = OutOfMemoryError(batch_size, fitting, words.splitlines()[0])
+        explained = OutOfMemoryError(batch_size, fitting, words.splitlines()[0], flag)
         explained.__notes__ = getattr(error, "__notes__", [])
         raise explained from error
 

@@ -17,7 +17,9 @@ def global_norm(tree: PyTree) -> Float[Array, ""]:
     """The Euclidean norm of all leaves together, at least in float32."""
 
     def sum_of_squares(leaf: Array) -> Array:
-        squares = jnp.square(jnp.abs(leaf)).astype(jnp.promote_types(leaf.dtype, jnp.float32))
+        # Cast first: half precision overflows at 256 squared.
+        absolute = jnp.abs(leaf)
+        squares = jnp.square(absolute.astype(jnp.promote_types(absolute.dtype, jnp.float32)))
         # Along the first axis first: rows are added as vectors, where one sum of all would be a
         # chain of single additions on a CPU.
         return jnp.sum(jnp.sum(squares, axis=0)) if leaf.ndim > 1 else jnp.sum(squares)

@@ -224,12 +224,12 @@ def test_a_name_of_the_users_hides_nothing(tmp_path: Path, small_state, small_cl
 
 
 def test_other_peoples_folders_are_left_alone(tmp_path: Path, small_state, small_classes) -> None:
-    for name in ("0", "7", "007", "2024", "epoch-01", "epoch-x"):
+    for name in ("0", "7", "007", "2024", "epoch-01", "epoch-x", "thesis.unfinished"):
         (tmp_path / name).mkdir()
         (tmp_path / name / "thesis.txt").write_text("mine")
     fit(small_state, small_classes, tmp_path, epochs=5, keep=1)
     assert list_epochs(tmp_path) == [5]
-    assert len(list(tmp_path.glob("*/thesis.txt"))) == 6
+    assert len(list(tmp_path.glob("*/thesis.txt"))) == 7
 
 
 def test_a_file_that_cannot_be_read_is_not_called_damaged(
@@ -410,6 +410,14 @@ def test_two_damaged_ones_and_all_of_them(tmp_path: Path, trained) -> None:
     for _ in range(2):  # nothing is set aside, so that it is not begun anew unasked
         with pytest.raises(jt.InputError, match=r"holds no whole checkpoint .*; delete"):
             fit(state, data, tmp_path / "b", epochs=4)
+
+
+def test_a_checkpoint_under_another_epochs_name_is_not_taken(tmp_path: Path, trained) -> None:
+    state, data, whole, original = trained
+    shutil.copytree(original, tmp_path / "a")
+    os.rename(tmp_path / "a" / "epoch-3", tmp_path / "a" / "epoch-4")
+    with pytest.warns(UserWarning, match=r"epoch-4 is that of epoch 3\) .* going on from epoch 2"):
+        assert_same_run(fit(state, data, tmp_path / "a", epochs=4), whole)
 
 
 def test_what_is_left_of_a_killed_writer_is_not_taken(tmp_path: Path, trained) -> None:

@@ -199,6 +199,31 @@ def test_a_fault_is_said_in_time_and_leaves_nothing(mirror, tmp_path, answer, me
     assert not list(tmp_path.iterdir())
 
 
+def test_what_was_given_up_does_not_come_in_late(mirror, tmp_path: Path) -> None:
+    """The first answer comes whole, but after its time; the second one is there by then."""
+    url, answers = mirror
+    late = threading.Event()
+
+    def slow(handler: http.server.BaseHTTPRequestHandler) -> None:
+        late.wait(10)
+        whole(handler)
+
+    answers.append(slow)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(download, "_LEAST_SECONDS", 0.0)
+        patch.setattr(download, "_SILENCE_SECONDS", 10.0)
+        with pytest.raises(DownloadError, match="is too slow"):
+            fetch(url, tmp_path / "file", len(CONTENT), SUM)
+    answers.append(whole)
+    fetch(url, tmp_path / "file", len(CONTENT), SUM)
+    late.set()
+    for thread in threading.enumerate():
+        if "work" in thread.name:
+            thread.join(10)
+    assert [path.name for path in tmp_path.iterdir()] == ["file"]
+    assert (tmp_path / "file").read_bytes() == CONTENT
+
+
 def test_a_proxy_that_is_not_there_is_named(tmp_path: Path, monkeypatch) -> None:
     monkeypatch.setenv("http_proxy", "http://127.0.0.1:9")
     with pytest.raises(DownloadError, match=r"the proxy cannot be reached .*http_proxy"):

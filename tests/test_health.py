@@ -17,6 +17,7 @@ import torch
 import jaxtrain as jt
 from experiments import mnist
 from jaxtrain.checks import check_values
+from jaxtrain.transforms import global_norm
 
 MSE = jt.losses.mean_squared_error
 
@@ -222,6 +223,42 @@ def test_values_that_are_not_finite_are_found(field: str, bad: float, kind) -> N
 def test_what_is_no_number_is_refused(array: np.ndarray) -> None:
     with pytest.raises(jt.InputError, match=r"data\.inputs has the element type .*real numbers"):
         check_values(jt.Dataset(array, np.zeros(1)), "data")
+
+
+def test_what_32_bits_cannot_hold_is_found() -> None:
+    """JAX would make an infinity of it, or another label."""
+    far = jt.Dataset(np.array([[1.0], [1e300]]), np.zeros((2, 1)))
+    with pytest.raises(jt.InputError, match=r"data\.inputs holds 1e\+300 at \[1, 0\]; .* float32"):
+        check_values(far, "data")
+    wrapped = jt.Dataset(np.zeros((2, 1)), np.array([2**32 + 1, 0]))
+    with pytest.raises(jt.InputError, match=r"data\.targets holds 4294967297 at \[0\]; .* int32"):
+        check_values(wrapped, "data")
+    with jax.enable_x64(True):
+        check_values(far, "data")
+        check_values(wrapped, "data")
+
+
+@pytest.mark.parametrize(("size", "value"), [(4, 300.0), (10_000, 1e-4)])
+def test_half_precision_has_a_norm(size: int, value: float) -> None:
+    """Squared in half precision, the one would be infinite and the other 0."""
+    gradient = {"weight": jnp.full(size, value, jnp.float16)}
+    assert float(global_norm(gradient)) == pytest.approx(value * size**0.5, rel=1e-3)
+
+
+def test_a_run_in_half_precision_goes_on() -> None:
+    """Gradients of 400 an example, whose norm squared is beyond float16."""
+
+    class Half(nn.Module):
+        @nn.compact
+        def __call__(self, inputs, train: bool = False):
+            return nn.Dense(1, use_bias=False, dtype=jnp.float16, param_dtype=jnp.float16)(inputs)
+
+    data = jt.Dataset(jnp.full((8, 1), 20.0, jnp.float16), jnp.full((8, 1), 8.0, jnp.float16))
+    state = jt.init_state(Half(), jt.optimizers.sgd(1e-4), data.inputs[:1], key=jax.random.key(0))
+    state = state.replace(params={"Dense_0": {"kernel": jnp.full((1, 1), -0.1, jnp.float16)}})
+    for mode in ("stop", "skip"):
+        _, history = jt.fit(state, data, loss_fn=MSE, epochs=1, batch_size=8, on_nonfinite=mode)
+        assert history["gradient_norm"] == pytest.approx([400.0], rel=1e-2)
 
 
 def test_bytes_truths_and_half_precision_are_numbers() -> None:

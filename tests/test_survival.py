@@ -312,27 +312,32 @@ def test_out_of_memory_names_a_batch_size_that_fits(environment, tmp_path: Path)
 import resource, sys
 import jax.numpy as jnp, jax
 import jaxtrain as jt
-batch_size = int(sys.argv[1])
+batch_size, test_batch_size = map(int, sys.argv[1:])
 data = jt.Dataset(jnp.ones((512, 1)), jnp.zeros(512, jnp.int32))
 model = jt.models.FeedForward((2**22, 2), dropout_rate=0.0, mean=0.0, std=1.0)
 state = jt.init_state(model, jt.optimizers.sgd(0.1), data.inputs[:1], key=jax.random.key(0))
 now = int(open("/proc/self/statm").read().split()[0]) * resource.getpagesize()
 resource.setrlimit(resource.RLIMIT_AS, (now + 3 * 2**30,) * 2)
 try:
-    jt.fit(state, data.take(jnp.arange(batch_size)), loss_fn=jt.losses.cross_entropy, epochs=1,
-           batch_size=batch_size)
+    jt.fit(state, data.take(jnp.arange(batch_size)), data.take(jnp.arange(test_batch_size)),
+           loss_fn=jt.losses.cross_entropy, epochs=1, batch_size=batch_size,
+           test_batch_size=test_batch_size)
 except jt.OutOfMemoryError as error:
     print(error)
     print(error.fitting)
 else:
     print("it fits")
 """
-    out, _ = run(environment, "-c", program, 512)
+    out, _ = run(environment, "-c", program, 512, 1)
     message, fitting = out.strip().splitlines()
     assert message.startswith("out of memory at batch size 512 (")
     assert f"an estimate of what fits is --batch-size {fitting}" in message
     assert 8 <= int(fitting) < 512
-    out, _ = run(environment, "-c", program, fitting)
+    out, _ = run(environment, "-c", program, 1, 512)
+    message, test_fitting = out.strip().splitlines()
+    assert message.startswith("out of memory at test batch size 512 (")
+    assert f"an estimate of what fits is --test-batch-size {test_fitting}" in message
+    out, _ = run(environment, "-c", program, fitting, test_fitting)
     assert out.strip() == "it fits"
 
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import hashlib
+import os
+import tempfile
 import threading
 import time
 from pathlib import Path
@@ -18,6 +20,7 @@ _SLOWEST_BYTES_PER_SECOND = 20_000
 
 _CHUNK_BYTES = 1 << 16
 _MOST_REDIRECTIONS = 5
+_PART = ".part"
 
 
 class DownloadError(Exception):
@@ -39,27 +42,42 @@ def fetch(url: str, path: Path, size: int, sha256: str) -> None:
     """
     limit = _LEAST_SECONDS + size / _SLOWEST_BYTES_PER_SECOND
     outcome: list[BaseException | None] = []
+    given_up = threading.Event()
+    # A name that no other call has: a thread that was given up may still write, and cleans up.
+    try:
+        descriptor, name = tempfile.mkstemp(_PART, f"{path.name}.", path.parent)
+    except OSError as error:
+        raise DownloadError(f"{url}: {describe(error)}") from error
+    os.close(descriptor)
+    part = Path(name)
 
     def work() -> None:
         try:
-            _fetch(url, path, size, sha256, limit)
+            _fetch(url, part, size, sha256, limit)
             outcome.append(None)
         except BaseException as error:
-            path.unlink(missing_ok=True)
+            part.unlink(missing_ok=True)
             outcome.append(error)
+        if given_up.is_set():
+            part.unlink(missing_ok=True)
 
     # In a thread: headers that drip have no timeout of their own.
     thread = threading.Thread(target=work, daemon=True)
     thread.start()
-    thread.join(limit + 1)
+    try:
+        thread.join(limit + 1)
+    finally:
+        if not outcome:  # too slow, or Ctrl-C
+            given_up.set()
+            part.unlink(missing_ok=True)
     if not outcome:
-        path.unlink(missing_ok=True)
         raise DownloadError(f"{url} is too slow: no whole answer in {limit:.0f} s")
-    error = outcome[0]
-    if isinstance(error, DownloadError):
-        raise error
-    if error is not None:  # of requests, urllib3, http.client, or the disk
-        raise DownloadError(f"{url}: {describe(error)}") from error
+    failure = outcome[0]
+    if isinstance(failure, DownloadError):
+        raise failure
+    if failure is not None:  # of requests, urllib3, http.client, or the disk
+        raise DownloadError(f"{url}: {describe(failure)}") from failure
+    part.replace(path)
 
 
 def _fetch(url: str, path: Path, size: int, sha256: str, limit: float) -> None:
