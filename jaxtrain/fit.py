@@ -343,7 +343,9 @@ def _train_epoch(
     largest = float(largest_parameter(state.params))
     if not np.isfinite(largest):  # by a gradient that no later loss of the epoch depends on
         rate, history = _learning_rate(state), records.history()
-        raise NonFiniteLossError(epoch, None, "largest parameter", largest, rate, history)
+        raise NonFiniteLossError(
+            epoch, None, "largest parameter", largest, rate, history, plan.skip_nonfinite
+        )
     finite = np.isfinite(losses) & np.isfinite(norms)
     if not finite.any():  # skipped, all of them: going on would change nothing any more
         value = float(norms[0] if np.isfinite(losses[0]) else losses[0])
@@ -360,7 +362,9 @@ def _train_epoch(
         value = row[f"{name}_loss"]
         if not np.isfinite(value):
             rate, history = _learning_rate(state), records.history()
-            raise NonFiniteLossError(epoch, None, f"{name} loss", value, rate, history)
+            raise NonFiniteLossError(
+                epoch, None, f"{name} loss", value, rate, history, plan.skip_nonfinite
+            )
     row |= {name: float(measure(state)) for name, measure in plan.state_metrics.items()}
     row["gradient_norm"] = float(norms[-1])
     if plan.skip_nonfinite:

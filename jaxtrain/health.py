@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 
 import jax
@@ -31,15 +32,24 @@ def hides_nonfinite(state: TrainState) -> bool:
     """
     if has_line_search(state.opt_state):
         return False  # a step of it is an epoch, whose gradient is measured
+    leaves, structure = jax.tree.flatten(state.params)
+    return _rule_hides_nonfinite(state.tx, structure, tuple(leaf.dtype for leaf in leaves))
 
+
+@functools.lru_cache(maxsize=64)  # a caller of many short runs compiles it once
+def _rule_hides_nonfinite(
+    optimizer: optax.GradientTransformation,
+    structure: jax.tree_util.PyTreeDef,
+    dtypes: tuple[np.dtype, ...],
+) -> bool:
     @jax.jit
     def updated(params: PyTree, gradient: Array) -> PyTree:
         grads = jax.tree.map(lambda leaf: jnp.full_like(leaf, gradient), params)
-        updates, _ = state.tx.update(grads, state.tx.init(params), params)
+        updates, _ = optimizer.update(grads, optimizer.init(params), params)
         return optax.apply_updates(params, updates)
 
     # One number for each parameter: it is the rule that is asked for.
-    params = jax.tree.map(lambda leaf: jnp.ones((), leaf.dtype), state.params)
+    params = jax.tree.unflatten(structure, [jnp.ones((), dtype) for dtype in dtypes])
     try:
         after = [updated(params, jnp.float32(gradient)) for gradient in (math.inf, math.nan)]
     except Exception:  # an optimizer for which the shape of a parameter matters
