@@ -104,6 +104,8 @@ def _check_record(record: dict[str, Any]) -> None:
     for name in ("configuration", "identity", "versions", "stored", "trees"):
         if not isinstance(record[name], dict):
             raise TypeError(f"{name} is no object")
+    if not isinstance(record["epoch"], int):
+        raise TypeError("epoch is no number")
     names = [f"history_{number}" for number, _ in enumerate(record["history"])]
     for tree_name in ("state", *record["trees"]):
         for number, spec in enumerate(record["trees"][tree_name]):

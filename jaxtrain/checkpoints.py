@@ -41,6 +41,7 @@ _NAMES = ("checkpoint folder", "checkpoint_dir")
 _UNFINISHED, _DAMAGED = ".unfinished", ".damaged"
 # The entries of an identity that are sums of what other versions and devices change by themselves.
 COMPILED_STEP = "compiled step (of model, loss and optimizer)"
+COMPILED_EVALUATION = "compiled evaluation (of metrics, by test_batch_size)"
 START = "start (by seed, optimizer and learning rate)"
 
 
@@ -87,6 +88,7 @@ class Checkpoints:
                 f"checkpoint_dir is {path!r}, the current folder; expected one of its own, "
                 "checkpoints for instance"
             )
+        self.path = self.path.absolute()  # the program may change its directory
         self.keep = keep
         self.configuration = _as_json(configuration)
         self.identity = _as_json(identity)
@@ -96,8 +98,12 @@ class Checkpoints:
 
     def __enter__(self) -> Checkpoints:
         self._lock = lock_folder(self.path, *_NAMES)
-        for left in self.path.glob(f"epoch-*{_UNFINISHED}"):  # by a run that was killed
-            remove(left)
+        try:
+            for left in self.path.glob(f"epoch-*{_UNFINISHED}"):  # by a run that was killed
+                remove(left)
+        except BaseException:
+            os.close(self._lock)
+            raise
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="checkpoints")
         return self
 
@@ -235,7 +241,7 @@ class Checkpoints:
                 ("versions", self.versions),
             )
         }
-        moved, sums = differences["versions"], {START, COMPILED_STEP}
+        moved, sums = differences["versions"], {START, COMPILED_STEP, COMPILED_EVALUATION}
         # Another version or device may change what both are sums of in its last digit.
         forgiven = set(sums) if moved else set()
         if self.identity[START] in record["state_digests"]:
@@ -251,13 +257,13 @@ class Checkpoints:
         if different:
             raise InputError(
                 f"the checkpoint of epoch {epoch} in {self.path} is of another run: "
-                f"{_in_words(different)}; expected the same, or another checkpoint_dir"
+                f"{in_words(different)}; expected the same, or another checkpoint_dir"
             )
         if moved:
             warnings.warn(
-                f"the checkpoint of epoch {epoch} was written elsewhere ({_in_words(moved)}): the "
-                "last digits may differ from here on, and whether start and compiled step are the "
-                "same cannot be told",
+                f"the checkpoint of epoch {epoch} was written elsewhere ({in_words(moved)}): the "
+                "last digits may differ from here on, and whether start and compiled programs are "
+                "the same cannot be told",
                 stacklevel=4,
             )
 
@@ -323,7 +329,8 @@ def _path(value: Any) -> str:
     raise TypeError(repr(value))
 
 
-def _in_words(pairs: Mapping[str, tuple[Any, Any]]) -> str:
+def in_words(pairs: Mapping[str, tuple[Any, Any]]) -> str:
+    """Names with what each was then and is now, in one clause."""
     return ", ".join(
         f"{name} was {then} and is now {now}" for name, (then, now) in sorted(pairs.items())
     )

@@ -17,7 +17,7 @@ from typing import Any, Literal, TypeVar
 import jax
 from jaxtyping import Array, Key
 
-from jaxtrain.checkpoints import Resume, list_epochs
+from jaxtrain.checkpoints import Resume, in_words, list_epochs
 from jaxtrain.checks import check_whole
 from jaxtrain.errors import (
     InputError,
@@ -27,7 +27,7 @@ from jaxtrain.errors import (
     what_is_kept,
 )
 from jaxtrain.fit import OnNonfinite
-from jaxtrain.runs import RunFolder
+from jaxtrain.runs import RunFolder, plain
 from jaxtrain.signals import EXIT_STATUS, Terminated, ignore_signals, raise_on_signals
 
 OptimizerName = Literal["sgd", "adam", "adamw", "rmsprop", "rprop", "adagrad", "adadelta", "lbfgs"]
@@ -42,7 +42,7 @@ class Safety:
     checkpoint_dir: Path | None = None
     """Keep checkpoints here; the same command then goes on where it was cut off."""
     checkpoint_every: int = 1
-    """Epochs from one checkpoint to the next; the last epoch always has one."""
+    """Epochs from one checkpoint to the next, each a third of a second; the last always has one."""
     keep: int = 3
     """How many checkpoints to keep, the newest."""
     resume: Resume = "auto"
@@ -62,24 +62,28 @@ class Safety:
           known: what fields of the configuration turned out to be, the data set of "auto".
         """
         names = [field.name for field in dataclasses.fields(config) if field.name not in _FREE]
+        resume = self.resume
+        if part and resume == "must" and self._has_checkpoints():
+            resume = "auto"  # the later ones need not have begun when the first was cut off
         return {
             "checkpoint_dir": self.checkpoint_dir and self.checkpoint_dir / part,
             "checkpoint_every": self.checkpoint_every,
             "keep": self.keep,
-            "resume": self.resume,
+            "resume": resume,
             "on_nonfinite": self.on_nonfinite,
             "configuration": {name: getattr(config, name) for name in names}
             | {"max_gradient_norm": self.max_gradient_norm, "on_nonfinite": self.on_nonfinite}
             | known,
         }
 
-    def goes_on(self, output_dir: Path) -> bool:
-        """Whether results in this folder are of the run that goes on from the checkpoints.
+    def goes_on(self, config: Any) -> bool:
+        """Whether results in the output folder are of the run that goes on from the checkpoints.
 
         Raises:
-          InputError: results and checkpoints would lie in one folder.
+          InputError: results and checkpoints would lie in one folder, or the results are of a
+            run with other flags and the same folder of checkpoints.
         """
-        folder = self.checkpoint_dir
+        folder, output_dir = self.checkpoint_dir, config.output_dir
         if folder is None:
             return False
         if folder.resolve() == output_dir.resolve():
@@ -87,22 +91,42 @@ class Safety:
                 f"--checkpoint-dir is {folder}, the output folder itself; expected another, "
                 f"{output_dir / 'checkpoints'} for instance"
             )
-        if self.resume == "never":
+        if self.resume == "never" or not self._has_checkpoints():
             return False
         try:
-            parts = [folder, *folder.iterdir()] if folder.exists() else []
-            if not any(map(list_epochs, parts)):
+            earlier = json.loads((output_dir / "config.json").read_text())
+            if Path(earlier["safety"]["checkpoint_dir"]).resolve() != folder.resolve():
                 return False
-            config = json.loads((output_dir / "config.json").read_text())
-            return config["safety"]["checkpoint_dir"] == str(folder)
+            now = {name: plain(value) for name, value in dataclasses.asdict(config).items()}
+            different = {
+                name: (earlier[name], value)
+                for name, value in now.items()
+                # (A flag that is left out may have been filled in.)
+                if name not in _FREE and value is not None and earlier[name] != value
+            }
         except (OSError, ValueError, KeyError, TypeError, RecursionError):
             return False
+        if different and not config.overwrite:
+            raise InputError(
+                f"the output folder {output_dir} holds another run: {in_words(different)}; keep it "
+                "and name another by --output-dir and another --checkpoint-dir, or take --overwrite"
+            )
+        return not different
+
+    def _has_checkpoints(self) -> bool:
+        """Whether there are any, of the run or, where it has several parts, of one of them."""
+        folder = self.checkpoint_dir
+        try:
+            parts = [] if folder is None else [folder, *folder.iterdir()]
+        except OSError:
+            return False
+        return any(map(list_epochs, parts))
 
 
 # What may change when a run goes on: how far it goes, what is seen of it, and where it runs.
 _FREE = {
     *("epochs", "device", "compilation_cache", "log_interval", "output_dir", "overwrite"),
-    *("data_dir", "test_batch_size", "safety"),
+    *("data_dir", "safety"),
 }
 
 
@@ -165,7 +189,7 @@ def output_folder(config: Any) -> RunFolder:
       InputError: it cannot be written, or holds a finished run.
     """
     safety = getattr(config, "safety", None)  # of experiments that train by fit
-    goes_on = safety is not None and safety.goes_on(config.output_dir)
+    goes_on = safety is not None and safety.goes_on(config)
     return RunFolder(config.output_dir, config, overwrite=config.overwrite, goes_on=goes_on)
 
 

@@ -92,7 +92,10 @@ def load_params(path: str | os.PathLike[str], state: TrainState) -> TrainState:
                 "the same model"
             )
         dtype = jnp.dtype(_DTYPES[held["dtype"]])
-        values.append(jnp.asarray(np.frombuffer(held["data"], dtype).reshape(held["shape"])))
+        value = jnp.asarray(np.frombuffer(held["data"], dtype).reshape(held["shape"]))
+        if isinstance(leaf, jax.Array) and leaf.committed:
+            value = jax.device_put(value, leaf.sharding)
+        values.append(value)
     names = {name for name, _ in expected}
     more = next((name for name in sorted(found) if name not in names), None)
     if more is not None:

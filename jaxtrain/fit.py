@@ -17,7 +17,7 @@ import numpy as np
 from jaxtyping import Array, Key
 
 from jaxtrain.checkpoint_files import Checkpoint, digest
-from jaxtrain.checkpoints import COMPILED_STEP, START, Checkpoints, Resume
+from jaxtrain.checkpoints import COMPILED_EVALUATION, COMPILED_STEP, START, Checkpoints, Resume
 from jaxtrain.checks import check_key, check_line_search, check_targets, check_values, check_whole
 from jaxtrain.data.dataset import Dataset, check_dataset
 from jaxtrain.epochs import Norms, epoch_order, evaluation, num_steps, train_steps
@@ -72,8 +72,9 @@ def fit(
     epoch is counted by the state's steps): 2 and 3 epochs give exactly what 5 in one call give.
 
     With `checkpoint_dir` the run survives its process: the same call goes on from the newest
-    checkpoint there and ends, on the same machine with the same versions, in the same bits. (A
-    program of several calls gives each a folder of its own.)
+    checkpoint there and ends, on the same CPU with the same versions, in the same bits. (On a GPU
+    XLA itself may round otherwise from process to process. A program of several calls gives each a
+    folder of its own.)
 
     Args:
       state: where to start; left untouched.
@@ -94,7 +95,8 @@ def fit(
       on_nonfinite: what a NaN or infinity in a step's loss or gradient does: "stop" ends the run
         before the epoch is reported or kept (it looks at the losses, the last step's gradient and
         the parameters, and at every step's gradient where the optimizer could hide it); "skip"
-        leaves out that step's update and counts it (and measures every step's gradient, which
+        leaves out that step's update, its optimizer's count and so its schedule's included, and
+        counts it in the history (and measures every step's gradient, which
         takes an eighth of a small network's step on a CPU).
       checkpoint_dir: folder of this run's checkpoints; None writes none.
       checkpoint_every: epochs from one checkpoint to the next; the last epoch always has one.
@@ -210,7 +212,7 @@ def fit(
             records.restore(resumed.history)
         lowered.compile()
         for data in held_out.values():
-            evaluation.lower(state, data, plan.metrics, batch_size=test_batch_size).compile()
+            _lower_evaluation(plan, state, data).compile()
         epochs_done = first_epoch if resumed is None else resumed.epoch
         if records.is_over(patience):  # as it is where a finished run goes on
             last_epoch = epochs_done
@@ -376,9 +378,13 @@ def _train_epoch(
     return state, row, losses
 
 
+def _lower_evaluation(plan: _Plan, state: TrainState, data: Dataset) -> jax.stages.Lowered:
+    return evaluation.lower(state, data, plan.metrics, batch_size=plan.test_batch_size)
+
+
 def _evaluate(plan: _Plan, state: TrainState, data: Dataset) -> dict[str, float]:
     def lower(size: int) -> jax.stages.Lowered:
-        return evaluation.lower(state, data, plan.metrics, batch_size=size)
+        return _lower_evaluation(plan._replace(test_batch_size=size), state, data)
 
     with out_of_memory_explained(plan.test_batch_size, lower, "test_batch_size"):
         means = evaluation(state, data, plan.metrics, batch_size=plan.test_batch_size)
@@ -433,7 +439,10 @@ def _identity(
         "patience": patience,
         START: digest(state),
         # All constants of model, loss and optimizer are in it.
-        COMPILED_STEP: hashlib.sha256(lowered.as_text().encode()).hexdigest()[:16],
+        COMPILED_STEP: _digest_text(lowered.as_text()),
+        COMPILED_EVALUATION: _digest_text(
+            *(_lower_evaluation(plan, state, part).as_text() for part in plan.held_out.values())
+        ),
     }
 
 
@@ -447,6 +456,10 @@ def _strongly_typed(leaf: Any) -> Any:
     return (
         array if is_key or not array.weak_type else jax.lax.convert_element_type(array, array.dtype)
     )
+
+
+def _digest_text(*programs: str) -> str:
+    return hashlib.sha256("".join(programs).encode()).hexdigest()[:16]
 
 
 def _next_stop(start: int, steps: int, log_interval: int, seconds_per_step: float | None) -> int:

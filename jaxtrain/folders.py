@@ -12,7 +12,7 @@ from pathlib import Path
 from jaxtrain.errors import NO_SPACE, InputError, StorageError
 
 # How the names of files end that are not whole yet.
-PART = ".part"
+PART = ".jaxtrain-part"
 
 
 def make_folder(path: Path, what: str, flag: str) -> None:

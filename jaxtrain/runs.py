@@ -19,7 +19,7 @@ import numpy as np
 from jaxtrain.errors import InputError, StorageError, note_what_is_kept
 from jaxtrain.events import Compiled, EpochDone, Event, Resumed
 from jaxtrain.export import save_params
-from jaxtrain.folders import PART, lock_folder, make_folder, write_whole
+from jaxtrain.folders import PART, lock_folder, make_folder, remove, write_whole
 from jaxtrain.state import TrainState
 from jaxtrain.versions import device_name, versions
 
@@ -88,11 +88,11 @@ class RunFolder:
         self._lock = lock_folder(self.path, *_NAMES)
         try:
             self._check_unfinished()  # another run may have ended since
-        except InputError:
+            for left in self.path.glob(f".*{PART}"):  # by a run that was killed
+                remove(left)
+        except BaseException:
             os.close(self._lock)
             raise
-        for left in self.path.glob(f".*{PART}"):  # by a run that was killed
-            left.unlink(missing_ok=True)
         return self
 
     def __exit__(
@@ -205,18 +205,18 @@ class RunFolder:
             )
 
     def _write_json(self, name: str, content: Mapping[str, Any]) -> None:
-        text = json.dumps(_plain(content), indent=2, allow_nan=False)
+        text = json.dumps(plain(content), indent=2, allow_nan=False)
         write_whole(self.path / name, (text + "\n").encode())
 
 
-def _plain(value: Any) -> Any:
+def plain(value: Any) -> Any:
     """The nearest thing that JSON can say; what is not a finite number becomes null."""
     if isinstance(value, Mapping):
-        return {str(key): _plain(entry) for key, entry in value.items()}
+        return {str(key): plain(entry) for key, entry in value.items()}
     if isinstance(value, (list, tuple)):
-        return [_plain(entry) for entry in value]
+        return [plain(entry) for entry in value]
     if isinstance(value, (np.ndarray, np.generic, jax.Array)):
-        return _plain(np.asarray(value).tolist())
+        return plain(np.asarray(value).tolist())
     if isinstance(value, float):
         return value if math.isfinite(value) else None
     if value is None or isinstance(value, (bool, int, str)):

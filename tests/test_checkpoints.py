@@ -267,6 +267,12 @@ def test_a_newer_format_is_no_damage(tmp_path: Path, trained) -> None:
         ({"loss_fn": jt.losses.soft_cross_entropy}, "loss was cross_entropy and is now soft_cross"),
         ({"metric_fns": {"accuracy": jt.metrics.accuracy}}, "columns was .* test_accuracy"),
         ({"epochs": 2}, "epochs is 2, but .* holds a checkpoint of epoch 3; expected at least 3"),
+        (
+            {"metric_fns": {"loss2": LOSS}},
+            "metrics was cross_entropy and is now cross_entropy, c",
+        ),
+        ({"test_batch_size": 7}, "compiled evaluation .* was"),
+        ({"patience": 5, "validation_data": True}, "patience was None and is now 5"),
         ({"configuration": {"note": 2}}, r"is of another run: note was 1 and is now 2; expected"),
         ({"resume": "never"}, "resume is 'never', but"),
     ],
@@ -275,6 +281,8 @@ def test_another_run_is_refused(tmp_path, small_state, small_classes, change, me
     fit(small_state, small_classes, tmp_path, configuration={"note": 1})
     options = {"configuration": {"note": 1}, **change}
     data = small_classes
+    if "validation_data" in change:
+        options["validation_data"] = data
     if "loss_fn" in change:
         data = data._replace(targets=jax.nn.one_hot(data.targets, 3))
     with pytest.raises(jt.InputError, match=message):
@@ -402,8 +410,11 @@ def test_two_damaged_ones_and_all_of_them(tmp_path: Path, trained) -> None:
     shutil.copytree(original, tmp_path / "a")
     (tmp_path / "a" / "epoch-3" / "record.json").unlink()
     (tmp_path / "a" / "epoch-2" / "SHA256SUMS").write_text("")
-    with pytest.warns(UserWarning, match="going on from epoch 1"):
+    with pytest.warns(UserWarning, match="going on from epoch 1") as told:
         assert_same_run(fit(state, data, tmp_path / "a", epochs=4), whole)
+    assert len(told) == 2
+    assert (tmp_path / "a" / "epoch-2.damaged").is_dir()
+    assert (tmp_path / "a" / "epoch-3.damaged").is_dir()
     shutil.copytree(original, tmp_path / "b")
     for epoch in (1, 2, 3):
         (tmp_path / "b" / f"epoch-{epoch}" / "SHA256SUMS").write_text("")
@@ -498,6 +509,34 @@ def test_no_code_of_ours_can_unpickle_or_evaluate() -> None:
 def test_a_folder_is_held_by_one_run_at_a_time(tmp_path: Path) -> None:
     with store(tmp_path), pytest.raises(jt.InputError, match="in use by another run"):
         store(tmp_path).__enter__()
+    with store(tmp_path):
+        pass
+
+
+def test_a_program_may_change_its_directory(
+    tmp_path: Path, small_state, small_classes, monkeypatch
+) -> None:
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path)
+
+    def report(event) -> None:
+        if isinstance(event, EpochDone):
+            os.chdir(tmp_path / "elsewhere")
+
+    fit(small_state, small_classes, Path("checkpoints"), report=report)
+    assert list_epochs(tmp_path / "checkpoints") == [1, 2, 3]
+
+
+def test_a_folder_whose_entering_fails_is_let_go(tmp_path: Path, monkeypatch) -> None:
+    (tmp_path / "epoch-1.unfinished").mkdir()
+
+    def interrupt(path: Path) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(checkpoints, "remove", interrupt)
+        with pytest.raises(KeyboardInterrupt):
+            store(tmp_path).__enter__()
     with store(tmp_path):
         pass
 

@@ -184,6 +184,8 @@ def test_a_whole_file_comes_through(mirror, tmp_path: Path) -> None:
     url, _ = mirror
     fetch(url, tmp_path / "file", len(CONTENT), SUM)
     assert (tmp_path / "file").read_bytes() == CONTENT
+    (tmp_path / "other").touch()  # as readable for others as any file
+    assert (tmp_path / "file").stat().st_mode == (tmp_path / "other").stat().st_mode
 
 
 @pytest.mark.parametrize(("answer", "message"), FAULTS, ids=lambda v: getattr(v, "__name__", ""))

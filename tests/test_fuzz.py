@@ -20,7 +20,7 @@ from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
 import jaxtrain as jt
-from experiments.minibatch_regression import read_path
+from experiments.minibatch_regression import Config, read_path
 from jaxtrain.checkpoint_files import Checkpoint, DamagedError, read_checkpoint
 from jaxtrain.checkpoints import START, Checkpoints
 from jaxtrain.command import Safety
@@ -149,7 +149,10 @@ def test_records_with_sums_that_fit(
             place = place[0]
     if isinstance(place, dict):
         key = data.draw(st.sampled_from(sorted(place)) if place else st.just("new"))
-        place[key] = data.draw(json_values)
+        if place and data.draw(st.booleans()):
+            del place[key]
+        else:
+            place[key] = data.draw(json_values)
     (folder / "record.json").write_text(json.dumps(record))
     reseal(folder)
     with Checkpoints(tmp_path, configuration={"a": 1}, identity={START: "b"}, versions={}) as store:
@@ -209,6 +212,6 @@ def test_what_an_earlier_run_left(tmp_path: Path, content: bytes) -> None:
     for name in ("summary.json", "config.json"):
         (folder / name).write_bytes(content)
     safety = Safety(checkpoint_dir=tmp_path / "checkpoints")
-    assert safety.goes_on(folder) is False
+    assert safety.goes_on(Config(output_dir=folder, safety=safety)) is False
     RunFolder(folder, Safety(), overwrite=True).start()
     assert (tmp_path / "precious.txt").read_text() == "mine"

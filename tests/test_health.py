@@ -111,9 +111,26 @@ def test_skipped_steps_leave_no_trace_but_a_count() -> None:
     np.testing.assert_allclose(
         jax.tree.leaves(skipped.opt_state)[0], jax.tree.leaves(expected.opt_state)[0], rtol=1e-6
     )
-    assert skipped.step == 12  # skipped ones are counted: dropout and schedules of `step` go on
+    assert skipped.step == 12  # skipped ones are counted: dropout goes on
     finite = losses[:, [0, 1, 3]]
     np.testing.assert_allclose(history["train_loss"], finite.mean(axis=1), rtol=1e-6)
+
+
+def test_a_skipped_step_leaves_no_batch_statistics() -> None:
+    """An input beyond float32 when squared would make the running variance infinite."""
+
+    class Network(nn.Module):
+        @nn.compact
+        def __call__(self, inputs, train: bool = False):
+            return nn.Dense(1)(nn.BatchNorm(use_running_average=not train)(inputs))
+
+    inputs = jnp.arange(32.0)[:, None] / 32
+    data = jt.Dataset(inputs.at[5].set(3e38), inputs)
+    state = jt.init_state(Network(), jt.optimizers.sgd(0.1), inputs[:1], key=jax.random.key(0))
+    state, history = jt.fit(state, data, loss_fn=MSE, epochs=1, batch_size=4, on_nonfinite="skip")
+    assert history["skipped_steps"].tolist() == [1]
+    for leaf in jax.tree.leaves(state.model_state):
+        assert np.isfinite(leaf).all()
 
 
 def test_where_nothing_is_skipped_skipping_changes_nothing(small_state, small_classes) -> None:

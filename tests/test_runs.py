@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import csv
 import dataclasses
+import errno
 import json
+import os
 from pathlib import Path
 
 import jax
@@ -14,6 +16,7 @@ import pytest
 
 import jaxtrain as jt
 from jaxtrain.events import Compiled, EpochDone
+from jaxtrain.folders import PART
 from jaxtrain.runs import RunFolder
 
 
@@ -108,3 +111,27 @@ def test_a_picture_that_fails_leaves_the_old_one(tmp_path: Path) -> None:
     with pytest.raises(jt.StorageError, match=r"b\.png could not be written \(Is a directory\)"):
         folder.write_picture("b.png", Figure())
     assert sorted(path.name for path in tmp_path.iterdir()) == ["a.png", "b.png"]
+
+
+def test_results_are_the_old_ones_or_the_new_ones(tmp_path: Path, monkeypatch) -> None:
+    """The disk fills up while the same file is written again."""
+    folder = RunFolder(tmp_path, Config())
+    folder.write_table("history.csv", {"epoch": [1]})
+
+    def full(descriptor: int) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(jt.StorageError, match="no space left on the disk"):
+        folder.write_table("history.csv", {"epoch": [1, 2]})
+    assert (tmp_path / "history.csv").read_text() == "epoch\n1\n"
+    assert [path.name for path in tmp_path.iterdir()] == ["history.csv"]
+
+
+def test_part_files_of_others_are_left_alone(tmp_path: Path) -> None:
+    (tmp_path / ".film.mkv.part").write_bytes(b"mine")
+    (tmp_path / ".mine.part").mkdir()
+    (tmp_path / f".history.csv.7{PART}").write_bytes(b"by a run that was killed")
+    with RunFolder(tmp_path, Config()):
+        pass
+    assert sorted(path.name for path in tmp_path.iterdir()) == [".film.mkv.part", ".mine.part"]

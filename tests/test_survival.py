@@ -19,7 +19,8 @@ import numpy as np
 import pytest
 
 import jaxtrain as jt
-from experiments import optimizers
+from experiments import gradient_descent, linear_regression, optimizers
+from jaxtrain import command
 from jaxtrain.checkpoint_files import check_sums
 from jaxtrain.checkpoints import checkpoint_folder, list_epochs
 from jaxtrain.command import Safety
@@ -204,6 +205,32 @@ def test_another_run_does_not_go_on_from_it(environment, tmp_path: Path) -> None
         assert len(err.splitlines()) == 1
         assert message in err
     assert {path.name: path.read_bytes() for path in out.iterdir()} == before
+
+
+def test_results_of_another_run_are_not_this_ones(tmp_path: Path) -> None:
+    """Though its checkpoints were in a folder of the same name."""
+    out = tmp_path / "out"
+
+    def config(folder: Path, **options) -> linear_regression.Config:
+        safety = Safety(checkpoint_dir=folder)
+        return linear_regression.Config(
+            epochs=2, log_interval=0, output_dir=out, safety=safety, **options
+        )
+
+    linear_regression.run(config(tmp_path / "checkpoints", learning_rate=0.1))
+    assert command.output_folder(config(tmp_path / "checkpoints", learning_rate=0.1))
+    assert command.output_folder(config(tmp_path / "out" / ".." / "checkpoints", learning_rate=0.1))
+    with pytest.raises(jt.InputError, match=r"another run: learning_rate was 0\.1 and is now 0\.2"):
+        command.output_folder(config(tmp_path / "checkpoints", learning_rate=0.2))
+
+
+def test_must_is_asked_of_all_parts_together(tmp_path: Path) -> None:
+    """Cut off in the first of two descents, there is none of the second yet."""
+    safety = Safety(checkpoint_dir=tmp_path / "c", resume="must")
+    config = gradient_descent.Config(epochs=2, log_interval=0, output_dir=tmp_path, safety=safety)
+    assert safety.fit_options(config, part="batch")["resume"] == "must"
+    (tmp_path / "c" / "batch" / "epoch-1").mkdir(parents=True)
+    assert safety.fit_options(config, part="stochastic")["resume"] == "auto"
 
 
 def test_a_second_process_is_refused(environment, tmp_path: Path) -> None:

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import hashlib
+import itertools
 import os
-import tempfile
 import threading
 import time
 from pathlib import Path
@@ -20,7 +20,7 @@ _SLOWEST_BYTES_PER_SECOND = 20_000
 
 _CHUNK_BYTES = 1 << 16
 _MOST_REDIRECTIONS = 5
-_PART = ".part"
+_calls = itertools.count()
 
 
 class DownloadError(Exception):
@@ -44,12 +44,7 @@ def fetch(url: str, path: Path, size: int, sha256: str) -> None:
     outcome: list[BaseException | None] = []
     given_up = threading.Event()
     # A name that no other call has: a thread that was given up may still write, and cleans up.
-    try:
-        descriptor, name = tempfile.mkstemp(_PART, f"{path.name}.", path.parent)
-    except OSError as error:
-        raise DownloadError(f"{url}: {describe(error)}") from error
-    os.close(descriptor)
-    part = Path(name)
+    part = path.with_name(f"{path.name}.{os.getpid()}-{next(_calls)}.part")
 
     def work() -> None:
         try:
@@ -67,17 +62,23 @@ def fetch(url: str, path: Path, size: int, sha256: str) -> None:
     try:
         thread.join(limit + 1)
     finally:
-        if not outcome:  # too slow, or Ctrl-C
+        failure = (
+            outcome[0]
+            if outcome
+            else DownloadError(f"{url} is too slow: no whole answer in {limit:.0f} s")
+        )
+        if failure is not None:  # too slow, or Ctrl-C, among others
             given_up.set()
             part.unlink(missing_ok=True)
-    if not outcome:
-        raise DownloadError(f"{url} is too slow: no whole answer in {limit:.0f} s")
-    failure = outcome[0]
+    try:
+        if failure is None:
+            part.replace(path)
+    except OSError as error:
+        failure = error
     if isinstance(failure, DownloadError):
         raise failure
     if failure is not None:  # of requests, urllib3, http.client, or the disk
         raise DownloadError(f"{url}: {describe(failure)}") from failure
-    part.replace(path)
 
 
 def _fetch(url: str, path: Path, size: int, sha256: str, limit: float) -> None:
