@@ -42,7 +42,7 @@ class Safety:
     checkpoint_dir: Path | None = None
     """Keep checkpoints here; the same command then goes on where it was cut off."""
     checkpoint_every: int = 1
-    """Epochs from one checkpoint to the next, each a third of a second; the last always has one."""
+    """Epochs from one checkpoint (about 0.1 s) to the next; the last epoch always has one."""
     keep: int = 3
     """How many checkpoints to keep, the newest."""
     resume: Resume = "auto"
