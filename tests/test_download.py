@@ -289,7 +289,7 @@ jt.data.load("mnist")
     process = subprocess.Popen([sys.executable, "-c", program], stderr=subprocess.PIPE)
     folder = tmp_path / "jaxtrain" / "data"
     deadline = time.monotonic() + 60
-    while not [path for path in folder.rglob("*.gz") if path.stat().st_size]:
+    while not [path for path in folder.rglob("*.gz.*") if path.stat().st_size]:
         assert process.poll() is None
         assert time.monotonic() < deadline
         time.sleep(0.01)
