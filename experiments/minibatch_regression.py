@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,8 +14,7 @@ from matplotlib.figure import Figure
 import jaxtrain as jt
 from jaxtrain import command, devices, plots, runs, tables
 from jaxtrain.checks import check_whole
-from jaxtrain.events import EpochDone, Event, Resumed, StepsDone
-from jaxtrain.folders import write_whole
+from jaxtrain.events import Event, Report, Resumed, StepsDone
 from jaxtrain.tables import Comparison
 
 LOSS = jt.losses.mean_squared_error
@@ -96,61 +94,53 @@ def train(
         key=command.seed_key(config.seed),
     ).replace(params={"weight": jnp.array([[START_WEIGHT]]), "bias": jnp.array([START_BIAS])})
     path = [(START_WEIGHT, START_BIAS)]
-    # The steps so far lie beside the checkpoints, which hold what each epoch leaves.
-    kept = config.safety.checkpoint_dir and config.safety.checkpoint_dir / "path.json"
+    # As published, each of an epoch's eight steps is an epoch of one full batch.
+    full = config.as_published
+
+    def fit(epochs: int, report: Report, **options: Any) -> jt.TrainState:
+        return jt.fit(
+            state,
+            data,
+            loss_fn=LOSS,
+            epochs=epochs,
+            batch_size=data.num_examples if full else config.batch_size,
+            key=None if full else command.seed_key(config.seed),
+            log_interval=1,
+            report=report,
+            **options,
+        )[0]
+
+    def note(event: Event) -> None:
+        if isinstance(event, StepsDone):
+            params = event.state.params
+            path.append((params["weight"].item(), params["bias"].item()))
 
     def report(event: Event) -> None:
         folder.record(event)
-        if isinstance(event, Resumed) and kept:
+        if isinstance(event, Resumed):
             if config.log_interval:
                 print(f"going on after epoch {event.epoch}, from its checkpoint", file=sys.stderr)
-            path[:] = read_path(kept, int(event.state.step))
-        elif isinstance(event, EpochDone) and kept:
-            write_whole(kept, json.dumps(path).encode())
-        elif isinstance(event, StepsDone):
-            params = event.state.params
-            path.append((params["weight"].item(), params["bias"].item()))
-            if config.log_interval and (len(path) - 1) % config.log_interval == 0:
-                epoch, batch = event.epoch, event.step
-                if config.as_published:
-                    whole, part = divmod(epoch - 1, STEPS_AN_EPOCH)
-                    epoch, batch = whole + 1, part + 1
-                (weight, bias), (old_weight, old_bias) = path[-1], path[-2]
-                print(
-                    f"epoch {epoch} batch {batch}  loss {event.loss:.6f}  "
-                    f"Δw {weight - old_weight:+.6f}  Δb {bias - old_bias:+.6f}  "
-                    f"w {weight:.6f}  b {bias:.6f}",
-                    file=sys.stderr,
-                )
+            # A checkpoint holds what an epoch leaves; the steps before are taken once more, in the
+            # same bits and in no time.
+            fit(event.epoch, note, on_nonfinite=config.safety.on_nonfinite)
+        note(event)
+        if not isinstance(event, StepsDone) or not config.log_interval:
+            return
+        if (len(path) - 1) % config.log_interval == 0:
+            epoch, batch = event.epoch, event.step
+            if config.as_published:
+                whole, part = divmod(epoch - 1, STEPS_AN_EPOCH)
+                epoch, batch = whole + 1, part + 1
+            (weight, bias), (old_weight, old_bias) = path[-1], path[-2]
+            print(
+                f"epoch {epoch} batch {batch}  loss {event.loss:.6f}  "
+                f"Δw {weight - old_weight:+.6f}  Δb {bias - old_bias:+.6f}  "
+                f"w {weight:.6f}  b {bias:.6f}",
+                file=sys.stderr,
+            )
 
-    # As published, each of an epoch's eight steps is an epoch of one full batch.
-    full = config.as_published
-    state, _ = jt.fit(
-        state,
-        data,
-        loss_fn=LOSS,
-        epochs=config.epochs * STEPS_AN_EPOCH if full else config.epochs,
-        batch_size=data.num_examples if full else config.batch_size,
-        key=None if full else command.seed_key(config.seed),
-        log_interval=1,
-        report=report,
-        **config.safety.fit_options(config),
-    )
-    return state, np.array(path)
-
-
-def read_path(file: Path, steps: int) -> list[tuple[float, float]]:
-    """(w, b) at the start and after each of the steps, as an earlier part of the run left them."""
-    try:
-        path = [(float(weight), float(bias)) for weight, bias in json.loads(file.read_bytes())]
-        if len(path) <= steps:
-            raise ValueError(f"{len(path)} points for {steps} steps")
-    except (OSError, ValueError, TypeError, OverflowError, RecursionError) as error:
-        raise jt.InputError(
-            f"{file}, the path of the steps behind the checkpoint, cannot be read ({error}); "
-            f"delete {file.parent} to start anew"
-        ) from error
-    return path[: steps + 1]
+    epochs = config.epochs * STEPS_AN_EPOCH if full else config.epochs
+    return fit(epochs, report, **config.safety.fit_options(config)), np.array(path)
 
 
 def compare(

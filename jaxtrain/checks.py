@@ -79,6 +79,23 @@ def check_values(dataset: Dataset, name: str) -> None:
         )
 
 
+def check_state(state: TrainState) -> None:
+    """Raise if a parameter or another of the model's variables is NaN.
+
+    It would stay one, whatever the training does.
+    """
+    variables = {"params": state.params, **state.model_state}
+    for path, leaf in jax.tree_util.tree_leaves_with_path(variables):
+        if not jnp.issubdtype(leaf.dtype, jnp.inexact):
+            continue
+        if getattr(leaf, "is_fully_addressable", True) and np.isnan(np.asarray(leaf)).any():
+            name = jax.tree_util.keystr(path, simple=True, separator=".")
+            raise InputError(
+                f"state holds NaN in {name}; expected numbers: take another start, init_state's or "
+                "an earlier one"
+            )
+
+
 def check_targets(state: TrainState, dataset: Dataset, loss_fn: Loss, name: str) -> None:
     """Raise if the loss, or a term of it, takes class labels or probabilities and some are none.
 

@@ -13,6 +13,7 @@ from jaxtyping import Array, Float, Int, Key, PyTree, Shaped
 
 from jaxtrain.checks import check_inputs, check_key, check_line_search, check_targets, check_whole
 from jaxtrain.data.dataset import Dataset, check_dataset
+from jaxtrain.health import is_spoiled
 from jaxtrain.losses import Loss
 from jaxtrain.metrics import Metric
 from jaxtrain.state import TrainState
@@ -128,7 +129,8 @@ def train_steps(
     Returns:
       The state after them, the loss of each of the epoch's steps before its update, and the
       Euclidean norm of its gradient over all parameters, before any clipping; 0 outside
-      start … stop and where no norm is computed.
+      start … stop and where no norm is computed, NaN where a step is skipped for what it would
+      make of the model's other variables.
     """
     examples = dataset.num_examples
     batch_size = min(batch_size, examples)
@@ -142,9 +144,11 @@ def train_steps(
         after, loss, grads = gradient_step(before, dataset.take(indices), loss_fn)
         if measured:
             norm = global_norm(grads).astype(gradient_norms.dtype)
-            gradient_norms = gradient_norms.at[index].set(norm)
             if skip_nonfinite:
+                # Batch statistics may overflow where neither loss nor gradient does.
+                norm = jnp.where(is_spoiled(before.model_state, after.model_state), jnp.nan, norm)
                 after = unless_nonfinite(before, after, loss, norm)
+            gradient_norms = gradient_norms.at[index].set(norm)
         return after, losses.at[index].set(loss), gradient_norms
 
     first = dataset.take(order[:batch_size])

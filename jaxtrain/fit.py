@@ -18,12 +18,19 @@ from jaxtyping import Array, Key
 
 from jaxtrain.checkpoint_files import Checkpoint, digest
 from jaxtrain.checkpoints import COMPILED_EVALUATION, COMPILED_STEP, START, Checkpoints, Resume
-from jaxtrain.checks import check_key, check_line_search, check_targets, check_values, check_whole
+from jaxtrain.checks import (
+    check_key,
+    check_line_search,
+    check_state,
+    check_targets,
+    check_values,
+    check_whole,
+)
 from jaxtrain.data.dataset import Dataset, check_dataset
 from jaxtrain.epochs import Norms, epoch_order, evaluation, num_steps, train_steps
 from jaxtrain.errors import InputError, NonFiniteLossError
 from jaxtrain.events import Compiled, EpochDone, Report, Resumed, StepsDone
-from jaxtrain.health import hides_nonfinite, largest_parameter
+from jaxtrain.health import first_spoiled, hides_nonfinite, is_spoiled
 from jaxtrain.history import History, Records
 from jaxtrain.losses import Loss, name_of
 from jaxtrain.memory import out_of_memory_explained
@@ -154,6 +161,7 @@ def fit(
             )
     report = report or (lambda event: None)
     state = jax.tree.map(_strongly_typed, state)
+    check_state(state)
     with out_of_memory_explained(batch_size):  # data go to the device here
         train_data = _checked(train_data, "train_data", state, loss_fn)
         held_out = {
@@ -304,7 +312,7 @@ def _lower(plan: _Plan, state: TrainState) -> jax.stages.Lowered:
 
 
 def _columns(plan: _Plan, state: TrainState) -> list[str]:
-    return [
+    columns = [
         *("epoch", "train_loss"),
         *(f"{part}_{name}" for part in plan.held_out for name, _ in plan.metrics),
         *plan.state_metrics,
@@ -313,6 +321,13 @@ def _columns(plan: _Plan, state: TrainState) -> list[str]:
         *([] if _learning_rate(state) is None else ["learning_rate"]),
         "seconds",
     ]
+    for name in plan.state_metrics:
+        if [*columns, "step_losses"].count(name) > 1:
+            raise InputError(
+                f"state_metrics has a column named {name!r}; that name is taken in the history, "
+                "rename it"
+            )
+    return columns
 
 
 def _train_epoch(
@@ -320,6 +335,7 @@ def _train_epoch(
 ) -> tuple[TrainState, dict[str, float], np.ndarray]:
     """The state after an epoch, its row of the history, and the loss of each step."""
     started = time.perf_counter()
+    at_start = state
     epoch_key = None if plan.key is None else jax.random.fold_in(plan.key, epoch)
     order = epoch_order(plan.train_data.num_examples, epoch_key)
     sizes = plan.batch_sizes
@@ -342,11 +358,12 @@ def _train_epoch(
         losses, norms = np.append(losses, chunk), np.append(norms, chunk_norms)
         plan.report(StepsDone(epoch, stop, int(sizes[:stop].sum()), float(chunk[-1]), state))
 
-    largest = float(largest_parameter(state.params))
-    if not np.isfinite(largest):  # by a gradient that no later loss of the epoch depends on
+    variables = [{"params": each.params, **each.model_state} for each in (at_start, state)]
+    if is_spoiled(*variables):  # which no later loss of the epoch depends on
+        name, value = first_spoiled(*variables)
         rate, history = _learning_rate(state), records.history()
         raise NonFiniteLossError(
-            epoch, None, "largest parameter", largest, rate, history, plan.skip_nonfinite
+            epoch, None, f"variable {name}", value, rate, history, plan.skip_nonfinite
         )
     finite = np.isfinite(losses) & np.isfinite(norms)
     if not finite.any():  # skipped, all of them: going on would change nothing any more

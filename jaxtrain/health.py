@@ -4,24 +4,46 @@ from __future__ import annotations
 
 import functools
 import math
+from collections.abc import Iterator
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from jaxtyping import Array, PyTree
+from jaxtyping import Array, Bool, PyTree
 
 from jaxtrain.optimizers import has_line_search
 from jaxtrain.state import TrainState
 
 
 @jax.jit
-def largest_parameter(params: PyTree) -> Array:
-    """The largest absolute value of all parameters; NaN or infinite where one of them is."""
-    found = [
-        jnp.abs(leaf).max().astype(jnp.float32) for leaf in jax.tree.leaves(params) if leaf.size
-    ]
-    return jnp.stack([jnp.zeros(()), *found]).max()
+def is_spoiled(before: PyTree, after: PyTree) -> Bool[Array, ""]:
+    """Whether a number that was finite is no longer.
+
+    (A model may keep an infinity on purpose, as the start of a running minimum.)
+    """
+    return jnp.array([_spoiled(*pair).any() for pair in _pairs(before, after)], bool).any()
+
+
+def first_spoiled(before: PyTree, after: PyTree) -> tuple[str, float]:
+    """The path of the first array that holds such a number, and the number."""
+    paths = [path for path, _ in jax.tree_util.tree_leaves_with_path(after)]
+    for path, old, new in zip(paths, jax.tree.leaves(before), jax.tree.leaves(after), strict=True):
+        spoiled = np.asarray(_spoiled(old, new))
+        if spoiled.any():
+            name = jax.tree_util.keystr(path, simple=True, separator=".")
+            return name, float(np.asarray(new)[spoiled][0].real)
+    raise AssertionError("nothing is spoiled")
+
+
+def _pairs(before: PyTree, after: PyTree) -> Iterator[tuple[Array, Array]]:
+    return zip(jax.tree.leaves(before), jax.tree.leaves(after), strict=True)
+
+
+def _spoiled(old: Array, new: Array) -> Array:
+    if not jnp.issubdtype(new.dtype, jnp.inexact):
+        return jnp.zeros(new.shape, bool)
+    return jnp.isfinite(old) & ~jnp.isfinite(new)
 
 
 def hides_nonfinite(state: TrainState) -> bool:

@@ -273,6 +273,12 @@ def test_bad_arguments_are_named(small_state, small_classes, options, message) -
         fit(small_state, small_classes, **options)
 
 
+@pytest.mark.parametrize("name", ["epoch", "train_loss", "test_accuracy", "seconds", "step_losses"])
+def test_a_column_has_one_meaning(small_state, small_classes, name) -> None:
+    with pytest.raises(jt.InputError, match=f"state_metrics has a column named '{name}'"):
+        fit(small_state, small_classes, state_metrics={name: lambda state: 7.0})
+
+
 def test_both_data_sets_are_checked(small_state, small_classes) -> None:
     wrong = small_classes._replace(targets=small_classes.targets + 1)
     with pytest.raises(jt.InputError, match=r"test_data\.targets holds the label 3"):

@@ -20,7 +20,7 @@ from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
 import jaxtrain as jt
-from experiments.minibatch_regression import Config, read_path
+from experiments.minibatch_regression import Config
 from jaxtrain.checkpoint_files import Checkpoint, DamagedError, read_checkpoint
 from jaxtrain.checkpoints import START, Checkpoints
 from jaxtrain.command import Safety
@@ -164,7 +164,7 @@ def test_records_with_sums_that_fit(
     assert jax.tree.structure(loaded.state) == jax.tree.structure(model)
 
 
-@fuzz(0.2)
+@fuzz(0.3)
 @given(data=st.data())
 def test_model_files(tmp_path: Path, model: jt.TrainState, data: st.DataObject) -> None:
     """Shapes and types of what is read are the model's, whatever the file."""
@@ -180,21 +180,6 @@ def test_model_files(tmp_path: Path, model: jt.TrainState, data: st.DataObject) 
         jax.tree.leaves(loaded.params), jax.tree.leaves(model.params), strict=True
     ):
         assert (ours.dtype, ours.shape) == (theirs.dtype, theirs.shape)
-
-
-@fuzz(0.1)
-@given(data=st.data(), steps=st.integers(0, 3))
-def test_paths(tmp_path: Path, data: st.DataObject, steps: int) -> None:
-    """T5's path beside its checkpoints."""
-    file = tmp_path / "path.json"
-    whole = json.dumps([[1.5, 2.0]] * 4).encode()
-    text = json_values.map(lambda value: json.dumps(value).encode())
-    file.write_bytes(data.draw(st.one_of(damages(whole), text, st.binary(max_size=64))))
-    try:
-        path = read_path(file, steps)
-    except jt.InputError:
-        return
-    assert len(path) == steps + 1
 
 
 @fuzz(0.1)

@@ -17,6 +17,7 @@ import torch
 import jaxtrain as jt
 from experiments import mnist
 from jaxtrain.checks import check_values
+from jaxtrain.health import is_spoiled
 from jaxtrain.transforms import global_norm
 
 MSE = jt.losses.mean_squared_error
@@ -116,21 +117,60 @@ def test_skipped_steps_leave_no_trace_but_a_count() -> None:
     np.testing.assert_allclose(history["train_loss"], finite.mean(axis=1), rtol=1e-6)
 
 
-def test_a_skipped_step_leaves_no_batch_statistics() -> None:
-    """An input beyond float32 when squared would make the running variance infinite."""
+class Statistics(nn.Module):
+    """A sum of squares that can overflow where neither loss nor gradient does."""
 
-    class Network(nn.Module):
-        @nn.compact
-        def __call__(self, inputs, train: bool = False):
-            return nn.Dense(1)(nn.BatchNorm(use_running_average=not train)(inputs))
+    @nn.compact
+    def __call__(self, inputs, train: bool = False):
+        total = self.variable("statistics", "sum_of_squares", lambda: jnp.zeros(()))
+        if train:
+            total.value += jnp.square(inputs).sum()
+        return nn.Dense(1)(jnp.clip(inputs, -1, 1))
 
+
+def test_a_skipped_step_leaves_the_other_variables_too(tmp_path: Path) -> None:
+    """An input of 1e20 is finite, its square is not."""
     inputs = jnp.arange(32.0)[:, None] / 32
-    data = jt.Dataset(inputs.at[5].set(3e38), inputs)
-    state = jt.init_state(Network(), jt.optimizers.sgd(0.1), inputs[:1], key=jax.random.key(0))
-    state, history = jt.fit(state, data, loss_fn=MSE, epochs=1, batch_size=4, on_nonfinite="skip")
+    data = jt.Dataset(inputs.at[5].set(1e20), inputs)
+    start = jt.init_state(Statistics(), jt.optimizers.sgd(0.1), inputs[:1], key=jax.random.key(0))
+    options = {"loss_fn": MSE, "epochs": 1, "batch_size": 4}
+    state, history = jt.fit(start, data, **options, on_nonfinite="skip")
     assert history["skipped_steps"].tolist() == [1]
-    for leaf in jax.tree.leaves(state.model_state):
-        assert np.isfinite(leaf).all()
+    without = jnp.delete(inputs, jnp.arange(4, 8), axis=0)
+    found = state.model_state["statistics"]["sum_of_squares"]
+    assert float(found) == pytest.approx(float(jnp.square(without).sum()), rel=1e-6)
+    with pytest.raises(jt.NonFiniteLossError, match=r"statistics\.sum_of_squares became inf after"):
+        jt.fit(start, data, **options, checkpoint_dir=tmp_path)
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_start_that_holds_nan_is_refused() -> None:
+    inputs = jnp.ones((4, 1))
+    state = jt.init_state(Statistics(), jt.optimizers.sgd(0.1), inputs, key=jax.random.key(0))
+    state = state.replace(model_state=jax.tree.map(lambda leaf: leaf * jnp.nan, state.model_state))
+    with pytest.raises(jt.InputError, match=r"NaN in statistics\.sum_of_squares; expected"):
+        jt.fit(state, jt.Dataset(inputs, inputs), loss_fn=MSE)
+
+
+def test_double_precision_is_judged_in_double_precision() -> None:
+    """A weight of 1e39 is beyond float32, and fits."""
+    with jax.enable_x64(True):
+        data = jt.Dataset(jnp.ones((4, 1)), jnp.full((4, 1), 1e39))
+        state = jt.init_state(
+            jt.models.LinearRegression(use_bias=False),
+            jt.optimizers.sgd(0.1),
+            data.inputs[:1],
+            key=jax.random.key(0),
+        ).replace(params={"weight": jnp.full((1, 1), 1e39)})
+        state, history = jt.fit(state, data, loss_fn=MSE, epochs=2)
+        assert history["train_loss"].tolist() == [0.0, 0.0]
+
+
+def test_an_infinity_kept_on_purpose_is_none_that_came_up() -> None:
+    before = {"least": jnp.array([jnp.inf, 1.0])}
+    assert not is_spoiled(before, before)
+    assert not is_spoiled(before, {"least": jnp.array([0.5, 1.0])})
+    assert is_spoiled(before, {"least": jnp.array([0.5, jnp.inf])})
 
 
 def test_where_nothing_is_skipped_skipping_changes_nothing(small_state, small_classes) -> None:
@@ -188,7 +228,9 @@ def test_a_parameter_that_no_loss_shows_is_found(tmp_path: Path) -> None:
 
     data = jt.Dataset(jnp.array([1, 0, 0]), jnp.array([[1.0], [5.0], [5.0]]))
     state = jt.init_state(Table(), jt.optimizers.sgd(0.1), data.inputs[:1], key=jax.random.key(0))
-    with pytest.raises(jt.NonFiniteLossError, match=r"largest parameter became (inf|nan) after"):
+    with pytest.raises(
+        jt.NonFiniteLossError, match=r"params\.Embed_0\.embedding became (-?inf|nan) after"
+    ):
         jt.fit(state, data, loss_fn=root_loss, batch_size=1, epochs=1, checkpoint_dir=tmp_path)
     assert not list(tmp_path.iterdir())
 

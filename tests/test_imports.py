@@ -42,7 +42,7 @@ MAY_IMPORT = {
     "state": set(),
     "steps": {"data", "losses", "metrics", "state"},
     "checks": {"data", "losses", "optimizers", "state", "steps"},
-    "epochs": {"checks", "data", "losses", "metrics", "state", "steps", "transforms"},
+    "epochs": {"checks", "data", "health", "losses", "metrics", "state", "steps", "transforms"},
     "checkpoint_files": {"state"},
     "checkpoints": {"checkpoint_files", "folders", "state"},
     "export": {"folders", "state"},
