@@ -1,20 +1,23 @@
-"""What can go wrong for a user, as exceptions that say so in one sentence."""
+"""Exceptions of the library; each message says in one sentence what is wrong and how to fix it."""
 
 from __future__ import annotations
 
 import os
+from typing import Any
 
 
 class InputError(ValueError):
-    """An argument, a flag or a file is not what was expected.
+    """An argument or a file is not what was expected.
 
-    Its message names the thing, its value, what was expected, and the way out.
-    Scripts print the message alone; everything else keeps its traceback.
+    The message names the thing, its value, what was expected, and the way out.
     """
+
+    def __init__(self, message: str) -> None:
+        super().__init__(printable(message))
 
 
 class DataUnavailableError(InputError):
-    """A data set is neither on disk nor to be had from the network.
+    """A data set is neither on disk nor available for download.
 
     Attributes:
       reason: what was tried.
@@ -24,60 +27,61 @@ class DataUnavailableError(InputError):
     def __init__(self, reason: str, remedy: str) -> None:
         self.reason = reason
         self.remedy = remedy
-        super().__init__(
-            f"{reason}; {remedy}, or take the data set digits, which needs no network "
-            "(--dataset digits)"
-        )
+        super().__init__(f"{reason}; {remedy}, or use the data set digits, which needs no network")
 
 
 NO_SPACE = "no space left on the disk"
 
 
 class StorageError(OSError):
-    """What a run makes could not be written: a full disk, a folder that went away.
+    """A file of the run could not be written, because the disk is full for example.
 
     Attributes:
       path: the file or folder.
-      reason: what the system said.
+      reason: the operating system's message.
     """
 
     def __init__(self, path: str | os.PathLike[str], reason: str) -> None:
         self.path = path
         self.reason = reason
-        way_out = "make room" if reason == NO_SPACE else "mend that"
-        super().__init__(f"{path} could not be written ({reason}); {way_out} and run it again")
+        hint = "free some space" if reason == NO_SPACE else "fix that"
+        super().__init__(
+            printable(f"{path} could not be written ({reason}); {hint} and run it again")
+        )
 
 
 class OutOfMemoryError(MemoryError):
-    """The device has not the memory that a run asks for; the message names a batch size that fits.
+    """The device has too little memory for the run; the message names a batch size that fits.
 
     Attributes:
-      batch_size: examples a step.
-      fitting: a batch size that should fit, or None where not even one example does.
+      batch_size: examples per step.
+      fitting: a batch size that should fit, or None if not even one example does.
+      argument: the argument that sets the batch size, `batch_size` or `test_batch_size`.
     """
 
     def __init__(
-        self, batch_size: int, fitting: int | None, detail: str, flag: str = "batch_size"
+        self, batch_size: int, fitting: int | None, detail: str, argument: str = "batch_size"
     ) -> None:
         self.batch_size = batch_size
         self.fitting = fitting
-        way_out = "expected a device with more memory, less data at once or a smaller model"
+        self.argument = argument
+        hint = "use a device with more memory, less data at once or a smaller model"
         if fitting is not None:
-            way_out = f"an estimate of what fits is --{flag.replace('_', '-')} {fitting}"
-        name = flag.replace("_", " ")
-        super().__init__(f"out of memory at {name} {batch_size} ({detail}); {way_out}")
+            hint = f"try {argument} {fitting}, an estimate of what fits"
+        super().__init__(printable(f"out of memory at {argument} {batch_size} ({detail}); {hint}"))
 
 
-class NonFiniteLossError(ArithmeticError):
-    """The training or test loss, or the gradient's norm, became NaN or infinite.
+class NonFiniteError(ArithmeticError):
+    """A loss, a gradient or an array of the training state became NaN or infinite.
 
     Attributes:
       epoch: the epoch in which it happened, counted from 1.
-      step: the step within that epoch, counted from 1; None for test or validation loss.
-      quantity: what it was, "training loss", "gradient norm", "test loss" for instance.
-      value: what it became.
-      learning_rate: the rate of that step, or None where the optimizer does not record one.
-      history: the history of the epochs finished before it.
+      step: the step within that epoch, counted from 1, or None if only the epoch is known.
+      quantity: what became non-finite: "training loss", "gradient norm" or "test loss" for example.
+      value: the value it became.
+      learning_rate: the rate of that step, or None if the optimizer does not record one.
+      history: the history of the epochs completed before.
+      state: the state after the last completed epoch.
     """
 
     def __init__(
@@ -87,38 +91,51 @@ class NonFiniteLossError(ArithmeticError):
         quantity: str,
         value: float,
         learning_rate: float | None,
-        history: dict,
-        skipping: bool = False,
+        hint: str = "",
     ) -> None:
         self.epoch = epoch
         self.step = step
         self.quantity = quantity
         self.value = value
         self.learning_rate = learning_rate
-        self.history = history
-        where = f"the {quantity} became {value:g} after epoch {epoch}"
-        if step is not None:
-            where = f"the {quantity} became {value:g} in epoch {epoch}, step {step}"
-        rate, smaller = "", "a smaller learning rate"
-        if learning_rate is not None:
-            rate = f" at learning rate {learning_rate:g}"
-            smaller = f"{smaller} ({learning_rate / 10:g}, say)"
-        skip = "" if skipping else "; on_nonfinite skip leaves out the steps of a few bad batches"
+        self.history: dict[str, Any] = {}
+        self.state: Any = None
+        where = f"after epoch {epoch}" if step is None else f"in epoch {epoch}, step {step}"
+        rate = "" if learning_rate is None else f" at learning rate {learning_rate:g}"
         super().__init__(
-            f"{where}{rate}; try {smaller} or gradient clipping (a max_gradient_norm of 1, say), "
-            f"and see that inputs are scaled{skip}"
+            f"the {quantity} became {value:g} {where}{rate}; {hint or _advice(learning_rate)}"
         )
 
 
-_KEPT = "kept: "
+def _advice(learning_rate: float | None) -> str:
+    smaller = "a smaller learning rate"
+    if learning_rate is not None and 0 < learning_rate < float("inf"):
+        smaller += f" (such as {learning_rate / 10:g})"
+    return (
+        f"try {smaller}, gradient clipping (a maximum norm of 1, for example) or scaled inputs; "
+        "optimizers.skip_nonfinite leaves out the steps of a few bad batches"
+    )
 
 
-def note_what_is_kept(error: BaseException, note: str) -> None:
-    """Let the error that cuts a run short tell what of it is on disk."""
-    error.add_note(_KEPT + note)
+def printable(text: str) -> str:
+    """Escapes control characters and lone surrogates, so that a terminal prints them safely."""
+    return "".join(
+        character
+        if character.isprintable()
+        else character.encode("unicode_escape", "surrogatepass").decode("ascii")
+        for character in text
+    )
 
 
-def what_is_kept(error: BaseException) -> list[str]:
-    """The notes of `note_what_is_kept`."""
+_RECOVERY = "kept: "
+
+
+def add_recovery_note(error: BaseException, note: str) -> None:
+    """Attaches to an error what remains on disk of the run that it ended."""
+    error.add_note(_RECOVERY + printable(note))
+
+
+def recovery_notes(error: BaseException) -> list[str]:
+    """Returns the notes of `add_recovery_note`."""
     notes = getattr(error, "__notes__", [])
-    return [note.removeprefix(_KEPT) for note in notes if note.startswith(_KEPT)]
+    return [note.removeprefix(_RECOVERY) for note in notes if note.startswith(_RECOVERY)]

@@ -21,7 +21,7 @@ def test_a_split_holds_every_example_once(examples: int, fraction: float, seed: 
             data.split(fraction, jax.random.key(seed))
         return
     rest, held_out = data.split(fraction, jax.random.key(seed))
-    assert held_out.num_examples == round(examples * fraction)
+    assert len(held_out) == round(examples * fraction)
     together = np.concatenate([rest.targets, held_out.targets])
     np.testing.assert_array_equal(np.sort(-together), np.arange(examples))
     for part in (rest, held_out):
@@ -30,7 +30,7 @@ def test_a_split_holds_every_example_once(examples: int, fraction: float, seed: 
 
 
 def test_a_split_refuses_unequal_lengths() -> None:
-    with pytest.raises(jt.InputError, match=r"inputs of shape \(50,\).*targets of shape \(40,\)"):
+    with pytest.raises(jt.InputError, match=r"inputs has 50 examples and dataset\.targets has 40"):
         jt.Dataset(jnp.arange(50), jnp.arange(40)).split(0.2, jax.random.key(0))
 
 
@@ -52,14 +52,28 @@ def test_digits_are_scikit_learns_in_mnists_shape(digits: jt.data.Resolved) -> N
     from sklearn.datasets import load_digits
 
     bunch = load_digits()
-    assert digits.train.num_examples + digits.test.num_examples == len(bunch.images) == 1797
+    assert len(digits.train) + len(digits.test) == len(bunch.images) == 1797
     images = np.concatenate([digits.train.inputs, digits.test.inputs])
     labels = np.concatenate([digits.train.targets, digits.test.targets])
     assert images.shape[1:] == (28, 28)
     assert images.dtype == np.uint8
-    # Each pixel of the original, its grey level 0 … 16 scaled to 0 … 255, stands in a 3 × 3 block.
+    # Each pixel of the original is a block of 3 × 3, its grey level 0 … 16 scaled to 0 … 255.
     small = np.rint(images[:, 3:27:3, 3:27:3] * (16 / 255)).astype(int)
     originals = [image.tobytes() for image in bunch.images.astype(int)]
     label_of = dict(zip(originals, bunch.target, strict=True))
     assert [label_of[image.tobytes()] for image in small] == labels.tolist()
     assert np.abs(np.bincount(digits.test.targets) - 36).max() <= 1
+
+
+def test_a_dataset_is_sliced_and_counted_like_an_array() -> None:
+    inputs = {"image": jnp.arange(12).reshape(6, 2), "age": np.arange(6)}
+    data = jt.Dataset(inputs, jnp.arange(6), jnp.arange(6.0))
+    assert len(data) == 6
+    part = data[1:3]
+    assert len(part) == 2
+    np.testing.assert_array_equal(part.inputs["age"], [1, 2])
+    np.testing.assert_array_equal(part.weights, [1, 2])
+    assert data[:2].replace(targets=None).targets is None
+    assert len(jt.Dataset(inputs).take(jnp.array([5, 0, 0]))) == 3
+    with pytest.raises(jt.InputError, match=r"the index is 3; expected a slice"):
+        data[3]

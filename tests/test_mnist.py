@@ -223,8 +223,9 @@ def test_without_files_and_network_the_ways_out_are_named(tmp_path: Path, dead_s
         jt.data.load("mnist", tmp_path)
     assert time.monotonic() - started < 10
     message = str(raised.value)
-    for part in ("--data-dir", "$JAXTRAIN_DATA_DIR", "--dataset digits", str(tmp_path), *CONTENTS):
+    for part in ("data_dir", "$JAXTRAIN_DATA_DIR", "digits", str(tmp_path), *CONTENTS):
         assert part in message
+    assert "--" not in message  # flags are the scripts' own
 
 
 def test_a_server_that_never_answers_is_given_up_in_time(

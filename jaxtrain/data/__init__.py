@@ -1,4 +1,4 @@
-"""Data sets by name, and the Dataset they come in."""
+"""Data sets by name."""
 
 from __future__ import annotations
 
@@ -8,17 +8,16 @@ from typing import NamedTuple
 
 import jax.numpy as jnp
 
-from jaxtrain.data.dataset import Dataset, Images
 from jaxtrain.data.digits import load_digits
-from jaxtrain.data.idx import read_idx
+from jaxtrain.data.idx import Images, read_idx
 from jaxtrain.data.mnist import BUILDERS, load_mnist
 from jaxtrain.data.synthetic import line, noisy_line, points_on_line
+from jaxtrain.dataset import Dataset
 from jaxtrain.errors import DataUnavailableError, InputError
 
 __all__ = [
     "NAMES",
     "STATISTICS",
-    "Dataset",
     "Resolved",
     "line",
     "load",
@@ -30,8 +29,8 @@ __all__ = [
 
 NAMES = ("auto", *BUILDERS, "digits")
 
-# Mean and standard deviation of the training pixels, with 0 … 255 scaled to 0 … 1. Those of
-# MNIST are the tutorial's (T2); the others were computed from the training images.
+# Mean and standard deviation of the training pixels, scaled from 0 … 255 to 0 … 1. The values for
+# MNIST are from tutorial T2; the others were computed from the training images.
 STATISTICS = {
     "mnist": (0.1307, 0.3081),
     "fashion_mnist": (0.2860, 0.3530),
@@ -41,13 +40,13 @@ STATISTICS = {
 
 
 class Resolved(NamedTuple):
-    """A data set, and which one it is where `auto` was asked for.
+    """A data set, with the name that `auto` resolved to.
 
     Attributes:
       name: the data set's own name, never `auto`.
       train: training examples: images uint8 [examples, 28, 28], labels int32 [examples].
-      test: test examples, likewise.
-      notice: where MNIST could not be had and digits stand in for it, why; else None.
+      test: test examples of the same shapes.
+      notice: why `auto` fell back from MNIST to digits; None if it did not.
     """
 
     name: str
@@ -57,20 +56,20 @@ class Resolved(NamedTuple):
 
 
 def load(name: str, data_dir: str | os.PathLike[str] | None = None) -> tuple[Dataset, Dataset]:
-    """Load a data set of 28 × 28 grey images in ten classes.
+    """Loads a data set of 28 × 28 grey images in ten classes.
 
     Args:
-      name: `mnist`, `fashion_mnist`, `kmnist`, `digits`, or `auto`: MNIST where it can be had,
-        else digits, with a warning. A name given explicitly never falls back to another.
-      data_dir: folder of the IDX files; None takes `$JAXTRAIN_DATA_DIR`, then the cache folder,
+      name: `mnist`, `fashion_mnist`, `kmnist`, `digits`, or `auto`: MNIST if it is available,
+        else digits with a warning. An explicit name never falls back to another.
+      data_dir: folder of the IDX files. None searches `$JAXTRAIN_DATA_DIR`, then the cache folder,
         then downloads. Not used for digits.
 
     Returns:
       (train, test): images uint8 [examples, 28, 28] in 0 … 255, labels int32 [examples].
 
     Raises:
-      InputError: unknown name, or files that are damaged.
-      DataUnavailableError: no files on disk and no way to download them.
+      InputError: the name is unknown, or a file is damaged.
+      DataUnavailableError: the files are not on disk and could not be downloaded.
     """
     resolved = load_resolved(name, data_dir)
     if resolved.notice is not None:
@@ -79,7 +78,7 @@ def load(name: str, data_dir: str | os.PathLike[str] | None = None) -> tuple[Dat
 
 
 def load_resolved(name: str, data_dir: str | os.PathLike[str] | None = None) -> Resolved:
-    """`load`, which also tells what `auto` became and why; same arguments and errors."""
+    """Loads as `load` does, and also returns what `auto` resolved to and why."""
     notice = None
     if name == "auto":
         try:

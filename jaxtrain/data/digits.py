@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from jaxtrain.data.dataset import Images
+from jaxtrain.data.idx import Images
 
 # A fixed split, so that accuracies can be compared between runs and machines.
 _TEST_FRACTION = 0.2
@@ -12,14 +12,14 @@ _SPLIT_SEED = 0
 
 
 def load_digits() -> tuple[Images, Images]:
-    """The 1,797 images of 8 × 8 pixels with 17 grey levels, enlarged to 28 × 28 and 256.
+    """Loads the 1,797 images of 8 × 8 pixels with 17 grey levels, scaled to 28 × 28 and 256 levels.
 
-    Each pixel becomes 3 × 3 and the border takes the 2 pixels left over on each side, so that
-    a digit fills 24 × 24 of the image (in MNIST 20 × 20).
+    Each pixel becomes a block of 3 × 3, with a border of 2 pixels on each side, so that a digit
+    fills 24 × 24 of the image (in MNIST 20 × 20).
 
     Returns:
-      (images, labels) for training (1,437) and for testing (360), in equal shares of each class:
-      images uint8 [examples, 28, 28], labels int32 [examples].
+      (images, labels) for training (1,437) and testing (360), stratified by class: images uint8
+      [examples, 28, 28], labels int32 [examples].
     """
     from sklearn.datasets import load_digits as load_sklearn_digits
     from sklearn.model_selection import train_test_split

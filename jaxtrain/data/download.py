@@ -1,4 +1,4 @@
-"""One file from a server: bounded in time and size, checked by its sum, whole or not there."""
+"""Downloads of single files, bounded in time and size, verified by checksum, never incomplete."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import urljoin, urlsplit
 
-# A server answers within so long, and sends on within so long, or it is given up.
+# Seconds until a server must answer, and until it must send more; then the download is aborted.
 ANSWER_SECONDS = 6.0
 _SILENCE_SECONDS = 10.0
-# A file may take so long, and longer in proportion to its size.
+# Time limit of a download: a constant, plus time in proportion to the size of the file.
 _LEAST_SECONDS = 30.0
 _SLOWEST_BYTES_PER_SECOND = 20_000
 
@@ -24,26 +24,26 @@ _calls = itertools.count()
 
 
 class DownloadError(Exception):
-    """A file could not be had; says which and why."""
+    """A file could not be downloaded; the message says which and why."""
 
 
 def fetch(url: str, path: Path, size: int, sha256: str) -> None:
-    """Download a file.
+    """Downloads a file.
 
     Args:
       url: http or https; redirections are followed to these only.
-      path: where it goes; there is no file if the download fails.
-      size: its length in bytes; a server that sends more is cut short.
-      sha256: its sum.
+      path: where it is written; there is no file if the download fails.
+      size: its length in bytes; a server that sends more is disconnected.
+      sha256: its checksum.
 
     Raises:
-      DownloadError: the server cannot be reached, refuses, breaks off, is too slow, or sends
-        something else; the disk refuses the file.
+      DownloadError: the server cannot be reached, refuses, disconnects, is too slow, or sends
+        something else; or the file cannot be written.
     """
     limit = _LEAST_SECONDS + size / _SLOWEST_BYTES_PER_SECOND
     outcome: list[BaseException | None] = []
     given_up = threading.Event()
-    # A name that no other call has: a thread that was given up may still write, and cleans up.
+    # A unique name: an abandoned thread may still write to it before it cleans up.
     part = path.with_name(f"{path.name}.{os.getpid()}-{next(_calls)}.part")
 
     def work() -> None:
@@ -56,7 +56,7 @@ def fetch(url: str, path: Path, size: int, sha256: str) -> None:
         if given_up.is_set():
             part.unlink(missing_ok=True)
 
-    # In a thread: headers that drip have no timeout of their own.
+    # In a thread, since slowly arriving headers have no timeout.
     thread = threading.Thread(target=work, daemon=True)
     thread.start()
     try:
@@ -86,8 +86,7 @@ def _fetch(url: str, path: Path, size: int, sha256: str, limit: float) -> None:
     found, received = hashlib.sha256(), 0
     with _open(url) as response, path.open("wb") as file:
         response.raise_for_status()
-        # What has arrived, be it a byte: a larger read would wait for the rest, and a slow server
-        # would not be noticed.
+        # Reads what has arrived, be it one byte: waiting for more would hide a slow server.
         while chunk := response.raw.read1(_CHUNK_BYTES, decode_content=True):
             received += len(chunk)
             if received > size:
@@ -108,14 +107,14 @@ def _fetch(url: str, path: Path, size: int, sha256: str, limit: float) -> None:
 
 
 def _open(url: str) -> Any:
-    """The answer of an address or of where it leads; what a redirection sends along is not read."""
+    """Returns the response after redirections, whose bodies are not read."""
     import requests
 
     session, place = requests.Session(), url
     for _ in range(_MOST_REDIRECTIONS + 1):
         request = session.prepare_request(requests.Request("GET", place))
         settings = session.merge_environment_settings(place, {}, True, None, None)
-        # By the adapter: a session would read the body of a redirection, however long.
+        # Through the adapter, since a session would read the body of a redirection, however long.
         response = session.get_adapter(place).send(
             request, timeout=(ANSWER_SECONDS, _SILENCE_SECONDS), **settings
         )
@@ -129,9 +128,9 @@ def _open(url: str) -> Any:
 
 
 def check_reachable(url: str) -> None:
-    """Raise DownloadError within seconds if the server does not answer.
+    """Raises DownloadError within seconds if the server does not answer.
 
-    In a thread, because a name look-up can hang for longer than any timeout of the request.
+    Runs in a thread, since a name look-up can take longer than any timeout of the request.
     """
     import requests
 
@@ -153,7 +152,7 @@ def check_reachable(url: str) -> None:
 
 
 def describe(error: BaseException) -> str:
-    """What went wrong, in a few words."""
+    """Returns a short description of an error."""
     import requests
     import urllib3
 

@@ -8,10 +8,14 @@ import math
 import os
 import zlib
 from pathlib import Path
+from typing import TypeAlias
 
 import numpy as np
 
 from jaxtrain.errors import InputError
+
+# Images uint8 [examples, 28, 28] and labels int32 [examples].
+Images: TypeAlias = tuple[np.ndarray, np.ndarray]
 
 # Third byte of the magic number -> big-endian element type
 # (the format's definition: http://yann.lecun.com/exdb/mnist/).
@@ -19,23 +23,23 @@ _DTYPES = {0x08: ">u1", 0x09: ">i1", 0x0B: ">i2", 0x0C: ">i4", 0x0D: ">f4", 0x0E
 
 _GZIP_MAGIC = b"\x1f\x8b"
 # DEFLATE cannot expand a file by more than this factor (https://zlib.net/zlib_tech.html),
-# so a header that promises more than that is wrong before anything is read.
+# so a header that declares more than that is wrong before anything is read.
 _DEFLATE_MAX_RATIO = 1032
 _CHUNK_BYTES = 1 << 20
 
 
 def read_idx(path: str | os.PathLike[str]) -> np.ndarray:
-    """Read one IDX file, plain or gzip-compressed (told by its first bytes, not its name).
+    """Reads one IDX file, plain or gzip-compressed (recognized by its first bytes).
 
     Args:
-      path: the file. Memory stays within a constant factor of what the file really holds,
-        whatever its header promises.
+      path: the file. Memory is bounded by a constant factor of the file's real content, whatever
+        its header declares.
 
     Returns:
-      The array, in the shape and element type that the header gives, native byte order.
+      The array with the shape and element type of the header, in native byte order.
 
     Raises:
-      InputError: the file is missing, not a file, or not exactly one whole IDX array.
+      InputError: the file is missing, not a file, or not exactly one complete IDX array.
     """
     path = Path(path)
     if path.is_dir():
@@ -81,7 +85,7 @@ def _read_stream(stream: io.BufferedIOBase, path: Path, most_bytes: int) -> np.n
         )
     payload = bytearray()
     while len(payload) <= expected:
-        # One byte more than promised is asked for, to notice what trails the array.
+        # Asks for one byte more than declared, to notice trailing bytes.
         chunk = stream.read(min(_CHUNK_BYTES, expected + 1 - len(payload)))
         if not chunk:
             break

@@ -1,4 +1,4 @@
-"""MNIST and the data sets published in its files: found on disk, or downloaded once."""
+"""MNIST and data sets in the same format: found on disk, or downloaded once."""
 
 from __future__ import annotations
 
@@ -11,12 +11,11 @@ from pathlib import Path
 
 import numpy as np
 
-from jaxtrain.data.dataset import Images
 from jaxtrain.data.download import DownloadError, check_reachable, fetch
-from jaxtrain.data.idx import read_idx
+from jaxtrain.data.idx import Images, read_idx
 from jaxtrain.errors import DataUnavailableError, InputError
 
-# Data set -> the builder in TensorFlow Datasets that knows its address and checksums.
+# Data set -> the builder in TensorFlow Datasets that has its address and checksums.
 BUILDERS = {"mnist": "MNIST", "fashion_mnist": "FashionMNIST", "kmnist": "KMNIST"}
 
 FILES = {
@@ -26,35 +25,35 @@ FILES = {
 CLASSES = 10
 DATA_DIR_VARIABLE = "JAXTRAIN_DATA_DIR"
 
-# Where files lie until all four are whole; longer than a download may take, nobody needs it.
+# Folder of files until all four are complete; abandoned if older than any download can take.
 _SCRATCH = "download-"
 _ABANDONED_SECONDS = 2 * 60 * 60
 
 
 def load_mnist(name: str, data_dir: str | os.PathLike[str] | None = None) -> tuple[Images, Images]:
-    """Load `mnist`, `fashion_mnist` or `kmnist` from the folder that `locate_files` finds.
+    """Loads `mnist`, `fashion_mnist` or `kmnist` from the folder that `locate_files` finds.
 
     Returns:
       (images, labels) for training and for testing: images uint8 [examples, 28, 28], labels int32
       [examples] in 0 … 9.
 
     Raises:
-      InputError: a file is damaged, or some of the four are missing.
-      DataUnavailableError: there are none, and they could not be downloaded.
+      InputError: a file is damaged, or some of the four files are missing.
+      DataUnavailableError: all are missing, and they could not be downloaded.
     """
     folder = locate_files(name, data_dir)
     return _read_split(folder, "train"), _read_split(folder, "test")
 
 
 def locate_files(name: str, data_dir: str | os.PathLike[str] | None = None) -> Path:
-    """The folder of the data set's four IDX files, plain or `.gz`.
+    """Returns the folder of the data set's four IDX files, plain or `.gz`.
 
-    Looks in `data_dir` (else `$JAXTRAIN_DATA_DIR`), in its subfolder `name` first, then in the
-    folder itself; then in the user's cache folder, to which files found nowhere are downloaded.
+    Searches `data_dir` (or `$JAXTRAIN_DATA_DIR`): its subfolder `name` first, then the folder
+    itself; then the user's cache folder. If the files are nowhere, downloads them to the cache.
 
     Raises:
       InputError: some of the four files are missing.
-      DataUnavailableError: there are none, and they could not be downloaded.
+      DataUnavailableError: all are missing, and they could not be downloaded.
     """
     given = data_dir or os.environ.get(DATA_DIR_VARIABLE)
     folder = None
@@ -62,20 +61,20 @@ def locate_files(name: str, data_dir: str | os.PathLike[str] | None = None) -> P
         if given and not Path(given).expanduser().is_dir():
             raise InputError(
                 f"the data folder {given} is not a folder; expected one that holds the files of "
-                f"{name}, named by --data-dir or ${DATA_DIR_VARIABLE}"
+                f"{name}, given as data_dir or ${DATA_DIR_VARIABLE}"
             )
         if given:
             folder = _find_folder(name, Path(given).expanduser())
     except (OSError, RuntimeError) as error:  # No permission, a name too long, no such user, …
         raise InputError(
             f"the data folder {given} cannot be read ({error}); expected a folder of IDX files, "
-            f"named by --data-dir or ${DATA_DIR_VARIABLE}"
+            f"given as data_dir or ${DATA_DIR_VARIABLE}"
         ) from error
     return folder or _find_folder(name, cache_dir()) or _download(name, given)
 
 
 def cache_dir() -> Path:
-    """The user's cache folder for jaxtrain's downloads (`$XDG_CACHE_HOME/jaxtrain` on Linux)."""
+    """Returns the user's cache folder for downloads (`$XDG_CACHE_HOME/jaxtrain` on Linux)."""
     from platformdirs import user_cache_path
 
     return user_cache_path("jaxtrain") / "data"
@@ -87,7 +86,7 @@ def _find_file(folder: Path, file: str) -> Path | None:
 
 
 def _find_folder(name: str, data_dir: Path) -> Path | None:
-    """The folder that holds the data set's four files, or None if none of them is there."""
+    """Returns the folder that has the data set's four files, or None if there are no such files."""
     folders = [data_dir / name]
     if data_dir.name not in BUILDERS or data_dir.name == name:
         # A folder named after one data set is not searched for another: all name files alike.
@@ -100,7 +99,7 @@ def _find_folder(name: str, data_dir: Path) -> Path | None:
         if len(missing) < len(files):
             raise InputError(
                 f"{folder} holds some of {name}'s four files but not {', '.join(missing)} "
-                "(plain or .gz); add them, or point --data-dir elsewhere"
+                "(plain or .gz); add them, or use another data_dir"
             )
     return None
 
@@ -123,7 +122,7 @@ def _read_split(folder: Path, split: str) -> Images:
     if len(images) != len(labels):
         raise InputError(
             f"{image_path} holds {len(images)} images but {label_path} {len(labels)} labels; "
-            "expected one label an image"
+            "expected one label per image"
         )
     if len(images) == 0:
         raise InputError(f"{image_path} holds no images; expected at least one")
@@ -136,11 +135,11 @@ def _read_split(folder: Path, split: str) -> Images:
 
 
 def _download(name: str, data_dir: str | os.PathLike[str] | None) -> Path:
-    """Fetch the four files into the cache folder, from where and by the sums that TFDS registers.
+    """Downloads the four files to the cache folder, with the addresses and checksums of TFDS.
 
-    (TensorFlow Datasets' own download manager has no bound on time or size, and its unpacking needs
-    TensorFlow, so that files are fetched and parsed here.) The folder takes its final name when all
-    four files are whole.
+    TensorFlow Datasets' own download manager has no bound on time or size, and its unpacking needs
+    TensorFlow, so that files are downloaded and parsed here. The folder gets its final name once
+    all four files are complete.
     """
     from tensorflow_datasets.image_classification import mnist as builders
 
@@ -179,7 +178,7 @@ def _download(name: str, data_dir: str | os.PathLike[str] | None) -> Path:
 
 
 def _remove_abandoned(folder: Path) -> None:
-    """Clear away what processes left that were killed while downloading."""
+    """Removes what killed processes left of their downloads."""
     for scratch in folder.glob(f"{_SCRATCH}*"):
         with contextlib.suppress(OSError):
             if time.time() - scratch.stat().st_mtime > _ABANDONED_SECONDS:
@@ -193,4 +192,4 @@ def _remedy(name: str, data_dir: str | os.PathLike[str] | None) -> str:
         looked = (
             f" (looked into {Path(data_dir) / name} and {data_dir}, where they are not {name}'s)"
         )
-    return f"put {files} into a folder{looked} and name it by --data-dir or ${DATA_DIR_VARIABLE}"
+    return f"put {files} into a folder{looked} and give it as data_dir or ${DATA_DIR_VARIABLE}"

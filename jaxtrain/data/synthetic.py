@@ -1,15 +1,15 @@
-"""Data sets that are a formula."""
+"""Data sets computed from a formula."""
 
 from __future__ import annotations
 
 import jax.numpy as jnp
 import numpy as np
 
-from jaxtrain.data.dataset import Dataset
+from jaxtrain.dataset import Dataset
 
 
 def line(weight: float = 0.7, bias: float = 0.3) -> tuple[Dataset, Dataset]:
-    """Points on y = weight · x + bias for x = 0, 0.02, … 0.98 (tutorial T1).
+    """Returns points on y = weight · x + bias for x = 0, 0.02, … 0.98 (tutorial T1).
 
     Returns:
       The first 40 points for training and the last 10 for testing; inputs and targets are
@@ -22,7 +22,7 @@ def line(weight: float = 0.7, bias: float = 0.3) -> tuple[Dataset, Dataset]:
 
 
 def points_on_line(weight: float = 2.0, bias: float = 0.0) -> Dataset:
-    """The three points x = 1, 2, 3 of y = weight · x + bias (tutorial T3); arrays [3, 1].
+    """Returns the three points x = 1, 2, 3 of y = weight · x + bias (tutorial T3); arrays [3, 1].
 
     In float64 where JAX has it enabled, else float32.
     """
@@ -33,10 +33,9 @@ def points_on_line(weight: float = 2.0, bias: float = 0.0) -> Dataset:
 def noisy_line(
     examples: int, weight: float, bias: float, noise: float, *, seed: int, width: float
 ) -> Dataset:
-    """Points of y = weight · x + bias + noise · n: x uniform in 0 … width, n standard normal.
+    """Returns points y = weight · x + bias + noise · n: x uniform in 0 … width, n standard normal.
 
-    Drawn as `numpy.random.seed(seed)` and then `rand` and `randn` do, which is how tutorial T5
-    makes its data.
+    Same numbers as `numpy.random.seed(seed)` followed by `rand` and `randn`, as in tutorial T5.
 
     Returns:
       Inputs and targets, float32 [examples, 1].

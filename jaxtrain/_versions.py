@@ -1,24 +1,30 @@
-"""What a run's last digits depend on beside its code: package versions and the device."""
+"""The package versions and the device that the last digits of a run depend on."""
 
 from __future__ import annotations
 
 import platform
 from importlib import metadata
 
-from jaxtrain.devices import current_device
+import jax
+import jax.numpy as jnp
 
 _PACKAGES = ("jaxtrain", "jax", "jaxlib", "flax", "optax", "numpy")
 
 
 def versions() -> dict[str, str]:
-    """Versions of Python and of the packages that decide a run's numbers."""
+    """Returns the versions of Python and of the packages that determine a run's numbers."""
     return {"python": platform.python_version()} | {
         name: metadata.version(name) for name in _PACKAGES
     }
 
 
+def current_device() -> jax.Device:
+    """Returns the device on which JAX makes new arrays."""
+    return next(iter(jnp.zeros(()).devices()))
+
+
 def device_name() -> str:
-    """That device's platform and kind, on one line."""
+    """Returns the platform and kind of that device."""
     device = current_device()
     return device.platform + (
         f": {device.device_kind}" if device.device_kind != device.platform else ""

@@ -1,0 +1,35 @@
+"""Checks of scalar arguments and PRNG keys, on the host, before anything compiles."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jaxtrain.errors import InputError
+
+
+def check_integer(value: Any, name: str, *, minimum: int, maximum: int | None = None) -> None:
+    """Raises InputError unless `value` is an integer from `minimum` to `maximum`."""
+    is_integer = isinstance(value, (int, np.integer)) and not isinstance(value, bool)
+    if not is_integer or value < minimum or (maximum is not None and value > maximum):
+        upper = "" if maximum is None else f" and at most {maximum}"
+        raise InputError(f"{name} is {value!r}; expected an integer of at least {minimum}{upper}")
+
+
+def check_key(key: Any, name: str = "key") -> None:
+    """Raises InputError unless `key` is a single PRNG key."""
+    is_key = isinstance(key, jax.Array) and (
+        jnp.issubdtype(key.dtype, jax.dtypes.prng_key)
+        or (key.dtype == jnp.uint32 and key.ndim == 1)  # jax.random.PRNGKey
+    )
+    if not is_key:
+        found = f"an array of {key.dtype}{list(key.shape)}" if hasattr(key, "dtype") else repr(key)
+        raise InputError(f"{name} is {found}; expected a PRNG key, such as jax.random.key(0)")
+    if jnp.issubdtype(key.dtype, jax.dtypes.prng_key) and key.shape:
+        raise InputError(
+            f"{name} is a batch of keys of shape {key.shape}; expected a single PRNG key: "
+            "use one of them, or jax.vmap over all"
+        )

@@ -1,0 +1,165 @@
+"""Files that appear complete or not at all, in folders that one process at a time writes to."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import os
+import shutil
+import stat
+import tempfile
+from pathlib import Path
+
+from jaxtrain.errors import NO_SPACE, InputError, StorageError
+
+# Suffix of files that are still being written.
+PART = ".jaxtrain-part"
+
+
+def make_folder(path: Path, description: str) -> None:
+    """Makes a folder with its parents, and checks that it can be written.
+
+    Args:
+      path: the folder.
+      description: what the folder is to the user, "output folder" for example.
+
+    Raises:
+      InputError: it cannot be made or written.
+    """
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=path):
+            pass
+    except (OSError, ValueError) as error:  # ValueError: a null character in the path
+        reason = getattr(error, "strerror", None) or error
+        raise InputError(
+            f"the {description} {path} cannot be written ({reason}); use another folder"
+        ) from error
+
+
+def lock_folder(path: Path, description: str) -> int:
+    """Keeps other runs out of a folder.
+
+    Args:
+      path: the folder.
+      description: what the folder is to the user.
+
+    Returns:
+      A file descriptor. Closing it releases the folder, and so does the end of the process. (On
+      file systems without locks, some network ones, nobody is kept out.)
+
+    Raises:
+      InputError: another run holds the lock, or the folder cannot be read.
+    """
+    import fcntl  # Unix only; the rest of the library does without
+
+    try:
+        descriptor = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
+    except OSError as error:
+        reason = error.strerror or error
+        raise InputError(
+            f"the {description} {path} cannot be read ({reason}); use another folder"
+        ) from error
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError as error:
+        os.close(descriptor)
+        raise InputError(
+            f"the {description} {path} is in use by another run; wait until it ends, or use "
+            "another folder"
+        ) from error
+    except OSError:
+        pass  # no locks on this file system
+    return descriptor
+
+
+def write_atomically(path: Path, content: bytes, *, sync_folder: bool = False) -> None:
+    """Writes a file so that a reader sees the old content or the new, never a part.
+
+    The temporary file has a random name and is created exclusively, so that a link planted there
+    is never followed. A file that is replaced keeps its permissions.
+
+    Args:
+      path: the file.
+      content: its new content.
+      sync_folder: also flush the folder's entry, so that the name survives a power failure.
+
+    Raises:
+      StorageError: the disk is full, or the file cannot be written for another reason.
+    """
+    part: Path | None = None
+    try:
+        try:
+            mode = _mode_of(path)
+            descriptor, name = tempfile.mkstemp(PART, f".{path.name}."[:128], path.parent)
+            part = Path(name)
+            with os.fdopen(descriptor, "wb") as file:
+                os.fchmod(descriptor, mode)
+                file.write(content)
+                file.flush()
+                # Otherwise a power failure soon after could leave the new name on an empty file.
+                os.fsync(file.fileno())
+            os.replace(part, path)
+            if sync_folder:
+                synchronize(path.parent)
+        except BaseException:
+            if part is not None:
+                part.unlink(missing_ok=True)
+            raise
+    except OSError as error:
+        full = error.errno in (errno.ENOSPC, errno.EDQUOT)
+        raise StorageError(path, NO_SPACE if full else error.strerror or str(error)) from error
+
+
+def _mode_of(path: Path) -> int:
+    """The permissions of a file that exists, or those of a new file."""
+    try:
+        found = path.lstat()
+        if stat.S_ISREG(found.st_mode):
+            return stat.S_IMODE(found.st_mode)
+    except FileNotFoundError:
+        pass
+    mask = os.umask(0)
+    os.umask(mask)
+    return 0o666 & ~mask
+
+
+def read_regular_file(path: Path, maximum: int | None = None) -> bytes:
+    """Reads a regular file; links, devices and pipes are refused, so that nothing hangs.
+
+    Args:
+      path: the file.
+      maximum: the largest size to read, in bytes.
+
+    Raises:
+      OSError: it is missing, is not a regular file, is larger than `maximum`, or cannot be read.
+    """
+    descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK)
+    try:
+        found = os.fstat(descriptor)
+        if not stat.S_ISREG(found.st_mode):
+            raise OSError(errno.EINVAL, "not a regular file", str(path))
+        if maximum is not None and found.st_size > maximum:
+            raise OSError(errno.EFBIG, f"{found.st_size} bytes are too many", str(path))
+        with os.fdopen(descriptor, "rb", closefd=False) as file:
+            return file.read()
+    finally:
+        os.close(descriptor)
+
+
+def synchronize(path: Path) -> None:
+    """Flushes a file, or the names in a folder, to the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def remove(path: Path) -> None:
+    """Removes a file or a folder with all its content, as far as permissions allow."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path, ignore_errors=True)
+    else:
+        with contextlib.suppress(OSError):
+            path.unlink()

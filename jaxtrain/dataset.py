@@ -1,0 +1,150 @@
+"""Dataset: inputs, targets and weights of examples, as one pytree; a batch is a small Dataset."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any, no_type_check
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.typing import ArrayLike
+from jaxtyping import Array, Int, Key, PyTree
+
+from jaxtrain._arguments import check_key
+from jaxtrain.errors import InputError
+
+
+# Not type-checked at run time: JAX rebuilds pytrees with placeholders for their leaves.
+@no_type_check
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True, eq=False)
+class Dataset:
+    """Examples along the first axis of every array.
+
+    As a pytree it can be jitted, mapped, sharded and vmapped like an array. `len(dataset)` is the
+    number of examples and `dataset[a:b]` is the Dataset of examples a to b - 1.
+
+    Attributes:
+      inputs: array, or pytree of arrays, [examples, ...].
+      targets: array, or pytree of arrays, [examples, ...]; None if the loss needs none.
+      weights: weights of the losses, [examples], or [examples, time] for a loss per token; None
+        weighs all equally.
+
+    Example:
+      >>> data = jt.Dataset(jnp.ones((100, 3)), jnp.zeros(100, jnp.int32))
+      >>> len(data), data[:32].inputs.shape
+      (100, (32, 3))
+    """
+
+    inputs: PyTree
+    targets: PyTree | None = None
+    weights: ArrayLike | None = None
+
+    def __len__(self) -> int:
+        return jax.tree.leaves(self)[0].shape[0]
+
+    def __getitem__(self, index: slice) -> Dataset:
+        if not isinstance(index, slice):
+            raise InputError(
+                f"the index is {index!r}; expected a slice such as dataset[:32], or "
+                "dataset.take(indices)"
+            )
+        return jax.tree.map(lambda array: array[index], self)
+
+    def take(self, indices: Int[Array, "chosen"]) -> Dataset:
+        """Returns the examples at these indices, in their order; indices are not checked."""
+        return jax.tree.map(lambda array: jnp.asarray(array)[indices], self)
+
+    def split(self, fraction: float, key: Key[Array, ""]) -> tuple[Dataset, Dataset]:
+        """Splits the examples at random into two disjoint parts.
+
+        Args:
+          fraction: fraction of the second part, between 0 and 1; rounded to whole examples.
+          key: PRNG key.
+
+        Returns:
+          The rest and the held-out part (for validation), each in stored order.
+
+        Raises:
+          InputError: one of the parts would be empty, or the arrays differ in length.
+        """
+        check_dataset(self, "dataset")
+        check_key(key)
+        examples = len(self)
+        held_out = round(examples * fraction) if 0 < fraction < 1 else 0
+        if not 0 < held_out < examples:
+            raise InputError(
+                f"fraction is {fraction} of {examples} examples; expected a value between 0 and 1 "
+                "that leaves at least one example in each part"
+            )
+        order = jax.random.permutation(key, examples)
+        return (
+            self.take(jnp.sort(order[: examples - held_out])),
+            self.take(jnp.sort(order[examples - held_out :])),
+        )
+
+    def replace(self, **changes: Any) -> Dataset:
+        """Returns a copy with some fields replaced."""
+        return dataclasses.replace(self, **changes)
+
+
+def check_dataset(dataset: Any, name: str) -> None:
+    """Raises InputError unless all arrays of a Dataset have the same, positive, length."""
+    if not isinstance(dataset, Dataset):
+        raise InputError(
+            f"{name} is a {type(dataset).__name__}; expected a jaxtrain.Dataset(inputs, targets)"
+        )
+    arrays = named_arrays(dataset, name)
+    for path, array in arrays:
+        check_array(array, path)
+        if not array.shape:
+            raise InputError(f"{path} is a scalar; expected an array with one entry per example")
+    if not jax.tree.leaves(dataset.inputs):
+        raise InputError(f"{name}.inputs holds no array; expected at least one")
+    (first, length), *rest = [(path, array.shape[0]) for path, array in arrays]
+    for path, other in rest:
+        if other != length:
+            raise InputError(
+                f"{first} has {length} examples and {path} has {other}; expected the same number "
+                "along the first axis"
+            )
+    if length == 0:
+        raise InputError(f"{name} is empty; expected at least one example")
+
+
+def check_array(array: Any, path: str) -> None:
+    """Raises InputError unless `array` is a NumPy or JAX array of real numbers JAX can hold."""
+    if not isinstance(array, (np.ndarray, np.generic, jax.Array)):
+        kind = f"{type(array).__module__.split('.')[0]}.{type(array).__name__}"
+        hint = {
+            "torch.Tensor": "tensor.numpy()",
+            "pandas.DataFrame": "frame.to_numpy()",
+            "pandas.Series": "series.to_numpy()",
+        }.get(kind, "numpy.asarray(...)")
+        raise InputError(
+            f"{path} is a {kind.removeprefix('builtins.')}; expected a NumPy or JAX array: "
+            f"convert it by {hint}"
+        )
+    dtype = array.dtype
+    if not any(jnp.issubdtype(dtype, kind) for kind in (jnp.bool_, jnp.integer, jnp.floating)):
+        raise InputError(f"{path} has the dtype {dtype}; expected real numbers")
+    if isinstance(array, (np.ndarray, np.generic)) and (
+        not dtype.isnative or (dtype == np.longdouble and dtype.itemsize > 8)
+    ):
+        raise InputError(
+            f"{path} has the dtype {dtype.str}, which JAX does not support; expected a native "
+            f"one: convert it by array.astype({_native_name(dtype)!r})"
+        )
+
+
+def _native_name(dtype: np.dtype) -> str:
+    return "float64" if dtype == np.longdouble else dtype.newbyteorder("=").name
+
+
+def named_arrays(tree: PyTree, name: str) -> list[tuple[str, Any]]:
+    """Returns every leaf of a pytree with its path, such as `data.inputs.image`."""
+    return [
+        (".".join(filter(None, [name, jax.tree_util.keystr(path, simple=True, separator=".")])), x)
+        for path, x in jax.tree_util.tree_leaves_with_path(tree)
+    ]

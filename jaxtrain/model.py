@@ -1,0 +1,34 @@
+"""Model: what training needs of a network, as two pure functions."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+from jaxtyping import PyTree
+
+
+class Model(NamedTuple):
+    """A network as a pair of pure functions.
+
+    `init_state` makes one of a Linen, NNX or Equinox module; write one directly for a network in
+    plain JAX. Both functions must be hashable, since they are static in a compiled step: define
+    them once, not per call.
+
+    Attributes:
+      init: `init(key, inputs) -> (params, model_state)`. `params` is the pytree that is optimized;
+        `model_state` is the pytree of all else that changes in training, running means for
+        example, and {} if there is nothing.
+      apply: `apply(params, model_state, inputs, *, train, key) -> (outputs, model_state)`. `train`
+        is a Python bool; `key` is the step's PRNG key in training and None in evaluation.
+
+    Example:
+      >>> def init(key, inputs):
+      ...     return {"weight": jnp.zeros(inputs.shape[1:])}, {}
+      >>> def apply(params, model_state, inputs, *, train, key):
+      ...     return inputs @ params["weight"], model_state
+      >>> model = jt.Model(init, apply)
+    """
+
+    init: Callable[..., tuple[PyTree, PyTree]]
+    apply: Callable[..., tuple[Any, PyTree]]
