@@ -1,67 +1,77 @@
 """Losses: one value per example, `loss(predictions, targets) -> [batch]`.
 
-A step takes the mean over the batch. Where PyTorch's loss has a `reduction`, the functions here
-are its value for each example, averaged over all axes but the first.
+A step minimises the (weighted) mean over the batch. Where a loss of PyTorch has a `reduction`,
+the functions here return its value for each example, averaged over all axes but the first.
+
+Half-precision predictions are promoted, so that values and reductions are float32.
+
+Before training, labels are checked to be in range and probabilities to be in 0 … 1. A loss of
+your own keeps these checks if it is a `weighted_sum` or a `functools.partial` of a loss in this
+module, or a wrapper made with `functools.wraps` that passes the targets on unchanged.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
 from collections.abc import Callable
-from typing import Any
+from typing import Any, TypeAlias
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from jax import lax
 from jaxtyping import Array, Float, Shaped
 
 from jaxtrain.errors import InputError
 
-Loss = Callable[[Array, Array], Array]
+# What losses and metrics take.
+AnyArray: TypeAlias = Array | np.ndarray
+Loss: TypeAlias = Callable[[Any, Any], Array]
 
 
 def mean_absolute_error(
-    predictions: Float[Array, "batch ..."], targets: Shaped[Array, "..."]
+    predictions: Float[AnyArray, "batch ..."], targets: Shaped[AnyArray, "..."]
 ) -> Float[Array, "batch"]:
     """|prediction − target|, averaged over all axes but the first (`torch.nn.L1Loss`).
 
     Raises:
       InputError: the shapes differ (they would broadcast).
     """
-    _check_same_shape(predictions, targets)
+    predictions, targets = _check_and_promote(predictions, targets)
     error = predictions - targets
     # Not jnp.abs: its gradient at 0 is 1 in JAX, 0 in PyTorch.
     return _mean_over_example(error * jnp.sign(error))
 
 
 def mean_squared_error(
-    predictions: Float[Array, "batch ..."], targets: Shaped[Array, "..."]
+    predictions: Float[AnyArray, "batch ..."], targets: Shaped[AnyArray, "..."]
 ) -> Float[Array, "batch"]:
     """(prediction − target)², averaged over all axes but the first (`torch.nn.MSELoss`).
 
     Raises:
       InputError: the shapes differ (they would broadcast).
     """
-    _check_same_shape(predictions, targets)
+    predictions, targets = _check_and_promote(predictions, targets)
     return _mean_over_example(jnp.square(predictions - targets))
 
 
 def squared_error_sum(
-    predictions: Float[Array, "batch ..."], targets: Shaped[Array, "..."]
+    predictions: Float[AnyArray, "batch ..."], targets: Shaped[AnyArray, "..."]
 ) -> Float[Array, "batch"]:
     """(prediction − target)², summed over all axes but the first.
 
     Raises:
       InputError: the shapes differ (they would broadcast).
     """
-    _check_same_shape(predictions, targets)
+    predictions, targets = _check_and_promote(predictions, targets)
     return _sum_over_example(jnp.square(predictions - targets))
 
 
 def euclidean_distance(
-    predictions: Float[Array, "batch ..."], targets: Shaped[Array, "..."]
+    predictions: Float[AnyArray, "batch ..."], targets: Shaped[AnyArray, "..."]
 ) -> Float[Array, "batch"]:
     """‖prediction − target‖₂, each example as one vector (`torch.linalg.vector_norm`).
 
@@ -70,96 +80,100 @@ def euclidean_distance(
     Raises:
       InputError: the shapes differ (they would broadcast).
     """
-    _check_same_shape(predictions, targets)
+    predictions, targets = _check_and_promote(predictions, targets)
     return _norm(_as_vectors(predictions - targets))
 
 
 def cosine_distance(
-    predictions: Float[Array, "batch ..."], targets: Shaped[Array, "..."]
+    predictions: Float[AnyArray, "batch ..."], targets: Shaped[AnyArray, "..."]
 ) -> Float[Array, "batch"]:
     """1 − cos of the angle between prediction and target (1 − `torch.cosine_similarity`).
 
-    0 for the same direction, 1 for a right angle, 2 for opposite ones. As in PyTorch, a norm below
-    1e-8 counts as 1e-8.
+    0 for the same direction, 1 for a right angle, 2 for opposite directions. As in PyTorch, norms
+    below 1e-8 are replaced by 1e-8.
 
     Raises:
       InputError: the shapes differ (they would broadcast).
     """
-    _check_same_shape(predictions, targets)
+    predictions, targets = _check_and_promote(predictions, targets)
     pair = _as_vectors(predictions), _as_vectors(targets).astype(predictions.dtype)
     directions = [vector / _at_least(_norm(vector), 1e-8)[:, None] for vector in pair]
     return 1 - jnp.sum(directions[0] * directions[1], axis=-1)
 
 
 def cross_entropy(
-    predictions: Float[Array, "batch classes"], targets: Shaped[Array, "..."]
-) -> Float[Array, "batch"]:
+    predictions: Float[AnyArray, "*batch classes"], targets: Shaped[AnyArray, "..."]
+) -> Float[Array, "*batch"]:
     """−log softmax(logits)[label] (`torch.nn.CrossEntropyLoss`).
 
     Args:
-      predictions: logits [batch, classes].
-      targets: integer labels [batch] in 0 … classes − 1. A label outside gives NaN, where JAX's
-        indexing alone would take a neighbouring class.
+      predictions: logits [batch, classes], or [batch, time, classes] for a label per token.
+      targets: integer labels in 0 … classes − 1, [batch] or [batch, time]. A label out of range
+        gives NaN, where JAX's indexing alone would use the nearest class.
+
+    Returns:
+      One value per label.
 
     Raises:
-      InputError: labels that are not integers, or not one an example.
+      InputError: labels are not integers, or there is not one label per row of logits.
     """
     if not jnp.issubdtype(targets.dtype, jnp.integer):
         raise InputError(
-            f"targets of cross_entropy have the type {targets.dtype}; expected integer class labels"
+            f"targets of cross_entropy have the dtype {targets.dtype}; expected integer class "
+            "labels"
         )
-    if targets.shape != predictions.shape[:1]:
+    if targets.shape != predictions.shape[:-1]:
         raise InputError(
-            f"targets of cross_entropy have the shape {targets.shape}; expected one label for each "
-            f"row of the logits, {predictions.shape[:1]}"
+            f"targets of cross_entropy have the shape {targets.shape}; expected one label per row "
+            f"of the logits, {predictions.shape[:-1]}"
         )
     # Narrow labels would wrap in the comparison: 256 is 0 as uint8.
     targets = targets.astype(jnp.int32)
-    loss = optax.softmax_cross_entropy_with_integer_labels(predictions, targets)
+    loss = optax.softmax_cross_entropy_with_integer_labels(_at_least_float32(predictions), targets)
     return jnp.where((targets >= 0) & (targets < predictions.shape[-1]), loss, jnp.nan)
 
 
 def soft_cross_entropy(
-    predictions: Float[Array, "batch classes"], targets: Float[Array, "..."]
-) -> Float[Array, "batch"]:
-    """−Σ p log softmax(logits), of the target distribution p (`torch.nn.CrossEntropyLoss`).
+    predictions: Float[AnyArray, "*batch classes"], targets: Float[AnyArray, "..."]
+) -> Float[Array, "*batch"]:
+    """−Σ p log softmax(logits) for a target distribution p (`torch.nn.CrossEntropyLoss`).
 
     Args:
-      predictions: logits [batch, classes].
-      targets: probabilities [batch, classes], each row summing to 1 (not checked).
+      predictions: logits [batch, classes], or [batch, time, classes].
+      targets: probabilities of the same shape; each row sums to 1 (not checked).
 
     Raises:
       InputError: the shapes differ.
     """
-    _check_same_shape(predictions, targets)
+    predictions, targets = _check_and_promote(predictions, targets)
     return optax.softmax_cross_entropy(predictions, targets)
 
 
 def binary_cross_entropy(
-    predictions: Float[Array, "batch ..."], targets: Shaped[Array, "..."]
+    predictions: Float[AnyArray, "batch ..."], targets: Shaped[AnyArray, "..."]
 ) -> Float[Array, "batch"]:
     """−(t log p + (1 − t) log(1 − p)), averaged over all axes but the first (`torch.nn.BCELoss`).
 
-    As in PyTorch, a logarithm is at least −100, and the gradient (p − t) / (p (1 − p)) divides by
-    at least 1e-12: both stay finite at p = 0 and p = 1.
+    As in PyTorch, logarithms are clamped to at least −100, and the denominator of the gradient
+    (p − t) / (p (1 − p)) to at least 1e-12, so that both stay finite at p = 0 and p = 1.
 
     Args:
-      predictions: probabilities [batch, ...]; for logits take `sigmoid_binary_cross_entropy`.
+      predictions: probabilities [batch, ...]; for logits use `sigmoid_binary_cross_entropy`.
       targets: 0 or 1, or probabilities, of the same shape.
 
     Raises:
       InputError: the shapes differ (they would broadcast).
     """
-    _check_same_shape(predictions, targets)
+    predictions, targets = _check_and_promote(predictions, targets)
     return _mean_over_example(_clamped_bce(predictions, targets.astype(predictions.dtype)))
 
 
 def sigmoid_binary_cross_entropy(
-    predictions: Float[Array, "batch ..."], targets: Shaped[Array, "..."]
+    predictions: Float[AnyArray, "batch ..."], targets: Shaped[AnyArray, "..."]
 ) -> Float[Array, "batch"]:
-    """Binary cross entropy of logits, averaged like the others (`torch.nn.BCEWithLogitsLoss`).
+    """Binary cross entropy of logits, the log loss (`torch.nn.BCEWithLogitsLoss`).
 
-    The log loss of logistic regression.
+    Averaged over all axes but the first.
 
     Args:
       predictions: logits [batch, ...].
@@ -168,14 +182,14 @@ def sigmoid_binary_cross_entropy(
     Raises:
       InputError: the shapes differ (they would broadcast).
     """
-    _check_same_shape(predictions, targets)
+    predictions, targets = _check_and_promote(predictions, targets)
     targets = targets.astype(predictions.dtype)
     return _mean_over_example(optax.sigmoid_binary_cross_entropy(predictions, targets))
 
 
 @dataclasses.dataclass(frozen=True, eq=False)  # compared as functions are, by identity
 class WeightedSum:
-    """What `weighted_sum` gives, a loss like any other.
+    """The loss that `weighted_sum` returns.
 
     Attributes:
       terms: its (weight, loss) pairs.
@@ -188,16 +202,16 @@ class WeightedSum:
         return f"({' + '.join(f'{weight} * {name_of(term)}' for weight, term in self.terms)})"
 
     def __call__(self, predictions: Array, targets: Array) -> Array:
-        """Σ weight · loss of each example, [batch]."""
+        """Returns Σ weight · loss for each example, [batch]."""
         return jnp.sum(
             jnp.stack([weight * term(predictions, targets) for weight, term in self.terms]), axis=0
         )
 
 
 def weighted_sum(*terms: tuple[float, Loss]) -> Loss:
-    """The loss Σ weight · loss, L1 + λ L2 for instance: `weighted_sum((1.0, l1), (0.1, l2))`.
+    """Returns the loss Σ weight · loss, such as `weighted_sum((1.0, l1), (0.1, l2))`.
 
-    Build it once and pass the same object to every step: a new one compiles anew.
+    Build it once and pass the same object to every step: a new one triggers a recompilation.
 
     Args:
       terms: (weight, loss) pairs; a weight may be negative.
@@ -214,31 +228,43 @@ def weighted_sum(*terms: tuple[float, Loss]) -> Loss:
 
 
 def name_of(function: Any) -> str:
-    """The name of a loss or metric, to be told in a message."""
+    """Returns the name of a loss or metric for messages."""
+    if isinstance(function, functools.partial):
+        return name_of(function.func)
     return getattr(function, "__name__", "a function")
 
 
 def single_losses(loss_fn: Loss) -> set[Loss]:
-    """The losses that a loss is a weighted sum of, or itself."""
-    if not isinstance(loss_fn, WeightedSum):
-        return {loss_fn}
-    return set().union(*(single_losses(term) for _, term in loss_fn.terms))
+    """Returns a loss with all that it wraps, and the terms of weighted sums."""
+    if isinstance(loss_fn, WeightedSum):
+        return set().union(*(single_losses(term) for _, term in loss_fn.terms))
+    if isinstance(loss_fn, functools.partial):
+        return {loss_fn} | single_losses(loss_fn.func)
+    wrapped = getattr(loss_fn, "__wrapped__", None)  # of functools.wraps and jax.jit
+    return {loss_fn} if wrapped is None else {loss_fn} | single_losses(wrapped)
 
 
-# What the values of the targets are checked by before training: the losses that take class labels,
-# and those that take probabilities.
+# Losses whose targets are checked before training: class labels, and probabilities.
 LABEL_LOSSES: frozenset[Loss] = frozenset({cross_entropy})
 PROBABILITY_LOSSES: frozenset[Loss] = frozenset(
     {soft_cross_entropy, binary_cross_entropy, sigmoid_binary_cross_entropy}
 )
 
 
-def _check_same_shape(predictions: Array, targets: Array) -> None:
+def _check_and_promote(predictions: AnyArray, targets: AnyArray) -> tuple[Array, Array]:
+    """Checks that the shapes are equal, and promotes half precision."""
     if predictions.shape != targets.shape:
         raise InputError(
             f"predictions have the shape {predictions.shape} and targets {targets.shape}; "
-            "expected the same shape, since broadcasting would pair every example with every other"
+            "expected the same shape, since broadcasting would pair each example with all others"
         )
+    return _at_least_float32(predictions), _at_least_float32(targets)
+
+
+def _at_least_float32(values: AnyArray) -> Array:
+    """Promotes floating types of fewer bits: bfloat16, float16, float8 ..."""
+    narrow = jnp.issubdtype(values.dtype, jnp.floating) and jnp.finfo(values.dtype).bits < 32
+    return values.astype(jnp.float32) if narrow else jnp.asarray(values)
 
 
 def _mean_over_example(values: Array) -> Array:
@@ -254,15 +280,15 @@ def _sum_over_example(values: Array) -> Array:
 
 
 def _norm(vectors: Array) -> Array:
-    """Length of each row, with gradient 0 at length 0."""
+    """Returns the length of each row, with gradient 0 at length 0."""
     squares = jnp.sum(jnp.square(vectors), axis=-1)
     positive = squares > 0
-    # Twice where: the branch not taken must be differentiable, too, or its NaN leaks through.
+    # Two wheres: the branch not taken must be differentiable as well, or its NaN leaks through.
     return jnp.where(positive, jnp.sqrt(jnp.where(positive, squares, 1.0)), 0.0)
 
 
 def _at_least(values: Array, least: float) -> Array:
-    """The larger of both; the gradient is that of `values` throughout, as in PyTorch."""
+    """Returns the larger of both; the gradient is always that of `values`, as in PyTorch."""
     return values + lax.stop_gradient(jnp.maximum(values, least) - values)
 
 

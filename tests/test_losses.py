@@ -1,6 +1,8 @@
-"""Losses beside PyTorch's, values and gradients, and what they refuse."""
+"""Values and gradients of losses compared with PyTorch, and the arguments they refuse."""
 
 from __future__ import annotations
+
+import functools
 
 import jax
 import jax.numpy as jnp
@@ -30,7 +32,7 @@ REGRESSION = {
     jt.losses.euclidean_distance: lambda p, t: torch.linalg.vector_norm(p - t, dim=(1, 2)),
     jt.losses.cosine_distance: lambda p, t: 1 - F.cosine_similarity(p.flatten(1), t.flatten(1)),
 }
-# No subnormal numbers: XLA takes them for 0.
+# No subnormal numbers: XLA flushes them to 0.
 VALUES = st.floats(-1e4, 1e4, width=32, allow_subnormal=False)
 PROBABILITIES = st.one_of(
     st.sampled_from([0.0, 1.0]), st.floats(0, 1, width=32, allow_subnormal=False)
@@ -188,7 +190,7 @@ def test_certainty_that_is_wrong_costs_100_with_a_finite_gradient(p: float) -> N
 
 
 def test_weighted_sum_is_the_sum_of_weighted_losses() -> None:
-    """And is a loss again, for a step and for another sum."""
+    """The result is again a loss, also for another sum."""
     l1, l2 = jt.losses.mean_absolute_error, jt.losses.mean_squared_error
     predictions, targets = jnp.array([[3.0], [1.0]]), jnp.array([[1.0], [1.5]])
     elastic = jt.losses.weighted_sum((1.0, l1), (0.5, l2))
@@ -198,7 +200,7 @@ def test_weighted_sum_is_the_sum_of_weighted_losses() -> None:
 
 
 def test_weighted_sum_mixes_labels_and_a_teachers_distribution() -> None:
-    """Distillation: targets hold the label in the first column and the teacher's shares behind."""
+    """Distillation: targets are the label, followed by the teacher's probabilities."""
     logits = jnp.array([[2.0, 0.0, 1.0]])
     teacher = jnp.array([[0.7, 0.1, 0.2]])
     targets = jnp.concatenate([jnp.array([[2.0]]), teacher], axis=1)
@@ -206,12 +208,14 @@ def test_weighted_sum_mixes_labels_and_a_teachers_distribution() -> None:
         (0.3, lambda p, t: jt.losses.cross_entropy(p, t[:, 0].astype(int))),
         (0.7, lambda p, t: jt.losses.soft_cross_entropy(p, t[:, 1:])),
     )
-    log_shares = np.asarray(logits - np.log(np.exp(logits).sum()))[0]
-    expected = -0.3 * log_shares[2] - 0.7 * np.sum(np.asarray(teacher)[0] * log_shares)
+    log_probabilities = np.asarray(logits - np.log(np.exp(logits).sum()))[0]
+    expected = -0.3 * log_probabilities[2] - 0.7 * np.sum(
+        np.asarray(teacher)[0] * log_probabilities
+    )
     np.testing.assert_allclose(loss_fn(logits, targets), [expected], rtol=1e-6)
 
 
-def test_a_weighted_sum_says_of_what() -> None:
+def test_the_name_of_a_weighted_sum_lists_its_terms() -> None:
     inner = jt.losses.weighted_sum((2.0, jt.losses.cross_entropy))
     outer = jt.losses.weighted_sum((0.5, inner), (-1.0, lambda p, t: p))
     assert outer.__name__ == "(0.5 * (2.0 * cross_entropy) + -1.0 * <lambda>)"
@@ -221,6 +225,81 @@ def test_a_weighted_sum_says_of_what() -> None:
 def test_weighted_sum_refuses_no_terms_and_no_numbers(terms) -> None:
     with pytest.raises(jt.InputError, match=r"expected (\(weight, loss\) pairs|a finite)"):
         jt.losses.weighted_sum(*terms)
+
+
+def test_wrapped_losses_are_found_through_all_layers() -> None:
+    """So that labels are checked in range whatever surrounds the loss that takes them."""
+
+    @functools.wraps(jt.losses.cross_entropy)
+    def scaled(predictions, targets):
+        return 2 * jt.losses.cross_entropy(predictions, targets)
+
+    @jax.jit
+    def own(predictions, targets):
+        return predictions[:, 0]
+
+    partial = functools.partial(scaled)
+    loss_fn = jt.losses.weighted_sum((1.0, jt.losses.weighted_sum((0.5, partial))), (2.0, own))
+    found = jt.losses.single_losses(loss_fn)
+    assert found & jt.losses.LABEL_LOSSES == {jt.losses.cross_entropy}
+    assert not found & jt.losses.PROBABILITY_LOSSES
+    assert jt.losses.single_losses(own).isdisjoint(jt.losses.LABEL_LOSSES)
+    assert jt.losses.single_losses(jax.jit(jt.losses.soft_cross_entropy)) & (
+        jt.losses.PROBABILITY_LOSSES
+    )
+    assert jt.losses.name_of(partial) == "cross_entropy"
+
+
+def test_bfloat16_cross_entropy_is_that_of_pytorchs_autocast() -> None:
+    random = np.random.default_rng(0)
+    logits = (5 * random.normal(size=(512, 10))).astype(np.float32)
+    labels = random.integers(0, 10, 512)
+    values = jt.losses.cross_entropy(jnp.asarray(logits, jnp.bfloat16), jnp.asarray(labels))
+    assert values.dtype == jnp.float32
+    theirs = F.cross_entropy(
+        torch.tensor(logits).bfloat16().float(), torch.tensor(labels), reduction="none"
+    )
+    np.testing.assert_allclose(values, theirs, rtol=1e-6, atol=1e-6)
+    np.testing.assert_allclose(values.mean(), theirs.mean(), rtol=1e-6)
+
+
+@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16, jnp.float8_e4m3fn])
+@pytest.mark.parametrize(
+    "loss_fn", [*REGRESSION, *jt.losses.PROBABILITY_LOSSES], ids=jt.losses.name_of
+)
+def test_half_precision_is_promoted_before_the_loss(loss_fn, dtype) -> None:
+    pair = np.random.default_rng(0).uniform(0.1, 0.9, (2, 6, 4))
+    narrow = [jnp.asarray(values, jnp.float32).astype(dtype) for values in pair]
+    values = loss_fn(*narrow)
+    assert values.dtype == jnp.float32
+    np.testing.assert_array_equal(values, loss_fn(*[v.astype(jnp.float32) for v in narrow]))
+    gradient = jax.grad(lambda p: loss_fn(p, narrow[1]).sum())(narrow[0])
+    assert gradient.dtype == dtype
+
+
+def test_float64_stays_float64() -> None:
+    with jax.enable_x64(True):
+        values = jt.losses.mean_squared_error(jnp.ones((2, 3)), jnp.zeros((2, 3)))
+        assert values.dtype == jnp.float64
+
+
+def test_cross_entropy_per_token_is_that_of_each_token_alone() -> None:
+    random = np.random.default_rng(1)
+    logits = jnp.asarray(random.normal(size=(3, 4, 7)), jnp.float32)
+    labels = jnp.asarray(random.integers(0, 7, (3, 4)))
+    values = jt.losses.cross_entropy(logits, labels.at[1, 2].set(7))
+    flat = jt.losses.cross_entropy(logits.reshape(12, 7), labels.reshape(12)).reshape(3, 4)
+    np.testing.assert_allclose(values, flat.at[1, 2].set(jnp.nan), rtol=1e-6)
+
+
+def test_losses_run_where_rank_promotion_is_an_error() -> None:
+    pair = jnp.full((2, 3, 4), 0.5), jnp.full((2, 3, 4), 0.25)
+    with jax.numpy_rank_promotion("raise"):
+        for loss_fn in (*REGRESSION, *jt.losses.PROBABILITY_LOSSES):
+            loss_fn(*pair)
+            jax.grad(lambda p, loss_fn=loss_fn: loss_fn(p, pair[1]).sum())(pair[0])
+        jt.losses.cross_entropy(pair[0], jnp.zeros((2, 3), int))
+        jt.losses.weighted_sum((0.5, jt.losses.mean_squared_error))(*pair)
 
 
 ALL_SHAPED = [
