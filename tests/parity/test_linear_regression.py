@@ -10,7 +10,7 @@ import torch
 
 import jaxtrain as jt
 from experiments.linear_regression import PUBLISHED_BIAS, PUBLISHED_WEIGHT, REFERENCE
-from jaxtrain.events import EpochDone
+from jaxtrain.training.events import EpochDone
 
 
 @pytest.fixture(scope="module")
@@ -46,7 +46,7 @@ def run() -> np.ndarray:
         loss_fn=jt.losses.mean_absolute_error,
         epochs=400,
         batch_size=40,
-        report=report,
+        on_event=report,
     )
     return np.array(rows)
 

@@ -18,8 +18,7 @@ from hypothesis.extra import numpy as hnp
 
 import jaxtrain as jt
 from benchmarks import torch_reference
-from jaxtrain.minimize import STOPS
-from jaxtrain.transforms import clip_by_global_norm
+from jaxtrain.optimizers import Stop, clip_by_global_norm
 
 STEPS, BATCH_SIZE, FEATURES = 200, 16, (16, 12, 4)
 STEPS_PER_EPOCH = 10  # for schedules
@@ -90,7 +89,7 @@ def assert_same_training(
     )
     params = jax.tree.map(lambda leaf: leaf.astype(dtype), state.params)
     state = state.replace(params=params, opt_state=ours.init(params))
-    data = data._replace(inputs=data.inputs.astype(dtype))
+    data = data.replace(inputs=data.inputs.astype(dtype))
     start = flat(state.params)
     model = torch_reference.feed_forward(FEATURES, 8, dropout_rate=0.0)
     model.to(getattr(torch, dtype))
@@ -165,7 +164,7 @@ def test_lbfgs_solves_least_squares_in_as_few_evaluations() -> None:
     theirs.step(closure)
     np.testing.assert_allclose(result.params, solution, rtol=0, atol=1e-5)
     assert result.evaluations <= 1.2 * theirs.state[x]["func_evals"]
-    assert STOPS[result.stop] == "gradient below the tolerance"
+    assert Stop(result.stop).message == "gradient below the tolerance"
 
 
 @pytest.mark.parametrize(("name", "rate"), [("sgd", 0.2), ("adam", 0.01)])

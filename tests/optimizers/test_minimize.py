@@ -9,7 +9,7 @@ import optax
 import pytest
 
 import jaxtrain as jt
-from jaxtrain.minimize import STOPS
+from jaxtrain.optimizers import Stop
 
 
 def parabola(w):
@@ -17,12 +17,12 @@ def parabola(w):
 
 
 def test_gradient_descent_by_hand() -> None:
-    """W − 3 shrinks by 1 − 2 · 0.25 = 1/2 a step: losses 9, 9/4, 9/16, …"""
+    """W − 3 shrinks by 1 − 2 · 0.25 = 1/2 per step: losses 9, 9/4, 9/16, …"""
     result = jt.minimize(parabola, jnp.array(0.0), optax.sgd(0.25), max_steps=4)
     np.testing.assert_allclose(result.losses, 9 / 4.0 ** np.arange(5), rtol=1e-6)
     assert result.params == pytest.approx(3 - 3 / 2**4)
     assert (result.steps, result.evaluations) == (4, 5)
-    assert STOPS[result.stop] == "step limit"
+    assert Stop(result.stop).message == "step limit"
 
 
 def test_it_stops_below_the_threshold() -> None:
@@ -30,12 +30,12 @@ def test_it_stops_below_the_threshold() -> None:
         parabola, jnp.array(0.0), optax.sgd(0.25), max_steps=100, loss_threshold=0.1
     )
     assert result.steps == 4  # 9 / 4⁴ = 0.035 is the first below
-    assert STOPS[result.stop] == "loss below the threshold"
+    assert Stop(result.stop).message == "loss below the threshold"
     assert np.isnan(result.losses[5:]).all()
 
 
-def test_many_rates_at_once_each_stop_for_themselves() -> None:
-    """Rates that crawl, halve, hit at once, swing for ever, and diverge."""
+def test_many_rates_at_once_each_stop_by_themselves() -> None:
+    """Rates that crawl, halve, hit at once, oscillate forever, and diverge."""
     rates = jnp.array([1e-6, 0.25, 0.5, 1.0, 20.0])
     result = jax.vmap(
         lambda rate: jt.minimize(
@@ -46,7 +46,7 @@ def test_many_rates_at_once_each_stop_for_themselves() -> None:
             loss_threshold=1e-9,
         )
     )(rates)
-    assert [STOPS[stop] for stop in result.stop] == [
+    assert [Stop(stop).message for stop in result.stop] == [
         "step limit",
         "loss below the threshold",
         "loss below the threshold",
@@ -77,24 +77,30 @@ def test_lbfgs_on_the_valley_of_rosenbrock() -> None:
     assert result.steps < 60
 
 
-def test_a_minimum_is_recognised_at_once() -> None:
+def test_a_start_at_the_minimum_takes_no_step() -> None:
     result = jt.minimize(
         parabola, jnp.array(3.0), jt.optimizers.lbfgs(), max_steps=9, gradient_tolerance=1e-6
     )
     assert result.steps == 0
-    assert STOPS[result.stop] == "gradient below the tolerance"
+    assert Stop(result.stop).message == "gradient below the tolerance"
 
 
-def test_a_line_search_that_finds_nothing_better_ends_it() -> None:
-    """With no tolerance, L-BFGS would search on for ever at the last float."""
+def test_a_line_search_that_finds_nothing_better_ends_the_descent() -> None:
+    """Without a tolerance, L-BFGS would search forever at the last float."""
     result = jt.minimize(parabola, jnp.array(0.0), jt.optimizers.lbfgs(), max_steps=100)
     assert result.steps < 20
     assert result.params == pytest.approx(3.0, abs=1e-3)
     result = jt.minimize(
         lambda x: jnp.sum(jnp.abs(x - 0.3)), jnp.zeros(3), jt.optimizers.lbfgs(), max_steps=100
     )
-    assert STOPS[result.stop] == "line search without progress"
+    assert Stop(result.stop).message == "line search without progress"
     assert result.steps < 100
+
+
+def test_every_reason_to_stop_has_a_message() -> None:
+    assert [Stop(value).message for value in range(5)] == [stop.message for stop in Stop]
+    assert len({stop.message for stop in Stop}) == 5
+    assert Stop.LOSS_THRESHOLD.message == "loss below the threshold"
 
 
 def test_the_steps_are_checked() -> None:

@@ -2,25 +2,24 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple, TypeAlias
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import optax
 from jaxtyping import Array, Bool, Float, Int, PyTree
 
-# An array where a sweep runs over the argument.
-Number: TypeAlias = float | Float[Array, ""]
+from jaxtrain.optimizers._numbers import Number
 
 
 def global_norm(tree: PyTree) -> Float[Array, ""]:
-    """The Euclidean norm of all leaves together, at least in float32."""
+    """Returns the Euclidean norm of all leaves together, in float32 or wider."""
 
     def sum_of_squares(leaf: Array) -> Array:
         # Cast first: half precision overflows at 256 squared.
         absolute = jnp.abs(leaf)
         squares = jnp.square(absolute.astype(jnp.promote_types(absolute.dtype, jnp.float32)))
-        # Along the first axis first: rows are added as vectors, where one sum of all would be a
+        # Along the first axis first: rows are added as vectors, whereas one sum of all would be a
         # chain of single additions on a CPU.
         return jnp.sum(jnp.sum(squares, axis=0)) if leaf.ndim > 1 else jnp.sum(squares)
 
@@ -28,13 +27,13 @@ def global_norm(tree: PyTree) -> Float[Array, ""]:
 
 
 class ClippingState(NamedTuple):
-    """State of `clip_by_global_norm`: none, but a name of its own."""
+    """State of `clip_by_global_norm`: empty; its type tells that gradients are clipped."""
 
 
 def clip_by_global_norm(max_norm: Number) -> optax.GradientTransformation:
-    """Scale gradients whose global norm is above `max_norm`, as PyTorch's `clip_grad_norm_`.
+    """Scales gradients whose global norm is above `max_norm`, as PyTorch's `clip_grad_norm_`.
 
-    The factor is min(1, max_norm / (norm + 1e-6)); optax's has no 1e-6.
+    The factor is min(1, max_norm / (norm + 1e-6)); optax's lacks the 1e-6.
     """
 
     def update(
@@ -52,7 +51,7 @@ class DampedTraceState(NamedTuple):
 
     Attributes:
       trace: the momentum buffer of each parameter.
-      started: whether the buffer holds a gradient yet.
+      started: whether the buffer already holds a gradient.
     """
 
     trace: PyTree
@@ -60,9 +59,9 @@ class DampedTraceState(NamedTuple):
 
 
 def damped_trace(momentum: Number, dampening: Number) -> optax.GradientTransformation:
-    """Momentum with PyTorch's dampening: buffer ← momentum · buffer + (1 − dampening) · gradient.
+    """Adds momentum with dampening: buffer ← momentum · buffer + (1 − dampening) · gradient.
 
-    `optax.trace` has no dampening. The first buffer is the first gradient, undamped.
+    `optax.trace` lacks PyTorch's dampening. The first buffer is the first gradient, not dampened.
     """
 
     def init(params: PyTree) -> DampedTraceState:
@@ -72,9 +71,9 @@ def damped_trace(momentum: Number, dampening: Number) -> optax.GradientTransform
         updates: PyTree, state: DampedTraceState, params: PyTree | None = None
     ) -> tuple[PyTree, DampedTraceState]:
         del params
-        share = jnp.where(state.started, 1 - dampening, 1.0)
+        factor = jnp.where(state.started, 1 - dampening, 1.0)
         trace = jax.tree.map(
-            lambda buffer, gradient: momentum * buffer + share.astype(gradient.dtype) * gradient,
+            lambda buffer, gradient: momentum * buffer + factor.astype(gradient.dtype) * gradient,
             state.trace,
             updates,
         )
@@ -100,10 +99,10 @@ class AmsgradState(NamedTuple):
 
 
 def scale_by_amsgrad(b1: Number, b2: Number, eps: Number) -> optax.GradientTransformation:
-    """Adam by the largest second moment so far (Reddi, Kale & Kumar, 2018).
+    """Scales as Adam with the largest second moment so far (Reddi, Kale & Kumar, 2018).
 
-    PyTorch takes the largest moment and corrects its bias then; optax's `scale_by_amsgrad`
-    corrects first, which lets the first steps' large corrections last for ever.
+    PyTorch takes the largest moment and then corrects its bias. optax's `scale_by_amsgrad`
+    corrects first, so that the large corrections of the first steps last forever.
     """
 
     def init(params: PyTree) -> AmsgradState:
@@ -135,9 +134,9 @@ class SumOfSquaresState(NamedTuple):
 def scale_by_root_sum_of_squares(
     initial_accumulator_value: Number, eps: Number
 ) -> optax.GradientTransformation:
-    """Divide by √(sum of squared gradients) + eps: Adagrad's scaling in PyTorch.
+    """Divides by √(sum of squared gradients) + eps: Adagrad's scaling in PyTorch.
 
-    `optax.scale_by_rss` has epsilon inside the root, where 1e-10 is 1e-5.
+    `optax.scale_by_rss` has epsilon inside the root, where 1e-10 amounts to 1e-5.
     """
 
     def init(params: PyTree) -> SumOfSquaresState:
@@ -161,7 +160,7 @@ class RpropState(NamedTuple):
 
     Attributes:
       step_sizes: each parameter's step size.
-      previous: its previous gradient, 0 where the sign has just turned.
+      previous: its previous gradient, 0 where the sign has just changed.
     """
 
     step_sizes: PyTree
@@ -171,7 +170,7 @@ class RpropState(NamedTuple):
 def scale_by_sign_and_step_size(
     first: Number, etas: tuple[float, float], step_sizes: tuple[float, float]
 ) -> optax.GradientTransformation:
-    """Rprop's update before its sign is flipped: sign of the gradient times a step size of its own.
+    """Scales the sign of each gradient by the parameter's step size: Rprop's update, negated.
 
     `optax.scale_by_rprop` applies each update one step late.
     """

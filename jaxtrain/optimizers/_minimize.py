@@ -1,7 +1,8 @@
-"""minimize: descent on a function of parameters, one compiled loop that knows when to stop."""
+"""minimize: descent on a function of parameters, as one compiled loop with stopping criteria."""
 
 from __future__ import annotations
 
+import enum
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -11,28 +12,39 @@ import optax
 from jax import lax
 from jaxtyping import Array, Float, Int, PyTree
 
-from jaxtrain.checks import check_whole
-from jaxtrain.optimizers import has_line_search
+from jaxtrain._arguments import check_integer
+from jaxtrain.optimizers._inspect import has_line_search
 
-STOPS = (
-    "step limit",
-    "loss below the threshold",
-    "gradient below the tolerance",
-    "loss not finite",
-    "line search without progress",
-)
+
+class Stop(enum.IntEnum):
+    """Why a descent ended; `message` says it in words."""
+
+    message: str
+
+    STEP_LIMIT = 0, "step limit"
+    LOSS_THRESHOLD = 1, "loss below the threshold"
+    GRADIENT_TOLERANCE = 2, "gradient below the tolerance"
+    LOSS_NOT_FINITE = 3, "loss not finite"
+    NO_PROGRESS = 4, "line search without progress"
+
+    def __new__(cls, value: int, message: str) -> Stop:
+        """Makes a member of (value, message)."""
+        member = int.__new__(cls, value)
+        member._value_ = value
+        member.message = message
+        return member
 
 
 class Minimum(NamedTuple):
-    """Where a descent ended, and how it came there.
+    """Where a descent ended, and its path.
 
     Attributes:
       params: the parameters at the end.
       loss: the loss there.
       losses: the loss at the start and after each step, [max_steps + 1]; NaN after the last.
       steps: steps taken.
-      evaluations: how often the loss was evaluated, with its gradient, line searches included.
-      stop: what ended it, an index into `STOPS`.
+      evaluations: how often the loss was evaluated with its gradient, line searches included.
+      stop: why it ended, a value of `Stop`: `Stop(result.stop).message` for example.
     """
 
     params: PyTree
@@ -63,10 +75,10 @@ def minimize(
     loss_threshold: float = -jnp.inf,
     gradient_tolerance: float = 0.0,
 ) -> Minimum:
-    """Step until the loss or its gradient is small enough, or the steps are used up.
+    """Steps until the loss or its gradient is small enough, or `max_steps` are taken.
 
     A pure function of its arguments: jit it to compile it once for many calls, vmap it to run many
-    descents at once (each stops for itself; the loop runs as long as the longest).
+    descents at once (each stops by itself; the loop runs as long as the longest).
 
     Args:
       loss_fn: params -> loss, a scalar that depends on nothing else (all data, no dropout).
@@ -74,32 +86,38 @@ def minimize(
       optimizer: any optax transformation; one with a line search, such as `optimizers.lbfgs`,
         evaluates no point twice.
       max_steps: the most steps to take, at least 0.
-      loss_threshold: stop when the loss is below.
+      loss_threshold: stop when the loss is below this.
       gradient_tolerance: stop when no entry of the gradient is larger than this.
 
     Returns:
-      The end point, the losses on the way, and what ended it. A loss that is not finite ends it,
-      too: that descent has diverged. So does a line search that stays where it is.
+      The end point, the losses on the way, and the reason for stopping. A descent also ends when
+      the loss is no longer finite (it diverged), and when a line search does not move.
 
     Raises:
-      InputError: max_steps is no whole number of at least 0.
+      InputError: max_steps is not an integer of at least 0.
+
+    Example:
+      >>> result = jt.minimize(lambda x: (x - 3) ** 2, jnp.array(0.0), optax.sgd(0.25),
+      ...                      max_steps=100, loss_threshold=1e-6)
+      >>> jt.optimizers.Stop(result.stop).message
+      'loss below the threshold'
     """
-    check_whole(max_steps, "max_steps", least=0)
+    check_integer(max_steps, "max_steps", minimum=0)
     searches = has_line_search(jax.eval_shape(optimizer.init, params))
     evaluate = jax.value_and_grad(loss_fn)
     update = optax.with_extra_args_support(optimizer).update
 
     def stop(point: _Point) -> Array:
-        """The index of the first reason that holds, or −1; the step limit comes last."""
+        """Returns the first reason that holds, or -1; the step limit comes last."""
         largest = optax.tree_utils.tree_norm(point.grad, ord=jnp.inf)
         reasons = [
-            (~jnp.isfinite(point.loss), 3),
-            (point.loss < loss_threshold, 1),
-            (largest <= gradient_tolerance, 2),
-            (point.stalled, 4),
-            (point.steps >= max_steps, 0),
+            (~jnp.isfinite(point.loss), Stop.LOSS_NOT_FINITE),
+            (point.loss < loss_threshold, Stop.LOSS_THRESHOLD),
+            (largest <= gradient_tolerance, Stop.GRADIENT_TOLERANCE),
+            (point.stalled, Stop.NO_PROGRESS),
+            (point.steps >= max_steps, Stop.STEP_LIMIT),
         ]
-        return jnp.select([holds for holds, _ in reasons], [index for _, index in reasons], -1)
+        return jnp.select([holds for holds, _ in reasons], [int(why) for _, why in reasons], -1)
 
     def step(point: _Point) -> _Point:
         updates, opt_state = update(
@@ -112,7 +130,7 @@ def minimize(
         )
         params = optax.apply_updates(point.params, updates)
         if searches:
-            # The search has been there already.
+            # The search has evaluated this point already.
             find = optax.tree_utils.tree_get
             loss, grad = find(opt_state, "value"), find(opt_state, "grad")
             evaluations = find(opt_state, "num_linesearch_steps")

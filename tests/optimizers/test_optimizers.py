@@ -1,4 +1,4 @@
-"""What the optimizers refuse, and the learning rate they record; their numbers are in parity/."""
+"""Arguments that optimizers refuse, and the learning rate they record; numbers: see parity/."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from jaxtrain.optimizers import current_learning_rate
 
 @pytest.mark.parametrize("name", jt.optimizers.OPTIMIZERS)
 @pytest.mark.parametrize("value", [-0.1, float("nan"), float("inf"), -1, jnp.float32(jnp.nan)])
-def test_a_learning_rate_that_is_no_rate_is_refused(name: str, value) -> None:
+def test_an_invalid_learning_rate_is_refused(name: str, value) -> None:
     with pytest.raises(jt.InputError, match=r"learning_rate is .*; expected a number that is"):
         jt.optimizers.OPTIMIZERS[name](value)
 
@@ -70,7 +70,7 @@ def test_a_sweep_over_any_argument_is_a_vmap() -> None:
     swept = jax.vmap(two_steps)(
         jnp.array([0.1, 0.1, 0.5]), jnp.array([0.0, 0.9, 0.0]), jnp.array([0.0, 0.0, 1.0])
     )
-    # 0.9 · 0.9;  0.9 − 0.1 (0.9 + 0.9 · 1);  1 − 0.5 · 2 = 0, and there it stays.
+    # 0.9 · 0.9;  0.9 − 0.1 (0.9 + 0.9 · 1);  1 − 0.5 · 2 = 0, where it stays.
     np.testing.assert_allclose(swept, [0.81, 0.72, 0.0], atol=1e-6)
 
 
@@ -81,7 +81,7 @@ def test_rprop_takes_no_schedule() -> None:
 
 @pytest.mark.parametrize("name", ["sgd", "adam", "adamw", "rmsprop", "adagrad", "adadelta"])
 def test_any_schedule_of_optax_is_a_learning_rate(name: str) -> None:
-    """A schedule that ends at 0 ends the training."""
+    """Once a schedule has reached 0, the parameters no longer change."""
     optimizer = jt.optimizers.make(name, optax.cosine_decay_schedule(0.1, decay_steps=5))
     params = {"w": jnp.ones(2)}
     state, path = optimizer.init(params), []

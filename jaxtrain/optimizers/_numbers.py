@@ -1,0 +1,53 @@
+"""Numbers as arguments of optimizers, which a sweep may trace, and the checks of their range."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any, TypeAlias
+
+import jax
+import optax
+from jaxtyping import Array, Float
+
+from jaxtrain.errors import InputError
+
+# A traced array where a sweep runs over the argument.
+Number: TypeAlias = float | Float[Array, ""]
+LearningRate: TypeAlias = Number | optax.Schedule
+
+
+def is_used(value: Number) -> bool:
+    """Returns whether an argument may differ from 0; a traced one may."""
+    return isinstance(value, jax.core.Tracer) or bool(value != 0)
+
+
+def check_learning_rate(learning_rate: LearningRate) -> None:
+    """Raises InputError unless the rate is a finite number of at least 0, or a schedule."""
+    if not callable(learning_rate):  # a schedule has no value yet
+        check_not_negative(learning_rate=learning_rate)
+
+
+def check_not_negative(**arguments: Any) -> None:
+    """Raises InputError unless all arguments are finite and at least 0."""
+    for name, value in arguments.items():
+        check_number(name, value, lambda number: 0 <= number < math.inf, "finite and not negative")
+
+
+def check_fractions(**arguments: tuple[Any, ...]) -> None:
+    """Raises InputError unless all numbers of all arguments are in [0, 1)."""
+    for name, values in arguments.items():
+        for value in values:
+            check_number(name, value, lambda number: 0 <= number < 1, "in [0, 1)")
+
+
+def check_number(name: str, value: Any, is_valid: Callable[[float], bool], expected: str) -> None:
+    """Raises InputError if `value` is not a number or not valid; a traced one is not checked."""
+    if isinstance(value, jax.core.Tracer):
+        return
+    try:
+        valid = is_valid(float(value))
+    except (TypeError, ValueError):
+        valid = False
+    if not valid:
+        raise InputError(f"{name} is {value!r}; expected a number that is {expected}")

@@ -1,0 +1,147 @@
+"""Safeguards: wrappers that keep bad gradients from an optimizer."""
+
+from __future__ import annotations
+
+import math
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+from jaxtyping import Array, Bool, Int, PyTree
+
+from jaxtrain.errors import InputError
+from jaxtrain.optimizers._numbers import Number, check_number
+from jaxtrain.optimizers._transforms import clip_by_global_norm
+
+
+def clip_gradients(
+    optimizer: optax.GradientTransformation, max_gradient_norm: Number | None
+) -> optax.GradientTransformation:
+    """Scales gradients down to a global norm before the optimizer sees them.
+
+    Same as `torch.nn.utils.clip_grad_norm_` before each step (Pascanu, Mikolov & Bengio, 2013,
+    https://arxiv.org/abs/1211.5063).
+
+    Args:
+      optimizer: any optimizer without a line search; L-BFGS compares losses along the true
+        gradient.
+      max_gradient_norm: Euclidean norm over all parameters above which gradients are scaled; None
+        returns the optimizer itself.
+
+    Raises:
+      InputError: the norm is not positive.
+    """
+    if max_gradient_norm is None:
+        return optimizer
+    check_number(
+        "max_gradient_norm",
+        max_gradient_norm,
+        lambda number: 0 < number < math.inf,
+        "finite and positive",
+    )
+    return optax.chain(clip_by_global_norm(max_gradient_norm), optimizer)
+
+
+class SkipNonfiniteState(NamedTuple):
+    """State of `skip_nonfinite`.
+
+    Attributes:
+      inner: state of the wrapped optimizer.
+      skipped: steps left out so far, int32.
+      finite: whether the last step was taken.
+    """
+
+    inner: PyTree
+    skipped: Int[Array, ""]
+    finite: Bool[Array, ""]
+
+
+def skip_nonfinite(
+    optimizer: optax.GradientTransformation,
+) -> optax.GradientTransformationExtraArgs:
+    """Leaves out steps in which something is, or would become, NaN or infinite.
+
+    A step is left out if a number of the gradients, of the updates or the loss is not finite, or
+    if a number of the optimizer's or the model's state would stop being finite. (A number that is
+    infinite from the start, a running minimum for example, is no reason.) Its updates are 0, the
+    optimizer's state stays as it was, and the step is counted.
+
+    Unlike `optax.apply_if_finite` it never gives up, and it covers the state of the model:
+    `apply_gradients` passes that as `model_states` and keeps the old one if the step is left out.
+
+    Args:
+      optimizer: any optax transformation.
+
+    Returns:
+      A transformation whose update also takes `value`, the loss, and `model_states`, the model
+      state before and after the step; all extra arguments but the latter reach the optimizer.
+
+    Raises:
+      InputError: the optimizer is not an optax transformation.
+
+    Example:
+      >>> optimizer = jt.optimizers.skip_nonfinite(jt.optimizers.adam(1e-3))
+      >>> state, history = jt.fit(jt.init_state(model, optimizer, ...), ...)
+      >>> history["skipped_steps"]
+    """
+    if not isinstance(optimizer, optax.GradientTransformation):
+        raise InputError(
+            f"optimizer is {optimizer!r}; expected an optax transformation, such as "
+            "jaxtrain.optimizers.sgd(0.01)"
+        )
+    inner = optax.with_extra_args_support(optimizer)
+
+    def init(params: PyTree) -> SkipNonfiniteState:
+        return SkipNonfiniteState(inner.init(params), jnp.zeros((), jnp.int32), jnp.ones((), bool))
+
+    def update(
+        updates: PyTree,
+        state: SkipNonfiniteState,
+        params: PyTree | None = None,
+        *,
+        value: Array | None = None,
+        model_states: tuple[PyTree, PyTree] | None = None,
+        **extra_args: Any,
+    ) -> tuple[PyTree, SkipNonfiniteState]:
+        if value is not None:
+            extra_args["value"] = value
+        new_updates, new_inner = inner.update(updates, state.inner, params, **extra_args)
+        # The gradients as well: optax.zero_nans or the signs of Rprop hide what is wrong in them.
+        finite = all_finite((updates, value, new_updates)) & stays_finite(state.inner, new_inner)
+        if model_states is not None:
+            finite &= stays_finite(*model_states)
+        return (
+            jax.tree.map(lambda leaf: jnp.where(finite, leaf, jnp.zeros_like(leaf)), new_updates),
+            SkipNonfiniteState(
+                jax.tree.map(lambda new, old: jnp.where(finite, new, old), new_inner, state.inner),
+                state.skipped + ~finite,
+                finite,
+            ),
+        )
+
+    return optax.GradientTransformationExtraArgs(init, update)
+
+
+def all_finite(tree: PyTree) -> Bool[Array, ""]:
+    """Returns whether all numbers of a pytree are finite; integers are."""
+    return _all(jnp.isfinite(leaf) for leaf in jax.tree.leaves(tree) if _is_inexact(leaf))
+
+
+def stays_finite(before: PyTree, after: PyTree) -> Bool[Array, ""]:
+    """Returns whether all numbers that are finite in `before` are finite in `after`."""
+    pairs = zip(jax.tree.leaves(before), jax.tree.leaves(after), strict=True)
+    return _all(jnp.isfinite(new) | ~jnp.isfinite(old) for old, new in pairs if _is_inexact(new))
+
+
+def _is_inexact(leaf: Any) -> bool:
+    return jnp.issubdtype(jnp.result_type(leaf), jnp.inexact)
+
+
+def _all(flags: Any) -> Array:
+    # Along the first axis first: rows are combined as vectors, where one reduction of all would be
+    # a chain of single operations on a CPU.
+    per_leaf = [
+        jnp.all(jnp.all(flag, axis=0)) if flag.ndim > 1 else jnp.all(flag) for flag in flags
+    ]
+    return jnp.all(jnp.stack(per_leaf)) if per_leaf else jnp.ones((), bool)

@@ -1,0 +1,313 @@
+"""Optimizers that follow `torch.optim`, argument by argument, as optax transformations.
+
+Those with a learning rate end in `optax.scale_by_learning_rate`, wrapped in
+`optax.inject_hyperparams`, so that the current rate can be read from the optimizer state (see
+`current_learning_rate`).
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable
+from typing import Any
+
+import optax
+from jaxtyping import Array, Float, Int
+
+from jaxtrain._arguments import check_integer
+from jaxtrain.errors import InputError
+from jaxtrain.optimizers._numbers import (
+    LearningRate,
+    Number,
+    check_fractions,
+    check_learning_rate,
+    check_not_negative,
+    is_used,
+)
+from jaxtrain.optimizers._transforms import (
+    damped_trace,
+    scale_by_amsgrad,
+    scale_by_root_sum_of_squares,
+    scale_by_sign_and_step_size,
+)
+
+
+def sgd(
+    learning_rate: LearningRate = 1e-3,
+    momentum: Number = 0.0,
+    dampening: Number = 0.0,
+    weight_decay: Number = 0.0,
+    nesterov: bool = False,
+) -> optax.GradientTransformation:
+    """Returns stochastic gradient descent as `torch.optim.SGD`.
+
+    Weight decay is L2: it is added to the gradient, before momentum. The first momentum buffer is
+    the first gradient itself, without dampening. The rate scales the buffer when it is applied, so
+    a schedule rescales the contribution of past gradients as well.
+
+    Raises:
+      InputError: an argument is negative or not finite, or Nesterov is used without momentum or
+        with dampening.
+    """
+    check_learning_rate(learning_rate)
+    check_not_negative(momentum=momentum, dampening=dampening)
+    if nesterov and (not is_used(momentum) or is_used(dampening)):
+        raise InputError(
+            f"nesterov is True with momentum {momentum} and dampening {dampening}; expected a "
+            "momentum above 0 and no dampening, as in torch.optim.SGD"
+        )
+    parts = _l2(weight_decay)
+    if is_used(momentum) and is_used(dampening):
+        parts.append(damped_trace(momentum, dampening))
+    elif is_used(momentum):
+        parts.append(optax.trace(momentum, nesterov=nesterov))
+    return optax.chain(*parts, _scale_by_learning_rate(learning_rate))
+
+
+def adam(
+    learning_rate: LearningRate = 1e-3,
+    betas: tuple[Number, Number] = (0.9, 0.999),
+    eps: Number = 1e-8,
+    weight_decay: Number = 0.0,
+    amsgrad: bool = False,
+) -> optax.GradientTransformation:
+    """Returns Adam as `torch.optim.Adam` (Kingma & Ba, 2015, https://arxiv.org/abs/1412.6980).
+
+    Weight decay is L2: it is added to the gradient, before the moments (`adamw` decays the
+    parameters themselves). Epsilon is added after the square root, as in optax.
+
+    Raises:
+      InputError: an argument is negative or not finite, or a beta is outside [0, 1).
+    """
+    return optax.chain(
+        *_l2(weight_decay),
+        _scale_by_adam(learning_rate, betas, eps, amsgrad),
+        _scale_by_learning_rate(learning_rate),
+    )
+
+
+def adamw(
+    learning_rate: LearningRate = 1e-3,
+    betas: tuple[Number, Number] = (0.9, 0.999),
+    eps: Number = 1e-8,
+    weight_decay: Number = 1e-2,
+    amsgrad: bool = False,
+) -> optax.GradientTransformation:
+    """Returns Adam with decoupled weight decay as `torch.optim.AdamW`.
+
+    (Loshchilov & Hutter, 2019, https://arxiv.org/abs/1711.05101.) The parameters shrink by
+    learning_rate · weight_decay per step; PyTorch's default decay is 1e-2, optax's 1e-4.
+
+    Raises:
+      InputError: an argument is negative or not finite, or a beta is outside [0, 1).
+    """
+    check_not_negative(weight_decay=weight_decay)
+    return optax.chain(
+        _scale_by_adam(learning_rate, betas, eps, amsgrad),
+        optax.add_decayed_weights(weight_decay),
+        _scale_by_learning_rate(learning_rate),
+    )
+
+
+def rmsprop(
+    learning_rate: LearningRate = 1e-2,
+    alpha: Number = 0.99,
+    eps: Number = 1e-8,
+    weight_decay: Number = 0.0,
+    momentum: Number = 0.0,
+    centered: bool = False,
+) -> optax.GradientTransformation:
+    """Returns RMSprop as `torch.optim.RMSprop` (Hinton's lecture; centered: Graves, 2013).
+
+    Epsilon is added after the square root (optax: inside it), and the rate scales the momentum
+    buffer when it is applied (optax: before it enters the buffer).
+
+    Raises:
+      InputError: an argument is negative or not finite, or alpha is outside [0, 1).
+    """
+    check_learning_rate(learning_rate)
+    check_not_negative(eps=eps, momentum=momentum)
+    check_fractions(alpha=(alpha,))
+    scale_by = optax.scale_by_stddev if centered else optax.scale_by_rms
+    return optax.chain(
+        *_l2(weight_decay),
+        scale_by(decay=alpha, eps=eps, eps_in_sqrt=False),
+        *([optax.trace(momentum)] if is_used(momentum) else []),
+        _scale_by_learning_rate(learning_rate),
+    )
+
+
+def rprop(
+    learning_rate: LearningRate = 1e-2,
+    etas: tuple[float, float] = (0.5, 1.2),
+    step_sizes: tuple[float, float] = (1e-6, 50.0),
+) -> optax.GradientTransformation:
+    """Returns resilient backpropagation as `torch.optim.Rprop` (Riedmiller & Braun, 1993).
+
+    Each parameter has its own step size, which starts at `learning_rate`. It is multiplied by
+    etas[1] while the gradient keeps its sign. When the sign changes, it is multiplied by etas[0]
+    and the parameter rests for one step. optax's rprop applies each update one step late.
+
+    Meant for full batches, since the noise of mini-batches changes signs.
+
+    Raises:
+      InputError: an argument is negative or not finite, or etas or step_sizes are in the wrong
+        order.
+    """
+    if callable(learning_rate):
+        raise InputError(
+            "the learning rate of rprop is a schedule; expected a number, since the step size of "
+            "each parameter adapts itself"
+        )
+    check_learning_rate(learning_rate)
+    eta_minus, eta_plus = etas
+    smallest, largest = step_sizes
+    if not (0 < eta_minus < 1 < eta_plus):
+        raise InputError(f"etas are {etas}; expected (one in (0, 1), one above 1)")
+    if not (0 <= smallest <= largest):
+        raise InputError(f"step_sizes are {step_sizes}; expected (smallest, largest)")
+    return optax.chain(
+        scale_by_sign_and_step_size(learning_rate, etas, step_sizes), optax.scale(-1.0)
+    )
+
+
+def adagrad(
+    learning_rate: LearningRate = 1e-2,
+    lr_decay: Number = 0.0,
+    weight_decay: Number = 0.0,
+    initial_accumulator_value: Number = 0.0,
+    eps: Number = 1e-10,
+) -> optax.GradientTransformation:
+    """Returns Adagrad as `torch.optim.Adagrad` (Duchi, Hazan & Singer, 2011).
+
+    Epsilon is added after the square root (optax: inside it), the first accumulator is 0 (optax:
+    0.1), and the rate of step t, counted from 0, is learning_rate / (1 + t · lr_decay).
+
+    Raises:
+      InputError: an argument is negative or not finite.
+    """
+    check_learning_rate(learning_rate)
+    check_not_negative(
+        lr_decay=lr_decay, initial_accumulator_value=initial_accumulator_value, eps=eps
+    )
+    rate = learning_rate
+    if is_used(lr_decay):
+
+        def rate(count: Int[Array, ""]) -> Float[Array, ""]:
+            base = learning_rate(count) if callable(learning_rate) else learning_rate
+            return base / (1 + count * lr_decay)
+
+    return optax.chain(
+        *_l2(weight_decay),
+        scale_by_root_sum_of_squares(initial_accumulator_value, eps),
+        _scale_by_learning_rate(rate),
+    )
+
+
+def adadelta(
+    learning_rate: LearningRate = 1.0,
+    rho: Number = 0.9,
+    eps: Number = 1e-6,
+    weight_decay: Number = 0.0,
+) -> optax.GradientTransformation:
+    """Returns Adadelta as `torch.optim.Adadelta` (Zeiler, 2012, https://arxiv.org/abs/1212.5701).
+
+    Weight decay is added to the gradient before it is scaled (optax: after).
+
+    Raises:
+      InputError: an argument is negative or not finite, or rho is outside [0, 1).
+    """
+    check_learning_rate(learning_rate)
+    check_not_negative(eps=eps)
+    check_fractions(rho=(rho,))
+    return optax.chain(
+        *_l2(weight_decay),
+        optax.scale_by_adadelta(rho, eps),
+        _scale_by_learning_rate(learning_rate),
+    )
+
+
+def lbfgs(
+    learning_rate: LearningRate = 1.0, history_size: int = 100
+) -> optax.GradientTransformationExtraArgs:
+    """Returns L-BFGS with a line search, as `torch.optim.LBFGS(line_search_fn="strong_wolfe")`.
+
+    (Liu & Nocedal, 1989; line search: Nocedal & Wright, Numerical Optimization, 2006, algorithm
+    3.5.) One update is one iteration; PyTorch's `step` makes up to 20. The line search compares
+    values of one function, so it needs full batches and a model without dropout. `minimize` runs
+    it without evaluating any point twice.
+
+    Args:
+      learning_rate: factor of the direction from which the line search starts.
+      history_size: number of past steps that determine the direction.
+
+    Raises:
+      InputError: the rate is negative or not finite, or the history below 1.
+    """
+    check_learning_rate(learning_rate)
+    check_integer(history_size, "history_size", minimum=1)
+    return optax.lbfgs(
+        learning_rate,
+        memory_size=history_size,
+        linesearch=optax.scale_by_zoom_linesearch(
+            max_linesearch_steps=25, initial_guess_strategy="one"
+        ),
+    )
+
+
+OPTIMIZERS: dict[str, Callable[..., optax.GradientTransformation]] = {
+    "sgd": sgd,
+    "adam": adam,
+    "adamw": adamw,
+    "rmsprop": rmsprop,
+    "rprop": rprop,
+    "adagrad": adagrad,
+    "adadelta": adadelta,
+    "lbfgs": lbfgs,
+}
+
+
+def make(name: str, learning_rate: LearningRate, **options: Any) -> optax.GradientTransformation:
+    """Returns the optimizer of that name.
+
+    Args:
+      name: a key of `OPTIMIZERS`.
+      learning_rate: a number, or a schedule where the optimizer takes one.
+      options: further arguments by name, such as momentum. One that the optimizer does not have
+        must be 0.
+
+    Raises:
+      InputError: there is no such optimizer, or it lacks an option that is not 0.
+    """
+    if name not in OPTIMIZERS:
+        raise InputError(f"the optimizer is {name!r}; expected one of {', '.join(OPTIMIZERS)}")
+    known = inspect.signature(OPTIMIZERS[name]).parameters
+    for option, value in options.items():
+        if option not in known and is_used(value):
+            raise InputError(
+                f"{option} is {value} with the optimizer {name}, which has no such option; "
+                "expected 0, or an optimizer that has it"
+            )
+    kept = {option: value for option, value in options.items() if option in known}
+    return OPTIMIZERS[name](learning_rate, **kept)
+
+
+def _scale_by_adam(
+    learning_rate: LearningRate, betas: tuple[Number, Number], eps: Number, amsgrad: bool
+) -> optax.GradientTransformation:
+    check_learning_rate(learning_rate)
+    check_not_negative(eps=eps)
+    check_fractions(betas=betas)
+    scale_by = scale_by_amsgrad if amsgrad else optax.scale_by_adam
+    return scale_by(b1=betas[0], b2=betas[1], eps=eps)
+
+
+def _l2(weight_decay: Number) -> list[optax.GradientTransformation]:
+    """Returns PyTorch's L2 weight decay, which is added to the gradient first."""
+    check_not_negative(weight_decay=weight_decay)
+    return [optax.add_decayed_weights(weight_decay)] if is_used(weight_decay) else []
+
+
+def _scale_by_learning_rate(learning_rate: LearningRate) -> optax.GradientTransformation:
+    scale = optax.inject_hyperparams(optax.scale_by_learning_rate, static_args="flip_sign")
+    return scale(learning_rate)

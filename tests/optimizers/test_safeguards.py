@@ -1,0 +1,180 @@
+"""skip_nonfinite: which steps it leaves out, and that nothing of them remains."""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from jax.flatten_util import ravel_pytree
+
+import jaxtrain as jt
+from jaxtrain.optimizers import SkipNonfiniteState, last_step_finite, skip_nonfinite, skipped_steps
+
+PARAMS = {"a": jnp.array([[1.0, -2.0], [0.5, 3.0]]), "b": jnp.array(0.25)}
+GOOD = {"a": jnp.array([[0.1, 0.2], [-0.3, 0.4]]), "b": jnp.array(-1.0)}
+
+
+def with_number(tree, index, number):
+    """The tree with one of its numbers replaced."""
+    flat, unravel = ravel_pytree(tree)
+    return unravel(flat.at[index].set(number))
+
+
+def assert_identical(ours, theirs) -> None:
+    assert jax.tree.structure(ours) == jax.tree.structure(theirs)
+    for a, b in zip(jax.tree.leaves(ours), jax.tree.leaves(theirs), strict=True):
+        assert a.dtype == b.dtype
+        np.testing.assert_array_equal(a, b)
+
+
+@pytest.mark.parametrize("number", [jnp.nan, jnp.inf, -jnp.inf])
+@pytest.mark.parametrize("index", range(5))
+def test_one_bad_number_anywhere_in_the_gradient_skips_the_step(index: int, number) -> None:
+    optimizer = skip_nonfinite(jt.optimizers.adam(0.1))
+    _, before = optimizer.update(GOOD, optimizer.init(PARAMS), PARAMS)
+    updates, after = jax.jit(optimizer.update)(with_number(GOOD, index, number), before, PARAMS)
+    assert_identical(optax.apply_updates(PARAMS, updates), PARAMS)
+    assert_identical(after.inner, before.inner)
+    assert (after.skipped, after.finite) == (1, False)
+
+
+def test_a_good_step_is_the_optimizers_own() -> None:
+    plain = jt.optimizers.adam(0.1)
+    expected, inner = plain.update(GOOD, plain.init(PARAMS), PARAMS)
+    optimizer = skip_nonfinite(plain)
+    updates, state = optimizer.update(GOOD, optimizer.init(PARAMS), PARAMS, value=jnp.array(1.0))
+    assert_identical(updates, expected)
+    assert_identical(state, SkipNonfiniteState(inner, jnp.int32(0), jnp.array(True)))
+
+
+@pytest.mark.parametrize("value", [jnp.nan, jnp.inf])
+def test_a_bad_loss_skips_the_step(value: float) -> None:
+    optimizer = skip_nonfinite(optax.sgd(0.1))
+    updates, state = optimizer.update(GOOD, optimizer.init(PARAMS), PARAMS, value=jnp.array(value))
+    assert state.skipped == 1
+    np.testing.assert_array_equal(updates["a"], 0)
+
+
+@pytest.mark.parametrize("hiding", [optax.zero_nans(), optax.clip(1.0), jt.optimizers.rprop(0.1)])
+def test_what_an_optimizer_hides_is_noticed(hiding) -> None:
+    optimizer = skip_nonfinite(optax.chain(hiding, optax.sgd(0.1)))
+    for number in (jnp.nan, jnp.inf):
+        _, state = optimizer.update(with_number(GOOD, 0, number), optimizer.init(PARAMS), PARAMS)
+        assert state.skipped == 1
+
+
+def test_a_moment_that_would_overflow_skips_the_step() -> None:
+    """A gradient of 1e20 is finite, its square is not: Adam would freeze that parameter."""
+    optimizer = skip_nonfinite(jt.optimizers.adam(0.1))
+    state = optimizer.init(PARAMS)
+    _, state = optimizer.update(with_number(GOOD, 2, 1e20), state, PARAMS)
+    assert state.skipped == 1
+    _, state = optimizer.update(GOOD, state, PARAMS)
+    assert (state.skipped, state.finite) == (1, True)
+    assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(state))
+
+
+def test_an_update_that_overflows_is_skipped() -> None:
+    optimizer = skip_nonfinite(optax.sgd(1e30))
+    _, state = optimizer.update(with_number(GOOD, 0, 1e30), optimizer.init(PARAMS), PARAMS)
+    assert state.skipped == 1
+
+
+def test_model_state_that_stops_being_finite_skips_the_step() -> None:
+    """An infinity that was there before is the model's own affair, and so are integers and keys."""
+    optimizer = skip_nonfinite(optax.sgd(0.1))
+    before = {
+        "mean": jnp.array([0.0, 1.0]),
+        "lowest": jnp.array(jnp.inf),
+        "count": jnp.array(3),
+        "key": jax.random.key(0),
+    }
+    state = optimizer.init(PARAMS)
+    _, state = optimizer.update(GOOD, state, PARAMS, model_states=(before, before))
+    assert state.skipped == 0
+    for number in (jnp.nan, jnp.inf):
+        after = before | {"mean": jnp.array([0.0, number])}
+        _, state = optimizer.update(GOOD, state, PARAMS, model_states=(before, after))
+    assert state.skipped == 2
+
+
+def test_it_never_gives_up() -> None:
+    optimizer = skip_nonfinite(optax.sgd(0.1, momentum=0.9))
+    state = optimizer.init(PARAMS)
+    bad = with_number(GOOD, 0, jnp.nan)
+    state = jax.lax.fori_loop(0, 1000, lambda _, s: optimizer.update(bad, s, PARAMS)[1], state)
+    assert skipped_steps(state) == 1000
+    updates, state = optimizer.update(GOOD, state, PARAMS)
+    np.testing.assert_allclose(updates["b"], 0.1)
+    assert last_step_finite(state)
+
+
+@given(bad=st.lists(st.booleans(), min_size=1, max_size=8))
+def test_the_steps_taken_are_those_of_the_good_gradients_alone(bad: list[bool]) -> None:
+    """Schedules count the steps taken; bad gradients leave no trace."""
+    schedule = jt.optimizers.step_lr(0.1, 1, 0.5)
+    plain = jt.optimizers.sgd(schedule, momentum=0.9)
+    optimizer = skip_nonfinite(plain)
+    params, state = PARAMS, optimizer.init(PARAMS)
+    expected, plain_state = PARAMS, plain.init(PARAMS)
+    for is_bad in bad:
+        gradient = with_number(params, 1, jnp.nan) if is_bad else params
+        updates, state = optimizer.update(gradient, state, params)
+        params = optax.apply_updates(params, updates)
+        if not is_bad:
+            updates, plain_state = plain.update(expected, plain_state, expected)
+            expected = optax.apply_updates(expected, updates)
+    assert_identical(params, expected)
+    assert skipped_steps(state) == sum(bad)
+
+
+def test_extra_arguments_reach_the_optimizer() -> None:
+    """A line search needs three of them; `model_states` is not for it."""
+    optimizer = skip_nonfinite(jt.optimizers.lbfgs())
+
+    def loss_fn(w):
+        return jnp.sum((w - 3.0) ** 2)
+
+    params = jnp.zeros(2)
+    value, grad = jax.value_and_grad(loss_fn)(params)
+    updates, _ = optimizer.update(
+        *(grad, optimizer.init(params), params),
+        **{"value": value, "grad": grad, "value_fn": loss_fn, "model_states": ({}, {})},
+    )
+    assert loss_fn(params + updates) < value
+
+
+def test_it_is_found_inside_other_transformations_and_by_vmap() -> None:
+    optimizer = jt.optimizers.clip_gradients(skip_nonfinite(jt.optimizers.sgd(0.1)), 1.0)
+    gradients = jnp.array([[1.0], [jnp.nan]])
+    states = jax.vmap(lambda grad: optimizer.update(grad, optimizer.init(grad), grad)[1])(gradients)
+    np.testing.assert_array_equal(skipped_steps(states), [0, 1])
+    np.testing.assert_array_equal(last_step_finite(states), [True, False])
+    assert skipped_steps(optax.sgd(0.1).init(PARAMS)) is None
+    assert last_step_finite(optax.sgd(0.1).init(PARAMS)) is None
+
+
+def test_random_keys_and_integers_in_the_optimizers_state_are_kept() -> None:
+    optimizer = skip_nonfinite(
+        optax.chain(optax.add_noise(0.1, 0.5, jax.random.key(0)), optax.sgd(1))
+    )
+    before = optimizer.init(PARAMS)
+    _, after = optimizer.update(with_number(GOOD, 0, jnp.nan), before, PARAMS)
+    for old, new in zip(jax.tree.leaves(before.inner), jax.tree.leaves(after.inner), strict=True):
+        assert (old == new).all()
+
+
+def test_what_is_not_an_optimizer_is_refused() -> None:
+    # A TypeError where `make check` checks the annotations first.
+    with pytest.raises((jt.InputError, TypeError), match=r"optimizer is 0\.1|'optimizer'"):
+        skip_nonfinite(0.1)
+
+
+@pytest.mark.parametrize("norm", [0.0, -1.0, float("nan"), float("inf")])
+def test_a_clipping_norm_that_is_not_positive_is_refused(norm: float) -> None:
+    with pytest.raises(jt.InputError, match=r"max_gradient_norm is .* finite and positive"):
+        jt.optimizers.clip_gradients(optax.sgd(0.1), norm)
