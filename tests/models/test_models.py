@@ -1,4 +1,4 @@
-"""What the models compute, and where they start."""
+"""What the models compute, and how their parameters are initialized."""
 
 from __future__ import annotations
 
@@ -64,7 +64,7 @@ def test_pixels_may_be_uint8_or_floats_square_or_flat() -> None:
         np.testing.assert_allclose(logits, expected, atol=1e-5)
 
 
-def test_dropout_drops_a_share_of_units_and_keeps_the_mean_only_in_training() -> None:
+def test_dropout_drops_a_fraction_of_units_and_keeps_the_mean_only_in_training() -> None:
     """One hidden layer of ones passes x = 1 to the output as the mean of kept units."""
     model = jt.models.FeedForward((10_000, 1), dropout_rate=0.2, mean=0.0, std=1.0)
     params = init(model, jnp.ones((1, 1)))
@@ -93,3 +93,11 @@ def test_linear_regression_starts_from_a_normal_draw() -> None:
     weights = np.asarray(init(jt.models.LinearRegression(500), jnp.zeros((1, 40)))["weight"])
     assert weights.std() == pytest.approx(1.0, abs=0.03)
     assert np.abs(weights).max() > 3
+
+
+def test_models_run_where_rank_promotion_is_an_error() -> None:
+    with jax.numpy_rank_promotion("raise"):
+        for model in (jt.models.LinearRegression(2), jt.models.FeedForward((5, 3))):
+            inputs = jnp.ones((4, 6))
+            outputs = model.apply({"params": init(model, inputs)}, inputs)
+            assert outputs.shape[0] == 4

@@ -1,4 +1,4 @@
-"""Flax Linen modules: the models of the tutorials, started as PyTorch starts them."""
+"""Flax Linen modules of the tutorials, initialized as PyTorch initializes them."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ from jaxtrain.errors import InputError
 
 
 def uniform_fan_in(fan_in: int) -> nn.initializers.Initializer:
-    """Uniform in ±1/√fan_in: the start of weight and bias in `torch.nn.Linear`.
+    """Returns the initializer of weight and bias in `torch.nn.Linear`: uniform in ±1/√fan_in.
 
-    (PyTorch writes it as `kaiming_uniform_` with a = √5; for weights it is the same bound.)
+    (PyTorch calls `kaiming_uniform_` with a = √5, which has the same bound.)
     """
     bound = 1 / math.sqrt(fan_in)
 
@@ -28,11 +28,11 @@ def uniform_fan_in(fan_in: int) -> nn.initializers.Initializer:
 
 
 class LinearRegression(nn.Module):
-    """y = x · weight + bias, both started from a standard normal draw (tutorial T1).
+    """y = x · weight + bias, both initialized from a standard normal distribution (tutorial T1).
 
     Attributes:
-      features: outputs of each example.
-      use_bias: whether there is a bias; without one the line runs through the origin (T3).
+      features: outputs per example.
+      use_bias: whether there is a bias; without one the line passes through the origin (T3).
     """
 
     features: int = 1
@@ -42,24 +42,25 @@ class LinearRegression(nn.Module):
     def __call__(
         self, inputs: Num[Array, "batch inputs"], train: bool = False
     ) -> Float[Array, "batch features"]:
-        """Predict; `train` changes nothing here."""
+        """Returns the predictions; `train` has no effect."""
         shape, dtype = (inputs.shape[-1], self.features), jnp.result_type(inputs, jnp.float32)
         weight = self.param("weight", nn.initializers.normal(1.0), shape, dtype)
         outputs = inputs @ weight
         if self.use_bias:
-            outputs += self.param("bias", nn.initializers.normal(1.0), (self.features,), dtype)
+            bias = self.param("bias", nn.initializers.normal(1.0), (self.features,), dtype)
+            outputs += jnp.broadcast_to(bias, outputs.shape)
         return outputs
 
 
 class FeedForward(nn.Module):
-    """Fully connected ReLU network with dropout; the defaults are tutorial T2's, for MNIST.
+    """Fully connected ReLU network with dropout; the defaults are those of tutorial T2 on MNIST.
 
     Attributes:
       features: width of each layer; the last one holds the logits.
-      dropout_rate: share of hidden units dropped in training, after each hidden layer.
-      mean: subtracted from the inputs, which are then divided by `std`. Integer inputs are pixels:
-        they are divided by 255 first. Floating inputs are taken as they are.
-      std: see `mean`. The defaults are MNIST's.
+      dropout_rate: fraction of hidden units dropped in training, after each hidden layer.
+      mean: subtracted from the inputs, which are then divided by `std`. Integer inputs are pixels
+        and divided by 255 first; floating inputs are not. The default is the mean of MNIST.
+      std: see `mean`.
     """
 
     features: Sequence[int] = (256, 128, 64, 10)
@@ -71,19 +72,19 @@ class FeedForward(nn.Module):
     def __call__(
         self, inputs: Num[Array, "batch ..."], train: bool = False
     ) -> Float[Array, "batch classes"]:
-        """Logits of a batch.
+        """Returns the logits of a batch.
 
         Args:
           inputs: [batch, ...], flattened to [batch, fan_in]; uint8 pixels or floats in 0 … 1.
           train: whether to drop units; draws from the RNG stream "dropout".
 
         Raises:
-          InputError: there are no layers, or the dropout rate is not in [0, 1).
+          InputError: `features` is empty, or the dropout rate is not in [0, 1).
         """
         if not self.features:
             raise InputError("features is empty; expected the width of at least one layer")
         if not 0 <= self.dropout_rate < 1:
-            raise InputError(f"dropout_rate is {self.dropout_rate}; expected a share in [0, 1)")
+            raise InputError(f"dropout_rate is {self.dropout_rate}; expected a fraction in [0, 1)")
         x = inputs.reshape(inputs.shape[0], -1)
         if jnp.issubdtype(x.dtype, jnp.integer):
             x = x.astype(jnp.float32) / 255

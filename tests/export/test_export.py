@@ -1,0 +1,227 @@
+"""A model's file: it loads what was saved, and names what does not match."""
+
+from __future__ import annotations
+
+import json
+import os
+import pickle
+from pathlib import Path
+from typing import NamedTuple
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import safetensors.numpy
+import safetensors.torch
+
+import jaxtrain as jt
+
+
+class Network(nn.Module):
+    """Batch norm, and parameters in half precision."""
+
+    width: int = 5
+
+    @nn.compact
+    def __call__(self, inputs, train: bool = False):
+        x = nn.Dense(self.width, param_dtype=jnp.bfloat16)(inputs)
+        x = nn.BatchNorm(use_running_average=not train)(x)
+        return nn.Dense(3)(x) * self.param("scale", nn.initializers.ones, ())
+
+
+class Bomb:
+    """Pickled, it would make a file when it is loaded."""
+
+    def __init__(self, trace: Path) -> None:
+        self.trace = trace
+
+    def __reduce__(self):
+        return (os.mkdir, (str(self.trace),))
+
+
+def state_of(model, seed: int = 0) -> jt.TrainState:
+    return jt.init_state(model, jt.optimizers.adam(0.1), jnp.ones((1, 4)), key=jax.random.key(seed))
+
+
+def assert_identical(ours, theirs) -> None:
+    assert jax.tree.structure(ours) == jax.tree.structure(theirs)
+    for a, b in zip(jax.tree.leaves(ours), jax.tree.leaves(theirs), strict=True):
+        assert a.dtype == b.dtype
+        assert (a == b).all()
+
+
+def test_a_trained_model_comes_back(tmp_path: Path) -> None:
+    data = jt.Dataset(jnp.eye(4)[:3], jnp.arange(3))
+    trained, _ = jt.train_epoch(state_of(Network()), data, jt.losses.cross_entropy)
+    jt.save_params(tmp_path / "model.safetensors", trained)
+    fresh = state_of(Network(), seed=1)
+    loaded = jt.load_params(tmp_path / "model.safetensors", fresh)
+    assert_identical(loaded.params, trained.params)
+    assert_identical(loaded.model_state, trained.model_state)
+    assert loaded.model_state["batch_stats"]["BatchNorm_0"]["mean"].any()
+    assert_identical((loaded.opt_state, loaded.key), (fresh.opt_state, fresh.key))
+    assert loaded.step == 0
+    np.testing.assert_array_equal(jt.predict(loaded, data.inputs), jt.predict(trained, data.inputs))
+
+
+def test_other_libraries_read_it(tmp_path: Path) -> None:
+    state = state_of(Network())
+    jt.save_params(tmp_path / "model.safetensors", state)
+    found = safetensors.torch.load_file(tmp_path / "model.safetensors")
+    assert set(found) == {
+        *("params.Dense_0.kernel", "params.Dense_0.bias", "params.Dense_1.kernel"),
+        *("params.Dense_1.bias", "params.BatchNorm_0.scale", "params.BatchNorm_0.bias"),
+        "params.scale",
+        *("batch_stats.BatchNorm_0.mean", "batch_stats.BatchNorm_0.var"),
+    }
+    assert found["params.Dense_0.kernel"].shape == (4, 5)
+    np.testing.assert_array_equal(
+        found["params.Dense_0.kernel"].float().numpy(),
+        np.asarray(state.params["Dense_0"]["kernel"], np.float32),
+    )
+
+
+class Memory(NamedTuple):
+    """Model state of a `Model`: a number and two kinds of PRNG keys."""
+
+    mean: jax.Array
+    key: jax.Array
+    keys: tuple[jax.Array, ...]
+
+
+def test_any_pytree_with_keys_comes_back(tmp_path: Path) -> None:
+    def init(key, inputs):
+        memory = Memory(
+            jax.random.normal(key), key, (jax.random.split(jax.random.key(3, impl="rbg"), 2),)
+        )
+        return [jax.random.normal(key, (3,)), {"scale": jnp.ones(())}], memory
+
+    def apply(params, model_state, inputs, *, train, key):
+        return inputs * params[1]["scale"], model_state
+
+    model = jt.Model(init, apply)
+    saved = state_of(model)
+    jt.save_params(tmp_path / "m.safetensors", saved)
+    assert set(safetensors.numpy.load_file(tmp_path / "m.safetensors")) == {
+        *("params.0", "params.1.scale"),
+        *("model_state.mean", "model_state.key", "model_state.keys.0"),
+    }
+    other = state_of(model, seed=1)
+    loaded = jt.load_params(tmp_path / "m.safetensors", other)
+    assert (loaded.model_state.key != other.model_state.key).all()
+    assert_identical((loaded.params, loaded.model_state), (saved.params, saved.model_state))
+    assert jax.random.key_impl(loaded.model_state.keys[0]) == "rbg"
+
+
+def test_the_first_array_that_differs_is_named(tmp_path: Path) -> None:
+    path = tmp_path / "model.safetensors"
+    jt.save_params(path, state_of(Network()))
+    wide = state_of(Network(width=6))
+    with pytest.raises(jt.InputError) as raised:
+        jt.load_params(path, wide)
+    assert str(raised.value) == (
+        f"{path} has float32[5] for params.BatchNorm_0.bias, where the model has float32[6]; "
+        "expected a file of the same model"
+    )
+    plain = state_of(jt.models.FeedForward((5, 3), mean=0.0, std=1.0))
+    with pytest.raises(jt.InputError, match=r"bfloat16\[5\] for params\.Dense_0\.bias, .* float32"):
+        jt.load_params(path, plain)
+    jt.save_params(path, plain)
+    with pytest.raises(jt.InputError, match=r"has nothing for params\.BatchNorm_0"):
+        jt.load_params(path, state_of(Network()))
+    arrays = safetensors.numpy.load_file(path)
+    safetensors.numpy.save_file({**arrays, "params.extra": np.ones(1)}, path)
+    with pytest.raises(jt.InputError, match=r"has params\.extra, which the model does not have"):
+        jt.load_params(path, plain)
+
+
+def test_shapes_are_compared_before_any_array_is_made(tmp_path: Path, monkeypatch) -> None:
+    path = tmp_path / "model.safetensors"
+    jt.save_params(path, state_of(Network(width=6)))
+    monkeypatch.setattr(np, "frombuffer", lambda *_: pytest.fail("an array was made"))
+    with pytest.raises(jt.InputError, match="where the model has"):
+        jt.load_params(path, state_of(Network()))
+
+
+def test_a_file_that_is_not_a_complete_model_is_refused(tmp_path: Path) -> None:
+    state = state_of(Network())
+    path = tmp_path / "model.safetensors"
+    jt.save_params(path, state)
+    complete = path.read_bytes()
+    trace = tmp_path / "executed"
+    for content in (
+        *(b"", complete[:4], complete[:-1], complete + b"\0", b"\xff" * 64),
+        pickle.dumps(Bomb(trace)),
+        len(complete).to_bytes(8, "little") + json.dumps({"a": 1}).encode(),
+    ):
+        path.write_bytes(content)
+        with pytest.raises(jt.InputError, match="is not a complete safetensors file"):
+            jt.load_params(path, state)
+    assert not trace.exists()
+    with pytest.raises(jt.InputError, match="cannot be read: No such file"):
+        jt.load_params(tmp_path / "missing", state)
+    with pytest.raises(jt.InputError, match="cannot be read: not a regular file"):
+        jt.load_params(tmp_path, state)
+    with pytest.raises(jt.InputError, match=r"cannot be read: .*null"):
+        jt.load_params("model\0", state)
+    with pytest.raises(jt.StorageError, match="could not be written"):
+        jt.save_params(tmp_path / "missing" / "model.safetensors", state)
+
+
+def test_pipes_devices_and_huge_files_are_refused_at_once(tmp_path: Path) -> None:
+    state = state_of(Network())
+    os.mkfifo(tmp_path / "pipe")
+    (tmp_path / "zero").symlink_to("/dev/zero")
+    (tmp_path / "loop").symlink_to("loop")
+    for name in ("pipe", "zero"):
+        with pytest.raises(jt.InputError, match="cannot be read: not a regular file"):
+            jt.load_params(tmp_path / name, state)
+    with pytest.raises(jt.InputError, match="cannot be read: "):
+        jt.load_params(tmp_path / "loop", state)
+    with (tmp_path / "sparse").open("wb") as file:
+        file.truncate(1 << 40)
+    with pytest.raises(jt.InputError, match="is larger than a file of this model"):
+        jt.load_params(tmp_path / "sparse", state)
+
+
+def test_a_link_to_a_file_is_followed(tmp_path: Path) -> None:
+    saved = state_of(Network())
+    jt.save_params(tmp_path / "model.safetensors", saved)
+    (tmp_path / "latest").symlink_to("model.safetensors")
+    loaded = jt.load_params(tmp_path / "latest", state_of(Network(), seed=1))
+    assert_identical(loaded.params, saved.params)
+
+
+def test_the_placement_of_the_state_is_kept(tmp_path: Path) -> None:
+    device = jax.devices()[-1]
+    state = state_of(Network())
+    jt.save_params(tmp_path / "m.safetensors", state)
+    assert not jax.tree.leaves(jt.load_params(tmp_path / "m.safetensors", state).params)[
+        0
+    ].committed
+    placed = jt.load_params(tmp_path / "m.safetensors", jax.device_put(state, device))
+    for leaf in jax.tree.leaves((placed.params, placed.model_state)):
+        assert leaf.committed
+        assert leaf.devices() == {device}
+
+
+def test_names_that_collide_are_refused(tmp_path: Path) -> None:
+    twice = {"a.b": jnp.ones(1), "a": {"b": jnp.zeros(1)}}
+    with pytest.raises(jt.InputError, match=r"two arrays have the path params\.a\.b"):
+        jt.save_params(tmp_path / "m.safetensors", state_of(Network()).replace(params=twice))
+
+
+def test_a_dtype_that_the_format_does_not_support_is_named(tmp_path: Path) -> None:
+    state = state_of(Network())
+    odd = state.replace(params={"weight": jnp.zeros(3, jnp.float8_e4m3b11fnuz)})
+    with pytest.raises(jt.InputError, match=r"params\.weight has the dtype float8_e4m3b11"):
+        jt.save_params(tmp_path / "model.safetensors", odd)
+    assert not list(tmp_path.iterdir())
+
+
+def test_what_is_not_a_state_is_refused(tmp_path: Path) -> None:
+    # A TypeError where `make check` checks the annotations first.
+    with pytest.raises((jt.InputError, TypeError), match=r"state is a dict|parameter 'state'"):
+        jt.save_params(tmp_path / "model.safetensors", {"params": {}})
