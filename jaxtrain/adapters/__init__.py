@@ -1,0 +1,116 @@
+"""Turns Linen, NNX and Equinox modules into a Model; each framework is imported only when used."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from jaxtyping import PyTree
+
+from jaxtrain.adapters._shared import describe_type
+from jaxtrain.errors import InputError
+from jaxtrain.model import Model
+
+__all__ = ["adapt", "to_module"]
+
+_EXPECTED = "expected a Linen, NNX or Equinox module or a jaxtrain.Model(init, apply)"
+
+
+def adapt(model: Any, rngs: Sequence[str]) -> tuple[Model, tuple[PyTree, PyTree] | None]:
+    """Returns the Model of a network, and the values that it already holds.
+
+    Args:
+      model: a Linen, NNX or Equinox module, the pair (module, state) of
+        `eqx.nn.make_with_state`, or a `Model`.
+      rngs: names of the RNG streams that a Linen module draws from in training.
+
+    Returns:
+      The Model, whose two functions are equal for equal modules; and the pair
+      (params, model_state) of the module, or None if `Model.init` makes them.
+
+    Raises:
+      InputError: `model` is something else, or `rngs` is not a sequence of names.
+    """
+    if isinstance(rngs, str) or not all(isinstance(name, str) for name in rngs):
+        raise InputError(
+            f"rngs is {rngs!r}; expected the names of RNG streams, such as ('dropout', 'latent')"
+        )
+    if isinstance(model, Model):
+        _check_model(model)
+        return model, None
+    if isinstance(model, type):
+        raise InputError(
+            f"model is the class {model.__name__}; expected an instance of it, such as "
+            f"{model.__name__}(...)"
+        )
+    # A tuple may be a module with its state; the package of a module is found without importing it.
+    is_pair = isinstance(model, tuple) and len(model) == 2
+    bases = [_bases(part) for part in model] if is_pair else [_bases(model)]
+    if all(any(base.startswith("equinox.") for base in part) for part in bases):
+        from jaxtrain.adapters import _equinox
+
+        return _equinox.adapt(model)
+    if "flax.linen.module.Module" in bases[0] and not is_pair:
+        from jaxtrain.adapters import _linen
+
+        return _linen.adapt(model, rngs)
+    if any(base.startswith("flax.nnx.") for base in bases[0]) and not is_pair:
+        from jaxtrain.adapters import _nnx
+
+        return _nnx.adapt(model)
+    raise InputError(f"model is a {describe_type(model)}; {_EXPECTED}{_hint(model, bases[0])}")
+
+
+def to_module(model: Model, params: PyTree, model_state: PyTree) -> Any:
+    """Returns the trained module, in evaluation mode.
+
+    Args:
+      model: a Model that `adapt` made of an NNX or Equinox module.
+      params: its parameters.
+      model_state: its model state.
+
+    Returns:
+      A new NNX module; or the Equinox module, as a pair with its `eqx.nn.State` if it has one.
+
+    Raises:
+      InputError: the model is a Linen module, or a `Model` of plain functions.
+    """
+    build: Callable[..., Any] | None = getattr(model.apply, "to_module", None)
+    if build is None:
+        raise InputError(
+            "the model is a Model of plain functions, which has no module; use "
+            "model.apply(state.params, state.model_state, inputs, train=False, key=None)"
+        )
+    return build(params, model_state)
+
+
+def _check_model(model: Model) -> None:
+    for name, function in zip(model._fields, model, strict=True):
+        if not callable(function):
+            raise InputError(f"Model.{name} is {function!r}; expected a function")
+        try:
+            hash(function)
+        except TypeError:
+            raise InputError(
+                f"Model.{name} is {function!r}, which is not hashable; expected a function, or an "
+                "instance of a frozen dataclass with __call__"
+            ) from None
+
+
+def _bases(value: Any) -> list[str]:
+    """Returns the full names of a value's type and its base classes."""
+    return [f"{base.__module__}.{base.__name__}" for base in type(value).__mro__]
+
+
+def _hint(model: Any, bases: list[str]) -> str:
+    if "jaxtrain.training.state.TrainState" in bases:
+        return ": state.model, or continue with the state as it is"
+    if any(base.startswith("flax.training.train_state.") for base in bases):
+        return ": pass the module that this state was made for, and its parameters by .replace"
+    if any(base.startswith("torch.") for base in bases):
+        return ": PyTorch modules must be rewritten in one of these"
+    if isinstance(model, tuple) and all(map(callable, model)):
+        return ": jaxtrain.Model(*model) has the signatures in its docstring"
+    if callable(model):
+        return ": wrap the function in a Model"
+    return ""

@@ -1,0 +1,146 @@
+"""The Model of an Equinox module, which is written for one example and mapped over the batch."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any, NoReturn
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Key, PyTree
+
+from jaxtrain.adapters._shared import Static, call_parameters, describe_type, to_arrays
+from jaxtrain.errors import InputError
+from jaxtrain.model import Model
+
+# The axis that normalization over the batch names: eqx.nn.BatchNorm(size, axis_name="batch").
+_AXIS = "batch"
+
+
+def adapt(model: Any) -> tuple[Model, tuple[PyTree, PyTree]]:
+    """Returns the Model of an Equinox module with its parameters and its other arrays.
+
+    Args:
+      model: a module, or the pair (module, state) of `eqx.nn.make_with_state`.
+
+    Raises:
+      InputError: `model` is something else, or its state is missing.
+    """
+    module, state = model if isinstance(model, tuple) else (model, None)
+    if not isinstance(module, eqx.Module):
+        raise InputError(f"model is a {describe_type(module)}; expected an eqx.Module")
+    takes_key = "key" in call_parameters(module)
+    if state is None:
+        module, state = _split_state(module)
+    # Modules that differ only in their mode are equal.
+    module = eqx.nn.inference_mode(module, value=False)
+    module = jax.tree.map(lambda x: jnp.asarray(x) if isinstance(x, np.ndarray) else x, module)
+    params, others = eqx.partition(module, _is_parameter)
+    constants, static = eqx.partition(others, lambda leaf: isinstance(leaf, jax.Array))
+    model_state = {} if state is None else {"state": to_arrays(state)}
+    if jax.tree.leaves(constants):
+        model_state["constants"] = to_arrays(constants)
+    leaves, structure = jax.tree.flatten(static)
+    apply = Apply(static, Static((tuple(leaves), structure)), takes_key)
+    return Model(Init(), apply), (to_arrays(params), model_state)
+
+
+@dataclasses.dataclass(frozen=True)
+class Init:
+    """`Model.init` of an Equinox module."""
+
+    def __call__(self, key: Key[Array, ""], inputs: PyTree) -> NoReturn:
+        """Raises InputError: the parameters are those of the module."""
+        raise InputError(
+            "an Equinox module holds its own parameters; expected no call of Model.init: make a "
+            "new module and pass it to init_state"
+        )
+
+
+@dataclasses.dataclass(frozen=True)
+class Apply:
+    """`Model.apply` of an Equinox module."""
+
+    # The module without arrays, and the same as what can be hashed: a module compares its arrays.
+    static: Any = dataclasses.field(compare=False)
+    identity: Static = dataclasses.field(repr=False)
+    takes_key: bool = dataclasses.field(repr=False)
+
+    def __call__(
+        self,
+        params: PyTree,
+        model_state: dict[str, Any],
+        inputs: PyTree,
+        *,
+        train: bool,
+        key: Any,
+    ) -> tuple[Any, dict[str, Any]]:
+        """Returns the outputs for a batch and, in training, the updated `eqx.nn.State`."""
+        module = self._combine(params, model_state, inference=not train)
+        if train:
+            batch = jax.tree.leaves(inputs)[0].shape[0]
+            keys, key_axis = jax.random.split(key, batch), 0
+        else:
+            # Unused in inference mode, but modules may split it.
+            keys, key_axis = jax.random.key(0), None
+
+        def call(example: PyTree, state: Any, key: Any) -> tuple[Any, Any]:
+            options = {"key": key} if self.takes_key else {}
+            if state is None:
+                return module(example, **options), None
+            return module(example, state, **options)
+
+        call = jax.vmap(call, in_axes=(0, None, key_axis), out_axes=(0, None), axis_name=_AXIS)
+        try:
+            outputs, state = call(inputs, model_state.get("state"), keys)
+        except NameError as error:
+            if "axis name" not in str(error):
+                raise
+            raise InputError(
+                f"the module {type(module).__name__} reduces over another axis than the batch "
+                f"({error}); expected axis_name={_AXIS!r}"
+            ) from error
+        if not train or state is None:
+            return outputs, model_state
+        return outputs, {**model_state, "state": state}
+
+    def to_module(self, params: PyTree, model_state: dict[str, Any]) -> Any:
+        """Returns the module in inference mode, as a pair with its `eqx.nn.State` if it has one."""
+        module = self._combine(params, model_state, inference=True)
+        if "state" not in model_state:
+            return module
+        return module, _copy(model_state["state"])
+
+    def _combine(self, params: PyTree, model_state: dict[str, Any], *, inference: bool) -> Any:
+        constants = [model_state["constants"]] if "constants" in model_state else []
+        module = eqx.combine(params, *constants, self.static)
+        return eqx.nn.inference_mode(module, value=inference)
+
+
+def _split_state(module: Any) -> tuple[Any, Any]:
+    """Returns a module and its initial `eqx.nn.State`, or None if it has none."""
+
+    def is_index(node: Any) -> bool:
+        return isinstance(node, eqx.nn.StateIndex)
+
+    if not any(map(is_index, jax.tree.leaves(module, is_leaf=is_index))):
+        return module, None
+    try:
+        return eqx.nn.make_with_state(lambda: module)()
+    except ValueError as error:
+        raise InputError(
+            f"the module {type(module).__name__} comes without its state; expected the pair "
+            "(module, state) that eqx.nn.make_with_state returns"
+        ) from error
+
+
+def _is_parameter(leaf: Any) -> bool:
+    return isinstance(leaf, jax.Array) and jnp.issubdtype(leaf.dtype, jnp.inexact)
+
+
+def _copy(state: Any) -> Any:
+    """Returns a copy of an `eqx.nn.State`, which is invalid once something was set in it."""
+    leaves, structure = jax.tree.flatten(state)
+    return jax.tree.unflatten(structure, leaves)

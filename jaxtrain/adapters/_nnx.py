@@ -1,0 +1,112 @@
+"""The Model of a Flax NNX module, whose variables are split off once."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any, NoReturn
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, Key, PyTree
+
+from jaxtrain.adapters._shared import Static, call_parameters, describe_type, to_arrays
+from jaxtrain.errors import InputError
+from jaxtrain.model import Model
+
+
+def adapt(module: Any) -> tuple[Model, tuple[PyTree, PyTree]]:
+    """Returns the Model of an NNX module with its parameters and its other variables."""
+    if not isinstance(module, nnx.Module):
+        raise InputError(f"model is a {describe_type(module)}; expected an nnx.Module")
+    takes_train = "train" in call_parameters(module)
+    module = nnx.clone(module)  # not to modify the user's
+    nnx.pop(module, nnx.Intermediate)  # outputs of an earlier call
+    module.train()  # modules that differ only in their mode are equal
+    graphdef, *states = nnx.split(module, nnx.Param, ...)
+    params, model_state = (to_arrays(nnx.to_pure_dict(state)) for state in states)
+    model = Model(Init(), Apply(Static(graphdef), _describe(module), takes_train))
+    return model, (params, model_state)
+
+
+@dataclasses.dataclass(frozen=True)
+class Init:
+    """`Model.init` of an NNX module."""
+
+    def __call__(self, key: Key[Array, ""], inputs: PyTree) -> NoReturn:
+        """Raises InputError: the parameters are those of the module."""
+        raise InputError(
+            "an NNX module holds its own parameters; expected no call of Model.init: make a new "
+            "module and pass it to init_state"
+        )
+
+
+@dataclasses.dataclass(frozen=True)
+class Apply:
+    """`Model.apply` of an NNX module."""
+
+    graphdef: Static = dataclasses.field(repr=False)
+    description: str = dataclasses.field(compare=False)
+    takes_train: bool = dataclasses.field(repr=False)
+
+    def __call__(
+        self,
+        params: PyTree,
+        model_state: dict[str, Any],
+        inputs: PyTree,
+        *,
+        train: bool,
+        key: Key[Array, ""] | None,
+    ) -> tuple[Any, dict[str, Any]]:
+        """Returns the outputs and, in training, the updated variables."""
+        module = nnx.merge(self.graphdef.value, params, model_state)
+        if train:
+            module.train()
+            _reseed(module, key)
+        else:
+            module.eval()
+        outputs = module(inputs, train=train) if self.takes_train else module(inputs)
+        if not train:
+            return outputs, model_state
+        # Each step draws from its own key, so RNG state stays as it is.
+        changing = nnx.state(module, nnx.Not(nnx.Any(nnx.Param, nnx.RngState)))
+        return outputs, _update(model_state, nnx.to_pure_dict(changing))
+
+    def to_module(self, params: PyTree, model_state: PyTree) -> Any:
+        """Returns a new module with these variables, in evaluation mode."""
+        module = nnx.merge(self.graphdef.value, params, model_state)
+        module.eval()
+        return module
+
+
+def _reseed(module: nnx.Module, key: Any) -> None:
+    """Starts every RNG stream of a module afresh, each with a key of its own."""
+    if not jnp.issubdtype(key.dtype, jax.dtypes.prng_key):
+        key = jax.random.wrap_key_data(key)
+    streams = [node for _, node in nnx.iter_graph(module) if isinstance(node, nnx.RngStream)]
+    for index, stream in enumerate(streams):
+        stream_key = jax.random.fold_in(key, index)
+        shape = stream.key[...].shape  # not () in a module that vmap made, a key per layer
+        stream.key[...] = jax.random.split(stream_key, shape) if shape else stream_key
+        stream.count[...] = jnp.zeros(shape, jnp.uint32)
+
+
+def _update(old: Any, new: Any) -> Any:
+    """Returns `old` with the values of `new`; its structure stays, without what the call sowed."""
+    if not isinstance(old, dict):
+        return new
+    return {name: _update(old[name], new[name]) if name in new else old[name] for name in old}
+
+
+def _describe(module: nnx.Module) -> str:
+    """Returns the nested modules with their numbers and names; a GraphDef's text fills pages."""
+    parts = []
+    for path, node in nnx.iter_graph(module):
+        if isinstance(node, nnx.Module):
+            values = ", ".join(
+                f"{name}={value!r}"
+                for name, value in sorted(vars(node).items())
+                if isinstance(value, bool | int | float | str) and not name.startswith("_")
+            )
+            parts.append((".".join(map(str, path)), f"{type(node).__name__}({values})"))
+    return "; ".join(f"{path}: {text}" if path else text for path, text in sorted(parts))

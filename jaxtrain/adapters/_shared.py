@@ -1,0 +1,76 @@
+"""Helpers that all adapters share."""
+
+from __future__ import annotations
+
+import inspect
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import PyTree
+
+from jaxtrain.errors import InputError
+
+
+class Static:
+    """A value that stays constant in a compiled program: hashable, whatever it is.
+
+    Equal values are equal, so that two states of equal modules share one compiled step. A value
+    that cannot be hashed is equal only to itself.
+    """
+
+    def __init__(self, value: Any) -> None:
+        self.value = value
+        try:
+            # Once: every call of a compiled function asks for it.
+            self._hash, self._by_value = hash(value), True
+        except TypeError:
+            self._hash, self._by_value = id(value), False
+
+    def __hash__(self) -> int:
+        return self._hash
+
+    def __eq__(self, other: object) -> bool:
+        if not isinstance(other, Static):
+            return NotImplemented
+        if self.value is other.value:
+            return True
+        both = self._by_value and other._by_value
+        return both and self._hash == other._hash and bool(self.value == other.value)
+
+    def __repr__(self) -> str:
+        return repr(self.value)
+
+
+def describe_type(value: Any) -> str:
+    """Returns the name of a value's type with its package, such as `torch.Tensor`."""
+    package = type(value).__module__.split(".")[0]
+    name = type(value).__name__
+    return name if package == "builtins" else f"{package}.{name}"
+
+
+def call_parameters(module: Any) -> frozenset[str]:
+    """Returns the names that a module's `__call__` accepts as keywords.
+
+    Raises:
+      InputError: the module has no `__call__`.
+    """
+    if not callable(module):
+        raise InputError(
+            f"the module {type(module).__name__} has no __call__; expected one that maps inputs "
+            "to outputs"
+        )
+    parameters = inspect.signature(type(module).__call__).parameters.values()
+    keywords = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
+    return frozenset(parameter.name for parameter in parameters if parameter.kind in keywords)
+
+
+def to_arrays(tree: PyTree) -> PyTree:
+    """Returns the leaves as JAX arrays without weak types, which an update would change."""
+
+    def convert(leaf: Any) -> Any:
+        array = jnp.asarray(leaf)
+        is_key = jnp.issubdtype(array.dtype, jax.dtypes.prng_key)
+        return array if is_key else jnp.asarray(array, array.dtype)
+
+    return jax.tree.map(convert, tree)

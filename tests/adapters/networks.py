@@ -1,0 +1,88 @@
+"""T2's network written four ways, with the same parameters: Linen, NNX, Equinox, plain functions."""
+
+from __future__ import annotations
+
+import itertools
+from typing import Any
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, PyTree
+
+import jaxtrain as jt
+
+FEATURES = (784, 256, 128, 64, 10)
+MEAN, STD = 0.1307, 0.3081
+LAYERS = [f"Dense_{index}" for index in range(4)]
+
+
+def normalized(images: Array) -> Array:
+    """Pixels 0 to 255 as T2 normalizes them, the image axes flattened."""
+    return (images.reshape(*images.shape[:-2], -1).astype(jnp.float32) / 255 - MEAN) / STD
+
+
+class NnxNetwork(nnx.Module):
+    def __init__(self, rngs: nnx.Rngs) -> None:
+        pairs = itertools.pairwise(FEATURES)
+        self.layers = nnx.List([nnx.Linear(*pair, rngs=rngs) for pair in pairs])
+
+    def __call__(self, images: Array) -> Array:
+        x = normalized(images)
+        for layer in self.layers[:-1]:
+            x = nnx.relu(layer(x))
+        return self.layers[-1](x)
+
+
+def nnx_network(params: PyTree) -> NnxNetwork:
+    network = NnxNetwork(nnx.Rngs(0))
+    for layer, name in zip(network.layers, LAYERS, strict=True):
+        layer.kernel.set_value(params[name]["kernel"])
+        layer.bias.set_value(params[name]["bias"])
+    return network
+
+
+class EquinoxNetwork(eqx.Module):
+    layers: list[eqx.nn.Linear]
+
+    def __call__(self, image: Array) -> Array:
+        x = normalized(image)
+        for layer in self.layers[:-1]:
+            x = jax.nn.relu(layer(x))
+        return self.layers[-1](x)
+
+
+def equinox_network(params: PyTree) -> EquinoxNetwork:
+    layers = []
+    for name in LAYERS:
+        kernel, bias = params[name]["kernel"], params[name]["bias"]
+        layer = eqx.nn.Linear(*kernel.shape, key=jax.random.key(0))
+        layers.append(eqx.tree_at(lambda x: (x.weight, x.bias), layer, (kernel.T, bias)))
+    return EquinoxNetwork(layers)
+
+
+def plain_apply(
+    params: PyTree, model_state: PyTree, images: Array, *, train: bool, key: Any
+) -> tuple[Array, PyTree]:
+    del train, key
+    x = normalized(images)
+    for name in LAYERS[:-1]:
+        x = jax.nn.relu(x @ params[name]["kernel"] + params[name]["bias"])
+    return x @ params[LAYERS[-1]]["kernel"] + params[LAYERS[-1]]["bias"], model_state
+
+
+def states(optimizer: Any, images: Array) -> dict[str, jt.TrainState]:
+    """A state of each kind, all with the parameters of the Linen network."""
+    key = jax.random.key(0)
+    model = jt.models.FeedForward(dropout_rate=0.0)
+    first = jt.init_state(model, optimizer, images, key=key)
+    params = first.params
+    others = {
+        "NNX": nnx_network(params),
+        "Equinox": equinox_network(params),
+        "plain functions": jt.Model(lambda key, inputs: (params, {}), plain_apply),
+    }
+    return {"Linen": first} | {
+        name: jt.init_state(model, optimizer, images, key=key) for name, model in others.items()
+    }
