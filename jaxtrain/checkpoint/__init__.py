@@ -1,0 +1,14 @@
+"""Checkpoints: a run on disk, from which the same call resumes."""
+
+from jaxtrain.checkpoint._file import (
+    Checkpoint,
+    DamagedError,
+    checkpoint_path,
+    digest,
+    read_file,
+    verify,
+)
+from jaxtrain.checkpoint._store import CheckpointOptions, CheckpointStore, list_epochs
+
+__all__ = ["Checkpoint", "CheckpointOptions", "CheckpointStore", "DamagedError", "digest"]
+__all__ += ["checkpoint_path", "list_epochs", "read_file", "verify"]

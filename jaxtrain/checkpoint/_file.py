@@ -1,0 +1,265 @@
+"""One checkpoint as one safetensors file: arrays, a record in JSON, a checksum of every byte."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import hashlib
+import json
+import math
+import os
+import re
+from collections.abc import Iterator, Mapping
+from itertools import zip_longest
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import tree_util
+from jaxtyping import PyTree
+
+from jaxtrain._files import read_regular_file
+from jaxtrain.errors import InputError, printable
+
+_FORMAT = 2
+_ROOTS = ("state", "best_state")
+# The limit of safetensors for the header, and ours for the history.
+_MAX_HEADER_BYTES, _MAX_HISTORY_BYTES = 100_000_000, 2**30
+_CHECKSUM, _ZEROS = re.compile(rb'"sha256":"([0-9a-f]{64})"'), b"0" * 64
+# The format's names of element types (https://github.com/huggingface/safetensors#format).
+_DTYPES = {
+    **{"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16"},
+    **{"I64": "int64", "I32": "int32", "I16": "int16", "I8": "int8"},
+    **{"U64": "uint64", "U32": "uint32", "U16": "uint16", "U8": "uint8"},
+    **{"BOOL": "bool", "C64": "complex64", "F8_E4M3": "float8_e4m3fn", "F8_E5M2": "float8_e5m2"},
+}
+
+
+class Checkpoint(NamedTuple):
+    """A run after some epochs; `best_state` is what early stopping would return, or None."""
+
+    epoch: int
+    state: PyTree
+    history: dict[str, np.ndarray]
+    step_losses: np.ndarray
+    best_state: PyTree | None = None
+
+
+class DamagedError(InputError):
+    """A file is not the checkpoint that was written."""
+
+
+def flatten(
+    checkpoint: Checkpoint, metadata: Mapping[str, Any]
+) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
+    """Copies a checkpoint to the host; returns its arrays by name, and the record of the rest."""
+    epoch, state, history, step_losses, best_state = checkpoint
+    best = "none" if best_state is None else "last" if best_state is state else "stored"
+    leaves = _leaves("state", state) | _leaves("history", [{k: history[k]} for k in history])
+    leaves |= _leaves("step_losses", step_losses)
+    leaves |= _leaves("best_state", best_state if best == "stored" else None)
+    arrays = {name: np.array(_words(leaf), order="C") for name, (_, leaf) in leaves.items()}
+    for name, array in arrays.items():
+        if array.dtype.name not in _DTYPES.values():
+            raise InputError(
+                f"{name} has the dtype {array.dtype}, which safetensors does not support; expected "
+                f"one of {', '.join(sorted(_DTYPES.values()))}"
+            )
+    record = {"format": _FORMAT, "epoch": epoch, "columns": list(history), "best": best}
+    specs = {name: spec for name, (spec, _) in leaves.items()}
+    return arrays, record | {"leaves": specs, "metadata": dict(metadata)}
+
+
+def encode(arrays: dict[str, np.ndarray], record: dict[str, Any]) -> bytes:
+    """Returns the file's content for what `flatten` returned."""
+    import safetensors.numpy
+
+    texts = {"record": json.dumps(record, allow_nan=False), "sha256": _ZEROS.decode()}
+    content = safetensors.numpy.save(arrays, texts)
+    # Quotes are escaped in all other texts, so the first match is the entry itself.
+    start = content.index(b'"sha256":"' + _ZEROS) + len(b'"sha256":"')
+    view = memoryview(content)
+    return b"".join([view[:start], _checksum(content, start), view[start + len(_ZEROS) :]])
+
+
+def read_file(
+    path: Path, maximum: int | None = None
+) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
+    """Returns the record of a checkpoint, with state digests, and its arrays as views of the file.
+
+    Raises:
+      DamagedError: the file is not what was written.
+      InputError: it cannot be read now, or has the format of another version.
+    """
+    try:
+        content = read_regular_file(path, maximum)
+    except OSError as error:
+        reason = error.strerror or str(error)
+        if error.errno in (errno.EINVAL, errno.ELOOP, errno.ENXIO, errno.EFBIG):
+            raise DamagedError(f"{path} is not a checkpoint of this run: {reason}") from error
+        raise InputError(f"{path} cannot be read ({reason}); fix that and try again") from error
+    except (ValueError, MemoryError) as error:  # ValueError: a null character in the path
+        raise InputError(f"{path} cannot be read: {error or 'it is too large'}") from error
+    start = 8 + int.from_bytes(content[:8], "little")
+    small = start <= min(len(content), _MAX_HEADER_BYTES)
+    match = _CHECKSUM.search(content, 8, start) if small else None
+    if match is None or match[1] != _checksum(content, match.start(1)):
+        raise DamagedError(f"{path} has the wrong checksum")
+    with malformed_is_damaged(path):
+        header = json.loads(content[8:start].decode())
+        record = json.loads(header.pop("__metadata__")["record"])
+        if not (isinstance(record["format"], int) and isinstance(record["metadata"], dict)):
+            raise TypeError("its record is of another kind")
+        if record["format"] != _FORMAT:
+            raise InputError(
+                f"{path} has format {record['format']}, this version of jaxtrain reads {_FORMAT}; "
+                "use the version that wrote it, or another directory"
+            )
+        arrays = {name: _view(content, start, entry) for name, entry in header.items()}
+        names = [[n for n in record["leaves"] if n.split(".")[0] == root] for root in _ROOTS]
+        digests = [digest([arrays[name] for name in tree]) for tree in names if tree]
+        return record | {"state_digests": digests}, arrays
+
+
+def checkpoint_path(directory: str | os.PathLike[str], epoch: int) -> Path:
+    """Returns the file of the checkpoint of an epoch."""
+    return Path(directory) / f"epoch-{epoch}.safetensors"
+
+
+def verify(path: str | os.PathLike[str]) -> None:
+    """Verifies the checksum of a checkpoint, which covers every byte of the file.
+
+    Raises:
+      DamagedError: the file is not what was written.
+      InputError: it cannot be read, or has the format of another version.
+    """
+    read_file(Path(path))
+
+
+def largest_size(like: PyTree) -> int:
+    """Returns how many bytes a checkpoint with two states like this one can have."""
+    arrays = sum(_words(leaf).nbytes for leaf in jax.tree.leaves(like))
+    return 2 * arrays + _MAX_HEADER_BYTES + _MAX_HISTORY_BYTES
+
+
+def unflatten(
+    record: dict[str, Any],
+    arrays: dict[str, np.ndarray],
+    like: PyTree,
+    columns: list[str],
+    path: Path,
+) -> Checkpoint:
+    """Returns the checkpoint of a file, with the structure and the placement of `like`.
+
+    All paths, shapes and dtypes are compared before anything is copied.
+
+    Raises:
+      DamagedError: the file contradicts itself or its history is not of these columns.
+      InputError: the state has another structure than `like`.
+    """
+    with malformed_is_damaged(path):
+        epoch, best, specs = record["epoch"], record["best"], record["leaves"]
+        trees = [_leaves(root, like) for root in _ROOTS[: 1 + (best == "stored")]]
+        expected = {name: pair for tree in trees for name, pair in tree.items()}
+        found = [spec for name, spec in specs.items() if name.split(".")[0] in _ROOTS]
+        for theirs, ours in zip_longest(found, [spec for spec, _ in expected.values()]):
+            if theirs != ours:
+                raise InputError(
+                    f"{path} has {theirs or 'nothing more'} where the model and optimizer have "
+                    f"{ours or 'nothing more'}; expected the same model and optimizer"
+                )
+        for name, words in ((name, _words(leaf)) for name, (_, leaf) in expected.items()):
+            if (arrays[name].dtype.name, arrays[name].shape) != (words.dtype.name, words.shape):
+                raise ValueError(f"{name} is not as recorded")
+        names = _leaves("history", [{column: 0} for column in columns])
+        history = {column: arrays[name] for column, name in zip(columns, names, strict=True)}
+        losses = arrays["step_losses"]
+        if record["columns"] != columns:
+            raise ValueError(f"its history has the columns {record['columns']}")
+        vectors = [losses, *history.values()]
+        if any(x.ndim != 1 for x in vectors) or len({len(x) for x in vectors[1:]}) > 1:
+            raise ValueError("the columns of its history differ in length")
+        if "epoch" in history and history["epoch"][-1:].tolist() != [epoch]:
+            raise ValueError("its history ends with another epoch")
+    values = [[_place(arrays[name].copy(), x) for name, (_, x) in tree.items()] for tree in trees]
+    states = [jax.tree.unflatten(jax.tree.structure(like), leaves) for leaves in values]
+    best_state = None if best == "none" else states[-1]
+    history = {name: column.copy() for name, column in history.items()}
+    return Checkpoint(epoch, states[0], history, losses.copy(), best_state)
+
+
+@contextlib.contextmanager
+def malformed_is_damaged(path: Path) -> Iterator[None]:
+    """Raises DamagedError for what Python raises on data of an unexpected form."""
+    try:
+        yield
+    except InputError:
+        raise
+    except (LookupError, TypeError, ValueError, AttributeError, RecursionError) as error:
+        reason = str(error)[:200] or type(error).__name__
+        raise DamagedError(f"{path} is malformed: {reason}") from error
+
+
+def digest(tree: PyTree) -> str:
+    """Returns a short SHA-256 of the values, dtypes and shapes of all leaves."""
+    found = hashlib.sha256()
+    for leaf in jax.tree.leaves(tree):
+        array = np.asarray(_words(leaf))
+        found.update(f"{array.dtype}{array.shape}".encode())
+        found.update(np.ascontiguousarray(array).reshape(-1).view(np.uint8).data)
+    return found.hexdigest()[:16]
+
+
+def _checksum(content: bytes, start: int) -> bytes:
+    """Returns the SHA-256 of a file whose own digits, at `start`, are replaced by zeros."""
+    view = memoryview(content)
+    found = hashlib.sha256(view[:start])
+    found.update(_ZEROS)
+    found.update(view[start + len(_ZEROS) :])
+    return found.hexdigest().encode()
+
+
+def _view(content: bytes, start: int, entry: dict[str, Any]) -> np.ndarray:
+    dtype, (begin, end) = np.dtype(jnp.dtype(_DTYPES[entry["dtype"]])), entry["data_offsets"]
+    array = np.frombuffer(content, dtype, math.prod(entry["shape"]), start + begin)
+    if array.nbytes != end - begin:
+        raise ValueError(f"an array has {end - begin} bytes, not {array.nbytes}")
+    return array.reshape(entry["shape"])
+
+
+def _place(array: np.ndarray, like: Any) -> Any:
+    """Returns an array of the kind of `like`, on its devices."""
+    if isinstance(like, (np.ndarray, np.generic)):
+        return array
+    value: Any = array
+    if _is_key(like):
+        value = jax.random.wrap_key_data(jnp.asarray(array), impl=jax.random.key_impl(like))
+    if isinstance(like, jax.Array) and like.committed:
+        return jax.device_put(value, like.sharding)
+    return jnp.asarray(value)
+
+
+def _leaves(root: str, tree: PyTree) -> dict[str, tuple[str, Any]]:
+    """Returns each leaf and its description by name, such as "state.params.Dense_0.kernel"."""
+    found: dict[str, tuple[str, Any]] = {}
+    for path, leaf in tree_util.tree_leaves_with_path(tree):
+        steps = (tree_util.GetAttrKey(root), *path)
+        name = printable(tree_util.keystr(steps, simple=True, separator="."))
+        while name in found:
+            name += "#"
+        dtype = f"key<{jax.random.key_impl(leaf)}>" if _is_key(leaf) else _words(leaf).dtype.name
+        found[name] = (f"{tree_util.keystr(path)} of {dtype}{list(np.shape(leaf))}", leaf)
+    return found
+
+
+def _words(leaf: Any) -> Any:
+    """Returns an array as numbers, a PRNG key as its words."""
+    if _is_key(leaf):
+        return jax.random.key_data(leaf)
+    return leaf if hasattr(leaf, "dtype") else jnp.asarray(leaf)
+
+
+def _is_key(leaf: Any) -> bool:
+    return isinstance(leaf, jax.Array) and jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key)

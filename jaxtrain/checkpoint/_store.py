@@ -1,0 +1,253 @@
+"""The folder of a run's checkpoints, written in the background by one process at a time."""
+
+from __future__ import annotations
+
+import concurrent.futures
+import contextlib
+import json
+import os
+import re
+import reprlib
+import warnings
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+from jaxtyping import PyTree
+
+from jaxtrain._arguments import check_integer
+from jaxtrain._files import PART, lock_folder, make_folder, remove, write_atomically
+from jaxtrain.checkpoint import _file
+from jaxtrain.checkpoint._file import Checkpoint, DamagedError, checkpoint_path
+from jaxtrain.errors import InputError, NonFiniteError, StorageError, add_recovery_note
+
+_NAME = r"epoch-(0|[1-9][0-9]*)\.safetensors"
+_LEFT_OVER = rf"\.{_NAME}\.[a-z0-9_]+{re.escape(PART)}"
+
+
+@dataclass(frozen=True)
+class CheckpointOptions:
+    """Where and how often `fit` saves a run, and whether it resumes from what is there.
+
+    Attributes:
+      directory: the folder, of this run alone; made absolute at construction.
+      every: epochs between two checkpoints; the last epoch is always saved.
+      keep: how many checkpoints to keep, the newest.
+      resume: "auto" resumes if there is a checkpoint, "required" fails without one, "never" fails
+        if there is one.
+      configuration: settings by name, JSON-serializable values or paths; a run with other settings
+        does not resume.
+
+    Raises:
+      InputError: a value is out of range or not JSON-serializable.
+    """
+
+    directory: str | os.PathLike[str]
+    every: int = 1
+    keep: int = 3
+    resume: Literal["auto", "required", "never"] = "auto"
+    configuration: Mapping[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        try:
+            path = Path(self.directory)
+            absolute = path.absolute()  # the program may change its directory
+        except (TypeError, OSError) as error:  # OSError: the current folder was deleted
+            raise InputError(f"directory is {self.directory!r}; expected a path") from error
+        if path == Path():
+            raise InputError(
+                f"directory is {self.directory!r}, the current folder; expected a folder for the "
+                "checkpoints alone, such as 'checkpoints'"
+            )
+        check_integer(self.every, "every", minimum=1)
+        check_integer(self.keep, "keep", minimum=1)
+        if self.resume not in ("auto", "required", "never"):
+            raise InputError(f"resume is {self.resume!r}; expected 'auto', 'required' or 'never'")
+        object.__setattr__(self, "directory", absolute)
+        object.__setattr__(self, "configuration", _to_json(self.configuration, "configuration"))
+
+
+class CheckpointStore:
+    """The checkpoints of one run, such as `epoch-5.safetensors`; a context manager.
+
+    A file appears complete or not at all. Nothing in it is executed: it has numbers and JSON. A
+    thread writes it in the background; leaving the context waits for that, also on Ctrl-C.
+    """
+
+    def __init__(self, options: CheckpointOptions, metadata: Mapping[str, Any]) -> None:
+        """Makes the folder; entering the context locks it.
+
+        Raises:
+          InputError: the folder cannot be written or another run uses it, or the metadata, which
+            each checkpoint repeats, is not JSON-serializable.
+        """
+        self.path, self._options = Path(options.directory), options
+        self._metadata = _to_json(metadata, "metadata")
+        self._pending: concurrent.futures.Future[None] | None = None
+        make_folder(self.path, "checkpoint folder")
+
+    def __enter__(self) -> CheckpointStore:
+        self._lock = lock_folder(self.path, "checkpoint folder")
+        try:
+            for name in filter(re.compile(_LEFT_OVER).fullmatch, _list(self.path)):
+                with contextlib.suppress(OSError):
+                    os.unlink(self.path / name)  # of a process that was killed
+            self._thread = concurrent.futures.ThreadPoolExecutor(1, "checkpoints")
+        except BaseException:
+            os.close(self._lock)
+            raise
+        return self
+
+    def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
+        try:
+            self.wait()
+        except BaseException as failure:
+            # A failed write is reported unless it would hide another error.
+            if error is None or not isinstance(failure, StorageError):
+                error = failure
+                raise
+        finally:
+            self._thread.shutdown()
+            os.close(self._lock)
+            if error is not None:
+                self._add_note(error)
+
+    @property
+    def epochs(self) -> list[int]:
+        """The epochs of the checkpoints in the folder, ascending."""
+        return list_epochs(self.path)
+
+    def save(self, checkpoint: Checkpoint) -> None:
+        """Copies a checkpoint to the host, and writes it in the background.
+
+        Raises:
+          InputError: safetensors lacks the dtype of an array.
+          StorageError: the previous checkpoint could not be written.
+        """
+        self.wait()
+        arrays, record = _file.flatten(checkpoint, self._metadata)
+        self._pending = self._thread.submit(self._write, arrays, record)
+
+    def wait(self) -> None:
+        """Waits until the last checkpoint is on disk; raises StorageError if it cannot be."""
+        if self._pending is not None:
+            concurrent.futures.wait([self._pending])
+            # Not before: if Ctrl-C ends the wait, `__exit__` waits again.
+            pending, self._pending = self._pending, None
+            pending.result()
+
+    def restore(
+        self,
+        like: PyTree,
+        columns: Sequence[str],
+        check: Callable[[dict[str, Any], str], None],
+    ) -> Checkpoint | None:
+        """Returns the newest intact checkpoint, if any; newer damaged ones are set aside.
+
+        Args:
+          like: a state of the structure, shapes, dtypes and placement to restore.
+          columns: the names of the history's columns, in order.
+          check: called with the recorded metadata, "state_digests" included, and a description of
+            the checkpoint; raises InputError if it is of another run.
+
+        Raises:
+          InputError: the option `resume` forbids what is found; all checkpoints are damaged; one is
+            of another run or model, or cannot be read now.
+        """
+        epochs, resume = self.epochs, self._options.resume
+        if resume == "never" and epochs:
+            raise InputError(
+                f"resume is 'never', but {self.path} has checkpoints up to epoch {epochs[-1]}; "
+                "delete them, use another directory, or resume by 'auto'"
+            )
+        if resume == "required" and not epochs:
+            raise InputError(
+                f"resume is 'required', but {self.path} has no checkpoint; check the directory, or "
+                "start a new run by 'auto'"
+            )
+        damaged: dict[Path, str] = {}
+        for path in (checkpoint_path(self.path, epoch) for epoch in reversed(epochs)):
+            try:
+                record, arrays = _file.read_file(path, _file.largest_size(like))
+                with _file.malformed_is_damaged(path):
+                    if path != checkpoint_path(self.path, record["epoch"]):
+                        raise ValueError(f"it is of epoch {record['epoch']}")
+                    digests = {"state_digests": record["state_digests"]}
+                    check(record["metadata"] | digests, f"the checkpoint {path}")
+                checkpoint = _file.unflatten(record, arrays, like, list(columns), path)
+            except DamagedError as error:
+                damaged[path] = str(error)
+            except InputError as error:
+                newer = "".join(f"; {reason}" for reason in damaged.values())
+                raise InputError(f"{error}{newer}") from error
+            else:
+                for bad, reason in damaged.items():
+                    self._set_aside(bad)
+                    warnings.warn(
+                        f"a damaged checkpoint was renamed to {bad.name}.damaged ({reason}); "
+                        f"resuming after epoch {checkpoint.epoch}",
+                        stacklevel=3,
+                    )
+                return checkpoint
+        if damaged:
+            raise InputError(
+                f"{self.path} has no intact checkpoint ({'; '.join(damaged.values())}); delete the "
+                "folder to start again, or use another directory"
+            )
+        return None
+
+    def _set_aside(self, path: Path) -> None:
+        aside = path.with_name(f"{path.name}.damaged")
+        remove(aside)
+        try:
+            os.replace(path, aside)
+        except OSError as error:
+            raise StorageError(aside, error.strerror or str(error)) from error
+
+    def _write(self, arrays: dict[str, np.ndarray], record: dict[str, Any]) -> None:
+        path = checkpoint_path(self.path, record["epoch"])
+        try:
+            write_atomically(path, _file.encode(arrays, record), sync_folder=True)
+        except StorageError:
+            raise
+        except Exception as error:  # out of memory, or more names than safetensors permits
+            raise StorageError(path, str(error) or type(error).__name__) from error
+        for old in self.epochs[: -self._options.keep]:
+            with contextlib.suppress(OSError):  # one too many is no reason to stop
+                os.unlink(checkpoint_path(self.path, old))
+
+    def _add_note(self, error: BaseException) -> None:
+        if self.epochs and not isinstance(error, InputError):
+            last = self.epochs[-1]
+            path = checkpoint_path(self.path, last)
+            note = f"run the same again to resume after epoch {last}; its checkpoint is {path}"
+            if isinstance(error, NonFiniteError):  # the same run would end the same way
+                note = (
+                    f"the checkpoint of epoch {last} is {path}; other settings need another folder"
+                )
+            add_recovery_note(error, note)
+
+
+def list_epochs(directory: str | os.PathLike[str]) -> list[int]:
+    """Returns the epochs of the checkpoints in a folder, ascending; [] if there is no folder."""
+    matches = (re.fullmatch(_NAME, name) for name in _list(directory))
+    return sorted(int(match[1]) for match in matches if match)
+
+
+def _list(directory: str | os.PathLike[str]) -> list[str]:
+    with contextlib.suppress(OSError, ValueError):  # ValueError: a null character in the path
+        return os.listdir(directory)
+    return []
+
+
+def _to_json(values: Mapping[str, Any], name: str) -> dict[str, Any]:
+    """Returns values as they read back from JSON; paths become strings."""
+    try:
+        return json.loads(json.dumps(dict(values), default=os.fspath, allow_nan=False))
+    except (TypeError, ValueError, RecursionError) as error:
+        raise InputError(
+            f"{name} is {reprlib.repr(values)}, which JSON cannot represent ({error}); expected "
+            "finite numbers, strings, paths, and lists or dicts of them"
+        ) from error

@@ -1,0 +1,357 @@
+"""One checkpoint file: what goes in comes out, bit by bit, or is refused with a reason."""
+
+from __future__ import annotations
+
+import io
+import os
+import pickle
+import random
+import subprocess
+import sys
+import textwrap
+import warnings
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+import safetensors.numpy
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from hypothesis.extra import numpy as hnp
+
+import jaxtrain as jt
+from jaxtrain.checkpoint import Checkpoint, DamagedError, checkpoint_path, digest, verify
+from tests.checkpoint.helpers import (
+    COLUMNS,
+    accept,
+    assert_identical,
+    forge,
+    make_checkpoint,
+    make_state,
+    open_store,
+    read_header,
+    write_three,
+)
+
+ROOT = Path(__file__).parents[2]
+DTYPES = [
+    *("float32", "float16", "bfloat16", "int32", "int16", "int8", "uint32", "uint8", "bool"),
+    *("complex64", "float8_e4m3fn", "float8_e5m2"),
+]
+
+
+@st.composite
+def arrays(draw: st.DrawFn) -> jax.Array:
+    """Any bits, in any of the dtypes."""
+    dtype = jnp.dtype(draw(st.sampled_from(DTYPES)))
+    shape = draw(hnp.array_shapes(min_dims=0, max_dims=3, min_side=0, max_side=4))
+    size = int(np.prod(shape))
+    if dtype.kind == "b":
+        return jnp.asarray(draw(hnp.arrays(bool, shape)))
+    content = draw(st.binary(min_size=size * dtype.itemsize, max_size=size * dtype.itemsize))
+    return jnp.asarray(np.frombuffer(content, dtype).reshape(shape))
+
+
+keys = st.builds(
+    lambda seed, impl, count: jax.random.split(jax.random.key(seed, impl=impl), count)[()],
+    st.integers(0, 2**32 - 1),
+    st.sampled_from(["threefry2x32", "rbg", "unsafe_rbg"]),
+    st.sampled_from([(), (3,), (0,)]),
+)
+leaves = st.one_of(arrays(), keys, hnp.arrays(np.float64, 2))
+# Lone surrogates, control characters and dots included.
+names = st.text(min_size=1, max_size=5)
+trees = st.recursive(
+    leaves,
+    lambda children: st.one_of(
+        st.dictionaries(names, children, max_size=3),
+        st.lists(children, max_size=3).map(tuple),
+        st.builds(optax.TraceState, children),
+        st.just(optax.EmptyState()),
+        st.none(),
+    ),
+    max_leaves=6,
+)
+
+
+@settings(max_examples=60, suppress_health_check=list(HealthCheck))
+@given(state=trees, other=st.booleans(), best=st.booleans(), data=st.data())
+def test_any_state_comes_back(tmp_path_factory, state, other, best, data) -> None:
+    length = data.draw(st.integers(0, 3))
+    columns = st.sampled_from([np.float64, np.int64, np.float32]).flatmap(
+        lambda dtype: hnp.arrays(dtype, length)
+    )
+    history = data.draw(st.dictionaries(names.filter(lambda n: n != "epoch"), columns, max_size=3))
+    losses = data.draw(hnp.arrays(np.float32, st.integers(0, 3)))
+    folder = tmp_path_factory.mktemp("checkpoints")
+    state = {"tree": state}
+    best_state = (dict(state) if other else state) if best else None
+    with open_store(folder) as store:
+        store.save(Checkpoint(7, state, history, losses, best_state))
+        store.wait()
+        restored = store.restore(state, list(history), accept)
+    assert restored is not None
+    assert restored.epoch == 7
+    assert_identical(restored.state, state)
+    assert list(restored.history) == list(history)
+    assert_identical(restored.history, history)
+    assert_identical(restored.step_losses, losses)
+    assert (restored.best_state is None) == (not best)
+    if best:
+        assert_identical(restored.best_state, state)
+    verify(checkpoint_path(folder, 7))
+
+
+def save_and_restore(path: Path, state, like=None, **options):
+    with open_store(path, **options) as store:
+        store.save(make_checkpoint(1, state))
+        store.wait()
+        return store.restore(state if like is None else like, COLUMNS, accept)
+
+
+def test_a_best_state_that_is_the_last_is_stored_once(tmp_path: Path) -> None:
+    state, other = {"w": jnp.ones(1000)}, {"w": jnp.zeros(1000)}
+    sizes = []
+    for number, best in enumerate([None, state, other]):
+        with open_store(tmp_path / str(number)) as store:
+            store.save(make_checkpoint(1, state, best))
+            store.wait()
+            restored = store.restore(state, COLUMNS, accept)
+        assert (restored.best_state is restored.state) == (best is state)
+        sizes.append(checkpoint_path(tmp_path / str(number), 1).stat().st_size)
+    assert abs(sizes[0] - sizes[1]) < 100 < 4000 < sizes[2] - sizes[1]
+    assert_identical(restored.best_state, other)
+
+
+@pytest.mark.parametrize("impl", ["threefry2x32", "rbg", "unsafe_rbg"])
+def test_a_key_keeps_its_implementation(tmp_path: Path, impl: str) -> None:
+    state = {"key": jax.random.key(3, impl=impl)}
+    restored = save_and_restore(tmp_path, state).state["key"]
+    assert jax.random.key_impl(restored) == jax.random.key_impl(state["key"])
+    assert jax.random.bits(restored) == jax.random.bits(state["key"])
+
+
+def test_a_key_of_another_implementation_is_refused(tmp_path: Path) -> None:
+    """The words of rbg and unsafe_rbg have the same shape."""
+    one, other = ({"key": jax.random.key(3, impl=impl)} for impl in ("rbg", "unsafe_rbg"))
+    message = r"has \['key'\] of key<rbg>\[\] where .* have \['key'\] of key<unsafe_rbg>\[\]"
+    with pytest.raises(jt.InputError, match=message):
+        save_and_restore(tmp_path, one, other)
+
+
+@pytest.mark.parametrize("value", [np.complex128(1), np.longdouble(1), jnp.zeros(2, "int4")])
+def test_a_dtype_that_safetensors_lacks_is_named(tmp_path: Path, value) -> None:
+    with pytest.raises(jt.InputError, match=r"state\.deep\.w has the dtype .* expected one of"):
+        save_and_restore(tmp_path, {"deep": {"w": value}})
+
+
+def test_what_is_saved_does_not_change_later(tmp_path: Path) -> None:
+    """The caller may reuse arrays of NumPy while the thread writes."""
+    state = {"w": np.zeros(1_000_000, np.float32)}
+    checkpoint = make_checkpoint(1, state)
+    with open_store(tmp_path) as store:
+        store.save(checkpoint)
+        state["w"][:] = 1
+        checkpoint.history["train_loss"][:] = 7
+        store.wait()
+        restored = store.restore(state, COLUMNS, accept)
+    assert not restored.state["w"].any()
+    assert restored.history["train_loss"] == [2]
+
+
+def test_safetensors_alone_reads_the_arrays(tmp_path: Path) -> None:
+    write_three(tmp_path)
+    with open(checkpoint_path(tmp_path, 3), "rb") as file:
+        found = safetensors.numpy.load(file.read())
+    np.testing.assert_array_equal(found["state.w"], make_state(3)["w"])
+    assert found["history.1.train_loss"].tolist() == [2, 1.5, 1]
+
+
+def test_equal_trees_have_equal_digests() -> None:
+    state = make_state(1)
+    assert digest(state) == digest(make_state(1)) != digest(make_state(2))
+    assert digest({"a": jnp.zeros(2)}) != digest({"a": jnp.zeros((2, 1))})
+    assert digest(jnp.zeros(1, "float32")) != digest(jnp.zeros(1, "int32"))
+    assert digest([jax.random.key(0)]) == digest([jax.random.key_data(jax.random.key(0))])
+
+
+@pytest.mark.parametrize(
+    ("like", "message"),
+    [
+        ({"w": jnp.zeros((2, 3))}, r"has .*\['w'\] of float32\[3, 2\] where .* float32\[2, 3\]"),
+        ({"w": jnp.zeros((3, 2), "int32")}, r"of float32\[3, 2\] where .* of int32\[3, 2\]"),
+        ({"v": jnp.zeros((3, 2))}, r"\['w'\] of .* where .* \['v'\] of"),
+        ({}, r"has \['w'\] of .* where the model and optimizer have nothing more"),
+        ({"w": jnp.zeros((3, 2)), "x": jnp.zeros(1)}, r"has nothing more where .* \['x'\]"),
+    ],
+)
+def test_another_structure_is_refused(tmp_path: Path, like, message: str) -> None:
+    with pytest.raises(jt.InputError, match=message) as error:
+        save_and_restore(tmp_path, {"w": jnp.ones((3, 2))}, like)
+    assert not isinstance(error.value, DamagedError)
+
+
+def test_every_damaged_byte_is_noticed(tmp_path: Path) -> None:
+    write_three(tmp_path)
+    path, choice = checkpoint_path(tmp_path, 3), random.Random(0)
+    content = path.read_bytes()
+    verify(path)
+    for place in range(len(content)):
+        damaged = bytearray(content)
+        damaged[place] ^= 1 << choice.randrange(8)
+        path.write_bytes(damaged)
+        with pytest.raises(DamagedError):
+            verify(path)
+    for damaged in (content + b"\0", b"", content[:7], content[:-1], content[1:], content * 2):
+        path.write_bytes(damaged)
+        with pytest.raises(DamagedError, match="wrong checksum"):
+            verify(path)
+
+
+def test_a_checksum_covers_its_own_digits_only_by_zeros(tmp_path: Path) -> None:
+    """Every other digit is damage, and capital letters are."""
+    write_three(tmp_path)
+    path = checkpoint_path(tmp_path, 3)
+    digits = read_header(path)[0]["__metadata__"]["sha256"].encode()
+    content = path.read_bytes()
+    others = [
+        digits[:place] + bytes([digit]) + digits[place + 1 :]
+        for place in range(64)
+        for digit in b"0123456789abcdef"
+        if digit != digits[place]
+    ]
+    for other in (*others, digits.upper()):
+        path.write_bytes(content.replace(digits, other))
+        with pytest.raises(DamagedError, match="wrong checksum"):
+            verify(path)
+
+
+class Bomb:
+    """Leaves a trace when it is unpickled."""
+
+    def __init__(self, trace: Path) -> None:
+        self.trace = trace
+
+    def __reduce__(self):
+        return (os.mkdir, (str(self.trace),))
+
+
+def test_nothing_in_a_checkpoint_is_executed(tmp_path: Path) -> None:
+    """Pickles as the file or as its data, code as dtypes and names; the checksum fits."""
+    trace = tmp_path / "executed"
+    array = io.BytesIO()
+    np.save(array, np.array([Bomb(trace)], dtype=object), allow_pickle=True)
+    code = f"__import__('os').mkdir({str(trace)!r})"
+
+    def change_dtype(header, record) -> None:
+        header["state.w"]["dtype"] = code
+
+    def change_name(header, record) -> None:
+        header[code] = header.pop("state.w")
+
+    def change_record(header, record) -> None:
+        record["leaves"]["state.w"] = code
+
+    folder = tmp_path / "checkpoints"
+    write_three(folder)
+    path = checkpoint_path(folder, 3)
+    original = path.read_bytes()
+    start = 8 + int.from_bytes(original[:8], "little")
+    for plant in (pickle.dumps(Bomb(trace)), array.getvalue(), code.encode()):
+        path.write_bytes(plant)
+        with open_store(folder) as store, pytest.warns(UserWarning, match="damaged"):
+            assert store.restore(make_state(), COLUMNS, accept).epoch == 2
+        path.write_bytes(original[:start] + plant.ljust(len(original) - start, b"."))
+        forge(path, lambda header, record: None)
+        with open_store(folder) as store, warnings.catch_warnings(action="ignore"):
+            assert store.restore(make_state(), COLUMNS, accept)
+    for change in (change_dtype, change_name, change_record):
+        alone = tmp_path / change.__name__
+        alone.mkdir()
+        checkpoint_path(alone, 3).write_bytes(original)
+        forge(checkpoint_path(alone, 3), change)
+        with open_store(alone) as store, pytest.raises(jt.InputError, match="epoch-3"):
+            store.restore(make_state(), COLUMNS, accept)
+    assert not trace.exists()
+    pickle.loads(pickle.dumps(Bomb(trace)))  # the bombs are real
+    assert trace.exists()
+
+
+SHARDED = """
+import sys
+from pathlib import Path
+import jax, jax.numpy as jnp, numpy as np
+from jax.sharding import NamedSharding, PartitionSpec as P
+from tests.checkpoint.helpers import COLUMNS, accept, make_checkpoint, open_store
+
+count, save = int(sys.argv[2]), sys.argv[3] == "save"
+assert jax.device_count() == count
+mesh = jax.make_mesh((count,), ("data",))
+rows, copies = NamedSharding(mesh, P("data")), NamedSharding(mesh, P())
+last = jax.devices()[-1]
+state = {
+    "rows": jax.device_put(jnp.arange(64.0).reshape(16, 4) * save, rows),
+    "copies": jax.device_put(jnp.arange(3) * save, copies),
+    "keys": jax.device_put(jax.random.split(jax.random.key(int(save)), 8), rows),
+    "last": jax.device_put(jnp.float32(save), last),
+    "free": jnp.float32(save),
+}
+with open_store(Path(sys.argv[1])) as store:
+    if save:
+        store.save(make_checkpoint(1, state))
+        store.wait()
+    found = store.restore(state, COLUMNS, accept).state
+for name, like in state.items():
+    assert found[name].sharding == like.sharding, name
+    assert found[name].committed == like.committed, name
+np.testing.assert_array_equal(found["rows"], np.arange(64.0).reshape(16, 4))
+assert len(found["rows"].addressable_shards) == count
+assert found["rows"].addressable_shards[0].data.shape == (16 // count, 4)
+assert found["copies"].tolist() == [0, 1, 2] and found["last"] == found["free"] == 1
+words = jax.random.key_data(jax.random.split(jax.random.key(1), 8))
+np.testing.assert_array_equal(jax.random.key_data(found["keys"]), words)
+"""
+
+
+def test_a_sharded_state_is_restored_onto_any_number_of_devices(tmp_path: Path) -> None:
+    for count, action in ((8, "save"), (8, "restore"), (4, "restore"), (1, "restore")):
+        environment = {
+            **os.environ,
+            "JAX_PLATFORMS": "cpu",
+            "XLA_FLAGS": f"--xla_force_host_platform_device_count={count}",
+        }
+        subprocess.run(
+            [sys.executable, "-c", textwrap.dedent(SHARDED), str(tmp_path), str(count), action],
+            cwd=ROOT,
+            env=environment,
+            check=True,
+            timeout=120,
+        )
+
+
+def test_the_command_verifies_files(tmp_path: Path) -> None:
+    write_three(tmp_path)
+    good, bad = checkpoint_path(tmp_path, 1), tmp_path / "line\nbreak"
+    bad.write_bytes(b"x")
+
+    def run(*files: Path) -> subprocess.CompletedProcess:
+        return subprocess.run(
+            [sys.executable, "-m", "jaxtrain.checkpoint", *files],
+            cwd=ROOT,
+            capture_output=True,
+            text=True,
+            timeout=120,
+        )
+
+    intact = run(good)
+    assert (intact.returncode, intact.stdout) == (0, f"{good}: intact\n")
+    mixed = run(bad, good, tmp_path / "none")
+    assert mixed.returncode == 1
+    lines = mixed.stdout.splitlines()
+    assert lines[0] == f"{tmp_path}/line\\nbreak has the wrong checksum"
+    assert lines[1] == f"{good}: intact"
+    assert "No such file" in lines[2]
+    assert mixed.stderr == ""
