@@ -1,7 +1,7 @@
 """The classic PyTorch training tutorials as pure, compiled functions in JAX.
 
 Training is a pure function of a state and data: a step maps (state, batch) to (state, metrics), an
-epoch scans the step, a run loops over epochs.
+epoch is a loop of steps, and a run is a loop of epochs.
 
     import jax, jaxtrain as jt
 
@@ -13,35 +13,50 @@ epoch scans the step, a run loops over epochs.
 """
 
 from jaxtrain import data, errors, losses, metrics, models, optimizers
-from jaxtrain.data import Dataset
-from jaxtrain.epochs import evaluate, predict, train_epoch
+from jaxtrain.checkpoint import CheckpointOptions
+from jaxtrain.cli.progress import console as progress
+from jaxtrain.dataset import Dataset
 from jaxtrain.errors import (
     DataUnavailableError,
     InputError,
-    NonFiniteLossError,
+    NonFiniteError,
     OutOfMemoryError,
     StorageError,
 )
 from jaxtrain.export import load_params, save_params
-from jaxtrain.fit import fit
-from jaxtrain.minimize import Minimum, minimize
-from jaxtrain.state import TrainState, init_state
-from jaxtrain.steps import eval_step, train_step
+from jaxtrain.model import Model
+from jaxtrain.optimizers import Minimum, minimize
+from jaxtrain.training import events
+from jaxtrain.training.early_stopping import EarlyStopping
+from jaxtrain.training.epoch import evaluate, predict, train_epoch
+from jaxtrain.training.fit import fit
+from jaxtrain.training.history import History
+from jaxtrain.training.state import TrainState, init_state, to_module, with_optimizer
+from jaxtrain.training.step import apply_gradients, eval_step, gradients, train_step
+
+__version__ = "0.2.0"
 
 __all__ = [
+    "CheckpointOptions",
     "DataUnavailableError",
     "Dataset",
+    "EarlyStopping",
+    "History",
     "InputError",
     "Minimum",
-    "NonFiniteLossError",
+    "Model",
+    "NonFiniteError",
     "OutOfMemoryError",
     "StorageError",
     "TrainState",
+    "apply_gradients",
     "data",
     "errors",
     "eval_step",
     "evaluate",
+    "events",
     "fit",
+    "gradients",
     "init_state",
     "load_params",
     "losses",
@@ -50,7 +65,10 @@ __all__ = [
     "models",
     "optimizers",
     "predict",
+    "progress",
     "save_params",
+    "to_module",
     "train_epoch",
     "train_step",
+    "with_optimizer",
 ]

@@ -1,8 +1,7 @@
-"""NaN and infinities in a run, and the gradient's norm: stopped, skipped, clipped, recorded."""
+"""NaN and infinities end a run or are skipped; gradient norms are recorded and clipped."""
 
 from __future__ import annotations
 
-import json
 import math
 from pathlib import Path
 
@@ -15,10 +14,10 @@ import pytest
 import torch
 
 import jaxtrain as jt
-from experiments import mnist
-from jaxtrain.checks import check_values
-from jaxtrain.health import is_spoiled
-from jaxtrain.transforms import global_norm
+from jaxtrain.dataset import check_dataset
+from jaxtrain.optimizers import global_norm
+from jaxtrain.training._nonfinite import check_arrays
+from jaxtrain.training._validation import check_values
 
 MSE = jt.losses.mean_squared_error
 
@@ -36,6 +35,10 @@ def line(targets, optimizer=None, weight: float = 1.0) -> tuple[jt.TrainState, j
     return state.replace(params={"weight": jnp.full((1, 1), weight)}), data
 
 
+def skipping(state: jt.TrainState) -> jt.TrainState:
+    return jt.with_optimizer(state, jt.optimizers.skip_nonfinite(state.optimizer))
+
+
 def test_the_gradient_norm_of_the_last_step_by_hand() -> None:
     """Loss (w x − y)², gradient 2 (w x − y) x, at x = 2, y = 0 and w after the first step."""
     state, data = line([0.0, 0.0], jt.optimizers.sgd(0.1))
@@ -46,18 +49,19 @@ def test_the_gradient_norm_of_the_last_step_by_hand() -> None:
 
 def test_the_norm_is_over_all_parameters_and_before_clipping(small_state, small_classes) -> None:
     def loss(params):
-        logits = small_state.apply_fn(
-            {"params": params},
+        logits, _ = small_state.model.apply(
+            params,
+            small_state.model_state,
             small_classes.inputs,
             train=True,
-            rngs={"dropout": jax.random.fold_in(small_state.key, 0)},
+            key=jax.random.fold_in(small_state.key, 0),
         )
         return jt.losses.cross_entropy(logits, small_classes.targets).mean()
 
     expected = optax.tree.norm(jax.grad(loss)(small_state.params))
     for max_norm in (None, 0.01):
         optimizer = jt.optimizers.clip_gradients(jt.optimizers.sgd(0.1), max_norm)
-        state = small_state.replace(tx=optimizer, opt_state=optimizer.init(small_state.params))
+        state = jt.with_optimizer(small_state, optimizer)
         _, history = jt.fit(
             state, small_classes, loss_fn=jt.losses.cross_entropy, epochs=1, batch_size=50
         )
@@ -89,16 +93,16 @@ def test_clipping_refuses_what_it_cannot_mean() -> None:
     with pytest.raises(jt.InputError, match=r"max_gradient_norm is -1\.0; expected .* positive"):
         jt.optimizers.clip_gradients(jt.optimizers.sgd(0.1), -1.0)
     state, data = line([1.0], jt.optimizers.clip_gradients(jt.optimizers.lbfgs(), 1.0))
-    with pytest.raises(jt.InputError, match=r"max_gradient_norm is given, but .* line search"):
+    with pytest.raises(jt.InputError, match=r"clips gradients and has a line search"):
         jt.fit(state, data, loss_fn=MSE)
 
 
 def test_skipped_steps_leave_no_trace_but_a_count() -> None:
     """The third target overflows when it is squared; without it the run is the same."""
     state, data = line([1.0, -1.0, 1e30, 0.5])
-    skipped, history = jt.fit(state, data, loss_fn=MSE, epochs=3, batch_size=1, on_nonfinite="skip")
+    skipped, history = jt.fit(skipping(state), data, loss_fn=MSE, epochs=3, batch_size=1)
     assert history["skipped_steps"].tolist() == [1, 1, 1]
-    losses = history["step_losses"].reshape(3, 4)
+    losses = history.step_losses.reshape(3, 4)
     assert np.isinf(losses[:, 2]).all()
     expected = state
     few = data.take(jnp.array([0, 1, 3]))
@@ -134,13 +138,15 @@ def test_a_skipped_step_leaves_the_other_variables_too(tmp_path: Path) -> None:
     data = jt.Dataset(inputs.at[5].set(1e20), inputs)
     start = jt.init_state(Statistics(), jt.optimizers.sgd(0.1), inputs[:1], key=jax.random.key(0))
     options = {"loss_fn": MSE, "epochs": 1, "batch_size": 4}
-    state, history = jt.fit(start, data, **options, on_nonfinite="skip")
+    state, history = jt.fit(skipping(start), data, **options)
     assert history["skipped_steps"].tolist() == [1]
     without = jnp.delete(inputs, jnp.arange(4, 8), axis=0)
     found = state.model_state["statistics"]["sum_of_squares"]
     assert float(found) == pytest.approx(float(jnp.square(without).sum()), rel=1e-6)
-    with pytest.raises(jt.NonFiniteLossError, match=r"statistics\.sum_of_squares became inf after"):
-        jt.fit(start, data, **options, checkpoint_dir=tmp_path)
+    with pytest.raises(
+        jt.NonFiniteError, match=r"model_state\.statistics\.sum_of_squares became inf"
+    ):
+        jt.fit(start, data, **options, checkpoint=jt.CheckpointOptions(tmp_path))
     assert not list(tmp_path.iterdir())
 
 
@@ -148,7 +154,9 @@ def test_a_start_that_holds_nan_is_refused() -> None:
     inputs = jnp.ones((4, 1))
     state = jt.init_state(Statistics(), jt.optimizers.sgd(0.1), inputs, key=jax.random.key(0))
     state = state.replace(model_state=jax.tree.map(lambda leaf: leaf * jnp.nan, state.model_state))
-    with pytest.raises(jt.InputError, match=r"NaN in statistics\.sum_of_squares; expected"):
+    with pytest.raises(
+        jt.InputError, match=r"NaN in model_state\.statistics\.sum_of_squares; expected"
+    ):
         jt.fit(state, jt.Dataset(inputs, inputs), loss_fn=MSE)
 
 
@@ -166,29 +174,32 @@ def test_double_precision_is_judged_in_double_precision() -> None:
         assert history["train_loss"].tolist() == [0.0, 0.0]
 
 
-def test_an_infinity_kept_on_purpose_is_none_that_came_up() -> None:
-    before = {"least": jnp.array([jnp.inf, 1.0])}
-    assert not is_spoiled(before, before)
-    assert not is_spoiled(before, {"least": jnp.array([0.5, 1.0])})
-    assert is_spoiled(before, {"least": jnp.array([0.5, jnp.inf])})
+def test_an_infinity_held_on_purpose_is_accepted() -> None:
+    state, _ = line([1.0])
+    before = state.replace(model_state={"minimum": jnp.array([jnp.inf, 1.0])})
+    check_arrays(before, before, epoch=1)
+    check_arrays(before, before.replace(model_state={"minimum": jnp.array([0.5, 1.0])}), epoch=1)
+    with pytest.raises(jt.NonFiniteError, match="model_state.minimum became inf after epoch 1"):
+        after = before.replace(model_state={"minimum": jnp.array([0.5, jnp.inf])})
+        check_arrays(before, after, epoch=1)
 
 
 def test_where_nothing_is_skipped_skipping_changes_nothing(small_state, small_classes) -> None:
     options = {"loss_fn": jt.losses.cross_entropy, "epochs": 3, "batch_size": 16}
     plain, history = jt.fit(small_state, small_classes, **options)
-    other, counted = jt.fit(small_state, small_classes, on_nonfinite="skip", **options)
+    other, counted = jt.fit(skipping(small_state), small_classes, **options)
     assert counted["skipped_steps"].tolist() == [0, 0, 0]
     for ours, theirs in zip(
         jax.tree.leaves(other.params), jax.tree.leaves(plain.params), strict=True
     ):
         np.testing.assert_allclose(ours, theirs, rtol=1e-6, atol=1e-7)
-    np.testing.assert_allclose(counted["step_losses"], history["step_losses"], rtol=1e-6)
+    np.testing.assert_allclose(counted.step_losses, history.step_losses, rtol=1e-6)
 
 
 def test_when_every_step_is_skipped_the_run_ends() -> None:
     state, data = line([1e30, 1e30])
-    with pytest.raises(jt.NonFiniteLossError, match="of every step became inf after epoch 1"):
-        jt.fit(state, data, loss_fn=MSE, epochs=3, batch_size=1, on_nonfinite="skip")
+    with pytest.raises(jt.NonFiniteError, match="of every step became inf after epoch 1"):
+        jt.fit(skipping(state), data, loss_fn=MSE, epochs=3, batch_size=1)
 
 
 def root_loss(predictions, targets):
@@ -196,15 +207,14 @@ def root_loss(predictions, targets):
     return jnp.sqrt(jnp.abs(predictions - targets))[:, 0]
 
 
-@pytest.mark.parametrize("log_interval", [1, 0])
-def test_a_gradient_that_is_not_finite_ends_the_run_though_its_loss_is(log_interval) -> None:
+def test_a_gradient_that_is_not_finite_ends_the_run_though_its_loss_is() -> None:
     """W = 1 meets y = x exactly at the first step; the second's loss shows it at the latest."""
     state, data = line([1.0, 5.0, 5.0])
-    with pytest.raises(jt.NonFiniteLossError) as raised:
-        jt.fit(state, data, loss_fn=root_loss, batch_size=1, log_interval=log_interval)
+    with pytest.raises(jt.NonFiniteError) as raised:
+        jt.fit(state, data, loss_fn=root_loss, batch_size=1)
     found = (raised.value.epoch, raised.value.step, raised.value.quantity)
     assert found in {(1, 1, "gradient norm"), (1, 2, "training loss")}
-    _, history = jt.fit(state, data, loss_fn=root_loss, batch_size=1, epochs=1, on_nonfinite="skip")
+    _, history = jt.fit(skipping(state), data, loss_fn=root_loss, batch_size=1, epochs=1)
     assert history["skipped_steps"].tolist() == [1]
 
 
@@ -214,7 +224,7 @@ def test_a_gradient_that_is_not_finite_ends_the_run_though_its_loss_is(log_inter
 def test_an_optimizer_cannot_hide_an_infinite_gradient(optimizer) -> None:
     """Their steps stay finite: a sign, a clipped value."""
     state, data = line([1.0, 5.0, 5.0], optimizer)
-    with pytest.raises(jt.NonFiniteLossError, match="gradient norm became inf in epoch 1, step 1"):
+    with pytest.raises(jt.NonFiniteError, match="gradient norm became inf in epoch 1, step 1"):
         jt.fit(state, data, loss_fn=root_loss, batch_size=1, epochs=1)
 
 
@@ -229,38 +239,32 @@ def test_a_parameter_that_no_loss_shows_is_found(tmp_path: Path) -> None:
     data = jt.Dataset(jnp.array([1, 0, 0]), jnp.array([[1.0], [5.0], [5.0]]))
     state = jt.init_state(Table(), jt.optimizers.sgd(0.1), data.inputs[:1], key=jax.random.key(0))
     with pytest.raises(
-        jt.NonFiniteLossError, match=r"params\.Embed_0\.embedding became (-?inf|nan) after"
+        jt.NonFiniteError, match=r"params\.Embed_0\.embedding became (-?inf|nan) after"
     ):
-        jt.fit(state, data, loss_fn=root_loss, batch_size=1, epochs=1, checkpoint_dir=tmp_path)
+        jt.fit(
+            state,
+            data,
+            loss_fn=root_loss,
+            batch_size=1,
+            epochs=1,
+            checkpoint=jt.CheckpointOptions(tmp_path),
+        )
     assert not list(tmp_path.iterdir())
 
 
 def test_a_gradient_that_is_not_finite_at_an_epochs_end_is_not_kept(tmp_path: Path) -> None:
     """Nothing after it would show it: no further step, no test data."""
     state, data = line([5.0, 2.0], jt.optimizers.sgd(0.0))
-    with pytest.raises(jt.NonFiniteLossError, match=r"gradient norm became .* epoch 1, step 2"):
-        jt.fit(state, data, loss_fn=root_loss, batch_size=1, epochs=1, checkpoint_dir=tmp_path)
+    with pytest.raises(jt.NonFiniteError, match=r"gradient norm became .* epoch 1, step 2"):
+        jt.fit(
+            state,
+            data,
+            loss_fn=root_loss,
+            batch_size=1,
+            epochs=1,
+            checkpoint=jt.CheckpointOptions(tmp_path),
+        )
     assert not list(tmp_path.iterdir())
-
-
-def test_the_flags_reach_the_run(tmp_path: Path) -> None:
-    from jaxtrain.command import Safety
-
-    config = mnist.Config(
-        dataset="digits",
-        epochs=2,
-        learning_rate=1e5,
-        log_interval=0,
-        output_dir=tmp_path,
-        safety=Safety(max_gradient_norm=1e-7, on_nonfinite="skip"),
-    )
-    summary = mnist.run(config)  # without clipping, this rate ends in NaN
-    assert math.isfinite(summary["train_loss"])
-    header, *rows = (tmp_path / "history.csv").read_text().splitlines()
-    assert {"gradient_norm", "skipped_steps"} <= set(header.split(","))
-    assert len(rows) == 2
-    written = json.loads((tmp_path / "config.json").read_text())
-    assert written["safety"]["max_gradient_norm"] == 1e-7
 
 
 @pytest.mark.parametrize("field", ["inputs", "targets"])
@@ -280,8 +284,8 @@ def test_values_that_are_not_finite_are_found(field: str, bad: float, kind) -> N
 
 @pytest.mark.parametrize("array", [np.array([1 + 2j]), np.array(["a"]), np.array([object()])])
 def test_what_is_no_number_is_refused(array: np.ndarray) -> None:
-    with pytest.raises(jt.InputError, match=r"data\.inputs has the element type .*real numbers"):
-        check_values(jt.Dataset(array, np.zeros(1)), "data")
+    with pytest.raises(jt.InputError, match=r"data\.inputs has the dtype .*real numbers"):
+        check_dataset(jt.Dataset(array, np.zeros(1)), "data")
 
 
 def test_what_32_bits_cannot_hold_is_found() -> None:
@@ -304,7 +308,7 @@ def test_half_precision_has_a_norm(size: int, value: float) -> None:
     assert float(global_norm(gradient)) == pytest.approx(value * size**0.5, rel=1e-3)
 
 
-def test_a_run_in_half_precision_goes_on() -> None:
+def test_a_run_in_half_precision_trains() -> None:
     """Gradients of 400 an example, whose norm squared is beyond float16."""
 
     class Half(nn.Module):
@@ -315,11 +319,97 @@ def test_a_run_in_half_precision_goes_on() -> None:
     data = jt.Dataset(jnp.full((8, 1), 20.0, jnp.float16), jnp.full((8, 1), 8.0, jnp.float16))
     state = jt.init_state(Half(), jt.optimizers.sgd(1e-4), data.inputs[:1], key=jax.random.key(0))
     state = state.replace(params={"Dense_0": {"kernel": jnp.full((1, 1), -0.1, jnp.float16)}})
-    for mode in ("stop", "skip"):
-        _, history = jt.fit(state, data, loss_fn=MSE, epochs=1, batch_size=8, on_nonfinite=mode)
+    for start in (state, skipping(state)):
+        _, history = jt.fit(start, data, loss_fn=MSE, epochs=1, batch_size=8)
         assert history["gradient_norm"] == pytest.approx([400.0], rel=1e-2)
 
 
 def test_bytes_truths_and_half_precision_are_numbers() -> None:
     for dtype in (np.uint8, bool, jnp.bfloat16, np.float16, np.int32):
         check_values(jt.Dataset(jnp.ones(3, dtype), np.zeros(3)), "data")
+
+
+def nan_gradient(predictions, targets):
+    """0 everywhere; its gradient is NaN where the prediction equals the target."""
+    error = (predictions - targets)[:, 0]
+    return jnp.where(error == 0, 0.0, 0.0 * jnp.sqrt(jnp.abs(error)))
+
+
+def test_an_optimizer_cannot_hide_a_nan_gradient() -> None:
+    """`optax.zero_nans` makes 0 of NaN and passes infinities on."""
+    optimizer = optax.chain(optax.zero_nans(), optax.sgd(0.1))
+    state, data = line([1.0, 5.0, 5.0], optimizer)
+    with pytest.raises(jt.NonFiniteError, match="gradient norm became nan in epoch 1, step 1"):
+        jt.fit(state, data, loss_fn=nan_gradient, batch_size=1, epochs=1)
+
+
+@pytest.mark.parametrize(
+    "optimizer",
+    [
+        jt.optimizers.adam(1e-3),
+        jt.optimizers.adamw(1e-3),
+        jt.optimizers.rmsprop(1e-3),
+        jt.optimizers.adagrad(1e-3),
+        jt.optimizers.adadelta(1e-3),
+    ],
+    ids=["adam", "adamw", "rmsprop", "adagrad", "adadelta"],
+)
+def test_an_infinite_second_moment_ends_the_run(tmp_path: Path, optimizer) -> None:
+    """A finite gradient of 1e20 squared overflows; its update is 0 and no loss shows it."""
+
+    def far(predictions, targets):
+        return predictions[:, 0] * targets[:, 0]
+
+    state, data = line([1.0, 1e20, 1.0], optimizer)
+    with pytest.raises(jt.NonFiniteError, match=r"opt_state\..* became inf after epoch 1"):
+        jt.fit(
+            state,
+            data,
+            loss_fn=far,
+            batch_size=1,
+            epochs=1,
+            checkpoint=jt.CheckpointOptions(tmp_path),
+        )
+    assert not list(tmp_path.iterdir())
+
+
+def test_nan_in_batch_statistics_ends_the_run_without_test_data() -> None:
+    class Network(nn.Module):
+        @nn.compact
+        def __call__(self, inputs, train: bool = False):
+            mean = self.variable("batch_stats", "mean", lambda: jnp.zeros(()))
+            if train:
+                mean.value = jnp.log(inputs.min() - 2)  # NaN
+            return nn.Dense(1)(inputs)
+
+    data = jt.Dataset(jnp.ones((4, 1)), jnp.ones((4, 1)))
+    state = jt.init_state(Network(), optax.sgd(0.1), data.inputs, key=jax.random.key(0))
+    with pytest.raises(jt.NonFiniteError, match=r"model_state\.batch_stats\.mean became nan"):
+        jt.fit(state, data, loss_fn=MSE, epochs=1)
+
+
+@pytest.mark.parametrize("name", ["bias", "weight"])
+def test_nan_in_any_parameter_is_found(name: str) -> None:
+    """In the first leaf and in the last, NaN as well as infinity."""
+    data = jt.Dataset(jnp.ones((2, 1)), jnp.ones((2, 1)))
+    before = jt.init_state(
+        jt.models.LinearRegression(), optax.sgd(0.1), data.inputs, key=jax.random.key(0)
+    )
+    for value in (jnp.nan, jnp.inf, -jnp.inf):
+        params = {**before.params, name: jnp.full_like(before.params[name], value)}
+        with pytest.raises(jt.NonFiniteError, match=rf"params\.{name} became .*(nan|inf)"):
+            check_arrays(before, before.replace(params=params), epoch=1)
+
+
+def test_a_label_out_of_range_is_named_instead_of_the_learning_rate(small_state) -> None:
+    """The loss is hidden in a function of the user's, so that the labels cannot be checked."""
+
+    def hidden(predictions, targets):
+        return 2 * jt.losses.cross_entropy(predictions, targets)
+
+    labels = jnp.arange(50) % 3
+    data = jt.Dataset(jnp.ones((50, 6)), labels.at[37].set(7))
+    message = r"training loss became nan in epoch 1, step 3.*holds the label 7 at example 37"
+    with pytest.raises(jt.NonFiniteError, match=message) as raised:
+        jt.fit(small_state, data, loss_fn=hidden, batch_size=16)
+    assert "learning rate (" not in str(raised.value)

@@ -117,9 +117,11 @@ def test_half_precision_losses_are_summed_in_float32(small_state) -> None:
 
 
 def test_a_batch_of_unequal_lengths_is_refused(small_state, small_classes) -> None:
-    batch = small_classes._replace(targets=small_classes.targets[:-1])
+    batch = small_classes.replace(targets=small_classes.targets[:-1])
     for step in (jt.train_step, jt.eval_step):
-        with pytest.raises(jt.InputError, match=r"batch has inputs of shape \(50, 6\)"):
+        with pytest.raises(
+            jt.InputError, match=r"batch\.inputs has 50 examples and batch\.targets has 49"
+        ):
             step(small_state, batch, jt.losses.cross_entropy)
 
 

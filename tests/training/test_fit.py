@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 import jaxtrain as jt
-from jaxtrain.events import Compiled, EpochDone, StepsDone
+from jaxtrain.training.events import Compiled, EpochDone, StepsDone
 
 LOSS = jt.losses.cross_entropy
 METRICS = {"accuracy": jt.metrics.accuracy}
@@ -46,23 +46,23 @@ def test_two_runs_are_bit_identical_and_seeds_differ(digits: jt.data.Resolved) -
             epochs=3,
             key=jax.random.key(seed),
         )
-        return state.params, state.opt_state, without_clock(history)
+        return state.params, state.opt_state, without_clock(history), history.step_losses
 
     assert_identical(run(0), run(0))
     other = run(1)
-    assert (other[2]["step_losses"] != run(0)[2]["step_losses"]).all()
+    assert (other[3] != run(0)[3]).all()
 
 
 def test_it_learns_and_records(small_state, small_classes) -> None:
     state, history = fit(small_state, small_classes, epochs=40)
     assert state.step == 40 * 4
     assert list(history["epoch"]) == list(range(1, 41))
-    assert len(history["step_losses"]) == 40 * 4
+    assert len(history.step_losses) == 40 * 4
     assert history["test_accuracy"][-1] > 0.9 > history["test_accuracy"][0]
     assert history["test_loss"][-1] < 0.5 * history["test_loss"][0]
     np.testing.assert_allclose(history["learning_rate"], 0.1, rtol=1e-6)
     # Three batches of 16 and one of 2, each weighted by its examples.
-    weighted = np.average(history["step_losses"].reshape(40, 4), axis=1, weights=[16, 16, 16, 2])
+    weighted = np.average(history.step_losses.reshape(40, 4), axis=1, weights=[16, 16, 16, 2])
     np.testing.assert_allclose(history["train_loss"], weighted, rtol=1e-6)
     final = jt.evaluate(state, small_classes, LOSS, METRICS)
     assert history["test_accuracy"][-1] == pytest.approx(final["accuracy"].item())
@@ -73,20 +73,19 @@ def test_an_epoch_of_fit_is_train_epoch(small_state, small_classes) -> None:
     fitted, history = fit(small_state, small_classes, epochs=1)
     key = jax.random.fold_in(jax.random.key(3), 1)
     state, losses = jt.train_epoch(small_state, small_classes, LOSS, batch_size=16, key=key)
-    np.testing.assert_allclose(history["step_losses"], losses, rtol=1e-6)
+    np.testing.assert_allclose(history.step_losses, losses, rtol=1e-6)
     for ours, theirs in zip(
         jax.tree.leaves(fitted.params), jax.tree.leaves(state.params), strict=True
     ):
         np.testing.assert_allclose(ours, theirs, rtol=1e-5, atol=1e-7)
 
 
-@pytest.mark.parametrize("log_interval", [1, 3, 100])
-def test_looking_in_more_often_changes_nothing(small_state, small_classes, log_interval) -> None:
+@pytest.mark.parametrize("interval", [1, 3, 100])
+def test_more_frequent_events_change_nothing(small_state, small_classes, interval) -> None:
     events = []
-    expected = fit(small_state, small_classes, epochs=3, log_interval=0)
-    state, history = fit(
-        small_state, small_classes, epochs=3, log_interval=log_interval, report=events.append
-    )
+    expected = fit(small_state, small_classes, epochs=3)
+    on_event = jt.events.every_steps(interval, events.append)
+    state, history = fit(small_state, small_classes, epochs=3, on_event=on_event)
     assert_identical(state.params, expected[0].params)
     assert_identical(without_clock(history), without_clock(expected[1]))
 
@@ -95,10 +94,10 @@ def test_looking_in_more_often_changes_nothing(small_state, small_classes, log_i
     steps = [event for event in events if isinstance(event, StepsDone)]
     reached = {(event.epoch, event.step) for event in steps}
     assert reached >= {(epoch, 4) for epoch in (1, 2, 3)}
-    assert reached >= {(epoch, s) for epoch in (1, 2, 3) for s in range(log_interval, 4, 4)}
+    assert reached >= {(epoch, s) for epoch in (1, 2, 3) for s in range(interval, 4, 4)}
     for event in steps:
         assert event.examples_seen == min(16 * event.step, 50)
-        expected_loss = history["step_losses"].reshape(3, 4)[event.epoch - 1, event.step - 1]
+        expected_loss = history.step_losses.reshape(3, 4)[event.epoch - 1, event.step - 1]
         assert event.loss == expected_loss
     ends = [event for event in events if isinstance(event, EpochDone)]
     assert [event.epoch for event in ends] == [1, 2, 3]
@@ -106,12 +105,12 @@ def test_looking_in_more_often_changes_nothing(small_state, small_classes, log_i
 
 
 def test_slow_steps_are_looked_into_one_by_one(small_state, small_classes, monkeypatch) -> None:
-    """With no time for a chunk, each step is one, log line or not."""
+    """With no time for a chunk, each step is a chunk."""
     expected = fit(small_state, small_classes, epochs=2)
-    # The name jaxtrain.fit is the function; its module is found among the modules.
-    monkeypatch.setattr(sys.modules["jaxtrain.fit"], "_CHUNK_SECONDS", 0.0)
+    # `jaxtrain.training.fit` is also the name of a function.
+    monkeypatch.setattr(sys.modules["jaxtrain.training.fit"], "_CHUNK_SECONDS", 0.0)
     events = []
-    state, _ = fit(small_state, small_classes, epochs=2, log_interval=0, report=events.append)
+    state, _ = fit(small_state, small_classes, epochs=2, on_event=events.append)
     steps = [event.step for event in events if isinstance(event, StepsDone)]
     assert steps == [1, 2, 3, 4] * 2
     assert_identical(state.params, expected[0].params)
@@ -151,22 +150,22 @@ def test_one_compilation_for_training_and_one_for_evaluation(digits: jt.data.Res
             epochs=5,
             key=jax.random.key(0),
             test_batch_size=100,
-            log_interval=7,
+            on_event=jt.events.every_steps(7, lambda event: None),
         )
     finally:
         jax.monitoring.unregister_event_duration_listener(listen)
-    assert len(history["step_losses"]) == 5 * 23
+    assert len(history.step_losses) == 5 * 23
     assert compiled.count("jit(train_steps)") == 1
-    assert compiled.count("jit(evaluation)") == 1
+    assert compiled.count("jit(compiled_evaluate)") == 1
     assert not any("step" in name for name in set(compiled) - {"jit(train_steps)"})
 
 
 def test_early_stopping_returns_the_best_epoch(small_state, small_classes) -> None:
     """Validation labels that contradict the training ones: learning makes them worse soon."""
-    contrary = small_classes._replace(targets=(small_classes.targets + 1) % 3)
+    contrary = small_classes.replace(targets=(small_classes.targets + 1) % 3)
     states = []
 
-    def report(event) -> None:
+    def on_event(event) -> None:
         if isinstance(event, EpochDone):
             states.append(event.state)
 
@@ -175,8 +174,8 @@ def test_early_stopping_returns_the_best_epoch(small_state, small_classes) -> No
         small_state,
         small_classes,
         validation_data=contrary,
-        patience=3,
-        report=report,
+        early_stopping=jt.EarlyStopping(3),
+        on_event=on_event,
         **options,
     )
     losses = history["validation_loss"]
@@ -190,11 +189,13 @@ def test_early_stopping_returns_the_best_epoch(small_state, small_classes) -> No
     np.testing.assert_array_equal(history["train_loss"], unwatched["train_loss"])
 
 
-def test_patience_needs_something_to_watch(small_state, small_classes) -> None:
-    with pytest.raises(jt.InputError, match="patience is 3 without validation_data"):
-        fit(small_state, small_classes, patience=3)
+def test_early_stopping_needs_a_column_to_watch(small_state, small_classes) -> None:
+    with pytest.raises(jt.InputError, match=r"monitors 'validation_loss', but the history has"):
+        fit(small_state, small_classes, early_stopping=jt.EarlyStopping(3))
     with pytest.raises(jt.InputError, match="patience is 0"):
-        fit(small_state, small_classes, patience=0, validation_data=small_classes)
+        jt.EarlyStopping(0)
+    with pytest.raises(jt.InputError, match="mode is 'best'; expected 'min' or 'max'"):
+        jt.EarlyStopping(1, mode="best")
 
 
 def test_no_epochs_and_no_test_data(small_state, small_classes) -> None:
@@ -202,8 +203,9 @@ def test_no_epochs_and_no_test_data(small_state, small_classes) -> None:
     assert_identical(state.params, small_state.params)
     columns = ["epoch", "train_loss", "test_loss", "test_accuracy"]
     columns += ["gradient_norm", "learning_rate", "seconds"]
-    assert list(history) == [*columns, "step_losses"]
+    assert list(history) == columns
     assert not any(len(values) for values in history.values())
+    assert not len(history.step_losses)
     _, history = jt.fit(small_state, small_classes, loss_fn=LOSS, epochs=1)
     assert "test_loss" not in history
 
@@ -217,7 +219,7 @@ def test_a_run_that_diverges_stops_and_says_where(small_classes) -> None:
         data.inputs[:1],
         key=jax.random.key(0),
     )
-    with pytest.raises(jt.NonFiniteLossError) as raised:
+    with pytest.raises(jt.NonFiniteError) as raised:
         jt.fit(state, data, loss_fn=jt.losses.mean_squared_error, epochs=20, batch_size=25)
     error = raised.value
     finished = error.history["train_loss"]
@@ -233,7 +235,7 @@ def test_a_run_that_diverges_stops_and_says_where(small_classes) -> None:
     _, losses = jt.train_epoch(state, data, jt.losses.mean_squared_error, batch_size=25)
     assert np.flatnonzero(~np.isfinite(losses))[0] + 1 == error.step
     assert f"epoch {error.epoch}, step {error.step} at learning rate 10000" in str(error)
-    assert "smaller learning rate (1000, say)" in str(error)
+    assert "smaller learning rate (such as 1000)" in str(error)
 
 
 def test_the_learning_rate_is_that_of_the_step_that_diverged(small_classes) -> None:
@@ -243,8 +245,8 @@ def test_the_learning_rate_is_that_of_the_step_that_diverged(small_classes) -> N
     state = jt.init_state(
         jt.models.LinearRegression(), optimizer, data.inputs[:1], key=jax.random.key(0)
     )
-    with pytest.raises(jt.NonFiniteLossError) as raised:
-        jt.fit(state, data, loss_fn=jt.losses.mean_squared_error, batch_size=2, log_interval=0)
+    with pytest.raises(jt.NonFiniteError) as raised:
+        jt.fit(state, data, loss_fn=jt.losses.mean_squared_error, batch_size=2)
     assert raised.value.learning_rate == pytest.approx(1e-3 * 10 ** (raised.value.step - 1))
 
 
@@ -254,18 +256,17 @@ def test_a_test_loss_that_is_not_finite_stops_the_run(small_classes) -> None:
     state = jt.init_state(
         jt.models.LinearRegression(), jt.optimizers.sgd(0.1), data.inputs[:1], key=jax.random.key(0)
     )
-    far = data._replace(targets=data.targets.at[7].set(1e30))
-    with pytest.raises(jt.NonFiniteLossError, match="test loss became inf after epoch 1"):
+    far = data.replace(targets=data.targets.at[7].set(1e30))
+    with pytest.raises(jt.NonFiniteError, match="test loss became inf after epoch 1"):
         jt.fit(state, data, far, loss_fn=jt.losses.mean_squared_error, epochs=3)
 
 
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"epochs": -1}, "epochs is -1; expected a whole number of at least 0"),
+        ({"epochs": -1}, "epochs is -1; expected an integer of at least 0"),
         ({"batch_size": 0}, "batch_size is 0"),
         ({"test_batch_size": 0}, "test_batch_size is 0"),
-        ({"log_interval": -1}, "log_interval is -1"),
     ],
 )
 def test_bad_arguments_are_named(small_state, small_classes, options, message) -> None:
@@ -275,12 +276,12 @@ def test_bad_arguments_are_named(small_state, small_classes, options, message) -
 
 @pytest.mark.parametrize("name", ["epoch", "train_loss", "test_accuracy", "seconds", "step_losses"])
 def test_a_column_has_one_meaning(small_state, small_classes, name) -> None:
-    with pytest.raises(jt.InputError, match=f"state_metrics has a column named '{name}'"):
+    with pytest.raises(jt.InputError, match=f"state_metrics has a metric named '{name}'"):
         fit(small_state, small_classes, state_metrics={name: lambda state: 7.0})
 
 
 def test_both_data_sets_are_checked(small_state, small_classes) -> None:
-    wrong = small_classes._replace(targets=small_classes.targets + 1)
+    wrong = small_classes.replace(targets=small_classes.targets + 1)
     with pytest.raises(jt.InputError, match=r"test_data\.targets holds the label 3"):
         jt.fit(small_state, small_classes, wrong, loss_fn=LOSS)
     with pytest.raises(jt.InputError, match=r"train_data\.targets holds the label 3"):
@@ -288,7 +289,7 @@ def test_both_data_sets_are_checked(small_state, small_classes) -> None:
 
 
 def test_the_terms_of_a_loss_are_asked_too(small_state, small_classes) -> None:
-    wrong = small_classes._replace(targets=small_classes.targets + 1)
+    wrong = small_classes.replace(targets=small_classes.targets + 1)
     mixed = jt.losses.weighted_sum((0.5, jt.losses.weighted_sum((2.0, LOSS))), (0.1, LOSS))
     with pytest.raises(jt.InputError, match=r"train_data\.targets holds the label 3"):
         jt.fit(small_state, wrong, loss_fn=mixed)
@@ -299,16 +300,80 @@ def test_the_terms_of_a_loss_are_asked_too(small_state, small_classes) -> None:
 @pytest.mark.parametrize("name", ["soft_cross_entropy", "sigmoid_binary_cross_entropy"])
 def test_probabilities_lie_between_0_and_1(small_state, small_classes, name, value) -> None:
     shares = jax.nn.one_hot(small_classes.targets, 3)
-    data = small_classes._replace(targets=shares)
+    data = small_classes.replace(targets=shares)
     loss_fn = getattr(jt.losses, name)
     jt.fit(small_state, data, loss_fn=loss_fn, epochs=1)
-    wrong = data._replace(targets=shares.at[7, 1].set(value))
+    wrong = data.replace(targets=shares.at[7, 1].set(value))
     with pytest.raises(jt.InputError, match=rf"targets holds the probability {value}; expected"):
         jt.fit(small_state, wrong, loss_fn=loss_fn)
 
 
 def test_numpy_data_trains_alike(small_state, small_classes) -> None:
-    arrays = jt.Dataset(*map(np.asarray, small_classes))
+    arrays = jax.tree.map(np.asarray, small_classes)
     _, ours = fit(small_state, arrays, epochs=2)
     _, expected = fit(small_state, small_classes, epochs=2)
-    np.testing.assert_array_equal(ours["step_losses"], expected["step_losses"])
+    np.testing.assert_array_equal(ours.step_losses, expected.step_losses)
+
+
+def test_a_callback_may_end_the_run(small_state, small_classes) -> None:
+    """At a target accuracy."""
+
+    def at_target(event) -> bool:
+        return isinstance(event, EpochDone) and event.metrics["test_accuracy"] > 0.8
+
+    state, history = fit(small_state, small_classes, epochs=60, on_event=at_target)
+    accuracy = history["test_accuracy"]
+    assert len(accuracy) == state.epoch < 60
+    assert accuracy[-1] > 0.8 >= accuracy[:-1].max()
+
+
+def test_early_stopping_watches_any_column(small_state, small_classes) -> None:
+    contrary = small_classes.replace(targets=(small_classes.targets + 1) % 3)
+    state, history = fit(
+        small_state,
+        small_classes,
+        epochs=30,
+        validation_data=contrary,
+        early_stopping=jt.EarlyStopping(4, monitor="validation_accuracy", mode="max"),
+    )
+    best = int(np.argmax(history["validation_accuracy"]))
+    assert state.epoch == best + 1
+    assert len(history["epoch"]) == best + 1 + 4 < 30
+
+
+def test_early_stopping_takes_the_first_of_equal_minima() -> None:
+    rows = [{"loss": value} for value in (3.0, 1.0, 2.0, 1.0, 1.0)]
+    stopping = jt.EarlyStopping(3, monitor="loss")
+    assert stopping.best_row(rows) == 1
+    assert stopping.is_over(rows)
+    assert not stopping.is_over(rows[:4])
+    assert jt.EarlyStopping(3, monitor="loss", mode="max").best_row(rows) == 0
+    rows = [{"loss": value} for value in (float("nan"), 2.0, float("nan"))]
+    assert stopping.best_row(rows) == 1
+
+
+@pytest.mark.parametrize("kind", [KeyboardInterrupt, RuntimeError])
+def test_an_interrupted_run_hands_over_what_it_finished(small_state, small_classes, kind) -> None:
+    def interrupt(event) -> None:
+        if isinstance(event, StepsDone) and event.epoch == 3:
+            raise kind
+
+    with pytest.raises(kind) as raised:
+        fit(small_state, small_classes, epochs=9, on_event=interrupt)
+    expected, history = fit(small_state, small_classes, epochs=2)
+    assert_identical(raised.value.state.params, expected.params)
+    assert_identical(without_clock(raised.value.history), without_clock(history))
+
+
+def test_a_history_is_a_table(small_state, small_classes) -> None:
+    pandas = pytest.importorskip("pandas")
+    _, history = fit(small_state, small_classes, epochs=3)
+    frame = pandas.DataFrame(history)
+    assert list(frame.columns) == list(history)
+    assert len(frame) == 3
+
+
+def test_fit_takes_at_most_14_parameters() -> None:
+    import inspect
+
+    assert len(inspect.signature(jt.fit).parameters) <= 14

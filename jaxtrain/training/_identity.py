@@ -1,0 +1,192 @@
+"""The identity of a run: what decides whether it may resume from a checkpoint."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+import warnings
+from typing import Any
+
+import jax
+import numpy as np
+from jaxtyping import PyTree
+
+from jaxtrain._versions import device_name, versions
+from jaxtrain.checkpoint import digest
+from jaxtrain.errors import InputError, printable
+from jaxtrain.losses import name_of
+from jaxtrain.training._plan import Plan
+from jaxtrain.training.early_stopping import EarlyStopping
+from jaxtrain.training.state import TrainState
+
+# A new version of these may trace the same model to another program.
+_LIBRARIES = {"jax", "jaxlib", "flax", "optax", "jaxtrain"}
+# How much rounding may differ between versions and devices, after one step.
+_TOLERANCE = 1e-3
+
+
+def identify(
+    plan: Plan,
+    state: TrainState,
+    early_stopping: EarlyStopping | None,
+    traced: dict[str, jax.stages.Traced],
+) -> dict[str, Any]:
+    """Returns what makes a run this run and no other, JSON-serializable.
+
+    Args:
+      plan: the run.
+      state: where it starts.
+      early_stopping: how it may end.
+      traced: its programs by name.
+
+    Returns:
+      A dict of
+        "exact": values that no version changes: the data, the order, the options;
+        "descriptions": model, loss and metrics as text, which explain a difference;
+        "jaxprs", "programs": digests of each program, before and after lowering;
+        "start": the digest of the state, its PRNG key and counters, and a summary of its arrays;
+        "first_step": the loss of the first step and a summary of the parameters after it;
+        "versions": of packages and device.
+    """
+    data = {"training data": plan.train_data} | {
+        f"{name} data": data for name, data in plan.held_out.items()
+    }
+    after, losses, _ = plan.run_steps(state, plan.order(int(state.epoch) + 1), 0, 1)
+    return {
+        "exact": {
+            **{name: f"{len(d)} examples with the digest {digest(d)}" for name, d in data.items()},
+            "batch_size": plan.batch_size,
+            "test_batch_size": plan.test_batch_size if plan.held_out else None,
+            "order of the examples": "as stored"
+            if plan.key is None
+            else f"by key {digest(plan.key)}",
+            "columns": ", ".join(plan.columns(state)),
+            "early_stopping": str(early_stopping),
+        },
+        "descriptions": {
+            "model": _without_addresses(repr(state.model)),
+            "loss": name_of(plan.loss_fn),
+            "metrics": ", ".join(
+                "+".join(map(name_of, m if isinstance(m, tuple) else (m,))) for _, m in plan.metrics
+            ),
+        },
+        "jaxprs": {name: _digest_jaxpr(program) for name, program in traced.items()},
+        "programs": {name: _digest_text(t.lower().as_text()) for name, t in traced.items()},
+        "start": {
+            "digest": digest(state),
+            "counters": digest([state.key, state.step, state.epoch]),
+            "summary": _summary(state),
+        },
+        "first_step": [_digits(losses[0]), *_summary(after.params)],
+        "versions": {**versions(), "device": device_name()},
+    }
+
+
+def check_same_run(recorded: dict[str, Any], current: dict[str, Any], where: str) -> None:
+    """Raises InputError if a checkpoint is of another run; warns if only versions differ.
+
+    What differs between versions by rounding alone is compared with a tolerance; what does not is
+    compared exactly. The traced program is compared unless a library that traces it has changed;
+    then the first step is, which shows another model, loss or learning rate.
+
+    Args:
+      recorded: the metadata of the checkpoint, with its "state_digests".
+      current: the metadata of this run. If the run starts from a state that the checkpoint itself
+        holds, its "start" and "first_step" become those recorded.
+      where: describes the checkpoint.
+    """
+    moved = _differences(recorded["versions"], current["versions"])
+    descriptions = _differences(recorded["descriptions"], current["descriptions"])
+    _refuse(_differences(recorded["configuration"], current["configuration"]), where)
+    exact = _differences(recorded["exact"], current["exact"])
+    _refuse(exact and descriptions | exact, where)
+    if current["start"]["digest"] in recorded["state_digests"]:
+        # The program resumes from the state that it got back from the run.
+        current["start"], current["first_step"] = recorded["start"], recorded["first_step"]
+    if not moved:
+        different = _differences(recorded["programs"], current["programs"])
+    elif not _LIBRARIES & moved.keys():
+        different = _differences(recorded["jaxprs"], current["jaxprs"])
+    elif _close(recorded["first_step"], current["first_step"]):
+        different = {}
+    else:
+        pair = recorded["first_step"][0], current["first_step"][0]
+        different = {"loss of the first step": pair}
+    _refuse(descriptions if different and descriptions else different, where)
+    then, now = recorded["start"], current["start"]
+    same_start = then["digest"] == now["digest"] or (
+        bool(moved)
+        and then["counters"] == now["counters"]
+        and _close(then["summary"], now["summary"])
+    )
+    if not same_start:
+        name = "start (parameters, optimizer state and key)"
+        _refuse({name: (then["digest"], now["digest"])}, where)
+    if moved:
+        warnings.warn(
+            printable(
+                f"{where} was written with other versions or on another device "
+                f"({_format(moved)}); the last digits may differ from here on"
+            ),
+            stacklevel=5,
+        )
+
+
+def _differences(then: dict[str, Any], now: dict[str, Any]) -> dict[str, tuple[Any, Any]]:
+    names = {**then, **now}
+    return {n: (then.get(n), now.get(n)) for n in names if then.get(n) != now.get(n)}
+
+
+def _refuse(differences: dict[str, tuple[Any, Any]], where: str) -> None:
+    if differences:
+        raise InputError(
+            f"{where} is of another run: {_format(differences)}; use the same settings, or "
+            "another checkpoint directory"
+        )
+
+
+def _format(differences: dict[str, tuple[Any, Any]]) -> str:
+    return ", ".join(
+        f"{name} was {then} and is now {now}" for name, (then, now) in sorted(differences.items())
+    )
+
+
+def _close(then: list[str], now: list[str]) -> bool:
+    one, other = np.array(then, np.float64), np.array(now, np.float64)
+    return one.shape == other.shape and np.allclose(
+        one, other, rtol=_TOLERANCE, atol=1e-6, equal_nan=True
+    )
+
+
+def _digits(value: Any) -> str:
+    """A number as text: JSON has no NaN and no infinity."""
+    return f"{value:.9g}"
+
+
+def _summary(tree: PyTree) -> list[str]:
+    """The mean and the root mean square of every floating-point array."""
+    arrays = [np.asarray(x, np.float64) for x in jax.tree.leaves(tree) if _is_float(x) and x.size]
+    return [_digits(v) for a in arrays for v in (a.mean(), np.sqrt(np.square(a).mean()))]
+
+
+def _is_float(leaf: Any) -> bool:
+    return jax.numpy.issubdtype(leaf.dtype, jax.numpy.floating)
+
+
+def _digest_jaxpr(traced: jax.stages.Traced) -> str:
+    return _digest_text(_without_addresses(str(traced.jaxpr))) + digest(traced.jaxpr.consts)
+
+
+def _digest_text(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+def _without_addresses(text: str) -> str:
+    """Drops memory addresses, which differ from process to process, and line breaks."""
+    return " ".join(re.sub(r" at 0x[0-9a-f]+|# attributes ", "", text).split())
+
+
+def to_json(configuration: Any) -> Any:
+    """Returns a configuration as it reads back from JSON, to be compared with a recorded one."""
+    return json.loads(json.dumps(configuration, default=str))

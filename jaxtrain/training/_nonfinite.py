@@ -1,0 +1,137 @@
+"""Detection of NaN and infinities in a run: where they hide, and the first step that shows them."""
+
+from __future__ import annotations
+
+import functools
+import math
+from typing import Any, NoReturn
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from jaxtyping import Array, Bool, PyTree
+
+from jaxtrain.dataset import named_arrays
+from jaxtrain.errors import NonFiniteError
+from jaxtrain.optimizers import has_line_search, skipped_steps
+from jaxtrain.training._plan import Plan, learning_rate
+from jaxtrain.training.state import TrainState
+from jaxtrain.training.step import predict_batch
+
+
+def steps_to_measure(state: TrainState) -> str:
+    """Returns the steps whose gradient norm `fit` must look at, "last" or "every".
+
+    An infinite gradient usually makes parameters or optimizer state infinite for good, which
+    `check_arrays` sees at the end of the epoch. Some optimizers hide it: Rprop uses the sign alone,
+    clipping by value makes a number of an infinity, `optax.zero_nans` drops a NaN.
+    """
+    if has_line_search(state.opt_state):  # an epoch is one step
+        return "last"
+    if skipped_steps(state.opt_state) is not None:  # the safeguard looks at every gradient
+        return "last"
+    leaves, structure = jax.tree.flatten(state.params)
+    hides = _hides_nonfinite(state.optimizer, structure, tuple(leaf.dtype for leaf in leaves))
+    return "every" if hides else "last"
+
+
+@functools.lru_cache(maxsize=64)  # a caller of many short runs compiles it once
+def _hides_nonfinite(
+    optimizer: optax.GradientTransformation,
+    structure: jax.tree_util.PyTreeDef,
+    dtypes: tuple[np.dtype, ...],
+) -> bool:
+    @jax.jit
+    def updated(params: PyTree, gradient: Array) -> PyTree:
+        grads = jax.tree.map(lambda leaf: jnp.full_like(leaf, gradient), params)
+        updates, _ = optimizer.update(grads, optimizer.init(params), params)
+        return optax.apply_updates(params, updates)
+
+    # One number per parameter is enough: it is the rule that is tested.
+    params = jax.tree.unflatten(structure, [jnp.ones((), dtype) for dtype in dtypes])
+    try:
+        after = [updated(params, jnp.float32(gradient)) for gradient in (math.inf, math.nan)]
+    except Exception:  # the optimizer needs the shapes of the parameters
+        return True
+    return any(np.isfinite(leaf).any() for leaf in jax.tree.leaves(after))
+
+
+def check_arrays(before: TrainState, after: TrainState, epoch: int) -> None:
+    """Raises NonFiniteError if a number of the state that was finite no longer is.
+
+    Looks at parameters, model state and optimizer state. (A model may hold an infinity on purpose,
+    as the initial value of a running minimum.)
+    """
+    pair = [
+        {"params": s.params, "model_state": s.model_state, "opt_state": s.opt_state}
+        for s in (before, after)
+    ]
+    if not _became_nonfinite(*pair):
+        return
+    for (path, new), old in zip(named_arrays(pair[1], ""), jax.tree.leaves(pair[0]), strict=True):
+        wrong = np.asarray(_differs(old, new))
+        if wrong.any():
+            value = float(np.asarray(new)[wrong][0].real)
+            raise NonFiniteError(epoch, None, path, value, learning_rate(after))
+
+
+@jax.jit
+def _became_nonfinite(before: PyTree, after: PyTree) -> Bool[Array, ""]:
+    pairs = zip(jax.tree.leaves(before), jax.tree.leaves(after), strict=True)
+    return jnp.array([_differs(*pair).any() for pair in pairs], bool).any()
+
+
+def _differs(old: Array, new: Array) -> Array:
+    if not jnp.issubdtype(new.dtype, jnp.inexact):
+        return jnp.zeros(new.shape, bool)
+    return jnp.isfinite(old) & ~jnp.isfinite(new)
+
+
+def raise_for_steps(
+    plan: Plan, state: TrainState, order: Array, epoch: int, start: int, finite: np.ndarray
+) -> NoReturn:
+    """Raises NonFiniteError for the first step of a chunk that is not finite.
+
+    Args:
+      plan: the run.
+      state: the state before the chunk.
+      order: the epoch's order of the examples.
+      epoch: the epoch, counted from 1.
+      start: the chunk's first step.
+      finite: whether the loss and the measured gradient norm of each step are finite.
+    """
+    # Measure every gradient now: a loss can be finite when its gradient is not, and then the next
+    # step's loss is the first to show it.
+    stop = start + len(finite)
+    _, losses, norms = plan.run_steps(state, order, start, stop, "every")
+    bad = int(np.argmin(finite & np.isfinite(losses) & np.isfinite(norms)))
+    # Run up to that step, for the learning rate that it used.
+    end = start + bad + 1
+    state, *_ = plan.run_steps(state, order, start, end, "every")
+    loss_is_finite = np.isfinite(losses[bad])
+    quantity = "gradient norm" if loss_is_finite else "training loss"
+    value = float(norms[bad] if loss_is_finite else losses[bad])
+    hint = _label_hint(plan, state, np.asarray(order)[(end - 1) * plan.batch_size :])
+    raise NonFiniteError(epoch, end, quantity, value, learning_rate(state), hint)
+
+
+def _label_hint(plan: Plan, state: TrainState, indices: np.ndarray) -> str:
+    """Explains a NaN by a class label out of range, if the step's batch has one."""
+    data, indices = plan.train_data, indices[: plan.batch_size]
+    labels: Any = data.targets
+    outputs = jax.eval_shape(predict_batch, state, jax.tree.map(lambda x: x[:1], data.inputs))
+    if not (hasattr(labels, "dtype") and hasattr(outputs, "shape") and outputs.shape):
+        return ""
+    if not jnp.issubdtype(labels.dtype, jnp.integer) or labels.ndim != len(outputs.shape) - 1:
+        return ""
+    classes = outputs.shape[-1]
+    batch = np.asarray(labels)[indices].reshape(len(indices), -1)
+    wrong = (batch < 0) | (batch >= classes)
+    if not wrong.any():
+        return ""
+    row, column = np.argwhere(wrong)[0]
+    return (
+        f"train_data.targets holds the label {batch[row, column]} at example {indices[row]}; "
+        f"expected labels from 0 to {classes - 1}, since the model has {classes} outputs"
+    )

@@ -1,0 +1,140 @@
+"""Plan: what stays the same from epoch to epoch of a run, and the programs that it compiles."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Mapping
+from typing import NamedTuple
+
+import jax
+import numpy as np
+from jaxtyping import Array, Key
+
+from jaxtrain.dataset import Dataset
+from jaxtrain.errors import InputError
+from jaxtrain.losses import Loss
+from jaxtrain.optimizers import current_learning_rate, skipped_steps
+from jaxtrain.training.epoch import compiled_evaluate, epoch_order, num_steps, train_steps
+from jaxtrain.training.state import TrainState
+from jaxtrain.training.step import MetricItems
+
+compiled_steps = jax.jit(train_steps, static_argnames=("loss_fn", "batch_size", "measure"))
+
+
+class Plan(NamedTuple):
+    """What stays the same from epoch to epoch.
+
+    Attributes:
+      train_data: the training data.
+      held_out: data to evaluate after each epoch by name, "test" and "validation".
+      loss_fn: per-example loss.
+      metrics: the loss and the metrics by name.
+      state_metrics: further columns of the history, functions of the state.
+      batch_size: examples per step.
+      test_batch_size: examples at a time in evaluation.
+      key: PRNG key of the order of the examples; None takes the stored order.
+      measure: the steps whose gradient norm to compute, "last" or "every".
+    """
+
+    train_data: Dataset
+    held_out: dict[str, Dataset]
+    loss_fn: Loss
+    metrics: MetricItems
+    state_metrics: Mapping[str, Callable[[TrainState], float]]
+    batch_size: int
+    test_batch_size: int
+    key: Key[Array, ""] | None
+    measure: str
+
+    @property
+    def steps(self) -> int:
+        """Steps per epoch."""
+        return num_steps(len(self.train_data), self.batch_size)
+
+    def order(self, epoch: int) -> Array:
+        """Returns the order of the examples in an epoch."""
+        key = None if self.key is None else jax.random.fold_in(self.key, epoch)
+        return epoch_order(len(self.train_data), key)
+
+    def step_weights(self, order: Array) -> np.ndarray:
+        """Returns the weight of each step's loss in the mean over an epoch."""
+        starts = np.arange(0, len(self.train_data), self.batch_size)
+        if self.train_data.weights is None:
+            return np.diff(starts, append=len(self.train_data))
+        weights = np.asarray(self.train_data.weights, np.float64)
+        per_example = weights.reshape(len(weights), -1).sum(axis=1)[np.asarray(order)]
+        return np.add.reduceat(per_example, starts)
+
+    def run_steps(
+        self, state: TrainState, order: Array, start: int, stop: int, measure: str | None = None
+    ) -> tuple[TrainState, np.ndarray, np.ndarray]:
+        """Returns the state after some steps of an epoch, their losses and gradient norms."""
+        state, losses, norms = compiled_steps(
+            state,
+            self.train_data,
+            order,
+            self.loss_fn,
+            start,
+            stop,
+            batch_size=self.batch_size,
+            measure=measure or self.measure,
+        )
+        return state, np.asarray(losses)[start:stop], np.asarray(norms)[start:stop]
+
+    def trace_steps(self, state: TrainState) -> jax.stages.Traced:
+        """Traces the training steps, for any part of an epoch."""
+        order = jax.eval_shape(functools.partial(epoch_order, len(self.train_data)), self.key)
+        return compiled_steps.trace(
+            state,
+            self.train_data,
+            order,
+            self.loss_fn,
+            0,
+            self.steps,
+            batch_size=self.batch_size,
+            measure=self.measure,
+        )
+
+    def trace_evaluation(self, state: TrainState, part: str) -> jax.stages.Traced:
+        """Traces the evaluation of the test or validation data."""
+        return compiled_evaluate.trace(
+            state, self.held_out[part], self.metrics, batch_size=self.test_batch_size
+        )
+
+    def lower_steps(self, state: TrainState, batch_size: int) -> jax.stages.Lowered:
+        """Lowers the training steps at another batch size."""
+        return self._replace(batch_size=batch_size).trace_steps(state).lower()
+
+    def lower_evaluation(self, state: TrainState, part: str, size: int) -> jax.stages.Lowered:
+        """Lowers the evaluation of the test or validation data at another batch size."""
+        return self._replace(test_batch_size=size).trace_evaluation(state, part).lower()
+
+    def columns(self, state: TrainState) -> list[str]:
+        """Returns the names of the history's columns.
+
+        Raises:
+          InputError: a state metric has the name of another column.
+        """
+        columns = [
+            *("epoch", "train_loss"),
+            *(f"{part}_{name}" for part in self.held_out for name, _ in self.metrics),
+            *self.state_metrics,
+            "gradient_norm",
+            *([] if skipped_steps(state.opt_state) is None else ["skipped_steps"]),
+            *([] if learning_rate(state) is None else ["learning_rate"]),
+            "seconds",
+        ]
+        for name in self.state_metrics:
+            if [*columns, "step_losses"].count(name) > 1:
+                raise InputError(
+                    f"state_metrics has a metric named {name!r}, which is another column of the "
+                    "history; rename it"
+                )
+        return columns
+
+
+def learning_rate(state: TrainState) -> float | None:
+    """Returns the learning rate of the latest step, if the optimizer records one."""
+    rate = current_learning_rate(state.opt_state)
+    # A float32 holds seven digits: 0.01, not 0.009999999776.
+    return None if rate is None else float(f"{float(rate):.7g}")

@@ -1,0 +1,178 @@
+"""Checks of data and state against model and loss, on the host, before anything compiles."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, PyTree
+
+from jaxtrain.dataset import Dataset, check_array, check_dataset, named_arrays
+from jaxtrain.errors import InputError
+from jaxtrain.losses import LABEL_LOSSES, PROBABILITY_LOSSES, Loss, single_losses
+from jaxtrain.optimizers import has_clipping, has_line_search
+from jaxtrain.training.state import TrainState
+from jaxtrain.training.step import predict_batch
+
+
+def check_inputs(inputs: PyTree) -> None:
+    """Raises InputError unless there is at least one example."""
+    arrays = named_arrays(inputs, "inputs")
+    for path, array in arrays:
+        check_array(array, path)
+    if not arrays or any(array.ndim == 0 or len(array) == 0 for _, array in arrays):
+        shapes = ", ".join(str(array.shape) for _, array in arrays)
+        raise InputError(
+            f"inputs has the shape {shapes}; expected at least one example along the first axis"
+        )
+
+
+def checked_data(data: Dataset, name: str, state: TrainState, loss_fn: Loss) -> Dataset:
+    """Returns a checked data set on the device, so that it is transferred once, not per epoch."""
+    check_dataset(data, name)
+    check_values(data, name)
+    data = jax.tree.map(jnp.asarray, data)
+    check_model_inputs(state, data, name)
+    check_targets(state, data, loss_fn, name)
+    return data
+
+
+def check_values(dataset: Dataset, name: str) -> None:
+    """Raises InputError unless all values are finite in the dtypes that JAX gives them.
+
+    (JAX makes 32 bits of 64 by default: 1e300 would become infinite, the label 2³² + 1 the
+    label 1.) Skipped for arrays without values to look at: traced, or spread over several hosts.
+    """
+    for path, array in named_arrays(dataset, name):
+        dtype = array.dtype
+        target = jax.dtypes.canonicalize_dtype(dtype)
+        floating = jnp.issubdtype(dtype, jnp.floating)
+        if not _has_values(array) or not (floating or target != dtype):
+            continue
+        # By NumPy: nothing to compile, and nothing is copied on a CPU.
+        values = np.asarray(array)
+        limits = jnp.finfo(target) if floating else jnp.iinfo(target)
+        with np.errstate(invalid="ignore"):  # NaN is what is looked for
+            # NaN propagates to both; two passes without a copy of the data's size.
+            low, high = values.min(), values.max()
+            if limits.min <= low and high <= limits.max:
+                continue
+            wrong = ~((values >= limits.min) & (values <= limits.max))
+        position = np.unravel_index(int(np.argmax(wrong)), values.shape)
+        index = ", ".join(map(str, position))
+        kind = "finite numbers" if floating else "integers"
+        raise InputError(
+            f"{path} holds {values[position]} at [{index}]; expected {kind} that {target} can "
+            "hold: fix or drop such examples"
+        )
+
+
+def check_state(state: TrainState) -> None:
+    """Raises InputError if a variable of the model is NaN: it would stay NaN in training."""
+    variables = {"params": state.params, "model_state": state.model_state}
+    for path, leaf in named_arrays(variables, ""):
+        is_float = jnp.issubdtype(leaf.dtype, jnp.inexact)
+        if is_float and _has_values(leaf) and np.isnan(np.asarray(leaf)).any():
+            raise InputError(
+                f"state holds NaN in {path}; expected numbers: start from init_state or from an "
+                "earlier state"
+            )
+
+
+def check_model_inputs(state: TrainState, data: Dataset, name: str) -> None:
+    """Raises InputError if the model cannot take the inputs of a data set, by their shapes."""
+    try:
+        _predictions_shape(state, data)
+    except InputError:
+        raise
+    except Exception as error:  # whatever the network raises at a shape that it cannot take
+        shapes = ", ".join(
+            f"{path} has {leaf.dtype}{[1, *leaf.shape[1:]]} per example"
+            for path, leaf in named_arrays(data.inputs, f"{name}.inputs")
+        )
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        raise InputError(
+            f"the model does not take the inputs of {name} ({shapes}): {reason}; expected the "
+            "shapes and dtypes that init_state was given"
+        ) from error
+
+
+def check_targets(state: TrainState, dataset: Dataset, loss_fn: Loss, name: str) -> None:
+    """Raises InputError if the loss takes class labels or probabilities and some are not valid.
+
+    JAX clamps an index out of range, so a wrong label would train silently. Examples of weight 0
+    may have any label.
+    """
+    targets, losses = dataset.targets, single_losses(loss_fn)
+    if not isinstance(targets, (np.ndarray, jax.Array)) or not _has_values(targets):
+        return
+    if dataset.weights is not None and not _has_values(dataset.weights):
+        return
+    integers = jnp.issubdtype(targets.dtype, jnp.integer)  # others are refused by the loss itself
+    is_labels = bool(losses & LABEL_LOSSES) and integers
+    if not is_labels and not losses & PROBABILITY_LOSSES:
+        return
+    values = np.asarray(targets)
+    if dataset.weights is not None:
+        values = values[np.asarray(dataset.weights) != 0]
+        if not values.size:
+            return
+    low, high = values.min(), values.max()
+    if is_labels:
+        outputs = _predictions_shape(state, dataset)
+        if not hasattr(outputs, "shape"):
+            return
+        classes = outputs.shape[-1]
+        if low < 0 or high >= classes:
+            raise InputError(
+                f"{name}.targets holds the label {low if low < 0 else high}; expected labels from "
+                f"0 to {classes - 1}, since the model has {classes} outputs"
+            )
+    elif low < 0 or high > 1:
+        raise InputError(
+            f"{name}.targets holds the probability {low if low < 0 else high}; expected values "
+            "from 0 to 1, since the loss is a cross entropy"
+        )
+
+
+def check_line_search(state: TrainState, examples: int, batch_size: int) -> None:
+    """Raises InputError if a line search, L-BFGS for example, meets mini-batches or clipping."""
+    if not has_line_search(state.opt_state):
+        return
+    if batch_size < examples:
+        raise InputError(
+            f"batch_size is {batch_size} of {examples} examples, but the optimizer has a line "
+            "search (L-BFGS); expected all examples in one batch, since the search compares losses "
+            "of the same function"
+        )
+    if has_clipping(state.opt_state):
+        raise InputError(
+            "the optimizer clips gradients and has a line search (L-BFGS); expected one or the "
+            "other, since the search chooses the length of each step"
+        )
+
+
+def strongly_typed(state: TrainState) -> TrainState:
+    """Drops weak types, which would trigger a recompilation in the second step."""
+
+    def convert(leaf: Any) -> Array:
+        array = jnp.asarray(leaf)
+        if jnp.issubdtype(array.dtype, jax.dtypes.prng_key) or not array.weak_type:
+            return array
+        return jax.lax.convert_element_type(array, array.dtype)
+
+    return jax.tree.map(convert, state)
+
+
+def _predictions_shape(state: TrainState, data: Dataset) -> Any:
+    one = jax.tree.map(
+        lambda leaf: jax.ShapeDtypeStruct((1, *leaf.shape[1:]), jnp.result_type(leaf)), data.inputs
+    )
+    return jax.eval_shape(predict_batch, state, one)
+
+
+def _has_values(array: Any) -> bool:
+    is_local = getattr(array, "is_fully_addressable", True)
+    return not isinstance(array, jax.core.Tracer) and is_local and array.size > 0

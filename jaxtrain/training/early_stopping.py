@@ -1,0 +1,55 @@
+"""EarlyStopping: end a run that no longer improves, and return its best state."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Sequence
+from typing import Literal
+
+from jaxtrain._arguments import check_integer
+from jaxtrain.errors import InputError
+
+
+@dataclasses.dataclass(frozen=True)
+class EarlyStopping:
+    """Ends a run after `patience` epochs without an improvement of one column of the history.
+
+    Attributes:
+      patience: epochs without improvement after which to stop, at least 1.
+      monitor: the column to watch.
+      mode: "min" if smaller is better, "max" if larger is better.
+
+    Example:
+      >>> early_stopping = jt.EarlyStopping(3, monitor="validation_accuracy", mode="max")
+    """
+
+    patience: int
+    monitor: str = "validation_loss"
+    mode: Literal["min", "max"] = "min"
+
+    def __post_init__(self) -> None:
+        check_integer(self.patience, "patience", minimum=1)
+        if self.mode not in ("min", "max"):
+            raise InputError(f"mode is {self.mode!r}; expected 'min' or 'max'")
+
+    def check_columns(self, columns: Sequence[str]) -> None:
+        """Raises InputError if the watched column is missing from the history."""
+        if self.monitor not in columns:
+            hint = ""
+            if self.monitor.startswith("validation_"):
+                hint = "; validation data come from train_data.split(0.1, key)"
+            raise InputError(
+                f"early_stopping monitors {self.monitor!r}, but the history has the columns "
+                f"{', '.join(columns)}; expected one of these{hint}"
+            )
+
+    def best_row(self, rows: Sequence[dict[str, float]]) -> int:
+        """Returns the index of the best row, the first of equally good ones."""
+        sign = 1 if self.mode == "min" else -1
+        values = [sign * row[self.monitor] for row in rows]
+        return min(range(len(rows)), key=lambda i: (math.isnan(values[i]), values[i]))
+
+    def is_over(self, rows: Sequence[dict[str, float]]) -> bool:
+        """Returns whether the run ends after these rows."""
+        return bool(rows) and len(rows) - 1 - self.best_row(rows) >= self.patience

@@ -1,0 +1,256 @@
+"""train_epoch, evaluate and predict: one pass over a Dataset, one compiled program."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jaxtyping import Array, Float, Int, Key, PyTree
+
+from jaxtrain._arguments import check_integer, check_key
+from jaxtrain.dataset import Dataset, check_dataset
+from jaxtrain.losses import Loss
+from jaxtrain.metrics import Metric
+from jaxtrain.optimizers import global_norm
+from jaxtrain.training._validation import check_inputs, check_line_search, check_targets
+from jaxtrain.training.state import TrainState, check_state_type
+from jaxtrain.training.step import (
+    MetricItems,
+    Metrics,
+    check_loss,
+    finish_metrics,
+    metric_items,
+    metric_sums,
+    predict_batch,
+    update,
+)
+
+
+def train_epoch(
+    state: TrainState,
+    dataset: Dataset,
+    loss_fn: Loss,
+    *,
+    batch_size: int = 64,
+    key: Key[Array, ""] | None = None,
+) -> tuple[TrainState, Float[Array, "steps"]]:
+    """Trains on every example once.
+
+    A partial last batch is averaged over its own examples. It may itself be jitted, scanned over
+    epochs, or vmapped over states.
+
+    Args:
+      state: where to start; not modified.
+      dataset: inputs and targets with leading axis [examples].
+      loss_fn: per-example loss.
+      batch_size: examples per step; a number larger than the data set means one batch of all.
+      key: PRNG key of the order; None takes the stored order.
+
+    Returns:
+      The state after the epoch, and the loss of each step before its update, [steps].
+
+    Raises:
+      InputError: an argument is out of range; targets are not the labels or probabilities that
+        the loss takes.
+
+    Example:
+      >>> state, losses = jt.train_epoch(state, train, loss_fn, key=jax.random.key(1))
+    """
+    check_state_type(state)
+    check_loss(loss_fn)
+    check_dataset(dataset, "dataset")
+    check_integer(batch_size, "batch_size", minimum=1)
+    if key is not None:
+        check_key(key)
+    check_targets(state, dataset, loss_fn, "dataset")
+    check_line_search(state, len(dataset), batch_size)
+    return _train_epoch(state, dataset, loss_fn, batch_size=batch_size, key=key)
+
+
+@functools.partial(jax.jit, static_argnames=("loss_fn", "batch_size"))
+def _train_epoch(
+    state: TrainState,
+    dataset: Dataset,
+    loss_fn: Loss,
+    *,
+    batch_size: int,
+    key: Key[Array, ""] | None,
+) -> tuple[TrainState, Array]:
+    order = epoch_order(len(dataset), key)
+    steps = num_steps(len(dataset), batch_size)
+    state, losses, _ = train_steps(state, dataset, order, loss_fn, 0, steps, batch_size=batch_size)
+    return state.replace(epoch=state.epoch + 1), losses
+
+
+def num_steps(examples: int, batch_size: int) -> int:
+    """Returns the number of steps per epoch, a partial last batch included."""
+    return -(-examples // batch_size)
+
+
+@functools.partial(jax.jit, static_argnames="examples")
+def epoch_order(examples: int, key: Key[Array, ""] | None) -> Int[Array, "examples"]:
+    """Returns the order of an epoch's examples: a permutation, or as stored if key is None."""
+    if key is None:
+        return jnp.arange(examples, dtype=jnp.int32)
+    return jax.random.permutation(key, examples)
+
+
+def train_steps(
+    state: TrainState,
+    dataset: Dataset,
+    order: Int[Array, "examples"],
+    loss_fn: Loss,
+    start: int | Int[Array, ""],
+    stop: int | Int[Array, ""],
+    *,
+    batch_size: int,
+    measure: str = "none",
+) -> tuple[TrainState, Float[Array, "steps"], Float[Array, "steps"]]:
+    """Takes the steps `start` to `stop - 1` of an epoch.
+
+    With Python integers for `start` and `stop` these are two scans. With traced ones it is one
+    program for any part of an epoch, so that the host can look in without another compilation.
+
+    Args:
+      state: where to start; not modified.
+      dataset: inputs and targets with leading axis [examples].
+      order: the epoch's order of the examples.
+      loss_fn: per-example loss.
+      start: steps of this epoch taken so far.
+      stop: step before which to end.
+      batch_size: examples per step.
+      measure: the steps whose gradient norm to compute, "none", "last" or "every". The norm takes
+        an eighth of a small network's step on a CPU, so `fit` asks for the epoch's last step.
+
+    Returns:
+      The state after them; the loss of each of the epoch's steps before its update; and the
+      Euclidean norm of its gradient over all parameters, before any clipping. Both are 0 for
+      steps that are not taken or not measured.
+    """
+    examples = len(dataset)
+    batch_size = min(batch_size, examples)
+    steps = num_steps(examples, batch_size)
+    last_size = examples - (steps - 1) * batch_size
+    Carry = tuple[TrainState, Array, Array]
+
+    def step(size: int, measured: bool, index: Array, carry: Carry) -> Carry:
+        state, losses, norms = carry
+        indices = lax.dynamic_slice_in_dim(order, index * batch_size, size)
+        state, loss, grads = update(state, dataset.take(indices), loss_fn)
+        if measured:
+            norms = norms.at[index].set(global_norm(grads).astype(norms.dtype))
+        return state, losses.at[index].set(loss), norms
+
+    first = dataset.take(order[:batch_size])
+    loss_dtype = jax.eval_shape(lambda: update(state, first, loss_fn)[1]).dtype
+    norm_dtype = jnp.promote_types(loss_dtype, jnp.float32)
+    carry = (state, jnp.zeros(steps, loss_dtype), jnp.zeros(steps, norm_dtype))
+    # The last step has a loop of its own if its batch is smaller or it alone is measured.
+    separate_last = last_size != batch_size or measure == "last"
+    # Python's min keeps a bound known to JAX, which then scans.
+    minimum = min if isinstance(stop, int) else jnp.minimum
+    equal_steps = steps - 1 if separate_last else steps
+    if equal_steps:
+        body = functools.partial(step, batch_size, measure == "every")
+        carry = lax.fori_loop(start, minimum(stop, equal_steps), body, carry)
+    if separate_last:
+        body = functools.partial(step, last_size, measure != "none")
+        carry = lax.fori_loop(steps - 1, stop, body, carry)
+    return carry
+
+
+def evaluate(
+    state: TrainState,
+    dataset: Dataset,
+    loss_fn: Loss,
+    metric_fns: Mapping[str, Metric] | None = None,
+    *,
+    batch_size: int = 1000,
+) -> Metrics:
+    """Returns the mean loss and the metrics of a data set, with the model in evaluation mode.
+
+    Args:
+      state: the parameters to evaluate.
+      dataset: inputs and targets with leading axis [examples].
+      loss_fn: per-example loss.
+      metric_fns: metrics by name.
+      batch_size: examples at a time; changes memory and speed, not the result.
+
+    Returns:
+      {"loss": (weighted) mean loss over all examples, and each metric by its name}.
+
+    Raises:
+      InputError: an argument is out of range; targets are not the labels or probabilities that
+        the loss takes.
+
+    Example:
+      >>> jt.evaluate(state, test, jt.losses.cross_entropy, {"accuracy": jt.metrics.accuracy})
+      {'loss': Array(0.167, dtype=float32), 'accuracy': Array(0.949, dtype=float32)}
+    """
+    check_state_type(state)
+    check_dataset(dataset, "dataset")
+    check_integer(batch_size, "batch_size", minimum=1)
+    check_targets(state, dataset, loss_fn, "dataset")
+    return compiled_evaluate(
+        state, dataset, metric_items(loss_fn, metric_fns), batch_size=batch_size
+    )
+
+
+@functools.partial(jax.jit, static_argnames=("metrics", "batch_size"))
+def compiled_evaluate(
+    state: TrainState, dataset: Dataset, metrics: MetricItems, *, batch_size: int
+) -> Metrics:
+    """The compiled part of `evaluate`, after its checks."""
+    full, tail = _split_batches(dataset, batch_size)
+    sums = lax.map(lambda batch: metric_sums(state, batch, metrics), full)
+    sums = jax.tree.map(lambda leaf: jnp.sum(leaf, axis=0), sums)
+    if tail is not None:
+        sums = jax.tree.map(jnp.add, sums, metric_sums(state, tail, metrics))
+    return finish_metrics(sums, metrics)
+
+
+def predict(state: TrainState, inputs: PyTree, *, batch_size: int = 1000) -> Any:
+    """Returns the model's outputs for many inputs, in evaluation mode.
+
+    Args:
+      state: the parameters to predict with.
+      inputs: array or pytree of arrays, [examples, ...].
+      batch_size: examples at a time; changes memory and speed, not the result.
+
+    Returns:
+      Predictions [examples, ...].
+
+    Raises:
+      InputError: there are no inputs, or the batch size is below 1.
+    """
+    check_state_type(state)
+    check_inputs(inputs)
+    check_integer(batch_size, "batch_size", minimum=1)
+    return _predict(state, inputs, batch_size=batch_size)
+
+
+@functools.partial(jax.jit, static_argnames="batch_size")
+def _predict(state: TrainState, inputs: PyTree, *, batch_size: int) -> Any:
+    full, tail = _split_batches(inputs, batch_size)
+    predictions = lax.map(lambda batch: predict_batch(state, batch), full)
+    predictions = jax.tree.map(lambda leaf: leaf.reshape(-1, *leaf.shape[2:]), predictions)
+    if tail is not None:
+        rest = predict_batch(state, tail)
+        predictions = jax.tree.map(lambda *parts: jnp.concatenate(parts), predictions, rest)
+    return predictions
+
+
+def _split_batches(examples: PyTree, batch_size: int) -> tuple[PyTree, PyTree | None]:
+    """Returns the full batches, stacked along a new first axis, and the remaining examples."""
+    count = len(jax.tree.leaves(examples)[0])
+    batch_size = min(batch_size, count)
+    end = count // batch_size * batch_size
+    full = jax.tree.map(
+        lambda array: array[:end].reshape(-1, batch_size, *array.shape[1:]), examples
+    )
+    tail = jax.tree.map(lambda array: array[end:], examples) if end < count else None
+    return full, tail

@@ -1,0 +1,109 @@
+"""Events: what `fit` reports while it runs, for progress bars, run folders and your own code."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from typing import NamedTuple
+
+import numpy as np
+
+from jaxtrain._arguments import check_integer
+from jaxtrain.training.history import History
+from jaxtrain.training.state import TrainState
+
+
+class Compiled(NamedTuple):
+    """Reported once, before the first step.
+
+    Attributes:
+      seconds: time of tracing and compiling, training and evaluation together.
+      epochs: epochs that remain.
+      steps: steps per epoch.
+      examples: training examples per epoch.
+    """
+
+    seconds: float
+    epochs: int
+    steps: int
+    examples: int
+
+
+class Resumed(NamedTuple):
+    """Reported after `Compiled` if the run resumes from a checkpoint.
+
+    Attributes:
+      epoch: the last completed epoch.
+      history: the history up to it.
+      state: the state after it.
+    """
+
+    epoch: int
+    history: History
+    state: TrainState
+
+
+class StepsDone(NamedTuple):
+    """Reported about once per second, at the end of an epoch, and as `every_steps` asks.
+
+    Attributes:
+      epoch: the current epoch, counted from 1.
+      step: steps taken in this epoch.
+      examples_seen: examples used in this epoch.
+      losses: the losses of the steps since the last event of this kind.
+      state: the state after them.
+    """
+
+    epoch: int
+    step: int
+    examples_seen: int
+    losses: np.ndarray
+    state: TrainState
+
+    @property
+    def loss(self) -> float:
+        """The loss of the latest step."""
+        return float(self.losses[-1])
+
+
+class EpochDone(NamedTuple):
+    """Reported after each epoch.
+
+    Attributes:
+      epoch: the epoch, counted from 1.
+      metrics: this epoch's entry of each column of the history.
+      state: the state after it.
+    """
+
+    epoch: int
+    metrics: dict[str, float]
+    state: TrainState
+
+
+Event = Compiled | Resumed | StepsDone | EpochDone
+OnEvent = Callable[[Event], bool | None]
+
+
+@dataclasses.dataclass(frozen=True)
+class _EverySteps:
+    steps_between_events: int
+    on_event: OnEvent
+
+    def __call__(self, event: Event) -> bool | None:
+        return self.on_event(event)
+
+
+def every_steps(steps: int, on_event: OnEvent) -> OnEvent:
+    """Returns a callback for which `fit` reports `StepsDone` at every multiple of `steps`.
+
+    Without it, `StepsDone` comes about once per second, which costs nothing measurable.
+
+    Args:
+      steps: steps between two events; 0 leaves the callback as it is.
+      on_event: the callback.
+
+    Example:
+      >>> jt.fit(..., on_event=jt.events.every_steps(100, print))
+    """
+    check_integer(steps, "steps", minimum=0)
+    return _EverySteps(steps, on_event) if steps else on_event

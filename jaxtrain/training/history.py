@@ -1,0 +1,47 @@
+"""History: the figures of a run, one entry per epoch."""
+
+from __future__ import annotations
+
+import numpy as np
+
+
+class History(dict[str, np.ndarray]):
+    """Arrays by column name with one entry per epoch; `pandas.DataFrame(history)` works.
+
+    Attributes:
+      step_losses: the loss of every step before its update, [steps].
+    """
+
+    def __init__(self, columns: dict[str, np.ndarray], step_losses: np.ndarray) -> None:
+        super().__init__(columns)
+        self.step_losses = step_losses
+
+
+class Records:
+    """The history of a run while it grows.
+
+    Attributes:
+      columns: names of the history's columns, in order.
+      rows: one dict per epoch, by column name.
+    """
+
+    def __init__(self, columns: list[str]) -> None:
+        self.columns = columns
+        self.rows: list[dict[str, float]] = []
+        self._step_losses = [np.empty(0, np.float32)]
+
+    def append(self, row: dict[str, float], step_losses: np.ndarray) -> None:
+        """Adds an epoch."""
+        self.rows.append({name: row[name] for name in self.columns})
+        self._step_losses.append(step_losses)
+
+    def restore(self, history: dict[str, np.ndarray], step_losses: np.ndarray) -> None:
+        """Replaces everything by the history of a checkpoint."""
+        values = zip(*(history[name].tolist() for name in self.columns), strict=True)
+        self.rows = [dict(zip(self.columns, row, strict=True)) for row in values]
+        self._step_losses = [step_losses]
+
+    def history(self) -> History:
+        """Returns the history so far."""
+        columns = {name: np.asarray([row[name] for row in self.rows]) for name in self.columns}
+        return History(columns, np.concatenate(self._step_losses))

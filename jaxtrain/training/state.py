@@ -1,0 +1,173 @@
+"""TrainState: everything that changes in a training run, as one pytree."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from typing import Any, no_type_check
+
+import jax
+import jax.numpy as jnp
+import optax
+from jaxtyping import Array, Int, Key, PyTree
+
+from jaxtrain import adapters
+from jaxtrain._arguments import check_key
+from jaxtrain.dataset import check_array, named_arrays
+from jaxtrain.errors import InputError
+from jaxtrain.model import Model
+from jaxtrain.optimizers import hoist_tracers
+
+
+# Not type-checked at run time: JAX rebuilds pytrees with placeholders for their leaves.
+@no_type_check
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True, eq=False)
+class TrainState:
+    """Parameters, optimizer state, counters and PRNG key of one run; a frozen pytree.
+
+    Attributes:
+      step: optimizer steps taken.
+      epoch: epochs completed, by `train_epoch` or `fit`.
+      params: the pytree that is optimized.
+      model_state: what else the model carries along, batch statistics for example; {} if nothing.
+      opt_state: state of the optimizer.
+      key: PRNG key. Step t draws from `fold_in(key, t)`, so resuming needs nothing else.
+      model: the network (static).
+      optimizer: the optax transformation (static); `with_optimizer` sets another one.
+    """
+
+    step: Int[Array, ""]
+    epoch: Int[Array, ""]
+    params: PyTree
+    model_state: PyTree
+    opt_state: PyTree
+    key: Key[Array, ""]
+    model: Model = dataclasses.field(metadata={"static": True})
+    optimizer: optax.GradientTransformation = dataclasses.field(metadata={"static": True})
+
+    def replace(self, **changes: Any) -> TrainState:
+        """Returns a copy with some fields replaced."""
+        return dataclasses.replace(self, **changes)
+
+    def __repr__(self) -> str:
+        parts = {"params": self.params, "model_state": self.model_state}
+        count = sum(getattr(leaf, "size", 1) for leaf in jax.tree.leaves(self.params))
+        shapes = [f"  {path}: {_describe(leaf)}" for path, leaf in named_arrays(parts, "")]
+        head = f"TrainState(step={_value(self.step)}, epoch={_value(self.epoch)}, {count:,} params"
+        return "\n".join([head, *shapes]) + ")"
+
+
+def init_state(
+    model: Any,
+    optimizer: optax.GradientTransformation,
+    sample_inputs: PyTree,
+    *,
+    key: Key[Array, ""],
+    rngs: Sequence[str] = ("dropout",),
+) -> TrainState:
+    """Returns the state before the first step.
+
+    Args:
+      model: a Linen module, called as `module(inputs, train: bool)` or `module(inputs)`; an NNX or
+        Equinox module, whose own parameters are the start; or a `Model`.
+      optimizer: any optax transformation; `jaxtrain.optimizers` has those of `torch.optim`.
+      sample_inputs: inputs with the shapes and dtypes of training; one example is enough, and the
+        values are not used.
+      key: PRNG key; decides the initial parameters and every random draw of the model.
+      rngs: names of the RNG streams that a Linen module draws from in training.
+
+    Returns:
+      A TrainState at step 0.
+
+    Raises:
+      InputError: an argument is of the wrong type.
+
+    Example:
+      >>> state = jt.init_state(
+      ...     jt.models.FeedForward(), optax.adam(1e-3), train.inputs[:1], key=jax.random.key(0)
+      ... )
+    """
+    check_key(key)
+    _check_optimizer(optimizer)
+    for path, leaf in named_arrays(sample_inputs, "sample_inputs"):
+        if not isinstance(leaf, jax.ShapeDtypeStruct):
+            check_array(leaf, path)
+    params_key, state_key = jax.random.split(key)
+    adapted, held = adapters.adapt(model, rngs)
+    params, model_state = adapted.init(params_key, sample_inputs) if held is None else held
+    optimizer, opt_state = hoist_tracers(optimizer, params)
+    return TrainState(
+        # Arrays from the start: Python integers would compile the first step twice.
+        step=jnp.zeros((), jnp.int32),
+        epoch=jnp.zeros((), jnp.int32),
+        params=params,
+        model_state=model_state,
+        opt_state=opt_state,
+        key=state_key,
+        model=adapted,
+        optimizer=optimizer,
+    )
+
+
+def with_optimizer(state: TrainState, optimizer: optax.GradientTransformation) -> TrainState:
+    """Returns the state with a new optimizer, which starts afresh on the trained parameters.
+
+    Args:
+      state: where to start; its parameters, counters and key stay.
+      optimizer: any optax transformation.
+
+    Raises:
+      InputError: `optimizer` is not an optax transformation.
+
+    Example:
+      >>> state = jt.with_optimizer(state, jt.optimizers.sgd(1e-4))  # fine-tuning
+    """
+    check_state_type(state)
+    _check_optimizer(optimizer)
+    optimizer, opt_state = hoist_tracers(optimizer, state.params)
+    return state.replace(optimizer=optimizer, opt_state=opt_state)
+
+
+def to_module(state: TrainState) -> Any:
+    """Returns the trained NNX or Equinox module.
+
+    Args:
+      state: a state that `init_state` made of such a module.
+
+    Returns:
+      A new NNX module; or the Equinox module, as a pair with its `eqx.nn.State` if it has one.
+
+    Raises:
+      InputError: the model is a Linen module or a `Model`, whose parameters are `state.params`.
+    """
+    check_state_type(state)
+    return adapters.to_module(state.model, state.params, state.model_state)
+
+
+def check_state_type(state: Any) -> None:
+    """Raises InputError unless `state` is a TrainState."""
+    if not isinstance(state, TrainState):
+        kind = f"{type(state).__module__}.{type(state).__name__}"
+        raise InputError(
+            f"state is a {kind}; expected a jaxtrain.TrainState, which init_state makes and "
+            "train_step and fit return"
+        )
+
+
+def _check_optimizer(optimizer: Any) -> None:
+    if not isinstance(optimizer, optax.GradientTransformation):
+        raise InputError(
+            f"optimizer is {optimizer!r}; expected an optax transformation, such as "
+            "jaxtrain.optimizers.sgd(0.01)"
+        )
+
+
+def _describe(leaf: Any) -> str:
+    return f"{getattr(leaf, 'dtype', type(leaf).__name__)}{list(getattr(leaf, 'shape', ()))}"
+
+
+def _value(leaf: Any) -> str:
+    """The number of a counter, or its type while it is traced or vmapped."""
+    is_number = not isinstance(leaf, jax.core.Tracer) and getattr(leaf, "ndim", 1) == 0
+    return str(int(leaf)) if is_number else _describe(leaf)

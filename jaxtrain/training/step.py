@@ -1,0 +1,299 @@
+"""train_step and eval_step: one batch, one compiled program."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+from jaxtyping import Array, Float, PyTree
+
+from jaxtrain.dataset import Dataset, check_dataset
+from jaxtrain.errors import InputError
+from jaxtrain.losses import Loss, name_of
+from jaxtrain.metrics import Metric
+from jaxtrain.optimizers import last_step_finite
+from jaxtrain.training.state import TrainState, check_state_type
+
+Metrics = dict[str, Float[Array, ""]]
+# The loss and the metrics by name, hashable as `jax.jit` asks of static arguments.
+MetricItems = tuple[tuple[str, Metric], ...]
+
+
+class Auxiliary(NamedTuple):
+    """What `gradients` computes besides the loss and its gradients.
+
+    Attributes:
+      model_state: the model state after the batch.
+      predictions: the model's outputs in training mode, [batch, ...].
+    """
+
+    model_state: PyTree
+    predictions: PyTree
+
+
+def train_step(state: TrainState, batch: Dataset, loss_fn: Loss) -> tuple[TrainState, Metrics]:
+    """Takes one gradient step on one batch.
+
+    Jitted; `gradients` and `apply_gradients` are its two halves, for steps of your own.
+
+    Args:
+      state: parameters, optimizer state and PRNG key; not modified.
+      batch: inputs and targets with leading axis [batch].
+      loss_fn: per-example loss; its (weighted) mean over the batch is minimized. Pass the same
+        function object each time: a new one, such as a lambda in the loop, compiles again.
+
+    Returns:
+      The next state, and {"loss": mean loss before the update}.
+
+    Raises:
+      InputError: `batch` is not a valid Dataset, or the loss is not one value per example.
+
+    Example:
+      >>> state, metrics = jt.train_step(state, train[:64], jt.losses.cross_entropy)
+    """
+    check_state_type(state)
+    check_loss(loss_fn)
+    return _train_step(state, batch, loss_fn)
+
+
+@functools.partial(jax.jit, static_argnames="loss_fn")
+def _train_step(state: TrainState, batch: Dataset, loss_fn: Loss) -> tuple[TrainState, Metrics]:
+    next_state, loss, _ = update(state, batch, loss_fn)
+    return next_state, {"loss": loss}
+
+
+def update(
+    state: TrainState, batch: Dataset, loss_fn: Loss
+) -> tuple[TrainState, Float[Array, ""], PyTree]:
+    """Returns the next state, the loss and its gradients: `train_step` inside a larger program."""
+    loss, grads, aux = gradients(state, batch, loss_fn)
+    next_state = apply_gradients(
+        state,
+        grads,
+        model_state=aux.model_state,
+        # Line searches (optax.lbfgs and others) need these; other optimizers ignore them.
+        value=loss,
+        grad=grads,
+        value_fn=lambda params: _mean_loss(params, state, batch, loss_fn)[0],
+    )
+    return next_state, loss, grads
+
+
+def gradients(
+    state: TrainState, batch: Dataset, loss_fn: Loss
+) -> tuple[Float[Array, ""], PyTree, Auxiliary]:
+    """Returns the mean loss of a batch, its gradients and the auxiliary outputs.
+
+    Not jitted: call it from a jitted step of your own, with `apply_gradients`.
+
+    Args:
+      state: parameters and PRNG key.
+      batch: inputs and targets with leading axis [batch].
+      loss_fn: per-example loss `loss(predictions, targets) -> [batch]`.
+
+    Returns:
+      The (weighted) mean loss, its gradients with respect to `state.params`, and an `Auxiliary`
+      with the new model state and the predictions.
+
+    Example:
+      >>> @jax.jit
+      ... def step(state, batch):
+      ...     loss, grads, aux = jt.gradients(state, batch, loss_fn)
+      ...     grads = jax.tree.map(jnp.sign, grads)
+      ...     return jt.apply_gradients(state, grads, model_state=aux.model_state), loss
+    """
+    check_dataset(batch, "batch")
+    value_and_grad = jax.value_and_grad(_mean_loss, has_aux=True)
+    (loss, aux), grads = value_and_grad(state.params, state, batch, loss_fn)
+    return loss, grads, aux
+
+
+def apply_gradients(
+    state: TrainState, grads: PyTree, *, model_state: PyTree | None = None, **extra_args: Any
+) -> TrainState:
+    """Returns the state after one optimizer update.
+
+    Args:
+      state: the state that the gradients were taken at.
+      grads: gradients with the structure of `state.params`.
+      model_state: the model state after the batch, `aux.model_state` of `gradients`; None keeps
+        the present one.
+      **extra_args: passed on to optimizers that take them, such as `value` for
+        `optax.contrib.reduce_on_plateau`.
+
+    Returns:
+      The next state; its step is one larger.
+    """
+    if model_state is None:
+        model_state = state.model_state
+    skips = last_step_finite(state.opt_state) is not None  # the optimizer has `skip_nonfinite`
+    if skips:
+        extra_args["model_states"] = (state.model_state, model_state)
+    updates, opt_state = optax.with_extra_args_support(state.optimizer).update(
+        grads, state.opt_state, state.params, **extra_args
+    )
+    if skips:
+        model_state = jax.tree.map(
+            functools.partial(jnp.where, last_step_finite(opt_state)),
+            model_state,
+            state.model_state,
+        )
+    return state.replace(
+        # Counted even if skipped, so that dropout and the epoch advance.
+        step=state.step + 1,
+        params=optax.apply_updates(state.params, updates),
+        opt_state=opt_state,
+        model_state=model_state,
+    )
+
+
+def _mean_loss(
+    params: PyTree, state: TrainState, batch: Dataset, loss_fn: Loss
+) -> tuple[Float[Array, ""], Auxiliary]:
+    predictions, model_state = state.model.apply(
+        params,
+        state.model_state,
+        batch.inputs,
+        train=True,
+        key=jax.random.fold_in(state.key, state.step),
+    )
+    losses = per_example(loss_fn, to_float32(predictions), batch)
+    if batch.weights is None:
+        mean = jnp.mean(losses)
+    else:
+        mean = safe_divide(jnp.sum(weighted(losses, batch)), jnp.sum(jnp.asarray(batch.weights)))
+    return mean, Auxiliary(model_state, predictions)
+
+
+def eval_step(
+    state: TrainState,
+    batch: Dataset,
+    loss_fn: Loss,
+    metric_fns: Mapping[str, Metric] | None = None,
+) -> Metrics:
+    """Returns the mean loss and the metrics of one batch, with the model in evaluation mode.
+
+    Args:
+      state: the parameters to evaluate.
+      batch: inputs and targets with leading axis [batch].
+      loss_fn: per-example loss.
+      metric_fns: metrics by name, such as {"accuracy": metrics.accuracy}.
+
+    Returns:
+      {"loss": mean loss, and each metric by its name}.
+
+    Raises:
+      InputError: `batch` is not a valid Dataset, or a metric is not one value per example.
+    """
+    check_state_type(state)
+    return _eval_step(state, batch, metric_items(loss_fn, metric_fns))
+
+
+@functools.partial(jax.jit, static_argnames="metrics")
+def _eval_step(state: TrainState, batch: Dataset, metrics: MetricItems) -> Metrics:
+    check_dataset(batch, "batch")
+    return finish_metrics(metric_sums(state, batch, metrics), metrics)
+
+
+def metric_items(loss_fn: Loss, metric_fns: Mapping[str, Metric] | None) -> MetricItems:
+    """Returns the loss and the metrics by name, as one hashable value."""
+    check_loss(loss_fn)
+    metric_fns = {} if metric_fns is None else metric_fns
+    if not isinstance(metric_fns, Mapping):
+        raise InputError(
+            f"metric_fns is {metric_fns!r}; expected functions by name, such as "
+            '{"accuracy": metrics.accuracy}'
+        )
+    if "loss" in metric_fns:
+        raise InputError("metric_fns has a metric named 'loss', the name of the loss; rename it")
+    for name, metric in metric_fns.items():
+        if not callable(metric) and not (
+            isinstance(metric, tuple) and len(metric) == 2 and all(map(callable, metric))
+        ):
+            raise InputError(
+                f"the metric {name} is {metric!r}; expected a function, or a pair of functions "
+                "(sums, finish)"
+            )
+    return (("loss", loss_fn), *metric_fns.items())
+
+
+def check_loss(loss_fn: Any) -> None:
+    """Raises InputError unless a loss can be called."""
+    if not callable(loss_fn):
+        raise InputError(
+            f"loss_fn is {loss_fn!r}; expected a function, such as jaxtrain.losses.cross_entropy"
+        )
+
+
+def metric_sums(state: TrainState, batch: Dataset, metrics: MetricItems) -> dict[str, Any]:
+    """Returns the sums over a batch of each metric, from which `finish_metrics` computes it."""
+    predictions = to_float32(predict_batch(state, batch.inputs))
+    weights = jnp.ones(len(batch)) if batch.weights is None else batch.weights
+
+    def sums(metric: Metric) -> Any:
+        if isinstance(metric, tuple):
+            return metric[0](predictions, batch.targets, weights)
+        values = per_example(metric, predictions, batch)
+        # In float32 at least: half precision overflows within a few hundred examples.
+        dtype = jnp.promote_types(values.dtype, jnp.float32)
+        if batch.weights is None:
+            return jnp.sum(values, dtype=dtype), len(batch)
+        return jnp.sum(weighted(values, batch), dtype=dtype), jnp.sum(weights)
+
+    return {name: sums(metric) for name, metric in metrics}
+
+
+def finish_metrics(sums: dict[str, Any], metrics: MetricItems) -> Metrics:
+    """Returns each metric from its sums: a weighted mean, or what its `finish` makes of them."""
+    return {
+        name: metric[1](sums[name]) if isinstance(metric, tuple) else safe_divide(*sums[name])
+        for name, metric in metrics
+    }
+
+
+def predict_batch(state: TrainState, inputs: PyTree) -> Any:
+    """Returns the model's outputs for one batch, in evaluation mode."""
+    return state.model.apply(state.params, state.model_state, inputs, train=False, key=None)[0]
+
+
+def per_example(fn: Any, predictions: Any, batch: Dataset) -> Float[Array, "batch ..."]:
+    """Returns `fn(predictions, targets)`, refused unless it is one value per example or weight."""
+    values = fn(predictions, batch.targets)
+    expected = (len(batch),) if batch.weights is None else jnp.shape(batch.weights)
+    if jnp.shape(values) != expected:
+        per = "example" if len(expected) == 1 else "weight"
+        raise InputError(
+            f"{name_of(fn)} returned the shape {jnp.shape(values)} for a batch of {len(batch)}; "
+            f"expected one value per {per}, {expected}: leave the mean over the batch to the step"
+        )
+    return values
+
+
+def weighted(values: Array, batch: Dataset) -> Array:
+    """Returns values times weights; a weight of 0 hides a NaN, of a padded label for example."""
+    weights = jnp.asarray(batch.weights)
+    return jnp.where(weights == 0, 0, values) * weights
+
+
+def to_float32(predictions: Any) -> Any:
+    """Promotes half-precision outputs, so that losses and metrics are computed in float32."""
+    return jax.tree.map(
+        lambda leaf: (
+            leaf.astype(jnp.float32)
+            if jnp.issubdtype(jnp.result_type(leaf), jnp.floating)
+            and jnp.finfo(leaf.dtype).bits < 32
+            else leaf
+        ),
+        predictions,
+    )
+
+
+def safe_divide(total: Array, count: Array | int) -> Array:
+    """Returns total / count, or 0 if the count is 0: a batch may have no weight at all."""
+    if isinstance(count, int):
+        return total / count
+    return jnp.where(count == 0, 0.0, total / jnp.where(count == 0, 1, count))

@@ -1,0 +1,253 @@
+"""Inputs, predictions and targets as pytrees, weights of the losses, and accumulated metrics."""
+
+from __future__ import annotations
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from sklearn.metrics import balanced_accuracy_score
+
+import jaxtrain as jt
+
+LOSS = jt.losses.cross_entropy
+
+
+class TwoHeads(nn.Module):
+    """Two inputs of different lengths; a class and a number."""
+
+    @nn.compact
+    def __call__(self, inputs, train: bool = False):
+        x = jnp.concatenate([inputs["image"], inputs["age"]], axis=1)
+        return {"label": nn.Dense(3)(x), "value": nn.Dense(1)(x)}
+
+
+def two_losses(predictions, targets):
+    return LOSS(predictions["label"], targets["label"]) + jt.losses.mean_squared_error(
+        predictions["value"], targets["value"]
+    )
+
+
+@pytest.fixture
+def data() -> jt.Dataset:
+    key = jax.random.key(0)
+    labels = jnp.arange(50) % 3
+    inputs = {"image": jax.nn.one_hot(labels, 6), "age": jax.random.normal(key, (50, 1))}
+    return jt.Dataset(inputs, {"label": labels, "value": inputs["age"] * 2})
+
+
+def test_pytrees_train_in_every_function(data: jt.Dataset) -> None:
+    state = jt.init_state(TwoHeads(), optax.adam(0.03), data.inputs, key=jax.random.key(0))
+    _, metrics = jt.train_step(state, data, two_losses)
+    metric_fns = {"accuracy": lambda p, t: jt.metrics.accuracy(p["label"], t["label"])}
+    assert metrics["loss"] == pytest.approx(
+        float(jt.eval_step(state, data, two_losses)["loss"]), rel=1e-6
+    )
+    fitted, history = jt.fit(
+        state,
+        data,
+        data[:20],
+        validation_data=data[20:],
+        loss_fn=two_losses,
+        metric_fns=metric_fns,
+        epochs=30,
+        batch_size=16,
+        test_batch_size=7,
+        key=jax.random.key(1),
+    )
+    assert history["test_accuracy"][-1] == 1
+    assert history["test_loss"][-1] < 0.1 * history["test_loss"][0]
+    predictions = jt.predict(fitted, data.inputs, batch_size=8)
+    assert predictions["label"].shape == (50, 3)
+    direct = jt.predict(fitted, data.inputs)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5), predictions, direct)
+    _, losses = jt.train_epoch(state, data, two_losses, batch_size=16)
+    assert losses.shape == (4,)
+
+
+def test_pytrees_are_checked_by_their_paths(data: jt.Dataset) -> None:
+    state = jt.init_state(TwoHeads(), optax.sgd(0.1), data.inputs, key=jax.random.key(0))
+    short = data.replace(targets={**data.targets, "value": data.targets["value"][:40]})
+    with pytest.raises(jt.InputError, match=r"train_data\.targets\.value has 40"):
+        jt.fit(state, short, loss_fn=two_losses)
+    ages = data.inputs["age"].at[7, 0].set(jnp.nan)
+    with pytest.raises(jt.InputError, match=r"train_data\.inputs\.age holds nan at \[7, 0\]"):
+        jt.fit(state, data.replace(inputs={**data.inputs, "age": ages}), loss_fn=two_losses)
+
+
+def test_targets_may_be_none() -> None:
+    """An autoencoder whose loss looks at the predictions alone."""
+
+    class Autoencoder(nn.Module):
+        @nn.compact
+        def __call__(self, inputs, train: bool = False):
+            return nn.Dense(4)(nn.Dense(2)(inputs)) - inputs
+
+    def error(predictions, targets):
+        assert targets is None
+        return jnp.square(predictions).sum(axis=1)
+
+    data = jt.Dataset(jax.random.normal(jax.random.key(0), (30, 4)))
+    state = jt.init_state(Autoencoder(), optax.adam(0.03), data.inputs, key=jax.random.key(0))
+    _, history = jt.fit(state, data, data, loss_fn=error, epochs=20, batch_size=10)
+    assert history["test_loss"][-1] < 0.7 * history["test_loss"][0]
+
+
+def test_a_dataset_counts_and_slices_examples(data: jt.Dataset) -> None:
+    assert len(data) == 50
+    part = data[10:15]
+    assert isinstance(part, jt.Dataset)
+    assert len(part) == 5
+    np.testing.assert_array_equal(part.targets["label"], data.targets["label"][10:15])
+    with pytest.raises(jt.InputError, match="the index is 3; expected a slice"):
+        data[3]
+
+
+def line(weights) -> tuple[jt.TrainState, jt.Dataset]:
+    inputs = jnp.linspace(-1, 1, 12)[:, None]
+    data = jt.Dataset(inputs, inputs**2, weights)
+    model = jt.models.LinearRegression()
+    return jt.init_state(model, jt.optimizers.sgd(0.1), inputs, key=jax.random.key(0)), data
+
+
+def test_a_weighted_step_by_hand() -> None:
+    """Weights of 0 and 1 are the mean over the examples of weight 1; 3 counts one thrice."""
+    mse = jt.losses.mean_squared_error
+    state, data = line(jnp.array([1.0, 0.0, 3.0] + 9 * [0.0]))
+    weighted, metrics = jt.train_step(state, data, mse)
+    repeated = data.replace(weights=None).take(jnp.array([0, 2, 2, 2]))
+    expected, expected_metrics = jt.train_step(state, repeated, mse)
+    assert metrics["loss"] == pytest.approx(float(expected_metrics["loss"]), rel=1e-6)
+    jax.tree.map(
+        lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-6), weighted.params, expected.params
+    )
+
+
+@settings(max_examples=8)
+@given(batch_size=st.integers(1, 14), seed=st.integers(0, 5))
+def test_a_masked_mean_does_not_depend_on_the_batch_size(batch_size: int, seed: int) -> None:
+    weights = jax.random.bernoulli(jax.random.key(seed), 0.4, (12,)).astype(jnp.float32)
+    weights = weights.at[5].set(1.0)
+    state, data = line(weights)
+    found = jt.evaluate(
+        state,
+        data,
+        jt.losses.mean_squared_error,
+        {"mae": jt.losses.mean_absolute_error},
+        batch_size=batch_size,
+    )
+    kept = data.replace(weights=None).take(jnp.flatnonzero(weights))
+    expected = jt.evaluate(
+        state, kept, jt.losses.mean_squared_error, {"mae": jt.losses.mean_absolute_error}
+    )
+    for name in ("loss", "mae"):
+        assert found[name] == pytest.approx(float(expected[name]), rel=1e-5)
+
+
+def test_weights_of_one_give_the_unweighted_run() -> None:
+    state, data = line(None)
+    options = {"loss_fn": jt.losses.mean_squared_error, "epochs": 3, "batch_size": 5}
+    _, plain = jt.fit(state, data, data, **options)
+    ones = data.replace(weights=jnp.ones(12))
+    _, weighted = jt.fit(state, ones, ones, **options)
+    for name in ("train_loss", "test_loss"):
+        np.testing.assert_allclose(plain[name], weighted[name], rtol=1e-6)
+
+
+def test_weights_per_token_train_a_sequence_model() -> None:
+    """Padding has the label −1 and weight 0: neither its NaN nor its count matters."""
+
+    class Tagger(nn.Module):
+        @nn.compact
+        def __call__(self, inputs, train: bool = False):
+            return nn.Dense(3)(jax.nn.one_hot(inputs, 5))
+
+    tokens = jax.random.randint(jax.random.key(0), (20, 7), 0, 5)
+    lengths = 1 + jnp.arange(20) % 7
+    mask = jnp.arange(7) < lengths[:, None]
+    data = jt.Dataset(tokens, jnp.where(mask, tokens % 3, -1), mask.astype(jnp.float32))
+    state = jt.init_state(Tagger(), optax.adam(0.1), tokens, key=jax.random.key(0))
+    fitted, history = jt.fit(
+        state,
+        data,
+        data,
+        loss_fn=LOSS,
+        metric_fns={"accuracy": jt.metrics.accuracy},
+        epochs=30,
+        batch_size=8,
+    )
+    assert history["test_accuracy"][-1] == pytest.approx(1.0)
+    logits = jt.predict(fitted, tokens)
+    losses = np.asarray(LOSS(logits, data.targets))
+    expected = losses[np.asarray(mask)].mean()
+    assert history["test_loss"][-1] == pytest.approx(expected, rel=1e-5)
+    wrong = data.replace(targets=data.targets.at[3, 0].set(3))
+    with pytest.raises(jt.InputError, match="holds the label 3; expected labels from 0 to 2"):
+        jt.fit(state, wrong, loss_fn=LOSS)
+
+
+def test_a_batch_without_weight_changes_nothing() -> None:
+    state, data = line(jnp.zeros(12))
+    after, metrics = jt.train_step(state, data, jt.losses.mean_squared_error)
+    assert metrics["loss"] == 0
+    jax.tree.map(np.testing.assert_array_equal, after.params, state.params)
+
+
+@pytest.mark.parametrize("batch_size", [1, 13, 100])
+def test_an_accumulated_metric_is_that_of_all_examples(
+    small_state, small_classes, batch_size
+) -> None:
+    """The mean of the batches' balanced accuracies would be another number."""
+    few = small_classes.take(jnp.array([0, 1, 2, 3, 6, 9, 12, 15, 18, 4]))
+    found = jt.evaluate(
+        small_state, few, LOSS, {"b": jt.metrics.balanced_accuracy}, batch_size=batch_size
+    )
+    predicted = np.argmax(jt.predict(small_state, few.inputs), axis=1)
+    assert found["b"] == pytest.approx(balanced_accuracy_score(few.targets, predicted))
+
+
+def test_a_metric_of_the_users_own_is_a_pair(small_state, small_classes) -> None:
+    """Perplexity: the exponential of a mean."""
+
+    def sums(predictions, targets, weights):
+        return jnp.sum(weights * LOSS(predictions, targets)), jnp.sum(weights)
+
+    perplexity = (sums, lambda total: jnp.exp(total[0] / total[1]))
+    _, history = jt.fit(
+        small_state,
+        small_classes,
+        small_classes,
+        loss_fn=LOSS,
+        metric_fns={"perplexity": perplexity},
+        epochs=2,
+        test_batch_size=7,
+    )
+    np.testing.assert_allclose(history["test_perplexity"], np.exp(history["test_loss"]), rtol=1e-5)
+
+
+def test_losses_see_float32(small_classes) -> None:
+    """A bfloat16 network: the loss of the step is that of its logits in float32."""
+
+    class Half(nn.Module):
+        @nn.compact
+        def __call__(self, inputs, train: bool = False):
+            return nn.Dense(3, dtype=jnp.bfloat16)(inputs)
+
+    seen = []
+
+    def loss_fn(predictions, targets):
+        seen.append(predictions.dtype)
+        return LOSS(predictions, targets)
+
+    state = jt.init_state(Half(), optax.sgd(0.1), small_classes.inputs, key=jax.random.key(0))
+    _, metrics = jt.train_step(state, small_classes, loss_fn)
+    jt.evaluate(state, small_classes, loss_fn)
+    assert set(seen) == {jnp.dtype(jnp.float32)}
+    logits = jt.predict(state, small_classes.inputs)
+    assert logits.dtype == jnp.bfloat16
+    expected = LOSS(logits.astype(jnp.float32), small_classes.targets).mean()
+    assert metrics["loss"] == pytest.approx(float(expected), rel=1e-6)

@@ -1,0 +1,116 @@
+"""TrainState: counters, optimizers that are exchanged or swept, and its repr."""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+import jaxtrain as jt
+
+LOSS = jt.losses.cross_entropy
+
+
+def test_repr_shows_shapes_and_no_weights(small_state) -> None:
+    text = repr(small_state)
+    assert "TrainState(step=0, epoch=0, 83 params" in text
+    assert "params.Dense_0.kernel: float32[6, 8]" in text
+    assert "Array(" not in text
+    assert "step=" in repr(jax.vmap(lambda _: small_state)(jnp.arange(3)))
+    jax.jit(lambda state: [repr(state), state.step][1])(small_state)  # while traced
+
+
+def test_a_state_is_frozen(small_state) -> None:
+    with pytest.raises(AttributeError):
+        small_state.step = 3
+
+
+def test_epochs_are_counted_across_batch_sizes(small_state, small_classes) -> None:
+    """By the epoch, not by the steps; and no call repeats another's order."""
+    state, recorded, orders = small_state, [], []
+    for batch_size in (50, 25, 10):
+        before = state
+        state, history = jt.fit(
+            state,
+            small_classes,
+            loss_fn=LOSS,
+            epochs=2,
+            batch_size=batch_size,
+            key=jax.random.key(0),
+        )
+        recorded += history["epoch"].tolist()
+        orders += [int(before.epoch) + 1, int(before.epoch) + 2]
+    assert recorded == orders == [1, 2, 3, 4, 5, 6]
+    state, _ = jt.train_epoch(state, small_classes, LOSS)
+    assert state.epoch == 7
+
+
+def test_two_calls_shuffle_differently(small_state, small_classes) -> None:
+    """The same batch size twice: the third epoch's first batch is not the first epoch's."""
+    frozen = jt.with_optimizer(small_state, optax.sgd(0.0))
+    frozen = frozen.replace(key=jax.random.key(0))
+    options = {"loss_fn": LOSS, "epochs": 1, "batch_size": 10, "key": jax.random.key(3)}
+    state, first = jt.fit(frozen, small_classes, **options)
+    _, second = jt.fit(state.replace(step=frozen.step), small_classes, **options)
+    assert not np.allclose(first.step_losses, second.step_losses)
+
+
+def test_with_optimizer_starts_a_new_optimizer_on_trained_parameters(
+    small_state, small_classes
+) -> None:
+    trained, _ = jt.train_epoch(small_state, small_classes, LOSS, batch_size=10)
+    slow = jt.with_optimizer(trained, jt.optimizers.sgd(1e-3, momentum=0.9))
+    assert (slow.step, slow.epoch) == (trained.step, trained.epoch)
+    jax.tree.map(np.testing.assert_array_equal, slow.params, trained.params)
+    after, _ = jt.train_step(slow, small_classes, LOSS)
+    _loss, grads, _ = jt.gradients(slow, small_classes, LOSS)
+    jax.tree.map(
+        lambda new, old, grad: np.testing.assert_allclose(new, old - 1e-3 * grad, rtol=1e-5),
+        after.params,
+        slow.params,
+        grads,
+    )
+
+
+OPTIMIZERS = {
+    "optax.sgd, swept rate": lambda x: optax.sgd(x),
+    "optax.sgd, swept momentum": lambda x: optax.sgd(0.01, momentum=x),
+    "optax.adam, swept rate": lambda x: optax.adam(x),
+    "jaxtrain sgd, swept rate": lambda x: jt.optimizers.sgd(x),
+    "jaxtrain sgd, swept momentum": lambda x: jt.optimizers.sgd(0.01, momentum=x),
+    "clipped, swept rate": lambda x: jt.optimizers.clip_gradients(jt.optimizers.adam(x), 1.0),
+}
+
+
+@pytest.mark.parametrize("make", OPTIMIZERS.values(), ids=OPTIMIZERS.keys())
+@pytest.mark.parametrize("compiled", [False, True])
+def test_a_state_that_leaves_a_sweep_trains_on(small_classes, make, compiled) -> None:
+    """Each as the same run alone."""
+    model = jt.models.FeedForward(features=(8, 3), dropout_rate=0.2, mean=0.0, std=1.0)
+
+    def run(value):
+        state = jt.init_state(model, make(value), small_classes.inputs[:1], key=jax.random.key(0))
+        return jt.train_epoch(state, small_classes, LOSS, batch_size=25)[0]
+
+    values = jnp.array([0.003, 0.03, 0.3])
+    sweep = jax.vmap(run)
+    states = (jax.jit(sweep) if compiled else sweep)(values)
+    states, losses = jax.vmap(lambda s: jt.train_epoch(s, small_classes, LOSS, batch_size=25))(
+        states
+    )
+    for index, value in enumerate(values):
+        alone = run(float(value))
+        alone, expected = jt.train_epoch(alone, small_classes, LOSS, batch_size=25)
+        np.testing.assert_allclose(losses[index], expected, rtol=1e-5)
+        jax.tree.map(
+            lambda ours, theirs, index=index: np.testing.assert_allclose(
+                ours[index], theirs, rtol=1e-4, atol=1e-6
+            ),
+            states.params,
+            alone.params,
+        )
+    one = jax.tree.map(lambda leaf: leaf[1], states)  # one of them, trained on by itself
+    one, history = jt.fit(one, small_classes, loss_fn=LOSS, epochs=1)
+    assert np.isfinite(history["train_loss"]).all()

@@ -1,0 +1,52 @@
+"""What type checkers see of the public functions, in code as users write it."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+CODE = """
+import jax
+import jaxtrain as jt
+import numpy as np
+import optax
+from flax import linen as nn
+
+data = jt.Dataset(np.ones((8, 4), np.float32), np.zeros(8, np.int32))
+state = jt.init_state(nn.Dense(3), optax.adam(1e-3), data.inputs, key=jax.random.key(0))
+state, metrics = jt.train_step(state, data[:4], jt.losses.cross_entropy)
+state, losses = jt.train_epoch(state, data, jt.losses.cross_entropy)
+jt.losses.cross_entropy(np.ones((8, 3), np.float32), np.zeros(8, np.int32))
+state, history = jt.fit(state, data, loss_fn=jt.losses.cross_entropy, epochs=1)
+loss, grads, aux = jt.gradients(state, data, jt.losses.cross_entropy)
+reveal_type(state)
+reveal_type(metrics["loss"])
+reveal_type(losses)
+reveal_type(history["train_loss"])
+reveal_type(aux)
+reveal_type(len(data))
+reveal_type(jt.__version__)
+"""
+
+EXPECTED = ("TrainState", "Array", "Array", "ndarray", "Auxiliary", "int", "str")
+
+
+def test_mypy_sees_the_types_of_results(tmp_path: Path) -> None:
+    pytest.importorskip("mypy")
+    (tmp_path / "user.py").write_text(CODE)
+    result = subprocess.run(
+        [sys.executable, "-m", "mypy", "--strict", "--ignore-missing-imports", "user.py"],
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    revealed = [line for line in result.stdout.splitlines() if "Revealed type" in line]
+    assert "error" not in result.stdout, result.stdout
+    assert len(revealed) == len(EXPECTED)
+    for line, expected in zip(revealed, EXPECTED, strict=True):
+        assert expected in line
+        assert "type is \"Any\"" not in line
