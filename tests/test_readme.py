@@ -1,29 +1,35 @@
-"""The README's Python runs as it stands there."""
+"""The Python of the README and the guide runs, and prints what its comments say."""
 
 from __future__ import annotations
 
-import os
 import re
 from pathlib import Path
 
 import pytest
 
-README = (Path(__file__).parents[1] / "README.md").read_text()
-BLOCKS = re.findall(r"^```python\n(.*?)^```", README, flags=re.DOTALL | re.MULTILINE)
+ROOT = Path(__file__).parents[1]
+PAGES = [ROOT / "README.md", ROOT / "docs" / "guide.md"]
+LINKS = [
+    (page, path)
+    for page in PAGES
+    for path in sorted(set(re.findall(r"\]\(([\w./-]+)\)", page.read_text())))
+]
 
 
-def test_its_code_runs_from_top_to_bottom(tmp_path: Path, monkeypatch, capsys) -> None:
-    assert len(BLOCKS) >= 3
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_its_code_runs_from_top_to_bottom(page: Path, tmp_path: Path, monkeypatch, capsys) -> None:
+    blocks = re.findall(r"^```python\n(.*?)^```", page.read_text(), flags=re.DOTALL | re.MULTILINE)
+    assert len(blocks) >= 3
     monkeypatch.chdir(tmp_path)
     names: dict[str, object] = {}
-    for block in BLOCKS:
-        exec(compile(block, "README.md", "exec"), names)
-        for line, printed in re.findall(r"^(print\(.*\))  # (.+)$", block, flags=re.MULTILINE):
+    for block in blocks:
+        exec(compile(block, page.name, "exec"), names)
+        for line, printed in re.findall(r"^ *(print\(.*\))  # (.+)$", block, flags=re.MULTILINE):
             capsys.readouterr()
             exec(line, names)
-            assert capsys.readouterr().out.strip() == printed
+            assert capsys.readouterr().out.strip() == printed, line
 
 
-@pytest.mark.parametrize("path", sorted(set(re.findall(r"\]\(([\w./-]+)\)", README))))
-def test_what_it_links_to_exists(path: str) -> None:
-    assert os.path.exists(Path(__file__).parents[1] / path)
+@pytest.mark.parametrize(("page", "path"), LINKS, ids=lambda value: str(value)[-30:])
+def test_what_it_links_to_exists(page: Path, path: str) -> None:
+    assert (page.parent / path).exists()
