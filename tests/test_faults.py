@@ -1,4 +1,4 @@
-"""The table of faults in README.md, held against the tests."""
+"""The table of faults in README.md names tests that exist."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ ROWS = [
 
 
 def test_every_row_names_tests_that_exist() -> None:
-    assert len(ROWS) >= 30
+    assert len(ROWS) >= 50
     for row in ROWS:
         cells = row.strip("| ").split(" | ")
         assert len(cells) == 5, row
-        named = re.findall(r"`(test_\w+\.py)::(test_\w+)`", cells[4])
+        named = re.findall(r"`([\w/]*test_\w+\.py)::(test_\w+)`", cells[4])
         assert named, row
         for file, name in named:
             tree = ast.parse((FOLDER / file).read_text())
             found = {node.name for node in tree.body if isinstance(node, ast.FunctionDef)}
-            assert name in found, row
+            assert name in found, f"{file}::{name}"

@@ -9,7 +9,7 @@ import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Key, PyTree
+from jaxtyping import PyTree
 
 from jaxtrain.adapters._shared import Static, call_parameters, describe_type, to_arrays
 from jaxtrain.errors import InputError
@@ -51,7 +51,7 @@ def adapt(model: Any) -> tuple[Model, tuple[PyTree, PyTree]]:
 class Init:
     """`Model.init` of an Equinox module."""
 
-    def __call__(self, key: Key[Array, ""], inputs: PyTree) -> NoReturn:
+    def __call__(self, key: jax.Array, inputs: PyTree) -> NoReturn:
         """Raises InputError: the parameters are those of the module."""
         raise InputError(
             "an Equinox module holds its own parameters; expected no call of Model.init: make a "

@@ -12,7 +12,7 @@ import flax.errors
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Key, PyTree
+from jaxtyping import PyTree
 
 from jaxtrain.adapters._shared import Static, call_parameters
 from jaxtrain.errors import InputError
@@ -44,7 +44,7 @@ class Init:
     rngs: tuple[str, ...] = dataclasses.field(repr=False)
     takes_train: bool = dataclasses.field(repr=False)
 
-    def __call__(self, key: Key[Array, ""], inputs: PyTree) -> tuple[PyTree, PyTree]:
+    def __call__(self, key: jax.Array, inputs: PyTree) -> tuple[PyTree, PyTree]:
         """Returns fresh parameters and the other collections; the values of `inputs` are unused."""
         variables = dict(self._init(key, jax.tree.map(_concrete, inputs)))
         params = variables.pop("params", {})
@@ -52,7 +52,7 @@ class Init:
 
     # Compiled as one program: run eagerly, each initializer would be compiled separately.
     @functools.partial(jax.jit, static_argnums=0)
-    def _init(self, key: Key[Array, ""], inputs: PyTree) -> dict[str, Any]:
+    def _init(self, key: jax.Array, inputs: PyTree) -> dict[str, Any]:
         others = [name for name in self.rngs if name not in ("params", "dropout")]
         rngs = {"params": key, **_streams(key, others)}
         train = {"train": False} if self.takes_train else {}
@@ -74,7 +74,7 @@ class Apply:
         inputs: PyTree,
         *,
         train: bool,
-        key: Key[Array, ""] | None,
+        key: jax.Array | None,
     ) -> tuple[Any, dict[str, Any]]:
         """Returns the outputs and, in training, the updated collections."""
         variables = {"params": params, **model_state}
@@ -100,7 +100,7 @@ class Apply:
     def to_module(self, params: PyTree, model_state: PyTree) -> NoReturn:
         """Raises InputError: there is no Linen module with parameters."""
         raise InputError(
-            "Linen modules hold no parameters; use state.params, as in "
+            "Linen modules hold no parameters; use "
             "model.apply({'params': state.params, **state.model_state}, ...)"
         )
 

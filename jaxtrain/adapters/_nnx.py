@@ -8,7 +8,7 @@ from typing import Any, NoReturn
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jaxtyping import Array, Key, PyTree
+from jaxtyping import PyTree
 
 from jaxtrain.adapters._shared import Static, call_parameters, describe_type, to_arrays
 from jaxtrain.errors import InputError
@@ -33,7 +33,7 @@ def adapt(module: Any) -> tuple[Model, tuple[PyTree, PyTree]]:
 class Init:
     """`Model.init` of an NNX module."""
 
-    def __call__(self, key: Key[Array, ""], inputs: PyTree) -> NoReturn:
+    def __call__(self, key: jax.Array, inputs: PyTree) -> NoReturn:
         """Raises InputError: the parameters are those of the module."""
         raise InputError(
             "an NNX module holds its own parameters; expected no call of Model.init: make a new "
@@ -56,7 +56,7 @@ class Apply:
         inputs: PyTree,
         *,
         train: bool,
-        key: Key[Array, ""] | None,
+        key: jax.Array | None,
     ) -> tuple[Any, dict[str, Any]]:
         """Returns the outputs and, in training, the updated variables."""
         module = nnx.merge(self.graphdef.value, params, model_state)
@@ -105,8 +105,8 @@ def _describe(module: nnx.Module) -> str:
         if isinstance(node, nnx.Module):
             values = ", ".join(
                 f"{name}={value!r}"
-                for name, value in sorted(vars(node).items())
-                if isinstance(value, bool | int | float | str) and not name.startswith("_")
+                for name, value in vars(node).items()
+                if isinstance(value, bool | int | float | str) and str(name)[0] != "_"
             )
             parts.append((".".join(map(str, path)), f"{type(node).__name__}({values})"))
     return "; ".join(f"{path}: {text}" if path else text for path, text in sorted(parts))

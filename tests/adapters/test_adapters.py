@@ -15,7 +15,7 @@ import pytest
 from flax import nnx
 
 import jaxtrain as jt
-from tests.adapters import networks
+from benchmarks import frameworks
 
 LOSS = jt.losses.cross_entropy
 
@@ -203,7 +203,7 @@ def test_t2_written_four_ways_has_the_same_losses(digits) -> None:
     """50 steps from the same parameters, to 1e-6 of the loss."""
     optimizer = jt.optimizers.sgd(0.05)
     losses = {}
-    for name, state in networks.states(optimizer, digits.train.inputs[:1]).items():
+    for name, state in frameworks.states(optimizer, digits.train.inputs[:1]).items():
         state, first = jt.train_epoch(state, digits.train, LOSS, batch_size=64)
         _, second = jt.train_epoch(state, digits.train, LOSS, batch_size=64)
         losses[name] = np.concatenate([first, second])

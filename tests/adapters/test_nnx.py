@@ -149,10 +149,10 @@ def test_dropout_layers_draw_differently() -> None:
 def test_a_raw_key_and_a_batch_of_streams_work() -> None:
     class Layers(nnx.Module):
         def __init__(self) -> None:
-            self.rngs = nnx.Rngs(dropout=0).split(3)
+            self.rngs = nnx.RngStream(jax.random.split(KEY, 3), tag="dropout")
 
         def __call__(self, x: Array) -> Array:
-            return jax.vmap(lambda key: jax.random.normal(key, (4,)))(self.rngs.dropout.key[...])
+            return jax.vmap(lambda key: jax.random.normal(key, (4,)))(self.rngs.key[...])
 
     outputs, _ = train(start(Layers()), jax.random.PRNGKey(0))
     assert len(np.unique(np.asarray(outputs))) == 12

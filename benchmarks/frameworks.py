@@ -1,17 +1,29 @@
-"""T2's network written four ways, with the same parameters: Linen, NNX, Equinox, plain functions."""
+"""An epoch of T2's network written four ways: Linen, NNX, Equinox, plain functions.
+
+python -m benchmarks.frameworks [--rounds 15]
+
+All start from the same parameters, without dropout; their losses are compared before anything is
+timed. Prints the median seconds per epoch and its ratio to the Linen network's, with a 95 %
+interval.
+"""
 
 from __future__ import annotations
 
+import argparse
 import itertools
+import statistics
 from typing import Any
 
 import equinox as eqx
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 from jaxtyping import Array, PyTree
 
 import jaxtrain as jt
+from benchmarks.timing import in_turns, speedup
+from jaxtrain.cli.command import report_errors
 
 FEATURES = (784, 256, 128, 64, 10)
 MEAN, STD = 0.1307, 0.3081
@@ -86,3 +98,31 @@ def states(optimizer: Any, images: Array) -> dict[str, jt.TrainState]:
     return {"Linen": first} | {
         name: jt.init_state(model, optimizer, images, key=key) for name, model in others.items()
     }
+
+
+def main() -> None:
+    """Times the epochs in turns and prints the table."""
+    parser = argparse.ArgumentParser(description="An epoch of T2's network written four ways.")
+    parser.add_argument("--rounds", type=int, default=15, help="readings of each")
+    rounds = parser.parse_args().rounds
+    train = jt.data.load_resolved("auto").train
+    loss_fn, key = jt.losses.cross_entropy, jax.random.key(1)
+    starts = states(jt.optimizers.sgd(0.01), train.inputs[:1])
+
+    def epoch(state: jt.TrainState) -> np.ndarray:
+        return np.asarray(jt.train_epoch(state, train, loss_fn, key=key)[1])
+
+    losses = {name: epoch(state) for name, state in starts.items()}
+    for name, found in losses.items():
+        np.testing.assert_allclose(found, losses["Linen"], atol=1e-4, err_msg=name)
+    actions = {name: lambda state=state: epoch(state) for name, state in starts.items()}
+    seconds = in_turns(actions, rounds)
+    print(f"{len(train)} images, {rounds} readings in turns, median seconds per epoch")
+    for name, readings in seconds.items():
+        low, ratio, high = speedup(seconds["Linen"], readings)
+        print(f"{name:16} {statistics.median(readings):.3f}  {ratio:.3f} ({low:.3f} to {high:.3f})")
+
+
+if __name__ == "__main__":
+    with report_errors():
+        main()

@@ -1,0 +1,72 @@
+"""Arguments out of range or of the wrong type, at the functions that check them."""
+
+from __future__ import annotations
+
+import jax
+import numpy as np
+import pytest
+
+import jaxtrain as jt
+from jaxtrain._arguments import check_integer, check_key
+from jaxtrain.cli.command import seed_key
+from jaxtrain.dataset import check_dataset
+from jaxtrain.training.step import metric_items
+
+# `make check` puts a type checker on every function, which stops these before the checks do.
+RUNTIME_TYPES = hasattr(jt.init_state, "__wrapped__")
+skip_if_typed = pytest.mark.skipif(RUNTIME_TYPES, reason="the type checker raises first")
+
+
+@pytest.mark.parametrize("value", [2.5, "64", None, True, float("nan")])
+def test_only_integers_are_integers(value) -> None:
+    with pytest.raises(jt.InputError, match=f"steps is {value!r}; expected an integer"):
+        check_integer(value, "steps", minimum=0)
+
+
+def test_bounds() -> None:
+    check_integer(3, "steps", minimum=3, maximum=3)
+    with pytest.raises(jt.InputError, match=r"steps is 4; .*at least 3 and at most 3"):
+        check_integer(4, "steps", minimum=3, maximum=3)
+    with pytest.raises(jt.InputError, match=r"steps is 2; .*at least 3"):
+        check_integer(2, "steps", minimum=3)
+
+
+def test_a_tuple_is_not_a_dataset() -> None:
+    with pytest.raises(jt.InputError, match=r"train_data is a tuple; expected a jaxtrain.Dataset"):
+        check_dataset(([1.0], [2.0]), "train_data")
+
+
+def test_lists_and_scalars_are_not_arrays_of_examples() -> None:
+    with pytest.raises(jt.InputError, match=r"data\.inputs\.0 is a float; expected a NumPy or JAX"):
+        check_dataset(jt.Dataset([1.0], np.ones(1)), "data")
+    with pytest.raises(jt.InputError, match=r"data\.targets is a scalar; expected an array"):
+        check_dataset(jt.Dataset(np.ones(1), np.float32(1)), "data")
+    with pytest.raises(jt.InputError, match=r"data\.inputs holds no array"):
+        check_dataset(jt.Dataset({}, np.ones(1)), "data")
+
+
+@pytest.mark.parametrize("seed", [-1, 2**32, 99999999999999999999])
+def test_a_seed_that_jax_would_take_for_another_is_refused(seed: int) -> None:
+    with pytest.raises(jt.InputError, match=f"seed is {seed}"):
+        seed_key(seed)
+
+
+def test_keys() -> None:
+    check_key(jax.random.key(0))
+    check_key(jax.random.PRNGKey(0))
+    with pytest.raises(jt.InputError, match=r"key is 0; expected a PRNG key, such as jax\.random"):
+        check_key(0)
+
+
+@skip_if_typed
+def test_what_is_not_an_optimizer_or_a_metric_is_named(small_state, small_classes) -> None:
+    model = jt.models.LinearRegression()
+    with pytest.raises(jt.InputError, match="optimizer is 'adam'; expected an optax"):
+        jt.init_state(model, "adam", np.ones((1, 1), np.float32), key=seed_key(0))
+    with pytest.raises(jt.InputError, match=r"metric_fns is <.*accuracy"):
+        metric_items(jt.losses.cross_entropy, jt.metrics.accuracy)
+    with pytest.raises(jt.InputError, match=r"the metric a is 3; expected a function, or a pair"):
+        metric_items(jt.losses.cross_entropy, {"a": 3})
+    with pytest.raises(jt.InputError, match="on_event is a context manager"):
+        loss_fn = jt.losses.cross_entropy
+        jt.fit(small_state, small_classes, loss_fn=loss_fn, on_event=jt.progress())
