@@ -50,8 +50,8 @@ class NnxNetwork(nnx.Module):
 def nnx_network(params: PyTree) -> NnxNetwork:
     network = NnxNetwork(nnx.Rngs(0))
     for layer, name in zip(network.layers, LAYERS, strict=True):
-        layer.kernel.set_value(params[name]["kernel"])
-        layer.bias.set_value(params[name]["bias"])
+        layer.kernel = nnx.Param(params[name]["kernel"])
+        layer.bias = nnx.Param(params[name]["bias"])
     return network
 
 

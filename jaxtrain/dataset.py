@@ -38,7 +38,7 @@ class Dataset:
     """
 
     inputs: PyTree
-    targets: PyTree | None = None
+    targets: PyTree = None
     weights: ArrayLike | None = None
 
     def __len__(self) -> int:

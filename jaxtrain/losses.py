@@ -264,7 +264,7 @@ def _check_and_promote(predictions: AnyArray, targets: AnyArray) -> tuple[Array,
 def _at_least_float32(values: AnyArray) -> Array:
     """Promotes floating types of fewer bits: bfloat16, float16, float8 ..."""
     narrow = jnp.issubdtype(values.dtype, jnp.floating) and jnp.finfo(values.dtype).bits < 32
-    return values.astype(jnp.float32) if narrow else jnp.asarray(values)
+    return jnp.asarray(values, jnp.float32 if narrow else values.dtype)
 
 
 def _mean_over_example(values: Array) -> Array:

@@ -67,6 +67,6 @@ def test_what_is_not_an_optimizer_or_a_metric_is_named(small_state, small_classe
         metric_items(jt.losses.cross_entropy, jt.metrics.accuracy)
     with pytest.raises(jt.InputError, match=r"the metric a is 3; expected a function, or a pair"):
         metric_items(jt.losses.cross_entropy, {"a": 3})
+    loss_fn = jt.losses.cross_entropy
     with pytest.raises(jt.InputError, match="on_event is a context manager"):
-        loss_fn = jt.losses.cross_entropy
         jt.fit(small_state, small_classes, loss_fn=loss_fn, on_event=jt.progress())

@@ -42,7 +42,7 @@ ORDER = [
 # The same inside the package of the training loop.
 TRAINING = [
     *("state", "step", "_validation", "epoch", "history", "early_stopping", "events", "_memory"),
-    *("_plan", "_nonfinite", "_identity", "fit"),
+    *("_hidden", "_plan", "_nonfinite", "_identity", "fit"),
 ]
 
 

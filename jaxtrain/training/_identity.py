@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import hashlib
-import json
 import re
 import warnings
+from collections.abc import Mapping
 from typing import Any
 
 import jax
@@ -30,7 +30,8 @@ def identify(
     plan: Plan,
     state: TrainState,
     early_stopping: EarlyStopping | None,
-    traced: dict[str, jax.stages.Traced],
+    programs: dict[str, jax.stages.Traced],
+    configuration: Mapping[str, Any],
 ) -> dict[str, Any]:
     """Returns what makes a run this run and no other, JSON-serializable.
 
@@ -38,10 +39,12 @@ def identify(
       plan: the run.
       state: where it starts.
       early_stopping: how it may end.
-      traced: its programs by name.
+      programs: its traced programs by name.
+      configuration: the user's settings.
 
     Returns:
       A dict of
+        "configuration": the user's settings;
         "exact": values that no version changes: the data, the order, the options;
         "descriptions": model, loss and metrics as text, which explain a difference;
         "jaxprs", "programs": digests of each program, before and after lowering;
@@ -54,6 +57,7 @@ def identify(
     }
     after, losses, _ = plan.run_steps(state, plan.order(int(state.epoch) + 1), 0, 1)
     return {
+        "configuration": dict(configuration),
         "exact": {
             **{name: f"{len(d)} examples with the digest {digest(d)}" for name, d in data.items()},
             "batch_size": plan.batch_size,
@@ -71,8 +75,8 @@ def identify(
                 "+".join(map(name_of, m if isinstance(m, tuple) else (m,))) for _, m in plan.metrics
             ),
         },
-        "jaxprs": {name: _digest_jaxpr(program) for name, program in traced.items()},
-        "programs": {name: _digest_text(t.lower().as_text()) for name, t in traced.items()},
+        "jaxprs": {name: _digest_jaxpr(program) for name, program in programs.items()},
+        "programs": {name: _digest_text(t.lower().as_text()) for name, t in programs.items()},
         "start": {
             "digest": digest(state),
             "counters": digest([state.key, state.step, state.epoch]),
@@ -83,7 +87,7 @@ def identify(
     }
 
 
-def check_same_run(recorded: dict[str, Any], current: dict[str, Any], where: str) -> None:
+def check_same_run(current: dict[str, Any], recorded: dict[str, Any], where: str) -> None:
     """Raises InputError if a checkpoint is of another run; warns if only versions differ.
 
     What differs between versions by rounding alone is compared with a tolerance; what does not is
@@ -91,9 +95,9 @@ def check_same_run(recorded: dict[str, Any], current: dict[str, Any], where: str
     then the first step is, which shows another model, loss or learning rate.
 
     Args:
-      recorded: the metadata of the checkpoint, with its "state_digests".
-      current: the metadata of this run. If the run starts from a state that the checkpoint itself
+      current: the identity of this run. If the run starts from a state that the checkpoint itself
         holds, its "start" and "first_step" become those recorded.
+      recorded: the identity in the checkpoint, with its "state_digests".
       where: describes the checkpoint.
     """
     moved = _differences(recorded["versions"], current["versions"])
@@ -185,8 +189,3 @@ def _digest_text(text: str) -> str:
 def _without_addresses(text: str) -> str:
     """Drops memory addresses, which differ from process to process, and line breaks."""
     return " ".join(re.sub(r" at 0x[0-9a-f]+|# attributes ", "", text).split())
-
-
-def to_json(configuration: Any) -> Any:
-    """Returns a configuration as it reads back from JSON, to be compared with a recorded one."""
-    return json.loads(json.dumps(configuration, default=str))

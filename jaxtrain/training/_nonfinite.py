@@ -1,60 +1,19 @@
-"""Detection of NaN and infinities in a run: where they hide, and the first step that shows them."""
+"""Detection of NaN and infinities: in the state after an epoch, and the first step with one."""
 
 from __future__ import annotations
 
-import functools
-import math
 from typing import Any, NoReturn
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 from jaxtyping import Array, Bool, PyTree
 
 from jaxtrain.dataset import named_arrays
 from jaxtrain.errors import NonFiniteError
-from jaxtrain.optimizers import has_line_search, skipped_steps
 from jaxtrain.training._plan import Plan, learning_rate
 from jaxtrain.training.state import TrainState
 from jaxtrain.training.step import predict_batch
-
-
-def steps_to_measure(state: TrainState) -> str:
-    """Returns the steps whose gradient norm `fit` must look at, "last" or "every".
-
-    An infinite gradient usually makes parameters or optimizer state infinite for good, which
-    `check_arrays` sees at the end of the epoch. Some optimizers hide it: Rprop uses the sign alone,
-    clipping by value makes a number of an infinity, `optax.zero_nans` drops a NaN.
-    """
-    if has_line_search(state.opt_state):  # an epoch is one step
-        return "last"
-    if skipped_steps(state.opt_state) is not None:  # the safeguard looks at every gradient
-        return "last"
-    leaves, structure = jax.tree.flatten(state.params)
-    hides = _hides_nonfinite(state.optimizer, structure, tuple(leaf.dtype for leaf in leaves))
-    return "every" if hides else "last"
-
-
-@functools.lru_cache(maxsize=64)  # a caller of many short runs compiles it once
-def _hides_nonfinite(
-    optimizer: optax.GradientTransformation,
-    structure: jax.tree_util.PyTreeDef,
-    dtypes: tuple[np.dtype, ...],
-) -> bool:
-    @jax.jit
-    def updated(params: PyTree, gradient: Array) -> PyTree:
-        grads = jax.tree.map(lambda leaf: jnp.full_like(leaf, gradient), params)
-        updates, _ = optimizer.update(grads, optimizer.init(params), params)
-        return optax.apply_updates(params, updates)
-
-    # One number per parameter is enough: it is the rule that is tested.
-    params = jax.tree.unflatten(structure, [jnp.ones((), dtype) for dtype in dtypes])
-    try:
-        after = [updated(params, jnp.float32(gradient)) for gradient in (math.inf, math.nan)]
-    except Exception:  # the optimizer needs the shapes of the parameters
-        return True
-    return any(np.isfinite(leaf).any() for leaf in jax.tree.leaves(after))
 
 
 def check_arrays(before: TrainState, after: TrainState, epoch: int) -> None:

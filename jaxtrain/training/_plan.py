@@ -10,13 +10,18 @@ import jax
 import numpy as np
 from jaxtyping import Array, Key
 
+from jaxtrain._arguments import check_integer, check_key
 from jaxtrain.dataset import Dataset
 from jaxtrain.errors import InputError
 from jaxtrain.losses import Loss
+from jaxtrain.metrics import Metric
 from jaxtrain.optimizers import current_learning_rate, skipped_steps
+from jaxtrain.training._hidden import steps_to_measure
+from jaxtrain.training._memory import memory_advice
+from jaxtrain.training._validation import check_line_search, checked_data
 from jaxtrain.training.epoch import compiled_evaluate, epoch_order, num_steps, train_steps
 from jaxtrain.training.state import TrainState
-from jaxtrain.training.step import MetricItems
+from jaxtrain.training.step import MetricItems, metric_items
 
 compiled_steps = jax.jit(train_steps, static_argnames=("loss_fn", "batch_size", "measure"))
 
@@ -81,6 +86,15 @@ class Plan(NamedTuple):
         )
         return state, np.asarray(losses)[start:stop], np.asarray(norms)[start:stop]
 
+    def compile(self, state: TrainState) -> dict[str, jax.stages.Traced]:
+        """Compiles the training steps and the evaluations; returns the traced programs by name."""
+        programs = {"training step (model, loss and optimizer)": self.trace_steps(state)} | {
+            f"{part} evaluation": self.trace_evaluation(state, part) for part in self.held_out
+        }
+        for program in programs.values():
+            program.lower().compile()
+        return programs
+
     def trace_steps(self, state: TrainState) -> jax.stages.Traced:
         """Traces the training steps, for any part of an epoch."""
         order = jax.eval_shape(functools.partial(epoch_order, len(self.train_data)), self.key)
@@ -131,6 +145,59 @@ class Plan(NamedTuple):
                     "history; rename it"
                 )
         return columns
+
+
+def make_plan(
+    state: TrainState,
+    data: dict[str, Dataset | None],
+    *,
+    loss_fn: Loss,
+    metric_fns: Mapping[str, Metric] | None,
+    state_metrics: Mapping[str, Callable[[TrainState], float]] | None,
+    batch_size: int,
+    test_batch_size: int,
+    key: Key[Array, ""] | None,
+) -> Plan:
+    """Returns the plan of a run, its arguments checked and its data on the device.
+
+    Args:
+      state: where to start.
+      data: "train", and "test" and "validation" or None.
+      loss_fn: per-example loss.
+      metric_fns: metrics by name.
+      state_metrics: further columns of the history by name.
+      batch_size: examples per step.
+      test_batch_size: examples at a time in evaluation.
+      key: PRNG key of the order.
+
+    Raises:
+      InputError: an argument is out of range, or data are not what the model and the loss take.
+      OutOfMemoryError: the device has no room for the data.
+    """
+    check_integer(batch_size, "batch_size", minimum=1)
+    check_integer(test_batch_size, "test_batch_size", minimum=1)
+    if key is not None:
+        check_key(key)
+    metrics = metric_items(loss_fn, metric_fns)
+    with memory_advice(batch_size):  # the data are moved to the device here
+        checked = {
+            name: checked_data(part, f"{name}_data", state, loss_fn)
+            for name, part in data.items()
+            if part is not None
+        }
+    train_data = checked.pop("train")
+    check_line_search(state, len(train_data), batch_size)
+    return Plan(
+        train_data=train_data,
+        held_out=checked,
+        loss_fn=loss_fn,
+        metrics=metrics,
+        state_metrics=dict(state_metrics or {}),
+        batch_size=min(batch_size, len(train_data)),
+        test_batch_size=test_batch_size,
+        key=key,
+        measure=steps_to_measure(state),
+    )
 
 
 def learning_rate(state: TrainState) -> float | None:

@@ -13,7 +13,7 @@ from jaxtrain.dataset import Dataset, check_array, check_dataset, named_arrays
 from jaxtrain.errors import InputError
 from jaxtrain.losses import LABEL_LOSSES, PROBABILITY_LOSSES, Loss, single_losses
 from jaxtrain.optimizers import has_clipping, has_line_search
-from jaxtrain.training.state import TrainState
+from jaxtrain.training.state import TrainState, check_state_type
 from jaxtrain.training.step import predict_batch
 
 
@@ -69,8 +69,14 @@ def check_values(dataset: Dataset, name: str) -> None:
         )
 
 
-def check_state(state: TrainState) -> None:
-    """Raises InputError if a variable of the model is NaN: it would stay NaN in training."""
+def checked_state(state: TrainState) -> TrainState:
+    """Returns the state without weak types, which would trigger a recompilation in the second step.
+
+    Raises:
+      InputError: it is not a TrainState, or a variable of the model is NaN and would stay NaN.
+    """
+    check_state_type(state)
+    state = jax.tree.map(_strongly_typed, state)
     variables = {"params": state.params, "model_state": state.model_state}
     for path, leaf in named_arrays(variables, ""):
         is_float = jnp.issubdtype(leaf.dtype, jnp.inexact)
@@ -79,6 +85,20 @@ def check_state(state: TrainState) -> None:
                 f"state holds NaN in {path}; expected numbers: start from init_state or from an "
                 "earlier state"
             )
+    return state
+
+
+def checked_callback(on_event: Any) -> Any:
+    """Returns the callback of `fit`; None becomes one that does nothing."""
+    if on_event is None:
+        return lambda event: None
+    if hasattr(on_event, "__enter__") or not callable(on_event):
+        kind = "a context manager" if hasattr(on_event, "__enter__") else repr(on_event)
+        raise InputError(
+            f"on_event is {kind}; expected a function of one event, such as what "
+            "`with jaxtrain.progress() as on_event` yields"
+        )
+    return on_event
 
 
 def check_model_inputs(state: TrainState, data: Dataset, name: str) -> None:
@@ -154,16 +174,11 @@ def check_line_search(state: TrainState, examples: int, batch_size: int) -> None
         )
 
 
-def strongly_typed(state: TrainState) -> TrainState:
-    """Drops weak types, which would trigger a recompilation in the second step."""
-
-    def convert(leaf: Any) -> Array:
-        array = jnp.asarray(leaf)
-        if jnp.issubdtype(array.dtype, jax.dtypes.prng_key) or not array.weak_type:
-            return array
-        return jax.lax.convert_element_type(array, array.dtype)
-
-    return jax.tree.map(convert, state)
+def _strongly_typed(leaf: Any) -> Array:
+    array = jnp.asarray(leaf)
+    if jnp.issubdtype(array.dtype, jax.dtypes.prng_key) or not array.weak_type:
+        return array
+    return jax.lax.convert_element_type(array, array.dtype)
 
 
 def _predictions_shape(state: TrainState, data: Dataset) -> Any:

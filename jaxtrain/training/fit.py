@@ -10,29 +10,23 @@ from collections.abc import Callable, Iterator, Mapping
 import numpy as np
 from jaxtyping import Array, Key
 
-from jaxtrain._arguments import check_integer, check_key
+from jaxtrain._arguments import check_integer
 from jaxtrain.checkpoint import Checkpoint, CheckpointOptions, CheckpointStore
 from jaxtrain.dataset import Dataset
 from jaxtrain.errors import InputError, NonFiniteError
 from jaxtrain.losses import Loss
 from jaxtrain.metrics import Metric
 from jaxtrain.optimizers import skipped_steps
-from jaxtrain.training._identity import check_same_run, identify, to_json
+from jaxtrain.training._identity import check_same_run, identify
 from jaxtrain.training._memory import memory_advice
-from jaxtrain.training._nonfinite import check_arrays, raise_for_steps, steps_to_measure
-from jaxtrain.training._plan import Plan, learning_rate
-from jaxtrain.training._validation import (
-    check_line_search,
-    check_state,
-    checked_data,
-    strongly_typed,
-)
+from jaxtrain.training._nonfinite import check_arrays, raise_for_steps
+from jaxtrain.training._plan import Plan, learning_rate, make_plan
+from jaxtrain.training._validation import checked_callback, checked_state
 from jaxtrain.training.early_stopping import EarlyStopping
 from jaxtrain.training.epoch import compiled_evaluate
 from jaxtrain.training.events import Compiled, EpochDone, OnEvent, Resumed, StepsDone
 from jaxtrain.training.history import History, Records
-from jaxtrain.training.state import TrainState, check_state_type
-from jaxtrain.training.step import metric_items
+from jaxtrain.training.state import TrainState
 
 # How often the host looks in, so that a progress bar moves and Ctrl-C is noticed.
 _CHUNK_SECONDS = 1.0
@@ -107,39 +101,18 @@ def fit(
       ... )
       >>> history["test_loss"][-1]
     """
-    check_state_type(state)
     check_integer(epochs, "epochs", minimum=0)
-    check_integer(batch_size, "batch_size", minimum=1)
-    check_integer(test_batch_size, "test_batch_size", minimum=1)
-    if key is not None:
-        check_key(key)
-    if hasattr(on_event, "__enter__"):
-        raise InputError(
-            "on_event is a context manager; expected the function that it yields: "
-            "with jaxtrain.progress() as on_event: fit(..., on_event=on_event)"
-        )
-    on_event = on_event or (lambda event: None)
-    metrics = metric_items(loss_fn, metric_fns)
-    state = strongly_typed(state)
-    check_state(state)
-    with memory_advice(batch_size):  # the data are moved to the device here
-        train_data = checked_data(train_data, "train_data", state, loss_fn)
-        held_out = {
-            name: checked_data(data, f"{name}_data", state, loss_fn)
-            for name, data in (("test", test_data), ("validation", validation_data))
-            if data is not None
-        }
-    check_line_search(state, len(train_data), batch_size)
-    plan = Plan(
-        train_data=train_data,
-        held_out=held_out,
+    state = checked_state(state)
+    on_event = checked_callback(on_event)
+    plan = make_plan(
+        state,
+        {"train": train_data, "test": test_data, "validation": validation_data},
         loss_fn=loss_fn,
-        metrics=metrics,
-        state_metrics=dict(state_metrics or {}),
-        batch_size=min(batch_size, len(train_data)),
+        metric_fns=metric_fns,
+        state_metrics=state_metrics,
+        batch_size=batch_size,
         test_batch_size=test_batch_size,
         key=key,
-        measure=steps_to_measure(state),
     )
     records = Records(plan.columns(state))
     if early_stopping is not None:
@@ -147,25 +120,16 @@ def fit(
     first, last = int(state.epoch), int(state.epoch) + epochs
 
     with contextlib.ExitStack() as stack:
-        lower = functools.partial(plan.lower_steps, state)
-        stack.enter_context(memory_advice(plan.batch_size, lower))
+        stack.enter_context(
+            memory_advice(plan.batch_size, functools.partial(plan.lower_steps, state))
+        )
         started = time.perf_counter()
-        traced = {"training step (model, loss and optimizer)": plan.trace_steps(state)} | {
-            f"{part} evaluation": plan.trace_evaluation(state, part) for part in plan.held_out
-        }
-        for program in traced.values():
-            program.lower().compile()
+        programs = plan.compile(state)
         store, resumed, every = None, None, 1
         if checkpoint is not None:
-            every = checkpoint.every
-            metadata = identify(plan, state, early_stopping, traced)
-            metadata["configuration"] = to_json(dict(checkpoint.configuration))
-            store = stack.enter_context(CheckpointStore(checkpoint, metadata))
-            resumed = store.restore(
-                state,
-                records.columns,
-                lambda recorded, where: check_same_run(recorded, metadata, where),
-            )
+            run = identify(plan, state, early_stopping, programs, checkpoint.configuration)
+            store, every = stack.enter_context(CheckpointStore(checkpoint, run)), checkpoint.every
+            resumed = store.restore(state, records.columns, functools.partial(check_same_run, run))
         best_state: TrainState | None = None
         if resumed is not None:
             if resumed.epoch > last:
@@ -177,7 +141,7 @@ def fit(
             state, best_state = resumed.state, resumed.best_state
             records.restore(resumed.history, resumed.step_losses)
         if early_stopping is not None and early_stopping.is_over(records.rows):
-            last = int(state.epoch)  # the run ended before
+            last = int(state.epoch)  # early stopping ended the run before
         seconds = time.perf_counter() - started
         on_event(Compiled(seconds, last - int(state.epoch), plan.steps, len(plan.train_data)))
         if resumed is not None:
@@ -186,7 +150,7 @@ def fit(
         for epoch in range(int(state.epoch) + 1, last + 1):
             with _progress_attached(state, records):
                 next_state, row, losses = _run_epoch(plan, state, epoch, on_event)
-                state = next_state
+            state = next_state
             records.append(row, losses)
             with _progress_attached(state, records):
                 stop = on_event(EpochDone(epoch, records.rows[-1], state)) is True

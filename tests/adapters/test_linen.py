@@ -272,7 +272,6 @@ def test_adapters_import_a_framework_only_when_used() -> None:
     code = """
 import sys, flax.linen
 before = set(sys.modules)
-from benchmarks import frameworks
 from jaxtrain import adapters
 adapters.adapt(flax.linen.Dense(3), ())
 imported = set(sys.modules) - before

@@ -49,4 +49,4 @@ def test_mypy_sees_the_types_of_results(tmp_path: Path) -> None:
     assert len(revealed) == len(EXPECTED)
     for line, expected in zip(revealed, EXPECTED, strict=True):
         assert expected in line
-        assert "type is \"Any\"" not in line
+        assert 'type is "Any"' not in line
