@@ -1,8 +1,8 @@
-# Every target works from a fresh clone: the virtual environment is made when it is missing.
+# Every target works in a fresh clone: the virtual environment is created if it is missing.
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
-# Processes that share the tests; 0 runs them one after the other, to watch or to debug.
+# Processes that run the tests; 0 runs them in this one, to debug.
 WORKERS ?= 2
 
 .PHONY: help linear mnist tutorials test bench check format clean
@@ -25,15 +25,15 @@ test: $(VENV)/installed-test  ## run the tests
 bench: $(VENV)/installed-bench  ## time ours against PyTorch and others (ARGS="--quick" in a minute)
 	$(BIN)/python -m benchmarks $(ARGS)
 
-# What runs in processes of its own, or is no part of the library, is left out of the last line: it is
-# beyond its checker.
+# Tests that start processes of their own, or of other packages, are left out of the last line: the
+# type checker does not reach them.
 check: $(VENV)/installed-dev  ## lint, format, types, and the tests with shapes and types checked at run time
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/python -m pytest --numprocesses $(WORKERS) --jaxtyping-packages=jaxtrain,tests.checked --ignore=tests/test_experiments.py --ignore=tests/test_survival.py --ignore=tests/test_benchmarks.py
 
-format: $(VENV)/installed-dev  ## let ruff format and mend what it can
+format: $(VENV)/installed-dev  ## format, and fix what ruff can fix
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 

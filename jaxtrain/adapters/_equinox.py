@@ -39,7 +39,8 @@ def adapt(model: Any) -> tuple[Model, tuple[PyTree, PyTree]]:
     module = jax.tree.map(lambda x: jnp.asarray(x) if isinstance(x, np.ndarray) else x, module)
     params, others = eqx.partition(module, _is_parameter)
     constants, static = eqx.partition(others, lambda leaf: isinstance(leaf, jax.Array))
-    model_state = {} if state is None else {"state": to_arrays(state)}
+    # With its weak types: State.set refuses a value of another type.
+    model_state = {} if state is None else {"state": _copy(state)}
     if jax.tree.leaves(constants):
         model_state["constants"] = to_arrays(constants)
     leaves, structure = jax.tree.flatten(static)

@@ -23,9 +23,9 @@ class Static:
         self.value = value
         try:
             # Once: every call of a compiled function asks for it.
-            self._hash, self._by_value = hash(value), True
+            self._hash = hash(value)
         except TypeError:
-            self._hash, self._by_value = id(value), False
+            self._hash = id(value)
 
     def __hash__(self) -> int:
         return self._hash
@@ -35,8 +35,7 @@ class Static:
             return NotImplemented
         if self.value is other.value:
             return True
-        both = self._by_value and other._by_value
-        return both and self._hash == other._hash and bool(self.value == other.value)
+        return self._hash == other._hash and bool(self.value == other.value)
 
     def __repr__(self) -> str:
         return repr(self.value)

@@ -76,7 +76,10 @@ def checked_state(state: TrainState) -> TrainState:
       InputError: it is not a TrainState, or a variable of the model is NaN and would stay NaN.
     """
     check_state_type(state)
-    state = jax.tree.map(_strongly_typed, state)
+    # Not of the model state: an `eqx.nn.State` refuses values of another type than its own.
+    state = jax.tree.map(_strongly_typed, state).replace(
+        model_state=jax.tree.map(jnp.asarray, state.model_state)
+    )
     variables = {"params": state.params, "model_state": state.model_state}
     for path, leaf in named_arrays(variables, ""):
         is_float = jnp.issubdtype(leaf.dtype, jnp.inexact)

@@ -230,3 +230,24 @@ def test_importing_jaxtrain_leaves_equinox_alone() -> None:
         [sys.executable, "-c", code], capture_output=True, text=True, check=True
     )
     assert result.stdout.strip() == "False"
+
+
+def test_a_counter_in_an_equinox_state_counts(small_classes) -> None:
+    """Its initial value is weakly typed, as a Python number is."""
+
+    class Counting(eqx.Module):
+        linear: eqx.nn.Linear
+        count: eqx.nn.StateIndex
+
+        def __init__(self, key):
+            self.linear = eqx.nn.Linear(6, 3, key=key)
+            self.count = eqx.nn.StateIndex(jnp.asarray(0))
+
+        def __call__(self, inputs, state):
+            return self.linear(inputs), state.set(self.count, state.get(self.count) + 1)
+
+    model = eqx.nn.make_with_state(Counting)(jax.random.key(0))
+    state = jt.init_state(model, optax.sgd(0.1), small_classes.inputs[:1], key=jax.random.key(0))
+    fitted, _ = jt.fit(state, small_classes, loss_fn=LOSS, epochs=2, batch_size=10)
+    module, module_state = jt.to_module(fitted)
+    assert module_state.get(module.count) == 10

@@ -118,7 +118,7 @@ def test_parameters_are_the_inexact_arrays_alone(make) -> None:
     assert params.table is None
     assert_equal(model_state["constants"].table, jnp.arange(16)[::-1])
     assert isinstance(model_state["state"], eqx.nn.State)
-    assert not any(leaf.weak_type for leaf in jax.tree.leaves((params, model_state)))
+    assert not any(leaf.weak_type for leaf in jax.tree.leaves(params))
 
 
 def test_gradient_steps_reduce_the_loss(make) -> None:
@@ -174,6 +174,8 @@ def test_to_module_gives_the_same_predictions(make) -> None:
     keys = jax.random.split(KEY, 8)
     assert_close(mapped(module, state, keys)[0], expected)
     again = start((module, state))
+    state.set(module.norm.batch_counter, jnp.array(0))  # invalidates this state alone
+    assert_close(evaluate(result)[0], expected)
     assert again[0] == result[0]
     assert_close(evaluate(again)[0], expected)
 
@@ -185,6 +187,24 @@ def test_a_module_without_state_comes_back_alone() -> None:
     assert_close(jax.vmap(module)(INPUTS), evaluate(result)[0])
 
 
+def test_exponential_averages_and_counters_are_carried() -> None:
+    class Counts(eqx.Module):
+        norm: eqx.nn.BatchNorm
+        index: eqx.nn.StateIndex
+
+        def __init__(self) -> None:
+            self.norm = eqx.nn.BatchNorm(4, axis_name="batch", mode="ema")
+            self.index = eqx.nn.StateIndex(jnp.asarray(0))
+
+        def __call__(self, x: Array, state: Any) -> tuple[Array, Any]:
+            state = state.set(self.index, jnp.asarray(1))
+            return self.norm(x, state)
+
+    _, (model, params, model_state) = trained(Counts(), steps=3)
+    module, state = adapters.to_module(model, params, model_state)
+    assert state.get(module.index) == 1
+
+
 def test_a_module_without_key_gets_none() -> None:
     class Double(eqx.Module):
         weight: Array
@@ -192,7 +212,9 @@ def test_a_module_without_key_gets_none() -> None:
         def __call__(self, x: Array) -> Array:
             return self.weight * x
 
-    assert_equal(train(start(Double(jnp.array(2.0))))[0], 2 * INPUTS)
+    first = start(Double(jnp.asarray(2.0)))
+    assert not first[1].weight.weak_type
+    assert_equal(train(first)[0], 2 * INPUTS)
 
 
 def test_inputs_and_outputs_may_be_pytrees() -> None:

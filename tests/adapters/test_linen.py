@@ -44,6 +44,7 @@ class Latent(nn.Module):
     @nn.compact
     def __call__(self, x: Array, train: bool) -> Array:
         x = nn.Dense(3)(x)
+        assert not (train and self.is_initializing())
         if train or self.is_initializing():
             x += jax.random.normal(self.make_rng("latent"), x.shape)
         return nn.Dropout(0.5, deterministic=not train)(x)

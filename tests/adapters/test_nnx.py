@@ -129,6 +129,9 @@ def test_dropout_depends_on_the_key_and_not_on_the_seed_of_the_module() -> None:
     first, other = start(Network(seed=0)), start(Network(seed=1))
     assert_equal(train(first)[0], train(first)[0])
     assert (train(first)[0] != train(first, jax.random.key(1))[0]).any()
+    used = Network(seed=0)
+    used(INPUTS)  # counts its draws
+    assert_equal(train(start(used))[0], train(first)[0])
     # The parameters of one, the RNG state of the other.
     assert_equal(train((first[0], first[1], other[2]))[0], train(first)[0])
 
