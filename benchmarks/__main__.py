@@ -16,10 +16,10 @@ import numpy as np
 
 from benchmarks import machine, report, suites
 from benchmarks.problem import random_images, read_mnist
-from jaxtrain import command
+from jaxtrain._files import make_folder, write_atomically
+from jaxtrain.cli import command
 from jaxtrain.data.mnist import locate_files
 from jaxtrain.errors import InputError
-from jaxtrain.folders import make_folder, write_whole
 
 Suite = Literal["step", "epoch", "growth", "run", "sweep", "memory"]
 PeerName = Literal[
@@ -67,8 +67,8 @@ def run(config: Config) -> dict[str, Any]:
     file = config.json or config.output_dir / "results.json"
     if file.is_dir():
         raise InputError(f"--json is the folder {file}; expected a file")
-    make_folder(config.output_dir, "output folder", "--output-dir")  # not when hours are measured
-    make_folder(file.parent, "folder of the readings", "--json")
+    make_folder(config.output_dir, "output folder")  # not after hours of measuring
+    make_folder(file.parent, "folder of the readings")
     if config.quick:
         folder, (images, labels) = None, random_images(1280)
     else:
@@ -130,9 +130,9 @@ def measure(
 
 
 def write_json(path: Path, results: dict[str, Any]) -> None:
-    """Write the readings so far, whole or not at all."""
+    """Writes the readings so far, atomically."""
     rounded = json.loads(json.dumps(results), parse_float=lambda text: float(f"{float(text):.6g}"))
-    write_whole(path, (json.dumps(rounded, indent=1) + "\n").encode())
+    write_atomically(path, (json.dumps(rounded, indent=1) + "\n").encode())
 
 
 if __name__ == "__main__":

@@ -14,8 +14,8 @@ from rich.table import Table
 
 import jaxtrain as jt
 from experiments import mnist
-from jaxtrain.command import mistakes_on_one_line
-from jaxtrain.runs import RunFolder
+from jaxtrain.cli.command import report_errors
+from jaxtrain.cli.runs import RunFolder
 
 SEEDS = (42, 1, 2, 3, 4)
 
@@ -29,7 +29,7 @@ def correct_answers(data: jt.data.Resolved, seed: int, shuffle: bool) -> list[in
         config = mnist.Config(seed=seed, shuffle=shuffle, log_interval=0)
         config = mnist.with_defaults(config, data.name)
         _, history = mnist.train(config, data, RunFolder(scratch, config))
-    return [round(share * data.test.num_examples) for share in history["test_accuracy"]]
+    return [round(accuracy * len(data.test)) for accuracy in history["test_accuracy"]]
 
 
 def main() -> None:
@@ -52,5 +52,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    with mistakes_on_one_line():
+    with report_errors():
         main()

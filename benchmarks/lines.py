@@ -33,8 +33,8 @@ def ours() -> Runs:
     loss_fn = jt.losses.mean_absolute_error
 
     def epoch(state: jt.TrainState, _: None) -> tuple[jt.TrainState, jax.Array]:
-        state, losses = jt.train_epoch(state, train, loss_fn, batch_size=train.num_examples)
-        test_loss = jt.evaluate(state, test, loss_fn, batch_size=test.num_examples)["loss"]
+        state, losses = jt.train_epoch(state, train, loss_fn, batch_size=len(train))
+        test_loss = jt.evaluate(state, test, loss_fn, batch_size=len(test))["loss"]
         return state, jnp.stack([losses[0], test_loss])
 
     @jax.jit

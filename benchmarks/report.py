@@ -26,7 +26,7 @@ from rich.table import Table
 from benchmarks.peers import PEERS
 from benchmarks.problem import NETWORKS
 from benchmarks.timing import Spread, speedup, spread
-from jaxtrain import plots
+from jaxtrain.cli import plots
 
 ROOT = Path(__file__).parents[1]
 BEGIN, END = "<!-- measured: begin -->", "<!-- measured: end -->"

@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+import signal
+
+if __name__ == "__main__":  # until the flags are read, Ctrl-C ends the process at once
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,13 +17,13 @@ import numpy as np
 from matplotlib.figure import Figure
 
 import jaxtrain as jt
-from jaxtrain import command, devices, plots, progress, runs, tables
-from jaxtrain.events import Event
-from jaxtrain.tables import Comparison
+from jaxtrain.cli import command, devices, plots, progress, runs, tables
+from jaxtrain.cli.tables import Comparison
+from jaxtrain.training.events import Event
 
 LOSS = jt.losses.mean_squared_error
-# The gradient is overwritten in the tutorial's loop over examples: what is left is the last
-# example's, over the count of all three.
+# The tutorial's loop over examples overwrites the gradient, so that only the last example counts,
+# divided by the number of all three.
 PUBLISHED_LOSS = jt.losses.weighted_sum((1 / 3, LOSS))
 START, QUESTION = 1.0, 4.0  # w at the start; the x to predict, whose true y is 8
 
@@ -30,29 +35,29 @@ class Config:
     epochs: int = 100
     """Passes over the three points."""
     learning_rate: float = 0.01
-    """Factor of the gradient in each step."""
+    """Step size: factor of the gradient."""
     optimizer: command.OptimizerName = "sgd"
-    """The solver, as in torch.optim; lbfgs takes all points at once in both runs."""
+    """The solver, as in torch.optim; lbfgs uses all points at once in both runs."""
     as_published: bool = False
-    """Batch descent as the tutorial's listing has it: only the last example's gradient counts."""
+    """Batch descent as in the tutorial's listing: only the last example's gradient counts."""
     seed: int = 42
-    """Nothing is drawn at random here; every experiment takes one."""
+    """Not used here: nothing is random."""
     device: devices.Device = "auto"
-    """Where to compute; auto takes a GPU where there is one."""
+    """Where to compute; auto uses a GPU if there is one."""
     compilation_cache: bool = True
-    """Keep compiled programs in the user's cache folder, so that the next run starts sooner."""
+    """Cache compiled programs in the user's cache folder, so that the next run starts sooner."""
     log_interval: int = 10
-    """A line every so many epochs; 0 is quiet."""
+    """Epochs per line of progress; 0 prints nothing."""
     output_dir: Path = Path("runs/gradient_descent")
-    """Where results go."""
+    """Folder of the results."""
     overwrite: bool = False
-    """Let the results of a finished run in that folder make way."""
+    """Replace a finished run's results in that folder, and another run's checkpoints."""
     safety: command.Safety = command.Safety()
-    """Checkpoints and faults."""
+    """Checkpoints and safeguards."""
 
 
 def run(config: Config) -> dict[str, Any]:
-    """Fit y = w x to (1, 2), (2, 4), (3, 6) from w = 1, in float64 as the tutorial does."""
+    """Fits y = w x to (1, 2), (2, 4), (3, 6) from w = 1, in float64 as the tutorial does."""
     devices.set_up_jax(config.device, config.compilation_cache)
     folder = command.output_folder(config)
     # The tutorial computes in Python's float64.
@@ -67,9 +72,14 @@ def run(config: Config) -> dict[str, Any]:
             loss_fn=PUBLISHED_LOSS if config.as_published else LOSS,
             batch_size=3,
         )
-        alone = 3 if config.optimizer == "lbfgs" else 1
         stochastic = descend(
-            config, data, data, folder, name="stochastic", loss_fn=LOSS, batch_size=alone
+            config,
+            data,
+            data,
+            folder,
+            name="stochastic",
+            loss_fn=LOSS,
+            batch_size=3 if config.optimizer == "lbfgs" else 1,
         )
         comparisons = []
         if command.has_defaults(config, "epochs", "learning_rate", "optimizer"):
@@ -103,13 +113,10 @@ def descend(
     loss_fn: jt.losses.Loss,
     batch_size: int,
 ) -> np.ndarray:
-    """The weight at the start and after each epoch, [epochs + 1]."""
+    """Returns the weight at the start and after each epoch, [epochs + 1]."""
     state = jt.init_state(
         jt.models.LinearRegression(use_bias=False),
-        jt.optimizers.clip_gradients(
-            jt.optimizers.make(config.optimizer, config.learning_rate),
-            config.safety.max_gradient_norm,
-        ),
+        config.safety.wrap(jt.optimizers.make(config.optimizer, config.learning_rate)),
         data.inputs[:1],
         key=command.seed_key(config.seed),
     ).replace(params={"weight": jnp.array([[START]])})
@@ -117,7 +124,7 @@ def descend(
         log_interval=config.log_interval, epoch_interval=config.log_interval
     ) as show:
 
-        def report(event: Event) -> None:
+        def on_event(event: Event) -> None:
             folder.record(event, batch_size=batch_size)
             show(event)
 
@@ -129,21 +136,20 @@ def descend(
             epochs=config.epochs,
             batch_size=batch_size,
             state_metrics={"weight": lambda state: state.params["weight"].item()},
-            log_interval=0,
-            report=report,
+            on_event=on_event,
             **config.safety.fit_options(config, part=name),
         )
     return np.array([START, *history["weight"]])
 
 
 def mean_loss(data: jt.Dataset, weight: float | np.ndarray) -> Any:
-    """The mean squared error of y = w x, for one weight or many."""
+    """Returns the mean squared error of y = w x, for one weight or many."""
     errors = np.multiply.outer(np.asarray(weight), np.ravel(data.inputs)) - np.ravel(data.targets)
     return (errors**2).mean(axis=-1)
 
 
 def compare(batch: np.ndarray, stochastic: np.ndarray, as_published: bool) -> list[Comparison]:
-    """The tutorial's figures beside ours."""
+    """Returns the tutorial's figures beside ours."""
     if as_published:
         rows = [
             ("batch as published: w after 1 epoch", 1.06, batch[1]),
@@ -173,7 +179,7 @@ def compare(batch: np.ndarray, stochastic: np.ndarray, as_published: bool) -> li
 
 
 def draw(data: jt.Dataset, batch: np.ndarray, stochastic: np.ndarray) -> Figure:
-    """Both descents on the loss curve, and the loss against the epoch."""
+    """Draws both descents on the loss curve, and the loss against the epoch."""
     figure = Figure(figsize=(10, 4), layout="constrained")
     left, right = figure.subplots(1, 2)
     grid = np.linspace(0.8, 2.4, 200)
@@ -184,7 +190,7 @@ def draw(data: jt.Dataset, batch: np.ndarray, stochastic: np.ndarray) -> Figure:
     ]
     for weights, name, style in paths:
         losses = mean_loss(data, weights)
-        left.plot(weights, losses, markersize=5, label=f"{name}, one mark an epoch", **style)
+        left.plot(weights, losses, markersize=5, label=f"{name}, one mark per epoch", **style)
         right.plot(losses, label=name, **{**style, "marker": None})
     plots.label_axes(left, "weight w", "mean squared error")
     left.legend()
@@ -196,7 +202,7 @@ def draw(data: jt.Dataset, batch: np.ndarray, stochastic: np.ndarray) -> Figure:
 
 
 def descend_surface(config: Config) -> np.ndarray:
-    """(w, b) at each of 400 steps of batch descent on y = 2 x + 2 from (0, 0)."""
+    """Returns (w, b) at each of 400 steps of batch descent on y = 2 x + 2 from (0, 0)."""
     data = jt.data.points_on_line(2.0, 2.0)
     state = jt.init_state(
         jt.models.LinearRegression(),
@@ -214,7 +220,7 @@ def descend_surface(config: Config) -> np.ndarray:
 
 
 def draw_on_surface(path: np.ndarray) -> Figure:
-    """The path of (w, b) over the contours of the loss."""
+    """Draws the path of (w, b) over the contours of the loss."""
     figure = Figure(figsize=(6, 4.6), layout="constrained")
     ax = figure.subplots()
     grid = np.linspace(-0.3, 4, 120)

@@ -1,6 +1,11 @@
-"""Tutorial T4: many learning rates at once, from crawling to diverging, and when each one stops."""
+"""Tutorial T4: many learning rates at once, from too slow to diverging."""
 
 from __future__ import annotations
+
+import signal
+
+if __name__ == "__main__":  # until the flags are read, Ctrl-C ends the process at once
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,12 +18,13 @@ from jax.typing import ArrayLike
 from matplotlib.figure import Figure
 
 import jaxtrain as jt
-from jaxtrain import command, devices, plots, tables
-from jaxtrain.checks import check_whole
-from jaxtrain.minimize import STOPS, Minimum
-from jaxtrain.tables import Comparison
+from jaxtrain._arguments import check_integer
+from jaxtrain.cli import command, devices, plots, tables
+from jaxtrain.cli.tables import Comparison
+from jaxtrain.optimizers import Minimum, Stop
 
 LOSS = jt.losses.squared_error_sum
+STOPS = list(Stop)
 RATES = (0.0003, 0.003, 0.01, 0.025, 0.04, 0.05)
 
 
@@ -27,41 +33,41 @@ class Config:
     """Flags of this experiment; the tutorial's rate is 0.025."""
 
     learning_rates: tuple[float, ...] = RATES
-    """Trained at once under vmap."""
+    """Learning rates, all trained at once under vmap."""
     optimizer: command.OptimizerName = "sgd"
     """The solver, as in torch.optim."""
     max_steps: int = 1000
-    """The most steps of each."""
+    """Largest number of steps per rate."""
     threshold: float = 0.105
-    """Stop where the sum of squared errors falls below."""
+    """Stop when the sum of squared errors falls below this."""
     seed: int = 42
-    """Decides the data, 20 noisy points of y = 3 x + 1 with x in 0 … 1."""
+    """Seed of the data, 20 noisy points of y = 3 x + 1 with x in 0 … 1."""
     device: devices.Device = "auto"
-    """Where to compute; auto takes a GPU where there is one."""
+    """Where to compute; auto uses a GPU if there is one."""
     compilation_cache: bool = True
-    """Keep compiled programs in the user's cache folder, so that the next run starts sooner."""
+    """Cache compiled programs in the user's cache folder, so that the next run starts sooner."""
     log_interval: int = 1
-    """The descents are one compiled loop with nothing to log; 0 or not, this is quiet."""
+    """Not used here: the descents are one compiled loop with nothing to log."""
     output_dir: Path = Path("runs/learning_rate")
-    """Where results go."""
+    """Folder of the results."""
     overwrite: bool = False
-    """Let the results of a finished run in that folder make way."""
+    """Replace a finished run's results in that folder."""
 
 
 def run(config: Config) -> dict[str, Any]:
-    """Descend the sum of squared errors at each rate until a threshold, a limit, or divergence."""
+    """Minimises the sum of squared errors at each rate until a threshold, limit or divergence."""
     devices.set_up_jax(config.device, config.compilation_cache)
-    check_whole(config.seed, "seed", least=0, most=2**32 - 1)
+    check_integer(config.seed, "seed", minimum=0, maximum=2**32 - 1)
     if not config.learning_rates:
-        raise jt.InputError("learning_rates is empty; expected at least one, 0.025 for instance")
+        raise jt.InputError("learning_rates is empty; expected at least one, such as 0.025")
     for rate in config.learning_rates:
-        jt.optimizers.make(config.optimizer, rate)  # under vmap there is no value to check
+        jt.optimizers.make(config.optimizer, rate)  # checks the rate: under vmap it has no value
     with command.output_folder(config) as folder:
         data = jt.data.noisy_line(20, 3.0, 1.0, 0.08, seed=config.seed, width=1.0)
         result = descend(config, data)
         folder.start()
         rates = np.array(config.learning_rates)
-        stops = [STOPS[stop] for stop in result.stop]
+        stops = [STOPS[stop].message for stop in result.stop.tolist()]
         folder.write_table(
             "history.csv",
             {
@@ -98,7 +104,7 @@ def run(config: Config) -> dict[str, Any]:
 
 
 def descend(config: Config, data: jt.Dataset) -> Minimum:
-    """All rates at once; each field of the result has a first axis over them."""
+    """Descends at all rates at once; each field of the result has a leading axis over them."""
     model = jt.models.LinearRegression()
     start = {"weight": jnp.zeros((1, 1)), "bias": jnp.zeros(1)}
 
@@ -119,7 +125,7 @@ def descend(config: Config, data: jt.Dataset) -> Minimum:
 
 
 def logistic_regression(seed: int) -> tuple[np.ndarray, np.ndarray]:
-    """Weights and bias that minimise the log loss of 200 overlapping points: ours, scikit-learn's.
+    """Minimises the log loss of 200 points of two overlapping classes.
 
     Returns:
       (w₁, w₂, b) by L-BFGS here, and by `LogisticRegression(C=inf)`, which has no penalty.
@@ -150,7 +156,7 @@ def logistic_regression(seed: int) -> tuple[np.ndarray, np.ndarray]:
 def compare(
     config: Config, result: Minimum, ours: np.ndarray, theirs: np.ndarray
 ) -> list[Comparison]:
-    """The tutorial's figures, and scikit-learn's, beside ours."""
+    """Returns the tutorial's figures, and scikit-learn's, beside ours."""
     params = {"w": jnp.zeros(())}
     updates, _ = jt.optimizers.sgd(0.01).update(
         {"w": jnp.array(2.5)}, jt.optimizers.sgd(0.01).init(params), params
@@ -159,7 +165,7 @@ def compare(
     expected = command.has_defaults(config, "optimizer", "max_steps", "threshold", "seed")
     if expected and 0.025 in config.learning_rates:
         at = config.learning_rates.index(0.025)
-        converged = float(result.stop[at] == STOPS.index("loss below the threshold"))
+        converged = float(result.stop[at] == Stop.LOSS_THRESHOLD)
         rows.append(Comparison("rate 0.025 reaches the threshold (1: yes)", 1.0, converged, 0.0))
     names = ("w1", "w2", "b")
     return rows + [
@@ -169,7 +175,7 @@ def compare(
 
 
 def draw(config: Config, result: Minimum) -> Figure:
-    """The loss of each rate against the step; one that diverges leaves the picture, dashed."""
+    """Draws the loss of each rate against the step; a diverging one leaves the axes, dashed."""
     figure = Figure(figsize=(8, 4.6), layout="constrained")
     ax = figure.subplots()
     colors = [plots.GREY, plots.SKY, plots.BLUE, plots.GREEN, plots.ORANGE, plots.VERMILION]
@@ -178,9 +184,9 @@ def draw(config: Config, result: Minimum) -> Figure:
     for index, rate in enumerate(config.learning_rates):
         losses = np.asarray(result.losses[index])
         shown = np.isfinite(losses)
-        stop = STOPS[result.stop[index]]
-        diverges = stop == "loss not finite" or losses[shown][-1] > losses[0]
-        words = "diverges" if diverges else f"{stop}, step {result.steps[index]}"
+        stop = STOPS[int(result.stop[index])]
+        diverges = stop == Stop.LOSS_NOT_FINITE or losses[shown][-1] > losses[0]
+        outcome = "diverges" if diverges else f"{stop.message}, step {result.steps[index]}"
         ax.plot(
             np.flatnonzero(shown) + 1,
             losses[shown],
@@ -189,7 +195,7 @@ def draw(config: Config, result: Minimum) -> Figure:
             marker=markers[index % len(markers)],
             markevery=(0.08, 0.17),
             markersize=5,
-            label=f"rate {rate:g}: {words}",
+            label=f"rate {rate:g}: {outcome}",
         )
     ax.axhline(config.threshold, color="black", linewidth=0.8, linestyle=":")
     ax.annotate("threshold", (1.05, config.threshold * 1.08), fontsize=8)
@@ -198,7 +204,7 @@ def draw(config: Config, result: Minimum) -> Figure:
     ax.set_ylim(config.threshold / 2, ceiling)
     plots.label_axes(ax, "step + 1 (log scale)", "sum of squared errors (log scale)")
     ax.legend(fontsize=8, loc="center left", bbox_to_anchor=(1.01, 0.5))
-    figure.suptitle("T4: too small a rate crawls, too large a rate diverges")
+    figure.suptitle("T4: a small rate is slow, a large rate diverges")
     return figure
 
 

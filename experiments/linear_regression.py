@@ -1,6 +1,11 @@
-"""Tutorial T1: a line is fitted by gradient descent on the mean absolute error."""
+"""Tutorial T1: fit a line by gradient descent on the mean absolute error."""
 
 from __future__ import annotations
+
+import signal
+
+if __name__ == "__main__":  # until the flags are read, Ctrl-C ends the process at once
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 import functools
 from dataclasses import dataclass
@@ -12,10 +17,10 @@ import numpy as np
 from matplotlib.figure import Figure
 
 import jaxtrain as jt
-from jaxtrain import command, devices, plots, progress, runs, tables
-from jaxtrain.events import Event
-from jaxtrain.history import History
-from jaxtrain.tables import Comparison
+from jaxtrain.cli import command, devices, plots, progress, runs, tables
+from jaxtrain.cli.tables import Comparison
+from jaxtrain.training.events import Event
+from jaxtrain.training.history import History
 
 LOSSES = {
     "mean_absolute_error": jt.losses.mean_absolute_error,
@@ -49,33 +54,33 @@ class Config:
     epochs: int = 200
     """Steps of gradient descent, each on all training points."""
     learning_rate: float = 0.01
-    """Factor of the gradient in each step."""
+    """Step size: factor of the gradient."""
     loss: Literal[
         "mean_absolute_error", "mean_squared_error", "squared_error_sum", "euclidean_distance"
     ] = "mean_absolute_error"
-    """What is minimised; its mean over the points."""
+    """Loss whose mean over the points is minimised."""
     optimizer: command.OptimizerName = "sgd"
     """The solver, as in torch.optim."""
     start: Literal["published", "random"] = "published"
-    """published: the tutorial's weight and bias. random: a normal draw from the seed."""
+    """published: the tutorial's weight and bias. random: drawn from a normal distribution."""
     seed: int = 42
-    """Decides a random start."""
+    """Seed of a random start."""
     device: devices.Device = "auto"
-    """Where to compute; auto takes a GPU where there is one."""
+    """Where to compute; auto uses a GPU if there is one."""
     compilation_cache: bool = True
-    """Keep compiled programs in the user's cache folder, so that the next run starts sooner."""
+    """Cache compiled programs in the user's cache folder, so that the next run starts sooner."""
     log_interval: int = 10
-    """A line every so many epochs; 0 is quiet."""
+    """Epochs per line of progress; 0 prints nothing."""
     output_dir: Path = Path("runs/linear_regression")
-    """Where results go."""
+    """Folder of the results."""
     overwrite: bool = False
-    """Let the results of a finished run in that folder make way."""
+    """Replace a finished run's results in that folder, and another run's checkpoints."""
     safety: command.Safety = command.Safety()
-    """Checkpoints and faults."""
+    """Checkpoints and safeguards."""
 
 
 def run(config: Config) -> dict[str, Any]:
-    """Fit y = weight · x + bias to 40 points of y = 0.7 x + 0.3 and test it on the next 10."""
+    """Fits y = weight · x + bias to 40 points of y = 0.7 x + 0.3 and tests it on the next 10."""
     devices.set_up_jax(config.device, config.compilation_cache)
     with command.output_folder(config) as folder:
         train_data, test_data = jt.data.line(WEIGHT, BIAS)
@@ -101,7 +106,7 @@ def run(config: Config) -> dict[str, Any]:
 
 
 def compare(config: Config, history: History, path: np.ndarray) -> list[Comparison]:
-    """PyTorch's figures beside ours, as far as the run went; none with other flags than its."""
+    """Returns PyTorch's figures beside ours up to the last epoch; none with other flags."""
     if not command.has_defaults(config, "learning_rate", "loss", "optimizer", "start"):
         return []
     rows = []
@@ -119,15 +124,13 @@ def compare(config: Config, history: History, path: np.ndarray) -> list[Comparis
 def train(
     config: Config, train_data: jt.Dataset, test_data: jt.Dataset, folder: runs.RunFolder
 ) -> tuple[jt.TrainState, jt.TrainState, History, np.ndarray]:
-    """Fit the line.
+    """Fits the line.
 
     Returns:
       The state before and after, the history, and (weight, bias) at the start and after each
       epoch, [epochs + 1, 2].
     """
-    optimizer = jt.optimizers.clip_gradients(
-        jt.optimizers.make(config.optimizer, config.learning_rate), config.safety.max_gradient_norm
-    )
+    optimizer = config.safety.wrap(jt.optimizers.make(config.optimizer, config.learning_rate))
     before = jt.init_state(
         jt.models.LinearRegression(),
         optimizer,
@@ -142,7 +145,7 @@ def train(
         log_interval=config.log_interval, epoch_interval=config.log_interval
     ) as show:
 
-        def report(event: Event) -> None:
+        def on_event(event: Event) -> None:
             folder.record(event)
             show(event)
 
@@ -152,12 +155,11 @@ def train(
             test_data,
             loss_fn=LOSSES[config.loss],
             epochs=config.epochs,
-            batch_size=train_data.num_examples,
+            batch_size=len(train_data),
             state_metrics={
                 name: functools.partial(parameter, name=name) for name in ("weight", "bias")
             },
-            log_interval=0,
-            report=report,
+            on_event=on_event,
             **config.safety.fit_options(config),
         )
     first = [[parameter(before, "weight"), parameter(before, "bias")]]
@@ -166,7 +168,7 @@ def train(
 
 
 def parameter(state: jt.TrainState, name: str) -> float:
-    """The weight or the bias of a state."""
+    """Returns the weight or the bias of a state."""
     return state.params[name].item()
 
 
@@ -180,7 +182,7 @@ def write_pictures(
     history: History,
     path: np.ndarray,
 ) -> None:
-    """Draw the loss curves, the data with the line before and after, weight and bias at the end."""
+    """Draws the loss curves, the line before and after, and weight and bias at the end."""
     inputs = jnp.concatenate([train_data.inputs, test_data.inputs])
     if len(history["epoch"]):
         curves = plots.learning_curves(history, f"T1: {config.loss.replace('_', ' ')}")
@@ -199,10 +201,10 @@ def write_pictures(
 
 
 def draw_last_epochs(path: np.ndarray, epochs: int = 40) -> Figure:
-    """Weight and bias over the last epochs: a constant step on |error| ends in a two-step cycle.
+    """Draws weight and bias over the last epochs: a constant step on |error| ends in a cycle.
 
-    The gradient of the absolute error has the same size however small the error is, so that near
-    the minimum each step crosses it and the next one goes back.
+    The gradient of the absolute error has the same size however small the error is, so near the
+    minimum each step crosses it and the next one returns.
     """
     figure = Figure(figsize=(7, 4.4), layout="constrained")
     first = max(0, len(path) - epochs)
@@ -214,12 +216,12 @@ def draw_last_epochs(path: np.ndarray, epochs: int = 40) -> Figure:
         ax.axhline(true, color="black", linewidth=0.8, linestyle=":", label=f"true {name} {true:g}")
         plots.label_axes(ax, "epoch" if column else "", name)
         ax.legend(loc="upper left" if column else "lower right")
-    figure.suptitle("T1: a constant step on the absolute error does not come to rest")
+    figure.suptitle("T1: a constant step on the absolute error does not converge")
     return figure
 
 
 def print_result(summary: dict[str, Any]) -> None:
-    """Print the result."""
+    """Prints the result."""
     train_loss = summary["train_loss"]
     tables.print_table(
         "T1: linear regression",

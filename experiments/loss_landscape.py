@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+import signal
+
+if __name__ == "__main__":  # until the flags are read, Ctrl-C ends the process at once
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,8 +18,8 @@ import numpy as np
 from matplotlib.figure import Figure
 
 import jaxtrain as jt
-from jaxtrain import command, devices, plots, tables
-from jaxtrain.tables import Comparison
+from jaxtrain.cli import command, devices, plots, tables
+from jaxtrain.cli.tables import Comparison
 
 LOSS = jt.losses.mean_squared_error
 PARAMETERS = jnp.linspace(0, 4, 41)  # 0.0, 0.1, … 4.0 of both weight and bias
@@ -27,21 +32,21 @@ class Config:
     as_published: bool = False
     """Draw the surface that the tutorial drew: the last example's loss over 3, not the mean."""
     seed: int = 42
-    """Nothing is drawn at random here; every experiment takes one."""
+    """Not used here: nothing is random."""
     device: devices.Device = "auto"
-    """Where to compute; auto takes a GPU where there is one."""
+    """Where to compute; auto uses a GPU if there is one."""
     compilation_cache: bool = True
-    """Keep compiled programs in the user's cache folder, so that the next run starts sooner."""
+    """Cache compiled programs in the user's cache folder, so that the next run starts sooner."""
     log_interval: int = 1
-    """There are no steps to log; 0 or not, this is quiet."""
+    """Not used here: there are no steps to log."""
     output_dir: Path = Path("runs/loss_landscape")
-    """Where results go."""
+    """Folder of the results."""
     overwrite: bool = False
-    """Let the results of a finished run in that folder make way."""
+    """Replace a finished run's results in that folder."""
 
 
 def run(config: Config) -> dict[str, Any]:
-    """Evaluate the mean squared error at 41 weights, and at 41 x 41 weights and biases, by vmap."""
+    """Evaluates the mean squared error at 41 weights, and 41 x 41 weights and biases, by vmap."""
     devices.set_up_jax(config.device, config.compilation_cache)
     with command.output_folder(config) as folder:
         folder.start()
@@ -73,20 +78,20 @@ def run(config: Config) -> dict[str, Any]:
 def loss_of(
     data: jt.Dataset, last_over_count: bool = False
 ) -> Callable[[jax.Array, jax.Array], jax.Array]:
-    """(weight, bias) -> mean loss over the data; or the last example's, over their count."""
+    """Returns (weight, bias) -> mean loss over the data, or the last loss over their count."""
     model = jt.models.LinearRegression()
 
     def loss(weight: jax.Array, bias: jax.Array) -> jax.Array:
         params = {"weight": jnp.reshape(weight, (1, 1)), "bias": jnp.reshape(bias, (1,))}
         predictions: Any = model.apply({"params": params}, data.inputs)
         losses = LOSS(predictions, data.targets)
-        return losses[-1] / data.num_examples if last_over_count else losses.mean()
+        return losses[-1] / len(data) if last_over_count else losses.mean()
 
     return loss
 
 
 def compare(curve: jax.Array, surface: jax.Array) -> list[Comparison]:
-    """The tutorial's figures beside ours."""
+    """Returns the tutorial's figures beside ours."""
     weight, bias = np.unravel_index(int(surface.argmin()), surface.shape)
     exact, rounded = 1e-6, 5e-5  # float32 sums of squares; printed to four decimals
     return [
@@ -105,7 +110,7 @@ def compare(curve: jax.Array, surface: jax.Array) -> list[Comparison]:
 
 
 def draw_curve(curve: jax.Array) -> Figure:
-    """The loss over the weight."""
+    """Draws the loss over the weight."""
     figure = Figure(figsize=(6, 4), layout="constrained")
     ax = figure.subplots()
     ax.plot(PARAMETERS, curve, color=plots.BLUE, marker=".", label="mean squared error")
@@ -117,7 +122,7 @@ def draw_curve(curve: jax.Array) -> Figure:
 
 
 def draw_surface(surface: jax.Array, as_published: bool) -> Figure:
-    """The loss over weight and bias, in space and as contours."""
+    """Draws the loss over weight and bias, as a surface and as contours."""
     figure = Figure(figsize=(10, 4.4), layout="constrained")
     weights, biases = np.meshgrid(PARAMETERS, PARAMETERS, indexing="ij")
     space: Any = figure.add_subplot(1, 2, 1, projection="3d")

@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+import signal
+
+if __name__ == "__main__":  # until the flags are read, Ctrl-C ends the process at once
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
 import math
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,8 +18,8 @@ import numpy as np
 from matplotlib.figure import Figure
 
 import jaxtrain as jt
-from jaxtrain import command, devices, plots, tables
-from jaxtrain.tables import Comparison
+from jaxtrain.cli import command, devices, plots, tables
+from jaxtrain.cli.tables import Comparison
 
 
 @dataclass(frozen=True)
@@ -24,21 +29,21 @@ class Config:
     weight: float = 0.5
     """λ of the weighted sum |error| + λ error²."""
     seed: int = 42
-    """Nothing is drawn at random here; every experiment takes one."""
+    """Not used here: nothing is random."""
     device: devices.Device = "auto"
-    """Where to compute; auto takes a GPU where there is one."""
+    """Where to compute; auto uses a GPU if there is one."""
     compilation_cache: bool = True
-    """Keep compiled programs in the user's cache folder, so that the next run starts sooner."""
+    """Cache compiled programs in the user's cache folder, so that the next run starts sooner."""
     log_interval: int = 1
-    """There are no steps to log; 0 or not, this is quiet."""
+    """Not used here: there are no steps to log."""
     output_dir: Path = Path("runs/losses")
-    """Where results go."""
+    """Folder of the results."""
     overwrite: bool = False
-    """Let the results of a finished run in that folder make way."""
+    """Replace a finished run's results in that folder."""
 
 
 def run(config: Config) -> dict[str, Any]:
-    """Draw every loss, and check cases whose value is known."""
+    """Draws every loss, and checks cases whose value is known."""
     devices.set_up_jax(config.device, config.compilation_cache)
     with command.output_folder(config) as folder:
         curves = [by_error(config.weight), by_angle(), by_logit()]
@@ -60,13 +65,13 @@ def run(config: Config) -> dict[str, Any]:
     return summary
 
 
-GRID = jnp.linspace(-1.0, 1.0, 201)[:, None]  # scaled to each picture's range
+GRID = jnp.linspace(-1.0, 1.0, 201)[:, None]  # scaled to each figure's range
 
 Curves = tuple[str, np.ndarray, dict[str, np.ndarray]]  # axis, x, and each loss over it
 
 
 def by_error(weight: float) -> Curves:
-    """Losses of one number off by −3 … 3."""
+    """Returns the losses of a prediction that is off by −3 … 3."""
     errors, zeros = 3 * GRID, jnp.zeros_like(GRID)
     absolute, squared = jt.losses.mean_absolute_error, jt.losses.mean_squared_error
     losses = {
@@ -80,7 +85,7 @@ def by_error(weight: float) -> Curves:
 
 
 def by_angle() -> Curves:
-    """Distances of two vectors of length 1 at −180° … 180°."""
+    """Returns the distances of two unit vectors at −180° … 180°."""
     angles = math.pi * GRID[:, 0]
     vectors = jnp.stack([jnp.cos(angles), jnp.sin(angles)], axis=1)
     right = jnp.tile(jnp.array([1.0, 0.0]), (len(vectors), 1))
@@ -93,23 +98,23 @@ def by_angle() -> Curves:
 
 
 def by_logit() -> Curves:
-    """Losses of a logit −6 … 6 whose true class is 1 (or 1 with probability 0.8)."""
+    """Returns the losses of a logit −6 … 6 whose true class is 1 (or 1 with probability 0.8)."""
     logits = 6 * GRID
     ones = jnp.ones_like(logits)
     pairs = jnp.concatenate([jnp.zeros_like(logits), logits], axis=1)  # of two classes
-    shares = jnp.tile(jnp.array([0.2, 0.8]), (len(pairs), 1))
+    targets = jnp.tile(jnp.array([0.2, 0.8]), (len(pairs), 1))
     values = {
         "binary cross entropy of a logit": jt.losses.sigmoid_binary_cross_entropy(logits, ones),
         "the same of its probability": jt.losses.binary_cross_entropy(jax.nn.sigmoid(logits), ones),
         "cross entropy, two classes": jt.losses.cross_entropy(pairs, jnp.ones(len(pairs), int)),
-        "cross entropy of q with p = (0.2, 0.8)": jt.losses.soft_cross_entropy(pairs, shares),
+        "cross entropy of q with p = (0.2, 0.8)": jt.losses.soft_cross_entropy(pairs, targets),
     }
     arrays = {name: np.asarray(value) for name, value in values.items()}
     return "logit of the true class", np.ravel(logits), arrays
 
 
 def compare() -> list[Comparison]:
-    """Values known from their formula beside ours."""
+    """Returns values known from their formulas beside ours."""
 
     def one(loss: jt.losses.Loss, prediction: Any, target: Any) -> float:
         return loss(jnp.array([prediction]), jnp.array([target])).item()
@@ -156,7 +161,7 @@ def compare() -> list[Comparison]:
 
 
 def draw(curves: list[Curves]) -> Figure:
-    """The three pictures side by side."""
+    """Draws the three figures side by side."""
     figure = Figure(figsize=(13, 4.2), layout="constrained")
     styles = [
         {"color": plots.BLUE, "linestyle": "-"},

@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+import signal
+
+if __name__ == "__main__":  # until the flags are read, Ctrl-C ends the process at once
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,15 +17,15 @@ import numpy as np
 from matplotlib.figure import Figure
 
 import jaxtrain as jt
-from jaxtrain import command, devices, plots, runs, tables
-from jaxtrain.checks import check_whole
-from jaxtrain.events import Event, Report, Resumed, StepsDone
-from jaxtrain.tables import Comparison
+from jaxtrain._arguments import check_integer
+from jaxtrain.cli import command, devices, plots, runs, tables
+from jaxtrain.cli.tables import Comparison
+from jaxtrain.training.events import Event, OnEvent, Resumed, StepsDone, every_steps
 
 LOSS = jt.losses.mean_squared_error
 # What torch.randn gives after torch.manual_seed(0): the start of the reference runs.
 START_WEIGHT, START_BIAS = 1.5409961, -0.2934289
-STEPS_AN_EPOCH = 8  # 150 examples in batches of 20, the last of 10
+STEPS_PER_EPOCH = 8  # 150 examples in batches of 20, the last of 10
 
 
 @dataclass(frozen=True)
@@ -30,34 +35,34 @@ class Config:
     epochs: int = 99
     """Passes over the 150 points."""
     batch_size: int = 20
-    """Points a step."""
+    """Points per step."""
     learning_rate: float = 0.01
-    """Factor of the gradient in each step."""
+    """Step size: factor of the gradient."""
     optimizer: command.OptimizerName = "sgd"
     """The solver, as in torch.optim."""
     as_published: bool = False
-    """Every step on the whole data set, as the tutorial's loop computes."""
+    """Take every step on the whole data set, as the tutorial's loop does."""
     seed: int = 0
-    """Decides the order of the points."""
+    """Seed of the order of the points."""
     device: devices.Device = "auto"
-    """Where to compute; auto takes a GPU where there is one."""
+    """Where to compute; auto uses a GPU if there is one."""
     compilation_cache: bool = True
-    """Keep compiled programs in the user's cache folder, so that the next run starts sooner."""
+    """Cache compiled programs in the user's cache folder, so that the next run starts sooner."""
     log_interval: int = 1
-    """A line every so many steps; 0 is quiet."""
+    """Steps per line of progress; 0 prints nothing."""
     output_dir: Path = Path("runs/minibatch_regression")
-    """Where results go."""
+    """Folder of the results."""
     overwrite: bool = False
-    """Let the results of a finished run in that folder make way."""
+    """Replace a finished run's results in that folder, and another run's checkpoints."""
     safety: command.Safety = command.Safety()
-    """Checkpoints and faults."""
+    """Checkpoints and safeguards."""
 
 
 def run(config: Config) -> dict[str, Any]:
-    """Fit y = w x + b to 150 noisy points of y = 2 x + 6, in batches of 20."""
+    """Fits y = w x + b to 150 noisy points of y = 2 x + 6, in batches of 20."""
     devices.set_up_jax(config.device, config.compilation_cache)
-    check_whole(config.log_interval, "log_interval", least=0)
-    check_whole(config.epochs, "epochs", least=0)
+    check_integer(config.log_interval, "log_interval", minimum=0)
+    check_integer(config.epochs, "epochs", minimum=0)
     with command.output_folder(config) as folder:
         data = jt.data.noisy_line(150, 2.0, 6.0, 0.3, seed=100, width=5.0)
         state, path = train(config, data, folder)
@@ -85,11 +90,10 @@ def run(config: Config) -> dict[str, Any]:
 def train(
     config: Config, data: jt.Dataset, folder: runs.RunFolder
 ) -> tuple[jt.TrainState, np.ndarray]:
-    """The state at the end, and (w, b) at the start and after each step, [steps + 1, 2]."""
-    optimizer = jt.optimizers.make(config.optimizer, config.learning_rate)
+    """Returns the state at the end, and (w, b) before and after each step, [steps + 1, 2]."""
     state = jt.init_state(
         jt.models.LinearRegression(),
-        jt.optimizers.clip_gradients(optimizer, config.safety.max_gradient_norm),
+        config.safety.wrap(jt.optimizers.make(config.optimizer, config.learning_rate)),
         data.inputs[:1],
         key=command.seed_key(config.seed),
     ).replace(params={"weight": jnp.array([[START_WEIGHT]]), "bias": jnp.array([START_BIAS])})
@@ -97,40 +101,39 @@ def train(
     # As published, each of an epoch's eight steps is an epoch of one full batch.
     full = config.as_published
 
-    def fit(epochs: int, report: Report, **options: Any) -> jt.TrainState:
+    def fit(epochs: int, on_event: OnEvent, **options: Any) -> jt.TrainState:
         return jt.fit(
             state,
             data,
             loss_fn=LOSS,
             epochs=epochs,
-            batch_size=data.num_examples if full else config.batch_size,
+            batch_size=len(data) if full else config.batch_size,
             key=None if full else command.seed_key(config.seed),
-            log_interval=1,
-            report=report,
+            on_event=every_steps(1, on_event),
             **options,
         )[0]
 
-    def note(event: Event) -> None:
+    def append_to_path(event: Event) -> None:
         if isinstance(event, StepsDone):
             params = event.state.params
             path.append((params["weight"].item(), params["bias"].item()))
 
-    def report(event: Event) -> None:
+    def on_event(event: Event) -> None:
         folder.record(event)
         if isinstance(event, Resumed):
             if config.log_interval:
-                print(f"going on after epoch {event.epoch}, from its checkpoint", file=sys.stderr)
-            # A checkpoint holds what an epoch leaves; the steps before are taken once more, in the
-            # same bits and in no time.
-            fit(event.epoch, note, on_nonfinite=config.safety.on_nonfinite)
-        note(event)
+                print(f"resuming after epoch {event.epoch}, from its checkpoint", file=sys.stderr)
+            # A checkpoint holds the state after an epoch, not the path: the steps before are
+            # repeated, which gives the same bits.
+            fit(event.epoch, append_to_path)
+        append_to_path(event)
         if not isinstance(event, StepsDone) or not config.log_interval:
             return
         if (len(path) - 1) % config.log_interval == 0:
             epoch, batch = event.epoch, event.step
             if config.as_published:
-                whole, part = divmod(epoch - 1, STEPS_AN_EPOCH)
-                epoch, batch = whole + 1, part + 1
+                passes, index = divmod(epoch - 1, STEPS_PER_EPOCH)
+                epoch, batch = passes + 1, index + 1
             (weight, bias), (old_weight, old_bias) = path[-1], path[-2]
             print(
                 f"epoch {epoch} batch {batch}  loss {event.loss:.6f}  "
@@ -139,14 +142,14 @@ def train(
                 file=sys.stderr,
             )
 
-    epochs = config.epochs * STEPS_AN_EPOCH if full else config.epochs
-    return fit(epochs, report, **config.safety.fit_options(config)), np.array(path)
+    epochs = config.epochs * STEPS_PER_EPOCH if full else config.epochs
+    return fit(epochs, on_event, **config.safety.fit_options(config)), np.array(path)
 
 
 def compare(
     config: Config, data: jt.Dataset, weight: float, bias: float, loss: float
 ) -> list[Comparison]:
-    """The tutorial's figures beside ours."""
+    """Returns the tutorial's figures beside ours."""
     x, y = np.ravel(data.inputs).astype(np.float64), np.ravel(data.targets).astype(np.float64)
     solution = np.polyfit(x, y, 1)
     rows = [
@@ -164,7 +167,7 @@ def compare(
             Comparison("b as published", 5.8536, bias, 5e-5),
             Comparison("mean squared error as published", 0.10397, loss, 5e-6),
         ]
-    # Another order of the points ends elsewhere: over 100 seeds w, b and the error have standard
+    # The result depends on the order of the points: over 100 seeds w, b and the error have standard
     # deviations of 0.0055, 0.0026 and 0.0004 (and means 2.0583, 5.8542, 0.1042).
     return [
         *rows,
@@ -175,7 +178,7 @@ def compare(
 
 
 def draw_fit(data: jt.Dataset, path: np.ndarray) -> Figure:
-    """The points, and the line before and after training."""
+    """Draws the points, and the line before and after training."""
     figure = Figure(figsize=(6, 4), layout="constrained")
     ax = figure.subplots()
     ax.scatter(data.inputs, data.targets, s=14, color=plots.BLUE, label="data", alpha=0.7)
@@ -192,7 +195,7 @@ def draw_fit(data: jt.Dataset, path: np.ndarray) -> Figure:
 
 
 def draw_path(data: jt.Dataset, path: np.ndarray, as_published: bool) -> Figure:
-    """The path of (w, b) over the contours of the loss, whole and near its end."""
+    """Draws the path of (w, b) over the contours of the loss, complete and near its end."""
     x, y = np.ravel(data.inputs), np.ravel(data.targets)
     figure = Figure(figsize=(10, 4.2), layout="constrained")
     solution = np.polyfit(x, y, 1)
@@ -204,13 +207,13 @@ def draw_path(data: jt.Dataset, path: np.ndarray, as_published: bool) -> Figure:
         loss = (errors**2).mean(axis=-1)
         levels = np.geomspace(loss.min() * 1.02, loss.max(), 9)
         ax.contour(weights, biases, loss, levels=levels, cmap="viridis", alpha=0.8)
-        ax.plot(*path.T, color=plots.VERMILION, linewidth=0.8, label="path, a step at a time")
+        ax.plot(*path.T, color=plots.VERMILION, linewidth=0.8, label="path, step by step")
         ax.plot(*solution, "*", color="black", markersize=13, label="least squares")
         ax.plot(*path[-1], "o", color=plots.VERMILION, label="end")
         ax.set(xlim=(low[0], high[0]), ylim=(low[1], high[1]))
         plots.label_axes(ax, "weight w", "bias b", grid=False)
     figure.axes[0].legend(loc="upper right")
-    figure.axes[0].set_title("whole path")
+    figure.axes[0].set_title("complete path")
     figure.axes[1].set_title("near its end")
     kind = "full batches, as published" if as_published else "mini-batches"
     figure.suptitle(f"T5: gradient descent on {kind}")

@@ -1,6 +1,11 @@
-"""Tutorial T2: a feed-forward network learns MNIST, in epochs that are compiled whole."""
+"""Tutorial T2: a feed-forward network learns MNIST, each epoch one compiled program."""
 
 from __future__ import annotations
+
+import signal
+
+if __name__ == "__main__":  # until the flags are read, Ctrl-C ends the process at once
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 import inspect
 import sys
@@ -13,19 +18,19 @@ import numpy as np
 import optax
 
 import jaxtrain as jt
-from jaxtrain import command, devices, plots, progress, runs, tables
-from jaxtrain.checks import check_whole
-from jaxtrain.epochs import num_steps
-from jaxtrain.events import Event
-from jaxtrain.history import History
+from jaxtrain._arguments import check_integer
+from jaxtrain.cli import command, devices, plots, progress, runs, tables
+from jaxtrain.cli.tables import Comparison
 from jaxtrain.optimizers import LearningRate
-from jaxtrain.tables import Comparison
+from jaxtrain.training.epoch import num_steps
+from jaxtrain.training.events import Event, every_steps
+from jaxtrain.training.history import History
 
 LOSS = jt.losses.cross_entropy
 METRICS = {"accuracy": jt.metrics.accuracy}
 
 # Epochs and learning rate of each data set. Those of MNIST are the tutorial's; on digits (1,437
-# training images, 23 steps an epoch) they would end near chance.
+# training images, 23 steps per epoch) they would end near chance.
 DEFAULTS = {
     "mnist": (5, 0.01),
     "fashion_mnist": (5, 0.01),
@@ -35,8 +40,8 @@ DEFAULTS = {
 
 IMAGES_SHOWN, MISTAKES_SHOWN = 30, 20
 
-# Test accuracy after each epoch, PyTorch 2.13, shuffled and in stored order: the middle of what
-# five seeds give; all of them lie within TOLERANCES of it.
+# Test accuracy after each epoch, PyTorch 2.13, shuffled and in stored order: the middle of
+# what five seeds give; all of them lie within TOLERANCES of it.
 REFERENCE = {
     True: (0.8641, 0.9114, 0.9277, 0.93975, 0.94815),
     False: (0.85865, 0.9090, 0.92745, 0.93955, 0.94795),
@@ -51,51 +56,51 @@ class Config:
     """Flags of this experiment; the defaults are the tutorial's."""
 
     dataset: Literal["auto", "mnist", "fashion_mnist", "kmnist", "digits"] = "auto"
-    """auto: MNIST where it can be had, else scikit-learn's digits. A name never falls back."""
+    """auto: MNIST if it is available, else scikit-learn's digits. A name never falls back."""
     data_dir: Path | None = None
-    """Folder of the IDX files; None takes $JAXTRAIN_DATA_DIR, then the cache, then downloads."""
+    """Folder of the IDX files; None tries $JAXTRAIN_DATA_DIR, the cache, then a download."""
     epochs: int | None = None
-    """Passes over the training data; None is 5, on digits 60."""
+    """Passes over the training data; None means 5, on digits 60."""
     batch_size: int = 64
-    """Training examples a step."""
+    """Training examples per step."""
     test_batch_size: int = 1000
     """Test examples at a time."""
     learning_rate: float | None = None
-    """None is 0.01, on digits 0.05; for solvers other than sgd their default in torch.optim."""
+    """None means 0.01, on digits 0.05; for other solvers than sgd torch.optim's default."""
     weight_decay: float | None = None
-    """L2 penalty, added to the gradient; None is 1e-6, for rprop and lbfgs 0."""
+    """L2 penalty, added to the gradient; None means 1e-6, for rprop and lbfgs 0."""
     momentum: float = 0.0
     """Momentum of sgd and rmsprop."""
     optimizer: command.OptimizerName = "sgd"
     """The solver, as in torch.optim."""
     validation: float = 0.0
-    """Share of the training data held out for validation, evaluated after every epoch."""
+    """Fraction of the training data held out for validation, evaluated after every epoch."""
     patience: int | None = None
-    """Stop after so many epochs without a better validation loss and keep the best parameters."""
+    """Stop after this many epochs without a better validation loss; keep the best parameters."""
     gamma: float | None = None
     """Multiply the learning rate by this after every epoch (StepLR); None leaves it constant."""
     dropout: float = 0.2
-    """Share of hidden units dropped in training."""
+    """Fraction of hidden units dropped in training."""
     seed: int = 42
-    """Decides the start, the order of examples and the dropout."""
+    """Seed of the initial parameters, the order of examples and the dropout."""
     shuffle: bool = True
-    """Shuffle the examples every epoch, or take them in stored order."""
+    """Shuffle the examples every epoch; else use their stored order."""
     device: devices.Device = "auto"
-    """Where to compute; auto takes a GPU where there is one."""
+    """Where to compute; auto uses a GPU if there is one."""
     compilation_cache: bool = True
-    """Keep compiled programs in the user's cache folder, so that the next run starts sooner."""
+    """Cache compiled programs in the user's cache folder, so that the next run starts sooner."""
     log_interval: int = 100
-    """A line every so many steps; 0 is quiet."""
+    """Steps per line of progress; 0 prints nothing."""
     output_dir: Path = Path("runs/mnist")
-    """Where results go."""
+    """Folder of the results."""
     overwrite: bool = False
-    """Let the results of a finished run in that folder make way."""
+    """Replace a finished run's results in that folder, and another run's checkpoints."""
     safety: command.Safety = command.Safety()
-    """Checkpoints and faults."""
+    """Checkpoints and safeguards."""
 
 
 def run(config: Config) -> dict[str, Any]:
-    """Train the T2 network (784-256-128-64-10, ReLU, dropout), testing it after each epoch."""
+    """Trains the T2 network (784-256-128-64-10, ReLU, dropout) and tests it after each epoch."""
     devices.set_up_jax(config.device, config.compilation_cache)
     with command.output_folder(config) as folder:
         data = jt.data.load_resolved(config.dataset, config.data_dir)
@@ -127,23 +132,24 @@ def run(config: Config) -> dict[str, Any]:
 
 
 def kept_epoch(config: Config, history: History) -> int | None:
-    """The epoch whose parameters are kept, counted from 0: the best where patience watches."""
+    """Returns the index of the epoch that is kept: the best with --patience, else the last."""
     if not len(history["epoch"]):
         return None
-    watched = config.patience is not None
-    return int(history["validation_loss"].argmin()) if watched else len(history["epoch"]) - 1
+    if config.patience is not None:
+        return int(history["validation_loss"].argmin())
+    return len(history["epoch"]) - 1
 
 
 def with_defaults(config: Config, dataset: str) -> Config:
-    """The configuration with this data set's epochs and rate where none were given."""
+    """Returns the configuration with the data set's defaults for flags that are None."""
     epochs, learning_rate = DEFAULTS[dataset]
-    if config.optimizer != "sgd":  # its own, as in torch.optim
+    if config.optimizer != "sgd":  # torch.optim's default
         signature = inspect.signature(jt.optimizers.OPTIMIZERS[config.optimizer])
         learning_rate = signature.parameters["learning_rate"].default
     if config.optimizer == "lbfgs" and config.dropout:
         raise jt.InputError(
             f"dropout is {config.dropout} with the optimizer lbfgs; expected --dropout 0, since "
-            "its line search compares values of one function"
+            "its line search compares losses of the same function"
         )
     weight_decay = 0.0 if config.optimizer in ("rprop", "lbfgs") else 1e-6
     return replace(
@@ -157,7 +163,7 @@ def with_defaults(config: Config, dataset: str) -> Config:
 def train(
     config: Config, data: jt.data.Resolved, folder: runs.RunFolder
 ) -> tuple[jt.TrainState, History]:
-    """Fit the network to the data as the configuration, its defaults filled in, says."""
+    """Trains the network on the data; the configuration has its defaults filled in."""
     assert config.epochs is not None
     mean, std = jt.data.STATISTICS[data.name]
     model = jt.models.FeedForward(dropout_rate=config.dropout, mean=mean, std=std)
@@ -168,14 +174,13 @@ def train(
         train_data, validation_data = data.train.split(
             config.validation, jax.random.fold_in(key, 2)
         )
-    optimizer = make_optimizer(config, train_data.num_examples)
+    optimizer = make_optimizer(config, len(train_data))
     state = jt.init_state(model, optimizer, train_data.inputs[:1], key=init_key)
 
-    with progress.console(
-        log_interval=config.log_interval, test_examples=data.test.num_examples
-    ) as show:
+    early_stopping = None if config.patience is None else jt.EarlyStopping(config.patience)
+    with progress.console(log_interval=config.log_interval, test_examples=len(data.test)) as show:
 
-        def report(event: Event) -> None:
+        def on_event(event: Event) -> None:
             folder.record(event)
             show(event)
 
@@ -184,37 +189,36 @@ def train(
             train_data,
             data.test,
             validation_data=validation_data,
-            patience=config.patience,
             loss_fn=LOSS,
             metric_fns=METRICS,
             epochs=config.epochs,
             batch_size=config.batch_size,
             test_batch_size=config.test_batch_size,
             key=shuffle_key if config.shuffle else None,
-            log_interval=config.log_interval,
-            report=report,
+            early_stopping=early_stopping,
+            on_event=every_steps(config.log_interval, on_event),
             **config.safety.fit_options(config, dataset=data.name),
         )
 
 
 def make_optimizer(config: Config, examples: int) -> optax.GradientTransformation:
-    """The solver that the flags describe."""
+    """Returns the optimizer that the flags describe."""
     assert config.learning_rate is not None
     rate: LearningRate = config.learning_rate
     if config.gamma is not None:
-        check_whole(config.batch_size, "batch_size", least=1)
+        check_integer(config.batch_size, "batch_size", minimum=1)
         steps = num_steps(examples, config.batch_size)
         rate = jt.optimizers.step_lr(config.learning_rate, 1, config.gamma, steps_per_epoch=steps)
     optimizer = jt.optimizers.make(
         config.optimizer, rate, weight_decay=config.weight_decay, momentum=config.momentum
     )
-    return jt.optimizers.clip_gradients(optimizer, config.safety.max_gradient_norm)
+    return config.safety.wrap(optimizer)
 
 
 def write_pictures(
     folder: runs.RunFolder, data: jt.data.Resolved, history: History, logits: jax.Array
 ) -> None:
-    """Draw the learning curves, some predictions with all sorts of mistakes, the confusions."""
+    """Draws the learning curves, predictions, mistakes and the confusion matrix."""
     title = f"{data.name}: {len(data.test.targets)} test images"
     images, labels = np.asarray(data.test.inputs), np.asarray(data.test.targets)
     predicted = np.asarray(logits.argmax(axis=-1))
@@ -237,7 +241,7 @@ def write_pictures(
 
 
 def compare(config: Config, data: jt.data.Resolved, history: History) -> list[Comparison]:
-    """PyTorch's figures beside ours; none on other data or with other flags than the tutorial's."""
+    """Returns PyTorch's figures beside ours; none on other data or with other flags."""
     tutorial = with_defaults(Config(), "mnist")
     free = {"dataset", "data_dir", "seed", "shuffle", "device", "log_interval", "output_dir"}
     free |= {"test_batch_size", "compilation_cache", "overwrite", "safety"}
@@ -258,7 +262,7 @@ def compare(config: Config, data: jt.data.Resolved, history: History) -> list[Co
 
 
 def print_result(data: jt.data.Resolved, summary: dict[str, Any]) -> None:
-    """Print the result."""
+    """Prints the result."""
     tables.print_table(
         "T2: a feed-forward network",
         {
@@ -266,9 +270,7 @@ def print_result(data: jt.data.Resolved, summary: dict[str, Any]) -> None:
             "epochs": str(summary["epochs"])
             + (f", best {summary['best_epoch']}" if "best_epoch" in summary else ""),
             "test loss": f"{summary['test_loss']:.4f}",
-            "test accuracy": progress.accuracy_text(
-                summary["test_accuracy"], data.test.num_examples
-            ),
+            "test accuracy": progress.accuracy_text(summary["test_accuracy"], len(data.test)),
             "compiling": f"{summary['compile_seconds']:.1f} s",
             "training": f"{summary['train_seconds']:.1f} s on {summary['device']}",
         },

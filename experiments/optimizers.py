@@ -1,9 +1,14 @@
-"""Tutorial T2: eight solvers on the same network and budget, each with a rate found for it."""
+"""Tutorial T2: eight solvers on the same network and budget, each with a tuned learning rate."""
 
 from __future__ import annotations
 
+import signal
+
+if __name__ == "__main__":  # until the flags are read, Ctrl-C ends the process at once
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -13,16 +18,16 @@ import optax
 from matplotlib.figure import Figure
 
 import jaxtrain as jt
-from jaxtrain import command, devices, plots, runs, tables
-from jaxtrain.checks import check_whole
-from jaxtrain.events import Event
-from jaxtrain.history import History
+from jaxtrain._arguments import check_integer
+from jaxtrain.cli import command, devices, plots, runs, tables
+from jaxtrain.training.events import Event
+from jaxtrain.training.history import History
 
 LOSS = jt.losses.cross_entropy
 METRICS = {"accuracy": jt.metrics.accuracy}
 
 # Learning rates to choose from, a factor of about 3 apart around each solver's usual one. L-BFGS
-# searches along its line.
+# has a line search instead.
 CANDIDATES: dict[str, tuple[float, ...]] = {
     "sgd": (0.01, 0.03, 0.1, 0.3),
     "adam": (0.0003, 0.001, 0.003, 0.01),
@@ -33,7 +38,7 @@ CANDIDATES: dict[str, tuple[float, ...]] = {
     "adadelta": (0.1, 0.3, 1.0, 3.0),
     "lbfgs": (1.0,),
 }
-# These compare one step with the last, so they take all examples in each.
+# These compare a step with the previous one, so every step uses all examples.
 FULL_BATCH = ("rprop", "lbfgs")
 
 
@@ -42,39 +47,39 @@ class Config:
     """Flags of this experiment."""
 
     dataset: Literal["auto", "mnist", "fashion_mnist", "kmnist", "digits"] = "auto"
-    """auto: MNIST where it can be had, else scikit-learn's digits."""
+    """auto: MNIST if it is available, else scikit-learn's digits."""
     data_dir: Path | None = None
-    """Folder of the IDX files; None takes $JAXTRAIN_DATA_DIR, then the cache, then downloads."""
+    """Folder of the IDX files; None tries $JAXTRAIN_DATA_DIR, the cache, then a download."""
     examples: int = 10_000
-    """Training images (a tenth of them held out to choose the rates)."""
+    """Training images; a tenth of them is held out to choose the rates."""
     epochs: int = 10
-    """The budget: passes over the training images, for every solver alike."""
+    """Budget of every solver: passes over the training images."""
     sweep_epochs: int = 2
-    """Passes of each candidate rate; a full-batch solver, one step each, gets the whole budget."""
+    """Passes per candidate rate; a full-batch solver, one step per pass, gets the full budget."""
     batch_size: int = 64
-    """Examples a step; rprop and lbfgs take all."""
+    """Examples per step; rprop and lbfgs use all."""
     seed: int = 42
-    """Decides the start and the order of examples, the same for every solver."""
+    """Seed of the initial parameters and the order of examples, shared by all solvers."""
     device: devices.Device = "auto"
-    """Where to compute; auto takes a GPU where there is one."""
+    """Where to compute; auto uses a GPU if there is one."""
     compilation_cache: bool = True
-    """Keep compiled programs in the user's cache folder, so that the next run starts sooner."""
+    """Cache compiled programs in the user's cache folder, so that the next run starts sooner."""
     log_interval: int = 1
-    """A line for each solver; 0 is quiet."""
+    """0 prints nothing; else one line per solver."""
     output_dir: Path = Path("runs/optimizers")
-    """Where results go."""
+    """Folder of the results."""
     overwrite: bool = False
-    """Let the results of a finished run in that folder make way."""
+    """Replace a finished run's results in that folder, and another run's checkpoints."""
     safety: command.Safety = command.Safety()
-    """Checkpoints and faults."""
+    """Checkpoints and safeguards."""
 
 
 def run(config: Config) -> dict[str, Any]:
-    """Train the T2 network, without dropout, by each solver; each first chooses its rate."""
+    """Trains the T2 network, without dropout, by each solver at the best of several rates."""
     devices.set_up_jax(config.device, config.compilation_cache)
-    check_whole(config.epochs, "epochs", least=1)
-    check_whole(config.sweep_epochs, "sweep_epochs", least=1)
-    check_whole(config.log_interval, "log_interval", least=0)
+    check_integer(config.epochs, "epochs", minimum=1)
+    check_integer(config.sweep_epochs, "sweep_epochs", minimum=1)
+    check_integer(config.log_interval, "log_interval", minimum=0)
     with command.output_folder(config) as folder:
         data = jt.data.load_resolved(config.dataset, config.data_dir)
         if data.notice is not None:
@@ -120,27 +125,26 @@ def run(config: Config) -> dict[str, Any]:
 
 
 def split(config: Config, data: jt.data.Resolved) -> tuple[jt.Dataset, jt.Dataset]:
-    """The training images of the budget, and those held out to choose the rates."""
-    check_whole(config.examples, "examples", least=20)
-    few = jax.tree.map(lambda array: array[: config.examples], data.train)
-    return few.split(0.1, command.seed_key(config.seed))
+    """Returns the training images, and those held out to choose the rates."""
+    check_integer(config.examples, "examples", minimum=20)
+    return data.train[: config.examples].split(0.1, command.seed_key(config.seed))
 
 
 def batch_size_of(name: str, config: Config, train_data: jt.Dataset) -> int:
-    """Examples a step."""
-    return train_data.num_examples if name in FULL_BATCH else config.batch_size
+    """Returns the number of examples per step."""
+    return len(train_data) if name in FULL_BATCH else config.batch_size
 
 
 def make_optimizer(name: str, rate: Any, config: Config) -> optax.GradientTransformation:
-    """The solver of that name; L-BFGS is left out of clipping, which would spoil its search."""
-    optimizer = jt.optimizers.make(name, rate)
+    """Returns the solver with the safeguards; L-BFGS is not clipped: its line search forbids it."""
+    safety = config.safety
     if name == "lbfgs":
-        return optimizer
-    return jt.optimizers.clip_gradients(optimizer, config.safety.max_gradient_norm)
+        safety = replace(safety, max_gradient_norm=None)
+    return safety.wrap(jt.optimizers.make(name, rate))
 
 
 def start(name: str, rate: Any, config: Config, dataset: str, data: jt.Dataset) -> jt.TrainState:
-    """The same parameters for every solver. No dropout: L-BFGS compares values of one function."""
+    """Returns the start, the same for every solver; no dropout, for L-BFGS's line search."""
     mean, std = jt.data.STATISTICS[dataset]
     return jt.init_state(
         jt.models.FeedForward(dropout_rate=0.0, mean=mean, std=std),
@@ -153,10 +157,12 @@ def start(name: str, rate: Any, config: Config, dataset: str, data: jt.Dataset) 
 def choose_rate(
     name: str, config: Config, dataset: str, train_data: jt.Dataset, validation_data: jt.Dataset
 ) -> float:
-    """The candidate with the smallest validation loss after a short run, all run at once."""
+    """Returns the candidate with the smallest validation loss after a short run."""
     candidates = CANDIDATES[name]
     if len(candidates) == 1:
         return candidates[0]
+    # A rate that diverges is out, also where a long run would skip such steps.
+    config = replace(config, safety=replace(config.safety, on_nonfinite="stop"))
     epochs = config.epochs if name in FULL_BATCH else config.sweep_epochs
     keys = jax.random.split(command.seed_key(config.seed), epochs)
     size = batch_size_of(name, config, train_data)
@@ -171,8 +177,8 @@ def choose_rate(
     losses = jax.jit(jax.vmap(short_run))(jnp.array(candidates))
     if not jnp.isfinite(losses).any():
         raise jt.InputError(
-            f"every learning rate of {name} diverged ({candidates}); expected one that trains: "
-            "check the data"
+            f"every learning rate of {name} diverged ({candidates}); expected at least one that "
+            "trains: check the data"
         )
     return candidates[int(jnp.nanargmin(losses))]
 
@@ -185,9 +191,9 @@ def train(
     train_data: jt.Dataset,
     folder: runs.RunFolder,
 ) -> tuple[History, float]:
-    """The history of the budget, and its seconds without compiling."""
+    """Returns the history, and the seconds of training without compiling."""
 
-    def report(event: Event) -> None:
+    def on_event(event: Event) -> None:
         folder.record(event, solver=name)
 
     _, history = jt.fit(
@@ -199,16 +205,15 @@ def train(
         epochs=config.epochs,
         batch_size=batch_size_of(name, config, train_data),
         key=command.seed_key(config.seed),
-        log_interval=0,
-        report=report,
-        # The budget decides the rates of some solvers, so that with another this is another run.
+        on_event=on_event,
+        # The budget decides the rates of some solvers: another budget is another run.
         **config.safety.fit_options(config, part=name, dataset=data.name, epochs=config.epochs),
     )
     return history, float(history["seconds"].sum())
 
 
 def describe(rate: float, history: History, seconds: float) -> str:
-    """One solver's line in the table."""
+    """Returns one solver's line in the table."""
     return (
         f"rate {rate:<7g} test loss {history['test_loss'][-1]:.4f}  "
         f"accuracy {history['test_accuracy'][-1]:.2%}  {seconds:.1f} s"
@@ -216,7 +221,7 @@ def describe(rate: float, history: History, seconds: float) -> str:
 
 
 def draw(results: dict[str, tuple[float, History, float]], dataset: str) -> Figure:
-    """Test loss and accuracy of every solver against the passes over the data."""
+    """Draws test loss and accuracy of every solver against the passes over the data."""
     figure = Figure(figsize=(10.5, 4.4), layout="constrained")
     left, right = figure.subplots(1, 2)
     colors = [plots.BLUE, plots.VERMILION, plots.GREEN, plots.ORANGE, plots.PURPLE, plots.SKY]

@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+import signal
+
+if __name__ == "__main__":  # until the flags are read, Ctrl-C ends the process at once
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -22,10 +27,10 @@ from experiments import (
     mnist,
     optimizers,
 )
-from jaxtrain import command, devices, tables
-from jaxtrain.tables import Comparison
+from jaxtrain.cli import command, devices, tables
+from jaxtrain.cli.tables import Comparison
 
-# What the default run on digits is to reach; there is no tutorial on them.
+# Accuracy that the default run on digits must reach; no tutorial covers them.
 DIGITS_ACCURACY = 0.9
 
 
@@ -34,19 +39,19 @@ class Config:
     """Flags of the whole series."""
 
     dataset: Literal["auto", "mnist", "digits"] = "auto"
-    """For T2. auto: MNIST where it can be had, else scikit-learn's digits."""
+    """For T2. auto: MNIST if it is available, else scikit-learn's digits."""
     data_dir: Path | None = None
-    """Folder of the IDX files; None takes $JAXTRAIN_DATA_DIR, then the cache, then downloads."""
+    """Folder of the IDX files; None tries $JAXTRAIN_DATA_DIR, the cache, then a download."""
     device: devices.Device = "auto"
-    """Where to compute; auto takes a GPU where there is one."""
+    """Where to compute; auto uses a GPU if there is one."""
     output_dir: Path = Path("runs/tutorials")
-    """Each tutorial's results go to a subfolder."""
+    """Folder of the results, one subfolder per tutorial."""
     overwrite: bool = False
-    """Let the results of an earlier series there make way."""
+    """Replace the results of an earlier series in that folder."""
 
 
 def run(config: Config) -> None:
-    """Run every tutorial and compare its figures with the original's."""
+    """Runs every tutorial and compares its figures with the original's."""
     rows = list(all_figures(config))
     table = Table(title="The tutorials' figures", title_justify="left")
     for heading in ("tutorial", "figure"):
@@ -64,12 +69,12 @@ def run(config: Config) -> None:
             f"{len(wrong)} of {len(rows)} figures are outside their tolerance: {', '.join(wrong)}"
         )
     print(f"all {len(rows)} figures are within their tolerance")
-    print(f"results: {config.output_dir}")
+    tables.print_results_folder(config.output_dir)
 
 
 def all_figures(config: Config) -> Iterator[tuple[str, Comparison]]:
-    """(tutorial, figure) of every experiment, in the order of the tutorials."""
-    # (tutorial, script, its flags; the folder is named after script and variant)
+    """Yields (tutorial, figure) of every experiment, in the order of the tutorials."""
+    # (tutorial, script, variant, flags); the folder is named after script and variant.
     plan: list[tuple[str, Any, str, dict[str, Any]]] = [
         ("T1", linear_regression, "", {"epochs": 400}),
         ("T2", losses, "", {}),
@@ -116,7 +121,7 @@ def all_figures(config: Config) -> Iterator[tuple[str, Comparison]]:
             accuracy = float(summary["test_accuracy"])
             yield (
                 tutorial,
-                Comparison("digits: accuracy, 0.9 at least", 1.0, accuracy, 1 - DIGITS_ACCURACY),
+                Comparison("digits: accuracy, at least 0.9", 1.0, accuracy, 1 - DIGITS_ACCURACY),
             )
 
 

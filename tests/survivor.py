@@ -1,8 +1,8 @@
-"""A small run in a process of its own, for the tests that kill it: every kind of state in it.
+"""A small run with every kind of state in a process of its own, for the tests that kill it.
 
     python -m tests.survivor FOLDER EPOCHS [--plain] [--watch]
 
-Prints a sum of the final state and history. `--plain` keeps no checkpoints; `--watch` prints
+Prints a digest of the final state and history. `--plain` saves no checkpoints; `--watch` prints
 memory, threads and open files after every 50th epoch.
 """
 
@@ -21,16 +21,16 @@ import jax
 import jax.numpy as jnp
 
 import jaxtrain as jt
-from jaxtrain.checkpoint_files import digest
-from jaxtrain.devices import cache_compilations
-from jaxtrain.events import EpochDone, Event
+from jaxtrain.checkpoint import checkpoint_path, digest
+from jaxtrain.cli.devices import cache_compilations
+from jaxtrain.training.events import EpochDone, Event
 
-# Epochs from one checkpoint to the next of a run that is watched, and how many of them it keeps.
+# Epochs between two checkpoints of a watched run, and how many checkpoints it keeps.
 EVERY, KEEP = 5, 3
 
 
 class Network(nn.Module):
-    """Dropout draws from the key, batch norm has a state of its own."""
+    """Dropout draws from the key; batch norm has state."""
 
     @nn.compact
     def __call__(self, inputs: jax.Array, train: bool = False) -> jax.Array:
@@ -42,10 +42,10 @@ class Network(nn.Module):
 
 def watch(event: Event, folder: Path) -> None:
     if isinstance(event, EpochDone) and event.epoch % 50 == 0:
-        # A write that is under way, or has not even begun, has files open: this epoch's is still to
-        # come, that of the checkpoint before is over when only those to keep are left.
-        kept = [f"epoch-{event.epoch - back * EVERY}" for back in range(KEEP, 0, -1)]
-        while sorted(path.name for path in folder.iterdir()) != sorted(kept):
+        # A write in progress has files open. This epoch's checkpoint is yet to be written; the
+        # previous write is over when only the checkpoints to keep are left.
+        kept = [checkpoint_path(folder, event.epoch - back * EVERY) for back in range(1, KEEP + 1)]
+        while set(folder.iterdir()) != set(kept):
             time.sleep(0.001)
         gc.collect()
         pages = int(Path("/proc/self/statm").read_text().split()[1])
@@ -55,7 +55,7 @@ def watch(event: Event, folder: Path) -> None:
 
 
 def run(folder: str, epochs: int, *, plain: bool = False, watched: bool = False) -> str:
-    """Train, and return a sum of what came out."""
+    """Trains, and returns a digest of the final state and history."""
     key = jax.random.key(0)
     labels = jnp.arange(200) % 3
     inputs = jax.nn.one_hot(labels, 6) + jax.random.normal(key, (200, 6))
@@ -67,19 +67,19 @@ def run(folder: str, epochs: int, *, plain: bool = False, watched: bool = False)
         state,
         train,
         validation_data=validation,
-        patience=10_000,
         loss_fn=jt.losses.cross_entropy,
         epochs=epochs,
         batch_size=16,
         key=key,
-        checkpoint_dir=None if plain else folder,
-        checkpoint_every=EVERY if watched else 1,
-        keep=KEEP,
-        report=functools.partial(watch, folder=Path(folder)) if watched else None,
+        early_stopping=jt.EarlyStopping(10_000),
+        checkpoint=None
+        if plain
+        else jt.CheckpointOptions(folder, every=EVERY if watched else 1, keep=KEEP),
+        on_event=functools.partial(watch, folder=Path(folder)) if watched else None,
     )
     columns = {name: values for name, values in history.items() if name != "seconds"}
     assert len(columns["epoch"]) == epochs
-    return digest((state, columns))
+    return digest((state, columns, history.step_losses))
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""The scripts as a user runs them: what is printed, what is left, and how mistakes end."""
+"""The scripts as a user runs them: output, files, and how errors end."""
 
 from __future__ import annotations
 
@@ -32,8 +32,8 @@ from experiments import (
     mnist,
     optimizers,
 )
-from jaxtrain import command, tables
-from jaxtrain.runs import RunFolder
+from jaxtrain.cli import command, tables
+from jaxtrain.cli.runs import RunFolder
 
 ROOT = Path(__file__).parents[1]
 COMMON = {
@@ -44,7 +44,7 @@ COMMON = {
 
 @pytest.fixture
 def environment(tmp_path: Path) -> dict[str, str]:
-    """No MNIST on disk, and a proxy where nobody listens: no network."""
+    """No MNIST on disk, and no network: a proxy that does not exist."""
     nowhere = "http://127.0.0.1:9"
     inherited = {name: value for name, value in os.environ.items() if name != "JAXTRAIN_DATA_DIR"}
     return {
@@ -137,7 +137,9 @@ def test_mnist_without_network_trains_on_digits_and_says_so(environment, tmp_pat
     ]
 
 
-def test_quiet_means_quiet_and_config_json_tells_the_flags(environment, tmp_path: Path) -> None:
+def test_log_interval_0_prints_nothing_and_config_json_has_the_flags(
+    environment, tmp_path: Path
+) -> None:
     flags = {
         "--dataset": "digits",
         "--epochs": 2,
@@ -179,7 +181,7 @@ def test_quiet_means_quiet_and_config_json_tells_the_flags(environment, tmp_path
 def test_every_flag_changes_the_training(flag, digits, tmp_path: Path) -> None:
     def step_losses(config: mnist.Config) -> np.ndarray:
         config = mnist.with_defaults(dataclasses.replace(config, epochs=2), "digits")
-        return mnist.train(config, digits, RunFolder(tmp_path, config))[1]["step_losses"]
+        return mnist.train(config, digits, RunFolder(tmp_path, config))[1].step_losses
 
     plain = mnist.Config(log_interval=0)
     changed = step_losses(dataclasses.replace(plain, **flag))
@@ -196,7 +198,7 @@ def test_mnist_asked_for_by_name_never_falls_back(environment, tmp_path: Path) -
     )
 
 
-def test_mistakes_end_with_one_sentence(environment, tmp_path: Path) -> None:
+def test_errors_end_with_one_sentence(environment, tmp_path: Path) -> None:
     (tmp_path / "file").write_text("in the way")
     digits = ("--dataset", "digits", "--output-dir", tmp_path / "out")
     for flags, *parts in [
@@ -213,13 +215,13 @@ def test_mistakes_end_with_one_sentence(environment, tmp_path: Path) -> None:
 
 
 @pytest.mark.skipif(jax.default_backend() == "gpu", reason="there is a GPU here")
-def test_a_gpu_that_is_not_there(environment, tmp_path: Path) -> None:
+def test_a_missing_gpu_is_one_sentence(environment, tmp_path: Path) -> None:
     result = run(environment, "linear_regression", "--device", "gpu", "--output-dir", tmp_path)
     assert_one_line_error(result, "--device is gpu", "--device cpu")
 
 
 @pytest.mark.parametrize("moment", ["compiling", "training"])
-def test_ctrl_c_ends_with_one_line_and_keeps_what_was_finished(
+def test_ctrl_c_ends_with_one_line_and_keeps_the_completed_epochs(
     environment, tmp_path: Path, moment: str
 ) -> None:
     folder = tmp_path / "out"
@@ -236,7 +238,7 @@ def test_ctrl_c_ends_with_one_line_and_keeps_what_was_finished(
         else:
             while not folder.exists():
                 time.sleep(0.05)
-            time.sleep(1.5)  # data and start; compiling takes two seconds
+            time.sleep(1.5)  # after loading and initialization; compiling takes two seconds
         process.send_signal(signal.SIGINT)
         rest = process.stderr.read()
     assert process.returncode == 130
@@ -246,13 +248,13 @@ def test_ctrl_c_ends_with_one_line_and_keeps_what_was_finished(
     if moment == "training":
         count = len(read_history(folder))
         assert count >= 3
-        assert f"the finished epochs ({count}) are in {folder}/history.csv" in last
+        assert f"the completed epochs ({count}) are in {folder}/history.csv" in last
     elif "compiled in" not in rest:  # as on any but a much faster machine
         assert last == "interrupted"
         assert list(folder.iterdir()) == []
 
 
-def test_a_mistake_leaves_an_earlier_runs_results_alone(environment, tmp_path: Path) -> None:
+def test_an_error_leaves_the_results_of_an_earlier_run(environment, tmp_path: Path) -> None:
     folder = tmp_path / "out"
     run(environment, "linear_regression", "--epochs", 5, "--output-dir", folder)
     before = {path.name: path.read_bytes() for path in folder.iterdir()}
@@ -343,7 +345,7 @@ def test_tutorials_reach_their_figures(script, flags, pictures, tmp_path, capsys
         (minibatch_regression, {"epochs": -1}, "epochs is -1"),
         (minibatch_regression, {"optimizer": "lbfgs"}, "line search"),
         (mnist, {"dataset": "digits", "optimizer": "lbfgs"}, "expected --dropout 0"),
-        (mnist, {"dataset": "digits", "patience": 3}, "without validation_data"),
+        (mnist, {"dataset": "digits", "patience": 3}, "early_stopping monitors 'validation_loss'"),
         (mnist, {"dataset": "digits", "validation": 1.5}, r"fraction is 1\.5"),
         (linear_regression, {"log_interval": -1}, "log_interval is -1"),
     ],
@@ -353,13 +355,13 @@ def test_flags_out_of_range_are_named(script, flags, message, tmp_path: Path) ->
         script.run(script.Config(**{"log_interval": 0, **flags}, output_dir=tmp_path))
 
 
-def test_rates_that_all_diverge_are_drawn_as_such(tmp_path: Path) -> None:
+def test_rates_that_all_diverge_are_drawn_as_diverging(tmp_path: Path) -> None:
     config = learning_rate.Config(learning_rates=(0.5, 1.0), output_dir=tmp_path)
     assert learning_rate.run(config)["stops"] == ["loss not finite"] * 2
     assert (tmp_path / "learning_rates.png").exists()
 
 
-def test_no_epochs_leave_a_summary(tmp_path: Path) -> None:
+def test_zero_epochs_leave_a_summary(tmp_path: Path) -> None:
     config = mnist.Config(
         dataset="digits", epochs=0, validation=0.1, log_interval=0, output_dir=tmp_path
     )
@@ -438,7 +440,7 @@ def test_help_names_every_flag(environment, script) -> None:
         assert re.search(rf"--{name.replace('_', '-')}\b", result.stdout)
 
 
-def test_a_reader_that_leaves_early_is_no_error(environment) -> None:
+def test_a_reader_that_leaves_early_causes_no_traceback(environment) -> None:
     with subprocess.Popen(
         [sys.executable, "experiments/mnist.py", "--help"],
         env=environment,
@@ -451,7 +453,7 @@ def test_a_reader_that_leaves_early_is_no_error(environment) -> None:
     assert process.returncode == 128 + signal.SIGPIPE
 
 
-def test_compiled_programs_are_kept_for_the_next_run(environment, tmp_path: Path) -> None:
+def test_compiled_programs_are_cached_for_the_next_run(environment, tmp_path: Path) -> None:
     del environment["JAX_COMPILATION_CACHE_DIR"]
     flags = ("--epochs", 5, "--log-interval", 0, "--output-dir", tmp_path / "out")
     compiled = tmp_path / "cache" / "jaxtrain" / "compiled"
@@ -469,9 +471,7 @@ def test_compiled_programs_are_kept_for_the_next_run(environment, tmp_path: Path
     assert "error" not in (first.stderr + again.stderr + after.stderr).lower()
 
 
-def test_no_compilation_cache_means_none_whatever_the_environment_says(
-    environment, tmp_path: Path
-) -> None:
+def test_no_compilation_cache_overrides_the_environment(environment, tmp_path: Path) -> None:
     environment["JAX_COMPILATION_CACHE_DIR"] = str(tmp_path / "mine")
     flags = ("--epochs", 5, "--log-interval", 0, "--output-dir", tmp_path / "out")
     run(environment, "linear_regression", "--no-compilation-cache", *flags)
@@ -480,7 +480,7 @@ def test_no_compilation_cache_means_none_whatever_the_environment_says(
     assert list((tmp_path / "mine").glob("*-cache"))
 
 
-def test_a_cache_folder_that_cannot_be_written_is_left_alone(environment, tmp_path: Path) -> None:
+def test_a_cache_folder_that_cannot_be_written_is_not_used(environment, tmp_path: Path) -> None:
     del environment["JAX_COMPILATION_CACHE_DIR"]
     environment["MPLCONFIGDIR"] = str(tmp_path / "matplotlib")  # it would complain on its own
     (tmp_path / "cache").write_text("not a folder")

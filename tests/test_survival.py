@@ -1,4 +1,4 @@
-"""Runs that are killed, interrupted, starved of disk or memory: what is kept, and what is said."""
+"""Runs that are killed, interrupted or out of disk or memory: what is kept, and the message."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import csv
 import json
 import os
 import random
+import re
 import shutil
 import signal
 import subprocess
@@ -20,12 +21,12 @@ import pytest
 
 import jaxtrain as jt
 from experiments import gradient_descent, linear_regression, optimizers
-from jaxtrain import command
-from jaxtrain.checkpoint_files import check_sums
-from jaxtrain.checkpoints import checkpoint_folder, list_epochs
-from jaxtrain.command import Safety
-from jaxtrain.errors import what_is_kept
-from jaxtrain.runs import RunFolder
+from jaxtrain._files import PART, lock_folder
+from jaxtrain.checkpoint import checkpoint_path, list_epochs, verify
+from jaxtrain.cli import command
+from jaxtrain.cli.command import Safety
+from jaxtrain.cli.runs import RunFolder
+from jaxtrain.errors import recovery_notes
 
 ROOT = Path(__file__).parents[1]
 DIGITS = ("--dataset", "digits")
@@ -37,7 +38,7 @@ HAS_NAMESPACES = (
 
 @pytest.fixture
 def environment() -> dict[str, str]:
-    """The caller's, without its data."""
+    """Returns the environment of the tests, without the folder of data sets."""
     return {name: value for name, value in os.environ.items() if name != "JAXTRAIN_DATA_DIR"}
 
 
@@ -53,7 +54,7 @@ def start(environment, *command: object) -> subprocess.Popen[str]:
 
 
 def run(environment, *command: object, expect: int = 0) -> tuple[str, str]:
-    """What it prints on stdout and stderr."""
+    """Returns what a command prints on stdout and stderr."""
     process = start(environment, *command)
     out, err = process.communicate(timeout=240)
     assert process.returncode == expect, out + err
@@ -70,76 +71,82 @@ def read_history(folder: Path) -> list[dict[str, str]]:
         return [{**row, "seconds": ""} for row in csv.DictReader(file)]
 
 
-def wait_for(condition, process: subprocess.Popen[str], seconds: float = 60) -> None:
-    deadline = time.monotonic() + seconds
+def wait_for(condition, process: subprocess.Popen[str], interval: float = 0.001) -> None:
+    deadline = time.monotonic() + 60
     while not condition():
         assert process.poll() is None, process.communicate()
         assert time.monotonic() < deadline
-        time.sleep(0.001)
+        time.sleep(interval)
 
 
-def test_killed_at_20_moments_it_ends_in_the_same_bits(environment, tmp_path: Path) -> None:
-    """SIGKILL, every second time while a checkpoint is being written."""
-    epochs = 200
+def unfinished(folder: Path) -> list[Path]:
+    """Returns the files that a checkpoint is being written to."""
+    return list(folder.glob(f".epoch-*{PART}"))
+
+
+def test_a_run_killed_20_times_ends_in_the_same_bits(environment, tmp_path: Path) -> None:
+    """SIGKILL at random moments, every second time while a checkpoint is being written."""
+    epochs = 300
     moments = random.Random(0)
     folder = tmp_path / "checkpoints"
     while_writing = 0
     for kill in range(20):
         before = list_epochs(folder)
-        for left in folder.glob("*.unfinished"):  # the run would; here it would be taken for new
-            shutil.rmtree(left)
+        for leftover in unfinished(folder):  # the run removes it too, but later
+            leftover.unlink()
         process = start(environment, "-m", "tests.survivor", folder, epochs)
         if kill % 2:
-            wait_for(lambda: any(folder.glob("*.unfinished")), process)
-            time.sleep(moments.uniform(0, 0.03))
+            wait_for(lambda: unfinished(folder), process, interval=0)
+            time.sleep(moments.uniform(0, 0.002))
         else:
             wait_for(lambda before=before: list_epochs(folder) != before, process)
             time.sleep(moments.uniform(0, 0.3))
         process.kill()
         process.communicate()
         assert process.returncode == -signal.SIGKILL
-        while_writing += any(folder.glob("*.unfinished"))
-        for epoch in list_epochs(folder):  # whole, whenever it was
-            check_sums(checkpoint_folder(folder, epoch))
+        while_writing += bool(unfinished(folder))
+        for epoch in list_epochs(folder):
+            verify(checkpoint_path(folder, epoch))
     assert while_writing >= 5
     assert list_epochs(folder)[-1] < epochs
     resumed, _ = run(environment, "-m", "tests.survivor", folder, epochs)
-    assert not list(folder.glob("*.unfinished"))
+    assert not unfinished(folder)
     straight, _ = run(environment, "-m", "tests.survivor", "nowhere", epochs, "--plain")
     assert resumed == straight
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-def test_asked_to_end_it_says_where_to_go_on(environment, tmp_path: Path, number: int) -> None:
+def test_an_interrupted_run_says_how_to_resume(environment, tmp_path: Path, number: int) -> None:
     folder, out = tmp_path / "checkpoints", tmp_path / "out"
     script = ("experiments/mnist.py", *DIGITS, "--checkpoint-dir", folder, "--output-dir", out)
     process = start(environment, *script, "--epochs", 1_000_000)
     wait_for(lambda: len(list_epochs(folder)) == 3, process)
     process.send_signal(number)
     time.sleep(0.01)
-    with contextlib.suppress(ProcessLookupError):  # impatience does not cut it off
+    with contextlib.suppress(ProcessLookupError):  # a second signal is ignored
         process.send_signal(number)
     _, err = process.communicate(timeout=60)
     assert process.returncode == 128 + number
     assert "Traceback" not in err
     epoch = list_epochs(folder)[-1]
-    check_sums(checkpoint_folder(folder, epoch))
-    assert not list(folder.glob("*.unfinished"))
+    verify(checkpoint_path(folder, epoch))
+    assert not unfinished(folder)
     finished = len(read_history(out))
     assert finished >= epoch
     word = {signal.SIGTERM: "terminated", signal.SIGINT: "interrupted"}[number]
     assert last_line(err) == (
-        f"{word}; the same command goes on after epoch {epoch}, whose checkpoint is in {folder}; "
-        f"the finished epochs ({finished}) are in {out}/history.csv"
+        f"{word}; run the same again to resume after epoch {epoch}; its checkpoint is "
+        f"{folder}/epoch-{epoch}.safetensors; the completed epochs ({finished}) are in "
+        f"{out}/history.csv"
     )
 
 
-def test_an_experiment_goes_on_where_it_was_cut_off(environment, tmp_path: Path) -> None:
-    """Its history, summary and pictures are those of a run in one piece; its epochs may grow."""
+def test_a_resumed_experiment_equals_an_uninterrupted_one(environment, tmp_path: Path) -> None:
+    """In history, summary and pictures; the number of epochs may grow."""
     script = ("experiments/mnist.py", *DIGITS, "--validation", 0.1, "--log-interval", 0)
     parts = ("--checkpoint-dir", tmp_path / "checkpoints", "--output-dir", tmp_path / "parts")
     run(environment, *script, *parts, "--epochs", 2)
-    out, _ = run(environment, *script, *parts, "--epochs", 5, "--resume", "must")
+    out, _ = run(environment, *script, *parts, "--epochs", 5, "--resume", "required")
     assert last_line(out) == f"results: {tmp_path}/parts"
     run(environment, *script, "--epochs", 5, "--output-dir", tmp_path / "whole")
     assert read_history(tmp_path / "parts") == read_history(tmp_path / "whole")
@@ -165,8 +172,8 @@ def test_an_experiment_goes_on_where_it_was_cut_off(environment, tmp_path: Path)
         ("minibatch_regression", ("--epochs", 20), {"fit.png", "path.png"}),
     ],
 )
-def test_every_tutorial_goes_on(environment, tmp_path: Path, script, flags, pictures) -> None:
-    """Killed in the middle; its pictures need what came before."""
+def test_every_tutorial_resumes(environment, tmp_path: Path, script, flags, pictures) -> None:
+    """Killed in the middle; its pictures need the epochs before."""
     folder = tmp_path / "checkpoints"
     command = (f"experiments/{script}.py", *flags, "--log-interval", 0)
     parts = ("--checkpoint-dir", folder, "--output-dir", tmp_path / "parts")
@@ -183,8 +190,8 @@ def test_every_tutorial_goes_on(environment, tmp_path: Path, script, flags, pict
         assert (tmp_path / "parts" / name).read_bytes() == whole
 
 
-def test_another_run_does_not_go_on_from_it(environment, tmp_path: Path) -> None:
-    """The change is named; an output folder that has results keeps them."""
+def test_another_run_does_not_resume(environment, tmp_path: Path) -> None:
+    """The difference is named; an output folder keeps its results."""
     folder, out = tmp_path / "checkpoints", tmp_path / "out"
     script = ("experiments/linear_regression.py", "--log-interval", 0, "--epochs", 2)
     script = (*script, "--checkpoint-dir", folder, "--output-dir", out)
@@ -196,9 +203,12 @@ def test_another_run_does_not_go_on_from_it(environment, tmp_path: Path) -> None
             "learning_rate was 0.01 and is now 0.1, seed was 4",
         ),
         (("--epochs", 1), "epochs is 1, but"),
-        (("--resume", "never"), "holds a finished run"),
+        (("--resume", "never"), "contains a finished run"),
         (("--resume", "never", "--overwrite"), "resume is 'never', but"),
-        (("--resume", "must", "--checkpoint-dir", tmp_path / "a", "--overwrite"), "holds no check"),
+        (
+            ("--resume", "required", "--checkpoint-dir", tmp_path / "a", "--overwrite"),
+            "has no checkpoint",
+        ),
         (("--checkpoint-dir", out), "the output folder itself"),
     ]:
         _, err = run(environment, *script, *flags, expect=1)
@@ -207,8 +217,58 @@ def test_another_run_does_not_go_on_from_it(environment, tmp_path: Path) -> None
     assert {path.name: path.read_bytes() for path in out.iterdir()} == before
 
 
-def test_results_of_another_run_are_not_this_ones(tmp_path: Path) -> None:
-    """Though its checkpoints were in a folder of the same name."""
+def test_overwrite_replaces_the_checkpoints_of_another_run(environment, tmp_path: Path) -> None:
+    """Which the message of the run without the flag offers; the same run still resumes."""
+    folder, out = tmp_path / "checkpoints", tmp_path / "out"
+    script = ("experiments/linear_regression.py", "--log-interval", 0, "--epochs", 5)
+    script = (*script, "--checkpoint-dir", folder, "--output-dir", out)
+    run(environment, *script)
+    (folder / "notes.txt").write_text("mine")
+    other = (*script, "--epochs", 2, "--learning-rate", 0.1)
+    _, err = run(environment, *other, expect=1)
+    assert "learning_rate was 0.01 and is now 0.1" in err
+    assert "or replace it by --overwrite" in err
+    assert list_epochs(folder) == [3, 4, 5]
+    _, err = run(environment, *other, "--overwrite")
+    assert err == f"removed the checkpoints of another run in {folder}\n"
+    assert list_epochs(folder) == [1, 2]
+    assert (folder / "notes.txt").read_text() == "mine"
+    assert len(read_history(out)) == 2
+    _, err = run(environment, *other, "--overwrite", "--epochs", 3)
+    assert err == ""
+    assert list_epochs(folder) == [1, 2, 3]
+    # With an output folder of its own, too.
+    elsewhere = (*script, "--output-dir", tmp_path / "new", "--seed", 1)
+    _, err = run(environment, *elsewhere, expect=1)
+    assert "--overwrite" not in err
+    assert list_epochs(folder) == [1, 2, 3]
+    run(environment, *elsewhere, "--overwrite")
+    assert list_epochs(folder) == [3, 4, 5]
+
+
+def test_checkpoints_that_another_run_is_using_are_not_removed(tmp_path: Path) -> None:
+    def config(rate: float) -> linear_regression.Config:
+        return linear_regression.Config(
+            epochs=1,
+            learning_rate=rate,
+            log_interval=0,
+            output_dir=tmp_path / "out",
+            overwrite=True,
+            safety=Safety(checkpoint_dir=tmp_path / "c"),
+        )
+
+    linear_regression.run(config(0.01))
+    lock = lock_folder(tmp_path / "c", "checkpoint folder")
+    try:
+        with pytest.raises(jt.InputError, match="in use by another run"):
+            linear_regression.run(config(0.1))
+    finally:
+        os.close(lock)
+    assert list_epochs(tmp_path / "c") == [1]
+
+
+def test_results_of_another_run_are_recognized(tmp_path: Path) -> None:
+    """Even if both runs have the same folder of checkpoints, by whichever path."""
     out = tmp_path / "out"
 
     def config(folder: Path, **options) -> linear_regression.Config:
@@ -224,13 +284,14 @@ def test_results_of_another_run_are_not_this_ones(tmp_path: Path) -> None:
         command.output_folder(config(tmp_path / "checkpoints", learning_rate=0.2))
 
 
-def test_must_is_asked_of_all_parts_together(tmp_path: Path) -> None:
-    """Cut off in the first of two descents, there is none of the second yet."""
-    safety = Safety(checkpoint_dir=tmp_path / "c", resume="must")
+def test_required_applies_to_all_parts_together(tmp_path: Path) -> None:
+    """Interrupted in the first of two descents, a run has no checkpoint of the second yet."""
+    safety = Safety(checkpoint_dir=tmp_path / "c", resume="required")
     config = gradient_descent.Config(epochs=2, log_interval=0, output_dir=tmp_path, safety=safety)
-    assert safety.fit_options(config, part="batch")["resume"] == "must"
-    (tmp_path / "c" / "batch" / "epoch-1").mkdir(parents=True)
-    assert safety.fit_options(config, part="stochastic")["resume"] == "auto"
+    assert safety.fit_options(config, part="batch")["checkpoint"].resume == "required"
+    (tmp_path / "c" / "batch").mkdir(parents=True)
+    checkpoint_path(tmp_path / "c" / "batch", 1).touch()
+    assert safety.fit_options(config, part="stochastic")["checkpoint"].resume == "auto"
 
 
 def test_a_second_process_is_refused(environment, tmp_path: Path) -> None:
@@ -242,8 +303,8 @@ def test_a_second_process_is_refused(environment, tmp_path: Path) -> None:
         other = ("--checkpoint-dir", folder, "--output-dir", tmp_path / "other")
         _, err = run(environment, *script, *other, expect=1)
         assert err == (
-            f"error: the checkpoint folder {folder} is in use by another run; wait for its end, or "
-            "name another by --checkpoint-dir\n"
+            f"error: the checkpoint folder {folder} is in use by another run; wait until it ends, "
+            "or use another folder\n"
         )
         _, err = run(environment, *script, "--output-dir", out, expect=1)
         assert f"the output folder {out} is in use by another run" in err
@@ -251,7 +312,7 @@ def test_a_second_process_is_refused(environment, tmp_path: Path) -> None:
     finally:
         first.kill()
         first.communicate()
-    # The killed one holds nothing any more.
+    # The lock of the killed run is released.
     before = list_epochs(folder)
     resumed = start(environment, *script, "--checkpoint-dir", folder, "--output-dir", out)
     wait_for(lambda: list_epochs(folder)[-1] > before[-1], resumed)
@@ -268,15 +329,15 @@ def test_a_finished_run_is_not_overwritten(environment, tmp_path: Path, script, 
     before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
     _, err = run(environment, *command, expect=1)
     assert err == (
-        f"error: the output folder {tmp_path} holds a finished run; keep it and name another by "
-        "--output-dir, or take --overwrite\n"
+        f"error: the output folder {tmp_path} contains a finished run; keep it and choose another "
+        "by --output-dir, or replace it by --overwrite\n"
     )
     assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
     run(environment, *command, "--overwrite")
 
 
 def run_with_a_disk(environment, size: str, disk: Path, commands: str) -> tuple[str, str]:
-    """Shell commands with a small disk that only their process tree sees; stdout and stderr."""
+    """Runs shell commands with a small disk that only they see; returns stdout and stderr."""
     disk.mkdir()
     result = subprocess.run(
         ["unshare", "-rm", "bash", "-c", f"mount -t tmpfs -o size={size} tmpfs {disk}\n{commands}"],
@@ -290,42 +351,42 @@ def run_with_a_disk(environment, size: str, disk: Path, commands: str) -> tuple[
     return result.stdout, result.stderr
 
 
-@pytest.mark.skipif(not HAS_NAMESPACES, reason="needs leave to mount a small disk (unshare -rm)")
-def test_a_disk_that_fills_up_leaves_the_earlier_checkpoints_whole(
-    environment, tmp_path: Path
-) -> None:
+@pytest.mark.skipif(not HAS_NAMESPACES, reason="may not mount a small disk (unshare -rm)")
+def test_a_full_disk_leaves_the_earlier_checkpoints_intact(environment, tmp_path: Path) -> None:
     """A disk of 3 MiB for checkpoints of 0.9 MiB."""
     disk, out = tmp_path / "disk", tmp_path / "out"
     script = f"{sys.executable} experiments/mnist.py --dataset digits --epochs 9 --log-interval 0"
     commands = f"""
         {script} --checkpoint-dir {disk}/checkpoints --output-dir {out} --keep 9
         echo "status $?"
-        cd {disk}/checkpoints && ls && for epoch in epoch-*; do
-            (cd $epoch && sha256sum --check --quiet SHA256SUMS && echo "whole $epoch"); done
+        ls -A {disk}/checkpoints
+        {sys.executable} -m jaxtrain.checkpoint {disk}/checkpoints/epoch-*
     """
     stdout, stderr = run_with_a_disk(environment, "3m", disk, commands)
     assert "status 1" in stdout, stderr
     lines = stdout.split("status 1\n")[1].split()
-    kept = [int(name.removeprefix("epoch-")) for name in lines if name.startswith("epoch-")]
-    assert lines.count("whole") == len(set(kept)) >= 2
-    assert "unfinished" not in stdout
+    names = re.findall(r"^epoch-(\d+)\.safetensors$", stdout, re.MULTILINE)
+    kept = [int(epoch) for epoch in names]
+    assert lines.count("intact") == len(kept) >= 2
+    assert PART not in stdout
     (line,) = stderr.strip().splitlines()
     lost = max(kept) + 1
     assert line.startswith(
-        f"error: {disk}/checkpoints/epoch-{lost} could not be written (no space left on the disk); "
-        f"make room and run it again; the same command goes on after epoch {lost - 1}"
+        f"error: {disk}/checkpoints/epoch-{lost}.safetensors could not be written (no space left "
+        f"on the disk); free some space and run it again; run the same again to resume after epoch "
+        f"{lost - 1}"
     )
     assert len(read_history(out)) >= lost
 
 
-@pytest.mark.skipif(not HAS_NAMESPACES, reason="needs leave to mount a small disk (unshare -rm)")
-def test_a_full_disk_for_the_results_is_said(environment, tmp_path: Path) -> None:
+@pytest.mark.skipif(not HAS_NAMESPACES, reason="may not mount a small disk (unshare -rm)")
+def test_a_full_disk_for_the_results_names_the_file(environment, tmp_path: Path) -> None:
     disk = tmp_path / "disk"
     script = f"{sys.executable} experiments/mnist.py --dataset digits --epochs 3 --log-interval 0"
     commands = f'{script} --output-dir {disk}/out; echo "status $?"; cat {disk}/out/history.csv'
     stdout, stderr = run_with_a_disk(environment, "64k", disk, commands)
     assert "status 1" in stdout
-    assert stdout.count("\n3,") == 1  # what was finished is there
+    assert stdout.count("\n3,") == 1  # the completed epochs
     (line,) = stderr.strip().splitlines()
     assert line.startswith(
         f"error: {disk}/out/model.safetensors could not be written (no space left on the disk); "
@@ -334,7 +395,7 @@ def test_a_full_disk_for_the_results_is_said(environment, tmp_path: Path) -> Non
 
 @pytest.mark.skipif(jax.default_backend() == "gpu", reason="limits the memory of a CPU")
 def test_out_of_memory_names_a_batch_size_that_fits(environment, tmp_path: Path) -> None:
-    """A network whose hidden layer is 16 MiB an example, with 3 GiB to work in."""
+    """A network whose hidden layer is 16 MiB per example, with 3 GiB to work in."""
     program = """
 import resource, sys
 import jax.numpy as jnp, jax
@@ -357,19 +418,19 @@ else:
 """
     out, _ = run(environment, "-c", program, 512, 1)
     message, fitting = out.strip().splitlines()
-    assert message.startswith("out of memory at batch size 512 (")
-    assert f"an estimate of what fits is --batch-size {fitting}" in message
+    assert message.startswith("out of memory at batch_size 512 (")
+    assert f"; try batch_size {fitting}, an estimate of what fits" in message
     assert 8 <= int(fitting) < 512
     out, _ = run(environment, "-c", program, 1, 512)
     message, test_fitting = out.strip().splitlines()
-    assert message.startswith("out of memory at test batch size 512 (")
-    assert f"an estimate of what fits is --test-batch-size {test_fitting}" in message
+    assert message.startswith("out of memory at test_batch_size 512 (")
+    assert f"; try test_batch_size {test_fitting}, an estimate of what fits" in message
     out, _ = run(environment, "-c", program, fitting, test_fitting)
     assert out.strip() == "it fits"
 
 
 @pytest.mark.skipif(jax.default_backend() == "gpu", reason="limits the memory of a CPU")
-def test_data_that_do_not_fit_are_no_matter_of_the_batch_size(environment) -> None:
+def test_data_that_do_not_fit_advise_no_batch_size(environment) -> None:
     """600 MiB of images to copy as float32, with 100 MiB to do it in."""
     program = """
 import resource
@@ -387,13 +448,11 @@ except jt.OutOfMemoryError as error:
 """
     out, _ = run(environment, "-c", program)
     (line,) = out.strip().splitlines()
-    assert line.startswith("out of memory at batch size 64 (")
-    assert line.endswith("expected a device with more memory, less data at once or a smaller model")
+    assert line.startswith("out of memory at batch_size 64 (")
+    assert line.endswith("use a device with more memory, less data at once or a smaller model")
 
 
-def test_a_thousand_epochs_leave_memory_threads_and_files_as_they_were(
-    environment, tmp_path: Path
-) -> None:
+def test_a_thousand_epochs_leak_no_memory_threads_or_files(environment, tmp_path: Path) -> None:
     """With a checkpoint after every fifth."""
     out, _ = run(environment, "-m", "tests.survivor", tmp_path, 1000, "--watch")
     readings = np.array([line.split() for line in out.strip().splitlines()[:-1]], int)
@@ -404,7 +463,7 @@ def test_a_thousand_epochs_leave_memory_threads_and_files_as_they_were(
     assert len(set(files)) == 1
 
 
-def test_a_finished_run_that_goes_on_keeps_its_results_till_there_are_newer(
+def test_a_finished_run_that_resumes_keeps_its_results_until_there_are_newer(
     environment, tmp_path: Path
 ) -> None:
     """The same command again; then more epochs, killed in the middle."""
@@ -414,7 +473,7 @@ def test_a_finished_run_that_goes_on_keeps_its_results_till_there_are_newer(
     before = {path.name for path in (tmp_path / "out").iterdir()}
     summary = (tmp_path / "out" / "summary.json").read_text()
     _, err = run(environment, *script, "--epochs", 30)
-    assert "finished already, after epoch 30: nothing left to train" in err
+    assert "already finished, after epoch 30: nothing left to train" in err
     assert {path.name for path in (tmp_path / "out").iterdir()} == before
     process = start(environment, *script, "--epochs", 100_000)
     wait_for(lambda: list_epochs(tmp_path / "c")[-1] >= 50, process)
@@ -428,7 +487,7 @@ def test_a_finished_run_that_goes_on_keeps_its_results_till_there_are_newer(
 def test_solvers_with_another_budget_are_other_runs(
     tmp_path: Path, digits: jt.data.Resolved
 ) -> None:
-    """Some of their rates are chosen by it."""
+    """The budget decides the rates of some."""
     safety = Safety(checkpoint_dir=tmp_path / "checkpoints")
 
     def train(epochs: int) -> None:
@@ -441,8 +500,8 @@ def test_solvers_with_another_budget_are_other_runs(
         train(2)
 
 
-def test_a_gpu_that_jax_cannot_see_is_explained() -> None:
-    from jaxtrain.devices import missing_gpu_advice
+def test_a_gpu_that_jax_cannot_use_is_explained() -> None:
+    from jaxtrain.cli.devices import missing_gpu_advice
 
     assert "pip install 'jaxtrain[cuda]'" in missing_gpu_advice(gpu=True, plugin=False)
     assert "driver is recent enough" in missing_gpu_advice(gpu=True, plugin=True)
@@ -458,17 +517,16 @@ def test_a_run_that_diverges_keeps_its_checkpoints(tmp_path: Path) -> None:
         data.inputs[:1],
         key=jax.random.key(0),
     )
-    with pytest.raises(jt.NonFiniteLossError) as raised:
+    with pytest.raises(jt.NonFiniteError) as raised:
         jt.fit(
             state,
             data,
             loss_fn=jt.losses.mean_squared_error,
             epochs=99,
-            checkpoint_dir=tmp_path,
-            keep=2,
+            checkpoint=jt.CheckpointOptions(tmp_path, keep=2),
         )
     assert list_epochs(tmp_path) == [raised.value.epoch - 2, raised.value.epoch - 1]
     for epoch in list_epochs(tmp_path):
-        check_sums(checkpoint_folder(tmp_path, epoch))
-    (note,) = what_is_kept(raised.value)
-    assert note.endswith("a run with other flags takes another checkpoint_dir")
+        verify(checkpoint_path(tmp_path, epoch))
+    (note,) = recovery_notes(raised.value)
+    assert note.endswith("other settings need another folder")

@@ -33,7 +33,7 @@ def step_by_step(problem: Problem, params: Params) -> Trainer:
 
 def _trainer(problem: Problem, params: Params, *, by_steps: bool) -> Trainer:
     state, data = start(problem, params)
-    first_batch = jax.tree.map(lambda array: array[: problem.batch_size], data)
+    first_batch = data[: problem.batch_size]
 
     def steps(count: int) -> None:
         nonlocal state

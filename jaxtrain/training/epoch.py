@@ -210,7 +210,7 @@ def compiled_evaluate(
     sums = jax.tree.map(lambda leaf: jnp.sum(leaf, axis=0), sums)
     if tail is not None:
         sums = jax.tree.map(jnp.add, sums, metric_sums(state, tail, metrics))
-    return finish_metrics(sums, metrics)
+    return finish_metrics(sums, metrics, len(dataset))
 
 
 def predict(state: TrainState, inputs: PyTree, *, batch_size: int = 1000) -> Any:

@@ -196,7 +196,7 @@ def eval_step(
 @functools.partial(jax.jit, static_argnames="metrics")
 def _eval_step(state: TrainState, batch: Dataset, metrics: MetricItems) -> Metrics:
     check_dataset(batch, "batch")
-    return finish_metrics(metric_sums(state, batch, metrics), metrics)
+    return finish_metrics(metric_sums(state, batch, metrics), metrics, len(batch))
 
 
 def metric_items(loss_fn: Loss, metric_fns: Mapping[str, Metric] | None) -> MetricItems:
@@ -241,18 +241,22 @@ def metric_sums(state: TrainState, batch: Dataset, metrics: MetricItems) -> dict
         # In float32 at least: half precision overflows within a few hundred examples.
         dtype = jnp.promote_types(values.dtype, jnp.float32)
         if batch.weights is None:
-            return jnp.sum(values, dtype=dtype), len(batch)
+            return jnp.sum(values, dtype=dtype)
         return jnp.sum(weighted(values, batch), dtype=dtype), jnp.sum(weights)
 
     return {name: sums(metric) for name, metric in metrics}
 
 
-def finish_metrics(sums: dict[str, Any], metrics: MetricItems) -> Metrics:
-    """Returns each metric from its sums: a weighted mean, or what its `finish` makes of them."""
-    return {
-        name: metric[1](sums[name]) if isinstance(metric, tuple) else safe_divide(*sums[name])
-        for name, metric in metrics
-    }
+def finish_metrics(sums: dict[str, Any], metrics: MetricItems, examples: int) -> Metrics:
+    """Returns each metric from its sums: a (weighted) mean, or what its `finish` makes of them."""
+
+    def finish(metric: Metric, found: Any) -> Array:
+        if isinstance(metric, tuple):
+            return metric[1](found)
+        # A Python number of examples, by which XLA divides exactly.
+        return safe_divide(*found) if isinstance(found, tuple) else found / examples
+
+    return {name: finish(metric, sums[name]) for name, metric in metrics}
 
 
 def predict_batch(state: TrainState, inputs: PyTree) -> Any:
@@ -292,8 +296,6 @@ def to_float32(predictions: Any) -> Any:
     )
 
 
-def safe_divide(total: Array, count: Array | int) -> Array:
-    """Returns total / count, or 0 if the count is 0: a batch may have no weight at all."""
-    if isinstance(count, int):
-        return total / count
-    return jnp.where(count == 0, 0.0, total / jnp.where(count == 0, 1, count))
+def safe_divide(total: Array, weight: Array) -> Array:
+    """Returns total / weight, or 0 if the weight is 0: a batch may have no weight at all."""
+    return jnp.where(weight == 0, 0.0, total / jnp.where(weight == 0, 1, weight))

@@ -1,4 +1,4 @@
-"""The closing tables of an experiment: its figures, beside the original's where there are some."""
+"""The closing tables of an experiment: its figures, beside the original's if there are any."""
 
 from __future__ import annotations
 
@@ -6,15 +6,17 @@ from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import NamedTuple
 
+from jaxtrain.errors import printable
+
 
 class Comparison(NamedTuple):
     """A figure of a tutorial beside ours.
 
     Attributes:
-      figure: what it is.
-      original: the tutorial's, or PyTorch's where the tutorial runs it.
-      ours: the same from jaxtrain.
-      tolerance: how far apart they may be.
+      figure: name of the figure.
+      original: the tutorial's value, or PyTorch's if the tutorial uses PyTorch.
+      ours: jaxtrain's value.
+      tolerance: largest difference allowed.
     """
 
     figure: str
@@ -29,7 +31,7 @@ class Comparison(NamedTuple):
 
 
 def comparison_rows(comparisons: Iterable[Comparison]) -> Iterator[tuple[str, str, str, str]]:
-    """Figure, original, ours and difference as text, with a mark where they disagree."""
+    """Yields figure, original, ours and difference as text, with a mark if they disagree."""
     for row in comparisons:
         mark = "" if row.agrees else f"  ✗ more than {row.tolerance:g}"
         difference = f"{row.ours - row.original:+.1e}{mark}"
@@ -37,7 +39,7 @@ def comparison_rows(comparisons: Iterable[Comparison]) -> Iterator[tuple[str, st
 
 
 def print_comparisons(title: str, comparisons: Iterable[Comparison], output_dir: Path) -> None:
-    """Print the table of figures, if any, on stdout, and as the last line where the results are."""
+    """Prints the table of figures, if any, and as the last line the folder of the results."""
     from rich.console import Console
     from rich.table import Table
 
@@ -49,17 +51,17 @@ def print_comparisons(title: str, comparisons: Iterable[Comparison], output_dir:
         table.add_row(*row)
     if table.row_count:
         Console(highlight=False).print(table)
-    print(f"results: {output_dir}")
+    print_results_folder(output_dir)
 
 
 def print_summary(title: str, rows: Mapping[str, str], output_dir: Path) -> None:
-    """Print the closing table on stdout, and as the last line where the results are."""
+    """Prints the closing table, and as the last line the folder of the results."""
     print_table(title, rows)
-    print(f"results: {output_dir}")
+    print_results_folder(output_dir)
 
 
 def print_table(title: str, rows: Mapping[str, str]) -> None:
-    """Print names and values on stdout."""
+    """Prints names and values on stdout."""
     from rich.console import Console
     from rich.table import Table
 
@@ -67,3 +69,8 @@ def print_table(title: str, rows: Mapping[str, str]) -> None:
     for name, value in rows.items():
         table.add_row(name, value)
     Console(highlight=False).print(table)
+
+
+def print_results_folder(output_dir: Path) -> None:
+    """Prints the folder of the results on stdout, without control characters."""
+    print(printable(f"results: {output_dir}"))

@@ -1,35 +1,48 @@
-"""What a person sees on screen while `fit` runs."""
+"""Progress: the bar and the lines that a person sees on screen while `fit` runs."""
 
 from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator
 
-from jaxtrain.checks import check_whole
-from jaxtrain.events import Compiled, EpochDone, Event, Report, Resumed, StepsDone
+from jaxtrain._arguments import check_integer
+from jaxtrain.training.events import (
+    Compiled,
+    EpochDone,
+    Event,
+    OnEvent,
+    Resumed,
+    StepsDone,
+    every_steps,
+)
 
 
 @contextlib.contextmanager
 def console(
     *, log_interval: int = 100, epoch_interval: int = 1, test_examples: int | None = None
-) -> Iterator[Report]:
-    """A `report` for `fit`: a progress bar and the tutorials' lines, all on stderr.
+) -> Iterator[OnEvent]:
+    """Shows the progress of `fit` on stderr: a bar, and lines with losses.
 
-    The bar is drawn only where stderr is a terminal; elsewhere there are the lines alone.
+    The bar is drawn only if stderr is a terminal; otherwise there are only the lines.
 
     Args:
-      log_interval: a line with the running loss every so many steps; 0 is silent altogether. Give
-        `fit` the same.
-      epoch_interval: a line with the epoch's figures every so many epochs, and after the last.
+      log_interval: print the training loss every so many steps; 0 prints nothing at all.
+      epoch_interval: print the epoch's figures every so many epochs, and after the last.
       test_examples: size of the test set, to print an accuracy as correct/total.
 
     Yields:
-      The function to pass as `fit(..., report=…)`.
+      The function to pass as `fit(..., on_event=...)`. A callback that calls it needs
+      `every_steps(log_interval, callback)` to receive the steps that are printed.
+
+    Example:
+      >>> with progress.console() as on_event:
+      ...     state, history = jt.fit(state, train, test, loss_fn=loss_fn, on_event=on_event)
     """
-    check_whole(log_interval, "log_interval", least=0)
+    check_integer(log_interval, "log_interval", minimum=0)
     if log_interval == 0:
         yield lambda event: None
         return
+    check_integer(epoch_interval, "epoch_interval", minimum=1)
 
     from rich.console import Console
     from rich.progress import (
@@ -61,9 +74,9 @@ def console(
     first_epoch: int | None = None
 
     def print_line(text: str) -> None:
-        screen.print(text, soft_wrap=True)
+        screen.print(text, soft_wrap=True, markup=False)
 
-    def report(event: Event) -> None:
+    def on_event(event: Event) -> None:
         nonlocal plan, first_epoch
         if isinstance(event, Compiled):
             plan = event
@@ -71,30 +84,30 @@ def console(
             print_line(f"compiled in {plan.seconds:.1f} s")
         elif isinstance(event, Resumed):
             if plan.epochs:
-                print_line(f"going on after epoch {event.epoch}, from its checkpoint")
+                print_line(f"resuming after epoch {event.epoch}, from its checkpoint")
             else:
-                print_line(f"finished already, after epoch {event.epoch}: nothing left to train")
+                print_line(f"already finished, after epoch {event.epoch}: nothing left to train")
         elif isinstance(event, StepsDone):
             first_epoch = first_epoch or event.epoch
             done = (event.epoch - first_epoch) * plan.steps + event.step
             bar.update(task, completed=done, loss=f"loss {event.loss:.4f}")
             if plan.steps > 1 and event.step % log_interval == 0:
-                share = event.examples_seen / plan.examples
+                fraction = event.examples_seen / plan.examples
                 print_line(
-                    f"epoch {event.epoch}  {event.examples_seen}/{plan.examples} ({share:.0%})"
+                    f"epoch {event.epoch}  {event.examples_seen}/{plan.examples} ({fraction:.0%})"
                     f"  loss {event.loss:.6f}"
                 )
         else:
-            last = event.epoch - (first_epoch or event.epoch) + 1 == plan.epochs
-            if event.epoch % epoch_interval == 0 or last:
+            is_last = event.epoch - (first_epoch or event.epoch) + 1 == plan.epochs
+            if is_last or event.epoch % epoch_interval == 0:
                 print_line(epoch_line(event, test_examples))
 
     with bar:
-        yield report
+        yield every_steps(log_interval, on_event)
 
 
 def epoch_line(event: EpochDone, test_examples: int | None = None) -> str:
-    """One epoch's figures on one line."""
+    """Returns one epoch's figures on one line."""
     metrics = event.metrics
     parts = [f"epoch {event.epoch}:", f"train loss {metrics['train_loss']:.6f}"]
     if "test_loss" in metrics:
@@ -110,6 +123,6 @@ def epoch_line(event: EpochDone, test_examples: int | None = None) -> str:
 
 
 def accuracy_text(accuracy: float, examples: int | None) -> str:
-    """An accuracy as `correct/total (%)`."""
+    """Returns an accuracy as `correct/total (%)`."""
     percent = f"{accuracy:.2%}"
     return percent if examples is None else f"{round(accuracy * examples)}/{examples} ({percent})"

@@ -1,7 +1,7 @@
-"""Pictures of a run, as matplotlib figures; nothing that trains knows of them.
+"""Pictures of a run, as matplotlib figures.
 
-Colours are those of Okabe and Ito (https://jfly.uni-koeln.de/color/), which survive colour
-blindness; line styles and markers tell the same apart in grey.
+The colours are those of Okabe and Ito (https://jfly.uni-koeln.de/color/), which colour-blind
+readers can tell apart; line styles and markers differ too, for print in grey.
 """
 
 from __future__ import annotations
@@ -16,7 +16,8 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator, PercentFormatter
 from numpy.typing import ArrayLike
 
-from jaxtrain.data.dataset import Dataset
+from jaxtrain.dataset import Dataset
+from jaxtrain.training.history import History
 
 BLUE, VERMILION, GREEN, GREY = "#0072B2", "#D55E00", "#009E73", "#999999"
 ORANGE, SKY, PURPLE, YELLOW = "#E69F00", "#56B4E9", "#CC79A7", "#F0E442"
@@ -25,20 +26,20 @@ TRAIN: dict[str, Any] = {"color": BLUE, "linestyle": "-"}
 TEST: dict[str, Any] = {"color": VERMILION, "linestyle": "--"}
 
 
-def learning_curves(history: Mapping[str, np.ndarray], title: str) -> Figure:
-    """Loss of each step and epoch, and test accuracy where there is one, against the epoch."""
+def learning_curves(history: History, title: str) -> Figure:
+    """Draws the loss of each step and epoch, and the test accuracy if any, against the epoch."""
     accuracy = "test_accuracy" in history
     figure = Figure(figsize=(9 if accuracy else 6, 3.8), layout="constrained")
     axes = figure.subplots(1, 2 if accuracy else 1, squeeze=False)[0]
     epochs = history["epoch"]
 
-    losses = history["step_losses"]
+    losses = history.step_losses
     steps_per_epoch = len(losses) // len(epochs)
     if steps_per_epoch > 1:
         progress = epochs[0] - 1 + np.arange(1, len(losses) + 1) / steps_per_epoch
         axes[0].plot(progress, losses, color=GREY, linewidth=0.5, alpha=0.6, label="training step")
     marker = "o" if len(epochs) <= 30 else None
-    # The mean over an epoch belongs to its middle; the test loss is taken at its end.
+    # The mean over an epoch is drawn at its middle, the test loss at its end.
     axes[0].plot(
         epochs - (0.5 if steps_per_epoch > 1 else 1),
         history["train_loss"],
@@ -65,10 +66,10 @@ def learning_curves(history: Mapping[str, np.ndarray], title: str) -> Figure:
 
 
 def generalisation_gap(history: Mapping[str, np.ndarray], title: str) -> Figure:
-    """Training and validation loss, the gap between them shaded, the best epoch marked.
+    """Draws training and validation loss, shades the gap and marks the best epoch.
 
-    While both fall, the model learns; where the validation loss turns up, it learns its examples
-    by heart (overfitting).
+    While both fall, the model learns; once the validation loss rises, it memorizes its examples
+    (overfitting).
     """
     figure = Figure(figsize=(6.5, 4), layout="constrained")
     ax = figure.subplots()
@@ -93,14 +94,14 @@ def line_fit(
     after: ArrayLike,
     title: str,
 ) -> Figure:
-    """Training and test points, and the test points as predicted before and after training.
+    """Draws training and test points, and the predicted line before and after training.
 
     Args:
       train: the training points, x and y of shape [examples, 1].
       test: the test points.
-      before: predictions at all x, training points first, before training.
+      before: predictions before training, at the training points and then the test points.
       after: the same after training.
-      title: above the picture.
+      title: title of the figure.
     """
     figure = Figure(figsize=(6, 4), layout="constrained")
     ax = figure.subplots()
@@ -122,12 +123,12 @@ def line_fit(
 def prediction_grid(
     groups: Sequence[tuple[str, np.ndarray, np.ndarray, np.ndarray]], columns: int = 10
 ) -> Figure:
-    """Images with their predicted and true labels, the wrong ones framed and crossed.
+    """Draws images with their predicted and true labels, and marks the wrong ones.
 
     Args:
       groups: (heading, images [examples, height, width], labels [examples], predicted
-        [examples]), each drawn as rows of its own.
-      columns: images a row.
+        [examples]); each group starts a new row.
+      columns: images per row.
     """
     rows = [-(-len(images) // columns) for _, images, _, _ in groups]
     figure = Figure(figsize=(columns * 0.9, sum(rows) * 1.12 + len(groups) * 0.5))
@@ -159,25 +160,25 @@ def prediction_grid(
 
 
 def confusion_matrix(counts: np.ndarray, title: str) -> Figure:
-    """How often each label was predicted as each class: counts, shaded by share of the label.
+    """Draws how often each label was predicted as each class.
 
     Args:
-      counts: [classes, classes], labels in rows.
-      title: above the picture.
+      counts: [classes, classes], labels in rows; shaded by the fraction of the label's examples.
+      title: title of the figure.
     """
     figure = Figure(figsize=(6.2, 5.6), layout="constrained")
     ax = figure.subplots()
-    shares = counts / np.maximum(counts.sum(axis=1, keepdims=True), 1)
-    # The square root lifts the few errors out of the white beside a diagonal near 1.
-    image = ax.imshow(np.sqrt(shares), cmap="Blues", vmin=0, vmax=1)
+    fractions = counts / np.maximum(counts.sum(axis=1, keepdims=True), 1)
+    # The square root makes a few errors visible beside a diagonal near 1.
+    image = ax.imshow(np.sqrt(fractions), cmap="Blues", vmin=0, vmax=1)
     for (row, column), count in np.ndenumerate(counts):
         if count:
-            colour = "white" if shares[row, column] > 0.3 else "black"
+            colour = "white" if fractions[row, column] > 0.3 else "black"
             ax.text(column, row, str(count), ha="center", va="center", fontsize=8, color=colour)
     ticks = range(len(counts))
     ax.set(xticks=ticks, yticks=ticks)
     label_axes(ax, "predicted class", "true class", grid=False)
-    bar = figure.colorbar(image, ax=ax, shrink=0.8, label="share of the true class (root scale)")
+    bar = figure.colorbar(image, ax=ax, shrink=0.8, label="fraction of the true class (root scale)")
     marks = [0, 0.01, 0.05, 0.2, 0.5, 1]
     bar.set_ticks([math.sqrt(mark) for mark in marks], labels=[f"{mark:.0%}" for mark in marks])
     figure.suptitle(title)
@@ -185,7 +186,7 @@ def confusion_matrix(counts: np.ndarray, title: str) -> Figure:
 
 
 def label_axes(ax: Axes, x: str, y: str, grid: bool = True) -> None:
-    """Name the axes, in one style for all pictures."""
+    """Names the axes, in one style for all pictures."""
     ax.set(xlabel=x, ylabel=y)
     if grid:
         ax.grid(alpha=0.3, linewidth=0.6)

@@ -1,4 +1,4 @@
-"""Where JAX computes, and where it keeps what it compiled for there."""
+"""Devices: where JAX computes, and where it caches what it compiled for that processor."""
 
 from __future__ import annotations
 
@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Literal
 
 import jax
-import jax.numpy as jnp
 
 from jaxtrain.errors import InputError
 
@@ -18,10 +17,10 @@ Device = Literal["auto", "cpu", "gpu"]
 
 
 def select_device(device: Device) -> None:
-    """Make JAX compute on `device` (`auto`: where JAX likes); call it before the first array.
+    """Makes JAX compute on `device` (`auto`: JAX's default); call it before the first array.
 
     Raises:
-      InputError: a GPU is asked for and JAX sees none.
+      InputError: the device is "gpu" and JAX sees none.
     """
     if device == "cpu":
         jax.config.update("jax_platforms", "cpu")
@@ -32,12 +31,12 @@ def select_device(device: Device) -> None:
             raise InputError(
                 "--device is gpu, but "
                 + missing_gpu_advice(has_nvidia_gpu(), has_cuda_plugin())
-                + ", or take --device cpu"
+                + ", or use --device cpu"
             ) from error
 
 
 def missing_gpu_advice(gpu: bool, plugin: bool) -> str:
-    """What is missing where JAX sees no GPU, and what to do about it."""
+    """Returns what is missing if JAX sees no GPU, and what to do about it."""
     if gpu and not plugin:
         return (
             "JAX has no CUDA plugin for the NVIDIA GPU of this machine; install it by "
@@ -45,7 +44,7 @@ def missing_gpu_advice(gpu: bool, plugin: bool) -> str:
         )
     if gpu:
         return (
-            "JAX's CUDA plugin cannot use the NVIDIA GPU of this machine; see that nvidia-smi "
+            "JAX's CUDA plugin cannot use the NVIDIA GPU of this machine; check that nvidia-smi "
             "lists it, that its driver is recent enough for CUDA 13, and that "
             "CUDA_VISIBLE_DEVICES and JAX_PLATFORMS do not hide it"
         )
@@ -53,20 +52,20 @@ def missing_gpu_advice(gpu: bool, plugin: bool) -> str:
 
 
 def has_nvidia_gpu() -> bool:
-    """Whether an NVIDIA driver has a device on this machine."""
+    """Returns whether this machine has a device of the NVIDIA driver."""
     return any(Path("/dev").glob("nvidia[0-9]*"))
 
 
 def has_cuda_plugin() -> bool:
-    """Whether JAX's CUDA plugin is installed, of whichever CUDA version."""
+    """Returns whether JAX's CUDA plugin is installed, for any CUDA version."""
     return any(importlib.util.find_spec(f"jax_cuda{version}_plugin") for version in (12, 13))
 
 
 def set_up_jax(device: Device, compilation_cache: bool) -> None:
-    """Choose the device and cache compilations, before the first array.
+    """Selects the device and caches compilations; call it before the first array.
 
     Raises:
-      InputError: a GPU is asked for and JAX sees none.
+      InputError: the device is "gpu" and JAX sees none.
     """
     select_device(device)
     jax.config.update("jax_enable_compilation_cache", compilation_cache)
@@ -75,11 +74,11 @@ def set_up_jax(device: Device, compilation_cache: bool) -> None:
 
 
 def cache_compilations() -> None:
-    """Keep compiled programs where the next process finds them, by JAX's persistent cache.
+    """Keeps compiled programs for the next process, in JAX's persistent cache.
 
-    In the folder that $JAX_COMPILATION_CACHE_DIR names, or else in the user's cache folder, apart
-    for each kind of processor, since its programs hold machine code; a folder that cannot be
-    written is left alone. Safe to delete at any time.
+    The cache lies in $JAX_COMPILATION_CACHE_DIR, or else in the user's cache folder, in one
+    subfolder per kind of processor, since programs contain machine code. A folder that cannot be
+    written is not used. The cache may be deleted at any time.
     """
     from platformdirs import user_cache_path
 
@@ -93,12 +92,12 @@ def cache_compilations() -> None:
             return
         jax.config.update("jax_compilation_cache_dir", str(folder))
     if "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS" not in os.environ:
-        # JAX keeps only what took a second to compile; here half a second is half of the waiting.
+        # By default JAX caches only what took a second to compile; most programs here take less.
         jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.05)
 
 
 def _processor_kind() -> str:
-    """A name for processors that run the same machine code."""
+    """Returns a name shared by processors that run the same machine code."""
     features = platform.processor()
     info = Path("/proc/cpuinfo")
     if info.exists():
@@ -108,8 +107,3 @@ def _processor_kind() -> str:
         )
     digest = hashlib.sha256(features.encode()).hexdigest()[:12]
     return f"{platform.machine()}-{digest}"
-
-
-def current_device() -> jax.Device:
-    """The device on which new arrays are made."""
-    return next(iter(jnp.zeros(()).devices()))

@@ -1,0 +1,1 @@
+"""What scripts need around training: flags, run folder, progress, tables, plots, signals."""

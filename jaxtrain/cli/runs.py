@@ -1,0 +1,263 @@
+"""The folder of a run: its configuration, history, summary, model and pictures."""
+
+from __future__ import annotations
+
+import csv
+import dataclasses
+import io
+import json
+import math
+import os
+import stat
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import jax
+import numpy as np
+
+from jaxtrain._files import PART, lock_folder, make_folder, read_regular_file, write_atomically
+from jaxtrain._versions import device_name, versions
+from jaxtrain.errors import InputError, StorageError, add_recovery_note
+from jaxtrain.export import save_params
+from jaxtrain.training.events import Compiled, EpochDone, Event, Resumed
+from jaxtrain.training.state import TrainState
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+_PICTURE_DPI = 120
+_MODEL = "model.safetensors"
+_DESCRIPTION = "output folder"
+# A larger summary or configuration was not written by a run.
+_MAX_JSON_BYTES = 2**20
+
+
+class RunFolder:
+    """Writes what a run produces; each file appears complete or not at all.
+
+    A context manager: on leaving, also by an error or Ctrl-C, the completed epochs are on disk.
+
+    Attributes:
+      path: the folder.
+      config: what `config.json` will contain, a dataclass; may be replaced until training starts.
+    """
+
+    def __init__(
+        self,
+        path: str | os.PathLike[str],
+        config: Any,
+        *,
+        overwrite: bool = False,
+        resuming: bool = False,
+    ) -> None:
+        """Makes the folder, so that one that cannot be written is noticed before training.
+
+        The files of an earlier run stay until training starts: a mistake in the flags costs
+        nothing.
+
+        Args:
+          path: the folder, made with its parents if it is missing.
+          config: the experiment's configuration, a dataclass.
+          overwrite: replace the results of a finished run.
+          resuming: the run resumes from checkpoints, so results in the folder are its own.
+
+        Raises:
+          InputError: the folder cannot be made or written, or contains a finished run. (Entering
+            the context raises it if another run is writing there.)
+        """
+        self.path = Path(path)
+        self.config = config
+        self._created = time.perf_counter()
+        self._has_started = False
+        self._pictures: list[str] = []
+        self._compile_seconds = 0.0
+        self._epochs: list[dict[str, Any]] = []
+        self._history_written = 0.0
+        self._resuming = resuming
+        self._keeps_results = not (overwrite or resuming)
+        make_folder(self.path, _DESCRIPTION)
+        self._check_unfinished()
+
+    def _check_unfinished(self) -> None:
+        if self._keeps_results and os.path.lexists(self.path / "summary.json"):
+            raise InputError(
+                f"the output folder {self.path} contains a finished run; keep it and choose "
+                "another by --output-dir, or replace it by --overwrite"
+            )
+
+    def __enter__(self) -> RunFolder:
+        self._lock = lock_folder(self.path, _DESCRIPTION)
+        try:
+            self._check_unfinished()  # another run may have finished since
+            for leftover in self.path.glob(f".*{PART}"):  # of a run that was killed
+                if _is_regular_file(leftover):
+                    remove_file(leftover)
+        except BaseException:
+            os.close(self._lock)
+            raise
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: object
+    ) -> None:
+        try:
+            self._write_history()
+            if error is not None and self._epochs:
+                file = self.path / "history.csv"
+                add_recovery_note(
+                    error, f"the completed epochs ({len(self._epochs)}) are in {file}"
+                )
+        except StorageError:
+            if error is None:
+                raise
+        finally:
+            os.close(self._lock)
+
+    def start(self) -> None:
+        """Removes the results of an earlier run and writes `config.json`.
+
+        A run that resumes keeps its own results until there are newer ones.
+
+        Raises:
+          StorageError: a file cannot be removed or written.
+        """
+        self._has_started = True
+        if not self._resuming:
+            pictures = self._earlier_pictures()
+            for name in ("summary.json", "history.csv", _MODEL, *pictures):
+                remove_file(self.path / name)
+        self._write_json("config.json", dataclasses.asdict(self.config))
+
+    def record(self, event: Event, **extra: float | str) -> None:
+        """Records what `fit` reports.
+
+        Args:
+          event: `Compiled` calls `start`; completed epochs, also those of a checkpoint, become
+            rows of `history.csv`, which is written at most once per second.
+          extra: additional columns of these rows.
+        """
+        if isinstance(event, Compiled):
+            self._compile_seconds += event.seconds
+            if not self._has_started:
+                self.start()
+        elif isinstance(event, Resumed):
+            columns = {name: values.tolist() for name, values in event.history.items()}
+            rows = zip(*columns.values(), strict=True)
+            self._epochs += [{**dict(zip(columns, row, strict=True)), **extra} for row in rows]
+            self._write_history()
+        elif isinstance(event, EpochDone):
+            self._epochs.append({**event.metrics, **extra})
+            if time.perf_counter() - self._history_written > 1:
+                self._write_history()
+
+    def write_summary(self, **summary: Any) -> dict[str, Any]:
+        """Writes `summary.json`: these entries, and the times, device and versions of the run.
+
+        Returns:
+          All that was written.
+        """
+        entries = {
+            **summary,
+            "device": device_name(),
+            "compile_seconds": self._compile_seconds,
+            "train_seconds": sum(row["seconds"] for row in self._epochs),
+            "total_seconds": time.perf_counter() - self._created,
+            "pictures": self._pictures,
+            "versions": versions(),
+        }
+        outdated = set(self._earlier_pictures()) - set(self._pictures)
+        self._write_json("summary.json", entries)
+        for name in outdated:
+            remove_file(self.path / name)
+        return entries
+
+    def write_table(self, name: str, columns: Mapping[str, Any]) -> None:
+        """Writes a CSV file from columns of equal length."""
+        text = io.StringIO()
+        writer = csv.writer(text, lineterminator="\n")
+        writer.writerow(columns)
+        writer.writerows(zip(*columns.values(), strict=True))
+        write_atomically(self.path / name, text.getvalue().encode())
+
+    def write_model(self, state: TrainState) -> None:
+        """Writes the trained parameters as `model.safetensors`, which `load_params` reads."""
+        save_params(self.path / _MODEL, state)
+
+    def write_picture(self, name: str, figure: Figure) -> None:
+        """Writes a figure as a PNG file."""
+        image = io.BytesIO()
+        figure.savefig(image, format="png", dpi=_PICTURE_DPI)
+        write_atomically(self.path / name, image.getvalue())
+        self._pictures.append(name)
+
+    def _earlier_pictures(self) -> list[str]:
+        """Returns the pictures that an earlier run's summary lists, and no other file.
+
+        The summary may have been edited: it can name nothing but PNG files in this folder.
+        """
+        summary = read_json(self.path / "summary.json")
+        listed = summary.get("pictures") if isinstance(summary, dict) else None
+        if not isinstance(listed, list):
+            return []
+        names = [name for name in listed if isinstance(name, str) and _is_picture(name)]
+        return [name for name in names if _is_regular_file(self.path / name)]
+
+    def _write_history(self) -> None:
+        self._history_written = time.perf_counter()
+        if self._epochs:
+            names = list(dict.fromkeys(name for row in self._epochs for name in row))
+            self.write_table(
+                "history.csv", {name: [row.get(name) for row in self._epochs] for name in names}
+            )
+
+    def _write_json(self, name: str, content: Mapping[str, Any]) -> None:
+        text = json.dumps(to_json(content), indent=2, allow_nan=False)
+        write_atomically(self.path / name, (text + "\n").encode())
+
+
+def read_json(path: Path) -> Any:
+    """Returns the content of a JSON file of an earlier run, or None if it cannot be read."""
+    try:
+        return json.loads(read_regular_file(path, _MAX_JSON_BYTES))
+    except (OSError, ValueError, RecursionError):
+        return None
+
+
+def to_json(value: Any) -> Any:
+    """Returns the nearest JSON value; a number that is not finite becomes null."""
+    if isinstance(value, Mapping):
+        return {str(key): to_json(entry) for key, entry in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [to_json(entry) for entry in value]
+    if isinstance(value, (np.ndarray, np.generic, jax.Array)):
+        return to_json(np.asarray(value).tolist())
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if value is None or isinstance(value, (bool, int, str)):
+        return value
+    return str(value)
+
+
+def remove_file(path: Path) -> None:
+    """Removes a file if it exists; of a link, the link itself.
+
+    Raises:
+      StorageError: it cannot be removed, because it is a folder for example.
+    """
+    try:
+        path.unlink(missing_ok=True)
+    except OSError as error:
+        raise StorageError(path, error.strerror or str(error)) from error
+
+
+def _is_picture(name: str) -> bool:
+    return name.endswith(".png") and not any(character in name for character in "/\\\0")
+
+
+def _is_regular_file(path: Path) -> bool:
+    try:
+        return stat.S_ISREG(path.lstat().st_mode)
+    except (OSError, ValueError):  # ValueError: characters that no file name has
+        return False

@@ -1,0 +1,71 @@
+"""Flags: seeds, safeguards, and the flags that an error message gets."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import jax.numpy as jnp
+import pytest
+
+import jaxtrain as jt
+from experiments import mnist
+from jaxtrain.cli.command import Safety, report_errors, seed_key
+from jaxtrain.optimizers import has_clipping, skipped_steps
+
+
+@pytest.mark.parametrize("seed", [-1, 2**32, 99999999999999999999])
+def test_a_seed_that_jax_would_reduce_to_another_is_refused(seed: int) -> None:
+    with pytest.raises(jt.InputError, match=f"seed is {seed}"):
+        seed_key(seed)
+
+
+def test_flags_wrap_the_optimizer_in_safeguards() -> None:
+    optimizer, params = jt.optimizers.sgd(0.1), {"w": jnp.zeros(2)}
+    assert Safety().wrap(optimizer) is optimizer
+    clipped = Safety(max_gradient_norm=1.0).wrap(optimizer).init(params)
+    assert has_clipping(clipped)
+    assert skipped_steps(clipped) is None
+    both = Safety(max_gradient_norm=1.0, on_nonfinite="skip").wrap(optimizer).init(params)
+    assert has_clipping(both)
+    assert int(skipped_steps(both)) == 0
+
+
+def test_a_run_without_a_checkpoint_folder_saves_nothing() -> None:
+    assert Safety().fit_options(mnist.Config()) == {"checkpoint": None}
+
+
+def test_the_configuration_of_checkpoints_has_the_flags_that_decide_the_result(
+    tmp_path: Path,
+) -> None:
+    safety = Safety(checkpoint_dir=tmp_path, checkpoint_every=2, keep=4, max_gradient_norm=1.0)
+    options = safety.fit_options(mnist.Config(), part="a", dataset="digits")["checkpoint"]
+    assert (options.directory, options.every, options.keep) == (tmp_path / "a", 2, 4)
+    configuration = options.configuration
+    assert configuration["dataset"] == "digits"
+    assert configuration["max_gradient_norm"] == 1.0
+    assert not configuration.keys() & {"epochs", "output_dir", "overwrite", "safety", "device"}
+
+
+@pytest.mark.parametrize(
+    ("error", "flags"),
+    [
+        (jt.OutOfMemoryError(64, 32, "detail", "test_batch_size"), "(--test-batch-size 32)"),
+        (jt.OutOfMemoryError(64, None, "detail"), "model"),
+        (jt.DataUnavailableError("a", "b"), "(--data-dir FOLDER, --dataset digits)"),
+        (jt.NonFiniteError(1, 1, "loss", 1.0, 0.1), "--on-nonfinite skip)"),
+        (jt.InputError("a\x1b[31m"), "error: a\\x1b[31m"),
+    ],
+    ids=lambda value: type(value).__name__,
+)
+def test_errors_are_one_line_with_the_flags_that_help(
+    error: Exception, flags: str, capsys, monkeypatch
+) -> None:
+    monkeypatch.setattr("jaxtrain.cli.command.raise_on_signals", lambda: None)
+    monkeypatch.setattr("jaxtrain.cli.command.ignore_signals", lambda: None)
+    monkeypatch.setattr("warnings.showwarning", None)  # restored afterwards
+    with pytest.raises(SystemExit) as raised, report_errors():
+        raise error
+    assert raised.value.code == 1
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("error: ")
+    assert line.endswith(flags)
