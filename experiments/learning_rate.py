@@ -24,7 +24,6 @@ from jaxtrain.cli.tables import Comparison
 from jaxtrain.optimizers import Minimum, Stop
 
 LOSS = jt.losses.squared_error_sum
-STOPS = list(Stop)
 RATES = (0.0003, 0.003, 0.01, 0.025, 0.04, 0.05)
 
 
@@ -67,7 +66,7 @@ def run(config: Config) -> dict[str, Any]:
         result = descend(config, data)
         folder.start()
         rates = np.array(config.learning_rates)
-        stops = [STOPS[stop].message for stop in result.stop.tolist()]
+        stops = [Stop(stop).message for stop in result.stop.tolist()]
         folder.write_table(
             "history.csv",
             {
@@ -184,7 +183,7 @@ def draw(config: Config, result: Minimum) -> Figure:
     for index, rate in enumerate(config.learning_rates):
         losses = np.asarray(result.losses[index])
         shown = np.isfinite(losses)
-        stop = STOPS[int(result.stop[index])]
+        stop = Stop(int(result.stop[index]))
         diverges = stop == Stop.LOSS_NOT_FINITE or losses[shown][-1] > losses[0]
         outcome = "diverges" if diverges else f"{stop.message}, step {result.steps[index]}"
         ax.plot(

@@ -19,20 +19,25 @@ from jaxtrain.optimizers._inspect import has_line_search
 class Stop(enum.IntEnum):
     """Why a descent ended; `message` says it in words."""
 
-    message: str
+    STEP_LIMIT = 0
+    LOSS_THRESHOLD = 1
+    GRADIENT_TOLERANCE = 2
+    LOSS_NOT_FINITE = 3
+    NO_PROGRESS = 4
 
-    STEP_LIMIT = 0, "step limit"
-    LOSS_THRESHOLD = 1, "loss below the threshold"
-    GRADIENT_TOLERANCE = 2, "gradient below the tolerance"
-    LOSS_NOT_FINITE = 3, "loss not finite"
-    NO_PROGRESS = 4, "line search without progress"
+    @property
+    def message(self) -> str:
+        """Returns the reason as text."""
+        return _MESSAGES[self]
 
-    def __new__(cls, value: int, message: str) -> Stop:
-        """Makes a member of (value, message)."""
-        member = int.__new__(cls, value)
-        member._value_ = value
-        member.message = message
-        return member
+
+_MESSAGES = {
+    Stop.STEP_LIMIT: "step limit",
+    Stop.LOSS_THRESHOLD: "loss below the threshold",
+    Stop.GRADIENT_TOLERANCE: "gradient below the tolerance",
+    Stop.LOSS_NOT_FINITE: "loss not finite",
+    Stop.NO_PROGRESS: "line search without progress",
+}
 
 
 class Minimum(NamedTuple):
