@@ -74,6 +74,10 @@ class CheckpointStore:
 
     A file appears complete or not at all. Nothing in it is executed: it has numbers and JSON. A
     thread writes it in the background; leaving the context waits for that, also on Ctrl-C.
+
+    Attributes:
+      path: the folder.
+      metadata: what each checkpoint records about the run, JSON-serializable.
     """
 
     def __init__(self, options: CheckpointOptions, metadata: Mapping[str, Any]) -> None:
@@ -84,7 +88,7 @@ class CheckpointStore:
             each checkpoint repeats, is not JSON-serializable.
         """
         self.path, self._options = Path(options.directory), options
-        self._metadata = _to_json(metadata, "metadata")
+        self.metadata = _to_json(metadata, "metadata")
         self._pending: concurrent.futures.Future[None] | None = None
         make_folder(self.path, "checkpoint folder")
 
@@ -127,7 +131,7 @@ class CheckpointStore:
           StorageError: the previous checkpoint could not be written.
         """
         self.wait()
-        arrays, record = _file.flatten(checkpoint, self._metadata)
+        arrays, record = _file.flatten(checkpoint, self.metadata)
         self._pending = self._thread.submit(self._write, arrays, record)
 
     def wait(self) -> None:

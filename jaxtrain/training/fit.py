@@ -114,12 +114,13 @@ def fit(
         test_batch_size=test_batch_size,
         key=key,
     )
-    records = Records(plan.columns(state))
+    records = Records(plan.columns(state), state)
     if early_stopping is not None:
         early_stopping.check_columns(records.columns)
     first, last = int(state.epoch), int(state.epoch) + epochs
 
     with contextlib.ExitStack() as stack:
+        stack.enter_context(_progress_attached(records))
         stack.enter_context(
             memory_advice(plan.batch_size, functools.partial(plan.lower_steps, state))
         )
@@ -130,6 +131,7 @@ def fit(
             run = identify(plan, state, early_stopping, programs, checkpoint.configuration)
             store, every = stack.enter_context(CheckpointStore(checkpoint, run)), checkpoint.every
             resumed = store.restore(state, records.columns, functools.partial(check_same_run, run))
+            store.metadata = run  # whose start is now that of the call that began the run
         best_state: TrainState | None = None
         if resumed is not None:
             if resumed.epoch > last:
@@ -139,7 +141,7 @@ def fit(
                     "directory"
                 )
             state, best_state = resumed.state, resumed.best_state
-            records.restore(resumed.history, resumed.step_losses)
+            records.restore(state, resumed.history, resumed.step_losses)
         if early_stopping is not None and early_stopping.is_over(records.rows):
             last = int(state.epoch)  # early stopping ended the run before
         seconds = time.perf_counter() - started
@@ -148,12 +150,9 @@ def fit(
             on_event(Resumed(resumed.epoch, records.history(), state))
 
         for epoch in range(int(state.epoch) + 1, last + 1):
-            with _progress_attached(state, records):
-                next_state, row, losses = _run_epoch(plan, state, epoch, on_event)
-            state = next_state
-            records.append(row, losses)
-            with _progress_attached(state, records):
-                stop = on_event(EpochDone(epoch, records.rows[-1], state)) is True
+            state, row, losses = _run_epoch(plan, state, epoch, on_event)
+            records.append(state, row, losses)
+            stop = on_event(EpochDone(epoch, records.rows[-1], state)) is True
             if early_stopping is not None:
                 if early_stopping.best_row(records.rows) == len(records.rows) - 1:
                     best_state = state
@@ -167,12 +166,12 @@ def fit(
 
 
 @contextlib.contextmanager
-def _progress_attached(state: TrainState, records: Records) -> Iterator[None]:
+def _progress_attached(records: Records) -> Iterator[None]:
     """Attaches the last completed epoch's state and history to an error that ends the run."""
     try:
         yield
     except BaseException as error:
-        error.state, error.history = state, records.history()  # type: ignore[attr-defined]
+        error.state, error.history = records.state, records.history()  # type: ignore[attr-defined]
         raise
 
 

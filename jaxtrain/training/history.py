@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import numpy as np
 
+from jaxtrain.training.state import TrainState
+
 
 class History(dict[str, np.ndarray]):
     """Arrays by column name with one entry per epoch; `pandas.DataFrame(history)` works.
@@ -18,25 +20,31 @@ class History(dict[str, np.ndarray]):
 
 
 class Records:
-    """The history of a run while it grows.
+    """The history of a run while it grows, and the state that it has reached.
 
     Attributes:
       columns: names of the history's columns, in order.
+      state: the state after the last completed epoch.
       rows: one dict per epoch, by column name.
     """
 
-    def __init__(self, columns: list[str]) -> None:
+    def __init__(self, columns: list[str], state: TrainState) -> None:
         self.columns = columns
+        self.state = state
         self.rows: list[dict[str, float]] = []
         self._step_losses = [np.empty(0, np.float32)]
 
-    def append(self, row: dict[str, float], step_losses: np.ndarray) -> None:
+    def append(self, state: TrainState, row: dict[str, float], step_losses: np.ndarray) -> None:
         """Adds an epoch."""
+        self.state = state
         self.rows.append({name: row[name] for name in self.columns})
         self._step_losses.append(step_losses)
 
-    def restore(self, history: dict[str, np.ndarray], step_losses: np.ndarray) -> None:
-        """Replaces everything by the history of a checkpoint."""
+    def restore(
+        self, state: TrainState, history: dict[str, np.ndarray], step_losses: np.ndarray
+    ) -> None:
+        """Replaces everything by the content of a checkpoint."""
+        self.state = state
         values = zip(*(history[name].tolist() for name in self.columns), strict=True)
         self.rows = [dict(zip(self.columns, row, strict=True)) for row in values]
         self._step_losses = [step_losses]

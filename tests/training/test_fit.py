@@ -377,3 +377,15 @@ def test_fit_takes_at_most_14_parameters() -> None:
     import inspect
 
     assert len(inspect.signature(jt.fit).parameters) <= 14
+
+
+def test_an_interruption_before_the_first_epoch_carries_the_start(
+    small_state, small_classes
+) -> None:
+    def interrupt(event) -> None:
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt) as raised:
+        fit(small_state, small_classes, on_event=interrupt)
+    assert raised.value.state.epoch == 0
+    assert len(raised.value.history["epoch"]) == 0

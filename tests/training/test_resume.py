@@ -103,6 +103,15 @@ def test_a_run_resumes_from_the_state_it_returned(tmp_path, small_state, small_c
     assert_same_run(fit(state, small_classes, tmp_path, epochs=3), straight)
 
 
+def test_a_run_resumes_from_its_start_after_calls_that_continued_it(
+    tmp_path, small_state, small_classes
+) -> None:
+    straight = fit(small_state, small_classes, None, epochs=6)
+    state, _ = fit(small_state, small_classes, tmp_path, epochs=2)
+    fit(state, small_classes, tmp_path, epochs=3)
+    assert_same_run(fit(small_state, small_classes, tmp_path, epochs=6), straight)
+
+
 def test_weakly_typed_states_resume(tmp_path: Path, small_classes) -> None:
     """jnp.full of a Python number is weakly typed, the result of a step is not."""
     data = small_classes.replace(targets=small_classes.targets[:, None].astype(float))
