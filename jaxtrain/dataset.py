@@ -20,7 +20,7 @@ from jaxtrain.errors import InputError
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True, eq=False)
 class Dataset:
-    """Examples along the first axis of every array.
+    """A set of examples, stored along the first axis of every array.
 
     As a pytree it can be jitted, mapped, sharded and vmapped like an array. `len(dataset)` is the
     number of examples and `dataset[a:b]` is the Dataset of examples a to b - 1.
@@ -29,7 +29,7 @@ class Dataset:
       inputs: array, or pytree of arrays, [examples, ...].
       targets: array, or pytree of arrays, [examples, ...]; None if the loss needs none.
       weights: weights of the losses, [examples], or [examples, time] for a loss per token; None
-        weighs all equally.
+        weights all equally.
 
     Example:
       >>> data = jt.Dataset(jnp.ones((100, 3)), jnp.zeros(100, jnp.int32))
@@ -53,7 +53,7 @@ class Dataset:
         return jax.tree.map(lambda array: array[index], self)
 
     def take(self, indices: Int[Array, "chosen"]) -> Dataset:
-        """Returns the examples at these indices, in their order; indices are not checked."""
+        """Returns the examples at these indices, in that order; the indices are not checked."""
         return jax.tree.map(lambda array: jnp.asarray(array)[indices], self)
 
     def split(self, fraction: float, key: Key[Array, ""]) -> tuple[Dataset, Dataset]:
@@ -75,7 +75,7 @@ class Dataset:
         held_out = round(examples * fraction) if 0 < fraction < 1 else 0
         if not 0 < held_out < examples:
             raise InputError(
-                f"fraction is {fraction} of {examples} examples; expected a value between 0 and 1 "
+                f"fraction is {fraction} for {examples} examples; expected a value between 0 and 1 "
                 "that leaves at least one example in each part"
             )
         order = jax.random.permutation(key, examples)
@@ -101,7 +101,7 @@ def check_dataset(dataset: Any, name: str) -> None:
         if not array.shape:
             raise InputError(f"{path} is a scalar; expected an array with one entry per example")
     if not jax.tree.leaves(dataset.inputs):
-        raise InputError(f"{name}.inputs holds no array; expected at least one")
+        raise InputError(f"{name}.inputs is empty; expected at least one array")
     (first, length), *rest = [(path, array.shape[0]) for path, array in arrays]
     for path, other in rest:
         if other != length:
@@ -124,7 +124,7 @@ def check_array(array: Any, path: str) -> None:
         }.get(kind, "numpy.asarray(...)")
         raise InputError(
             f"{path} is a {kind.removeprefix('builtins.')}; expected a NumPy or JAX array: "
-            f"convert it by {hint}"
+            f"convert it with {hint}"
         )
     dtype = array.dtype
     if not any(jnp.issubdtype(dtype, kind) for kind in (jnp.bool_, jnp.integer, jnp.floating)):
@@ -134,7 +134,7 @@ def check_array(array: Any, path: str) -> None:
     ):
         raise InputError(
             f"{path} has the dtype {dtype.str}, which JAX does not support; expected a native "
-            f"one: convert it by array.astype({_native_name(dtype)!r})"
+            f"one: convert it with array.astype({_native_name(dtype)!r})"
         )
 
 

@@ -9,7 +9,7 @@ from typing import Any
 class InputError(ValueError):
     """An argument or a file is not what was expected.
 
-    The message names the thing, its value, what was expected, and the way out.
+    The message names the argument or file, its value, what was expected, and how to fix it.
     """
 
     def __init__(self, message: str) -> None:
@@ -34,7 +34,7 @@ NO_SPACE = "no space left on the disk"
 
 
 class StorageError(OSError):
-    """A file of the run could not be written, because the disk is full for example.
+    """A file of the run could not be written, for example because the disk is full.
 
     Attributes:
       path: the file or folder.
@@ -77,10 +77,10 @@ class NonFiniteError(ArithmeticError):
     Attributes:
       epoch: the epoch in which it happened, counted from 1.
       step: the step within that epoch, counted from 1, or None if only the epoch is known.
-      quantity: what became non-finite: "training loss", "gradient norm" or "test loss" for example.
+      quantity: what became non-finite, such as "training loss", "gradient norm" or "test loss".
       value: the value it became.
       learning_rate: the rate of that step, or None if the optimizer does not record one.
-      history: the history of the epochs completed before.
+      history: the history of the completed epochs.
       state: the state after the last completed epoch.
     """
 
@@ -131,7 +131,7 @@ _RECOVERY = "kept: "
 
 
 def add_recovery_note(error: BaseException, note: str) -> None:
-    """Attaches to an error what remains on disk of the run that it ended."""
+    """Attaches a note to an error: what the run that it ended left on disk."""
     error.add_note(_RECOVERY + printable(note))
 
 

@@ -1,4 +1,4 @@
-"""Model: what training needs of a network, as two pure functions."""
+"""Model: what training needs from a network, as two pure functions."""
 
 from __future__ import annotations
 
@@ -11,14 +11,14 @@ from jaxtyping import PyTree
 class Model(NamedTuple):
     """A network as a pair of pure functions.
 
-    `init_state` makes one of a Linen, NNX or Equinox module; write one directly for a network in
-    plain JAX. Both functions must be hashable, since they are static in a compiled step: define
+    `init_state` builds one from a Linen, NNX or Equinox module; write one directly for a network
+    in plain JAX. Both functions must be hashable, since they are static in a compiled step: define
     them once, not per call.
 
     Attributes:
       init: `init(key, inputs) -> (params, model_state)`. `params` is the pytree that is optimized;
-        `model_state` is the pytree of all else that changes in training, running means for
-        example, and {} if there is nothing.
+        `model_state` is the pytree of everything else that changes during training, such as
+        running means; {} if there is none.
       apply: `apply(params, model_state, inputs, *, train, key) -> (outputs, model_state)`. `train`
         is a Python bool; `key` is the step's PRNG key in training and None in evaluation.
 

@@ -41,7 +41,7 @@ def test_lists_and_scalars_are_not_arrays_of_examples() -> None:
         check_dataset(jt.Dataset([1.0], np.ones(1)), "data")
     with pytest.raises(jt.InputError, match=r"data\.targets is a scalar; expected an array"):
         check_dataset(jt.Dataset(np.ones(1), np.float32(1)), "data")
-    with pytest.raises(jt.InputError, match=r"data\.inputs holds no array"):
+    with pytest.raises(jt.InputError, match=r"data\.inputs is empty"):
         check_dataset(jt.Dataset({}, np.ones(1)), "data")
 
 

@@ -36,7 +36,17 @@ def test_importing_it_loads_nothing_heavy() -> None:
 
 # Each package imports from those before it alone.
 ORDER = [
-    *("errors", "_versions", "_arguments", "_files", "dataset", "model", "losses", "metrics"),
+    *(
+        "errors",
+        "_versions",
+        "_arguments",
+        "_files",
+        "_safetensors",
+        "dataset",
+        "model",
+        "losses",
+        "metrics",
+    ),
     *("optimizers", "models", "adapters", "checkpoint", "training", "export", "data", "cli"),
 ]
 # The same inside the package of the training loop.

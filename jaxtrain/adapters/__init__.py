@@ -17,7 +17,7 @@ _EXPECTED = "expected a Linen, NNX or Equinox module or a jaxtrain.Model(init, a
 
 
 def adapt(model: Any, rngs: Sequence[str]) -> tuple[Model, tuple[PyTree, PyTree] | None]:
-    """Returns the Model of a network, and the values that it already holds.
+    """Returns the Model of a network, and the variables that the network already holds.
 
     Args:
       model: a Linen, NNX or Equinox module, the pair (module, state) of
@@ -104,13 +104,13 @@ def _bases(value: Any) -> list[str]:
 
 def _hint(model: Any, bases: list[str]) -> str:
     if "jaxtrain.training.state.TrainState" in bases:
-        return ": state.model, or continue with the state as it is"
+        return ": pass state.model, or continue training with the state itself"
     if any(base.startswith("flax.training.train_state.") for base in bases):
-        return ": pass the module that this state was made for, and its parameters by .replace"
+        return ": pass the module of this state, and set its parameters with .replace(params=...)"
     if any(base.startswith("torch.") for base in bases):
         return ": PyTorch modules must be rewritten in one of these"
     if isinstance(model, tuple) and all(map(callable, model)):
-        return ": jaxtrain.Model(*model) has the signatures in its docstring"
+        return ": use jaxtrain.Model(*model), whose docstring gives the signatures"
     if callable(model):
         return ": wrap the function in a Model"
     return ""

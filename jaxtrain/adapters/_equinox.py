@@ -34,7 +34,7 @@ def adapt(model: Any) -> tuple[Model, tuple[PyTree, PyTree]]:
     takes_key = "key" in call_parameters(module)
     if state is None:
         module, state = _split_state(module)
-    # Modules that differ only in their mode are equal.
+    # So that modules that differ only in their mode are equal.
     module = eqx.nn.inference_mode(module, value=False)
     module = jax.tree.map(lambda x: jnp.asarray(x) if isinstance(x, np.ndarray) else x, module)
     params, others = eqx.partition(module, _is_parameter)
@@ -55,7 +55,7 @@ class Init:
     def __call__(self, key: jax.Array, inputs: PyTree) -> NoReturn:
         """Raises InputError: the parameters are those of the module."""
         raise InputError(
-            "an Equinox module holds its own parameters; expected no call of Model.init: make a "
+            "an Equinox module holds its own parameters, so Model.init cannot be called; make a "
             "new module and pass it to init_state"
         )
 
@@ -64,7 +64,7 @@ class Init:
 class Apply:
     """`Model.apply` of an Equinox module."""
 
-    # The module without arrays, and the same as what can be hashed: a module compares its arrays.
+    # The module without its arrays; and the same in hashable form, by which it is compared.
     static: Any = dataclasses.field(compare=False)
     identity: Static = dataclasses.field(repr=False)
     takes_key: bool = dataclasses.field(repr=False)
@@ -142,6 +142,6 @@ def _is_parameter(leaf: Any) -> bool:
 
 
 def _copy(state: Any) -> Any:
-    """Returns a copy of an `eqx.nn.State`, which is invalid once something was set in it."""
+    """Returns a copy of an `eqx.nn.State`; setting a value invalidates the original."""
     leaves, structure = jax.tree.flatten(state)
     return jax.tree.unflatten(structure, leaves)

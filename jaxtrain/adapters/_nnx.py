@@ -20,9 +20,9 @@ def adapt(module: Any) -> tuple[Model, tuple[PyTree, PyTree]]:
     if not isinstance(module, nnx.Module):
         raise InputError(f"model is a {describe_type(module)}; expected an nnx.Module")
     takes_train = "train" in call_parameters(module)
-    module = nnx.clone(module)  # not to modify the user's
+    module = nnx.clone(module)  # the user's module is not modified
     nnx.pop(module, nnx.Intermediate)  # outputs of an earlier call
-    module.train()  # modules that differ only in their mode are equal
+    module.train()  # so that modules that differ only in their mode are equal
     graphdef, *states = nnx.split(module, nnx.Param, ...)
     params, model_state = (to_arrays(nnx.to_pure_dict(state)) for state in states)
     model = Model(Init(), Apply(Static(graphdef), _describe(module), takes_train))
@@ -36,7 +36,7 @@ class Init:
     def __call__(self, key: jax.Array, inputs: PyTree) -> NoReturn:
         """Raises InputError: the parameters are those of the module."""
         raise InputError(
-            "an NNX module holds its own parameters; expected no call of Model.init: make a new "
+            "an NNX module holds its own parameters, so Model.init cannot be called; make a new "
             "module and pass it to init_state"
         )
 
@@ -68,7 +68,7 @@ class Apply:
         outputs = module(inputs, train=train) if self.takes_train else module(inputs)
         if not train:
             return outputs, model_state
-        # Each step draws from its own key, so RNG state stays as it is.
+        # Each step draws from its own key, so the RNG state is not updated.
         changing = nnx.state(module, nnx.Not(nnx.Any(nnx.Param, nnx.RngState)))
         return outputs, _update(model_state, nnx.to_pure_dict(changing))
 
@@ -80,26 +80,26 @@ class Apply:
 
 
 def _reseed(module: nnx.Module, key: Any) -> None:
-    """Starts every RNG stream of a module afresh, each with a key of its own."""
+    """Restarts every RNG stream of a module with its own key."""
     if not jnp.issubdtype(key.dtype, jax.dtypes.prng_key):
         key = jax.random.wrap_key_data(key)
     streams = [node for _, node in nnx.iter_graph(module) if isinstance(node, nnx.RngStream)]
     for index, stream in enumerate(streams):
         stream_key = jax.random.fold_in(key, index)
-        shape = stream.key[...].shape  # not () in a module that vmap made, a key per layer
+        shape = stream.key[...].shape  # a module made under vmap has one key per layer
         stream.key[...] = jax.random.split(stream_key, shape) if shape else stream_key
         stream.count[...] = jnp.zeros(shape, jnp.uint32)
 
 
 def _update(old: Any, new: Any) -> Any:
-    """Returns `old` with the values of `new`; its structure stays, without what the call sowed."""
+    """Returns `old` with the values of `new`, without variables that the call added by sowing."""
     if not isinstance(old, dict):
         return new
     return {name: _update(old[name], new[name]) if name in new else old[name] for name in old}
 
 
 def _describe(module: nnx.Module) -> str:
-    """Returns the nested modules with their numbers and names; a GraphDef's text fills pages."""
+    """Returns the nested modules with their settings; the repr of a GraphDef would fill pages."""
     parts = []
     for path, node in nnx.iter_graph(module):
         if isinstance(node, nnx.Module):

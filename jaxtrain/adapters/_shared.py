@@ -13,7 +13,7 @@ from jaxtrain.errors import InputError
 
 
 class Static:
-    """A value that stays constant in a compiled program: hashable, whatever it is.
+    """Makes any value hashable, as a constant of a compiled program must be.
 
     Equal values are equal, so that two states of equal modules share one compiled step. A value
     that cannot be hashed is equal only to itself.
@@ -22,7 +22,7 @@ class Static:
     def __init__(self, value: Any) -> None:
         self.value = value
         try:
-            # Once: every call of a compiled function asks for it.
+            # Computed once, since every call of a compiled function needs it.
             self._hash = hash(value)
         except TypeError:
             self._hash = id(value)
@@ -65,7 +65,7 @@ def call_parameters(module: Any) -> frozenset[str]:
 
 
 def to_arrays(tree: PyTree) -> PyTree:
-    """Returns the leaves as JAX arrays without weak types, which an update would change."""
+    """Returns the leaves as JAX arrays without weak types, which the first update would remove."""
 
     def convert(leaf: Any) -> Any:
         array = jnp.asarray(leaf)

@@ -21,20 +21,13 @@ from jax import tree_util
 from jaxtyping import PyTree
 
 from jaxtrain._files import read_regular_file
+from jaxtrain._safetensors import DTYPES, MAX_HEADER_BYTES, is_key, place, to_host, to_words
 from jaxtrain.errors import InputError, printable
 
 _FORMAT = 2
 _ROOTS = ("state", "best_state")
-# The limit of safetensors for the header, and ours for the history.
-_MAX_HEADER_BYTES, _MAX_HISTORY_BYTES = 100_000_000, 2**30
+_MAX_HISTORY_BYTES = 2**30
 _CHECKSUM, _ZEROS = re.compile(rb'"sha256":"([0-9a-f]{64})"'), b"0" * 64
-# The format's names of element types (https://github.com/huggingface/safetensors#format).
-_DTYPES = {
-    **{"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16"},
-    **{"I64": "int64", "I32": "int32", "I16": "int16", "I8": "int8"},
-    **{"U64": "uint64", "U32": "uint32", "U16": "uint16", "U8": "uint8"},
-    **{"BOOL": "bool", "C64": "complex64", "F8_E4M3": "float8_e4m3fn", "F8_E5M2": "float8_e5m2"},
-}
 
 
 class Checkpoint(NamedTuple):
@@ -48,7 +41,7 @@ class Checkpoint(NamedTuple):
 
 
 class DamagedError(InputError):
-    """A file is not the checkpoint that was written."""
+    """A file differs from the checkpoint that was written."""
 
 
 def flatten(
@@ -60,13 +53,7 @@ def flatten(
     leaves = _leaves("state", state) | _leaves("history", [{k: history[k]} for k in history])
     leaves |= _leaves("step_losses", step_losses)
     leaves |= _leaves("best_state", best_state if best == "stored" else None)
-    arrays = {name: np.array(_words(leaf), order="C") for name, (_, leaf) in leaves.items()}
-    for name, array in arrays.items():
-        if array.dtype.name not in _DTYPES.values():
-            raise InputError(
-                f"{name} has the dtype {array.dtype}, which safetensors does not support; expected "
-                f"one of {', '.join(sorted(_DTYPES.values()))}"
-            )
+    arrays = {name: to_host(leaf, name) for name, (_, leaf) in leaves.items()}
     record = {"format": _FORMAT, "epoch": epoch, "columns": list(history), "best": best}
     specs = {name: spec for name, (spec, _) in leaves.items()}
     return arrays, record | {"leaves": specs, "metadata": dict(metadata)}
@@ -103,7 +90,7 @@ def read_file(
     except (ValueError, MemoryError) as error:  # ValueError: a null character in the path
         raise InputError(f"{path} cannot be read: {error or 'it is too large'}") from error
     start = 8 + int.from_bytes(content[:8], "little")
-    small = start <= min(len(content), _MAX_HEADER_BYTES)
+    small = start <= min(len(content), MAX_HEADER_BYTES)
     match = _CHECKSUM.search(content, 8, start) if small else None
     if match is None or match[1] != _checksum(content, match.start(1)):
         raise DamagedError(f"{path} has the wrong checksum")
@@ -111,11 +98,11 @@ def read_file(
         header = json.loads(content[8:start].decode())
         record = json.loads(header.pop("__metadata__")["record"])
         if not (isinstance(record["format"], int) and isinstance(record["metadata"], dict)):
-            raise TypeError("its record is of another kind")
+            raise TypeError("its record has entries of the wrong type")
         if record["format"] != _FORMAT:
             raise InputError(
-                f"{path} has format {record['format']}, this version of jaxtrain reads {_FORMAT}; "
-                "use the version that wrote it, or another directory"
+                f"{path} has format {record['format']}, but this version of jaxtrain "
+                f"reads {_FORMAT}; use the version that wrote it, or another directory"
             )
         arrays = {name: _view(content, start, entry) for name, entry in header.items()}
         names = [[n for n in record["leaves"] if n.split(".")[0] == root] for root in _ROOTS]
@@ -140,8 +127,8 @@ def verify(path: str | os.PathLike[str]) -> None:
 
 def largest_size(like: PyTree) -> int:
     """Returns how many bytes a checkpoint with two states like this one can have."""
-    arrays = sum(_words(leaf).nbytes for leaf in jax.tree.leaves(like))
-    return 2 * arrays + _MAX_HEADER_BYTES + _MAX_HISTORY_BYTES
+    arrays = sum(to_words(leaf).nbytes for leaf in jax.tree.leaves(like))
+    return 2 * arrays + MAX_HEADER_BYTES + _MAX_HISTORY_BYTES
 
 
 def unflatten(
@@ -156,7 +143,7 @@ def unflatten(
     All paths, shapes and dtypes are compared before anything is copied.
 
     Raises:
-      DamagedError: the file contradicts itself or its history is not of these columns.
+      DamagedError: the file contradicts itself, or its history has other columns.
       InputError: the state has another structure than `like`.
     """
     with malformed_is_damaged(path):
@@ -170,7 +157,7 @@ def unflatten(
                     f"{path} has {theirs or 'nothing more'} where the model and optimizer have "
                     f"{ours or 'nothing more'}; expected the same model and optimizer"
                 )
-        for name, words in ((name, _words(leaf)) for name, (_, leaf) in expected.items()):
+        for name, words in ((name, to_words(leaf)) for name, (_, leaf) in expected.items()):
             if (arrays[name].dtype.name, arrays[name].shape) != (words.dtype.name, words.shape):
                 raise ValueError(f"{name} is not as recorded")
         names = _leaves("history", [{column: 0} for column in columns])
@@ -183,7 +170,7 @@ def unflatten(
             raise ValueError("the columns of its history differ in length")
         if "epoch" in history and history["epoch"][-1:].tolist() != [epoch]:
             raise ValueError("its history ends with another epoch")
-    values = [[_place(arrays[name].copy(), x) for name, (_, x) in tree.items()] for tree in trees]
+    values = [[place(arrays[name].copy(), x) for name, (_, x) in tree.items()] for tree in trees]
     states = [jax.tree.unflatten(jax.tree.structure(like), leaves) for leaves in values]
     best_state = None if best == "none" else states[-1]
     history = {name: column.copy() for name, column in history.items()}
@@ -192,7 +179,7 @@ def unflatten(
 
 @contextlib.contextmanager
 def malformed_is_damaged(path: Path) -> Iterator[None]:
-    """Raises DamagedError for what Python raises on data of an unexpected form."""
+    """Turns the errors that malformed data cause into DamagedError."""
     try:
         yield
     except InputError:
@@ -206,7 +193,7 @@ def digest(tree: PyTree) -> str:
     """Returns a short SHA-256 of the values, dtypes and shapes of all leaves."""
     found = hashlib.sha256()
     for leaf in jax.tree.leaves(tree):
-        array = np.asarray(_words(leaf))
+        array = np.asarray(to_words(leaf))
         found.update(f"{array.dtype}{array.shape}".encode())
         found.update(np.ascontiguousarray(array).reshape(-1).view(np.uint8).data)
     return found.hexdigest()[:16]
@@ -222,23 +209,11 @@ def _checksum(content: bytes, start: int) -> bytes:
 
 
 def _view(content: bytes, start: int, entry: dict[str, Any]) -> np.ndarray:
-    dtype, (begin, end) = np.dtype(jnp.dtype(_DTYPES[entry["dtype"]])), entry["data_offsets"]
+    dtype, (begin, end) = np.dtype(jnp.dtype(DTYPES[entry["dtype"]])), entry["data_offsets"]
     array = np.frombuffer(content, dtype, math.prod(entry["shape"]), start + begin)
     if array.nbytes != end - begin:
         raise ValueError(f"an array has {end - begin} bytes, not {array.nbytes}")
     return array.reshape(entry["shape"])
-
-
-def _place(array: np.ndarray, like: Any) -> Any:
-    """Returns an array of the kind of `like`, on its devices."""
-    if isinstance(like, (np.ndarray, np.generic)):
-        return array
-    value: Any = array
-    if _is_key(like):
-        value = jax.random.wrap_key_data(jnp.asarray(array), impl=jax.random.key_impl(like))
-    if isinstance(like, jax.Array) and like.committed:
-        return jax.device_put(value, like.sharding)
-    return jnp.asarray(value)
 
 
 def _leaves(root: str, tree: PyTree) -> dict[str, tuple[str, Any]]:
@@ -249,17 +224,6 @@ def _leaves(root: str, tree: PyTree) -> dict[str, tuple[str, Any]]:
         name = printable(tree_util.keystr(steps, simple=True, separator="."))
         while name in found:
             name += "#"
-        dtype = f"key<{jax.random.key_impl(leaf)}>" if _is_key(leaf) else _words(leaf).dtype.name
+        dtype = f"key<{jax.random.key_impl(leaf)}>" if is_key(leaf) else to_words(leaf).dtype.name
         found[name] = (f"{tree_util.keystr(path)} of {dtype}{list(np.shape(leaf))}", leaf)
     return found
-
-
-def _words(leaf: Any) -> Any:
-    """Returns an array as numbers, a PRNG key as its words."""
-    if _is_key(leaf):
-        return jax.random.key_data(leaf)
-    return leaf if hasattr(leaf, "dtype") else jnp.asarray(leaf)
-
-
-def _is_key(leaf: Any) -> bool:
-    return isinstance(leaf, jax.Array) and jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key)

@@ -72,8 +72,9 @@ class CheckpointOptions:
 class CheckpointStore:
     """The checkpoints of one run, such as `epoch-5.safetensors`; a context manager.
 
-    A file appears complete or not at all. Nothing in it is executed: it has numbers and JSON. A
-    thread writes it in the background; leaving the context waits for that, also on Ctrl-C.
+    A file appears complete or not at all. Nothing in it is executed: it contains only arrays and
+    JSON. A thread writes it in the background; leaving the context waits for the thread, also on
+    Ctrl-C.
 
     Attributes:
       path: the folder.
@@ -135,10 +136,10 @@ class CheckpointStore:
         self._pending = self._thread.submit(self._write, arrays, record)
 
     def wait(self) -> None:
-        """Waits until the last checkpoint is on disk; raises StorageError if it cannot be."""
+        """Waits until the last checkpoint is on disk; raises StorageError if writing it failed."""
         if self._pending is not None:
             concurrent.futures.wait([self._pending])
-            # Not before: if Ctrl-C ends the wait, `__exit__` waits again.
+            # Only now: if Ctrl-C interrupts the wait, `__exit__` waits again.
             pending, self._pending = self._pending, None
             pending.result()
 
@@ -154,22 +155,22 @@ class CheckpointStore:
           like: a state of the structure, shapes, dtypes and placement to restore.
           columns: the names of the history's columns, in order.
           check: called with the recorded metadata, "state_digests" included, and a description of
-            the checkpoint; raises InputError if it is of another run.
+            the checkpoint; raises InputError if it belongs to another run.
 
         Raises:
-          InputError: the option `resume` forbids what is found; all checkpoints are damaged; one is
+          InputError: `resume` does not allow what is found; all checkpoints are damaged; one is
             of another run or model, or cannot be read now.
         """
         epochs, resume = self.epochs, self._options.resume
         if resume == "never" and epochs:
             raise InputError(
                 f"resume is 'never', but {self.path} has checkpoints up to epoch {epochs[-1]}; "
-                "delete them, use another directory, or resume by 'auto'"
+                "delete them, use another directory, or set resume to 'auto'"
             )
         if resume == "required" and not epochs:
             raise InputError(
                 f"resume is 'required', but {self.path} has no checkpoint; check the directory, or "
-                "start a new run by 'auto'"
+                "set resume to 'auto' to start a new run"
             )
         damaged: dict[Path, str] = {}
         for path in (checkpoint_path(self.path, epoch) for epoch in reversed(epochs)):
@@ -219,7 +220,7 @@ class CheckpointStore:
         except Exception as error:  # out of memory, or more names than safetensors permits
             raise StorageError(path, str(error) or type(error).__name__) from error
         for old in self.epochs[: -self._options.keep]:
-            with contextlib.suppress(OSError):  # one too many is no reason to stop
+            with contextlib.suppress(OSError):  # an extra file is no reason to stop
                 os.unlink(checkpoint_path(self.path, old))
 
     def _add_note(self, error: BaseException) -> None:

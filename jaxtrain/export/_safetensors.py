@@ -9,23 +9,13 @@ from pathlib import Path
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from jaxtrain._files import read_regular_file, write_atomically
+from jaxtrain._safetensors import DTYPES, MAX_HEADER_BYTES, place, to_host, to_words
 from jaxtrain.dataset import named_arrays
 from jaxtrain.errors import InputError
 from jaxtrain.training.state import TrainState
-
-# The format's names of element types (https://github.com/huggingface/safetensors#format).
-_DTYPES = {
-    **{"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16"},
-    **{"I64": "int64", "I32": "int32", "I16": "int16", "I8": "int8"},
-    **{"U64": "uint64", "U32": "uint32", "U16": "uint16", "U8": "uint8"},
-    **{"BOOL": "bool", "C64": "complex64", "F8_E4M3": "float8_e4m3fn", "F8_E5M2": "float8_e5m2"},
-}
-# The format's limit for the header, which has names, element types and shapes.
-_MAX_HEADER_BYTES = 100_000_000
 
 
 def save_params(path: str | os.PathLike[str], state: TrainState) -> None:
@@ -48,15 +38,9 @@ def save_params(path: str | os.PathLike[str], state: TrainState) -> None:
 
     arrays: dict[str, np.ndarray] = {}
     for name, leaf in _named(state):
-        array = _data(leaf)
-        if array.dtype.name not in _DTYPES.values():
-            raise InputError(
-                f"{name} has the dtype {array.dtype}, which safetensors does not support; expected "
-                f"one of {', '.join(sorted(_DTYPES.values()))}"
-            )
         if name in arrays:
             raise InputError(f"two arrays have the path {name}; expected names without dots")
-        arrays[name] = np.asarray(array, order="C")
+        arrays[name] = to_host(leaf, name)
     write_atomically(Path(path), safetensors.numpy.save(arrays))
 
 
@@ -74,14 +58,14 @@ def load_params(path: str | os.PathLike[str], state: TrainState) -> TrainState:
     """
     expected = _named(state)
     path = Path(path)
-    found = _read(path, sum(_data(leaf).nbytes for _, leaf in expected))
+    found = _read(path, sum(to_words(leaf).nbytes for _, leaf in expected))
     # All names and shapes before any array is made.
     for name, leaf in expected:
-        like = _data(leaf)
+        like = to_words(leaf)
         wanted, got = _describe(like.dtype.name, like.shape), "nothing"
         if name in found:
             dtype = found[name]["dtype"]
-            got = _describe(_DTYPES.get(dtype, dtype), found[name]["shape"])
+            got = _describe(DTYPES.get(dtype, dtype), found[name]["shape"])
         if got != wanted:
             raise InputError(
                 f"{path} has {got} for {name}, where the model has {wanted}; expected a file of "
@@ -107,7 +91,7 @@ def _read(path: Path, array_bytes: int) -> dict[str, Any]:
 
     try:
         # A link to the file is fine; a device or a pipe, which would hang, is not.
-        content = read_regular_file(path.resolve(strict=True), array_bytes + _MAX_HEADER_BYTES)
+        content = read_regular_file(path.resolve(strict=True), array_bytes + MAX_HEADER_BYTES)
         return dict(safetensors.deserialize(content))
     except OSError as error:
         if error.errno == errno.EFBIG:
@@ -125,15 +109,10 @@ def _read(path: Path, array_bytes: int) -> dict[str, Any]:
         ) from error
 
 
-def _restore(data: bytes | bytearray, like: Any) -> jax.Array:
-    """Returns an array of the file with the kind, the dtype and the placement of `like`."""
-    words = _data(like)
-    value = jnp.asarray(np.frombuffer(data, words.dtype).reshape(words.shape))
-    if _is_key(like):
-        value = jax.random.wrap_key_data(value, impl=jax.random.key_impl(like))
-    if isinstance(like, jax.Array) and like.committed:
-        value = jax.device_put(value, like.sharding)
-    return value
+def _restore(data: bytes | bytearray, like: Any) -> Any:
+    """Returns an array of the file with the dtype, the kind and the placement of `like`."""
+    words = to_words(like)
+    return place(np.frombuffer(data, words.dtype).reshape(words.shape), like)
 
 
 def _named(state: TrainState) -> list[tuple[str, Any]]:
@@ -145,14 +124,6 @@ def _named(state: TrainState) -> list[tuple[str, Any]]:
     # Linen's collections have names of their own.
     name = "" if isinstance(state.model_state, Mapping) else "model_state"
     return [*named_arrays(state.params, "params"), *named_arrays(state.model_state, name)]
-
-
-def _data(leaf: Any) -> jax.Array:
-    return jax.random.key_data(leaf) if _is_key(leaf) else jnp.asarray(leaf)
-
-
-def _is_key(leaf: Any) -> bool:
-    return isinstance(leaf, jax.Array) and jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key)
 
 
 def _describe(dtype: str, shape: Any) -> str:

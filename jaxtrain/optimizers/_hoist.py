@@ -1,8 +1,8 @@
-"""Moves traced values out of an optimizer into its state, so that the state may leave the trace.
+"""Moves traced values out of an optimizer into its state, so that the state can leave the trace.
 
 An optimizer that is built under `jax.vmap` or `jax.jit` with a traced learning rate keeps the
-tracer in the closures of its functions. Those are static in a TrainState, so that a state which
-leaves the transformation would take a dead tracer along.
+tracer in the closures of its functions. These functions are static in a TrainState, so a state
+that leaves the transformation would carry a leaked tracer.
 """
 
 from __future__ import annotations
@@ -22,10 +22,10 @@ from jaxtrain.errors import InputError
 
 
 class HoistedState(NamedTuple):
-    """State of an optimizer that `hoist_tracers` returns.
+    """State of an optimizer that `hoist_tracers` rebuilt.
 
     Attributes:
-      inner: state of the optimizer that was given.
+      inner: state of the original optimizer.
       values: the values that its functions closed over as tracers.
     """
 
@@ -43,19 +43,19 @@ class _Slot:
 def hoist_tracers(
     optimizer: optax.GradientTransformation, params: PyTree
 ) -> tuple[optax.GradientTransformation, PyTree]:
-    """Initializes an optimizer such that it holds no tracers.
+    """Initializes an optimizer and moves its tracers into the state.
 
     Closures, defaults, partials, containers, dataclasses and callable objects are searched. A
-    tracer that is hidden elsewhere stays where it is.
+    tracer elsewhere is not found and stays in place.
 
     Args:
       optimizer: any optax transformation.
-      params: the parameters that it is to update.
+      params: the parameters to optimize.
 
     Returns:
-      The optimizer and its initial state. Where the optimizer closes over tracers, it is an
-      equivalent one whose state, a `HoistedState`, has their values; that one can update, but not
-      initialize again. Otherwise it is the optimizer itself.
+      An optimizer and its initial state. If the given optimizer closes over tracers, an equivalent
+      one whose state, a `HoistedState`, holds their values; it can update, but not initialize
+      again. Otherwise the given optimizer itself.
     """
     # Compiled as one program; run eagerly, every operation would be compiled by itself.
     opt_state = jax.jit(optimizer.init)(params)
@@ -86,7 +86,8 @@ def hoist_tracers(
 def _refuse_init(params: PyTree) -> PyTree:
     raise InputError(
         "the optimizer was built with a traced argument, under jax.vmap for example, and cannot "
-        "start anew; expected one with plain numbers: build a new optimizer for with_optimizer"
+        "be initialized again; expected one with plain numbers: build a new optimizer for "
+        "with_optimizer"
     )
 
 
@@ -97,7 +98,7 @@ def _holds(node: Any, kind: type, seen: dict[int, Any] | None = None) -> bool:
         return True
     if id(node) in seen:
         return False
-    seen[id(node)] = node  # kept alive, so that its id is not used again
+    seen[id(node)] = node  # kept alive, so that its id is not reused
     return any(_holds(child, kind, seen) for child in _children(node))
 
 
@@ -152,7 +153,7 @@ def _substitute(node: Any, kind: type, replace: Callable[[Any], Any]) -> Any:
             children = [visit(child) for child in node]
             return type(node)(*children) if hasattr(node, "_fields") else tuple(children)
         if _is_jitted(node):
-            return visit(node.__wrapped__)  # inlined: what calls it is compiled
+            return visit(node.__wrapped__)  # inlined, since its caller is compiled
         result = copies[id(node)] = copy.copy(node)
         for name, value in vars(node).items():
             object.__setattr__(result, name, visit(value))
@@ -165,7 +166,7 @@ def _substitute(node: Any, kind: type, replace: Callable[[Any], Any]) -> Any:
         result = types.FunctionType(
             function.__code__, function.__globals__, function.__name__, None, tuple(cells)
         )
-        copies[id(function)] = result  # before its content, which may refer to it
+        copies[id(function)] = result  # before visiting its content, which may refer to it
         result.__defaults__ = visit(function.__defaults__)
         result.__kwdefaults__ = visit(function.__kwdefaults__)
         result.__dict__.update(visit(function.__dict__))

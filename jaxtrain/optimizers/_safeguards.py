@@ -62,12 +62,13 @@ def skip_nonfinite(
 ) -> optax.GradientTransformationExtraArgs:
     """Leaves out steps in which something is, or would become, NaN or infinite.
 
-    A step is left out if a number of the gradients, of the updates or the loss is not finite, or
-    if a number of the optimizer's or the model's state would stop being finite. (A number that is
-    infinite from the start, a running minimum for example, is no reason.) Its updates are 0, the
-    optimizer's state stays as it was, and the step is counted.
+    A step is left out if a value of the gradients, the updates or the loss is not finite, or if a
+    finite value of the optimizer's or the model's state would become non-finite. (A value that is
+    infinite from the start, such as a running minimum, does not count.) The updates of such a step
+    are 0, the optimizer's state does not change, and the step is counted.
 
-    Unlike `optax.apply_if_finite` it never gives up, and it covers the state of the model:
+    Unlike `optax.apply_if_finite` it has no limit on consecutive steps, and it covers the state of
+    the model:
     `apply_gradients` passes that as `model_states` and keeps the old one if the step is left out.
 
     Args:
@@ -75,7 +76,8 @@ def skip_nonfinite(
 
     Returns:
       A transformation whose update also takes `value`, the loss, and `model_states`, the model
-      state before and after the step; all extra arguments but the latter reach the optimizer.
+      state before and after the step; all extra arguments except `model_states` are passed to the
+      optimizer.
 
     Raises:
       InputError: the optimizer is not an optax transformation.
@@ -107,7 +109,7 @@ def skip_nonfinite(
         if value is not None:
             extra_args["value"] = value
         new_updates, new_inner = inner.update(updates, state.inner, params, **extra_args)
-        # The gradients as well: optax.zero_nans or the signs of Rprop hide what is wrong in them.
+        # The gradients are checked as well: optax.zero_nans or the signs in Rprop hide their NaNs.
         finite = all_finite((updates, value, new_updates)) & stays_finite(state.inner, new_inner)
         if model_states is not None:
             finite &= stays_finite(*model_states)
@@ -124,7 +126,7 @@ def skip_nonfinite(
 
 
 def all_finite(tree: PyTree) -> Bool[Array, ""]:
-    """Returns whether all numbers of a pytree are finite; integers are."""
+    """Returns whether all numbers of a pytree are finite; integers always are."""
     return _all(jnp.isfinite(leaf) for leaf in jax.tree.leaves(tree) if _is_inexact(leaf))
 
 
@@ -139,8 +141,8 @@ def _is_inexact(leaf: Any) -> bool:
 
 
 def _all(flags: Any) -> Array:
-    # Along the first axis first: rows are combined as vectors, where one reduction of all would be
-    # a chain of single operations on a CPU.
+    # Reduce the first axis first: on a CPU, XLA then combines rows as vectors, whereas one full
+    # reduction would be a chain of scalar operations.
     per_leaf = [
         jnp.all(jnp.all(flag, axis=0)) if flag.ndim > 1 else jnp.all(flag) for flag in flags
     ]

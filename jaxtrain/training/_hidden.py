@@ -1,4 +1,4 @@
-"""Which optimizers hide a NaN or infinite gradient, so that every step must be looked at."""
+"""Which optimizers hide a NaN or infinite gradient, so that every step must be checked."""
 
 from __future__ import annotations
 
@@ -16,22 +16,22 @@ from jaxtrain.training.state import TrainState
 
 
 def steps_to_measure(state: TrainState) -> str:
-    """Returns the steps whose gradient norm `fit` must look at, "last" or "every".
+    """Returns which steps' gradient norms `fit` must check, "last" or "every".
 
     An infinite gradient usually makes parameters or optimizer state infinite for good, which
     `check_arrays` sees at the end of the epoch. Some optimizers hide it: Rprop uses the sign alone,
-    clipping by value makes a number of an infinity, `optax.zero_nans` drops a NaN.
+    clipping by value turns an infinity into a number, `optax.zero_nans` drops a NaN.
     """
     if has_line_search(state.opt_state):  # an epoch is one step
         return "last"
-    if skipped_steps(state.opt_state) is not None:  # the safeguard looks at every gradient
+    if skipped_steps(state.opt_state) is not None:  # the safeguard checks every gradient
         return "last"
     leaves, structure = jax.tree.flatten(state.params)
     hides = _hides_nonfinite(state.optimizer, structure, tuple(leaf.dtype for leaf in leaves))
     return "every" if hides else "last"
 
 
-@functools.lru_cache(maxsize=64)  # a caller of many short runs compiles it once
+@functools.lru_cache(maxsize=64)  # many short runs compile it once
 def _hides_nonfinite(
     optimizer: optax.GradientTransformation,
     structure: jax.tree_util.PyTreeDef,
@@ -43,7 +43,7 @@ def _hides_nonfinite(
         updates, _ = optimizer.update(grads, optimizer.init(params), params)
         return optax.apply_updates(params, updates)
 
-    # One number per parameter is enough: it is the rule that is tested.
+    # One number per array is enough, since only the update rule is tested.
     params = jax.tree.unflatten(structure, [jnp.ones((), dtype) for dtype in dtypes])
     try:
         after = [updated(params, jnp.float32(gradient)) for gradient in (math.inf, math.nan)]

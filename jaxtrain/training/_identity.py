@@ -22,7 +22,7 @@ from jaxtrain.training.state import TrainState
 
 # A new version of these may trace the same model to another program.
 _LIBRARIES = {"jax", "jaxlib", "flax", "optax", "jaxtrain"}
-# How much rounding may differ between versions and devices, after one step.
+# The relative difference that rounding may make between versions and devices in one step.
 _TOLERANCE = 1e-3
 
 
@@ -33,7 +33,7 @@ def identify(
     programs: dict[str, jax.stages.Traced],
     configuration: Mapping[str, Any],
 ) -> dict[str, Any]:
-    """Returns what makes a run this run and no other, JSON-serializable.
+    """Returns what identifies a run, as JSON-serializable values.
 
     Args:
       plan: the run.
@@ -88,11 +88,11 @@ def identify(
 
 
 def check_same_run(current: dict[str, Any], recorded: dict[str, Any], where: str) -> None:
-    """Raises InputError if a checkpoint is of another run; warns if only versions differ.
+    """Raises InputError if a checkpoint belongs to another run; warns if only versions differ.
 
-    What differs between versions by rounding alone is compared with a tolerance; what does not is
-    compared exactly. The traced program is compared unless a library that traces it has changed;
-    then the first step is, which shows another model, loss or learning rate.
+    Values that rounding may change between versions are compared with a tolerance, all others
+    exactly. The traced program is compared unless a library that traces it has changed; in that
+    case the first step is compared, which reveals another model, loss or learning rate.
 
     Args:
       current: the identity of this run. If the run starts from a state that the checkpoint itself
@@ -145,7 +145,7 @@ def _differences(then: dict[str, Any], now: dict[str, Any]) -> dict[str, tuple[A
 def _refuse(differences: dict[str, tuple[Any, Any]], where: str) -> None:
     if differences:
         raise InputError(
-            f"{where} is of another run: {_format(differences)}; use the same settings, or "
+            f"{where} belongs to another run: {_format(differences)}; use the same settings, or "
             "another checkpoint directory"
         )
 
@@ -164,7 +164,7 @@ def _close(then: list[str], now: list[str]) -> bool:
 
 
 def _digits(value: Any) -> str:
-    """A number as text: JSON has no NaN and no infinity."""
+    """A number as text, since JSON has no NaN and no infinity."""
     return f"{value:.9g}"
 
 

@@ -1,4 +1,4 @@
-"""Advice for a run that does not fit in memory: the batch size that the device has room for."""
+"""Advice for a run that does not fit in memory: a batch size that fits."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ import jax
 from jaxtrain._versions import current_device
 from jaxtrain.errors import OutOfMemoryError
 
-# What XLA's errors say.
+# Parts of the messages of XLA's errors.
 _OUT_OF_MEMORY = ("RESOURCE_EXHAUSTED", "Out of memory")
-# The fraction of free memory that an estimate may use: matrix products allocate more of their own.
+# The fraction of free memory that an estimate may use: matrix products need workspace too.
 _USABLE_FRACTION = 0.5
 
 LowerAt = Callable[[int], jax.stages.Lowered]
@@ -33,7 +33,7 @@ def memory_advice(
       argument: the argument that sets the batch size.
 
     Raises:
-      OutOfMemoryError: the body asked for more memory than there is.
+      OutOfMemoryError: the body needs more memory than is available.
     """
     try:
         yield

@@ -17,10 +17,10 @@ from jaxtrain.training.step import predict_batch
 
 
 def check_arrays(before: TrainState, after: TrainState, epoch: int) -> None:
-    """Raises NonFiniteError if a number of the state that was finite no longer is.
+    """Raises NonFiniteError if a value of the state was finite before and no longer is.
 
-    Looks at parameters, model state and optimizer state. (A model may hold an infinity on purpose,
-    as the initial value of a running minimum.)
+    Covers parameters, model state and optimizer state. (A model may hold an infinity on purpose,
+    such as the initial value of a running minimum.)
     """
     pair = [
         {"params": s.params, "model_state": s.model_state, "opt_state": s.opt_state}

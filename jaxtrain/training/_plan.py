@@ -1,4 +1,4 @@
-"""Plan: what stays the same from epoch to epoch of a run, and the programs that it compiles."""
+"""Plan: what stays the same from epoch to epoch of a run, its compiled programs included."""
 
 from __future__ import annotations
 
@@ -37,8 +37,8 @@ class Plan(NamedTuple):
       state_metrics: further columns of the history, functions of the state.
       batch_size: examples per step.
       test_batch_size: examples at a time in evaluation.
-      key: PRNG key of the order of the examples; None takes the stored order.
-      measure: the steps whose gradient norm to compute, "last" or "every".
+      key: PRNG key of the shuffle; None keeps the stored order.
+      measure: which steps' gradient norms to compute, "last" or "every".
     """
 
     train_data: Dataset
@@ -141,8 +141,8 @@ class Plan(NamedTuple):
         for name in self.state_metrics:
             if [*columns, "step_losses"].count(name) > 1:
                 raise InputError(
-                    f"state_metrics has a metric named {name!r}, which is another column of the "
-                    "history; rename it"
+                    f"state_metrics has a metric named {name!r}, which the history already "
+                    "has as a column; rename it"
                 )
         return columns
 
@@ -168,11 +168,11 @@ def make_plan(
       state_metrics: further columns of the history by name.
       batch_size: examples per step.
       test_batch_size: examples at a time in evaluation.
-      key: PRNG key of the order.
+      key: PRNG key of the shuffle.
 
     Raises:
-      InputError: an argument is out of range, or data are not what the model and the loss take.
-      OutOfMemoryError: the device has no room for the data.
+      InputError: an argument is out of range, or data do not fit the model or the loss.
+      OutOfMemoryError: the data do not fit on the device.
     """
     check_integer(batch_size, "batch_size", minimum=1)
     check_integer(test_batch_size, "test_batch_size", minimum=1)

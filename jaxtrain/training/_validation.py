@@ -42,8 +42,9 @@ def checked_data(data: Dataset, name: str, state: TrainState, loss_fn: Loss) -> 
 def check_values(dataset: Dataset, name: str) -> None:
     """Raises InputError unless all values are finite in the dtypes that JAX gives them.
 
-    (JAX makes 32 bits of 64 by default: 1e300 would become infinite, the label 2³² + 1 the
-    label 1.) Skipped for arrays without values to look at: traced, or spread over several hosts.
+    By default JAX converts 64-bit values to 32 bits: 1e300 would become infinite, and the label
+    2³² + 1 would become 1. Arrays whose values are not available are skipped: those that are
+    traced or spread over several hosts.
     """
     for path, array in named_arrays(dataset, name):
         dtype = array.dtype
@@ -51,11 +52,11 @@ def check_values(dataset: Dataset, name: str) -> None:
         floating = jnp.issubdtype(dtype, jnp.floating)
         if not _has_values(array) or not (floating or target != dtype):
             continue
-        # By NumPy: nothing to compile, and nothing is copied on a CPU.
+        # With NumPy nothing is compiled, and on a CPU nothing is copied.
         values = np.asarray(array)
         limits = jnp.finfo(target) if floating else jnp.iinfo(target)
-        with np.errstate(invalid="ignore"):  # NaN is what is looked for
-            # NaN propagates to both; two passes without a copy of the data's size.
+        with np.errstate(invalid="ignore"):  # comparing NaN may warn
+            # NaN propagates to both. Two passes, but no temporary copy of the data.
             low, high = values.min(), values.max()
             if limits.min <= low and high <= limits.max:
                 continue
@@ -76,7 +77,7 @@ def checked_state(state: TrainState) -> TrainState:
       InputError: it is not a TrainState, or a variable of the model is NaN and would stay NaN.
     """
     check_state_type(state)
-    # Not of the model state: an `eqx.nn.State` refuses values of another type than its own.
+    # The model state keeps weak types: an `eqx.nn.State` refuses values of another type.
     state = jax.tree.map(_strongly_typed, state).replace(
         model_state=jax.tree.map(jnp.asarray, state.model_state)
     )
@@ -110,7 +111,7 @@ def check_model_inputs(state: TrainState, data: Dataset, name: str) -> None:
         _predictions_shape(state, data)
     except InputError:
         raise
-    except Exception as error:  # whatever the network raises at a shape that it cannot take
+    except Exception as error:  # whatever the network raises for a shape that it cannot take
         shapes = ", ".join(
             f"{path} has {leaf.dtype}{[1, *leaf.shape[1:]]} per example"
             for path, leaf in named_arrays(data.inputs, f"{name}.inputs")
@@ -161,7 +162,7 @@ def check_targets(state: TrainState, dataset: Dataset, loss_fn: Loss, name: str)
 
 
 def check_line_search(state: TrainState, examples: int, batch_size: int) -> None:
-    """Raises InputError if a line search, L-BFGS for example, meets mini-batches or clipping."""
+    """Raises InputError if a line search (L-BFGS) is used with mini-batches or clipping."""
     if not has_line_search(state.opt_state):
         return
     if batch_size < examples:

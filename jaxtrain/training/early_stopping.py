@@ -1,4 +1,4 @@
-"""EarlyStopping: end a run that no longer improves, and return its best state."""
+"""EarlyStopping: when to end a run that no longer improves."""
 
 from __future__ import annotations
 

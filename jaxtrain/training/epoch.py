@@ -40,15 +40,15 @@ def train_epoch(
 ) -> tuple[TrainState, Float[Array, "steps"]]:
     """Trains on every example once.
 
-    A partial last batch is averaged over its own examples. It may itself be jitted, scanned over
-    epochs, or vmapped over states.
+    A partial last batch is averaged over its own examples. The function may be called under `jit`,
+    scanned over epochs, and vmapped over states.
 
     Args:
       state: where to start; not modified.
       dataset: inputs and targets with leading axis [examples].
       loss_fn: per-example loss.
-      batch_size: examples per step; a number larger than the data set means one batch of all.
-      key: PRNG key of the order; None takes the stored order.
+      batch_size: examples per step; if larger than the data set, all examples are one batch.
+      key: PRNG key of the shuffle; None keeps the stored order.
 
     Returns:
       The state after the epoch, and the loss of each step before its update, [steps].
@@ -112,8 +112,9 @@ def train_steps(
 ) -> tuple[TrainState, Float[Array, "steps"], Float[Array, "steps"]]:
     """Takes the steps `start` to `stop - 1` of an epoch.
 
-    With Python integers for `start` and `stop` these are two scans. With traced ones it is one
-    program for any part of an epoch, so that the host can look in without another compilation.
+    With Python integers for `start` and `stop` these are at most two scans. With traced ones they
+    are one program for any part of an epoch, so that `fit` can stop between steps without
+    recompiling.
 
     Args:
       state: where to start; not modified.
@@ -121,10 +122,10 @@ def train_steps(
       order: the epoch's order of the examples.
       loss_fn: per-example loss.
       start: steps of this epoch taken so far.
-      stop: step before which to end.
+      stop: steps of this epoch taken at the end.
       batch_size: examples per step.
-      measure: the steps whose gradient norm to compute, "none", "last" or "every". The norm takes
-        an eighth of a small network's step on a CPU, so `fit` asks for the epoch's last step.
+      measure: which steps' gradient norms to compute: "none", "last" or "every". On a CPU the norm
+        takes about 12 % of a small network's step, so `fit` usually measures the last step alone.
 
     Returns:
       The state after them; the loss of each of the epoch's steps before its update; and the
@@ -149,9 +150,9 @@ def train_steps(
     loss_dtype = jax.eval_shape(lambda: update(state, first, loss_fn)[1]).dtype
     norm_dtype = jnp.promote_types(loss_dtype, jnp.float32)
     carry = (state, jnp.zeros(steps, loss_dtype), jnp.zeros(steps, norm_dtype))
-    # The last step has a loop of its own if its batch is smaller or it alone is measured.
+    # The last step gets its own loop if its batch is smaller or it alone is measured.
     separate_last = last_size != batch_size or measure == "last"
-    # Python's min keeps a bound known to JAX, which then scans.
+    # Python's `min` keeps the bound static; JAX then turns the loop into a scan.
     minimum = min if isinstance(stop, int) else jnp.minimum
     equal_steps = steps - 1 if separate_last else steps
     if equal_steps:

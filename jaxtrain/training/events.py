@@ -44,13 +44,13 @@ class Resumed(NamedTuple):
 
 
 class StepsDone(NamedTuple):
-    """Reported about once per second, at the end of an epoch, and as `every_steps` asks.
+    """Reported about once per second, at the end of an epoch, and at the steps of `every_steps`.
 
     Attributes:
       epoch: the current epoch, counted from 1.
       step: steps taken in this epoch.
       examples_seen: examples used in this epoch.
-      losses: the losses of the steps since the last event of this kind.
+      losses: the losses of the steps since the previous `StepsDone`.
       state: the state after them.
     """
 
@@ -71,7 +71,7 @@ class EpochDone(NamedTuple):
 
     Attributes:
       epoch: the epoch, counted from 1.
-      metrics: this epoch's entry of each column of the history.
+      metrics: this epoch's value in each column of the history.
       state: the state after it.
     """
 
@@ -99,7 +99,7 @@ def every_steps(steps: int, on_event: OnEvent) -> OnEvent:
     Without it, `StepsDone` comes about once per second, which costs nothing measurable.
 
     Args:
-      steps: steps between two events; 0 leaves the callback as it is.
+      steps: steps between two events; 0 returns the callback unchanged.
       on_event: the callback.
 
     Example:

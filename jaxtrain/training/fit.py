@@ -28,7 +28,7 @@ from jaxtrain.training.events import Compiled, EpochDone, OnEvent, Resumed, Step
 from jaxtrain.training.history import History, Records
 from jaxtrain.training.state import TrainState
 
-# How often the host looks in, so that a progress bar moves and Ctrl-C is noticed.
+# Seconds between returns to the host, so that a progress bar moves and Ctrl-C is noticed.
 _CHUNK_SECONDS = 1.0
 
 
@@ -53,8 +53,8 @@ def fit(
 
     Calling it again with the returned state and the same data continues the run: 2 and 3 epochs
     give exactly what 5 in one call give. With `checkpoint` the run survives its process: the same
-    call resumes from the newest checkpoint and ends, on the same CPU with the same versions, in
-    the same bits.
+    call resumes from the newest checkpoint and, on the same CPU with the same versions, ends with
+    bit-identical results.
 
     A NaN or infinity in a loss, a gradient or the state ends the run before the epoch is reported
     or saved; `optimizers.skip_nonfinite` leaves out the steps of a few bad batches instead.
@@ -70,8 +70,8 @@ def fit(
       epochs: passes over `train_data`, counted from `state`, also if the run resumes.
       batch_size: examples per step.
       test_batch_size: examples at a time in evaluation.
-      key: PRNG key of the order; epoch e is shuffled by `fold_in(key, e)`. None takes the stored
-        order.
+      key: PRNG key of the shuffle; epoch e is shuffled with `fold_in(key, e)`. None keeps the
+        stored order.
       early_stopping: ends the run when a column of the history no longer improves, and returns the
         best state; None trains all epochs and returns the last state.
       checkpoint: where and how often to save the run; None saves nothing.
@@ -80,19 +80,19 @@ def fit(
 
     Returns:
       The state after the last epoch, and the history with one entry per epoch: `epoch`;
-      `train_loss`, the mean over the epoch's examples, before each update; `test_loss`,
+      `train_loss`, the mean over the epoch's examples of the loss before each update; `test_loss`,
       `test_NAME` for each metric, and the same for validation; the state metrics; `gradient_norm`,
       of the epoch's last step, before any clipping; `skipped_steps`, with `skip_nonfinite`;
       `learning_rate`, of the last step, if the optimizer records it; `seconds`, of training and
       evaluation without compiling. `history.step_losses` has one entry per step.
 
     Raises:
-      InputError: an argument is out of range; data are not finite, or not what the model and the
-        loss take; the checkpoints are of another run, in use, or all damaged.
+      InputError: an argument is out of range; data are not finite, or do not fit the model or the
+        loss; the checkpoints belong to another run, are in use, or are all damaged.
       NonFiniteError: a loss, gradient or array of the state became NaN or infinite.
       OutOfMemoryError: the device has too little memory.
       StorageError: a checkpoint could not be written; earlier ones are intact.
-      Whatever ends it, KeyboardInterrupt included, carries `state` and `history` of the last
+      Any exception, KeyboardInterrupt included, carries `state` and `history` of the last
       completed epoch.
 
     Example:
@@ -208,7 +208,7 @@ def _run_epoch(
 def _train_epoch(
     plan: Plan, state: TrainState, order: Array, epoch: int, on_event: OnEvent
 ) -> tuple[TrainState, np.ndarray, np.ndarray]:
-    """Trains one epoch in chunks, between which the host looks in."""
+    """Trains one epoch in chunks, after each of which the host checks and reports the losses."""
     losses, norms = np.empty(0, np.float32), np.empty(0, np.float32)
     interval = getattr(on_event, "steps_between_events", 0)
     seconds_per_step: float | None = None

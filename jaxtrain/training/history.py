@@ -1,4 +1,4 @@
-"""History: the figures of a run, one entry per epoch."""
+"""History: the metrics of a run, one entry per epoch."""
 
 from __future__ import annotations
 

@@ -30,7 +30,8 @@ class TrainState:
       step: optimizer steps taken.
       epoch: epochs completed, by `train_epoch` or `fit`.
       params: the pytree that is optimized.
-      model_state: what else the model carries along, batch statistics for example; {} if nothing.
+      model_state: variables of the model that are not optimized, such as batch statistics; {} if
+        there are none.
       opt_state: state of the optimizer.
       key: PRNG key. Step t draws from `fold_in(key, t)`, so resuming needs nothing else.
       model: the network (static).
@@ -70,11 +71,11 @@ def init_state(
 
     Args:
       model: a Linen module, called as `module(inputs, train: bool)` or `module(inputs)`; an NNX or
-        Equinox module, whose own parameters are the start; or a `Model`.
+        Equinox module, whose own parameters are the initial ones; or a `Model`.
       optimizer: any optax transformation; `jaxtrain.optimizers` has those of `torch.optim`.
       sample_inputs: inputs with the shapes and dtypes of training; one example is enough, and the
         values are not used.
-      key: PRNG key; decides the initial parameters and every random draw of the model.
+      key: PRNG key; determines the initial parameters and every random draw of the model.
       rngs: names of the RNG streams that a Linen module draws from in training.
 
     Returns:
@@ -111,7 +112,7 @@ def init_state(
 
 
 def with_optimizer(state: TrainState, optimizer: optax.GradientTransformation) -> TrainState:
-    """Returns the state with a new optimizer, which starts afresh on the trained parameters.
+    """Returns the state with a new, freshly initialized optimizer on the trained parameters.
 
     Args:
       state: where to start; its parameters, counters and key stay.
@@ -133,7 +134,7 @@ def to_module(state: TrainState) -> Any:
     """Returns the trained NNX or Equinox module.
 
     Args:
-      state: a state that `init_state` made of such a module.
+      state: a state that `init_state` made from such a module.
 
     Returns:
       A new NNX module; or the Equinox module, as a pair with its `eqx.nn.State` if it has one.
@@ -150,8 +151,8 @@ def check_state_type(state: Any) -> None:
     if not isinstance(state, TrainState):
         kind = f"{type(state).__module__}.{type(state).__name__}"
         raise InputError(
-            f"state is a {kind}; expected a jaxtrain.TrainState, which init_state makes and "
-            "train_step and fit return"
+            f"state is a {kind}; expected a jaxtrain.TrainState, as returned by "
+            "init_state, train_step or fit"
         )
 
 

@@ -19,12 +19,12 @@ from jaxtrain.optimizers import last_step_finite
 from jaxtrain.training.state import TrainState, check_state_type
 
 Metrics = dict[str, Float[Array, ""]]
-# The loss and the metrics by name, hashable as `jax.jit` asks of static arguments.
+# The loss and the metrics by name, hashable as `jax.jit` requires of static arguments.
 MetricItems = tuple[tuple[str, Metric], ...]
 
 
 class Auxiliary(NamedTuple):
-    """What `gradients` computes besides the loss and its gradients.
+    """What `gradients` returns besides the loss and its gradients.
 
     Attributes:
       model_state: the model state after the batch.
@@ -44,13 +44,15 @@ def train_step(state: TrainState, batch: Dataset, loss_fn: Loss) -> tuple[TrainS
       state: parameters, optimizer state and PRNG key; not modified.
       batch: inputs and targets with leading axis [batch].
       loss_fn: per-example loss; its (weighted) mean over the batch is minimized. Pass the same
-        function object each time: a new one, such as a lambda in the loop, compiles again.
+        function object each time: a new one, such as a lambda created in the loop, triggers a
+        recompilation.
 
     Returns:
       The next state, and {"loss": mean loss before the update}.
 
     Raises:
-      InputError: `batch` is not a valid Dataset, or the loss is not one value per example.
+      InputError: `batch` is not a valid Dataset, or the loss does not return one value per
+        example.
 
     Example:
       >>> state, metrics = jt.train_step(state, train[:64], jt.losses.cross_entropy)
@@ -69,7 +71,7 @@ def _train_step(state: TrainState, batch: Dataset, loss_fn: Loss) -> tuple[Train
 def update(
     state: TrainState, batch: Dataset, loss_fn: Loss
 ) -> tuple[TrainState, Float[Array, ""], PyTree]:
-    """Returns the next state, the loss and its gradients: `train_step` inside a larger program."""
+    """Returns the next state, the loss and its gradients; for use inside a larger program."""
     loss, grads, aux = gradients(state, batch, loss_fn)
     next_state = apply_gradients(
         state,
@@ -118,15 +120,15 @@ def apply_gradients(
     """Returns the state after one optimizer update.
 
     Args:
-      state: the state that the gradients were taken at.
+      state: the state at which the gradients were computed.
       grads: gradients with the structure of `state.params`.
       model_state: the model state after the batch, `aux.model_state` of `gradients`; None keeps
-        the present one.
+        the current one.
       **extra_args: passed on to optimizers that take them, such as `value` for
         `optax.contrib.reduce_on_plateau`.
 
     Returns:
-      The next state; its step is one larger.
+      The next state, with its step incremented.
     """
     if model_state is None:
         model_state = state.model_state
@@ -209,7 +211,7 @@ def metric_items(loss_fn: Loss, metric_fns: Mapping[str, Metric] | None) -> Metr
             '{"accuracy": metrics.accuracy}'
         )
     if "loss" in metric_fns:
-        raise InputError("metric_fns has a metric named 'loss', the name of the loss; rename it")
+        raise InputError("metric_fns has a metric named 'loss', as the loss itself is; rename it")
     for name, metric in metric_fns.items():
         if not callable(metric) and not (
             isinstance(metric, tuple) and len(metric) == 2 and all(map(callable, metric))
@@ -230,7 +232,7 @@ def check_loss(loss_fn: Any) -> None:
 
 
 def metric_sums(state: TrainState, batch: Dataset, metrics: MetricItems) -> dict[str, Any]:
-    """Returns the sums over a batch of each metric, from which `finish_metrics` computes it."""
+    """Returns the sums of each metric over a batch, for `finish_metrics`."""
     predictions = to_float32(predict_batch(state, batch.inputs))
     weights = jnp.ones(len(batch)) if batch.weights is None else batch.weights
 
@@ -248,12 +250,12 @@ def metric_sums(state: TrainState, batch: Dataset, metrics: MetricItems) -> dict
 
 
 def finish_metrics(sums: dict[str, Any], metrics: MetricItems, examples: int) -> Metrics:
-    """Returns each metric from its sums: a (weighted) mean, or what its `finish` makes of them."""
+    """Returns each metric from its sums: a (weighted) mean, or the result of its `finish`."""
 
     def finish(metric: Metric, found: Any) -> Array:
         if isinstance(metric, tuple):
             return metric[1](found)
-        # A Python number of examples, by which XLA divides exactly.
+        # The number of examples is a Python integer, so that XLA divides exactly.
         return safe_divide(*found) if isinstance(found, tuple) else found / examples
 
     return {name: finish(metric, sums[name]) for name, metric in metrics}
@@ -265,7 +267,7 @@ def predict_batch(state: TrainState, inputs: PyTree) -> Any:
 
 
 def per_example(fn: Any, predictions: Any, batch: Dataset) -> Float[Array, "batch ..."]:
-    """Returns `fn(predictions, targets)`, refused unless it is one value per example or weight."""
+    """Returns `fn(predictions, targets)`, checked to be one value per example or weight."""
     values = fn(predictions, batch.targets)
     expected = (len(batch),) if batch.weights is None else jnp.shape(batch.weights)
     if jnp.shape(values) != expected:
@@ -278,7 +280,7 @@ def per_example(fn: Any, predictions: Any, batch: Dataset) -> Float[Array, "batc
 
 
 def weighted(values: Array, batch: Dataset) -> Array:
-    """Returns values times weights; a weight of 0 hides a NaN, of a padded label for example."""
+    """Returns values times weights; a weight of 0 also hides a NaN, as of a padded label."""
     weights = jnp.asarray(batch.weights)
     return jnp.where(weights == 0, 0, values) * weights
 
@@ -297,5 +299,5 @@ def to_float32(predictions: Any) -> Any:
 
 
 def safe_divide(total: Array, weight: Array) -> Array:
-    """Returns total / weight, or 0 if the weight is 0: a batch may have no weight at all."""
+    """Returns total / weight, or 0 if the weight is 0, as when a batch is entirely masked."""
     return jnp.where(weight == 0, 0.0, total / jnp.where(weight == 0, 1, weight))

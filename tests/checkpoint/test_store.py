@@ -403,7 +403,7 @@ def test_a_newer_format_is_not_called_damaged(tmp_path: Path) -> None:
     write_three(tmp_path)
     path = checkpoint_path(tmp_path, 3)
     forge(path, lambda header, record: record.update(format=3))
-    with pytest.raises(jt.InputError, match="has format 3, this version of jaxtrain reads 2") as e:
+    with pytest.raises(jt.InputError, match="has format 3, but this version .* reads 2") as e:
         restore(tmp_path)
     assert not isinstance(e.value, DamagedError)
     assert list_epochs(tmp_path) == [1, 2, 3]
@@ -479,7 +479,7 @@ def test_a_record_without_a_state_is_refused(tmp_path: Path, change) -> None:
 def test_recorded_shapes_are_compared_before_arrays_are_made(tmp_path, monkeypatch) -> None:
     write_three(tmp_path)
     like = {**make_state(), "w": jnp.zeros((3, 3))}
-    monkeypatch.setattr(_store._file, "_place", lambda *arguments: pytest.fail("an array is made"))
+    monkeypatch.setattr(_store._file, "place", lambda *arguments: pytest.fail("an array is made"))
     with pytest.raises(jt.InputError, match=r"float32\[3, 2\] where"):
         restore(tmp_path, like)
 

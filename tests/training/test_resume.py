@@ -169,7 +169,10 @@ CHANGES = [
     ({"metric_fns": {"loss2": LOSS}}, "columns was .* test_loss2"),
     ({"test_batch_size": 7}, "test_batch_size was 1000 and is now 7"),
     ({"validation": True}, "columns was"),
-    ({"configuration": {"note": 2}}, r"is of another run: note was 1 and is now 2; use the same"),
+    (
+        {"configuration": {"note": 2}},
+        r"belongs to another run: note was 1 and is now 2; use the same",
+    ),
 ]
 
 
