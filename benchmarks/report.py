@@ -521,7 +521,7 @@ def readme_section(every: dict[str, Results]) -> str:
         )
         parts.append(f"![Time of a training step against batch size](docs/{first}_step_time.png)")
     if not on_gpu:
-        parts.append("No GPU was at hand: it has no row here.")
+        parts.append("No GPU results yet.")
     return "\n\n".join(parts)
 
 

@@ -253,6 +253,8 @@ PROBABILITY_LOSSES: frozenset[Loss] = frozenset(
 
 def _check_and_promote(predictions: AnyArray, targets: AnyArray) -> tuple[Array, Array]:
     """Checks that the shapes are equal, and promotes half precision."""
+    if targets is None:
+        raise InputError("targets is None; expected an array, which this loss compares with")
     if predictions.shape != targets.shape:
         raise InputError(
             f"predictions have the shape {predictions.shape} and targets {targets.shape}; "

@@ -32,7 +32,8 @@ def adapt(module: nn.Module, rngs: Sequence[str]) -> tuple[Model, None]:
             "a module that is called as module(inputs, train: bool): rename the argument, or wrap "
             "the module"
         )
-    arguments = Static(module), tuple(rngs), "train" in accepted
+    # A module that takes any keyword is expected to pass `train` on.
+    arguments = Static(module), tuple(rngs), bool(accepted & {"train", "**"})
     return Model(Init(*arguments), Apply(*arguments)), None
 
 

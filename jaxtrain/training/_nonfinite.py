@@ -71,13 +71,14 @@ def raise_for_steps(
     loss_is_finite = np.isfinite(losses[bad])
     quantity = "gradient norm" if loss_is_finite else "training loss"
     value = float(norms[bad] if loss_is_finite else losses[bad])
-    hint = _label_hint(plan, state, np.asarray(order)[(end - 1) * plan.batch_size :])
+    examples = np.asarray(order)[(end - 1) * plan.batch_size :][: plan.batch_size]
+    hint = _label_hint(plan, state, examples) if np.isnan(value) else ""
     raise NonFiniteError(epoch, end, quantity, value, learning_rate(state), hint)
 
 
 def _label_hint(plan: Plan, state: TrainState, indices: np.ndarray) -> str:
     """Explains a NaN by a class label out of range, if the step's batch has one."""
-    data, indices = plan.train_data, indices[: plan.batch_size]
+    data = plan.train_data
     labels: Any = data.targets
     outputs = jax.eval_shape(predict_batch, state, jax.tree.map(lambda x: x[:1], data.inputs))
     if not (hasattr(labels, "dtype") and hasattr(outputs, "shape") and outputs.shape):
@@ -87,7 +88,9 @@ def _label_hint(plan: Plan, state: TrainState, indices: np.ndarray) -> str:
     classes = outputs.shape[-1]
     batch = np.asarray(labels)[indices].reshape(len(indices), -1)
     wrong = (batch < 0) | (batch >= classes)
-    if not wrong.any():
+    if data.weights is not None and np.shape(data.weights) == labels.shape:
+        wrong &= np.asarray(data.weights)[indices].reshape(batch.shape) != 0
+    if classes == 1 or not wrong.any():
         return ""
     row, column = np.argwhere(wrong)[0]
     return (

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 from collections.abc import Callable, Mapping
 from typing import NamedTuple
@@ -74,25 +75,30 @@ class Plan(NamedTuple):
         self, state: TrainState, order: Array, start: int, stop: int, measure: str | None = None
     ) -> tuple[TrainState, np.ndarray, np.ndarray]:
         """Returns the state after some steps of an epoch, their losses and gradient norms."""
-        state, losses, norms = compiled_steps(
-            state,
-            self.train_data,
-            order,
-            self.loss_fn,
-            start,
-            stop,
-            batch_size=self.batch_size,
-            measure=measure or self.measure,
-        )
-        return state, np.asarray(losses)[start:stop], np.asarray(norms)[start:stop]
+        with self._memory_advice(state):
+            state, losses, norms = compiled_steps(
+                state,
+                self.train_data,
+                order,
+                self.loss_fn,
+                start,
+                stop,
+                batch_size=self.batch_size,
+                measure=measure or self.measure,
+            )
+            return state, np.asarray(losses)[start:stop], np.asarray(norms)[start:stop]
+
+    def _memory_advice(self, state: TrainState) -> contextlib.AbstractContextManager[None]:
+        return memory_advice(self.batch_size, functools.partial(self.lower_steps, state))
 
     def compile(self, state: TrainState) -> dict[str, jax.stages.Traced]:
         """Compiles the training steps and the evaluations; returns the traced programs by name."""
         programs = {"training step (model, loss and optimizer)": self.trace_steps(state)} | {
             f"{part} evaluation": self.trace_evaluation(state, part) for part in self.held_out
         }
-        for program in programs.values():
-            program.lower().compile()
+        with self._memory_advice(state):
+            for program in programs.values():
+                program.lower().compile()
         return programs
 
     def trace_steps(self, state: TrainState) -> jax.stages.Traced:
@@ -138,8 +144,13 @@ class Plan(NamedTuple):
             *([] if learning_rate(state) is None else ["learning_rate"]),
             "seconds",
         ]
-        for name in self.state_metrics:
-            if [*columns, "step_losses"].count(name) > 1:
+        reserved = {"step_losses", "skipped_steps", "learning_rate"}
+        for name, metric in self.state_metrics.items():
+            if not callable(metric):
+                raise InputError(
+                    f"the state metric {name} is {metric!r}; expected a function of the state"
+                )
+            if name in reserved or columns.count(name) > 1:
                 raise InputError(
                     f"state_metrics has a metric named {name!r}, which the history already "
                     "has as a column; rename it"

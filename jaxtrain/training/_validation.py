@@ -19,6 +19,8 @@ from jaxtrain.training.step import predict_batch
 
 def check_inputs(inputs: PyTree) -> None:
     """Raises InputError unless there is at least one example."""
+    if isinstance(inputs, Dataset):
+        raise InputError("inputs is a Dataset; expected its inputs, dataset.inputs")
     arrays = named_arrays(inputs, "inputs")
     for path, array in arrays:
         check_array(array, path)
@@ -27,6 +29,9 @@ def check_inputs(inputs: PyTree) -> None:
         raise InputError(
             f"inputs has the shape {shapes}; expected at least one example along the first axis"
         )
+    if len({len(array) for _, array in arrays}) > 1:
+        lengths = ", ".join(f"{path} has {len(array)}" for path, array in arrays)
+        raise InputError(f"{lengths} examples; expected the same number along the first axis")
 
 
 def checked_data(data: Dataset, name: str, state: TrainState, loss_fn: Loss) -> Dataset:
@@ -139,7 +144,7 @@ def check_targets(state: TrainState, dataset: Dataset, loss_fn: Loss, name: str)
     if not is_labels and not losses & PROBABILITY_LOSSES:
         return
     values = np.asarray(targets)
-    if dataset.weights is not None:
+    if dataset.weights is not None and np.shape(dataset.weights) == values.shape:
         values = values[np.asarray(dataset.weights) != 0]
         if not values.size:
             return

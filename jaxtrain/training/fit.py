@@ -6,6 +6,7 @@ import contextlib
 import functools
 import time
 from collections.abc import Callable, Iterator, Mapping
+from typing import Any
 
 import numpy as np
 from jaxtyping import Array, Key
@@ -121,9 +122,6 @@ def fit(
 
     with contextlib.ExitStack() as stack:
         stack.enter_context(_progress_attached(records))
-        stack.enter_context(
-            memory_advice(plan.batch_size, functools.partial(plan.lower_steps, state))
-        )
         started = time.perf_counter()
         programs = plan.compile(state)
         store, resumed, every = None, None, 1
@@ -152,7 +150,7 @@ def fit(
         for epoch in range(int(state.epoch) + 1, last + 1):
             state, row, losses = _run_epoch(plan, state, epoch, on_event)
             records.append(state, row, losses)
-            stop = on_event(EpochDone(epoch, records.rows[-1], state)) is True
+            stop = _is_true(on_event(EpochDone(epoch, dict(records.rows[-1]), state)))
             if early_stopping is not None:
                 if early_stopping.best_row(records.rows) == len(records.rows) - 1:
                     best_state = state
@@ -173,6 +171,11 @@ def _progress_attached(records: Records) -> Iterator[None]:
     except BaseException as error:
         error.state, error.history = records.state, records.history()  # type: ignore[attr-defined]
         raise
+
+
+def _is_true(result: Any) -> bool:
+    """Whether a callback returned True, be it Python's, NumPy's or JAX's; nothing else stops."""
+    return np.ndim(result) == 0 and np.asarray(result).dtype == bool and bool(result)
 
 
 def _run_epoch(

@@ -8,6 +8,7 @@ from typing import Any, no_type_check
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from jaxtyping import Array, Int, Key, PyTree
 
@@ -91,6 +92,8 @@ def init_state(
     """
     check_key(key)
     _check_optimizer(optimizer)
+    if isinstance(rngs, str) or not isinstance(rngs, Sequence):
+        raise InputError(f'rngs is {rngs!r}; expected names of RNG streams, such as ("dropout",)')
     for path, leaf in named_arrays(sample_inputs, "sample_inputs"):
         if not isinstance(leaf, jax.ShapeDtypeStruct):
             check_array(leaf, path)
@@ -154,6 +157,11 @@ def check_state_type(state: Any) -> None:
             f"state is a {kind}; expected a jaxtrain.TrainState, as returned by "
             "init_state, train_step or fit"
         )
+    if getattr(state.step, "ndim", 0):
+        raise InputError(
+            f"state is a batch of states of shape {state.step.shape}; expected one: take one by "
+            "jax.tree.map(lambda leaf: leaf[0], state), or jax.vmap the function over all"
+        )
 
 
 def _check_optimizer(optimizer: Any) -> None:
@@ -170,5 +178,6 @@ def _describe(leaf: Any) -> str:
 
 def _value(leaf: Any) -> str:
     """The number of a counter, or its type while it is traced or vmapped."""
-    is_number = not isinstance(leaf, jax.core.Tracer) and getattr(leaf, "ndim", 1) == 0
+    is_array = isinstance(leaf, (jax.Array, np.ndarray, np.generic))
+    is_number = is_array and not isinstance(leaf, jax.core.Tracer) and leaf.ndim == 0
     return str(int(leaf)) if is_number else _describe(leaf)

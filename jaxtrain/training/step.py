@@ -59,6 +59,7 @@ def train_step(state: TrainState, batch: Dataset, loss_fn: Loss) -> tuple[TrainS
     """
     check_state_type(state)
     check_loss(loss_fn)
+    check_batch(batch)
     return _train_step(state, batch, loss_fn)
 
 
@@ -108,6 +109,8 @@ def gradients(
       ...     grads = jax.tree.map(jnp.sign, grads)
       ...     return jt.apply_gradients(state, grads, model_state=aux.model_state), loss
     """
+    check_state_type(state)
+    check_loss(loss_fn)
     check_dataset(batch, "batch")
     value_and_grad = jax.value_and_grad(_mean_loss, has_aux=True)
     (loss, aux), grads = value_and_grad(state.params, state, batch, loss_fn)
@@ -132,6 +135,10 @@ def apply_gradients(
     """
     if model_state is None:
         model_state = state.model_state
+    ours: Any = jax.tree.structure(state.params)
+    theirs: Any = jax.tree.structure(grads)
+    if ours != theirs:
+        raise InputError(f"grads has the structure {theirs}; expected that of state.params, {ours}")
     skips = last_step_finite(state.opt_state) is not None  # the optimizer has `skip_nonfinite`
     if skips:
         extra_args["model_states"] = (state.model_state, model_state)
@@ -163,11 +170,13 @@ def _mean_loss(
         train=True,
         key=jax.random.fold_in(state.key, state.step),
     )
-    losses = per_example(loss_fn, to_float32(predictions), batch)
     if batch.weights is None:
-        mean = jnp.mean(losses)
+        mean = jnp.mean(per_example(loss_fn, to_float32(predictions), batch))
     else:
-        mean = safe_divide(jnp.sum(weighted(losses, batch)), jnp.sum(jnp.asarray(batch.weights)))
+        weights = jnp.asarray(batch.weights)
+        seen = stop_gradients_at_zero_weight(to_float32(predictions), weights)
+        losses = weighted(per_example(loss_fn, seen, batch), batch)
+        mean = safe_divide(jnp.sum(losses), jnp.sum(weights))
     return mean, Auxiliary(model_state, predictions)
 
 
@@ -192,6 +201,7 @@ def eval_step(
       InputError: `batch` is not a valid Dataset, or a metric is not one value per example.
     """
     check_state_type(state)
+    check_batch(batch)
     return _eval_step(state, batch, metric_items(loss_fn, metric_fns))
 
 
@@ -226,9 +236,23 @@ def metric_items(loss_fn: Loss, metric_fns: Mapping[str, Metric] | None) -> Metr
 def check_loss(loss_fn: Any) -> None:
     """Raises InputError unless a loss can be called."""
     if not callable(loss_fn):
+        found = repr(loss_fn) if isinstance(loss_fn, str) else f"a {type(loss_fn).__name__}"
         raise InputError(
-            f"loss_fn is {loss_fn!r}; expected a function, such as jaxtrain.losses.cross_entropy"
+            f"loss_fn is {found}; expected a function, such as jaxtrain.losses.cross_entropy"
         )
+    try:
+        hash(loss_fn)
+    except TypeError as error:
+        raise InputError(
+            f"loss_fn is a {type(loss_fn).__name__}, which is not hashable; expected a function, "
+            "since it is static in the compiled step"
+        ) from error
+
+
+def check_batch(batch: Any) -> None:
+    """Raises InputError for a batch that `jax.jit` would refuse before the step can check it."""
+    if not all(isinstance(leaf, jax.Array) for leaf in jax.tree.leaves(batch)):
+        check_dataset(batch, "batch")
 
 
 def metric_sums(state: TrainState, batch: Dataset, metrics: MetricItems) -> dict[str, Any]:
@@ -277,6 +301,21 @@ def per_example(fn: Any, predictions: Any, batch: Dataset) -> Float[Array, "batc
             f"expected one value per {per}, {expected}: leave the mean over the batch to the step"
         )
     return values
+
+
+def stop_gradients_at_zero_weight(predictions: Any, weights: Array) -> Any:
+    """Keeps a NaN in the gradient of a loss of weight 0, as of a padded target, from spreading.
+
+    0 times NaN is NaN; the gradient of a selection is 0 on the side that is not selected.
+    """
+
+    def select(leaf: Array) -> Array:
+        if leaf.shape[: weights.ndim] != weights.shape:
+            return leaf
+        mask = (weights != 0).reshape(weights.shape + (1,) * (leaf.ndim - weights.ndim))
+        return jnp.where(mask, leaf, jax.lax.stop_gradient(leaf))
+
+    return jax.tree.map(select, predictions)
 
 
 def weighted(values: Array, batch: Dataset) -> Array:

@@ -403,7 +403,7 @@ def test_a_newer_format_is_not_called_damaged(tmp_path: Path) -> None:
     write_three(tmp_path)
     path = checkpoint_path(tmp_path, 3)
     forge(path, lambda header, record: record.update(format=3))
-    with pytest.raises(jt.InputError, match="has format 3, but this version .* reads 2") as e:
+    with pytest.raises(jt.InputError, match=r"has format 3, but this version .* reads 2") as e:
         restore(tmp_path)
     assert not isinstance(e.value, DamagedError)
     assert list_epochs(tmp_path) == [1, 2, 3]

@@ -145,3 +145,66 @@ def test_modules_that_are_not_models() -> None:
     for model in (torch.nn.Linear(2, 1), jt.models.FeedForward, types.SimpleNamespace(), None):
         with refused("model is"):
             jt.init_state(model, optax.sgd(0.1), inputs, key=jax.random.key(0))
+
+
+def test_arrays_are_refused_by_single_steps_too(small_state) -> None:
+    batch = jt.Dataset(torch.ones(4, 6), np.zeros(4, np.int32))
+    for step in (jt.train_step, jt.eval_step):
+        with refused(r"batch\.inputs is a torch\.Tensor"):
+            step(small_state, batch, LOSS)
+
+
+def test_steps_of_ones_own_are_checked(small_state, small_classes) -> None:
+    with refused("loss_fn is 'mse'"):
+        jt.gradients(small_state, small_classes, "mse")
+    with refused("loss_fn is a Dataset; expected a function"):
+        jt.gradients(small_state, small_classes, small_classes)
+    with refused("state is a builtins.int"):
+        jt.gradients(3, small_classes, LOSS)
+    with refused("grads has the structure"):
+        jt.apply_gradients(small_state, {"weight": jnp.ones(2)})
+
+
+def test_a_batch_of_states(small_state, small_classes) -> None:
+    many = jax.vmap(lambda key: small_state.replace(key=key))(jax.random.split(jax.random.key(0)))
+    many = many.replace(step=jnp.zeros(2, jnp.int32))
+    with refused(r"state is a batch of states of shape \(2,\); expected one"):
+        jt.fit(many, small_classes, loss_fn=LOSS)
+
+
+def test_inputs_of_predict(small_state, small_classes) -> None:
+    with refused(r"inputs is a Dataset; expected its inputs, dataset\.inputs"):
+        jt.predict(small_state, small_classes)
+    with refused(r"inputs\.a has 3, inputs\.b has 2 examples; expected the same number"):
+        jt.predict(small_state, {"a": jnp.ones((3, 6)), "b": jnp.ones((2, 6))})
+
+
+def test_losses_that_cannot_be_used(small_state, small_classes) -> None:
+    class Unhashable:
+        __hash__ = None
+
+        def __call__(self, predictions, targets):
+            return predictions[:, 0]
+
+    with refused("loss_fn is a Unhashable, which is not hashable"):
+        jt.train_step(small_state, small_classes, Unhashable())
+    with refused("targets is None; expected an array"):
+        jt.train_step(
+            small_state, small_classes.replace(targets=None), jt.losses.mean_squared_error
+        )
+
+
+def test_streams_and_state_metrics(small_state, small_classes) -> None:
+    with refused("rngs is None; expected names of RNG streams"):
+        jt.init_state(
+            jt.models.FeedForward((3,)),
+            optax.sgd(0.1),
+            small_classes.inputs,
+            key=jax.random.key(0),
+            rngs=None,
+        )
+    with refused("the state metric x is 3; expected a function of the state"):
+        jt.fit(small_state, small_classes, loss_fn=LOSS, state_metrics={"x": 3})
+    for name in ("skipped_steps", "learning_rate", "step_losses"):
+        with refused(f"state_metrics has a metric named '{name}'"):
+            jt.fit(small_state, small_classes, loss_fn=LOSS, state_metrics={name: lambda s: 1.0})

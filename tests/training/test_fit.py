@@ -319,7 +319,7 @@ def test_a_callback_may_end_the_run(small_state, small_classes) -> None:
     """At a target accuracy."""
 
     def at_target(event) -> bool:
-        return isinstance(event, EpochDone) and event.metrics["test_accuracy"] > 0.8
+        return isinstance(event, EpochDone) and np.float32(event.metrics["test_accuracy"]) > 0.8
 
     state, history = fit(small_state, small_classes, epochs=60, on_event=at_target)
     accuracy = history["test_accuracy"]
@@ -389,3 +389,15 @@ def test_an_interruption_before_the_first_epoch_carries_the_start(
         fit(small_state, small_classes, on_event=interrupt)
     assert raised.value.state.epoch == 0
     assert len(raised.value.history["epoch"]) == 0
+
+
+def test_only_true_ends_a_run(small_state, small_classes) -> None:
+    """A callback may return anything else, and what it does to an event's metrics stays there."""
+
+    def on_event(event) -> object:
+        if isinstance(event, EpochDone):
+            event.metrics.clear()
+        return event
+
+    _, history = fit(small_state, small_classes, epochs=3, on_event=on_event)
+    assert history["epoch"].tolist() == [1, 2, 3]

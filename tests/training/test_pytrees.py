@@ -251,3 +251,22 @@ def test_losses_see_float32(small_classes) -> None:
     assert logits.dtype == jnp.bfloat16
     expected = LOSS(logits.astype(jnp.float32), small_classes.targets).mean()
     assert metrics["loss"] == pytest.approx(float(expected), rel=1e-6)
+
+
+@pytest.mark.parametrize(
+    "loss_fn",
+    [jt.losses.mean_squared_error, jt.losses.euclidean_distance, jt.losses.cosine_distance],
+)
+def test_a_weight_of_zero_hides_nan_from_the_gradient(loss_fn) -> None:
+    """A padded target of NaN: 0 times its gradient would be NaN."""
+    state, data = line(jnp.ones(12).at[0].set(0.0))
+    padded = data.replace(targets=data.targets.at[0].set(jnp.nan))
+    ours, metrics = jt.train_step(state, padded, loss_fn)
+    rest = data.replace(weights=None)[1:]
+    theirs, expected = jt.train_step(state, rest, loss_fn)
+    assert metrics["loss"] == pytest.approx(float(expected["loss"]), rel=1e-5)
+    jax.tree.map(
+        lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-6),
+        ours.params,
+        theirs.params,
+    )

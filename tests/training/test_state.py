@@ -19,6 +19,7 @@ def test_repr_shows_shapes_and_no_weights(small_state) -> None:
     assert "params.Dense_0.kernel: float32[6, 8]" in text
     assert "Array(" not in text
     assert "step=" in repr(jax.vmap(lambda _: small_state)(jnp.arange(3)))
+    assert "step=int32[]" in repr(jax.eval_shape(lambda: small_state))
     jax.jit(lambda state: [repr(state), state.step][1])(small_state)  # while traced
 
 
