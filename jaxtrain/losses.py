@@ -117,6 +117,8 @@ def cross_entropy(
     Raises:
       InputError: labels are not integers, or there is not one label per row of logits.
     """
+    if targets is None:
+        raise InputError("targets is None; expected integer class labels")
     if not jnp.issubdtype(targets.dtype, jnp.integer):
         raise InputError(
             f"targets of cross_entropy have the dtype {targets.dtype}; expected integer class "

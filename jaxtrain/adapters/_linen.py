@@ -96,6 +96,12 @@ class Apply:
                 f"{type(self.module.value).__name__} needs; expected the model_state that "
                 f"init_state returns (Flax: {error})"
             ) from error
+        except flax.errors.InvalidRngError as error:
+            raise InputError(
+                f"{type(self.module.value).__name__} draws from an RNG stream without a key "
+                f"({str(error).split(' (http')[0]}); expected its name in "
+                "init_state(rngs=...), and no draws in evaluation"
+            ) from error
         return outputs, dict(updated)
 
     def to_module(self, params: PyTree, model_state: PyTree) -> NoReturn:

@@ -81,6 +81,8 @@ class Safety:
           known: values that the configuration leaves open, the data set of "auto" for example.
         """
         if self.checkpoint_dir is None:
+            if self.resume == "required":
+                raise InputError("--resume is required without --checkpoint-dir; expected both")
             return {"checkpoint": None}
         names = [field.name for field in dataclasses.fields(config) if field.name not in _FREE]
         resume = self.resume

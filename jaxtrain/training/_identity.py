@@ -16,7 +16,7 @@ from jaxtrain._versions import device_name, versions
 from jaxtrain.checkpoint import digest
 from jaxtrain.errors import InputError, printable
 from jaxtrain.losses import name_of
-from jaxtrain.training._plan import Plan
+from jaxtrain.training._plan import Plan, learning_rate, to_shapes
 from jaxtrain.training.early_stopping import EarlyStopping
 from jaxtrain.training.state import TrainState
 
@@ -30,7 +30,7 @@ def identify(
     plan: Plan,
     state: TrainState,
     early_stopping: EarlyStopping | None,
-    programs: dict[str, jax.stages.Traced],
+    programs: dict[str, jax.stages.Lowered],
     configuration: Mapping[str, Any],
 ) -> dict[str, Any]:
     """Returns what identifies a run, as JSON-serializable values.
@@ -39,7 +39,7 @@ def identify(
       plan: the run.
       state: where it starts.
       early_stopping: how it may end.
-      programs: its traced programs by name.
+      programs: its lowered programs by name.
       configuration: the user's settings.
 
     Returns:
@@ -54,6 +54,7 @@ def identify(
     data = {"training data": plan.train_data} | {
         f"{name} data": data for name, data in plan.held_out.items()
     }
+    traced = plan.abstract().trace(to_shapes(state))
     return {
         "configuration": dict(configuration),
         "exact": {
@@ -69,12 +70,13 @@ def identify(
         "descriptions": {
             "model": _without_addresses(repr(state.model)),
             "loss": name_of(plan.loss_fn),
+            "learning_rate": learning_rate(state),
             "metrics": ", ".join(
                 "+".join(map(name_of, m if isinstance(m, tuple) else (m,))) for _, m in plan.metrics
             ),
         },
-        "jaxprs": {name: _digest_jaxpr(program) for name, program in programs.items()},
-        "programs": {name: _digest_text(t.lower().as_text()) for name, t in programs.items()},
+        "jaxprs": {name: _digest_jaxpr(program) for name, program in traced.items()},
+        "programs": {name: _digest_text(p.as_text()) for name, p in programs.items()},
         "start": {
             "digest": digest(state),
             "counters": digest([state.key, state.step, state.epoch]),
@@ -116,7 +118,7 @@ def check_same_run(current: dict[str, Any], recorded: dict[str, Any], where: str
     )
     if not same_start:
         name = "start (parameters, optimizer state and key)"
-        _refuse({name: (then["digest"], now["digest"])}, where)
+        _refuse(descriptions | {name: (then["digest"], now["digest"])}, where)
     if moved:
         warnings.warn(
             printable(

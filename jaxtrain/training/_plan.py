@@ -9,7 +9,7 @@ from typing import NamedTuple
 
 import jax
 import numpy as np
-from jaxtyping import Array, Key
+from jaxtyping import Array, Key, PyTree
 
 from jaxtrain._arguments import check_integer, check_key
 from jaxtrain.dataset import Dataset
@@ -91,15 +91,25 @@ class Plan(NamedTuple):
     def _memory_advice(self, state: TrainState) -> contextlib.AbstractContextManager[None]:
         return memory_advice(self.batch_size, functools.partial(self.lower_steps, state))
 
-    def compile(self, state: TrainState) -> dict[str, jax.stages.Traced]:
-        """Compiles the training steps and the evaluations; returns the traced programs by name."""
-        programs = {"training step (model, loss and optimizer)": self.trace_steps(state)} | {
+    def trace(self, state: TrainState) -> dict[str, jax.stages.Traced]:
+        """Traces the training steps and the evaluations; returns them by name."""
+        return {"training step (model, loss and optimizer)": self.trace_steps(state)} | {
             f"{part} evaluation": self.trace_evaluation(state, part) for part in self.held_out
         }
+
+    def compile(self, state: TrainState) -> dict[str, jax.stages.Lowered]:
+        """Compiles the training steps and the evaluations; returns the lowered programs by name."""
         with self._memory_advice(state):
-            for program in programs.values():
-                program.lower().compile()
-        return programs
+            lowered = {name: program.lower() for name, program in self.trace(state).items()}
+            for program in lowered.values():
+                program.compile()
+        return lowered
+
+    def abstract(self) -> Plan:
+        """Returns the plan with shapes in place of data, to be traced for any devices."""
+        return self._replace(
+            train_data=to_shapes(self.train_data), held_out=to_shapes(self.held_out)
+        )
 
     def trace_steps(self, state: TrainState) -> jax.stages.Traced:
         """Traces the training steps, for any part of an epoch."""
@@ -196,7 +206,9 @@ def make_plan(
             for name, part in data.items()
             if part is not None
         }
-    train_data = checked.pop("train")
+    train_data = checked.pop("train", None)
+    if train_data is None:
+        raise InputError("train_data is None; expected a jaxtrain.Dataset(inputs, targets)")
     check_line_search(state, len(train_data), batch_size)
     return Plan(
         train_data=train_data,
@@ -209,6 +221,11 @@ def make_plan(
         key=key,
         measure=steps_to_measure(state),
     )
+
+
+def to_shapes(tree: PyTree) -> PyTree:
+    """Returns shapes and dtypes in place of arrays, without their placement."""
+    return jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), tree)
 
 
 def learning_rate(state: TrainState) -> float | None:

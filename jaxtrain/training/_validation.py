@@ -38,10 +38,23 @@ def checked_data(data: Dataset, name: str, state: TrainState, loss_fn: Loss) -> 
     """Returns a checked data set on the device, so that it is transferred once, not per epoch."""
     check_dataset(data, name)
     check_values(data, name)
+    if data.weights is not None and _has_values(data.weights):
+        lowest, highest = np.min(data.weights), np.max(data.weights)
+        if lowest < 0 or highest == 0:
+            raise InputError(
+                f"{name}.weights ranges from {lowest} to {highest}; expected weights of at least "
+                "0, and some above"
+            )
     data = jax.tree.map(jnp.asarray, data)
     check_model_inputs(state, data, name)
     check_targets(state, data, loss_fn, name)
     return data
+
+
+def check_type(value: Any, name: str, expected: type) -> None:
+    """Raises InputError unless an optional argument is None or of a type."""
+    if value is not None and not isinstance(value, expected):
+        raise InputError(f"{name} is {value!r}; expected None or jaxtrain.{expected.__name__}(...)")
 
 
 def check_values(dataset: Dataset, name: str) -> None:

@@ -22,7 +22,7 @@ from jaxtrain.training._identity import check_same_run, identify
 from jaxtrain.training._memory import memory_advice
 from jaxtrain.training._nonfinite import check_arrays, raise_for_steps
 from jaxtrain.training._plan import Plan, learning_rate, make_plan
-from jaxtrain.training._validation import checked_callback, checked_state
+from jaxtrain.training._validation import check_type, checked_callback, checked_state
 from jaxtrain.training.early_stopping import EarlyStopping
 from jaxtrain.training.epoch import compiled_evaluate
 from jaxtrain.training.events import Compiled, EpochDone, OnEvent, Resumed, StepsDone
@@ -103,6 +103,8 @@ def fit(
       >>> history["test_loss"][-1]
     """
     check_integer(epochs, "epochs", minimum=0)
+    check_type(early_stopping, "early_stopping", EarlyStopping)
+    check_type(checkpoint, "checkpoint", CheckpointOptions)
     state = checked_state(state)
     on_event = checked_callback(on_event)
     plan = make_plan(

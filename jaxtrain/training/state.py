@@ -14,7 +14,7 @@ from jaxtyping import Array, Int, Key, PyTree
 
 from jaxtrain import adapters
 from jaxtrain._arguments import check_key
-from jaxtrain.dataset import check_array, named_arrays
+from jaxtrain.dataset import Dataset, check_array, named_arrays
 from jaxtrain.errors import InputError
 from jaxtrain.model import Model
 from jaxtrain.optimizers import hoist_tracers
@@ -94,6 +94,8 @@ def init_state(
     _check_optimizer(optimizer)
     if isinstance(rngs, str) or not isinstance(rngs, Sequence):
         raise InputError(f'rngs is {rngs!r}; expected names of RNG streams, such as ("dropout",)')
+    if isinstance(sample_inputs, Dataset):
+        raise InputError("sample_inputs is a Dataset; expected its inputs, dataset.inputs[:1]")
     for path, leaf in named_arrays(sample_inputs, "sample_inputs"):
         if not isinstance(leaf, jax.ShapeDtypeStruct):
             check_array(leaf, path)
@@ -166,6 +168,11 @@ def check_state_type(state: Any) -> None:
 
 def _check_optimizer(optimizer: Any) -> None:
     if not isinstance(optimizer, optax.GradientTransformation):
+        if hasattr(optimizer, "gradient_transformation"):  # optax.MultiSteps
+            raise InputError(
+                f"optimizer is an optax.{type(optimizer).__name__}; expected its "
+                "gradient_transformation()"
+            )
         raise InputError(
             f"optimizer is {optimizer!r}; expected an optax transformation, such as "
             "jaxtrain.optimizers.sgd(0.01)"

@@ -298,7 +298,8 @@ def per_example(fn: Any, predictions: Any, batch: Dataset) -> Float[Array, "batc
         per = "example" if len(expected) == 1 else "weight"
         raise InputError(
             f"{name_of(fn)} returned the shape {jnp.shape(values)} for a batch of {len(batch)}; "
-            f"expected one value per {per}, {expected}: leave the mean over the batch to the step"
+            f"expected one value per {per}, {expected}: leave the mean over the batch to the step, "
+            "and pass a loss per token with weights of its shape"
         )
     return values
 

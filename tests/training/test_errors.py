@@ -208,3 +208,47 @@ def test_streams_and_state_metrics(small_state, small_classes) -> None:
     for name in ("skipped_steps", "learning_rate", "step_losses"):
         with refused(f"state_metrics has a metric named '{name}'"):
             jt.fit(small_state, small_classes, loss_fn=LOSS, state_metrics={name: lambda s: 1.0})
+
+
+def test_options_of_another_type(small_state, small_classes) -> None:
+    with refused(r"checkpoint is 'folder'; expected None or jaxtrain\.CheckpointOptions"):
+        jt.fit(small_state, small_classes, loss_fn=LOSS, checkpoint="folder")
+    with refused(r"early_stopping is 3; expected None or jaxtrain\.EarlyStopping"):
+        jt.fit(small_state, small_classes, loss_fn=LOSS, early_stopping=3)
+    with refused("train_data is None; expected a jaxtrain"):
+        jt.fit(small_state, None, loss_fn=LOSS)
+    with refused("optimizer is an optax.MultiSteps; expected its gradient_transformation"):
+        multi = optax.MultiSteps(optax.sgd(0.1), 2)
+        jt.init_state(
+            jt.models.FeedForward((3,)), multi, small_classes.inputs, key=jax.random.key(0)
+        )
+    with refused("sample_inputs is a Dataset; expected its inputs"):
+        jt.init_state(
+            jt.models.FeedForward((3,)), optax.sgd(0.1), small_classes, key=jax.random.key(0)
+        )
+
+
+@pytest.mark.parametrize("weights", [-jnp.ones(50), jnp.zeros(50)])
+def test_weights_below_zero_or_all_zero(small_state, small_classes, weights) -> None:
+    with refused(r"train_data\.weights ranges from .*; expected weights of at least 0, and some"):
+        jt.fit(small_state, small_classes.replace(weights=weights), loss_fn=LOSS)
+
+
+def test_weights_of_another_shape_than_the_labels(small_state, small_classes) -> None:
+    wide = small_classes.replace(weights=jnp.ones((50, 2)))
+    with refused(r"cross_entropy returned the shape \(50,\) .*one value per weight, \(50, 2\)"):
+        jt.evaluate(small_state, wide, LOSS)
+    with refused("cross_entropy returned the shape"):
+        jt.fit(small_state, wide, loss_fn=LOSS)
+
+
+def test_a_stream_that_is_not_named(small_classes) -> None:
+    class Noisy(nn.Module):
+        @nn.compact
+        def __call__(self, inputs, train: bool = False):
+            x = nn.Dense(3)(inputs)
+            return x + jax.random.normal(self.make_rng("noise"), x.shape) if train else x
+
+    state = jt.init_state(Noisy(), optax.sgd(0.1), small_classes.inputs, key=jax.random.key(0))
+    with refused(r"draws from an RNG stream without a key .*init_state\(rngs=...\)"):
+        jt.train_step(state, small_classes, LOSS)
