@@ -265,7 +265,10 @@ def test_bfloat16_cross_entropy_is_that_of_pytorchs_autocast() -> None:
 
 @pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16, jnp.float8_e4m3fn])
 @pytest.mark.parametrize(
-    "loss_fn", [*REGRESSION, *jt.losses.PROBABILITY_LOSSES], ids=jt.losses.name_of
+    "loss_fn",
+    # Sorted, since parallel workers must collect the tests in the same order.
+    [*REGRESSION, *sorted(jt.losses.PROBABILITY_LOSSES, key=jt.losses.name_of)],
+    ids=jt.losses.name_of,
 )
 def test_half_precision_is_promoted_before_the_loss(loss_fn, dtype) -> None:
     pair = np.random.default_rng(0).uniform(0.1, 0.9, (2, 6, 4))

@@ -32,8 +32,8 @@ def adapt(module: nn.Module, rngs: Sequence[str]) -> tuple[Model, None]:
             "a module that is called as module(inputs, train: bool): rename the argument, or wrap "
             "the module"
         )
-    # A module that takes any keyword is expected to pass `train` on.
-    arguments = Static(module), tuple(rngs), bool(accepted & {"train", "**"})
+    # Not to a module that takes any keyword: `nn.Sequential` would pass `train` to its layers.
+    arguments = Static(module), tuple(rngs), "train" in accepted
     return Model(Init(*arguments), Apply(*arguments)), None
 
 

@@ -49,7 +49,7 @@ def describe_type(value: Any) -> str:
 
 
 def call_parameters(module: Any) -> frozenset[str]:
-    """Returns the names that a module's `__call__` accepts as keywords, "**" for any name.
+    """Returns the names that a module's `__call__` accepts as keywords.
 
     Raises:
       InputError: the module has no `__call__`.
@@ -61,9 +61,7 @@ def call_parameters(module: Any) -> frozenset[str]:
         )
     parameters = inspect.signature(type(module).__call__).parameters.values()
     keywords = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
-    names = {parameter.name for parameter in parameters if parameter.kind in keywords}
-    takes_any = any(p.kind is inspect.Parameter.VAR_KEYWORD for p in parameters)
-    return frozenset(names | ({"**"} if takes_any else set()))
+    return frozenset(parameter.name for parameter in parameters if parameter.kind in keywords)
 
 
 def to_arrays(tree: PyTree) -> PyTree:

@@ -227,7 +227,7 @@ def torch_module() -> Any:
     [
         (lambda: Network, r"the class Network; expected an instance of it, such as Network\("),
         (lambda: jt.init_state(Network(), optax.sgd(0.1), INPUTS, key=KEY), "state.model"),
-        (flax_state, "flax.TrainState; .* the module that this state was made for"),
+        (flax_state, "flax.TrainState; .* pass the module of this state"),
         (torch_module, "torch.Linear; .* PyTorch modules must be rewritten"),
         (lambda: len, "builtin_function_or_method; .* wrap the function in a Model"),
         (lambda: (len, len), r"tuple; .* jaxtrain.Model\(\*model\)"),

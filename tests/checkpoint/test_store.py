@@ -523,6 +523,7 @@ def test_required_and_never(tmp_path: Path) -> None:
     assert restore(tmp_path, resume="required").epoch == 3
 
 
+@pytest.mark.skipif(hasattr(jt.init_state, "__wrapped__"), reason="the type checker raises first")
 @pytest.mark.parametrize(
     ("options", "message"),
     [
