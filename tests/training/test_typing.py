@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -50,3 +51,19 @@ def test_mypy_sees_the_types_of_results(tmp_path: Path) -> None:
     for line, expected in zip(revealed, EXPECTED, strict=True):
         assert expected in line
         assert 'type is "Any"' not in line
+
+
+@pytest.mark.skipif(shutil.which("pyright") is None, reason="needs pyright")
+def test_pyright_sees_the_types_of_results(tmp_path: Path) -> None:
+    (tmp_path / "user.py").write_text(CODE)
+    result = subprocess.run(
+        ["pyright", "--pythonpath", sys.executable, "user.py"],
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert "0 errors" in result.stdout, result.stdout
+    revealed = [line for line in result.stdout.splitlines() if "Type of" in line]
+    for line, expected in zip(revealed, EXPECTED, strict=True):
+        assert expected in line
