@@ -10,7 +10,12 @@ from jaxtrain.optimizers._inspect import (
 )
 from jaxtrain.optimizers._minimize import Minimum, Stop, minimize
 from jaxtrain.optimizers._numbers import LearningRate, Number
-from jaxtrain.optimizers._safeguards import SkipNonfiniteState, clip_gradients, skip_nonfinite
+from jaxtrain.optimizers._safeguards import (
+    SkipNonfiniteState,
+    clip_gradients,
+    skip_nonfinite,
+    stays_finite,
+)
 from jaxtrain.optimizers._schedules import step_lr
 from jaxtrain.optimizers._torch import (
     OPTIMIZERS,
@@ -54,5 +59,6 @@ __all__ = [
     "sgd",
     "skip_nonfinite",
     "skipped_steps",
+    "stays_finite",
     "step_lr",
 ]

@@ -7,10 +7,11 @@ from typing import Any, NoReturn
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Bool, PyTree
+from jaxtyping import Array
 
 from jaxtrain.dataset import named_arrays
 from jaxtrain.errors import NonFiniteError
+from jaxtrain.optimizers import stays_finite
 from jaxtrain.training._plan import Plan, learning_rate
 from jaxtrain.training.state import TrainState
 from jaxtrain.training.step import predict_batch
@@ -26,25 +27,17 @@ def check_arrays(before: TrainState, after: TrainState, epoch: int) -> None:
         {"params": s.params, "model_state": s.model_state, "opt_state": s.opt_state}
         for s in (before, after)
     ]
-    if not _became_nonfinite(*pair):
+    if _stays_finite(*pair):
         return
     for (path, new), old in zip(named_arrays(pair[1], ""), jax.tree.leaves(pair[0]), strict=True):
-        wrong = np.asarray(_differs(old, new))
-        if wrong.any():
-            value = float(np.asarray(new)[wrong][0].real)
-            raise NonFiniteError(epoch, None, path, value, learning_rate(after))
+        if jnp.issubdtype(new.dtype, jnp.inexact):
+            wrong = np.isfinite(old) & ~np.isfinite(new)
+            if wrong.any():
+                value = float(np.asarray(new)[wrong][0].real)
+                raise NonFiniteError(epoch, None, path, value, learning_rate(after))
 
 
-@jax.jit
-def _became_nonfinite(before: PyTree, after: PyTree) -> Bool[Array, ""]:
-    pairs = zip(jax.tree.leaves(before), jax.tree.leaves(after), strict=True)
-    return jnp.array([_differs(*pair).any() for pair in pairs], bool).any()
-
-
-def _differs(old: Array, new: Array) -> Array:
-    if not jnp.issubdtype(new.dtype, jnp.inexact):
-        return jnp.zeros(new.shape, bool)
-    return jnp.isfinite(old) & ~jnp.isfinite(new)
+_stays_finite = jax.jit(stays_finite)
 
 
 def raise_for_steps(
