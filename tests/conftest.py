@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
 from pathlib import Path
 
 # Programs compiled by one test are found by the next and by the processes it starts; before JAX
@@ -56,3 +57,10 @@ def small_state(small_classes: jt.Dataset) -> jt.TrainState:
     return jt.init_state(
         model, jt.optimizers.sgd(0.1), small_classes.inputs[:1], key=jax.random.key(0)
     )
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _release_compiled_programs() -> Iterator[None]:
+    """Every compiled program maps memory, and Linux limits the maps of a process to 65,530."""
+    yield
+    jax.clear_caches()

@@ -86,7 +86,6 @@ def unfinished(folder: Path) -> list[Path]:
 
 def test_a_run_killed_20_times_ends_in_the_same_bits(environment, tmp_path: Path) -> None:
     """SIGKILL at random moments, every second time while a checkpoint is being written."""
-    epochs = 300
     moments = random.Random(0)
     folder = tmp_path / "checkpoints"
     while_writing = 0
@@ -94,7 +93,7 @@ def test_a_run_killed_20_times_ends_in_the_same_bits(environment, tmp_path: Path
         before = list_epochs(folder)
         for leftover in unfinished(folder):  # the run removes it too, but later
             leftover.unlink()
-        process = start(environment, "-m", "tests.survivor", folder, epochs)
+        process = start(environment, "-m", "tests.survivor", folder, 1_000_000)
         if kill % 2:
             wait_for(lambda: unfinished(folder), process, interval=0)
             time.sleep(moments.uniform(0, 0.002))
@@ -108,7 +107,7 @@ def test_a_run_killed_20_times_ends_in_the_same_bits(environment, tmp_path: Path
         for epoch in list_epochs(folder):
             verify(checkpoint_path(folder, epoch))
     assert while_writing >= 5
-    assert list_epochs(folder)[-1] < epochs
+    epochs = list_epochs(folder)[-1] + 20
     resumed, _ = run(environment, "-m", "tests.survivor", folder, epochs)
     assert not unfinished(folder)
     straight, _ = run(environment, "-m", "tests.survivor", "nowhere", epochs, "--plain")
