@@ -131,7 +131,7 @@ def cross_entropy(
         )
     # Narrow labels would wrap in the comparison: 256 is 0 as uint8.
     targets = targets.astype(jnp.int32)
-    loss = optax.softmax_cross_entropy_with_integer_labels(_at_least_float32(predictions), targets)
+    loss = optax.softmax_cross_entropy_with_integer_labels(at_least_float32(predictions), targets)
     return jnp.where((targets >= 0) & (targets < predictions.shape[-1]), loss, jnp.nan)
 
 
@@ -262,11 +262,11 @@ def _check_and_promote(predictions: AnyArray, targets: AnyArray) -> tuple[Array,
             f"predictions have the shape {predictions.shape} and targets {targets.shape}; "
             "expected the same shape, since broadcasting would pair each example with all others"
         )
-    return _at_least_float32(predictions), _at_least_float32(targets)
+    return at_least_float32(predictions), at_least_float32(targets)
 
 
-def _at_least_float32(values: AnyArray) -> Array:
-    """Promotes floating types of fewer bits: bfloat16, float16, float8 ..."""
+def at_least_float32(values: AnyArray) -> Array:
+    """Promotes floating dtypes of fewer bits, such as bfloat16 and float8."""
     narrow = jnp.issubdtype(values.dtype, jnp.floating) and jnp.finfo(values.dtype).bits < 32
     return jnp.asarray(values, jnp.float32 if narrow else values.dtype)
 

@@ -1,6 +1,6 @@
 """Files with any content: every parser returns a correct result or raises InputError.
 
-About 3,000 inputs; `JAXTRAIN_FUZZ=100000 make test ARGS=tests/test_fuzz.py` tries more.
+About 3,000 inputs; `JAXTRAIN_FUZZ=100000 make test ARGS=tests/test_fuzz.py` tries 80,000.
 """
 
 from __future__ import annotations

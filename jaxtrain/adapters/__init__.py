@@ -31,7 +31,8 @@ def adapt(model: Any, rngs: Sequence[str]) -> tuple[Model, tuple[PyTree, PyTree]
     Raises:
       InputError: `model` is something else, or `rngs` is not a sequence of names.
     """
-    if isinstance(rngs, str) or not all(isinstance(name, str) for name in rngs):
+    is_names = isinstance(rngs, Sequence) and all(isinstance(name, str) for name in rngs)
+    if isinstance(rngs, str) or not is_names:
         raise InputError(
             f"rngs is {rngs!r}; expected the names of RNG streams, such as ('dropout', 'latent')"
         )

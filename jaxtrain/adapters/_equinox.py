@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import Any, NoReturn
+from typing import Any
 
 import equinox as eqx
 import jax
@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import PyTree
 
-from jaxtrain.adapters._shared import Static, call_parameters, describe_type, to_arrays
+from jaxtrain.adapters._shared import RefuseInit, Static, call_parameters, describe_type, to_arrays
 from jaxtrain.errors import InputError
 from jaxtrain.model import Model
 
@@ -45,19 +45,7 @@ def adapt(model: Any) -> tuple[Model, tuple[PyTree, PyTree]]:
         model_state["constants"] = to_arrays(constants)
     leaves, structure = jax.tree.flatten(static)
     apply = Apply(static, Static((tuple(leaves), structure)), takes_key)
-    return Model(Init(), apply), (to_arrays(params), model_state)
-
-
-@dataclasses.dataclass(frozen=True)
-class Init:
-    """`Model.init` of an Equinox module."""
-
-    def __call__(self, key: jax.Array, inputs: PyTree) -> NoReturn:
-        """Raises InputError: the parameters are those of the module."""
-        raise InputError(
-            "an Equinox module holds its own parameters, so Model.init cannot be called; make a "
-            "new module and pass it to init_state"
-        )
+    return Model(RefuseInit(), apply), (to_arrays(params), model_state)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -105,7 +105,7 @@ class Apply:
         return outputs, dict(updated)
 
     def to_module(self, params: PyTree, model_state: PyTree) -> NoReturn:
-        """Raises InputError: there is no Linen module with parameters."""
+        """Raises InputError: a Linen module holds no parameters."""
         raise InputError(
             "Linen modules hold no parameters; use "
             "model.apply({'params': state.params, **state.model_state}, ...)"

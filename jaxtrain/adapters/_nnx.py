@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import Any, NoReturn
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import PyTree
 
-from jaxtrain.adapters._shared import Static, call_parameters, describe_type, to_arrays
+from jaxtrain.adapters._shared import RefuseInit, Static, call_parameters, describe_type, to_arrays
 from jaxtrain.errors import InputError
 from jaxtrain.model import Model
 
@@ -25,20 +25,8 @@ def adapt(module: Any) -> tuple[Model, tuple[PyTree, PyTree]]:
     module.train()  # so that modules that differ only in their mode are equal
     graphdef, *states = nnx.split(module, nnx.Param, ...)
     params, model_state = (to_arrays(nnx.to_pure_dict(state)) for state in states)
-    model = Model(Init(), Apply(Static(graphdef), _describe(module), takes_train))
+    model = Model(RefuseInit(), Apply(Static(graphdef), _describe(module), takes_train))
     return model, (params, model_state)
-
-
-@dataclasses.dataclass(frozen=True)
-class Init:
-    """`Model.init` of an NNX module."""
-
-    def __call__(self, key: jax.Array, inputs: PyTree) -> NoReturn:
-        """Raises InputError: the parameters are those of the module."""
-        raise InputError(
-            "an NNX module holds its own parameters, so Model.init cannot be called; make a new "
-            "module and pass it to init_state"
-        )
 
 
 @dataclasses.dataclass(frozen=True)

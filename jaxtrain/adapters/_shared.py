@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
 import inspect
-from typing import Any
+from typing import Any, NoReturn
 
 import jax
 import jax.numpy as jnp
@@ -39,6 +40,18 @@ class Static:
 
     def __repr__(self) -> str:
         return repr(self.value)
+
+
+@dataclasses.dataclass(frozen=True)
+class RefuseInit:
+    """`Model.init` of a module that holds its own parameters."""
+
+    def __call__(self, key: jax.Array, inputs: PyTree) -> NoReturn:
+        """Raises InputError: the parameters are those of the module."""
+        raise InputError(
+            "the module holds its own parameters, so Model.init cannot be called; make a new "
+            "module and pass it to init_state"
+        )
 
 
 def describe_type(value: Any) -> str:

@@ -220,7 +220,7 @@ class CheckpointStore:
         except Exception as error:  # out of memory, or more names than safetensors permits
             raise StorageError(path, str(error) or type(error).__name__) from error
         for old in self.epochs[: -self._options.keep]:
-            with contextlib.suppress(OSError):  # an extra file is no reason to stop
+            with contextlib.suppress(OSError):  # an extra file does no harm
                 os.unlink(checkpoint_path(self.path, old))
 
     def _add_note(self, error: BaseException) -> None:

@@ -277,7 +277,7 @@ def make(name: str, learning_rate: LearningRate, **options: Any) -> optax.Gradie
         must be 0.
 
     Raises:
-      InputError: there is no such optimizer, or it lacks an option that is not 0.
+      InputError: the name is unknown, or the optimizer lacks an option that is not 0.
     """
     if name not in OPTIMIZERS:
         raise InputError(f"the optimizer is {name!r}; expected one of {', '.join(OPTIMIZERS)}")

@@ -46,7 +46,7 @@ def identify(
       A dict of
         "configuration": the user's settings;
         "exact": values that no version changes: the data, the order, the options;
-        "descriptions": model, loss and metrics as text, which explain a difference;
+        "descriptions": model, loss, learning rate and metrics, which explain a difference;
         "jaxprs", "programs": digests of each program, before and after lowering;
         "start": the digest of the state, its PRNG key and counters, and a summary of its arrays;
         "versions": of packages and device.

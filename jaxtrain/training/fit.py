@@ -93,8 +93,8 @@ def fit(
       NonFiniteError: a loss, gradient or array of the state became NaN or infinite.
       OutOfMemoryError: the device has too little memory.
       StorageError: a checkpoint could not be written; earlier ones are intact.
-      Any exception, KeyboardInterrupt included, carries `state` and `history` of the last
-      completed epoch.
+      Once the arguments are checked, any exception, KeyboardInterrupt included, carries `state`
+      and `history` of the last completed epoch.
 
     Example:
       >>> state, history = jt.fit(

@@ -92,8 +92,6 @@ def init_state(
     """
     check_key(key)
     _check_optimizer(optimizer)
-    if isinstance(rngs, str) or not isinstance(rngs, Sequence):
-        raise InputError(f'rngs is {rngs!r}; expected names of RNG streams, such as ("dropout",)')
     if isinstance(sample_inputs, Dataset):
         raise InputError("sample_inputs is a Dataset; expected its inputs, dataset.inputs[:1]")
     for path, leaf in named_arrays(sample_inputs, "sample_inputs"):

@@ -13,7 +13,7 @@ from jaxtyping import Array, Float, PyTree
 
 from jaxtrain.dataset import Dataset, check_dataset
 from jaxtrain.errors import InputError
-from jaxtrain.losses import Loss, name_of
+from jaxtrain.losses import Loss, at_least_float32, name_of
 from jaxtrain.metrics import Metric
 from jaxtrain.optimizers import last_step_finite
 from jaxtrain.training.state import TrainState, check_state_type
@@ -327,15 +327,7 @@ def weighted(values: Array, batch: Dataset) -> Array:
 
 def to_float32(predictions: Any) -> Any:
     """Promotes half-precision outputs, so that losses and metrics are computed in float32."""
-    return jax.tree.map(
-        lambda leaf: (
-            leaf.astype(jnp.float32)
-            if jnp.issubdtype(jnp.result_type(leaf), jnp.floating)
-            and jnp.finfo(leaf.dtype).bits < 32
-            else leaf
-        ),
-        predictions,
-    )
+    return jax.tree.map(at_least_float32, predictions)
 
 
 def safe_divide(total: Array, weight: Array) -> Array:

@@ -1,6 +1,6 @@
 """Checkpoints with anything in them: what was saved, or an InputError.
 
-`JAXTRAIN_FUZZ=100000 make test ARGS=tests/checkpoint/test_fuzz.py` tries more.
+`JAXTRAIN_FUZZ=100000 make test ARGS=tests/checkpoint/test_fuzz.py` tries 35,000.
 """
 
 from __future__ import annotations

@@ -195,7 +195,7 @@ def test_losses_that_cannot_be_used(small_state, small_classes) -> None:
 
 
 def test_streams_and_state_metrics(small_state, small_classes) -> None:
-    with refused("rngs is None; expected names of RNG streams"):
+    with refused("rngs is None; expected the names of RNG streams"):
         jt.init_state(
             jt.models.FeedForward((3,)),
             optax.sgd(0.1),
