@@ -5,10 +5,10 @@ BIN := $(VENV)/bin
 # Processes that run the tests; 0 runs them in this one, to debug.
 WORKERS ?= 2
 
-.PHONY: help linear mnist tutorials test bench check format clean
+.PHONY: help linear mnist tutorials test test-without-torch bench check format clean
 
 help:  ## list the targets
-	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
+	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 20
 
 linear: $(VENV)/installed  ## tutorial T1: linear regression (ARGS="--epochs 400" passes flags)
 	$(BIN)/python experiments/linear_regression.py $(ARGS)
@@ -20,6 +20,13 @@ tutorials: $(VENV)/installed  ## all tutorials, and one table of their figures b
 	$(BIN)/python -m experiments.tutorials $(ARGS)
 
 test: $(VENV)/installed-test  ## run the tests
+	$(BIN)/python -m pytest --numprocesses $(WORKERS) $(ARGS)
+
+# In a virtual environment of its own: make test-without-torch PYTHON=python3.13
+test-without-torch: VENV := .venv-without-torch
+test-without-torch:  ## run the tests that need no PyTorch (PYTHON=python3.13 picks another Python)
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --editable '.[test]'
 	$(BIN)/python -m pytest --numprocesses $(WORKERS) $(ARGS)
 
 bench: $(VENV)/installed-bench  ## time ours against PyTorch and others (ARGS="--quick" in a minute)
@@ -38,17 +45,17 @@ format: $(VENV)/installed-dev  ## format, and fix what ruff can fix
 	$(BIN)/ruff format .
 
 clean:  ## remove the virtual environment and caches, keep results in runs/
-	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache .jax_cache .hypothesis
+	rm -rf $(VENV) .venv-without-torch .pytest_cache .mypy_cache .ruff_cache .jax_cache .hypothesis
 
 $(BIN)/python:
 	$(PYTHON) -m venv $(VENV)
 
 $(VENV)/installed: pyproject.toml | $(BIN)/python
-	$(BIN)/python -m pip install --quiet --editable .
+	$(BIN)/python -m pip install --quiet --editable '.[experiments]'
 	touch $@
 
 $(VENV)/installed-test: pyproject.toml | $(BIN)/python
-	$(BIN)/python -m pip install --quiet --editable '.[test]'
+	$(BIN)/python -m pip install --quiet --editable '.[test,torch]'
 	touch $@ $(VENV)/installed
 
 $(VENV)/installed-bench: pyproject.toml | $(BIN)/python

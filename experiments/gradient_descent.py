@@ -14,12 +14,10 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from matplotlib.figure import Figure
 
 import jaxtrain as jt
-from jaxtrain.cli import command, devices, plots, progress, runs, tables
+from jaxtrain.cli import command, flags, plots, resuming, runs, tables
 from jaxtrain.cli.tables import Comparison
-from jaxtrain.training.events import Event
 
 LOSS = jt.losses.mean_squared_error
 # The tutorial's loop over examples overwrites the gradient, so that only the last example counts,
@@ -29,39 +27,24 @@ START, QUESTION = 1.0, 4.0  # w at the start; the x to predict, whose true y is 
 
 
 @dataclass(frozen=True)
-class Config:
+class Config(flags.LineFlags):
     """Flags of this experiment; the defaults are the tutorial's."""
 
+    output_dir: Path = Path("runs/gradient_descent")
     epochs: int = 100
     """Passes over the three points."""
-    learning_rate: float = 0.01
-    """Step size: factor of the gradient."""
-    optimizer: command.OptimizerName = "sgd"
+    optimizer: flags.OptimizerName = "sgd"
     """The solver, as in torch.optim; lbfgs uses all points at once in both runs."""
     as_published: bool = False
     """Batch descent as in the tutorial's listing: only the last example's gradient counts."""
-    seed: int = 42
-    """Not used here: nothing is random."""
-    device: devices.Device = "auto"
-    """Where to compute; auto uses a GPU if there is one."""
-    compilation_cache: bool = True
-    """Cache compiled programs in the user's cache folder, so that the next run starts sooner."""
     log_interval: int = 10
-    """Epochs per line of progress; 0 prints nothing."""
-    output_dir: Path = Path("runs/gradient_descent")
-    """Folder of the results."""
-    overwrite: bool = False
-    """Replace a finished run's results in that folder, and another run's checkpoints."""
-    safety: command.Safety = command.Safety()
-    """Checkpoints and safeguards."""
+    """Epochs between two lines of progress; 0 prints nothing."""
 
 
 def run(config: Config) -> dict[str, Any]:
     """Fits y = w x to (1, 2), (2, 4), (3, 6) from w = 1, in float64 as the tutorial does."""
-    devices.set_up_jax(config.device, config.compilation_cache)
-    folder = command.output_folder(config)
     # The tutorial computes in Python's float64.
-    with jax.enable_x64(True), folder:
+    with jax.enable_x64(True), command.run_folder(config) as folder:
         data = jt.data.points_on_line(2.0)
         batch = descend(
             config,
@@ -82,7 +65,7 @@ def run(config: Config) -> dict[str, Any]:
             batch_size=3 if config.optimizer == "lbfgs" else 1,
         )
         comparisons = []
-        if command.has_defaults(config, "epochs", "learning_rate", "optimizer"):
+        if flags.has_defaults(config, "epochs", "learning_rate", "optimizer"):
             comparisons = compare(batch, stochastic, config.as_published)
         folder.write_picture("descent.png", draw(data, batch, stochastic))
         surface = descend_surface(config)
@@ -91,13 +74,13 @@ def run(config: Config) -> dict[str, Any]:
             experiment="gradient_descent",
             dataset="points_on_line",
             epochs=config.epochs,
-            seed=config.seed,
+            seed=None,
             train_loss=mean_loss(data, batch[-1]),
             test_loss=None,
             weight=batch[-1],
             bias=0.0,
             stochastic_weight=stochastic[-1],
-            figures=[row._asdict() for row in comparisons],
+            figures=comparisons,
         )
     tables.print_comparisons("T3: gradient descent", comparisons, config.output_dir)
     return summary
@@ -116,18 +99,13 @@ def descend(
     """Returns the weight at the start and after each epoch, [epochs + 1]."""
     state = jt.init_state(
         jt.models.LinearRegression(use_bias=False),
-        config.safety.wrap(jt.optimizers.make(config.optimizer, config.learning_rate)),
+        flags.make_optimizer(config),
         data.inputs[:1],
-        key=command.seed_key(config.seed),
+        key=jax.random.key(0),  # the start is set below: nothing is random
     ).replace(params={"weight": jnp.array([[START]])})
-    with progress.console(
-        log_interval=config.log_interval, epoch_interval=config.log_interval
-    ) as show:
-
-        def on_event(event: Event) -> None:
-            folder.record(event, batch_size=batch_size)
-            show(event)
-
+    with command.reporting(
+        folder, config.log_interval, epoch_interval=config.log_interval, batch_size=batch_size
+    ) as on_event:
         _, history = jt.fit(
             state,
             data,
@@ -137,7 +115,7 @@ def descend(
             batch_size=batch_size,
             state_metrics={"weight": lambda state: state.params["weight"].item()},
             on_event=on_event,
-            **config.safety.fit_options(config, part=name),
+            **resuming.fit_options(config, part=name),
         )
     return np.array([START, *history["weight"]])
 
@@ -178,9 +156,9 @@ def compare(batch: np.ndarray, stochastic: np.ndarray, as_published: bool) -> li
     ]
 
 
-def draw(data: jt.Dataset, batch: np.ndarray, stochastic: np.ndarray) -> Figure:
+def draw(data: jt.Dataset, batch: np.ndarray, stochastic: np.ndarray) -> plots.Figure:
     """Draws both descents on the loss curve, and the loss against the epoch."""
-    figure = Figure(figsize=(10, 4), layout="constrained")
+    figure = plots.Figure(figsize=(10, 4), layout="constrained")
     left, right = figure.subplots(1, 2)
     grid = np.linspace(0.8, 2.4, 200)
     left.plot(grid, mean_loss(data, grid), color=plots.GREY, label="mean squared error")
@@ -208,7 +186,7 @@ def descend_surface(config: Config) -> np.ndarray:
         jt.models.LinearRegression(),
         jt.optimizers.make(config.optimizer, config.learning_rate),
         data.inputs[:1],
-        key=command.seed_key(config.seed),
+        key=jax.random.key(0),  # the start is set below: nothing is random
     )
     state = state.replace(params=jax.tree.map(jnp.zeros_like, state.params))
 
@@ -219,9 +197,9 @@ def descend_surface(config: Config) -> np.ndarray:
     return np.asarray(jax.lax.scan(step, state, length=400)[1])
 
 
-def draw_on_surface(path: np.ndarray) -> Figure:
+def draw_on_surface(path: np.ndarray) -> plots.Figure:
     """Draws the path of (w, b) over the contours of the loss."""
-    figure = Figure(figsize=(6, 4.6), layout="constrained")
+    figure = plots.Figure(figsize=(6, 4.6), layout="constrained")
     ax = figure.subplots()
     grid = np.linspace(-0.3, 4, 120)
     weights, biases = np.meshgrid(grid, grid, indexing="ij")

@@ -15,11 +15,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.typing import ArrayLike
-from matplotlib.figure import Figure
 
 import jaxtrain as jt
 from jaxtrain._arguments import check_integer
-from jaxtrain.cli import command, devices, plots, tables
+from jaxtrain.cli import command, flags, plots, tables
 from jaxtrain.cli.tables import Comparison
 from jaxtrain.optimizers import Minimum, Stop
 
@@ -28,12 +27,13 @@ RATES = (0.0003, 0.003, 0.01, 0.025, 0.04, 0.05)
 
 
 @dataclass(frozen=True)
-class Config:
+class Config(flags.ExperimentFlags):
     """Flags of this experiment; the tutorial's rate is 0.025."""
 
+    output_dir: Path = Path("runs/learning_rate")
     learning_rates: tuple[float, ...] = RATES
     """Learning rates, all trained at once under vmap."""
-    optimizer: command.OptimizerName = "sgd"
+    optimizer: flags.OptimizerName = "sgd"
     """The solver, as in torch.optim."""
     max_steps: int = 1000
     """Largest number of steps per rate."""
@@ -41,27 +41,16 @@ class Config:
     """Stop when the sum of squared errors falls below this."""
     seed: int = 42
     """Seed of the data, 20 noisy points of y = 3 x + 1 with x in 0 … 1."""
-    device: devices.Device = "auto"
-    """Where to compute; auto uses a GPU if there is one."""
-    compilation_cache: bool = True
-    """Cache compiled programs in the user's cache folder, so that the next run starts sooner."""
-    log_interval: int = 1
-    """Not used here: the descents are one compiled loop with nothing to log."""
-    output_dir: Path = Path("runs/learning_rate")
-    """Folder of the results."""
-    overwrite: bool = False
-    """Replace a finished run's results in that folder."""
 
 
 def run(config: Config) -> dict[str, Any]:
     """Minimises the sum of squared errors at each rate until a threshold, limit or divergence."""
-    devices.set_up_jax(config.device, config.compilation_cache)
     check_integer(config.seed, "seed", minimum=0, maximum=2**32 - 1)
     if not config.learning_rates:
-        raise jt.InputError("learning_rates is empty; expected at least one, such as 0.025")
+        raise jt.InputError("--learning-rates is empty; expected at least one, such as 0.025")
     for rate in config.learning_rates:
         jt.optimizers.make(config.optimizer, rate)  # checks the rate: under vmap it has no value
-    with command.output_folder(config) as folder:
+    with command.run_folder(config) as folder:
         data = jt.data.noisy_line(20, 3.0, 1.0, 0.08, seed=config.seed, width=1.0)
         result = descend(config, data)
         folder.start()
@@ -91,7 +80,7 @@ def run(config: Config) -> dict[str, Any]:
             bias=result.params["bias"][best].item(),
             learning_rates=list(config.learning_rates),
             stops=stops,
-            figures=[row._asdict() for row in comparisons],
+            figures=comparisons,
         )
     rows = {
         f"rate {rate:g}": f"{stop} after {steps} steps, loss {loss:.6g}"
@@ -161,7 +150,7 @@ def compare(
         {"w": jnp.array(2.5)}, jt.optimizers.sgd(0.01).init(params), params
     )
     rows = [Comparison("step of gradient 2.5 at rate 0.01", 0.025, -updates["w"].item(), 1e-8)]
-    expected = command.has_defaults(config, "optimizer", "max_steps", "threshold", "seed")
+    expected = flags.has_defaults(config, "optimizer", "max_steps", "threshold", "seed")
     if expected and 0.025 in config.learning_rates:
         at = config.learning_rates.index(0.025)
         converged = float(result.stop[at] == Stop.LOSS_THRESHOLD)
@@ -173,9 +162,9 @@ def compare(
     ]
 
 
-def draw(config: Config, result: Minimum) -> Figure:
+def draw(config: Config, result: Minimum) -> plots.Figure:
     """Draws the loss of each rate against the step; a diverging one leaves the axes, dashed."""
-    figure = Figure(figsize=(8, 4.6), layout="constrained")
+    figure = plots.Figure(figsize=(8, 4.6), layout="constrained")
     ax = figure.subplots()
     colors = [plots.GREY, plots.SKY, plots.BLUE, plots.GREEN, plots.ORANGE, plots.VERMILION]
     markers = "osDv^P"

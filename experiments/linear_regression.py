@@ -14,12 +14,10 @@ from typing import Any, Literal
 
 import jax.numpy as jnp
 import numpy as np
-from matplotlib.figure import Figure
 
 import jaxtrain as jt
-from jaxtrain.cli import command, devices, plots, progress, runs, tables
+from jaxtrain.cli import command, flags, plots, resuming, runs, tables
 from jaxtrain.cli.tables import Comparison
-from jaxtrain.training.events import Event
 from jaxtrain.training.history import History
 
 LOSSES = {
@@ -48,41 +46,27 @@ PUBLISHED_WEIGHT, PUBLISHED_BIAS = 0.33669036626815796, 0.12880940735340118
 
 
 @dataclass(frozen=True)
-class Config:
+class Config(flags.LineFlags):
     """Flags of this experiment; the defaults are the tutorial's."""
 
+    output_dir: Path = Path("runs/linear_regression")
     epochs: int = 200
     """Steps of gradient descent, each on all training points."""
-    learning_rate: float = 0.01
-    """Step size: factor of the gradient."""
     loss: Literal[
         "mean_absolute_error", "mean_squared_error", "squared_error_sum", "euclidean_distance"
     ] = "mean_absolute_error"
     """Loss whose mean over the points is minimised."""
-    optimizer: command.OptimizerName = "sgd"
-    """The solver, as in torch.optim."""
     start: Literal["published", "random"] = "published"
     """published: the tutorial's weight and bias. random: drawn from a normal distribution."""
     seed: int = 42
     """Seed of a random start."""
-    device: devices.Device = "auto"
-    """Where to compute; auto uses a GPU if there is one."""
-    compilation_cache: bool = True
-    """Cache compiled programs in the user's cache folder, so that the next run starts sooner."""
     log_interval: int = 10
-    """Epochs per line of progress; 0 prints nothing."""
-    output_dir: Path = Path("runs/linear_regression")
-    """Folder of the results."""
-    overwrite: bool = False
-    """Replace a finished run's results in that folder, and another run's checkpoints."""
-    safety: command.Safety = command.Safety()
-    """Checkpoints and safeguards."""
+    """Epochs between two lines of progress; 0 prints nothing."""
 
 
 def run(config: Config) -> dict[str, Any]:
     """Fits y = weight · x + bias to 40 points of y = 0.7 x + 0.3 and tests it on the next 10."""
-    devices.set_up_jax(config.device, config.compilation_cache)
-    with command.output_folder(config) as folder:
+    with command.run_folder(config) as folder:
         train_data, test_data = jt.data.line(WEIGHT, BIAS)
         before, after, history, path = train(config, train_data, test_data, folder)
         comparisons = compare(config, history, path)
@@ -98,7 +82,7 @@ def run(config: Config) -> dict[str, Any]:
             test_loss=float(final["loss"]),
             weight=after.params["weight"].item(),
             bias=after.params["bias"].item(),
-            figures=[row._asdict() for row in comparisons],
+            figures=comparisons,
         )
     print_result(summary)
     tables.print_comparisons("T1: the tutorial's figures", comparisons, config.output_dir)
@@ -107,7 +91,7 @@ def run(config: Config) -> dict[str, Any]:
 
 def compare(config: Config, history: History, path: np.ndarray) -> list[Comparison]:
     """Returns PyTorch's figures beside ours up to the last epoch; none with other flags."""
-    if not command.has_defaults(config, "learning_rate", "loss", "optimizer", "start"):
+    if not flags.has_defaults(config, "learning_rate", "loss", "optimizer", "start"):
         return []
     rows = []
     for epoch, *reference in REFERENCE:
@@ -130,25 +114,20 @@ def train(
       The state before and after, the history, and (weight, bias) at the start and after each
       epoch, [epochs + 1, 2].
     """
-    optimizer = config.safety.wrap(jt.optimizers.make(config.optimizer, config.learning_rate))
+    optimizer = flags.make_optimizer(config)
     before = jt.init_state(
         jt.models.LinearRegression(),
         optimizer,
         train_data.inputs[:1],
-        key=command.seed_key(config.seed),
+        key=flags.seed_key(config.seed),
     )
     if config.start == "published":
         start = {"weight": jnp.array([[PUBLISHED_WEIGHT]]), "bias": jnp.array([PUBLISHED_BIAS])}
         before = before.replace(params=start)
 
-    with progress.console(
-        log_interval=config.log_interval, epoch_interval=config.log_interval
-    ) as show:
-
-        def on_event(event: Event) -> None:
-            folder.record(event)
-            show(event)
-
+    with command.reporting(
+        folder, config.log_interval, epoch_interval=config.log_interval
+    ) as on_event:
         after, history = jt.fit(
             before,
             train_data,
@@ -160,7 +139,7 @@ def train(
                 name: functools.partial(parameter, name=name) for name in ("weight", "bias")
             },
             on_event=on_event,
-            **config.safety.fit_options(config),
+            **resuming.fit_options(config),
         )
     first = [[parameter(before, "weight"), parameter(before, "bias")]]
     path = np.concatenate([first, np.stack([history["weight"], history["bias"]], axis=1)])
@@ -200,13 +179,13 @@ def write_pictures(
     )
 
 
-def draw_last_epochs(path: np.ndarray, epochs: int = 40) -> Figure:
+def draw_last_epochs(path: np.ndarray, epochs: int = 40) -> plots.Figure:
     """Draws weight and bias over the last epochs: a constant step on |error| ends in a cycle.
 
     The gradient of the absolute error has the same size however small the error is, so near the
     minimum each step crosses it and the next one returns.
     """
-    figure = Figure(figsize=(7, 4.4), layout="constrained")
+    figure = plots.Figure(figsize=(7, 4.4), layout="constrained")
     first = max(0, len(path) - epochs)
     styles = (("weight", WEIGHT, plots.BLUE, "o"), ("bias", BIAS, plots.VERMILION, "^"))
     for column, (ax, (name, true, color, marker)) in enumerate(

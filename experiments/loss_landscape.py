@@ -15,40 +15,27 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from matplotlib.figure import Figure
 
 import jaxtrain as jt
-from jaxtrain.cli import command, devices, plots, tables
+from jaxtrain.cli import command, flags, plots, tables
 from jaxtrain.cli.tables import Comparison
 
 LOSS = jt.losses.mean_squared_error
-PARAMETERS = jnp.linspace(0, 4, 41)  # 0.0, 0.1, … 4.0 of both weight and bias
+PARAMETERS = np.linspace(0, 4, 41, dtype=np.float32)  # 0.0, 0.1, … 4.0 of weight and bias
 
 
 @dataclass(frozen=True)
-class Config:
+class Config(flags.ExperimentFlags):
     """Flags of this experiment."""
 
+    output_dir: Path = Path("runs/loss_landscape")
     as_published: bool = False
     """Draw the surface that the tutorial drew: the last example's loss over 3, not the mean."""
-    seed: int = 42
-    """Not used here: nothing is random."""
-    device: devices.Device = "auto"
-    """Where to compute; auto uses a GPU if there is one."""
-    compilation_cache: bool = True
-    """Cache compiled programs in the user's cache folder, so that the next run starts sooner."""
-    log_interval: int = 1
-    """Not used here: there are no steps to log."""
-    output_dir: Path = Path("runs/loss_landscape")
-    """Folder of the results."""
-    overwrite: bool = False
-    """Replace a finished run's results in that folder."""
 
 
 def run(config: Config) -> dict[str, Any]:
     """Evaluates the mean squared error at 41 weights, and 41 x 41 weights and biases, by vmap."""
-    devices.set_up_jax(config.device, config.compilation_cache)
-    with command.output_folder(config) as folder:
+    with command.run_folder(config) as folder:
         folder.start()
         curve = jax.jit(jax.vmap(loss_of(jt.data.points_on_line(2.0)), in_axes=(0, None)))(
             PARAMETERS, 0.0
@@ -66,10 +53,10 @@ def run(config: Config) -> dict[str, Any]:
             experiment="loss_landscape",
             dataset="points_on_line",
             epochs=0,
-            seed=config.seed,
+            seed=None,
             train_loss=float(curve.min()),
             test_loss=None,
-            figures=[row._asdict() for row in comparisons],
+            figures=comparisons,
         )
     tables.print_comparisons("T3: the loss landscape", comparisons, config.output_dir)
     return summary
@@ -109,9 +96,9 @@ def compare(curve: jax.Array, surface: jax.Array) -> list[Comparison]:
     ]
 
 
-def draw_curve(curve: jax.Array) -> Figure:
+def draw_curve(curve: jax.Array) -> plots.Figure:
     """Draws the loss over the weight."""
-    figure = Figure(figsize=(6, 4), layout="constrained")
+    figure = plots.Figure(figsize=(6, 4), layout="constrained")
     ax = figure.subplots()
     ax.plot(PARAMETERS, curve, color=plots.BLUE, marker=".", label="mean squared error")
     ax.plot(PARAMETERS[curve.argmin()], curve.min(), "*", color=plots.VERMILION, markersize=14)
@@ -121,9 +108,9 @@ def draw_curve(curve: jax.Array) -> Figure:
     return figure
 
 
-def draw_surface(surface: jax.Array, as_published: bool) -> Figure:
+def draw_surface(surface: jax.Array, as_published: bool) -> plots.Figure:
     """Draws the loss over weight and bias, as a surface and as contours."""
-    figure = Figure(figsize=(10, 4.4), layout="constrained")
+    figure = plots.Figure(figsize=(10, 4.4), layout="constrained")
     weights, biases = np.meshgrid(PARAMETERS, PARAMETERS, indexing="ij")
     space: Any = figure.add_subplot(1, 2, 1, projection="3d")
     space.plot_surface(weights, biases, np.asarray(surface), cmap="viridis", rcount=41, ccount=41)

@@ -15,37 +15,24 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from matplotlib.figure import Figure
 
 import jaxtrain as jt
-from jaxtrain.cli import command, devices, plots, tables
+from jaxtrain.cli import command, flags, plots, tables
 from jaxtrain.cli.tables import Comparison
 
 
 @dataclass(frozen=True)
-class Config:
+class Config(flags.ExperimentFlags):
     """Flags of this experiment."""
 
+    output_dir: Path = Path("runs/losses")
     weight: float = 0.5
     """λ of the weighted sum |error| + λ error²."""
-    seed: int = 42
-    """Not used here: nothing is random."""
-    device: devices.Device = "auto"
-    """Where to compute; auto uses a GPU if there is one."""
-    compilation_cache: bool = True
-    """Cache compiled programs in the user's cache folder, so that the next run starts sooner."""
-    log_interval: int = 1
-    """Not used here: there are no steps to log."""
-    output_dir: Path = Path("runs/losses")
-    """Folder of the results."""
-    overwrite: bool = False
-    """Replace a finished run's results in that folder."""
 
 
 def run(config: Config) -> dict[str, Any]:
     """Draws every loss, and checks cases whose value is known."""
-    devices.set_up_jax(config.device, config.compilation_cache)
-    with command.output_folder(config) as folder:
+    with command.run_folder(config) as folder:
         curves = [by_error(config.weight), by_angle(), by_logit()]
         folder.start()
         columns = {name: values for _, _, lines in curves for name, values in lines.items()}
@@ -56,16 +43,16 @@ def run(config: Config) -> dict[str, Any]:
             experiment="losses",
             dataset=None,
             epochs=0,
-            seed=config.seed,
+            seed=None,
             train_loss=None,
             test_loss=None,
-            figures=[row._asdict() for row in comparisons],
+            figures=comparisons,
         )
     tables.print_comparisons("T2: losses by hand", comparisons, config.output_dir)
     return summary
 
 
-GRID = jnp.linspace(-1.0, 1.0, 201)[:, None]  # scaled to each figure's range
+GRID = np.linspace(-1.0, 1.0, 201, dtype=np.float32)[:, None]  # scaled to each figure's range
 
 Curves = tuple[str, np.ndarray, dict[str, np.ndarray]]  # axis, x, and each loss over it
 
@@ -160,9 +147,9 @@ def compare() -> list[Comparison]:
     ]
 
 
-def draw(curves: list[Curves]) -> Figure:
+def draw(curves: list[Curves]) -> plots.Figure:
     """Draws the three figures side by side."""
-    figure = Figure(figsize=(13, 4.2), layout="constrained")
+    figure = plots.Figure(figsize=(13, 4.2), layout="constrained")
     styles = [
         {"color": plots.BLUE, "linestyle": "-"},
         {"color": plots.VERMILION, "linestyle": "--"},

@@ -14,11 +14,10 @@ from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
-from matplotlib.figure import Figure
 
 import jaxtrain as jt
 from jaxtrain._arguments import check_integer
-from jaxtrain.cli import command, devices, plots, runs, tables
+from jaxtrain.cli import command, flags, plots, resuming, runs, tables
 from jaxtrain.cli.tables import Comparison
 from jaxtrain.training.events import Event, OnEvent, Resumed, StepsDone, every_steps
 
@@ -29,41 +28,25 @@ STEPS_PER_EPOCH = 8  # 150 examples in batches of 20, the last of 10
 
 
 @dataclass(frozen=True)
-class Config:
+class Config(flags.LineFlags):
     """Flags of this experiment; the defaults are the tutorial's."""
 
+    output_dir: Path = Path("runs/minibatch_regression")
     epochs: int = 99
     """Passes over the 150 points."""
     batch_size: int = 20
     """Points per step."""
-    learning_rate: float = 0.01
-    """Step size: factor of the gradient."""
-    optimizer: command.OptimizerName = "sgd"
-    """The solver, as in torch.optim."""
     as_published: bool = False
     """Take every step on the whole data set, as the tutorial's loop does."""
     seed: int = 0
     """Seed of the order of the points."""
-    device: devices.Device = "auto"
-    """Where to compute; auto uses a GPU if there is one."""
-    compilation_cache: bool = True
-    """Cache compiled programs in the user's cache folder, so that the next run starts sooner."""
-    log_interval: int = 1
-    """Steps per line of progress; 0 prints nothing."""
-    output_dir: Path = Path("runs/minibatch_regression")
-    """Folder of the results."""
-    overwrite: bool = False
-    """Replace a finished run's results in that folder, and another run's checkpoints."""
-    safety: command.Safety = command.Safety()
-    """Checkpoints and safeguards."""
 
 
 def run(config: Config) -> dict[str, Any]:
     """Fits y = w x + b to 150 noisy points of y = 2 x + 6, in batches of 20."""
-    devices.set_up_jax(config.device, config.compilation_cache)
     check_integer(config.log_interval, "log_interval", minimum=0)
     check_integer(config.epochs, "epochs", minimum=0)
-    with command.output_folder(config) as folder:
+    with command.run_folder(config) as folder:
         data = jt.data.noisy_line(150, 2.0, 6.0, 0.3, seed=100, width=5.0)
         state, path = train(config, data, folder)
         mean_squared_error = jt.evaluate(state, data, LOSS)["loss"].item()
@@ -81,7 +64,7 @@ def run(config: Config) -> dict[str, Any]:
             test_loss=None,
             weight=weight,
             bias=bias,
-            figures=[row._asdict() for row in comparisons],
+            figures=comparisons,
         )
     tables.print_comparisons("T5: mini-batches", comparisons, config.output_dir)
     return summary
@@ -93,9 +76,9 @@ def train(
     """Returns the state at the end, and (w, b) before and after each step, [steps + 1, 2]."""
     state = jt.init_state(
         jt.models.LinearRegression(),
-        config.safety.wrap(jt.optimizers.make(config.optimizer, config.learning_rate)),
+        flags.make_optimizer(config),
         data.inputs[:1],
-        key=command.seed_key(config.seed),
+        key=flags.seed_key(config.seed),
     ).replace(params={"weight": jnp.array([[START_WEIGHT]]), "bias": jnp.array([START_BIAS])})
     path = [(START_WEIGHT, START_BIAS)]
     # As published, each of an epoch's eight steps is an epoch of one full batch.
@@ -108,7 +91,7 @@ def train(
             loss_fn=LOSS,
             epochs=epochs,
             batch_size=len(data) if full else config.batch_size,
-            key=None if full else command.seed_key(config.seed),
+            key=None if full else flags.seed_key(config.seed),
             on_event=every_steps(1, on_event),
             **options,
         )[0]
@@ -143,7 +126,7 @@ def train(
             )
 
     epochs = config.epochs * STEPS_PER_EPOCH if full else config.epochs
-    return fit(epochs, on_event, **config.safety.fit_options(config)), np.array(path)
+    return fit(epochs, on_event, **resuming.fit_options(config)), np.array(path)
 
 
 def compare(
@@ -158,7 +141,7 @@ def compare(
         Comparison("least squares: w", 2.02491836, float(solution[0]), 1e-6),
         Comparison("least squares: b", 5.9624574, float(solution[1]), 1e-6),
     ]
-    if not command.has_defaults(config, "epochs", "batch_size", "learning_rate", "optimizer"):
+    if not flags.has_defaults(config, "epochs", "batch_size", "learning_rate", "optimizer"):
         return rows
     if config.as_published:
         return [
@@ -177,9 +160,9 @@ def compare(
     ]
 
 
-def draw_fit(data: jt.Dataset, path: np.ndarray) -> Figure:
+def draw_fit(data: jt.Dataset, path: np.ndarray) -> plots.Figure:
     """Draws the points, and the line before and after training."""
-    figure = Figure(figsize=(6, 4), layout="constrained")
+    figure = plots.Figure(figsize=(6, 4), layout="constrained")
     ax = figure.subplots()
     ax.scatter(data.inputs, data.targets, s=14, color=plots.BLUE, label="data", alpha=0.7)
     ends = np.array([0.0, 5.0])
@@ -194,10 +177,10 @@ def draw_fit(data: jt.Dataset, path: np.ndarray) -> Figure:
     return figure
 
 
-def draw_path(data: jt.Dataset, path: np.ndarray, as_published: bool) -> Figure:
+def draw_path(data: jt.Dataset, path: np.ndarray, as_published: bool) -> plots.Figure:
     """Draws the path of (w, b) over the contours of the loss, complete and near its end."""
     x, y = np.ravel(data.inputs), np.ravel(data.targets)
-    figure = Figure(figsize=(10, 4.2), layout="constrained")
+    figure = plots.Figure(figsize=(10, 4.2), layout="constrained")
     solution = np.polyfit(x, y, 1)
     windows = [(path.min(axis=0) - 0.3, path.max(axis=0) + 0.3), (solution - 0.1, solution + 0.1)]
     windows[1][0][1], windows[1][1][1] = solution[1] - 0.3, solution[1] + 0.1

@@ -9,9 +9,9 @@ if __name__ == "__main__":  # until the flags are read, Ctrl-C ends the process 
 
 import inspect
 import sys
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import jax
 import numpy as np
@@ -19,11 +19,10 @@ import optax
 
 import jaxtrain as jt
 from jaxtrain._arguments import check_integer
-from jaxtrain.cli import command, devices, plots, progress, runs, tables
+from jaxtrain.cli import command, flags, plots, progress, resuming, runs, tables
 from jaxtrain.cli.tables import Comparison
 from jaxtrain.optimizers import LearningRate
 from jaxtrain.training.epoch import num_steps
-from jaxtrain.training.events import Event, every_steps
 from jaxtrain.training.history import History
 
 LOSS = jt.losses.cross_entropy
@@ -40,8 +39,8 @@ DEFAULTS = {
 
 IMAGES_SHOWN, MISTAKES_SHOWN = 30, 20
 
-# Test accuracy after each epoch, PyTorch 2.13, shuffled and in stored order: the middle of
-# what five seeds give; all of them lie within TOLERANCES of it.
+# PyTorch 2.13's test accuracy after each epoch, shuffled and in stored order: the middle of the
+# range over five seeds, which lies within TOLERANCES of it.
 REFERENCE = {
     True: (0.8641, 0.9114, 0.9277, 0.93975, 0.94815),
     False: (0.85865, 0.9090, 0.92745, 0.93955, 0.94795),
@@ -52,13 +51,10 @@ LOSS_TOLERANCE = 0.008
 
 
 @dataclass(frozen=True)
-class Config:
+class Config(flags.DatasetFlags, flags.TrainingFlags):
     """Flags of this experiment; the defaults are the tutorial's."""
 
-    dataset: Literal["auto", "mnist", "fashion_mnist", "kmnist", "digits"] = "auto"
-    """auto: MNIST if it is available, else scikit-learn's digits. A name never falls back."""
-    data_dir: Path | None = None
-    """Folder of the IDX files; None tries $JAXTRAIN_DATA_DIR, the cache, then a download."""
+    output_dir: Path = Path("runs/mnist")
     epochs: int | None = None
     """Passes over the training data; None means 5, on digits 60."""
     batch_size: int = 64
@@ -71,7 +67,7 @@ class Config:
     """L2 penalty, added to the gradient; None means 1e-6, for rprop and lbfgs 0."""
     momentum: float = 0.0
     """Momentum of sgd and rmsprop."""
-    optimizer: command.OptimizerName = "sgd"
+    optimizer: flags.OptimizerName = "sgd"
     """The solver, as in torch.optim."""
     validation: float = 0.0
     """Fraction of the training data held out for validation, evaluated after every epoch."""
@@ -85,24 +81,17 @@ class Config:
     """Seed of the initial parameters, the order of examples and the dropout."""
     shuffle: bool = True
     """Shuffle the examples every epoch; else use their stored order."""
-    device: devices.Device = "auto"
-    """Where to compute; auto uses a GPU if there is one."""
-    compilation_cache: bool = True
-    """Cache compiled programs in the user's cache folder, so that the next run starts sooner."""
     log_interval: int = 100
-    """Steps per line of progress; 0 prints nothing."""
-    output_dir: Path = Path("runs/mnist")
-    """Folder of the results."""
-    overwrite: bool = False
-    """Replace a finished run's results in that folder, and another run's checkpoints."""
-    safety: command.Safety = command.Safety()
-    """Checkpoints and safeguards."""
 
 
 def run(config: Config) -> dict[str, Any]:
     """Trains the T2 network (784-256-128-64-10, ReLU, dropout) and tests it after each epoch."""
-    devices.set_up_jax(config.device, config.compilation_cache)
-    with command.output_folder(config) as folder:
+    if config.patience is not None and not config.validation:
+        raise jt.InputError(
+            f"--patience is {config.patience} without validation data; expected --validation 0.1, "
+            "for example"
+        )
+    with command.run_folder(config) as folder:
         data = jt.data.load_resolved(config.dataset, config.data_dir)
         if data.notice is not None:
             print(f"This is not MNIST but scikit-learn's digits: {data.notice}.", file=sys.stderr)
@@ -124,7 +113,7 @@ def run(config: Config) -> dict[str, Any]:
             **({} if config.patience is None or kept is None else {"best_epoch": kept + 1}),
             test_loss=LOSS(logits, data.test.targets).mean().item(),
             test_accuracy=METRICS["accuracy"](logits, data.test.targets).mean().item(),
-            figures=[row._asdict() for row in comparisons],
+            figures=comparisons,
         )
     print_result(data, summary)
     tables.print_comparisons("T2: PyTorch's figures", comparisons, config.output_dir)
@@ -148,7 +137,7 @@ def with_defaults(config: Config, dataset: str) -> Config:
         learning_rate = signature.parameters["learning_rate"].default
     if config.optimizer == "lbfgs" and config.dropout:
         raise jt.InputError(
-            f"dropout is {config.dropout} with the optimizer lbfgs; expected --dropout 0, since "
+            f"--dropout is {config.dropout} with --optimizer lbfgs; expected --dropout 0, since "
             "its line search compares losses of the same function"
         )
     weight_decay = 0.0 if config.optimizer in ("rprop", "lbfgs") else 1e-6
@@ -167,7 +156,7 @@ def train(
     assert config.epochs is not None
     mean, std = jt.data.STATISTICS[data.name]
     model = jt.models.FeedForward(dropout_rate=config.dropout, mean=mean, std=std)
-    key = command.seed_key(config.seed)
+    key = flags.seed_key(config.seed)
     init_key, shuffle_key = jax.random.split(key)
     train_data, validation_data = data.train, None
     if config.validation:
@@ -178,12 +167,7 @@ def train(
     state = jt.init_state(model, optimizer, train_data.inputs[:1], key=init_key)
 
     early_stopping = None if config.patience is None else jt.EarlyStopping(config.patience)
-    with progress.console(log_interval=config.log_interval, test_examples=len(data.test)) as show:
-
-        def on_event(event: Event) -> None:
-            folder.record(event)
-            show(event)
-
+    with command.reporting(folder, config.log_interval, test_examples=len(data.test)) as on_event:
         return jt.fit(
             state,
             train_data,
@@ -196,8 +180,8 @@ def train(
             test_batch_size=config.test_batch_size,
             key=shuffle_key if config.shuffle else None,
             early_stopping=early_stopping,
-            on_event=every_steps(config.log_interval, on_event),
-            **config.safety.fit_options(config, dataset=data.name),
+            on_event=on_event,
+            **resuming.fit_options(config, dataset=data.name),
         )
 
 
@@ -212,7 +196,7 @@ def make_optimizer(config: Config, examples: int) -> optax.GradientTransformatio
     optimizer = jt.optimizers.make(
         config.optimizer, rate, weight_decay=config.weight_decay, momentum=config.momentum
     )
-    return config.safety.wrap(optimizer)
+    return flags.with_safeguards(optimizer, config.safety)
 
 
 def write_pictures(
@@ -242,13 +226,12 @@ def write_pictures(
 
 def compare(config: Config, data: jt.data.Resolved, history: History) -> list[Comparison]:
     """Returns PyTorch's figures beside ours; none on other data or with other flags."""
+    names = [
+        *("epochs", "batch_size", "learning_rate", "weight_decay", "momentum", "optimizer"),
+        *("validation", "patience", "gamma", "dropout"),
+    ]
     tutorial = with_defaults(Config(), "mnist")
-    free = {"dataset", "data_dir", "seed", "shuffle", "device", "log_interval", "output_dir"}
-    free |= {"test_batch_size", "compilation_cache", "overwrite", "safety"}
-    plain = {field.name for field in fields(Config)} - free
-    if data.name != "mnist" or any(getattr(config, f) != getattr(tutorial, f) for f in plain):
-        return []
-    if config.safety.max_gradient_norm is not None:
+    if data.name != "mnist" or not flags.has_defaults(config, *names, defaults=tutorial):
         return []
     order = "shuffled" if config.shuffle else "stored order"
     rows = [

@@ -10,16 +10,15 @@ if __name__ == "__main__":  # until the flags are read, Ctrl-C ends the process 
 import sys
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import optax
-from matplotlib.figure import Figure
 
 import jaxtrain as jt
 from jaxtrain._arguments import check_integer
-from jaxtrain.cli import command, devices, plots, runs, tables
+from jaxtrain.cli import command, flags, plots, resuming, runs, tables
 from jaxtrain.training.events import Event
 from jaxtrain.training.history import History
 
@@ -43,13 +42,10 @@ FULL_BATCH = ("rprop", "lbfgs")
 
 
 @dataclass(frozen=True)
-class Config:
+class Config(flags.DatasetFlags, flags.TrainingFlags):
     """Flags of this experiment."""
 
-    dataset: Literal["auto", "mnist", "fashion_mnist", "kmnist", "digits"] = "auto"
-    """auto: MNIST if it is available, else scikit-learn's digits."""
-    data_dir: Path | None = None
-    """Folder of the IDX files; None tries $JAXTRAIN_DATA_DIR, the cache, then a download."""
+    output_dir: Path = Path("runs/optimizers")
     examples: int = 10_000
     """Training images; a tenth of them is held out to choose the rates."""
     epochs: int = 10
@@ -60,27 +56,16 @@ class Config:
     """Examples per step; rprop and lbfgs use all."""
     seed: int = 42
     """Seed of the initial parameters and the order of examples, shared by all solvers."""
-    device: devices.Device = "auto"
-    """Where to compute; auto uses a GPU if there is one."""
-    compilation_cache: bool = True
-    """Cache compiled programs in the user's cache folder, so that the next run starts sooner."""
     log_interval: int = 1
     """0 prints nothing; else one line per solver."""
-    output_dir: Path = Path("runs/optimizers")
-    """Folder of the results."""
-    overwrite: bool = False
-    """Replace a finished run's results in that folder, and another run's checkpoints."""
-    safety: command.Safety = command.Safety()
-    """Checkpoints and safeguards."""
 
 
 def run(config: Config) -> dict[str, Any]:
     """Trains the T2 network, without dropout, by each solver at the best of several rates."""
-    devices.set_up_jax(config.device, config.compilation_cache)
     check_integer(config.epochs, "epochs", minimum=1)
     check_integer(config.sweep_epochs, "sweep_epochs", minimum=1)
     check_integer(config.log_interval, "log_interval", minimum=0)
-    with command.output_folder(config) as folder:
+    with command.run_folder(config) as folder:
         data = jt.data.load_resolved(config.dataset, config.data_dir)
         if data.notice is not None:
             print(f"This is not MNIST but scikit-learn's digits: {data.notice}.", file=sys.stderr)
@@ -127,7 +112,7 @@ def run(config: Config) -> dict[str, Any]:
 def split(config: Config, data: jt.data.Resolved) -> tuple[jt.Dataset, jt.Dataset]:
     """Returns the training images, and those held out to choose the rates."""
     check_integer(config.examples, "examples", minimum=20)
-    return data.train[: config.examples].split(0.1, command.seed_key(config.seed))
+    return data.train[: config.examples].split(0.1, flags.seed_key(config.seed))
 
 
 def batch_size_of(name: str, config: Config, train_data: jt.Dataset) -> int:
@@ -140,7 +125,7 @@ def make_optimizer(name: str, rate: Any, config: Config) -> optax.GradientTransf
     safety = config.safety
     if name == "lbfgs":
         safety = replace(safety, max_gradient_norm=None)
-    return safety.wrap(jt.optimizers.make(name, rate))
+    return flags.with_safeguards(jt.optimizers.make(name, rate), safety)
 
 
 def start(name: str, rate: Any, config: Config, dataset: str, data: jt.Dataset) -> jt.TrainState:
@@ -150,7 +135,7 @@ def start(name: str, rate: Any, config: Config, dataset: str, data: jt.Dataset) 
         jt.models.FeedForward(dropout_rate=0.0, mean=mean, std=std),
         make_optimizer(name, rate, config),
         data.inputs[:1],
-        key=command.seed_key(config.seed),
+        key=flags.seed_key(config.seed),
     )
 
 
@@ -164,7 +149,7 @@ def choose_rate(
     # A rate that diverges is out, also where a long run would skip such steps.
     config = replace(config, safety=replace(config.safety, on_nonfinite="stop"))
     epochs = config.epochs if name in FULL_BATCH else config.sweep_epochs
-    keys = jax.random.split(command.seed_key(config.seed), epochs)
+    keys = jax.random.split(flags.seed_key(config.seed), epochs)
     size = batch_size_of(name, config, train_data)
 
     def short_run(rate: jax.Array) -> jax.Array:
@@ -177,8 +162,8 @@ def choose_rate(
     losses = jax.jit(jax.vmap(short_run))(jnp.array(candidates))
     if not jnp.isfinite(losses).any():
         raise jt.InputError(
-            f"every learning rate of {name} diverged ({candidates}); expected at least one that "
-            "trains: check the data"
+            f"the validation loss of {name} is not finite at any learning rate of {candidates}; "
+            "check the data"
         )
     return candidates[int(jnp.nanargmin(losses))]
 
@@ -204,10 +189,10 @@ def train(
         metric_fns=METRICS,
         epochs=config.epochs,
         batch_size=batch_size_of(name, config, train_data),
-        key=command.seed_key(config.seed),
+        key=flags.seed_key(config.seed),
         on_event=on_event,
         # The budget decides the rates of some solvers: another budget is another run.
-        **config.safety.fit_options(config, part=name, dataset=data.name, epochs=config.epochs),
+        **resuming.fit_options(config, part=name, dataset=data.name, epochs=config.epochs),
     )
     return history, float(history["seconds"].sum())
 
@@ -220,9 +205,9 @@ def describe(rate: float, history: History, seconds: float) -> str:
     )
 
 
-def draw(results: dict[str, tuple[float, History, float]], dataset: str) -> Figure:
+def draw(results: dict[str, tuple[float, History, float]], dataset: str) -> plots.Figure:
     """Draws test loss and accuracy of every solver against the passes over the data."""
-    figure = Figure(figsize=(10.5, 4.4), layout="constrained")
+    figure = plots.Figure(figsize=(10.5, 4.4), layout="constrained")
     left, right = figure.subplots(1, 2)
     colors = [plots.BLUE, plots.VERMILION, plots.GREEN, plots.ORANGE, plots.PURPLE, plots.SKY]
     colors += ["black", plots.GREY]

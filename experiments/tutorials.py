@@ -1,4 +1,4 @@
-"""All tutorials in a row, and one table of their figures: `python -m experiments.tutorials`."""
+"""Runs all tutorials and prints one table of their figures: `python -m experiments.tutorials`."""
 
 from __future__ import annotations
 
@@ -11,9 +11,8 @@ import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
-from rich.console import Console
 from rich.table import Table
 
 import jaxtrain as jt
@@ -27,25 +26,20 @@ from experiments import (
     mnist,
     optimizers,
 )
-from jaxtrain.cli import command, devices, tables
+from jaxtrain.cli import command, flags, tables
 from jaxtrain.cli.tables import Comparison
+from jaxtrain.cli.terminal import make_console
 
-# Accuracy that the default run on digits must reach; no tutorial covers them.
+# Accuracy that the default run on digits must reach; the tutorials do not cover this data set.
 DIGITS_ACCURACY = 0.9
 
 
 @dataclass(frozen=True)
-class Config:
+class Config(flags.DatasetFlags, flags.ExperimentFlags):
     """Flags of the whole series."""
 
-    dataset: Literal["auto", "mnist", "digits"] = "auto"
-    """For T2. auto: MNIST if it is available, else scikit-learn's digits."""
-    data_dir: Path | None = None
-    """Folder of the IDX files; None tries $JAXTRAIN_DATA_DIR, the cache, then a download."""
-    device: devices.Device = "auto"
-    """Where to compute; auto uses a GPU if there is one."""
     output_dir: Path = Path("runs/tutorials")
-    """Folder of the results, one subfolder per tutorial."""
+    """Folder of the results, with a subfolder per experiment."""
     overwrite: bool = False
     """Replace the results of an earlier series in that folder."""
 
@@ -62,7 +56,7 @@ def run(config: Config) -> None:
         rows, tables.comparison_rows(row for _, row in rows), strict=True
     ):
         table.add_row(tutorial, *cells, f"{row.tolerance:g}")
-    Console(highlight=False, width=110).print(table)
+    make_console(width=110).print(table)
     wrong = [row.figure for _, row in rows if not row.agrees]
     if wrong:
         raise jt.InputError(
@@ -74,28 +68,14 @@ def run(config: Config) -> None:
 
 def all_figures(config: Config) -> Iterator[tuple[str, Comparison]]:
     """Yields (tutorial, figure) of every experiment, in the order of the tutorials."""
+    data = {"dataset": config.dataset, "data_dir": config.data_dir}
     # (tutorial, script, variant, flags); the folder is named after script and variant.
     plan: list[tuple[str, Any, str, dict[str, Any]]] = [
         ("T1", linear_regression, "", {"epochs": 400}),
         ("T2", losses, "", {}),
-        ("T2", mnist, "", {"dataset": config.dataset, "data_dir": config.data_dir}),
-        (
-            "T2",
-            mnist,
-            "_stored_order",
-            {"dataset": config.dataset, "data_dir": config.data_dir, "shuffle": False},
-        ),
-        (
-            "T2",
-            optimizers,
-            "",
-            {
-                "dataset": config.dataset,
-                "data_dir": config.data_dir,
-                "examples": 4000,
-                "epochs": 5,
-            },
-        ),
+        ("T2", mnist, "", data),
+        ("T2", mnist, "_stored_order", data | {"shuffle": False}),
+        ("T2", optimizers, "", data | {"examples": 4000, "epochs": 5}),
         ("T3", loss_landscape, "", {}),
         ("T3", gradient_descent, "", {}),
         ("T3", gradient_descent, "_as_published", {"as_published": True}),
@@ -103,14 +83,16 @@ def all_figures(config: Config) -> Iterator[tuple[str, Comparison]]:
         ("T5", minibatch_regression, "", {}),
         ("T5", minibatch_regression, "_as_published", {"as_published": True}),
     ]
-    for tutorial, script, variant, flags in plan:
+    for tutorial, script, variant, settings in plan:
         name = script.__name__.removeprefix("experiments.") + variant
         print(f"{tutorial}: {name}", file=sys.stderr)
+        if issubclass(script.Config, flags.TrainingFlags):
+            settings = settings | {"log_interval": 0}
         summary = script.run(
             script.Config(
-                **flags,
+                **settings,
                 device=config.device,
-                log_interval=0,
+                compilation_cache=config.compilation_cache,
                 output_dir=config.output_dir / name,
                 overwrite=config.overwrite,
             )

@@ -9,8 +9,12 @@ import shutil
 import stat
 import tempfile
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from jaxtrain.errors import NO_SPACE, InputError, StorageError
+
+if TYPE_CHECKING:
+    import filelock
 
 # Suffix of files that are still being written.
 PART = ".jaxtrain-part"
@@ -37,40 +41,36 @@ def make_folder(path: Path, description: str) -> None:
         ) from error
 
 
-def lock_folder(path: Path, description: str) -> int:
-    """Keeps other runs out of a folder.
+def lock_folder(path: Path, description: str) -> filelock.BaseFileLock:
+    """Keeps other runs out of a folder, by a lock on the file `.lock` in it.
 
     Args:
       path: the folder.
       description: what the folder is to the user.
 
     Returns:
-      A file descriptor. Closing it releases the folder, and so does the end of the process. (On
-      file systems without locks, some network ones, nobody is kept out.)
+      The lock, acquired. `release()` ends it, and so does the end of the process. (On file systems
+      without locks, some network ones, a file that exists is the lock.)
 
     Raises:
-      InputError: another run holds the lock, or the folder cannot be read.
+      InputError: another run holds the lock, or the file cannot be made.
     """
-    import fcntl  # Unix only; the rest of the library does without
+    import filelock
 
+    lock = filelock.FileLock(path / ".lock")
     try:
-        descriptor = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
-    except OSError as error:
-        reason = error.strerror or error
-        raise InputError(
-            f"the {description} {path} cannot be read ({reason}); use another folder"
-        ) from error
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError as error:
-        os.close(descriptor)
+        lock.acquire(blocking=False)
+    except filelock.Timeout as error:
         raise InputError(
             f"the {description} {path} is in use by another run; wait until it ends, or use "
             "another folder"
         ) from error
-    except OSError:
-        pass  # no locks on this file system
-    return descriptor
+    except (OSError, NotImplementedError) as error:
+        reason = getattr(error, "strerror", None) or error
+        raise InputError(
+            f"the {description} {path} cannot be locked ({reason}); use another folder"
+        ) from error
+    return lock
 
 
 def write_atomically(path: Path, content: bytes, *, sync_folder: bool = False) -> None:

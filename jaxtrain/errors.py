@@ -10,10 +10,24 @@ class InputError(ValueError):
     """An argument or a file is not what was expected.
 
     The message names the argument or file, its value, what was expected, and how to fix it.
+
+    Attributes:
+      argument: the name of the function argument that is wrong, or None.
     """
 
-    def __init__(self, message: str) -> None:
+    def __init__(self, message: str, argument: str | None = None) -> None:
+        self.argument = argument
         super().__init__(printable(message))
+
+
+class MissingExtraError(InputError, ImportError):
+    """A feature needs a package that an extra of jaxtrain installs."""
+
+    def __init__(self, package: str, extra: str) -> None:
+        super().__init__(
+            f"the package {package} is not installed; install it with "
+            f"pip install 'jaxtrain[{extra}]'"
+        )
 
 
 class DataUnavailableError(InputError):
@@ -80,6 +94,7 @@ class NonFiniteError(ArithmeticError):
       quantity: what became non-finite, such as "training loss", "gradient norm" or "test loss".
       value: the value it became.
       learning_rate: the rate of that step, or None if the optimizer does not record one.
+      hint: what to do if the general advice does not apply, else empty.
       history: the history of the completed epochs.
       state: the state after the last completed epoch.
     """
@@ -98,6 +113,7 @@ class NonFiniteError(ArithmeticError):
         self.quantity = quantity
         self.value = value
         self.learning_rate = learning_rate
+        self.hint = hint
         self.history: dict[str, Any] = {}
         self.state: Any = None
         where = f"after epoch {epoch}" if step is None else f"in epoch {epoch}, step {step}"

@@ -22,7 +22,7 @@ import jax.numpy as jnp
 
 import jaxtrain as jt
 from jaxtrain.checkpoint import checkpoint_path, digest
-from jaxtrain.cli.devices import cache_compilations
+from jaxtrain.cli.compilation_cache import set_up_compilation_cache
 from jaxtrain.training.events import EpochDone, Event
 
 # Epochs between two checkpoints of a watched run, and how many checkpoints it keeps.
@@ -45,7 +45,7 @@ def watch(event: Event, folder: Path) -> None:
         # A write in progress has files open. This epoch's checkpoint is yet to be written; the
         # previous write is over when only the checkpoints to keep are left.
         kept = [checkpoint_path(folder, event.epoch - back * EVERY) for back in range(1, KEEP + 1)]
-        while set(folder.iterdir()) != set(kept):
+        while set(folder.glob("[!.]*")) != set(kept):
             time.sleep(0.001)
         gc.collect()
         pages = int(Path("/proc/self/statm").read_text().split()[1])
@@ -84,5 +84,5 @@ def run(folder: str, epochs: int, *, plain: bool = False, watched: bool = False)
 
 if __name__ == "__main__":
     flags = sys.argv[3:]
-    cache_compilations()
+    set_up_compilation_cache(True)
     print(run(sys.argv[1], int(sys.argv[2]), plain="--plain" in flags, watched="--watch" in flags))

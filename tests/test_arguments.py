@@ -8,7 +8,7 @@ import pytest
 
 import jaxtrain as jt
 from jaxtrain._arguments import check_integer, check_key
-from jaxtrain.cli.command import seed_key
+from jaxtrain.cli.flags import seed_key
 from jaxtrain.dataset import check_dataset
 from jaxtrain.training.step import metric_items
 

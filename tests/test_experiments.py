@@ -32,7 +32,8 @@ from experiments import (
     mnist,
     optimizers,
 )
-from jaxtrain.cli import command, tables
+from jaxtrain.cli import tables
+from jaxtrain.cli.flags import Safety, TrainingFlags
 from jaxtrain.cli.runs import RunFolder
 
 ROOT = Path(__file__).parents[1]
@@ -91,7 +92,7 @@ def test_linear_regression(environment, tmp_path: Path) -> None:
     assert "│ 0.6990, true 0.7" in result.stdout
     assert "epoch 10:  train loss 0.209192  test loss 0.359826" in result.stderr
     assert "\x1b" not in result.stdout + result.stderr
-    assert {path.name for path in folder.iterdir()} == {
+    assert {path.name for path in folder.glob("[!.]*")} == {
         *("config.json", "summary.json", "history.csv", "model.safetensors"),
         *("learning_curves.png", "fit.png", "last_epochs.png"),
     }
@@ -112,7 +113,7 @@ def test_mnist_without_network_trains_on_digits_and_says_so(environment, tmp_pat
     assert "$JAXTRAIN_DATA_DIR" in result.stderr
     assert "epoch 60:" in result.stderr
     assert "digits (this is not MNIST)" in result.stdout
-    assert {path.name for path in folder.iterdir()} == {
+    assert {path.name for path in folder.glob("[!.]*")} == {
         *("config.json", "summary.json", "history.csv", "model.safetensors"),
         *("learning_curves.png", "predictions.png", "confusion_matrix.png"),
     }
@@ -251,18 +252,18 @@ def test_ctrl_c_ends_with_one_line_and_keeps_the_completed_epochs(
         assert f"the completed epochs ({count}) are in {folder}/history.csv" in last
     elif "compiled in" not in rest:  # as on any but a much faster machine
         assert last == "interrupted"
-        assert list(folder.iterdir()) == []
+        assert [path.name for path in folder.iterdir()] == [".lock"]
 
 
 def test_an_error_leaves_the_results_of_an_earlier_run(environment, tmp_path: Path) -> None:
     folder = tmp_path / "out"
     run(environment, "linear_regression", "--epochs", 5, "--output-dir", folder)
-    before = {path.name: path.read_bytes() for path in folder.iterdir()}
+    before = {path.name: path.read_bytes() for path in folder.glob("[!.]*")}
     assert "summary.json" in before
     again = ("--output-dir", folder, "--overwrite")
     result = run(environment, "linear_regression", "--epochs", -1, *again)
     assert_one_line_error(result, "epochs is -1")
-    assert {path.name: path.read_bytes() for path in folder.iterdir()} == before
+    assert {path.name: path.read_bytes() for path in folder.glob("[!.]*")} == before
 
 
 def test_a_terminal_shows_a_progress_bar(environment, tmp_path: Path) -> None:
@@ -320,7 +321,9 @@ QUICK = [
     ("script", "flags", "pictures"), QUICK, ids=lambda value: getattr(value, "__name__", "")
 )
 def test_tutorials_reach_their_figures(script, flags, pictures, tmp_path, capsys) -> None:
-    summary = script.run(script.Config(**flags, log_interval=0, output_dir=tmp_path))
+    if issubclass(script.Config, TrainingFlags):
+        flags = {"log_interval": 0, **flags}
+    summary = script.run(script.Config(**flags, output_dir=tmp_path))
     disagreeing = [row for row in summary["figures"] if not tables.Comparison(**row).agrees]
     assert not disagreeing
     if "optimizer" not in flags and "loss" not in flags and script is not loss_landscape:
@@ -338,21 +341,21 @@ def test_tutorials_reach_their_figures(script, flags, pictures, tmp_path, capsys
 @pytest.mark.parametrize(
     ("script", "flags", "message"),
     [
-        (learning_rate, {"learning_rates": ()}, "learning_rates is empty"),
+        (learning_rate, {"learning_rates": ()}, "--learning-rates is empty"),
         (learning_rate, {"learning_rates": (0.1, -1.0)}, r"learning_rate is -1\.0"),
         (optimizers, {"epochs": 0}, "epochs is 0"),
         (optimizers, {"sweep_epochs": 0}, "sweep_epochs is 0"),
         (minibatch_regression, {"epochs": -1}, "epochs is -1"),
         (minibatch_regression, {"optimizer": "lbfgs"}, "line search"),
         (mnist, {"dataset": "digits", "optimizer": "lbfgs"}, "expected --dropout 0"),
-        (mnist, {"dataset": "digits", "patience": 3}, "early_stopping monitors 'validation_loss'"),
+        (mnist, {"dataset": "digits", "patience": 3}, "--patience is 3 without validation data"),
         (mnist, {"dataset": "digits", "validation": 1.5}, r"fraction is 1\.5"),
         (linear_regression, {"log_interval": -1}, "log_interval is -1"),
     ],
 )
 def test_flags_out_of_range_are_named(script, flags, message, tmp_path: Path) -> None:
     with pytest.raises(jt.InputError, match=message):
-        script.run(script.Config(**{"log_interval": 0, **flags}, output_dir=tmp_path))
+        script.run(script.Config(**flags, output_dir=tmp_path))
 
 
 def test_rates_that_all_diverge_are_drawn_as_diverging(tmp_path: Path) -> None:
@@ -435,7 +438,7 @@ def test_help_names_every_flag(environment, script) -> None:
     assert result.returncode == 0
     fields = {field.name for field in dataclasses.fields(script.Config)}
     if "safety" in fields:  # a group of flags without a prefix
-        fields |= {field.name for field in dataclasses.fields(command.Safety)}
+        fields |= {field.name for field in dataclasses.fields(Safety)}
     for name in fields - {"safety"}:
         assert re.search(rf"--{name.replace('_', '-')}\b", result.stdout)
 

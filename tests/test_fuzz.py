@@ -19,7 +19,8 @@ from hypothesis import strategies as st
 import jaxtrain as jt
 from experiments.minibatch_regression import Config
 from jaxtrain.checkpoint import checkpoint_path
-from jaxtrain.cli.command import Safety
+from jaxtrain.cli.flags import Safety
+from jaxtrain.cli.resuming import resumes
 from jaxtrain.cli.runs import RunFolder
 from jaxtrain.data import read_idx
 from tests.test_idx import encode, header
@@ -124,7 +125,7 @@ def test_results_of_an_earlier_run(tmp_path: Path, content: bytes) -> None:
     for name in ("summary.json", "config.json"):
         (folder / name).write_bytes(content)
     safety = Safety(checkpoint_dir=tmp_path / "checkpoints")
-    assert safety.resumes(Config(output_dir=folder, safety=safety)) is False
+    assert resumes(Config(output_dir=folder, safety=safety)) is False
     (folder / "notes.txt").write_text("mine")
     RunFolder(folder, Safety(), overwrite=True).start()
     assert (folder / "notes.txt").read_text() == "mine"

@@ -74,11 +74,11 @@ PACKED = gzip.compress(GOOD)
         (GOOD + b"x", "has trailing bytes after the 24 bytes"),
         (gzip.compress(GOOD[:-1]), "is truncated: 23 of the 24 bytes"),
         (gzip.compress(GOOD + b"x"), "has trailing bytes"),
-        (PACKED[: len(PACKED) // 2], "is not a whole gzip file"),
-        (PACKED[:-4], "is not a whole gzip file"),
-        (PACKED[:20] + b"\xff" + PACKED[21:], "is not a whole gzip file"),
-        (PACKED + b"junk", "is not a whole gzip file"),
-        (encode(IMAGES)[:4] + b"\xff" * 12, "is truncated: its header promises"),
+        (PACKED[: len(PACKED) // 2], "is not a complete gzip file"),
+        (PACKED[:-4], "is not a complete gzip file"),
+        (PACKED[:20] + b"\xff" + PACKED[21:], "is not a complete gzip file"),
+        (PACKED + b"junk", "is not a complete gzip file"),
+        (encode(IMAGES)[:4] + b"\xff" * 12, "is truncated: its header declares"),
     ],
     ids=lambda value: value if isinstance(value, str) else "",  # gzip writes the time
 )

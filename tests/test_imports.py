@@ -12,7 +12,7 @@ PACKAGE = Path(__file__).parents[1] / "jaxtrain"
 HEAVY = {
     *("matplotlib", "sklearn", "tensorflow_datasets", "tensorflow", "requests", "platformdirs"),
     *("tyro", "torch", "beartype", "pytest", "hypothesis", "pandas", "rich", "equinox"),
-    *("orbax", "safetensors"),
+    *("orbax", "safetensors", "filelock", "IPython"),
 }
 
 
@@ -38,6 +38,7 @@ def test_importing_it_loads_nothing_heavy() -> None:
 ORDER = [
     *(
         "errors",
+        "_extras",
         "_versions",
         "_arguments",
         "_files",

@@ -23,8 +23,8 @@ import jaxtrain as jt
 from experiments import gradient_descent, linear_regression, optimizers
 from jaxtrain._files import PART, lock_folder
 from jaxtrain.checkpoint import checkpoint_path, list_epochs, verify
-from jaxtrain.cli import command
-from jaxtrain.cli.command import Safety
+from jaxtrain.cli.flags import Safety
+from jaxtrain.cli.resuming import fit_options, resumes
 from jaxtrain.cli.runs import RunFolder
 from jaxtrain.errors import recovery_notes
 
@@ -262,7 +262,7 @@ def test_checkpoints_that_another_run_is_using_are_not_removed(tmp_path: Path) -
         with pytest.raises(jt.InputError, match="in use by another run"):
             linear_regression.run(config(0.1))
     finally:
-        os.close(lock)
+        lock.release()
     assert list_epochs(tmp_path / "c") == [1]
 
 
@@ -277,20 +277,20 @@ def test_results_of_another_run_are_recognized(tmp_path: Path) -> None:
         )
 
     linear_regression.run(config(tmp_path / "checkpoints", learning_rate=0.1))
-    assert command.output_folder(config(tmp_path / "checkpoints", learning_rate=0.1))
-    assert command.output_folder(config(tmp_path / "out" / ".." / "checkpoints", learning_rate=0.1))
+    assert resumes(config(tmp_path / "checkpoints", learning_rate=0.1))
+    assert resumes(config(tmp_path / "out" / ".." / "checkpoints", learning_rate=0.1))
     with pytest.raises(jt.InputError, match=r"another run: learning_rate was 0\.1 and is now 0\.2"):
-        command.output_folder(config(tmp_path / "checkpoints", learning_rate=0.2))
+        resumes(config(tmp_path / "checkpoints", learning_rate=0.2))
 
 
 def test_required_applies_to_all_parts_together(tmp_path: Path) -> None:
     """Interrupted in the first of two descents, a run has no checkpoint of the second yet."""
     safety = Safety(checkpoint_dir=tmp_path / "c", resume="required")
     config = gradient_descent.Config(epochs=2, log_interval=0, output_dir=tmp_path, safety=safety)
-    assert safety.fit_options(config, part="batch")["checkpoint"].resume == "required"
+    assert fit_options(config, part="batch")["checkpoint"].resume == "required"
     (tmp_path / "c" / "batch").mkdir(parents=True)
     checkpoint_path(tmp_path / "c" / "batch", 1).touch()
-    assert safety.fit_options(config, part="stochastic")["checkpoint"].resume == "auto"
+    assert fit_options(config, part="stochastic")["checkpoint"].resume == "auto"
 
 
 def test_a_second_process_is_refused(environment, tmp_path: Path) -> None:
@@ -320,10 +320,11 @@ def test_a_second_process_is_refused(environment, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("script", "flags"), [("linear_regression", ("--epochs", 5)), ("losses", ())]
+    ("script", "flags"),
+    [("linear_regression", ("--epochs", 5, "--log-interval", 0)), ("losses", ())],
 )
 def test_a_finished_run_is_not_overwritten(environment, tmp_path: Path, script, flags) -> None:
-    command = (f"experiments/{script}.py", *flags, "--log-interval", 0, "--output-dir", tmp_path)
+    command = (f"experiments/{script}.py", *flags, "--output-dir", tmp_path)
     run(environment, *command)
     before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
     _, err = run(environment, *command, expect=1)

@@ -101,7 +101,7 @@ class CheckpointStore:
                     os.unlink(self.path / name)  # of a process that was killed
             self._thread = concurrent.futures.ThreadPoolExecutor(1, "checkpoints")
         except BaseException:
-            os.close(self._lock)
+            self._lock.release()
             raise
         return self
 
@@ -115,7 +115,7 @@ class CheckpointStore:
                 raise
         finally:
             self._thread.shutdown()
-            os.close(self._lock)
+            self._lock.release()
             if error is not None:
                 self._add_note(error)
 

@@ -1,11 +1,9 @@
-"""Devices: where JAX computes, and where it caches what it compiled for that processor."""
+"""The device on which JAX computes."""
 
 from __future__ import annotations
 
-import hashlib
 import importlib.util
 import os
-import platform
 from pathlib import Path
 from typing import Literal
 
@@ -20,7 +18,7 @@ def select_device(device: Device) -> None:
     """Makes JAX compute on `device` (`auto`: JAX's default); call it before the first array.
 
     Raises:
-      InputError: the device is "gpu" and JAX sees none.
+      InputError: JAX has no such device.
     """
     if device == "cpu":
         jax.config.update("jax_platforms", "cpu")
@@ -33,6 +31,17 @@ def select_device(device: Device) -> None:
                 + missing_gpu_advice(has_nvidia_gpu(), has_cuda_plugin())
                 + ", or use --device cpu"
             ) from error
+    else:
+        try:
+            jax.devices()
+        except Exception as error:  # RuntimeError, or AssertionError for a missing plugin
+            platforms = os.environ.get("JAX_PLATFORMS")
+            if platforms:
+                raise InputError(
+                    f"$JAX_PLATFORMS is {platforms!r}, but JAX has no such device here; unset it, "
+                    "or use --device cpu"
+                ) from error
+            raise InputError(f"JAX has no device here ({error}); use --device cpu") from error
 
 
 def missing_gpu_advice(gpu: bool, plugin: bool) -> str:
@@ -59,51 +68,3 @@ def has_nvidia_gpu() -> bool:
 def has_cuda_plugin() -> bool:
     """Returns whether JAX's CUDA plugin is installed, for any CUDA version."""
     return any(importlib.util.find_spec(f"jax_cuda{version}_plugin") for version in (12, 13))
-
-
-def set_up_jax(device: Device, compilation_cache: bool) -> None:
-    """Selects the device and caches compilations; call it before the first array.
-
-    Raises:
-      InputError: the device is "gpu" and JAX sees none.
-    """
-    select_device(device)
-    jax.config.update("jax_enable_compilation_cache", compilation_cache)
-    if compilation_cache:
-        cache_compilations()
-
-
-def cache_compilations() -> None:
-    """Keeps compiled programs for the next process, in JAX's persistent cache.
-
-    The cache lies in $JAX_COMPILATION_CACHE_DIR, or else in the user's cache folder, in one
-    subfolder per kind of processor, since programs contain machine code. A folder that cannot be
-    written is not used. The cache may be deleted at any time.
-    """
-    from platformdirs import user_cache_path
-
-    if jax.config.jax_compilation_cache_dir is None:  # type: ignore[attr-defined]
-        folder = user_cache_path("jaxtrain") / "compiled" / _processor_kind()
-        try:
-            folder.mkdir(parents=True, exist_ok=True)
-        except OSError:
-            return
-        if not os.access(folder, os.W_OK):
-            return
-        jax.config.update("jax_compilation_cache_dir", str(folder))
-    if "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS" not in os.environ:
-        # By default JAX caches only what took a second to compile; most programs here take less.
-        jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.05)
-
-
-def _processor_kind() -> str:
-    """Returns a name shared by processors that run the same machine code."""
-    features = platform.processor()
-    info = Path("/proc/cpuinfo")
-    if info.exists():
-        lines = info.read_text().splitlines()
-        features = next(
-            (line for line in lines if line.startswith(("flags", "Features"))), features
-        )
-    digest = hashlib.sha256(features.encode()).hexdigest()[:12]
-    return f"{platform.machine()}-{digest}"

@@ -1,23 +1,29 @@
 """Pictures of a run, as matplotlib figures.
 
 The colours are those of Okabe and Ito (https://jfly.uni-koeln.de/color/), which colour-blind
-readers can tell apart; line styles and markers differ too, for print in grey.
+readers can tell apart; line styles and markers also differ, for printing in grey.
 """
 
 from __future__ import annotations
 
 import math
+import os
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
-from matplotlib.axes import Axes
-from matplotlib.figure import Figure
-from matplotlib.ticker import MaxNLocator, PercentFormatter
 from numpy.typing import ArrayLike
 
+from jaxtrain._extras import needs_extra
 from jaxtrain.dataset import Dataset
 from jaxtrain.training.history import History
+
+# Figures are drawn into files. matplotlib would refuse an unknown backend even so.
+os.environ["MPLBACKEND"] = "agg"
+with needs_extra("experiments"):
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure as Figure
+    from matplotlib.ticker import MaxNLocator, PercentFormatter
 
 BLUE, VERMILION, GREEN, GREY = "#0072B2", "#D55E00", "#009E73", "#999999"
 ORANGE, SKY, PURPLE, YELLOW = "#E69F00", "#56B4E9", "#CC79A7", "#F0E442"

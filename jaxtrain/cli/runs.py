@@ -10,7 +10,7 @@ import math
 import os
 import stat
 import time
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -19,6 +19,7 @@ import numpy as np
 
 from jaxtrain._files import PART, lock_folder, make_folder, read_regular_file, write_atomically
 from jaxtrain._versions import device_name, versions
+from jaxtrain.cli.tables import Comparison
 from jaxtrain.errors import InputError, StorageError, add_recovery_note
 from jaxtrain.export import save_params
 from jaxtrain.training.events import Compiled, EpochDone, Event, Resumed
@@ -95,7 +96,7 @@ class RunFolder:
                 if _is_regular_file(leftover):
                     remove_file(leftover)
         except BaseException:
-            os.close(self._lock)
+            self._lock.release()
             raise
         return self
 
@@ -113,7 +114,7 @@ class RunFolder:
             if error is None:
                 raise
         finally:
-            os.close(self._lock)
+            self._lock.release()
 
     def start(self) -> None:
         """Removes the results of an earlier run and writes `config.json`.
@@ -152,12 +153,20 @@ class RunFolder:
             if time.perf_counter() - self._history_written > 1:
                 self._write_history()
 
-    def write_summary(self, **summary: Any) -> dict[str, Any]:
-        """Writes `summary.json`: these entries, and the times, device and versions of the run.
+    def write_summary(
+        self, *, figures: Iterable[Comparison] | None = None, **summary: Any
+    ) -> dict[str, Any]:
+        """Writes `summary.json`.
+
+        Args:
+          figures: the original's figures beside ours, if there are any.
+          summary: further entries. The times, device and versions of the run are added.
 
         Returns:
-          All that was written.
+          All entries.
         """
+        if figures is not None:
+            summary["figures"] = [figure._asdict() for figure in figures]
         entries = {
             **summary,
             "device": device_name(),

@@ -1,4 +1,4 @@
-"""Signals: Ctrl-C and SIGTERM as exceptions that are raised once and are not lost.
+"""Signals: Ctrl-C, SIGTERM and SIGHUP as exceptions that are raised once and are not lost.
 
 The exception is raised at once, not left to a flag that the loop polls: an XLA compilation, or a
 compiled chunk of steps that takes a second, could not be interrupted by a flag.
@@ -15,10 +15,24 @@ from typing import Any
 
 
 class Terminated(BaseException):
-    """The process was asked to end by SIGTERM."""
+    """The process was asked to end: SIGTERM."""
 
 
-_EXCEPTIONS = {signal.SIGINT: KeyboardInterrupt, signal.SIGTERM: Terminated}
+class TerminalClosed(BaseException):
+    """The terminal of the process was closed: SIGHUP."""
+
+
+_EXCEPTIONS = {
+    signal.SIGINT: KeyboardInterrupt,
+    signal.SIGTERM: Terminated,
+    signal.SIGHUP: TerminalClosed,
+}
+# What a script prints last.
+WORDS = {
+    KeyboardInterrupt: "interrupted",
+    Terminated: "terminated",
+    TerminalClosed: "terminal closed",
+}
 # 128 + the signal's number, as shells report it.
 EXIT_STATUS = {kind: 128 + number for number, kind in _EXCEPTIONS.items()}
 
@@ -32,9 +46,13 @@ _raised_at: list[float] = []
 
 
 def raise_on_signals() -> None:
-    """Makes signals raise KeyboardInterrupt and Terminated in the main thread from now on."""
+    """Makes signals raise their exceptions in the main thread from now on.
+
+    SIGHUP stays ignored where it is, as `nohup` does.
+    """
     for number in _EXCEPTIONS:
-        signal.signal(number, _raise_once)
+        if number != signal.SIGHUP or signal.getsignal(number) != signal.SIG_IGN:
+            signal.signal(number, _raise_once)
     sys.unraisablehook = _report_unless_ours
 
 

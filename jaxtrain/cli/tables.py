@@ -6,6 +6,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import NamedTuple
 
+from jaxtrain.cli.terminal import make_console
 from jaxtrain.errors import printable
 
 
@@ -40,7 +41,6 @@ def comparison_rows(comparisons: Iterable[Comparison]) -> Iterator[tuple[str, st
 
 def print_comparisons(title: str, comparisons: Iterable[Comparison], output_dir: Path) -> None:
     """Prints the table of figures, if any, and as the last line the folder of the results."""
-    from rich.console import Console
     from rich.table import Table
 
     table = Table(title=title, title_justify="left")
@@ -50,7 +50,7 @@ def print_comparisons(title: str, comparisons: Iterable[Comparison], output_dir:
     for row in comparison_rows(comparisons):
         table.add_row(*row)
     if table.row_count:
-        Console(highlight=False).print(table)
+        make_console().print(table)
     print_results_folder(output_dir)
 
 
@@ -62,13 +62,12 @@ def print_summary(title: str, rows: Mapping[str, str], output_dir: Path) -> None
 
 def print_table(title: str, rows: Mapping[str, str]) -> None:
     """Prints names and values on stdout."""
-    from rich.console import Console
     from rich.table import Table
 
     table = Table(title=title, show_header=False, title_justify="left")
     for name, value in rows.items():
         table.add_row(name, value)
-    Console(highlight=False).print(table)
+    make_console().print(table)
 
 
 def print_results_folder(output_dir: Path) -> None:

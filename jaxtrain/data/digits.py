@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
+from jaxtrain._extras import needs_extra
 from jaxtrain.data.idx import Images
 
 # A fixed split, so that accuracies can be compared between runs and machines.
@@ -21,8 +22,9 @@ def load_digits() -> tuple[Images, Images]:
       (images, labels) for training (1,437) and testing (360), stratified by class: images uint8
       [examples, 28, 28], labels int32 [examples].
     """
-    from sklearn.datasets import load_digits as load_sklearn_digits
-    from sklearn.model_selection import train_test_split
+    with needs_extra("data"):
+        from sklearn.datasets import load_digits as load_sklearn_digits
+        from sklearn.model_selection import train_test_split
 
     bunch = load_sklearn_digits()
     images = np.rint(bunch.images * (255 / 16)).astype(np.uint8)

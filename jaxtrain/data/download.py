@@ -1,4 +1,4 @@
-"""Downloads of single files, bounded in time and size, verified by checksum, never incomplete."""
+"""Downloads of single files, limited in time and size and verified by checksum."""
 
 from __future__ import annotations
 
@@ -15,32 +15,32 @@ from urllib.parse import urljoin, urlsplit
 ANSWER_SECONDS = 6.0
 _SILENCE_SECONDS = 10.0
 # Time limit of a download: a constant, plus time in proportion to the size of the file.
-_LEAST_SECONDS = 30.0
-_SLOWEST_BYTES_PER_SECOND = 20_000
+_MIN_SECONDS = 30.0
+_MIN_BYTES_PER_SECOND = 20_000
 
 _CHUNK_BYTES = 1 << 16
-_MOST_REDIRECTIONS = 5
+_MAX_REDIRECTIONS = 5
 _calls = itertools.count()
 
 
 class DownloadError(Exception):
-    """A file could not be downloaded; the message says which and why."""
+    """A file could not be downloaded."""
 
 
 def fetch(url: str, path: Path, size: int, sha256: str) -> None:
     """Downloads a file.
 
     Args:
-      url: http or https; redirections are followed to these only.
-      path: where it is written; there is no file if the download fails.
-      size: its length in bytes; a server that sends more is disconnected.
-      sha256: its checksum.
+      url: the address, http or https; redirections to other schemes are refused.
+      path: the file to write; it does not exist if the download fails.
+      size: the expected size in bytes; a server that sends more is disconnected.
+      sha256: the expected checksum.
 
     Raises:
-      DownloadError: the server cannot be reached, refuses, disconnects, is too slow, or sends
-        something else; or the file cannot be written.
+      DownloadError: the server cannot be reached, refuses, disconnects, is too slow or sends
+        another file; or the file cannot be written.
     """
-    limit = _LEAST_SECONDS + size / _SLOWEST_BYTES_PER_SECOND
+    limit = _MIN_SECONDS + size / _MIN_BYTES_PER_SECOND
     outcome: list[BaseException | None] = []
     given_up = threading.Event()
     # A unique name: an abandoned thread may still write to it before it cleans up.
@@ -65,9 +65,9 @@ def fetch(url: str, path: Path, size: int, sha256: str) -> None:
         failure = (
             outcome[0]
             if outcome
-            else DownloadError(f"{url} is too slow: no whole answer in {limit:.0f} s")
+            else DownloadError(f"{url} is too slow: no complete answer in {limit:.0f} s")
         )
-        if failure is not None:  # too slow, or Ctrl-C, among others
+        if failure is not None:  # also after Ctrl-C
             given_up.set()
             part.unlink(missing_ok=True)
     try:
@@ -77,7 +77,7 @@ def fetch(url: str, path: Path, size: int, sha256: str) -> None:
         failure = error
     if isinstance(failure, DownloadError):
         raise failure
-    if failure is not None:  # of requests, urllib3, http.client, or the disk
+    if failure is not None:  # an error of requests, urllib3, http.client, or the disk
         raise DownloadError(f"{url}: {describe(failure)}") from failure
 
 
@@ -86,7 +86,7 @@ def _fetch(url: str, path: Path, size: int, sha256: str, limit: float) -> None:
     found, received = hashlib.sha256(), 0
     with _open(url) as response, path.open("wb") as file:
         response.raise_for_status()
-        # Reads what has arrived, be it one byte: waiting for more would hide a slow server.
+        # Reads what has arrived, even one byte: waiting for more would hide a slow server.
         while chunk := response.raw.read1(_CHUNK_BYTES, decode_content=True):
             received += len(chunk)
             if received > size:
@@ -98,39 +98,39 @@ def _fetch(url: str, path: Path, size: int, sha256: str, limit: float) -> None:
             file.write(chunk)
             found.update(chunk)
     if received < size:
-        raise DownloadError(f"{url} broke off: {received} of {size} bytes")
+        raise DownloadError(f"{url} disconnected after {received} of {size} bytes")
     if found.hexdigest() != sha256:
         raise DownloadError(
-            f"{url} sends another file than the published one: its checksum is "
-            f"{found.hexdigest()}, not {sha256}; what was sent is removed"
+            f"{url} sends a file with the checksum {found.hexdigest()} instead of {sha256}; the "
+            "file was removed"
         )
 
 
 def _open(url: str) -> Any:
-    """Returns the response after redirections, whose bodies are not read."""
+    """Returns the response after following redirections, whose bodies are not read."""
     import requests
 
-    session, place = requests.Session(), url
-    for _ in range(_MOST_REDIRECTIONS + 1):
-        request = session.prepare_request(requests.Request("GET", place))
-        settings = session.merge_environment_settings(place, {}, True, None, None)
+    session, address = requests.Session(), url
+    for _ in range(_MAX_REDIRECTIONS + 1):
+        request = session.prepare_request(requests.Request("GET", address))
+        settings = session.merge_environment_settings(address, {}, True, None, None)
         # Through the adapter, since a session would read the body of a redirection, however long.
-        response = session.get_adapter(place).send(
+        response = session.get_adapter(address).send(
             request, timeout=(ANSWER_SECONDS, _SILENCE_SECONDS), **settings
         )
         if not response.is_redirect:
             return response
         response.close()
-        place = urljoin(place, response.headers["location"])
-        if urlsplit(place).scheme not in ("http", "https"):
-            raise DownloadError(f"{url} leads to {place}, an address that is none of the web")
-    raise DownloadError(f"{url} leads on and on, more than {_MOST_REDIRECTIONS} times")
+        address = urljoin(address, response.headers["location"])
+        if urlsplit(address).scheme not in ("http", "https"):
+            raise DownloadError(f"{url} redirects to {address}; expected http or https")
+    raise DownloadError(f"{url} redirects more than {_MAX_REDIRECTIONS} times")
 
 
 def check_reachable(url: str) -> None:
     """Raises DownloadError within seconds if the server does not answer.
 
-    Runs in a thread, since a name look-up can take longer than any timeout of the request.
+    Runs in a thread, since a DNS lookup can take longer than any timeout of the request.
     """
     import requests
 
@@ -157,13 +157,13 @@ def describe(error: BaseException) -> str:
     import urllib3
 
     if isinstance(error, requests.HTTPError) and error.response is not None:
-        return f"the server says {error.response.status_code} {error.response.reason}"
+        return f"the server answered {error.response.status_code} {error.response.reason}"
     if isinstance(error, requests.exceptions.ProxyError):
         return "the proxy cannot be reached or refuses (see $https_proxy and $http_proxy)"
     if isinstance(error, (requests.exceptions.Timeout, urllib3.exceptions.TimeoutError)):
         return "no answer in time"
     if isinstance(error, urllib3.exceptions.ProtocolError):
-        return "the connection broke off"
+        return "the connection was lost"
     if isinstance(error, OSError) and error.strerror:
         return error.strerror
     return type(error).__name__

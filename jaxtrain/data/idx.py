@@ -57,13 +57,13 @@ def read_idx(path: str | os.PathLike[str]) -> np.ndarray:
             return _read_stream(stream, path, size)
     except (gzip.BadGzipFile, EOFError, zlib.error) as error:
         raise InputError(
-            f"{path} is not a whole gzip file ({error}); download or copy it again"
+            f"{path} is not a complete gzip file ({error}); download or copy it again"
         ) from error
     except OSError as error:
         raise InputError(f"{path} cannot be read: {error.strerror or error}") from error
 
 
-def _read_stream(stream: io.BufferedIOBase, path: Path, most_bytes: int) -> np.ndarray:
+def _read_stream(stream: io.BufferedIOBase, path: Path, max_bytes: int) -> np.ndarray:
     magic = stream.read(4)
     if len(magic) < 4 or magic[:2] != b"\0\0" or magic[2] not in _DTYPES:
         raise InputError(
@@ -78,9 +78,9 @@ def _read_stream(stream: io.BufferedIOBase, path: Path, most_bytes: int) -> np.n
         )
     shape = tuple(int(length) for length in np.frombuffer(header, ">u4"))
     expected = math.prod(shape) * dtype.itemsize
-    if expected > most_bytes:
+    if expected > max_bytes:
         raise InputError(
-            f"{path} is truncated: its header promises {expected} bytes of data for shape "
+            f"{path} is truncated: its header declares {expected} bytes of data for shape "
             f"{shape}, more than a file of this size can hold"
         )
     payload = bytearray()
@@ -93,12 +93,12 @@ def _read_stream(stream: io.BufferedIOBase, path: Path, most_bytes: int) -> np.n
     if len(payload) < expected:
         raise InputError(
             f"{path} is truncated: {len(payload)} of the {expected} bytes of data that its "
-            f"header promises for shape {shape}"
+            f"header declares for shape {shape}"
         )
     if len(payload) > expected:
         raise InputError(
             f"{path} has trailing bytes after the {expected} bytes of data that its header "
-            f"promises for shape {shape}"
+            f"declares for shape {shape}"
         )
     try:
         array = np.frombuffer(payload, dtype).reshape(shape)

@@ -1,4 +1,4 @@
-"""MNIST and data sets in the same format: found on disk, or downloaded once."""
+"""MNIST and data sets in its format, read from disk or downloaded once."""
 
 from __future__ import annotations
 
@@ -11,11 +11,12 @@ from pathlib import Path
 
 import numpy as np
 
+from jaxtrain._extras import needs_extra
 from jaxtrain.data.download import DownloadError, check_reachable, fetch
 from jaxtrain.data.idx import Images, read_idx
 from jaxtrain.errors import DataUnavailableError, InputError
 
-# Data set -> the builder in TensorFlow Datasets that has its address and checksums.
+# Data set -> the builder in TensorFlow Datasets that registers its URL and checksums.
 BUILDERS = {"mnist": "MNIST", "fashion_mnist": "FashionMNIST", "kmnist": "KMNIST"}
 
 FILES = {
@@ -25,7 +26,7 @@ FILES = {
 CLASSES = 10
 DATA_DIR_VARIABLE = "JAXTRAIN_DATA_DIR"
 
-# Folder of files until all four are complete; abandoned if older than any download can take.
+# Prefix of the folder of an unfinished download; abandoned if older than any download can take.
 _SCRATCH = "download-"
 _ABANDONED_SECONDS = 2 * 60 * 60
 
@@ -48,8 +49,8 @@ def load_mnist(name: str, data_dir: str | os.PathLike[str] | None = None) -> tup
 def locate_files(name: str, data_dir: str | os.PathLike[str] | None = None) -> Path:
     """Returns the folder of the data set's four IDX files, plain or `.gz`.
 
-    Searches `data_dir` (or `$JAXTRAIN_DATA_DIR`): its subfolder `name` first, then the folder
-    itself; then the user's cache folder. If the files are nowhere, downloads them to the cache.
+    Searches the subfolder `name` of `data_dir` (or `$JAXTRAIN_DATA_DIR`), then the folder itself,
+    then the user's cache folder. If no folder has the files, downloads them to the cache.
 
     Raises:
       InputError: some of the four files are missing.
@@ -60,22 +61,25 @@ def locate_files(name: str, data_dir: str | os.PathLike[str] | None = None) -> P
     try:
         if given and not Path(given).expanduser().is_dir():
             raise InputError(
-                f"the data folder {given} is not a folder; expected one that holds the files of "
-                f"{name}, given as data_dir or ${DATA_DIR_VARIABLE}"
+                f"the data folder {given} is not a folder; expected one that contains the files "
+                f"of {name}, given as data_dir or ${DATA_DIR_VARIABLE}",
+                argument="data_dir",
             )
         if given:
             folder = _find_folder(name, Path(given).expanduser())
     except (OSError, RuntimeError) as error:  # No permission, a name too long, no such user, …
         raise InputError(
             f"the data folder {given} cannot be read ({error}); expected a folder of IDX files, "
-            f"given as data_dir or ${DATA_DIR_VARIABLE}"
+            f"given as data_dir or ${DATA_DIR_VARIABLE}",
+            argument="data_dir",
         ) from error
     return folder or _find_folder(name, cache_dir()) or _download(name, given)
 
 
 def cache_dir() -> Path:
     """Returns the user's cache folder for downloads (`$XDG_CACHE_HOME/jaxtrain` on Linux)."""
-    from platformdirs import user_cache_path
+    with needs_extra("data"):
+        from platformdirs import user_cache_path
 
     return user_cache_path("jaxtrain") / "data"
 
@@ -89,7 +93,7 @@ def _find_folder(name: str, data_dir: Path) -> Path | None:
     """Returns the folder that has the data set's four files, or None if there are no such files."""
     folders = [data_dir / name]
     if data_dir.name not in BUILDERS or data_dir.name == name:
-        # A folder named after one data set is not searched for another: all name files alike.
+        # A folder named after one data set is not searched for another: the file names are equal.
         folders.append(data_dir)
     files = [file for pair in FILES.values() for file in pair]
     for folder in folders:
@@ -98,8 +102,9 @@ def _find_folder(name: str, data_dir: Path) -> Path | None:
             return folder
         if len(missing) < len(files):
             raise InputError(
-                f"{folder} holds some of {name}'s four files but not {', '.join(missing)} "
-                "(plain or .gz); add them, or use another data_dir"
+                f"{folder} contains some of {name}'s four files but not {', '.join(missing)} "
+                "(plain or .gz); add them, or use another data_dir",
+                argument="data_dir",
             )
     return None
 
@@ -111,37 +116,37 @@ def _read_split(folder: Path, split: str) -> Images:
     images, labels = read_idx(image_path), read_idx(label_path)
     if images.ndim != 3 or images.shape[1:] != (28, 28) or images.dtype != np.uint8:
         raise InputError(
-            f"{image_path} holds {images.dtype} values of shape {images.shape}; expected uint8 "
+            f"{image_path} contains {images.dtype} values of shape {images.shape}; expected uint8 "
             "images of shape [examples, 28, 28]"
         )
     if labels.ndim != 1 or labels.dtype != np.uint8:
         raise InputError(
-            f"{label_path} holds {labels.dtype} values of shape {labels.shape}; expected uint8 "
+            f"{label_path} contains {labels.dtype} values of shape {labels.shape}; expected uint8 "
             "labels of shape [examples]"
         )
     if len(images) != len(labels):
         raise InputError(
-            f"{image_path} holds {len(images)} images but {label_path} {len(labels)} labels; "
+            f"{image_path} contains {len(images)} images and {label_path} {len(labels)} labels; "
             "expected one label per image"
         )
     if len(images) == 0:
-        raise InputError(f"{image_path} holds no images; expected at least one")
+        raise InputError(f"{image_path} contains no images; expected at least one")
     if labels.max() >= CLASSES:
         raise InputError(
-            f"{label_path} holds the label {labels.max()} (at position {labels.argmax()}); "
+            f"{label_path} contains the label {labels.max()} (at position {labels.argmax()}); "
             f"expected labels from 0 to {CLASSES - 1}"
         )
     return images, labels.astype(np.int32)
 
 
 def _download(name: str, data_dir: str | os.PathLike[str] | None) -> Path:
-    """Downloads the four files to the cache folder, with the addresses and checksums of TFDS.
+    """Downloads the four files to the cache folder, with the URLs and checksums of TFDS.
 
-    TensorFlow Datasets' own download manager has no bound on time or size, and its unpacking needs
-    TensorFlow, so that files are downloaded and parsed here. The folder gets its final name once
-    all four files are complete.
+    TensorFlow Datasets' own download manager limits neither time nor size, and needs TensorFlow to
+    read the files. The folder gets its final name once all four files are complete.
     """
-    from tensorflow_datasets.image_classification import mnist as builders
+    with needs_extra("data"):
+        from tensorflow_datasets.image_classification import mnist as builders
 
     builder = getattr(builders, BUILDERS[name])
     files = [f"{file}.gz" for pair in FILES.values() for file in pair]
@@ -172,13 +177,13 @@ def _download(name: str, data_dir: str | os.PathLike[str] | None) -> Path:
         raise DataUnavailableError(
             f"{name} is not on disk, and the cache folder {folder.parent} cannot be written "
             f"({error.strerror or error})",
-            f"let $XDG_CACHE_HOME name another, or {_remedy(name, data_dir)}",
+            f"set $XDG_CACHE_HOME to another folder, or {_remedy(name, data_dir)}",
         ) from error
     return folder
 
 
 def _remove_abandoned(folder: Path) -> None:
-    """Removes what killed processes left of their downloads."""
+    """Removes the unfinished downloads of killed processes."""
     for scratch in folder.glob(f"{_SCRATCH}*"):
         with contextlib.suppress(OSError):
             if time.time() - scratch.stat().st_mtime > _ABANDONED_SECONDS:
@@ -189,7 +194,5 @@ def _remedy(name: str, data_dir: str | os.PathLike[str] | None) -> str:
     files = ", ".join(f"{file}[.gz]" for pair in FILES.values() for file in pair)
     looked = ""
     if data_dir:
-        looked = (
-            f" (looked into {Path(data_dir) / name} and {data_dir}, where they are not {name}'s)"
-        )
-    return f"put {files} into a folder{looked} and give it as data_dir or ${DATA_DIR_VARIABLE}"
+        looked = f" ({Path(data_dir) / name} and {data_dir} do not contain them)"
+    return f"put {files} into a folder{looked} and pass it as data_dir or ${DATA_DIR_VARIABLE}"

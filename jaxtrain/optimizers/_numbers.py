@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from typing import Any, TypeAlias
 
 import jax
+import jax.numpy as jnp
 import optax
 from jaxtyping import Array, Float
 
@@ -29,9 +29,12 @@ def check_learning_rate(learning_rate: LearningRate) -> None:
 
 
 def check_not_negative(**arguments: Any) -> None:
-    """Raises InputError unless all arguments are finite and at least 0."""
+    """Raises InputError unless all arguments are at least 0, and finite in JAX's default dtype."""
+    dtype = jnp.result_type(float)
+    largest = float(jnp.finfo(dtype).max)
+    expected = f"not negative and finite in {dtype}"
     for name, value in arguments.items():
-        check_number(name, value, lambda number: 0 <= number < math.inf, "finite and not negative")
+        check_number(name, value, lambda number: 0 <= number <= largest, expected)
 
 
 def check_fractions(**arguments: tuple[Any, ...]) -> None:

@@ -11,7 +11,7 @@ from jaxtyping import Array
 
 from jaxtrain.dataset import named_arrays
 from jaxtrain.errors import NonFiniteError
-from jaxtrain.optimizers import stays_finite
+from jaxtrain.optimizers import skipped_steps, stays_finite
 from jaxtrain.training._plan import Plan, learning_rate
 from jaxtrain.training.state import TrainState
 from jaxtrain.training.step import predict_batch
@@ -34,10 +34,19 @@ def check_arrays(before: TrainState, after: TrainState, epoch: int) -> None:
             wrong = np.isfinite(old) & ~np.isfinite(new)
             if wrong.any():
                 value = float(np.asarray(new)[wrong][0].real)
-                raise NonFiniteError(epoch, None, path, value, learning_rate(after))
+                raise NonFiniteError(
+                    epoch, None, path, value, learning_rate(after), hint_for(after)
+                )
 
 
 _stays_finite = jax.jit(stays_finite)
+
+
+def hint_for(state: TrainState) -> str:
+    """Returns what to do if the optimizer already skips non-finite steps, else nothing."""
+    if skipped_steps(state.opt_state) is None:
+        return ""
+    return "try a smaller learning rate, gradient clipping or scaled inputs"
 
 
 def raise_for_steps(

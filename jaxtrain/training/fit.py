@@ -20,7 +20,7 @@ from jaxtrain.metrics import Metric
 from jaxtrain.optimizers import skipped_steps
 from jaxtrain.training._identity import check_same_run, identify
 from jaxtrain.training._memory import memory_advice
-from jaxtrain.training._nonfinite import check_arrays, raise_for_steps
+from jaxtrain.training._nonfinite import check_arrays, hint_for, raise_for_steps
 from jaxtrain.training._plan import Plan, learning_rate, make_plan
 from jaxtrain.training._validation import check_type, checked_callback, checked_state
 from jaxtrain.training.early_stopping import EarlyStopping
@@ -243,7 +243,12 @@ def _evaluate(plan: Plan, state: TrainState, epoch: int) -> dict[str, float]:
             row |= {f"{part}_{name}": float(value) for name, value in values.items()}
         if not np.isfinite(row[f"{part}_loss"]):
             raise NonFiniteError(
-                epoch, None, f"{part} loss", row[f"{part}_loss"], learning_rate(state)
+                epoch,
+                None,
+                f"{part} loss",
+                row[f"{part}_loss"],
+                learning_rate(state),
+                hint_for(state),
             )
     return row
 

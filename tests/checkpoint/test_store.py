@@ -262,7 +262,7 @@ def test_only_our_left_over_files_are_removed(tmp_path: Path) -> None:
         for epoch in (1, 2, 3):
             store.save(make_checkpoint(epoch))
     names = {path.name for path in tmp_path.iterdir()}
-    assert names == {*others, "epoch-3.safetensors"}
+    assert names == {*others, "epoch-3.safetensors", ".lock"}
     assert {(tmp_path / name).read_text() for name in others} == {"mine"}
 
 
@@ -614,11 +614,17 @@ def test_strange_folder_names_reach_no_terminal_raw(tmp_path: Path, name: str) -
         text.encode()
 
 
-def test_a_folder_that_cannot_be_read_is_named(tmp_path: Path, monkeypatch) -> None:
-    store = open_store(tmp_path / "checkpoints")
-    os.rename(tmp_path / "checkpoints", tmp_path / "elsewhere")
-    with pytest.raises(jt.InputError, match=r"checkpoint folder .* cannot be read \(No such"):
+@pytest.mark.parametrize("kind", ["folder", "link"])
+def test_a_lock_that_is_not_a_file_is_refused(tmp_path: Path, kind: str) -> None:
+    folder, elsewhere = tmp_path / "checkpoints", tmp_path / "elsewhere"
+    store = open_store(folder)
+    if kind == "folder":
+        (folder / ".lock").mkdir()
+    else:
+        (folder / ".lock").symlink_to(elsewhere)
+    with pytest.raises(jt.InputError, match=r"the checkpoint folder .* cannot be locked"):
         store.__enter__()
+    assert not elsewhere.exists()
 
 
 def test_a_record_is_plain_json(tmp_path: Path) -> None:

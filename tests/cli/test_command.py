@@ -1,4 +1,4 @@
-"""Flags: seeds, safeguards, and the flags that an error message gets."""
+"""Flags: seeds, safeguards, and the flag that an error message names."""
 
 from __future__ import annotations
 
@@ -8,8 +8,11 @@ import jax.numpy as jnp
 import pytest
 
 import jaxtrain as jt
-from experiments import mnist
-from jaxtrain.cli.command import Safety, report_errors, seed_key
+from experiments import losses, mnist
+from jaxtrain.cli.command import report_errors
+from jaxtrain.cli.flags import Safety, flag_of, seed_key, with_safeguards
+from jaxtrain.cli.resuming import fit_options
+from jaxtrain.errors import MissingExtraError
 from jaxtrain.optimizers import has_clipping, skipped_steps
 
 
@@ -21,24 +24,26 @@ def test_a_seed_that_jax_would_reduce_to_another_is_refused(seed: int) -> None:
 
 def test_flags_wrap_the_optimizer_in_safeguards() -> None:
     optimizer, params = jt.optimizers.sgd(0.1), {"w": jnp.zeros(2)}
-    assert Safety().wrap(optimizer) is optimizer
-    clipped = Safety(max_gradient_norm=1.0).wrap(optimizer).init(params)
+    assert with_safeguards(optimizer, Safety()) is optimizer
+    clipped = with_safeguards(optimizer, Safety(max_gradient_norm=1.0)).init(params)
     assert has_clipping(clipped)
     assert skipped_steps(clipped) is None
-    both = Safety(max_gradient_norm=1.0, on_nonfinite="skip").wrap(optimizer).init(params)
+    both_flags = Safety(max_gradient_norm=1.0, on_nonfinite="skip")
+    both = with_safeguards(optimizer, both_flags).init(params)
     assert has_clipping(both)
     assert int(skipped_steps(both)) == 0
 
 
 def test_a_run_without_a_checkpoint_folder_saves_nothing() -> None:
-    assert Safety().fit_options(mnist.Config()) == {"checkpoint": None}
+    assert fit_options(mnist.Config()) == {"checkpoint": None}
 
 
 def test_the_configuration_of_checkpoints_has_the_flags_that_decide_the_result(
     tmp_path: Path,
 ) -> None:
     safety = Safety(checkpoint_dir=tmp_path, checkpoint_every=2, keep=4, max_gradient_norm=1.0)
-    options = safety.fit_options(mnist.Config(), part="a", dataset="digits")["checkpoint"]
+    config = mnist.Config(safety=safety)
+    options = fit_options(config, part="a", dataset="digits")["checkpoint"]
     assert (options.directory, options.every, options.keep) == (tmp_path / "a", 2, 4)
     configuration = options.configuration
     assert configuration["dataset"] == "digits"
@@ -53,6 +58,12 @@ def test_the_configuration_of_checkpoints_has_the_flags_that_decide_the_result(
         (jt.OutOfMemoryError(64, None, "detail"), "model"),
         (jt.DataUnavailableError("a", "b"), "(--data-dir FOLDER, --dataset digits)"),
         (jt.NonFiniteError(1, 1, "loss", 1.0, 0.1), "--on-nonfinite skip)"),
+        (jt.NonFiniteError(1, 1, "loss", 1.0, 0.1, "check the data"), "check the data"),
+        (jt.InputError("a", argument="learning_rate"), "error: a (--learning-rate)"),
+        (jt.InputError("a", argument="dropout_rate"), "error: a (--dropout)"),
+        (jt.InputError("a", argument="every"), "error: a (--checkpoint-every)"),
+        (jt.InputError("a", argument="classes"), "error: a"),
+        (MissingExtraError("sklearn", "data"), "pip install 'jaxtrain[data]'"),
         (jt.InputError("a\x1b[31m"), "error: a\\x1b[31m"),
     ],
     ids=lambda value: type(value).__name__,
@@ -63,9 +74,16 @@ def test_errors_are_one_line_with_the_flags_that_help(
     monkeypatch.setattr("jaxtrain.cli.command.raise_on_signals", lambda: None)
     monkeypatch.setattr("jaxtrain.cli.command.ignore_signals", lambda: None)
     monkeypatch.setattr("warnings.showwarning", None)  # restored afterwards
-    with pytest.raises(SystemExit) as raised, report_errors():
+    with pytest.raises(SystemExit) as raised, report_errors(mnist.Config):
         raise error
     assert raised.value.code == 1
     (line,) = capsys.readouterr().err.splitlines()
     assert line.startswith("error: ")
     assert line.endswith(flags)
+
+
+def test_an_argument_without_a_flag_has_none() -> None:
+    assert flag_of("momentum", mnist.Config) == "--momentum"
+    assert flag_of("momentum", losses.Config) is None
+    assert flag_of("dropout_rate", losses.Config) is None
+    assert flag_of(None, mnist.Config) is None

@@ -17,7 +17,7 @@ import pytest
 import jaxtrain as jt
 from experiments import linear_regression
 from jaxtrain._files import PART
-from jaxtrain.cli.command import Safety
+from jaxtrain.cli.flags import Safety
 from jaxtrain.cli.runs import RunFolder, read_json
 from jaxtrain.training.events import Compiled, EpochDone
 
@@ -44,7 +44,7 @@ def test_a_run_writes_configuration_history_and_summary(
             folder.record(EpochDone(epoch, metrics, small_state), weight=7.0)
         folder.write_summary(test_loss=jnp.float32(0.5), worst=np.nan, notice=None)
     files = {path.name for path in folder.path.iterdir()}
-    assert files == {"config.json", "history.csv", "summary.json"}
+    assert files == {".lock", "config.json", "history.csv", "summary.json"}
     config = json.loads((folder.path / "config.json").read_text())
     assert config == {"rate": 0.1, "folder": "somewhere", "limit": None}
     rows = read_history(folder.path)
@@ -138,7 +138,7 @@ def test_part_files_of_others_are_left_alone(tmp_path: Path) -> None:
     (tmp_path / f".history.csv.7{PART}").write_bytes(b"of a run that was killed")
     with RunFolder(tmp_path, Config()):
         pass
-    left = [".film.mkv.part", f".folder{PART}", ".mine.part"]
+    left = [".film.mkv.part", f".folder{PART}", ".lock", ".mine.part"]
     assert sorted(path.name for path in tmp_path.iterdir()) == left
 
 
@@ -202,10 +202,8 @@ def test_a_tampered_summary_makes_no_run_delete_files_of_the_user(
     with RunFolder(out, Config(), overwrite=True) as folder:
         folder.start()
         folder.write_summary()
-    assert {path for path in tmp_path.rglob("*")} == before | {
-        out / "config.json",
-        out / "summary.json",
-    }
+    written = {out / name for name in (".lock", "config.json", "summary.json")}
+    assert {path for path in tmp_path.rglob("*")} == before | written
 
 
 @pytest.mark.parametrize("name", ["summary.json", "config.json"])
@@ -225,7 +223,7 @@ def test_an_earlier_result_that_is_no_regular_file_does_not_hang(
     with RunFolder(tmp_path, Config(), overwrite=True) as folder:
         folder.start()
         folder.write_summary()
-    assert {path.name for path in tmp_path.iterdir()} == {"config.json", "summary.json"}
+    assert {path.name for path in tmp_path.iterdir()} == {".lock", "config.json", "summary.json"}
     assert read_json(file) is not None
 
 

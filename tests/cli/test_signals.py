@@ -51,7 +51,7 @@ PROGRAMS = {
 }
 
 
-@pytest.mark.parametrize("name", ["SIGINT", "SIGTERM"])
+@pytest.mark.parametrize("name", ["SIGINT", "SIGTERM", "SIGHUP"])
 @pytest.mark.parametrize("case", PROGRAMS)
 def test_a_signal_ends_the_process_with_one_line(name: str, case: str) -> None:
     result = subprocess.run(
@@ -62,7 +62,8 @@ def test_a_signal_ends_the_process_with_one_line(name: str, case: str) -> None:
         check=False,
     )
     assert result.returncode == 128 + signal.Signals[name]
-    assert result.stderr == {"SIGINT": "interrupted\n", "SIGTERM": "terminated\n"}[name]
+    words = {"SIGINT": "interrupted", "SIGTERM": "terminated", "SIGHUP": "terminal closed"}
+    assert result.stderr == f"{words[name]}\n"
     assert result.stdout == ("cleaned up\n" if "cleans" in case else "")
 
 

@@ -1,0 +1,150 @@
+"""Flags that several experiments share, as dataclasses to derive from."""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import jax
+import optax
+from jaxtyping import Array, Key
+
+from jaxtrain._arguments import check_integer
+from jaxtrain.cli.devices import Device
+from jaxtrain.optimizers import clip_gradients, make, skip_nonfinite
+
+OptimizerName = Literal["sgd", "adam", "adamw", "rmsprop", "rprop", "adagrad", "adadelta", "lbfgs"]
+DatasetName = Literal["auto", "mnist", "fashion_mnist", "kmnist", "digits"]
+
+# Arguments of the library whose flag has another name.
+FLAG_OF_ARGUMENT = {
+    "dropout_rate": "dropout",
+    "fraction": "validation",
+    "max_norm": "max_gradient_norm",
+    "directory": "checkpoint_dir",
+    "every": "checkpoint_every",
+}
+
+
+@dataclass(frozen=True)
+class ExperimentFlags:
+    """Flags of every experiment."""
+
+    output_dir: Path
+    """Folder of the results."""
+    overwrite: bool = False
+    """Replace the results of a finished run in that folder, and the checkpoints of another run."""
+    device: Device = "auto"
+    """Where to compute; auto uses a GPU if there is one."""
+    compilation_cache: bool = True
+    """Keep compiled programs in the user's cache folder, so that the next run starts sooner."""
+
+
+@dataclass(frozen=True)
+class DatasetFlags:
+    """Flags of experiments on images."""
+
+    dataset: DatasetName = "auto"
+    """auto: MNIST if it is available, else scikit-learn's digits. A name never falls back."""
+    data_dir: Path | None = None
+    """Folder of the IDX files; None tries $JAXTRAIN_DATA_DIR, the cache, then a download."""
+
+
+@dataclass(frozen=True)
+class Safety:
+    """Flags of every experiment that trains by `fit`: checkpoints and safeguards."""
+
+    checkpoint_dir: Path | None = None
+    """Save checkpoints here; the same command then resumes after an interruption."""
+    checkpoint_every: int = 1
+    """Epochs between two checkpoints; the last epoch is always saved."""
+    keep: int = 3
+    """How many checkpoints to keep, the newest."""
+    resume: Literal["auto", "required", "never"] = "auto"
+    """auto: resume if there is a checkpoint. required: fail without one. never: fail with one."""
+    on_nonfinite: Literal["stop", "skip"] = "stop"
+    """On a NaN or infinity in loss, gradient or state: end the run, or skip that step."""
+    max_gradient_norm: float | None = None
+    """Scale gradients down to this norm (over all parameters); None leaves them."""
+
+
+@dataclass(frozen=True)
+class TrainingFlags(ExperimentFlags):
+    """Flags of every experiment that trains by `fit`."""
+
+    log_interval: int = 1
+    """Steps between two lines of progress; 0 prints nothing."""
+    safety: Safety = Safety()
+    """Checkpoints and safeguards."""
+
+
+@dataclass(frozen=True)
+class LineFlags(TrainingFlags):
+    """Flags of every experiment that fits a line by `fit`."""
+
+    epochs: int = 100
+    """Passes over the points."""
+    learning_rate: float = 0.01
+    """Step size: factor of the gradient."""
+    optimizer: OptimizerName = "sgd"
+    """The solver, as in torch.optim."""
+
+
+def make_optimizer(config: LineFlags) -> optax.GradientTransformation:
+    """Returns the solver that the flags name, with their safeguards.
+
+    Raises:
+      InputError: the learning rate or the gradient norm is out of range.
+    """
+    return with_safeguards(make(config.optimizer, config.learning_rate), config.safety)
+
+
+def with_safeguards(
+    optimizer: optax.GradientTransformation, safety: Safety
+) -> optax.GradientTransformation:
+    """Returns the optimizer with the safeguards that the flags ask for.
+
+    Raises:
+      InputError: the gradient norm is not positive.
+    """
+    optimizer = clip_gradients(optimizer, safety.max_gradient_norm)
+    return skip_nonfinite(optimizer) if safety.on_nonfinite == "skip" else optimizer
+
+
+def seed_key(seed: int) -> Key[Array, ""]:
+    """Returns the PRNG key of a seed.
+
+    Raises:
+      InputError: the seed is not in 0 … 2³² − 1; JAX would silently reduce a larger one.
+    """
+    check_integer(seed, "seed", minimum=0, maximum=2**32 - 1)
+    return jax.random.key(seed)
+
+
+def has_defaults(config: Any, *names: str, defaults: Any = None) -> bool:
+    """Returns whether these flags have their defaults, so that the tutorial's figures apply.
+
+    They do not apply with clipped gradients.
+
+    Args:
+      config: the experiment's configuration.
+      names: the flags that change the figures.
+      defaults: a configuration with the defaults; None means those of the dataclass.
+    """
+    if hasattr(config, "safety") and config.safety.max_gradient_norm is not None:
+        return False
+    expected = type(config)() if defaults is None else defaults
+    return all(getattr(config, name) == getattr(expected, name) for name in names)
+
+
+def flag_of(argument: str | None, config_type: type) -> str | None:
+    """Returns the flag of an experiment that sets an argument of the library, or None."""
+    if argument is None:
+        return None
+    names = {field.name for field in dataclasses.fields(config_type)}
+    if "safety" in names:
+        names |= {field.name for field in dataclasses.fields(Safety)}
+    name = argument if argument in names else FLAG_OF_ARGUMENT.get(argument)
+    return f"--{name.replace('_', '-')}" if name in names and name is not None else None

@@ -1,0 +1,102 @@
+"""What works without the extras, and what a missing package says."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+import jaxtrain as jt
+from jaxtrain.errors import MissingExtraError
+
+ROOT = Path(__file__).parents[1]
+# Makes packages look as if they were not installed.
+HIDE = "import sys; sys.modules.update(dict.fromkeys({hidden}))\n"
+EXTRAS = {
+    *("sklearn", "tensorflow_datasets", "importlib_resources", "platformdirs", "requests"),
+    *("urllib3", "tyro", "matplotlib"),
+}
+
+
+def run_without(hidden: set[str], program: str, folder: Path) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-c", HIDE.format(hidden=hidden) + program],
+        cwd=folder,
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+    )
+
+
+def test_training_checkpoints_and_progress_need_no_extra(tmp_path: Path) -> None:
+    program = """
+import jax, jax.numpy as jnp, optax
+import jaxtrain as jt
+from flax import linen as nn
+x = jnp.linspace(-1, 1, 64)[:, None]
+data = jt.Dataset(x, 2 * x)
+state = jt.init_state(nn.Dense(1), optax.sgd(0.1), x[:1], key=jax.random.key(0))
+with jt.progress() as on_event:
+    state, history = jt.fit(
+        state, data, data, loss_fn=jt.losses.mean_squared_error, epochs=3, batch_size=8,
+        checkpoint=jt.CheckpointOptions("checkpoints"), on_event=on_event,
+    )
+jt.save_params("model.safetensors", state)
+jt.load_params("model.safetensors", state)
+print(history["test_loss"][-1] < history["test_loss"][0])
+"""
+    result = run_without(EXTRAS, program, tmp_path)
+    assert result.stdout == "True\n", result.stderr
+    assert "epoch 3:" in result.stderr
+
+
+@pytest.mark.parametrize(
+    ("hidden", "program", "message"),
+    [
+        ("sklearn", "jt.data.load('digits')", "sklearn is not installed; .*'jaxtrain\\[data\\]'"),
+        ("platformdirs", "jt.data.load('mnist')", "platformdirs .*'jaxtrain\\[data\\]'"),
+        (
+            "tensorflow_datasets",
+            "import os; os.environ['XDG_CACHE_HOME'] = '.'; jt.data.load('mnist')",
+            "tensorflow_datasets .*'jaxtrain\\[data\\]'",
+        ),
+        ("matplotlib", "import jaxtrain.cli.plots", "matplotlib .*'jaxtrain\\[experiments\\]'"),
+    ],
+)
+def test_a_missing_package_names_its_extra(
+    tmp_path: Path, monkeypatch, hidden: str, program: str, message: str
+) -> None:
+    monkeypatch.delenv("JAXTRAIN_DATA_DIR", raising=False)
+    result = run_without({hidden}, f"import jaxtrain as jt\n{program}", tmp_path)
+    last = result.stderr.splitlines()[-1]
+    assert last.startswith("jaxtrain.errors.MissingExtraError: the package ")
+    assert re.search(message, last)
+
+
+@pytest.mark.parametrize("package", ["matplotlib", "tyro"])
+def test_a_script_without_its_extra_ends_with_one_sentence(tmp_path: Path, package: str) -> None:
+    program = f"import runpy\nrunpy.run_path({str(ROOT / 'experiments/losses.py')!r}, run_name='x')"
+    result = run_without({package}, program, tmp_path)
+    assert result.returncode == 1
+    assert result.stderr == (
+        f"error: the package {package} is not installed; install it with "
+        "pip install 'jaxtrain[experiments]'\n"
+    )
+
+
+def test_idx_files_need_no_extra(tmp_path: Path) -> None:
+    header = bytes([0, 0, 8, 1, 0, 0, 0, 3])
+    (tmp_path / "labels").write_bytes(header + bytes([7, 8, 9]))
+    program = "import jaxtrain as jt; print(jt.data.read_idx('labels'))"
+    result = run_without(EXTRAS, program, tmp_path)
+    assert result.stdout == f"{np.array([7, 8, 9])}\n", result.stderr
+
+
+def test_the_error_is_an_input_error_and_an_import_error() -> None:
+    assert issubclass(MissingExtraError, jt.InputError)
+    assert issubclass(MissingExtraError, ImportError)
