@@ -1,11 +1,14 @@
-"""Progress: the bar and the lines that a person sees on screen while `fit` runs."""
+"""Progress of `fit` on screen: a bar and lines, in a terminal, a file or Jupyter."""
 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
+from typing import TYPE_CHECKING
 
 from jaxtrain._arguments import check_integer
+from jaxtrain.cli.terminal import make_console
 from jaxtrain.training.events import (
     Compiled,
     EpochDone,
@@ -16,18 +19,24 @@ from jaxtrain.training.events import (
     every_steps,
 )
 
+if TYPE_CHECKING:
+    from rich.progress import Progress
+
+_REFRESHES_PER_SECOND = 5
+
 
 @contextlib.contextmanager
 def console(
     *, log_interval: int = 100, epoch_interval: int = 1, test_examples: int | None = None
 ) -> Iterator[OnEvent]:
-    """Shows the progress of `fit` on stderr: a bar, and lines with losses.
+    """Shows the progress of `fit`: a bar, and lines with losses.
 
-    The bar is drawn only if stderr is a terminal; otherwise there are only the lines.
+    In a terminal both are written to stderr; without one, only the lines. In Jupyter they are the
+    output of the cell.
 
     Args:
-      log_interval: print the training loss every so many steps; 0 prints nothing at all.
-      epoch_interval: print the epoch's figures every so many epochs, and after the last.
+      log_interval: steps between two lines with the training loss; 0 prints nothing at all.
+      epoch_interval: epochs between two lines with the epoch's figures; the last is always printed.
       test_examples: size of the test set, to print an accuracy as correct/total.
 
     Yields:
@@ -35,7 +44,7 @@ def console(
       `every_steps(log_interval, callback)` to receive the steps that are printed.
 
     Example:
-      >>> with progress.console() as on_event:
+      >>> with jt.progress() as on_event:
       ...     state, history = jt.fit(state, train, test, loss_fn=loss_fn, on_event=on_event)
     """
     check_integer(log_interval, "log_interval", minimum=0)
@@ -43,8 +52,46 @@ def console(
         yield lambda event: None
         return
     check_integer(epoch_interval, "epoch_interval", minimum=1)
+    with _screen() as (bar, print_line, refresh):
+        task = bar.add_task("compiling", total=None, loss="")
+        plan = Compiled(0.0, 0, 0, 0)
+        first_epoch: int | None = None
 
-    from rich.console import Console
+        def on_event(event: Event) -> None:
+            nonlocal plan, first_epoch
+            if isinstance(event, Compiled):
+                plan = event
+                bar.update(task, description="training", total=plan.epochs * plan.steps)
+                print_line(f"compiled in {plan.seconds:.1f} s")
+            elif isinstance(event, Resumed):
+                if plan.epochs:
+                    print_line(f"resuming after epoch {event.epoch}, from its checkpoint")
+                else:
+                    print_line(
+                        f"already finished, after epoch {event.epoch}: nothing left to train"
+                    )
+            elif isinstance(event, StepsDone):
+                first_epoch = first_epoch or event.epoch
+                done = (event.epoch - first_epoch) * plan.steps + event.step
+                bar.update(task, completed=done, loss=f"loss {event.loss:.4f}")
+                if plan.steps > 1 and event.step % log_interval == 0:
+                    fraction = event.examples_seen / plan.examples
+                    print_line(
+                        f"epoch {event.epoch}  {event.examples_seen}/{plan.examples} "
+                        f"({fraction:.0%})  loss {event.loss:.6f}"
+                    )
+            else:
+                is_last = event.epoch - (first_epoch or event.epoch) + 1 == plan.epochs
+                if is_last or event.epoch % epoch_interval == 0:
+                    print_line(epoch_line(event, test_examples))
+            refresh()
+
+        yield every_steps(log_interval, on_event)
+
+
+@contextlib.contextmanager
+def _screen() -> Iterator[tuple[Progress, Callable[[str], None], Callable[[], None]]]:
+    """Yields the bar, a function that prints a line, and one that shows the bar's new state."""
     from rich.progress import (
         BarColumn,
         MofNCompleteColumn,
@@ -54,7 +101,7 @@ def console(
         TimeRemainingColumn,
     )
 
-    screen = Console(stderr=True, highlight=False)
+    screen = make_console(stderr=True)
     bar = Progress(
         TextColumn("{task.description}"),
         BarColumn(),
@@ -66,44 +113,38 @@ def console(
         TextColumn("left"),
         TextColumn("{task.fields[loss]}"),
         console=screen,
-        refresh_per_second=5,
+        refresh_per_second=_REFRESHES_PER_SECOND,
         disable=not screen.is_terminal,
     )
-    task = bar.add_task("compiling", total=None, loss="")
-    plan = Compiled(0.0, 0, 0, 0)
-    first_epoch: int | None = None
-
-    def print_line(text: str) -> None:
-        screen.print(text, soft_wrap=True, markup=False)
-
-    def on_event(event: Event) -> None:
-        nonlocal plan, first_epoch
-        if isinstance(event, Compiled):
-            plan = event
-            bar.update(task, description="training", total=plan.epochs * plan.steps)
-            print_line(f"compiled in {plan.seconds:.1f} s")
-        elif isinstance(event, Resumed):
-            if plan.epochs:
-                print_line(f"resuming after epoch {event.epoch}, from its checkpoint")
-            else:
-                print_line(f"already finished, after epoch {event.epoch}: nothing left to train")
-        elif isinstance(event, StepsDone):
-            first_epoch = first_epoch or event.epoch
-            done = (event.epoch - first_epoch) * plan.steps + event.step
-            bar.update(task, completed=done, loss=f"loss {event.loss:.4f}")
-            if plan.steps > 1 and event.step % log_interval == 0:
-                fraction = event.examples_seen / plan.examples
-                print_line(
-                    f"epoch {event.epoch}  {event.examples_seen}/{plan.examples} ({fraction:.0%})"
-                    f"  loss {event.loss:.6f}"
-                )
-        else:
-            is_last = event.epoch - (first_epoch or event.epoch) + 1 == plan.epochs
-            if is_last or event.epoch % epoch_interval == 0:
-                print_line(epoch_line(event, test_examples))
-
+    if screen.is_jupyter:
+        with _jupyter_display(bar) as refresh:
+            yield bar, print, refresh
+        return
     with bar:
-        yield every_steps(log_interval, on_event)
+        yield bar, lambda line: screen.print(line, soft_wrap=True, markup=False), lambda: None
+
+
+@contextlib.contextmanager
+def _jupyter_display(bar: Progress) -> Iterator[Callable[[], None]]:
+    """Shows the bar in the output of a Jupyter cell; yields the function that updates it.
+
+    rich itself would need ipywidgets.
+    """
+    from IPython.display import display
+
+    handle = display(bar, display_id=True)
+    shown = time.monotonic()
+
+    def refresh() -> None:
+        nonlocal shown
+        if time.monotonic() - shown >= 1 / _REFRESHES_PER_SECOND:
+            handle.update(bar)
+            shown = time.monotonic()
+
+    try:
+        yield refresh
+    finally:
+        handle.update(bar)
 
 
 def epoch_line(event: EpochDone, test_examples: int | None = None) -> str:
