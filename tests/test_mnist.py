@@ -89,22 +89,22 @@ def test_some_files_missing_is_said(tmp_path: Path) -> None:
     [
         (
             {"train_labels_idx1": encode(LABELS[:4])},
-            "holds 5 images but .*train-labels-idx1-ubyte 4 labels",
+            "contains 5 images and .*train-labels-idx1-ubyte 4 labels",
         ),
         (
             {"train_labels_idx1": encode(np.array([3, 0, 10, 1, 1], np.uint8))},
-            r"train-labels-idx1-ubyte holds the label 10 \(at position 2\); expected labels from 0",
+            r"train-labels-idx1-ubyte contains the label 10 \(at position 2\); expected labels from 0",
         ),
-        ({"train_images_idx3": encode(LABELS)}, r"holds uint8 values of shape \(5,\)"),
+        ({"train_images_idx3": encode(LABELS)}, r"contains uint8 values of shape \(5,\)"),
         (
             {"t10k_images_idx3": encode(PIXELS[:, 4:24, 4:24])},
             r"t10k-images.* shape \(5, 20, 20\); expected .*\[examples, 28, 28\]",
         ),
-        ({"train_labels_idx1": encode(LABELS.astype(np.float32))}, "holds float32 values"),
+        ({"train_labels_idx1": encode(LABELS.astype(np.float32))}, "contains float32 values"),
         ({"t10k_images_idx3": CONTENTS["t10k-images-idx3-ubyte"][:-5]}, "t10k-images.*truncated"),
         (
             {"train_images_idx3": encode(PIXELS[:0]), "train_labels_idx1": encode(LABELS[:0])},
-            "holds no images",
+            "contains no images",
         ),
     ],
 )

@@ -17,7 +17,7 @@ from jaxtrain.optimizers._inspect import has_line_search
 
 
 class Stop(enum.IntEnum):
-    """Why a descent ended; `message` says it in words."""
+    """Why a descent ended; `Stop(result.stop).message` is the reason as text."""
 
     STEP_LIMIT = 0
     LOSS_THRESHOLD = 1
@@ -27,8 +27,13 @@ class Stop(enum.IntEnum):
 
     @property
     def message(self) -> str:
-        """Returns the reason as text."""
+        """The reason as text."""
         return _MESSAGES[self]
+
+    @classmethod
+    def _missing_(cls, value: object) -> Stop | None:
+        # Since Python 3.13 an enumeration no longer finds a member by an array.
+        return cls(int(value)) if isinstance(value, jax.Array) and value.ndim == 0 else None
 
 
 _MESSAGES = {
