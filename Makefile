@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 # Processes that run the tests; 0 runs them in this one, to debug.
 WORKERS ?= 2
 
-.PHONY: help linear mnist tutorials test test-without-torch bench check format clean
+.PHONY: help linear mnist tutorials test test-without-torch package bench check format clean
 
 help:  ## list the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 20
@@ -29,6 +29,13 @@ test-without-torch:  ## run the tests that need no PyTorch (PYTHON=python3.13 pi
 	$(BIN)/python -m pip install --quiet --editable '.[test]'
 	$(BIN)/python -m pytest --numprocesses $(WORKERS) $(ARGS)
 
+package:  ## build the wheel, install it into an empty environment, and train a model in a folder there
+	rm -rf build && mkdir -p build/folder
+	$(PYTHON) -m venv build/venv
+	build/venv/bin/python -m pip wheel --quiet --no-deps --wheel-dir build .
+	build/venv/bin/python -m pip install --quiet build/*.whl
+	cd build/folder && ../venv/bin/python $(CURDIR)/tests/own_model.py
+
 bench: $(VENV)/installed-bench  ## time ours against PyTorch and others (ARGS="--quick" in a minute)
 	$(BIN)/python -m benchmarks $(ARGS)
 
@@ -45,7 +52,7 @@ format: $(VENV)/installed-dev  ## format, and fix what ruff can fix
 	$(BIN)/ruff format .
 
 clean:  ## remove the virtual environment and caches, keep results in runs/
-	rm -rf $(VENV) .venv-without-torch .pytest_cache .mypy_cache .ruff_cache .jax_cache .hypothesis
+	rm -rf $(VENV) .venv-without-torch build .pytest_cache .mypy_cache .ruff_cache .jax_cache .hypothesis
 
 $(BIN)/python:
 	$(PYTHON) -m venv $(VENV)

@@ -23,7 +23,7 @@ LOSS = jt.losses.mean_squared_error
 # The tutorial's loop over examples overwrites the gradient, so that only the last example counts,
 # divided by the number of all three.
 PUBLISHED_LOSS = jt.losses.weighted_sum((1 / 3, LOSS))
-START, QUESTION = 1.0, 4.0  # w at the start; the x to predict, whose true y is 8
+START, X_TO_PREDICT = 1.0, 4.0  # w at the start; the x to predict, whose true y is 8
 
 
 @dataclass(frozen=True)
@@ -134,7 +134,7 @@ def compare(batch: np.ndarray, stochastic: np.ndarray, as_published: bool) -> li
             ("batch as published: w after 100 epochs", 1.9979451252294764, batch[100]),
         ]
         prediction = Comparison(
-            "batch as published: prediction for x = 4", 7.9918, batch[100] * QUESTION, 5e-5
+            "batch as published: prediction for x = 4", 7.9918, batch[100] * X_TO_PREDICT, 5e-5
         )
     else:
         rows = [
@@ -142,15 +142,15 @@ def compare(batch: np.ndarray, stochastic: np.ndarray, as_published: bool) -> li
             ("batch: w after 100 epochs", 1.9999444396553017, batch[100]),
         ]
         prediction = Comparison(
-            "batch: prediction for x = 4", 7.9997778, batch[100] * QUESTION, 1e-6
+            "batch: prediction for x = 4", 7.9997778, batch[100] * X_TO_PREDICT, 1e-6
         )
     rows += [
         ("stochastic: w after 1 epoch", 1.260688, stochastic[1]),
         ("stochastic: w after 100 epochs", 1.9999999999999236, stochastic[100]),
-        ("stochastic: prediction for x = 4", 8.0, stochastic[100] * QUESTION),
+        ("stochastic: prediction for x = 4", 8.0, stochastic[100] * X_TO_PREDICT),
     ]
     return [
-        Comparison("prediction for x = 4 before", 4.0, batch[0] * QUESTION, 1e-6),
+        Comparison("prediction for x = 4 before", 4.0, batch[0] * X_TO_PREDICT, 1e-6),
         prediction,
         *(Comparison(name, original, float(ours), 1e-6) for name, original, ours in rows),
     ]

@@ -34,22 +34,7 @@ def run_without(hidden: set[str], program: str, folder: Path) -> subprocess.Comp
 
 
 def test_training_checkpoints_and_progress_need_no_extra(tmp_path: Path) -> None:
-    program = """
-import jax, jax.numpy as jnp, optax
-import jaxtrain as jt
-from flax import linen as nn
-x = jnp.linspace(-1, 1, 64)[:, None]
-data = jt.Dataset(x, 2 * x)
-state = jt.init_state(nn.Dense(1), optax.sgd(0.1), x[:1], key=jax.random.key(0))
-with jt.progress() as on_event:
-    state, history = jt.fit(
-        state, data, data, loss_fn=jt.losses.mean_squared_error, epochs=3, batch_size=8,
-        checkpoint=jt.CheckpointOptions("checkpoints"), on_event=on_event,
-    )
-jt.save_params("model.safetensors", state)
-jt.load_params("model.safetensors", state)
-print(history["test_loss"][-1] < history["test_loss"][0])
-"""
+    program = (ROOT / "tests" / "own_model.py").read_text()
     result = run_without(EXTRAS, program, tmp_path)
     assert result.stdout == "True\n", result.stderr
     assert "epoch 3:" in result.stderr
