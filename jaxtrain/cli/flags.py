@@ -35,7 +35,7 @@ class ExperimentFlags:
     output_dir: Path
     """Folder of the results."""
     overwrite: bool = False
-    """Replace the results of a finished run in that folder, and the checkpoints of another run."""
+    """Replace the results of a finished run in that folder."""
     device: Device = "auto"
     """Where to compute; auto uses a GPU if there is one."""
     compilation_cache: bool = True
@@ -74,6 +74,8 @@ class Safety:
 class TrainingFlags(ExperimentFlags):
     """Flags of every experiment that trains by `fit`."""
 
+    overwrite: bool = False
+    """Replace the results of a finished run in that folder, and the checkpoints of another run."""
     log_interval: int = 1
     """Steps between two lines of progress; 0 prints nothing."""
     safety: Safety = Safety()
