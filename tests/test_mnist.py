@@ -93,7 +93,7 @@ def test_some_files_missing_is_said(tmp_path: Path) -> None:
         ),
         (
             {"train_labels_idx1": encode(np.array([3, 0, 10, 1, 1], np.uint8))},
-            r"train-labels-idx1-ubyte contains the label 10 \(at position 2\); expected labels from",
+            r"train-labels-idx1-ubyte contains the label 10 \(at position 2\); expected labels",
         ),
         ({"train_images_idx3": encode(LABELS)}, r"contains uint8 values of shape \(5,\)"),
         (
