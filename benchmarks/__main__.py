@@ -1,4 +1,4 @@
-"""The suite's command line: python -m benchmarks [--suite …] [--peers …] [--json FILE]."""
+"""The command `python -m benchmarks`, which runs the suites and writes their results."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from typing import Any, Literal, get_args
 
 import numpy as np
 
-from benchmarks import machine, report, suites
+from benchmarks import environment, figures, suites, tables
 from benchmarks.problem import random_images, read_mnist
 from jaxtrain._files import make_folder, write_atomically
 from jaxtrain.cli import command
@@ -39,53 +39,53 @@ PeerName = Literal[
 
 @dataclass(frozen=True)
 class Config:
-    """Flags of the suite."""
+    """Flags of the benchmarks."""
 
     suite: tuple[Suite, ...] = ("step", "epoch", "growth", "run", "sweep", "memory")
-    """What to measure."""
+    """Suites to run."""
     peers: tuple[PeerName, ...] = get_args(PeerName)
-    """Whom to measure; one that is not installed is reported as missing."""
+    """Peers to measure; one that is not installed is reported as missing."""
     rounds: int = 9
-    """Readings of each, in turns; half as many of sweeps of networks, a third of processes."""
+    """Readings of each peer; sweeps of networks take half as many, processes a third."""
     quick: bool = False
-    """A minute's tour on noise instead of MNIST, to see that everything works; not to be quoted."""
+    """Check in a minute that every suite runs, on random images; the times mean nothing."""
     data_dir: Path | None = None
-    """Folder of the MNIST files; None takes $JAXTRAIN_DATA_DIR, then the cache, then downloads."""
+    """Folder of the MNIST files; by default $JAXTRAIN_DATA_DIR, the cache, or a download."""
     json: Path | None = None
-    """Where the readings go; None is results.json in the output folder."""
+    """File of the results; by default results.json in the output folder."""
     output_dir: Path = Path("runs/benchmarks")
-    """Where the pictures go."""
+    """Folder of the figures."""
 
 
 def run(config: Config) -> dict[str, Any]:
-    """Time compiled training steps, epochs and runs against other libraries, in turns."""
+    """Time the training steps, epochs and runs of jaxtrain and of other libraries."""
     if config.rounds < 1:
         raise InputError(f"--rounds is {config.rounds}; expected at least 1")
     for flag, values in {"--suite": config.suite, "--peers": config.peers}.items():
         if not values:
-            raise InputError(f"{flag} is empty; expected at least one name, or leave it out")
+            raise InputError(f"{flag} is empty; expected at least one name, or no flag")
     file = config.json or config.output_dir / "results.json"
     if file.is_dir():
         raise InputError(f"--json is the folder {file}; expected a file")
-    make_folder(config.output_dir, "output folder")  # not after hours of measuring
-    make_folder(file.parent, "folder of the readings")
+    make_folder(config.output_dir, "output folder")  # fails before the suites, not after them
+    make_folder(file.parent, "folder of the results")
     if config.quick:
         folder, (images, labels) = None, random_images(1280)
     else:
         folder = locate_files("mnist", config.data_dir)
         images, labels = read_mnist(folder, "train")
     if len(config.suite) > 1 and not config.quick:
-        results = each_in_its_own_process(config, folder, file)
+        results = measure_in_processes(config, folder, file)
     else:
         results = measure(config, folder, images, labels, file)
-    pictures = report.draw(results, config.output_dir)
-    print(report.machine_line(results))
-    print(f"results: {', '.join(map(str, [file, *pictures]))}")
+    written = figures.draw(results, config.output_dir)
+    print(tables.machine_line(results))
+    print(f"results: {', '.join(map(str, [file, *written]))}")
     return results
 
 
-def each_in_its_own_process(config: Config, folder: Path | None, file: Path) -> dict[str, Any]:
-    """Measure suite by suite, each undisturbed by the threads that another's peers leave behind."""
+def measure_in_processes(config: Config, folder: Path | None, file: Path) -> dict[str, Any]:
+    """Measures each suite in a process of its own, free of the threads of earlier suites."""
     results: dict[str, Any] = {}
     for suite in config.suite:
         with tempfile.TemporaryDirectory() as scratch:
@@ -97,19 +97,19 @@ def each_in_its_own_process(config: Config, folder: Path | None, file: Path) -> 
             ]
             finished = subprocess.run(command_line, stdout=subprocess.DEVNULL, check=False)
             if finished.returncode:
-                sys.exit(finished.returncode)  # it has said why
+                sys.exit(finished.returncode)  # the process has printed the error
             found = json.loads(readings.read_text())
         results = {**found, **results, "rows": results.get("rows", []) + found["rows"]}
-        write_json(file, results)  # suite by suite: nothing measured is lost
-        report.print_suite(results, suite)
+        write_json(file, results)  # an interruption loses only the current suite
+        tables.print_suite(results, suite)
     return results
 
 
 def measure(
     config: Config, folder: Path | None, images: np.ndarray, labels: np.ndarray, file: Path
 ) -> dict[str, Any]:
-    """Measure in this process."""
-    machine.same_terms(cached=config.quick)
+    """Measures every suite in this process."""
+    environment.equalize(use_cache=config.quick)
     names = [name for name in config.peers if not (config.quick and name == suites.SLOW_COMPILER)]
     settings = suites.Settings(
         names=names,
@@ -118,19 +118,19 @@ def measure(
         folder=folder,
         rounds=min(2, config.rounds) if config.quick else config.rounds,
         quick=config.quick,
-        say=lambda text: print(text, file=sys.stderr, flush=True),
+        log=lambda text: print(text, file=sys.stderr, flush=True),
     )
-    results: dict[str, Any] = {"machine": machine.describe(), "quick": config.quick, "rows": []}
+    results: dict[str, Any] = {"machine": environment.describe(), "quick": config.quick, "rows": []}
     for suite in config.suite:
         for row in suites.SUITES[suite](settings):
             results["rows"].append(dataclasses.asdict(row))
         write_json(file, results)
-        report.print_suite(results, suite)
+        tables.print_suite(results, suite)
     return results
 
 
 def write_json(path: Path, results: dict[str, Any]) -> None:
-    """Writes the readings so far, atomically."""
+    """Writes the results atomically, with six digits."""
     rounded = json.loads(json.dumps(results), parse_float=lambda text: float(f"{float(text):.6g}"))
     write_atomically(path, (json.dumps(rounded, indent=1) + "\n").encode())
 

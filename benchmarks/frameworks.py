@@ -1,10 +1,9 @@
-"""An epoch of T2's network written four ways: Linen, NNX, Equinox, plain functions.
+"""Compares `train_epoch` on T2's network as a Linen, NNX or Equinox module or plain functions.
 
-python -m benchmarks.frameworks [--rounds 15]
+    python -m benchmarks.frameworks [--rounds 15]
 
-All start from the same parameters, without dropout; their losses are compared before anything is
-timed. Prints the median seconds per epoch and its ratio to the Linen network's, with a 95 %
-interval.
+All networks start from the same parameters, without dropout, and must compute the same losses.
+Prints the median seconds per epoch, and its ratio to Linen's with a 95 % interval.
 """
 
 from __future__ import annotations
@@ -22,7 +21,7 @@ from flax import nnx
 from jaxtyping import Array, PyTree
 
 import jaxtrain as jt
-from benchmarks.timing import in_turns, speedup
+from benchmarks.timing import speedup, time_interleaved
 from jaxtrain.cli.command import report_errors
 
 FEATURES = (784, 256, 128, 64, 10)
@@ -31,7 +30,7 @@ LAYERS = [f"Dense_{index}" for index in range(4)]
 
 
 def normalized(images: Array) -> Array:
-    """Pixels 0 to 255 as T2 normalizes them, the image axes flattened."""
+    """Returns pixels from 0 to 255 as T2's normalized inputs, with the image axes flattened."""
     return (images.reshape(*images.shape[:-2], -1).astype(jnp.float32) / 255 - MEAN) / STD
 
 
@@ -85,7 +84,7 @@ def plain_apply(
 
 
 def states(optimizer: Any, images: Array) -> dict[str, jt.TrainState]:
-    """A state of each kind, all with the parameters of the Linen network."""
+    """Returns a training state for each framework, all with the parameters of the Linen network."""
     key = jax.random.key(0)
     model = jt.models.FeedForward(dropout_rate=0.0)
     first = jt.init_state(model, optimizer, images, key=key)
@@ -101,9 +100,9 @@ def states(optimizer: Any, images: Array) -> dict[str, jt.TrainState]:
 
 
 def main() -> None:
-    """Times the epochs in turns and prints the table."""
-    parser = argparse.ArgumentParser(description="An epoch of T2's network written four ways.")
-    parser.add_argument("--rounds", type=int, default=15, help="readings of each")
+    """Checks the losses, times the epochs and prints the table."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
+    parser.add_argument("--rounds", type=int, default=15, help="readings per framework")
     rounds = parser.parse_args().rounds
     train = jt.data.load_resolved("auto").train
     loss_fn, key = jt.losses.cross_entropy, jax.random.key(1)
@@ -116,8 +115,9 @@ def main() -> None:
     for name, found in losses.items():
         np.testing.assert_allclose(found, losses["Linen"], atol=1e-4, err_msg=name)
     actions = {name: lambda state=state: epoch(state) for name, state in starts.items()}
-    seconds = in_turns(actions, rounds)
-    print(f"{len(train)} images, {rounds} readings in turns, median seconds per epoch")
+    seconds = time_interleaved(actions, rounds)
+    print(f"{len(train)} images, {rounds} interleaved readings per framework")
+    print("median seconds per epoch, and ratio to Linen's (95 % interval)")
     for name, readings in seconds.items():
         low, ratio, high = speedup(seconds["Linen"], readings)
         print(f"{name:16} {statistics.median(readings):.3f}  {ratio:.3f} ({low:.3f} to {high:.3f})")

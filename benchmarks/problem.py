@@ -1,4 +1,4 @@
-"""What is trained: a network, its data and its rates, as NumPy that every peer starts from."""
+"""Defines the training problems that every peer solves: network, data and hyperparameters."""
 
 from __future__ import annotations
 
@@ -9,11 +9,11 @@ from typing import NamedTuple
 
 import numpy as np
 
-MEAN, STD = 0.1307, 0.3081  # of MNIST's pixels, divided by 255
+MEAN, STD = 0.1307, 0.3081  # of MNIST's pixels divided by 255
 PIXELS = 28 * 28
 CLASSES = 10
 
-# Width of each layer; the last holds the logits. T2 is the tutorial's network.
+# Width of each layer; the last layer returns the logits. T2 is the tutorial's network.
 NETWORKS = {
     "linear": (CLASSES,),
     "T2": (256, 128, 64, CLASSES),
@@ -27,14 +27,14 @@ class Problem(NamedTuple):
     """One training problem.
 
     Attributes:
-      network: a key of `NETWORKS`, or another name.
+      network: name of the network, a key of `NETWORKS`.
       features: width of each layer.
       images: pixels [examples, 28, 28], uint8.
       labels: classes [examples], uint8.
-      batch_size: examples a step.
-      dropout_rate: share of hidden units dropped.
-      learning_rate: of SGD.
-      weight_decay: L2, added to the gradient.
+      batch_size: examples per step.
+      dropout_rate: fraction of the hidden units that are dropped.
+      learning_rate: learning rate of SGD.
+      weight_decay: factor of the L2 penalty, which is added to the gradient.
     """
 
     network: str
@@ -48,19 +48,19 @@ class Problem(NamedTuple):
 
     @property
     def steps(self) -> int:
-        """Steps in an epoch, the partial last batch counted."""
+        """Steps per epoch, including the partial last batch."""
         return -(-len(self.images) // self.batch_size)
 
 
 class Trainer(NamedTuple):
-    """A problem in the hands of a peer. Each call waits until the device is done.
+    """A peer's training functions for one problem; each waits until the device has finished.
 
     Attributes:
-      steps: so many steps on the first batch, one call each.
-      epoch: one pass over the data in stored order, as the peer's users write it.
-      losses: such a pass, too; the loss at each step, or the mean of each group of steps where a
-        peer tells no more.
-      accuracy: share of these images classified as these labels say.
+      steps: takes `count` steps on the first batch, one call each.
+      epoch: makes one pass over the data in stored order, as the peer's users write it.
+      losses: does the same and returns the loss of each step, or the mean of each group of steps
+        where the peer reports only these.
+      accuracy: returns the fraction of the images that are classified as labelled.
     """
 
     steps: Callable[[int], None]
@@ -70,12 +70,12 @@ class Trainer(NamedTuple):
 
 
 def make(network: str, images: np.ndarray, labels: np.ndarray, batch_size: int = 64) -> Problem:
-    """The problem of training `network` on these images."""
+    """Returns the problem of training `network` on these images."""
     return Problem(network, NETWORKS[network], images, labels, batch_size)
 
 
 def start(problem: Problem, seed: int = 0) -> Params:
-    """Parameters to start from: uniform in ±1/√fan_in, kernels [inputs, outputs]."""
+    """Returns initial parameters, uniform in ±1/√fan_in; kernels are [inputs, outputs]."""
     generator = np.random.default_rng(seed)
     params: Params = {}
     fan_in = PIXELS
@@ -89,8 +89,8 @@ def start(problem: Problem, seed: int = 0) -> Params:
     return params
 
 
-def normalised(images: np.ndarray) -> np.ndarray:
-    """Pixels 0 … 255 as the float32 inputs [examples, 784] that all peers but ours are given."""
+def normalize(images: np.ndarray) -> np.ndarray:
+    """Returns pixels from 0 to 255 as normalized float32 inputs [examples, 784]."""
     inputs = images.reshape(len(images), -1).astype(np.float32)
     inputs /= 255  # in place: a copy would count as the peer's memory
     inputs -= MEAN
@@ -99,14 +99,14 @@ def normalised(images: np.ndarray) -> np.ndarray:
 
 
 def random_images(examples: int) -> tuple[np.ndarray, np.ndarray]:
-    """Noise and labels of MNIST's shapes: speed does not depend on what the pixels show."""
+    """Returns random images and labels in MNIST's shapes; speed does not depend on the values."""
     generator = np.random.default_rng(0)
     images = generator.integers(0, 256, (examples, 28, 28), dtype=np.uint8)
     return images, generator.integers(0, CLASSES, examples, dtype=np.uint8)
 
 
 def read_mnist(folder: Path, split: str) -> tuple[np.ndarray, np.ndarray]:
-    """Images and labels of MNIST, `train` or `t10k`, without a line of jaxtrain, JAX or PyTorch."""
+    """Reads images and labels of MNIST's split `train` or `t10k`, without importing any peer."""
     contents = []
     for kind, header in (("images-idx3", 16), ("labels-idx1", 8)):
         plain = folder / f"{split}-{kind}-ubyte"

@@ -1,4 +1,4 @@
-"""The measurements: each suite is a function from settings to rows."""
+"""Defines the suites: each is a function from settings to the rows that it measures."""
 
 from __future__ import annotations
 
@@ -19,21 +19,22 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from benchmarks import machine, peers, problem, timing, work
+from benchmarks import environment, flops, peers, problem, timing
+from benchmarks.lower_bound import lower_bounds
 from benchmarks.problem import NETWORKS, Problem, Trainer
 from benchmarks.timing import Action, Repeated
 
 CHECKED_STEPS = 20
 CHECK_TOLERANCE = 1e-4
-NOT_ASKED = "not among --peers"
+NOT_SELECTED = "not selected with --peers"
 OURS = "jaxtrain"
 EAGER = "pytorch"
 
 STEP_BATCH_SIZES = (1, 16, 64, 256, 1024, 4096)
-# It compiles anew for each shape, 20 seconds a time; it is timed where the tutorial trains.
+# It compiles for 20 seconds for each shape, so it is timed in the tutorial's case only.
 SLOW_COMPILER = "pytorch-compile"
 COMPILED_AT = ("T2", 64)
-# These differ from their sibling only in how they make an epoch.
+# These take the same step as another peer, and differ in how they train an epoch.
 EPOCH_ONLY = {
     *("jaxtrain-steps", "pytorch-dataloader", "pytorch-pixels", "keras-steps-per-execution")
 }
@@ -41,15 +42,16 @@ EPOCH_ONLY = {
 
 @dataclasses.dataclass(frozen=True)
 class Row:
-    """One peer in one case.
+    """The readings of one peer in one case.
 
     Attributes:
-      suite: which suite.
-      case: what was trained, in words.
-      peer: a key of `PEERS`, or what else was timed.
-      readings: the value of each round (seconds, or MiB in the suite `memory`).
-      facts: whatever else belongs to it, by name.
-      missing: why there are no readings.
+      suite: name of the suite.
+      case: description of what was trained.
+      peer: key of `PEERS`, or name of what else was timed.
+      readings: value of each round, in seconds or, in the suite `memory`, in MiB.
+      facts: further values by name. `floor` marks rows that time matrix products alone, which
+        bound the time of training from below.
+      missing: reason why there are no readings.
     """
 
     suite: str
@@ -61,16 +63,16 @@ class Row:
 
 
 class Settings(NamedTuple):
-    """What the suites share.
+    """The settings that the suites share.
 
     Attributes:
-      names: peers to time.
+      names: peers to measure.
       images: training images.
       labels: their labels.
-      folder: of the MNIST files; None where the images are noise.
-      rounds: readings of each contender.
-      quick: whether to be done in a minute, for a test of the suite itself.
-      say: called with what is measured next.
+      folder: folder of the MNIST files, or None if the images are random.
+      rounds: readings per peer.
+      quick: whether to run small cases only, to test the suites.
+      log: called with a line about what is measured next.
     """
 
     names: Sequence[str]
@@ -79,15 +81,15 @@ class Settings(NamedTuple):
     folder: Path | None
     rounds: int
     quick: bool
-    say: Callable[[str], object]
+    log: Callable[[str], object]
 
 
 class DisagreementError(Exception):
-    """A peer computes something else than the reference, so its time means nothing."""
+    """Raised if a peer's losses or accuracy differ from the others'."""
 
 
 def step(settings: Settings) -> Iterator[Row]:
-    """One training step, a call each, by network and batch size."""
+    """Times single training steps, one call each, for each network and batch size."""
     networks = ("T2",) if settings.quick else tuple(NETWORKS)
     batch_sizes = (64,) if settings.quick else STEP_BATCH_SIZES
     for network in networks:
@@ -99,31 +101,31 @@ def step(settings: Settings) -> Iterator[Row]:
                 if name not in EPOCH_ONLY
                 and (name != SLOW_COMPILER or (network, batch_size) == COMPILED_AT)
             ]
-            yield from _in_turns(
+            yield from _time_peers(
                 settings,
                 "step",
                 task,
                 names,
                 lambda trainer: Repeated(trainer.steps),
-                floor=lambda run: Repeated(run),
+                bound_action=lambda run: Repeated(run),
             )
 
 
 def epoch(settings: Settings) -> Iterator[Row]:
-    """One pass over MNIST with T2's network, as each library's users write it."""
+    """Times one pass over MNIST with T2's network, as each library's users write it."""
     task = problem.make("T2", settings.images, settings.labels)
-    yield from _in_turns(
+    yield from _time_peers(
         settings,
         "epoch",
         task,
         settings.names,
         lambda trainer: trainer.epoch,
-        floor=lambda run: lambda: run(task.steps),
+        bound_action=lambda run: lambda: run(task.steps),
     )
 
 
 def growth(settings: Settings) -> Iterator[Row]:
-    """Seconds of an epoch of ours as batch size, width and data grow, beside the counted work."""
+    """Times jaxtrain's epoch as batch size, layer width and number of examples grow."""
     base = problem.make("T2", settings.images, settings.labels)
     examples = len(base.images)
     grown = {f"batch {size}": base._replace(batch_size=size) for size in (64, 256, 1024, 4096)}
@@ -138,63 +140,68 @@ def growth(settings: Settings) -> Iterator[Row]:
     if settings.quick:
         grown = {"batch 256": grown["batch 256"]}
     if OURS not in settings.names:
-        yield Row("growth", "all", OURS, missing=NOT_ASKED)
+        yield Row("growth", "all", OURS, missing=NOT_SELECTED)
         return
-    settings.say(f"growth: {', '.join(grown)}")
+    settings.log(f"growth: {', '.join(grown)}")
     make = peers.load(OURS)
     actions = {case: make(task, problem.start(task)).epoch for case, task in grown.items()}
-    floors = {case: min(_floor(task), default=None) for case, task in grown.items()}
-    for case, readings in timing.in_turns(actions, settings.rounds).items():
-        counted = work.epoch_work(grown[case])
-        facts = {"flops": counted.flops, "bytes": counted.bytes, "floor_seconds": floors[case]}
+    bounds = {case: min(_lower_bounds(task), default=None) for case, task in grown.items()}
+    for case, readings in timing.time_interleaved(actions, settings.rounds).items():
+        work = flops.epoch_work(grown[case])
+        facts = {"flops": work.flops, "bytes": work.bytes, "floor_seconds": bounds[case]}
         yield Row("growth", case, OURS, readings, facts)
 
 
 def run(settings: Settings) -> Iterator[Row]:
-    """T1's 200 epochs, and a whole process that trains T2 from a cold start."""
-    yield from _lines(settings, "run", (1,))
+    """Times T1's 200 epochs, and whole processes that train T2."""
+    yield from _linear_regressions(settings, "run", (1,))
     epochs = 1 if settings.quick else 5
-    yield from _whole_runs(settings, "run", epochs)
+    yield from _processes(settings, "run", epochs)
 
 
 def sweep(settings: Settings) -> Iterator[Row]:
-    """Many linear regressions, and many networks, trained at once."""
-    yield from _lines(settings, "sweep", (32,) if settings.quick else (1, 32, 1000))
+    """Times many linear regressions, and many networks, in one call."""
+    yield from _linear_regressions(settings, "sweep", (32,) if settings.quick else (1, 32, 1000))
     if OURS not in settings.names:
-        yield Row("sweep", "T2 networks", OURS, missing=NOT_ASKED)
+        yield Row("sweep", "T2 networks", OURS, missing=NOT_SELECTED)
         return
-    from benchmarks import networks
+    from benchmarks import network_sweep
 
     count = 20 * 64 if settings.quick else 100 * 64
     task = problem.make("T2", settings.images[:count], settings.labels[:count])
-    at_once = networks.at_once(task)
-    one_by_one = networks.one_by_one(task) if _has(settings, EAGER) else None
+    at_once = network_sweep.jaxtrain_sweep(task)
+    one_by_one = network_sweep.pytorch_sweep(task) if _is_available(settings, EAGER) else None
     if one_by_one is None:
-        yield Row("sweep", "T2 networks", EAGER, missing=_why_not(settings, EAGER))
+        yield Row("sweep", "T2 networks", EAGER, missing=_reason_missing(settings, EAGER))
     else:
-        quiet = task._replace(
+        checked = task._replace(
             dropout_rate=0.0, images=task.images[:1280], labels=task.labels[:1280]
         )
-        difference = np.abs(networks.at_once(quiet)(2)() - networks.one_by_one(quiet)(2)()).max()
+        ours = network_sweep.jaxtrain_sweep(checked)(2)()
+        theirs = network_sweep.pytorch_sweep(checked)(2)()
+        difference = np.abs(ours - theirs).max()
         if not difference <= CHECK_TOLERANCE:
-            raise DisagreementError(f"a sweep's losses are {difference:.1e} off those one by one")
+            raise DisagreementError(
+                f"losses of jaxtrain's sweep of networks differ by {difference:.1e} from eager "
+                f"PyTorch's; expected at most {CHECK_TOLERANCE:g}"
+            )
     for size in (8,) if settings.quick else (1, 8, 64):
         case = f"{size} × T2 network, {task.steps} steps"
-        settings.say(f"sweep: {case}")
+        settings.log(f"sweep: {case}")
         actions: dict[str, Action] = {OURS: at_once(size)}
         if one_by_one is not None:
-            # Nothing is shared between runs, so a few stand for all.
+            # The runs are independent, so the time of two can be extrapolated.
             actions[EAGER] = one_by_one(min(size, 2))
         factors = {OURS: 1.0, EAGER: size / min(size, 2)}
         rounds = max(1, settings.rounds // 2)
-        for name, readings in timing.in_turns(actions, rounds).items():
+        for name, readings in timing.time_interleaved(actions, rounds).items():
             facts = {} if factors[name] == 1 else {"extrapolated_from": min(size, 2)}
             yield Row("sweep", case, name, [factors[name] * each for each in readings], facts)
 
 
 def memory(settings: Settings) -> Iterator[Row]:
-    """Peak resident memory of a process that trains T2 and does nothing else."""
-    for row in _whole_runs(settings, "memory", 1 if settings.quick else 2):
+    """Measures the peak resident memory of processes that train T2."""
+    for row in _processes(settings, "memory", 1 if settings.quick else 2):
         if not row.missing:
             row = dataclasses.replace(row, readings=row.facts.pop("each_peak_mib"))
         yield row
@@ -211,20 +218,20 @@ SUITES: dict[str, Callable[[Settings], Iterator[Row]]] = {
 
 
 def check(name: str, make: peers.Make, task: Problem, expected: np.ndarray | None) -> np.ndarray:
-    """Train twice over 20 batches without dropout and compare the losses.
+    """Compares the losses of two passes with the reference's.
 
     Args:
-      name: the peer.
-      make: makes its trainer.
-      task: the problem, cut to its first 20 batches and without dropout.
-      expected: the reference's losses; None if this is the reference.
+      name: key of the peer in `PEERS`.
+      make: function that makes its trainer.
+      task: the problem, with 20 batches and without dropout.
+      expected: losses of the reference, or None if this peer is the reference.
 
     Returns:
       The losses of both passes.
 
     Raises:
-      DisagreementError: a loss, or the mean of a group of steps where a peer tells no more, is
-        further than 1e-4 from the reference's.
+      DisagreementError: if a loss differs from the reference's by more than 1e-4; for a peer that
+        reports only means over groups of steps, if such a mean does.
     """
     trainer = make(task, problem.start(task))
     passes = [trainer.losses(), trainer.losses()]
@@ -236,22 +243,22 @@ def check(name: str, make: peers.Make, task: Problem, expected: np.ndarray | Non
             difference = np.abs(means - expected.reshape(2, -1).mean(axis=1)).max()
         if not difference <= CHECK_TOLERANCE:
             raise DisagreementError(
-                f"{peers.PEERS[name].label} is {difference:.1e} off the losses of "
-                f"{task.steps} steps of {task.network}, batch {task.batch_size}; expected at most "
-                f"{CHECK_TOLERANCE:g}, so its time is not comparable"
+                f"losses of {peers.PEERS[name].label} differ by {difference:.1e} from the "
+                f"reference's in {task.steps} steps of {task.network}, batch {task.batch_size}; "
+                f"expected at most {CHECK_TOLERANCE:g}; leave it out with --peers, or correct it"
             )
     return np.concatenate(passes)
 
 
-def _in_turns(
+def _time_peers(
     settings: Settings,
     suite: str,
     task: Problem,
     names: Iterable[str],
     action: Callable[[Trainer], Action],
-    floor: Callable[[Callable[[int], None]], Action],
+    bound_action: Callable[[Callable[[int], None]], Action],
 ) -> Iterator[Row]:
-    """Check every peer against the others, then time them and the floor in turns."""
+    """Checks the losses of each peer, then times the peers and the lower bounds, interleaved."""
     case = f"{task.network}, batch {task.batch_size}"
     first = CHECKED_STEPS * task.batch_size
     checked = task._replace(
@@ -260,12 +267,12 @@ def _in_turns(
         dropout_rate=0.0,
     )
     reference = EAGER if _installed(EAGER) else OURS
-    settings.say(f"{suite}: {case}: losses of {peers.PEERS[reference].label} to check against")
+    settings.log(f"{suite}: {case}: reference losses of {peers.PEERS[reference].label}")
     expected = check(reference, peers.load(reference), checked, None)
     actions: dict[str, Action] = {}
     facts: dict[str, dict[str, Any]] = {}
     for name in names:
-        settings.say(f"{suite}: {case}: {peers.PEERS[name].label}")
+        settings.log(f"{suite}: {case}: {peers.PEERS[name].label}")
         try:
             make = peers.load(name)
             check(name, make, checked, expected)
@@ -274,17 +281,17 @@ def _in_turns(
         except peers.MissingError as error:
             yield Row(suite, case, name, missing=str(error))
             continue
-    floors = {name: floor(run) for name, run in work.floors(task).items()}
-    settings.say(f"{suite}: {case}: {settings.rounds} rounds in turns")
-    counted = work.epoch_work(task) if suite == "epoch" else _step_work(task)
-    for name, readings in timing.in_turns({**actions, **floors}, settings.rounds).items():
+    bounds = {name: bound_action(run) for name, run in lower_bounds(task).items()}
+    settings.log(f"{suite}: {case}: {settings.rounds} interleaved rounds")
+    work = flops.epoch_work(task) if suite == "epoch" else _step_work(task)
+    for name, readings in timing.time_interleaved({**actions, **bounds}, settings.rounds).items():
         of_work = {
             "network": task.network,
             "batch_size": task.batch_size,
             "examples": task.batch_size if suite == "step" else len(task.images),
-            "flops": counted.flops,
-            "bytes": counted.bytes,
-            "floor": name in floors,
+            "flops": work.flops,
+            "bytes": work.bytes,
+            "floor": name in bounds,
         }
         yield Row(suite, case, name, readings, {**facts.get(name, {}), **of_work})
     del actions
@@ -292,7 +299,7 @@ def _in_turns(
 
 
 def _first_seconds(action: Action) -> float:
-    """The first call, in which a compiler compiles."""
+    """Returns the seconds of one call; a first call includes compilation."""
     started = time.perf_counter()
     if isinstance(action, Repeated):
         action.run(1)
@@ -301,15 +308,15 @@ def _first_seconds(action: Action) -> float:
     return time.perf_counter() - started
 
 
-def _step_work(task: Problem) -> work.Work:
-    return work.step_work(task.features, task.batch_size)
+def _step_work(task: Problem) -> flops.Work:
+    return flops.step_work(task.features, task.batch_size)
 
 
-def _floor(task: Problem) -> list[float]:
-    """Seconds of an epoch's matrix products by each BLAS, at their best of three."""
+def _lower_bounds(task: Problem) -> list[float]:
+    """Returns the seconds of an epoch's matrix products in each library, the best of three."""
     return [
         min(_first_seconds(functools.partial(run, task.steps)) for _ in range(3))
-        for run in work.floors(task).values()
+        for run in lower_bounds(task).values()
     ]
 
 
@@ -326,57 +333,59 @@ def _installed(name: str) -> bool:
     return True
 
 
-def _has(settings: Settings, name: str) -> bool:
-    """Whether a peer is asked for and installed."""
+def _is_available(settings: Settings, name: str) -> bool:
+    """Returns whether a peer is selected and installed."""
     return name in settings.names and _installed(name)
 
 
-def _why_not(settings: Settings, name: str) -> str:
-    """Why `_has` says no."""
+def _reason_missing(settings: Settings, name: str) -> str:
+    """Returns why a peer is not available."""
     if name not in settings.names:
-        return NOT_ASKED
+        return NOT_SELECTED
     try:
         peers.load(name)
     except peers.MissingError as error:
         return str(error)
-    raise AssertionError(name)
+    raise AssertionError(f"{name} is available")
 
 
-def _lines(settings: Settings, suite: str, counts: Iterable[int]) -> Iterator[Row]:
-    """T1's 200 epochs from many starts at once, against one after another."""
-    from benchmarks import lines
+def _linear_regressions(settings: Settings, suite: str, counts: Iterable[int]) -> Iterator[Row]:
+    """Times T1's 200 epochs: from many starts in one call, and one start after another."""
+    from benchmarks import linear_regression
 
     if OURS not in settings.names:
-        yield Row(suite, "T1", OURS, missing=NOT_ASKED)
+        yield Row(suite, "T1", OURS, missing=NOT_SELECTED)
         return
-    ours, eager = lines.ours(), lines.eager() if _has(settings, EAGER) else None
+    ours = linear_regression.jaxtrain_runs()
+    eager = linear_regression.pytorch_runs() if _is_available(settings, EAGER) else None
     if eager is None:
-        yield Row(suite, "T1", EAGER, missing=_why_not(settings, EAGER))
+        yield Row(suite, "T1", EAGER, missing=_reason_missing(settings, EAGER))
     if eager is not None:
-        starts = lines.starts(3)
+        starts = linear_regression.starts(3)
         difference = np.abs(ours(starts) - eager(starts)).max()
         if not difference <= CHECK_TOLERANCE:
             raise DisagreementError(
-                f"T1's losses are {difference:.1e} apart; expected at most 1e-4"
+                f"jaxtrain's losses of T1 differ by {difference:.1e} from eager PyTorch's; "
+                f"expected at most {CHECK_TOLERANCE:g}"
             )
     for count in counts:
-        case = f"{count} × T1, {lines.EPOCHS} epochs"
-        settings.say(f"{suite}: {case}")
-        starts = lines.starts(count)
+        case = f"{count} × T1, {linear_regression.EPOCHS} epochs"
+        settings.log(f"{suite}: {case}")
+        starts = linear_regression.starts(count)
         sample = min(count, 3 if settings.quick else 20)
         actions: dict[str, Action] = {
             OURS: Repeated(functools.partial(_repeat, functools.partial(ours, starts)))
         }
         if eager is not None:
             actions[EAGER] = functools.partial(eager, starts[:sample])
-        for name, readings in timing.in_turns(actions, settings.rounds).items():
+        for name, readings in timing.time_interleaved(actions, settings.rounds).items():
             factor = count / sample if name == EAGER else 1.0
             facts = {} if factor == 1 else {"extrapolated_from": sample}
             yield Row(suite, case, name, [factor * each for each in readings], facts)
 
 
-def _whole_runs(settings: Settings, suite: str, epochs: int) -> Iterator[Row]:
-    """Each peer in a process of its own; JAX's, in `run`, with a cold and a warm cache, too."""
+def _processes(settings: Settings, suite: str, epochs: int) -> Iterator[Row]:
+    """Trains each peer in a process of its own; in `run`, jaxtrain also with a warm cache."""
     case = f"whole process, T2, {epochs} epoch{'s' * (epochs > 1)}"
     names = settings.names
     if settings.quick:
@@ -384,24 +393,25 @@ def _whole_runs(settings: Settings, suite: str, epochs: int) -> Iterator[Row]:
     runnable = []
     for name in names:
         if name in (SLOW_COMPILER, "pytorch-cuda-graphs"):
-            yield Row(suite, case, name, missing="timed in step and epoch")
+            yield Row(suite, case, name, missing="timed in step and epoch only")
         elif _installed(name):
             runnable.append(name)
         else:
-            yield Row(suite, case, name, missing=_why_not(settings, name))
+            yield Row(suite, case, name, missing=_reason_missing(settings, name))
     rounds = max(1, settings.rounds // 3)
     results: dict[str, list[tuple[float, dict[str, float]]]] = {}
     with tempfile.TemporaryDirectory() as cache:
-        # A first round, not counted, fills the cache and the system's file cache.
+        # In `run`, a first round that is not counted fills JAX's cache and the file cache.
         for _ in range(rounds + (suite == "run" and not settings.quick)):
             for name in runnable:
-                settings.say(f"{suite}: {case}: {peers.PEERS[name].label}")
-                cold = cache if settings.quick else None  # then it is the cold run that fills it
-                results.setdefault(name, []).append(_child(settings, name, epochs, cold))
+                settings.log(f"{suite}: {case}: {peers.PEERS[name].label}")
+                # A quick run has no first round to fill the cache.
+                cold = cache if settings.quick else None
+                results.setdefault(name, []).append(_train_process(settings, name, epochs, cold))
                 if name == OURS and suite == "run":
-                    warm = _child(settings, name, epochs, cache)
+                    warm = _train_process(settings, name, epochs, cache)
                     results.setdefault(f"{name}, warm cache", []).append(warm)
-    accuracies = {}
+    accuracies: dict[str, float] = {}
     for name, measured in results.items():
         counted = measured[-rounds:]
         facts: dict[str, Any] = {
@@ -416,30 +426,32 @@ def _whole_runs(settings: Settings, suite: str, epochs: int) -> Iterator[Row]:
         and accuracies
         and max(accuracies.values()) > min(accuracies.values()) + 0.02
     ):
-        raise DisagreementError(f"the runs end at different accuracies: {accuracies}")
+        raise DisagreementError(
+            f"test accuracies differ: {accuracies}; expected them within 0.02 of each other"
+        )
 
 
-def _child(
+def _train_process(
     settings: Settings, name: str, epochs: int, cache: str | None
 ) -> tuple[float, dict[str, float]]:
-    """Wall seconds of one process, and what it says."""
-    command = [sys.executable, "-m", "benchmarks.whole_run", name, "--epochs", str(epochs)]
+    """Returns the wall-clock seconds of one process, and the values that it prints."""
+    command = [sys.executable, "-m", "benchmarks.training_process", name, "--epochs", str(epochs)]
     if settings.folder is not None:
         command += ["--folder", str(settings.folder)]
-    environment = {k: v for k, v in os.environ.items() if not k.startswith("JAX_COMPILATION")}
-    # The terms of `machine.same_terms`, for a process that may not import both libraries.
-    environment |= {"OMP_NUM_THREADS": str(machine.cores())}
-    if machine.has_gpu():
-        environment |= {"JAX_DEFAULT_MATMUL_PRECISION": "highest"}
+    variables = {k: v for k, v in os.environ.items() if not k.startswith("JAX_COMPILATION")}
+    # The settings of `environment.equalize`, for a process that imports one library only.
+    variables |= {"OMP_NUM_THREADS": str(environment.cores())}
+    if environment.has_gpu():
+        variables |= {"JAX_DEFAULT_MATMUL_PRECISION": "highest"}
     if cache is not None:
-        environment |= {
+        variables |= {
             "JAX_COMPILATION_CACHE_DIR": cache,
             "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
         }
     started = time.perf_counter()
     result = subprocess.run(
         command,
-        env=environment,
+        env=variables,
         capture_output=True,
         text=True,
         check=False,

@@ -1,4 +1,4 @@
-"""Contenders timed in turns in one process, and how sure their ratio is."""
+"""Times actions in interleaved rounds, and estimates ratios with their intervals."""
 
 from __future__ import annotations
 
@@ -10,13 +10,13 @@ from typing import NamedTuple
 import numpy as np
 import scipy.stats
 
-# A single reading lasts at least this long, so that waking threads and cold caches after the turn
-# of another contender weigh little.
+# Least duration of a reading, so that threads to wake and caches to refill after another action
+# matter little.
 READING_SECONDS = 0.1
 
 
 class Repeated(NamedTuple):
-    """Work that is done `count` times at a call: `run(count)`."""
+    """An action that one call `run(count)` repeats `count` times."""
 
     run: Callable[[int], object]
 
@@ -24,10 +24,11 @@ class Repeated(NamedTuple):
 Action = Callable[[], object] | Repeated
 
 
-def in_turns(actions: Mapping[str, Action], rounds: int) -> dict[str, list[float]]:
-    """Seconds of each action, A B C A B C …, after a warm-up of each that is not counted.
+def time_interleaved(actions: Mapping[str, Action], rounds: int) -> dict[str, list[float]]:
+    """Returns the seconds of each action in each round, in the order A B C A B C.
 
-    A `Repeated` is called with the count that fills `READING_SECONDS`, and its reading divided.
+    Each action is called at least once before the first round. A `Repeated` action runs as often
+    as `READING_SECONDS` requires, and its reading is divided by that count.
     """
     counts = {name: _repetitions(action) for name, action in actions.items()}
     seconds: dict[str, list[float]] = {name: [] for name in actions}
@@ -38,9 +39,9 @@ def in_turns(actions: Mapping[str, Action], rounds: int) -> dict[str, list[float
 
 
 def _repetitions(action: Action) -> int:
-    """How many times to repeat an action at each reading; warms it up, too."""
+    """Warms an action up, and returns how often each reading repeats it."""
     count, elapsed = 1, _reading(action, 1)
-    if isinstance(action, Repeated):  # the first call may have compiled
+    if isinstance(action, Repeated):  # the first call may include compilation
         elapsed = _reading(action, 1)
     while isinstance(action, Repeated) and elapsed < READING_SECONDS:
         count = max(count + 1, int(count * min(10.0, 1.2 * READING_SECONDS / elapsed)))
@@ -58,7 +59,7 @@ def _reading(action: Action, count: int) -> float:
 
 
 class Spread(NamedTuple):
-    """Median and quartiles."""
+    """A median between the ends of an interval."""
 
     low: float
     median: float
@@ -66,16 +67,16 @@ class Spread(NamedTuple):
 
 
 def spread(seconds: Sequence[float]) -> Spread:
-    """Median and interquartile range of some readings."""
+    """Returns the median and the quartiles of the readings."""
     low, high = np.quantile(seconds, [0.25, 0.75])
     return Spread(float(low), statistics.median(seconds), float(high))
 
 
 def speedup(ours: Sequence[float], theirs: Sequence[float]) -> Spread:
-    """How many times as long they take: ratio of medians with its 95 % bootstrap interval.
+    """Returns the ratio of medians, theirs over ours, with its 95 % bootstrap interval.
 
-    Readings of the same round belong together and are drawn together (percentile bootstrap,
-    Efron & Tibshirani, 1993). With fewer than two rounds the interval is the ratio itself.
+    The readings of a round are resampled as a pair (percentile bootstrap, Efron & Tibshirani,
+    1993). With fewer than two rounds, or a different number of them, the interval is the ratio.
     """
     ratio = statistics.median(theirs) / statistics.median(ours)
     if len(ours) < 2 or len(theirs) != len(ours):

@@ -1,4 +1,4 @@
-"""The same training in eager PyTorch, as the tutorials write it: what ours is held against."""
+"""The tutorials' network and training loop in eager PyTorch, the reference for jaxtrain."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from torch import nn
 
 
 def feed_forward(features: Sequence[int], fan_in: int, dropout_rate: float) -> nn.Sequential:
-    """The network of tutorial T2; the last entry of `features` are the logits."""
+    """Returns the network of tutorial T2; the last of `features` is the number of logits."""
     layers: list[nn.Module] = [nn.Flatten()]
     for width in features[:-1]:
         layers += [nn.Linear(fan_in, width), nn.ReLU(), nn.Dropout(dropout_rate)]
@@ -20,12 +20,12 @@ def feed_forward(features: Sequence[int], fan_in: int, dropout_rate: float) -> n
 
 
 def normalised(images: np.ndarray, mean: float, std: float) -> torch.Tensor:
-    """Pixels 0 … 255 as the network's float32 inputs."""
+    """Returns pixels from 0 to 255 as normalized float32 inputs."""
     return (torch.from_numpy(np.array(images)).float() / 255 - mean) / std
 
 
 def load_params(model: nn.Module, params: Mapping[str, Any]) -> None:
-    """Start the network at a jaxtrain FeedForward's kernels (transposed) and biases."""
+    """Copies the parameters of a jaxtrain FeedForward into the network."""
     linears = [layer for layer in model.modules() if isinstance(layer, nn.Linear)]
     with torch.no_grad():
         for linear, name in zip(linears, sorted(params), strict=True):
@@ -34,7 +34,7 @@ def load_params(model: nn.Module, params: Mapping[str, Any]) -> None:
 
 
 def read_params(model: nn.Module) -> dict[str, dict[str, np.ndarray]]:
-    """The network's parameters in the layout of jaxtrain's FeedForward."""
+    """Returns the network's parameters in the layout of a jaxtrain FeedForward."""
     linears = [layer for layer in model.modules() if isinstance(layer, nn.Linear)]
     return {
         f"Dense_{index}": {
@@ -51,7 +51,7 @@ def train_steps(
     batches: Iterable[tuple[torch.Tensor, torch.Tensor]],
     loss_fn: Callable[[torch.Tensor, torch.Tensor], torch.Tensor],
 ) -> list[torch.Tensor]:
-    """One optimizer step a batch; the loss of each, before its update, left on the device."""
+    """Takes one step per batch, and returns the losses before each update, on the device."""
     losses = []
     model.train()
     for inputs, targets in batches:
@@ -66,7 +66,7 @@ def train_steps(
 def slices(
     inputs: torch.Tensor, targets: torch.Tensor, batch_size: int, order: torch.Tensor | None = None
 ) -> Iterable[tuple[torch.Tensor, torch.Tensor]]:
-    """The batches of an epoch by slicing tensors, the partial last one included."""
+    """Yields the batches of an epoch as slices, including the partial last batch."""
     for start in range(0, len(inputs), batch_size):
         if order is None:
             yield inputs[start : start + batch_size], targets[start : start + batch_size]

@@ -1,4 +1,4 @@
-"""The libraries that are timed, each in its own file, imported only when asked for."""
+"""Lists the libraries that are compared; each is imported only when it is loaded."""
 
 from __future__ import annotations
 
@@ -13,31 +13,27 @@ Make = Callable[[Problem, Params], Trainer]
 
 
 class Peer(NamedTuple):
-    """One way of training.
+    """A library, or one way to train with it.
 
     Attributes:
       label: its name in tables.
-      make: `module:function`, a `Make`.
-      packages: what must be installed.
-      extra: the extra of this project that installs them.
+      make: `module:function` of its `Make` in this package.
+      packages: packages that must be installed.
     """
 
     label: str
     make: str
     packages: tuple[str, ...]
-    extra: str = "bench"
 
 
 PEERS = {
-    "jaxtrain": Peer("jaxtrain", "ours:epoch_compiled", ("jax",)),
-    "jaxtrain-steps": Peer("jaxtrain, step by step", "ours:step_by_step", ("jax",)),
-    "pytorch": Peer("PyTorch eager", "pytorch:eager", ("torch",), "test"),
-    "pytorch-dataloader": Peer(
-        "PyTorch eager, DataLoader", "pytorch:dataloader", ("torch",), "test"
-    ),
-    "pytorch-pixels": Peer("PyTorch eager, from pixels", "pytorch:from_pixels", ("torch",), "test"),
-    "pytorch-compile": Peer("PyTorch torch.compile", "pytorch:compiled", ("torch",), "test"),
-    "pytorch-cuda-graphs": Peer("PyTorch CUDA graphs", "pytorch:cuda_graphs", ("torch",), "test"),
+    "jaxtrain": Peer("jaxtrain", "jaxtrain:epoch_compiled", ("jax",)),
+    "jaxtrain-steps": Peer("jaxtrain, step by step", "jaxtrain:step_by_step", ("jax",)),
+    "pytorch": Peer("eager PyTorch", "pytorch:eager", ("torch",)),
+    "pytorch-dataloader": Peer("eager PyTorch, DataLoader", "pytorch:dataloader", ("torch",)),
+    "pytorch-pixels": Peer("eager PyTorch, uint8 pixels", "pytorch:from_pixels", ("torch",)),
+    "pytorch-compile": Peer("torch.compile", "pytorch:compiled", ("torch",)),
+    "pytorch-cuda-graphs": Peer("PyTorch CUDA graphs", "pytorch:cuda_graphs", ("torch",)),
     "nnx": Peer("Flax NNX", "nnx:step_by_step", ("flax",)),
     "equinox": Peer("Equinox", "equinox:step_by_step", ("equinox",)),
     "keras": Peer("Keras 3 on JAX", "keras:fit", ("keras",)),
@@ -48,20 +44,18 @@ PEERS = {
 
 
 class MissingError(Exception):
-    """A peer cannot run here; the message says why."""
+    """Raised if a peer cannot run on this machine."""
 
 
 def load(name: str) -> Make:
-    """The function that makes this peer's trainers.
+    """Returns the function that makes the trainer of a peer.
 
     Raises:
-      MissingError: a package is not installed.
+      MissingError: if one of its packages is not installed.
     """
     peer = PEERS[name]
     for package in peer.packages:
         if importlib.util.find_spec(package) is None:
-            raise MissingError(
-                f"{package} is not installed; pip install -e '.[{peer.extra}]' does it"
-            )
+            raise MissingError(f"{package} is not installed; run pip install -e '.[bench]'")
     module, function = peer.make.split(":")
     return getattr(importlib.import_module(f"benchmarks.peers.{module}"), function)

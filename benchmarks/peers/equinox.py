@@ -1,4 +1,4 @@
-"""Equinox: the model as a pytree, a step under `eqx.filter_jit`, batches sliced from NumPy."""
+"""Equinox as a peer: a step under `eqx.filter_jit`, on slices of NumPy arrays."""
 
 from __future__ import annotations
 
@@ -10,17 +10,17 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from benchmarks.problem import PIXELS, Params, Problem, Trainer, normalised
+from benchmarks.problem import PIXELS, Params, Problem, Trainer, normalize
 
 
 class FeedForward(eqx.Module):
-    """The network, ReLU and dropout after each hidden layer; one example at a time."""
+    """The network, for one example, with ReLU and dropout after each hidden layer."""
 
     layers: list[eqx.nn.Linear]
     dropout: eqx.nn.Dropout
 
     def __init__(self, problem: Problem, params: Params) -> None:
-        """Start at these parameters."""
+        """Starts from these parameters."""
         widths = (PIXELS, *problem.features)
         self.layers = []
         for layer, (fan_in, width) in enumerate(itertools.pairwise(widths)):
@@ -32,7 +32,7 @@ class FeedForward(eqx.Module):
         self.dropout = eqx.nn.Dropout(problem.dropout_rate)
 
     def __call__(self, x: jax.Array, key: jax.Array | None = None) -> jax.Array:
-        """Logits of one example."""
+        """Returns the logits of one example."""
         for layer in self.layers[:-1]:
             use, key = (None, None) if key is None else jax.random.split(key)
             x = self.dropout(jax.nn.relu(layer(x)), key=use, inference=use is None)
@@ -40,7 +40,7 @@ class FeedForward(eqx.Module):
 
 
 def step_by_step(problem: Problem, params: Params) -> Trainer:
-    """An epoch is a Python loop over the step."""
+    """Returns a trainer whose epoch is a Python loop over the step."""
     model = FeedForward(problem, params)
     sgd = optax.chain(
         optax.add_decayed_weights(problem.weight_decay), optax.sgd(problem.learning_rate)
@@ -70,7 +70,7 @@ def step_by_step(problem: Problem, params: Params) -> Trainer:
     def predict(model: FeedForward, inputs: jax.Array) -> jax.Array:
         return jax.vmap(model)(inputs).argmax(-1)
 
-    inputs, targets = normalised(problem.images), problem.labels.astype(np.int32)
+    inputs, targets = normalize(problem.images), problem.labels.astype(np.int32)
     first = jnp.asarray(inputs[: problem.batch_size]), jnp.asarray(targets[: problem.batch_size])
 
     def steps(count: int) -> None:
@@ -84,14 +84,14 @@ def step_by_step(problem: Problem, params: Params) -> Trainer:
         collected = []
         for index in range(problem.steps):
             part = slice(index * problem.batch_size, (index + 1) * problem.batch_size)
-            # Arrays of JAX: filter_jit would take NumPy's as constants and compile at each step.
+            # filter_jit treats NumPy arrays as constants, and would compile for each batch.
             batch = jnp.asarray(inputs[part]), jnp.asarray(targets[part])
             model, opt_state, key, loss = train_step(model, opt_state, key, *batch)
             collected.append(loss)
         return np.asarray(jax.block_until_ready(jnp.stack(collected)))
 
     def accuracy(images: np.ndarray, labels: np.ndarray) -> float:
-        found = np.asarray(predict(model, jnp.asarray(normalised(images))))
+        found = np.asarray(predict(model, jnp.asarray(normalize(images))))
         return float((found == labels).mean())
 
     return Trainer(steps, losses, losses, accuracy)

@@ -1,4 +1,4 @@
-"""Keras 3 on JAX: `model.fit`, with and without several steps in one execution."""
+"""Keras 3 on JAX as a peer: `model.fit`, with one or several steps per execution."""
 
 from __future__ import annotations
 
@@ -10,31 +10,31 @@ import jax.numpy as jnp
 import keras
 import numpy as np
 
-from benchmarks.problem import PIXELS, Params, Problem, Trainer, normalised
+from benchmarks.problem import PIXELS, Params, Problem, Trainer, normalize
 
 STEPS_PER_EXECUTION = 32
 
 
-class _StepLosses(keras.callbacks.Callback):
-    """The loss of each step, from Keras's running mean over the epoch."""
+class _RunningMeans(keras.callbacks.Callback):
+    """Collects Keras's running mean of the loss after each execution."""
 
     def __init__(self) -> None:
         super().__init__()
         self.means: list[float] = []
 
     def on_train_batch_end(self, batch: int, logs: dict[str, float] | None = None) -> None:
-        """Keep the mean so far."""
+        """Appends the running mean."""
         assert logs is not None
         self.means.append(float(logs["loss"]))
 
 
 def fit(problem: Problem, params: Params) -> Trainer:
-    """An epoch is `model.fit(epochs=1)`."""
+    """Returns a trainer whose epoch is `model.fit(epochs=1)`."""
     return _trainer(problem, params, steps_per_execution=1)
 
 
 def fit_several_steps(problem: Problem, params: Params) -> Trainer:
-    """The same with `steps_per_execution`."""
+    """Returns a trainer whose epoch is `model.fit` with several steps per execution."""
     return _trainer(problem, params, steps_per_execution=STEPS_PER_EXECUTION)
 
 
@@ -48,13 +48,13 @@ def _trainer(problem: Problem, params: Params, steps_per_execution: int) -> Trai
         [params[f"Dense_{k}"][part] for k in range(len(params)) for part in ("kernel", "bias")]
     )
     model.compile(
-        # Decoupled in Keras, which for plain SGD is the same number.
+        # Keras decouples the decay, which is the same for plain SGD.
         optimizer=keras.optimizers.SGD(problem.learning_rate, weight_decay=problem.weight_decay),
         loss=keras.losses.SparseCategoricalCrossentropy(from_logits=True),
         steps_per_execution=steps_per_execution,
         jit_compile=True,
     )
-    inputs, targets = normalised(problem.images), problem.labels.astype(np.int32)
+    inputs, targets = normalize(problem.images), problem.labels.astype(np.int32)
     first = (
         jnp.asarray(inputs[: problem.batch_size]),
         jnp.asarray(targets[: problem.batch_size]),
@@ -76,17 +76,17 @@ def _trainer(problem: Problem, params: Params, steps_per_execution: int) -> Trai
         )
 
     def losses() -> np.ndarray:
-        means = _StepLosses()
-        fit_once([means])
+        running = _RunningMeans()
+        fit_once([running])
         seen = np.minimum(
-            np.arange(1, len(means.means) + 1) * problem.batch_size * steps_per_execution,
+            np.arange(1, len(running.means) + 1) * problem.batch_size * steps_per_execution,
             len(inputs),
         )
-        totals = np.array(means.means) * seen
+        totals = np.array(running.means) * seen
         return np.diff(totals, prepend=0) / np.diff(seen, prepend=0)
 
     def accuracy(images: np.ndarray, labels: np.ndarray) -> float:
-        found = model.predict(normalised(images), batch_size=1000, verbose=0).argmax(-1)
+        found = model.predict(normalize(images), batch_size=1000, verbose=0).argmax(-1)
         return float((found == labels).mean())
 
     return Trainer(steps, lambda: fit_once([]), losses, accuracy)

@@ -1,4 +1,4 @@
-"""Flax NNX: modules with state, a step under `nnx.jit`, batches sliced from NumPy arrays."""
+"""Flax NNX as a peer: a step under `nnx.jit`, on slices of NumPy arrays."""
 
 from __future__ import annotations
 
@@ -11,14 +11,14 @@ import optax
 from flax import nnx
 from jax.typing import ArrayLike
 
-from benchmarks.problem import PIXELS, Params, Problem, Trainer, normalised
+from benchmarks.problem import PIXELS, Params, Problem, Trainer, normalize
 
 
 class FeedForward(nnx.Module):
-    """The network, ReLU and dropout after each hidden layer."""
+    """The network, with ReLU and dropout after each hidden layer."""
 
     def __init__(self, problem: Problem, params: Params, rngs: nnx.Rngs) -> None:
-        """Start at these parameters."""
+        """Starts from these parameters."""
         widths = (PIXELS, *problem.features)
         layers = []
         for layer, (fan_in, width) in enumerate(itertools.pairwise(widths)):
@@ -30,7 +30,7 @@ class FeedForward(nnx.Module):
         self.dropout = nnx.Dropout(problem.dropout_rate, rngs=rngs)
 
     def __call__(self, inputs: ArrayLike) -> jax.Array:
-        """Logits."""
+        """Returns the logits."""
         x = jnp.asarray(inputs)
         for layer in self.layers[:-1]:
             x = self.dropout(nnx.relu(layer(x)))
@@ -41,7 +41,7 @@ class FeedForward(nnx.Module):
 def train_step(
     model: FeedForward, optimizer: nnx.Optimizer, inputs: ArrayLike, targets: ArrayLike
 ) -> jax.Array:
-    """One step, in place."""
+    """Takes one step in place, and returns the loss before it."""
 
     def loss_fn(model: FeedForward) -> jax.Array:
         logits = model(inputs)
@@ -54,19 +54,19 @@ def train_step(
 
 @nnx.jit
 def predict(model: FeedForward, inputs: ArrayLike) -> jax.Array:
-    """The most likely class."""
+    """Returns the most likely classes."""
     return model(inputs).argmax(-1)
 
 
 def step_by_step(problem: Problem, params: Params) -> Trainer:
-    """An epoch is a Python loop over the step."""
+    """Returns a trainer whose epoch is a Python loop over the step."""
     model = FeedForward(problem, params, nnx.Rngs(0))
     model.train()
     sgd = optax.chain(
         optax.add_decayed_weights(problem.weight_decay), optax.sgd(problem.learning_rate)
     )
     optimizer = nnx.Optimizer(model, sgd, wrt=nnx.Param)
-    inputs, targets = normalised(problem.images), problem.labels.astype(np.int32)
+    inputs, targets = normalize(problem.images), problem.labels.astype(np.int32)
     first = jnp.asarray(inputs[: problem.batch_size]), jnp.asarray(targets[: problem.batch_size])
 
     def steps(count: int) -> None:
@@ -83,7 +83,7 @@ def step_by_step(problem: Problem, params: Params) -> Trainer:
 
     def accuracy(images: np.ndarray, labels: np.ndarray) -> float:
         model.eval()
-        found = np.asarray(predict(model, normalised(images)))
+        found = np.asarray(predict(model, normalize(images)))
         model.train()
         return float((found == labels).mean())
 

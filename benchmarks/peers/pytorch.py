@@ -1,4 +1,4 @@
-"""PyTorch: eager by slices and by DataLoader, torch.compile, and CUDA graphs."""
+"""PyTorch as a peer: eager on slices or a DataLoader, torch.compile, and CUDA graphs."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ from torch.nn.functional import cross_entropy
 
 from benchmarks import torch_reference
 from benchmarks.peers import MissingError
-from benchmarks.problem import MEAN, PIXELS, STD, Params, Problem, Trainer, normalised
+from benchmarks.problem import MEAN, PIXELS, STD, Params, Problem, Trainer, normalize
 
-# Set by the suite to the kind of device that JAX has chosen.
+# Set by benchmarks.environment to the platform of JAX's default device.
 DEVICE_VARIABLE = "JAXTRAIN_BENCHMARK_DEVICE"
 
 Batch = tuple[torch.Tensor, torch.Tensor]
@@ -21,40 +21,40 @@ Step = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
 
 
 def device() -> torch.device:
-    """Where PyTorch computes: the GPU where there is one and JAX computes there, too."""
+    """Returns the GPU if PyTorch sees one and JAX does not compute on the CPU, else the CPU."""
     usable = torch.cuda.is_available() and os.environ.get(DEVICE_VARIABLE) != "cpu"
     return torch.device("cuda" if usable else "cpu")
 
 
 def wait() -> None:
-    """Return when the device is done."""
+    """Waits until the device has finished."""
     if torch.cuda.is_available():
         torch.cuda.synchronize()
 
 
 def eager(problem: Problem, params: Params) -> Trainer:
-    """Batches are slices of tensors that are normalised and on the device beforehand."""
+    """Returns a trainer on slices of tensors that are already normalized and on the device."""
     return _trainer(problem, params)
 
 
 def from_pixels(problem: Problem, params: Params) -> Trainer:
-    """The pixels stay uint8 and each batch is normalised in its step, as ours does it."""
+    """Returns a trainer on slices of uint8 pixels, which normalizes each batch in its step."""
     return _trainer(problem, params, pixels=True)
 
 
 def dataloader(problem: Problem, params: Params) -> Trainer:
-    """Batches come from a DataLoader, as in the tutorial."""
+    """Returns a trainer on the batches of a DataLoader, as in the tutorial."""
     return _trainer(problem, params, loader=True)
 
 
 def compiled(problem: Problem, params: Params) -> Trainer:
-    """The network and its loss are compiled, forward and backward; the rest as in `eager`."""
-    torch.compiler.reset()  # what was compiled for another problem; each pays for its own
+    """Returns the trainer of `eager` with network and loss compiled by `torch.compile`."""
+    torch.compiler.reset()  # so that the programs of another problem are not reused
     return _trainer(problem, params, wrap_loss=lambda loss: torch.compile(loss, dynamic=False))
 
 
 def cuda_graphs(problem: Problem, params: Params) -> Trainer:
-    """A step is captured once for each batch shape and replayed."""
+    """Returns the trainer of `eager` with its step replayed from a CUDA graph."""
     if not torch.cuda.is_available():
         raise MissingError("CUDA graphs need an NVIDIA GPU, and PyTorch sees none")
     return _trainer(problem, params, capture=True)
@@ -74,7 +74,7 @@ def _trainer(
     if pixels:
         inputs = torch.from_numpy(np.array(problem.images)).to(place)
     else:
-        inputs = torch.from_numpy(normalised(problem.images)).to(place)
+        inputs = torch.from_numpy(normalize(problem.images)).to(place)
     targets = torch.from_numpy(problem.labels.astype(np.int64)).to(place)
     model = torch_reference.feed_forward(problem.features, PIXELS, problem.dropout_rate)
     torch_reference.load_params(model, params)
@@ -115,7 +115,7 @@ def _trainer(
     def accuracy(images: np.ndarray, labels: np.ndarray) -> float:
         model.eval()
         with torch.no_grad():
-            found = model(torch.from_numpy(normalised(images)).to(place)).argmax(1).cpu().numpy()
+            found = model(torch.from_numpy(normalize(images)).to(place)).argmax(1).cpu().numpy()
         model.train()
         return float((found == labels).mean())
 
@@ -123,7 +123,7 @@ def _trainer(
 
 
 def _captured(step: Step, model: torch.nn.Module, optimizer: torch.optim.Optimizer) -> Step:
-    """Replay `step` from a CUDA graph, one for each shape of batch (PyTorch's notes on graphs)."""
+    """Returns a step that captures a CUDA graph for each batch shape and replays it."""
     graphs: dict[torch.Size, tuple[torch.cuda.CUDAGraph, Batch, torch.Tensor]] = {}
 
     def capture(images: torch.Tensor, labels: torch.Tensor) -> None:
@@ -132,14 +132,14 @@ def _captured(step: Step, model: torch.nn.Module, optimizer: torch.optim.Optimiz
         side = torch.cuda.Stream()
         side.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(side):
-            for _ in range(3):  # warm-up, as the notes ask
+            for _ in range(3):  # PyTorch's notes on CUDA graphs require a warm-up
                 step(*static)
         torch.cuda.current_stream().wait_stream(side)
         optimizer.zero_grad(set_to_none=True)
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph):
             loss = step(*static)
-        model.load_state_dict(start)  # the warm-up's steps do not count
+        model.load_state_dict(start)  # undoes the warm-up steps
         graphs[images.shape] = graph, static, loss
 
     def replay(images: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:

@@ -1,4 +1,4 @@
-"""Many networks trained at once: a vmapped epoch of jaxtrain, and eager PyTorch one by one."""
+"""Trains many networks: in one vmapped epoch of jaxtrain, and one by one in eager PyTorch."""
 
 from __future__ import annotations
 
@@ -9,21 +9,21 @@ import jax.numpy as jnp
 import numpy as np
 
 import jaxtrain as jt
-from benchmarks.peers import ours
+from benchmarks.peers import jaxtrain as jaxtrain_peer
 from benchmarks.problem import Problem, start
 
-# How many networks -> a call that trains them for an epoch and returns each one's losses,
-# [networks, steps]; network k starts at `start(problem, seed=k)`.
+# From a number of networks to a function that trains them for an epoch and returns their losses
+# [networks, steps]. Network k starts from `start(problem, seed=k)`.
 Sweep = Callable[[int], Callable[[], np.ndarray]]
 
 
-def at_once(problem: Problem) -> Sweep:
-    """All networks in one call."""
-    state, data = ours.start(problem, start(problem))
+def jaxtrain_sweep(problem: Problem) -> Sweep:
+    """Returns the sweep that trains all networks in one compiled call."""
+    state, data = jaxtrain_peer.start(problem, start(problem))
 
     def epoch(params: object, key: jax.Array) -> jax.Array:
         fresh = state.replace(params=params, key=key)
-        return jt.train_epoch(fresh, data, ours.LOSS, batch_size=problem.batch_size)[1]
+        return jt.train_epoch(fresh, data, jaxtrain_peer.LOSS, batch_size=problem.batch_size)[1]
 
     run = jax.jit(jax.vmap(epoch))
 
@@ -36,8 +36,8 @@ def at_once(problem: Problem) -> Sweep:
     return sweep
 
 
-def one_by_one(problem: Problem) -> Sweep:
-    """Eager PyTorch, one network after another."""
+def pytorch_sweep(problem: Problem) -> Sweep:
+    """Returns the sweep that trains one network after another in eager PyTorch."""
     from benchmarks.peers import pytorch
 
     def sweep(count: int) -> Callable[[], np.ndarray]:

@@ -1,4 +1,4 @@
-"""What a measurement was made on: processor, threads, versions, precision and commit."""
+"""Describes the machine and software, and gives all libraries the same settings."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ PACKAGES = ("jax", "jaxlib", "flax", "optax", "numpy", "torch", "equinox", "kera
 
 
 def describe() -> dict[str, Any]:
-    """The machine as JSON."""
+    """Returns processor, versions, flags and commit, as they go into the results."""
     device = jax.devices()[0]
     return {
         "processor": processor(),
@@ -34,12 +34,12 @@ def describe() -> dict[str, Any]:
     }
 
 
-def same_terms(cached: bool = False) -> None:
-    """Give PyTorch and XLA the same threads and precision, and neither a cache of programs.
+def equalize(use_cache: bool = False) -> None:
+    """Gives PyTorch and XLA the same threads and precision, and disables their compilation caches.
 
-    With `cached` JAX may use the cache that the environment names: a tour that times nothing.
+    With `use_cache`, JAX uses the cache of the environment, for runs whose times do not count.
     """
-    jax.config.update("jax_enable_compilation_cache", cached)
+    jax.config.update("jax_enable_compilation_cache", use_cache)
     os.environ["JAXTRAIN_BENCHMARK_DEVICE"] = jax.default_backend()
     os.environ["TORCHINDUCTOR_FORCE_DISABLE_CACHES"] = "1"
     if has_gpu():
@@ -53,19 +53,19 @@ def same_terms(cached: bool = False) -> None:
 
 
 def has_gpu() -> bool:
-    """Whether JAX computes elsewhere than on the CPU."""
+    """Returns whether JAX's default device is not the CPU."""
     return jax.default_backend() != "cpu"
 
 
 def cores() -> int:
-    """The cores that this process may use, which is what XLA takes as well."""
+    """Returns the number of cores that this process may use, as XLA counts them."""
     if hasattr(os, "sched_getaffinity"):
         return len(os.sched_getaffinity(0))
     return os.cpu_count() or 1
 
 
 def processor() -> str:
-    """The processor's name, as far as the system tells it."""
+    """Returns the name of the processor, or of its architecture where the name is unknown."""
     info = Path("/proc/cpuinfo")
     if info.exists():
         for line in info.read_text().splitlines():
@@ -75,7 +75,7 @@ def processor() -> str:
 
 
 def installed(name: str) -> str | None:
-    """The version of a package, None where it is missing."""
+    """Returns the version of a package, or None if it is not installed."""
     try:
         return importlib.metadata.version(name)
     except importlib.metadata.PackageNotFoundError:
@@ -83,7 +83,7 @@ def installed(name: str) -> str | None:
 
 
 def commit() -> str | None:
-    """The commit that is measured, marked where files differ from it; None outside of git."""
+    """Returns the commit, with "-dirty" if files differ from it, or None outside a git clone."""
     result = subprocess.run(
         ["git", "describe", "--always", "--dirty", "--exclude=*"],
         cwd=Path(__file__).parent,

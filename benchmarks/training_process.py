@@ -1,8 +1,8 @@
-"""A peer's whole run as a process of its own: import, load, compile, train and test.
+"""Trains T2 with one peer, as the process that the suites `run` and `memory` measure.
 
-    python -m benchmarks.whole_run PEER [--folder FOLDER] [--epochs 5]
+    python -m benchmarks.training_process PEER [--folder FOLDER] [--epochs 5]
 
-Prints one line of JSON: test accuracy and peak memory. Imports the peer's library and no other.
+Prints test accuracy and peak memory as one line of JSON. Imports no other peer's library.
 """
 
 from __future__ import annotations
@@ -17,9 +17,9 @@ from benchmarks import peers, problem
 
 
 def peak_memory_mib() -> float:
-    """Peak resident memory of this process."""
+    """Returns the peak resident memory of this process in MiB."""
     status = Path("/proc/self/status")
-    if status.exists():  # Linux; there getrusage would count the parent's memory before exec, too.
+    if status.exists():  # on Linux, getrusage also counts the parent's memory before exec
         line = next(line for line in status.read_text().splitlines() if line.startswith("VmHWM"))
         return int(line.split()[1]) / 2**10
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
@@ -27,10 +27,10 @@ def peak_memory_mib() -> float:
 
 
 def main() -> None:
-    """Train T2 on MNIST, or on noise without a folder, testing after each epoch."""
+    """Trains T2 and tests it after each epoch."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     parser.add_argument("peer", choices=peers.PEERS)
-    parser.add_argument("--folder", type=Path, help="of the MNIST files")
+    parser.add_argument("--folder", type=Path, help="of the MNIST files; without, random images")
     parser.add_argument("--epochs", type=int, default=5)
     arguments = parser.parse_args()
 

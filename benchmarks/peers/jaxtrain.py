@@ -1,4 +1,4 @@
-"""jaxtrain, as the README shows it: uint8 images, normalised inside the compiled step."""
+"""jaxtrain as a peer: uint8 images, which the compiled step normalizes."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ LOSS = jt.losses.cross_entropy
 
 
 def start(problem: Problem, params: Params) -> tuple[jt.TrainState, jt.Dataset]:
-    """The state with these parameters, and the data on the device."""
+    """Returns the state with these parameters, and the data on the device."""
     data = jt.Dataset(jnp.asarray(problem.images), jnp.asarray(problem.labels))
     model = jt.models.FeedForward(problem.features, problem.dropout_rate, MEAN, STD)
     optimizer = jt.optimizers.sgd(problem.learning_rate, weight_decay=problem.weight_decay)
@@ -22,12 +22,12 @@ def start(problem: Problem, params: Params) -> tuple[jt.TrainState, jt.Dataset]:
 
 
 def epoch_compiled(problem: Problem, params: Params) -> Trainer:
-    """An epoch is one call of `train_epoch`."""
+    """Returns a trainer whose epoch is one call of `train_epoch`."""
     return _trainer(problem, params, by_steps=False)
 
 
 def step_by_step(problem: Problem, params: Params) -> Trainer:
-    """An epoch is a Python loop over `train_step`, with batches sliced from NumPy arrays."""
+    """Returns a trainer whose epoch is a loop over `train_step`, on slices of NumPy arrays."""
     return _trainer(problem, params, by_steps=True)
 
 

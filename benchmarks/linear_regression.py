@@ -1,4 +1,4 @@
-"""T1's 200 epochs of linear regression: one compiled run, many at once, and eager PyTorch."""
+"""Trains T1's linear regression from many starts, in jaxtrain and in eager PyTorch."""
 
 from __future__ import annotations
 
@@ -13,19 +13,19 @@ import jaxtrain as jt
 EPOCHS = 200
 LEARNING_RATE = 0.01
 
-# Starts of (weight, bias) [runs, 2] -> training loss and test loss of each epoch, [runs, epochs, 2]
+# From starts (weight, bias) [runs, 2] to training and test loss of each epoch [runs, epochs, 2].
 Runs = Callable[[np.ndarray], np.ndarray]
 
 
 def starts(count: int) -> np.ndarray:
-    """So many starts of (weight, bias), [count, 2]; the first is the tutorial's."""
+    """Returns starts (weight, bias) [count, 2]; the first is the tutorial's."""
     drawn = np.random.default_rng(0).standard_normal((count, 2)).astype(np.float32)
     drawn[0] = 0.33669036626815796, 0.12880940735340118
     return drawn
 
 
-def ours() -> Runs:
-    """All runs in one call: a scan of epochs, vmapped over the starts."""
+def jaxtrain_runs() -> Runs:
+    """Returns all runs as one compiled call: a scan over epochs, vmapped over the starts."""
     train, test = jt.data.line(0.7, 0.3)
     optimizer = jt.optimizers.sgd(LEARNING_RATE)
     model = jt.models.LinearRegression()
@@ -46,8 +46,8 @@ def ours() -> Runs:
     return lambda starts: np.asarray(run(starts))
 
 
-def eager() -> Runs:
-    """The tutorial's loop in eager PyTorch, one run after another."""
+def pytorch_runs() -> Runs:
+    """Returns the tutorial's loop in eager PyTorch, one run after another."""
     import torch
 
     from benchmarks.peers.pytorch import device

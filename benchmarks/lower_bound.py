@@ -1,77 +1,19 @@
-"""The floor: what a training step must at least compute and move, counted and then measured."""
+"""Computes the matrix products of training steps alone, a lower bound of the time to train."""
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Callable, Sequence
-from typing import NamedTuple
 
 import numpy as np
 
-from benchmarks.problem import PIXELS, Problem
-
-FLOAT_BYTES = 4
-
-
-class Product(NamedTuple):
-    """A matrix product [m, k] @ [k, n]."""
-
-    m: int
-    k: int
-    n: int
+from benchmarks.flops import Product, products
+from benchmarks.problem import Problem
 
 
-class Work(NamedTuple):
-    """What one training step costs at least.
+def lower_bounds(problem: Problem) -> dict[str, Callable[[int], None]]:
+    """Returns `run(steps)` by name, for each library installed.
 
-    Attributes:
-      flops: multiplications and additions of its matrix products.
-      bytes: memory traffic if nothing stays in a cache between the passes: parameters read
-        forward, backward and by the update, written once; gradients written and read; the batch
-        read, each layer's output written forward and read backward.
-    """
-
-    flops: int
-    bytes: int
-
-
-def products(features: Sequence[int], batch_size: int) -> list[Product]:
-    """The matrix products of a step: forward, gradient of each kernel, of each input but the first.
-
-    (The images need no gradient.)
-    """
-    found = []
-    fan_in = PIXELS
-    for layer, width in enumerate(features):
-        found += [Product(batch_size, fan_in, width), Product(fan_in, batch_size, width)]
-        if layer:
-            found.append(Product(batch_size, width, fan_in))
-        fan_in = width
-    return found
-
-
-def step_work(features: Sequence[int], batch_size: int) -> Work:
-    """Counted work of one step."""
-    widths = (PIXELS, *features)
-    parameters = sum((a + 1) * b for a, b in itertools.pairwise(widths))
-    outputs = batch_size * sum(features)
-    flops = sum(2 * m * k * n for m, k, n in products(features, batch_size))
-    moved = 6 * parameters + batch_size * PIXELS + 2 * outputs
-    return Work(flops, FLOAT_BYTES * moved)
-
-
-def epoch_work(problem: Problem) -> Work:
-    """Counted work of an epoch, the partial last batch included."""
-    full, tail = divmod(len(problem.images), problem.batch_size)
-    sizes = [problem.batch_size] * full + [tail] * bool(tail)
-    steps = [step_work(problem.features, size) for size in sizes]
-    return Work(sum(step.flops for step in steps), sum(step.bytes for step in steps))
-
-
-def floors(problem: Problem) -> dict[str, Callable[[int], None]]:
-    """The matrix products of so many steps alone, by each BLAS at hand: name -> run(steps).
-
-    The operands stay the same from step to step, as warm in the cache as they can be.
+    The operands are the same in each step, and so are in the cache where they fit.
     """
     shapes = products(problem.features, problem.batch_size)
     runs = {
@@ -83,7 +25,7 @@ def floors(problem: Problem) -> dict[str, Callable[[int], None]]:
     except ModuleNotFoundError:
         return runs
     runs["matrix products, PyTorch"] = _torch_products(shapes)
-    if torch.cuda.is_available():  # a BLAS on the host would be no floor for a GPU
+    if torch.cuda.is_available():  # the host's BLAS does not bound a GPU
         del runs["matrix products, NumPy"]
     return runs
 
@@ -123,7 +65,7 @@ def _xla_products(shapes: Sequence[Product]) -> Callable[[int], None]:
             pairs, total = carry
             results = jax.lax.optimization_barrier([left @ right for left, right in pairs])
             total += sum(result[0, 0] for result in results)
-            # Each round depends on the one before, or XLA would compute it once.
+            # Without a dependence on the previous iteration, XLA could compute them once.
             pairs = [(left.at[0, 0].add(1e-20 * total), right) for left, right in pairs]
             return pairs, total
 

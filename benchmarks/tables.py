@@ -1,0 +1,211 @@
+"""Makes the tables of the results, for the terminal and in Markdown."""
+
+from __future__ import annotations
+
+import statistics
+import sys
+from collections.abc import Callable
+from typing import NamedTuple
+
+from rich.console import Console
+from rich.table import Table
+
+from benchmarks.peers import PEERS
+from benchmarks.readings import (
+    EAGER,
+    EPOCH_CASE,
+    JAXTRAIN,
+    WARM_CACHE,
+    Results,
+    Row,
+    lower_bound,
+    readings,
+    relative_flop_times,
+    rows_of,
+    steps_per_epoch,
+)
+from benchmarks.targets import MEMORY_CASE, PROCESS_CASE, measured_targets
+from benchmarks.timing import Spread, speedup, spread
+
+LEFT_ALIGNED = ("case", "peer", "notes")
+EAGER_PEERS = (EAGER, "pytorch-dataloader", "pytorch-pixels")
+
+
+class Cells(NamedTuple):
+    """A table as text; columns without any text are left out when it is written."""
+
+    headings: list[str]
+    rows: list[list[str]]
+
+    def without_empty_columns(self) -> Cells:
+        """Returns the table without the columns that are empty in every row."""
+        kept = [i for i in range(len(self.headings)) if any(row[i] for row in self.rows)]
+        rows = [[row[i] for i in kept] for row in self.rows]
+        return Cells([self.headings[i] for i in kept], rows)
+
+
+def markdown(table: Cells) -> str:
+    """Returns the table in Markdown."""
+    headings, rows = table.without_empty_columns()
+    return "\n".join(f"| {' | '.join(row)} |" for row in [headings, ["---"] * len(headings), *rows])
+
+
+def print_suite(results: Results, suite: str) -> None:
+    """Prints the table of a suite."""
+    headings, rows = suite_table(results, suite).without_empty_columns()
+    table = Table(title=suite, title_justify="left")
+    for heading in headings:
+        table.add_column(heading, justify="left" if heading in LEFT_ALIGNED else "right")
+    for row in rows:
+        table.add_row(*row)
+    Console(highlight=False, markup=False, width=None if sys.stdout.isatty() else 160).print(table)
+
+
+def summary_table(results: Results) -> Cells:
+    """Returns the README's table, with cases where jaxtrain is better and where PyTorch is."""
+    t1, large, linear = "1 × T1, 200 epochs", "T2, batch 4096", "linear, batch 4096"
+    loader, pixels = "pytorch-dataloader", "pytorch-pixels"
+    cases = (
+        ("epoch of MNIST, T2, batch 64", "epoch", EPOCH_CASE, JAXTRAIN, EAGER),
+        ("the same against a `DataLoader` loop", "epoch", EPOCH_CASE, JAXTRAIN, loader),
+        ("one `train_step`, T2, batch 64", "step", EPOCH_CASE, JAXTRAIN, EAGER),
+        ("one `train_step`, T2, batch 4096", "step", large, JAXTRAIN, EAGER),
+        ("one `train_step`, linear, batch 4096", "step", linear, JAXTRAIN, EAGER),
+        ("T1, 200 epochs", "run", t1, JAXTRAIN, EAGER),
+        ("whole process, T2, 5 epochs, warm cache", "run", PROCESS_CASE, WARM_CACHE, EAGER),
+        ("peak memory, T2, PyTorch with uint8 pixels", "memory", MEMORY_CASE, JAXTRAIN, pixels),
+    )
+    rows = []
+    for label, suite, case, row, peer in cases:
+        ours, theirs = readings(results, suite, case, row), readings(results, suite, case, peer)
+        if ours is not None and theirs is not None:
+            as_text = mebibytes if suite == "memory" else duration
+            medians = [as_text(statistics.median(values)) for values in (ours, theirs)]
+            rows.append([label, *medians, with_interval(speedup(ours, theirs), "×")])
+    return Cells(["case", "jaxtrain", "eager PyTorch", "ratio (95 % interval)"], rows)
+
+
+def target_table(machines: list[Results]) -> Cells:
+    """Returns the aims, and the value and verdict of each machine."""
+    aims: dict[str, str] = {}
+    columns: list[dict[str, str]] = []
+    for results in machines:
+        column = {}
+        for target, value in measured_targets(results):
+            aims[target.measure] = target.aim
+            column[target.measure] = f"{with_interval(value, target.unit)}: {target.verdict(value)}"
+        columns.append(column)
+    rows = [
+        [measure, aim, *(column.get(measure, "") for column in columns)]
+        for measure, aim in aims.items()
+    ]
+    return Cells(["measure", "aim", *map(device_name, machines)], rows)
+
+
+def suite_table(results: Results, suite: str) -> Cells:
+    """Returns every row of a suite: median, quartiles, ratios and notes."""
+    as_text: Callable[[float], str] = mebibytes if suite == "memory" else duration
+    rows = []
+    for row in (row for row in results["rows"] if row["suite"] == suite):
+        case, name = row["case"], row["peer"]
+        label = PEERS[name].label if name in PEERS else name
+        if row["missing"]:
+            rows.append([case, label, f"missing: {row['missing']}", "", "", "", ""])
+            continue
+        low, median, high = spread(row["readings"])
+        quartiles = "" if len(row["readings"]) == 1 else f"{as_text(low)} – {as_text(high)}"
+        ours = readings(results, suite, case, JAXTRAIN)
+        ratio = (
+            ""
+            if ours is None or name in (JAXTRAIN, WARM_CACHE)
+            else with_interval(speedup(ours, row["readings"]), "×")
+        )
+        products = lower_bound(results, suite, case)
+        bound = statistics.median(products) if products else row["facts"].get("floor_seconds")
+        over_bound = "" if bound is None else f"{number(median / bound)} ×"
+        notes = "; ".join(_notes(results, row, median))
+        rows.append([case, label, as_text(median), quartiles, ratio, over_bound, notes])
+    headings = ["case", "peer", "median", "quartiles"]
+    return Cells([*headings, "ratio to jaxtrain (95 %)", "ratio to lower bound", "notes"], rows)
+
+
+def work_table(results: Results) -> Cells:
+    """Returns the FLOPs of one step and the bytes that it moves at least, by case."""
+    rows = {}
+    for row in rows_of(results, "step"):
+        flops, moved = row["facts"]["flops"], row["facts"]["bytes"]
+        rows[row["case"]] = [row["case"], number(flops / 1e6), number(moved / 1e6)]
+    return Cells(["case", "MFLOP", "MB"], list(rows.values()))
+
+
+def _notes(results: Results, row: Row, median: float) -> list[str]:
+    suite, facts = row["suite"], row["facts"]
+    notes = []
+    if "extrapolated_from" in facts:
+        notes.append(f"extrapolated from {facts['extrapolated_from']} runs")
+    if suite == "step":
+        notes.append(f"{facts['flops'] / median / 1e9:.3g} GFLOP/s")
+    if suite in ("step", "epoch") and not facts["floor"]:
+        compilation = max(0.0, facts["first_seconds"] - median)
+        eager = readings(results, suite, row["case"], EAGER)
+        if eager is not None and row["peer"] not in EAGER_PEERS:
+            notes.append(f"compiles in {compilation:.2g} s")
+            saved = statistics.median(eager) - median
+            steps = compilation / saved * steps_per_epoch(row) if saved > 0 else 0
+            notes.append(
+                f"faster than eager PyTorch after {steps:.0f} steps"
+                if saved > 0
+                else "not faster than eager PyTorch"
+            )
+    if suite == "growth":
+        time = relative_flop_times(results).get(row["case"])
+        notes.append(f"{facts['flops'] / median / 1e9:.0f} GFLOP/s")
+        if time is not None:
+            notes.append(f"{100 * (time - 1):+.0f} % time per FLOP")
+    if "accuracy" in facts:
+        notes.append(f"test accuracy {100 * facts['accuracy']:.2f} %")
+        notes.append(f"peak memory {mebibytes(facts['peak_mib'])}")
+    return notes
+
+
+def device_name(results: Results) -> str:
+    """Returns the name of the GPU, or of the processor where there is no GPU."""
+    machine = results["machine"]
+    return str(machine["processor"] if machine["device"] == "cpu" else machine["device"])
+
+
+def machine_line(results: Results) -> str:
+    """Returns the machine, versions, flags and commit in one line."""
+    machine = results["machine"]
+    versions = ", ".join(f"{name} {version}" for name, version in machine["versions"].items())
+    flags = ", ".join(f"{name}={value}" for name, value in machine["flags"].items())
+    device = "" if machine["device"] == "cpu" else f"{machine['device']}; "
+    return (
+        f"{device}{machine['processor']}, {machine['cores']} cores, {machine['system']}; "
+        f"{machine['precision']}; Python {machine['python']}, {versions}; "
+        f"flags: {flags or 'none'}; commit {machine['commit'] or 'unknown'}"
+    )
+
+
+def with_interval(value: Spread, unit: str) -> str:
+    """Returns the value with its interval, for example "2 × (1.9 – 2.1)"."""
+    low, median, high = map(number, value)
+    return f"{median} {unit}" if low == high else f"{median} {unit} ({low} – {high})"
+
+
+def number(value: float) -> str:
+    """Returns the number with three digits and no exponent."""
+    return f"{value:.0f}" if value >= 100 else f"{value:.3g}"
+
+
+def duration(seconds: float) -> str:
+    """Returns the duration with three digits in s, ms or µs."""
+    for unit, size in (("s", 1.0), ("ms", 1e-3)):
+        if seconds >= size:
+            return f"{number(seconds / size)} {unit}"
+    return f"{number(seconds / 1e-6)} µs"
+
+
+def mebibytes(value: float) -> str:
+    """Returns the memory as text; the value is in MiB."""
+    return f"{value:.0f} MiB"
