@@ -79,8 +79,8 @@ def plain_apply(
     del train, key
     x = normalized(images)
     for name in LAYERS[:-1]:
-        x = jax.nn.relu(x @ params[name]["kernel"] + params[name]["bias"])
-    return x @ params[LAYERS[-1]]["kernel"] + params[LAYERS[-1]]["bias"], model_state
+        x = jax.nn.relu(x @ params[name]["kernel"] + params[name]["bias"][None])
+    return x @ params[LAYERS[-1]]["kernel"] + params[LAYERS[-1]]["bias"][None], model_state
 
 
 def states(optimizer: Any, images: Array) -> dict[str, jt.TrainState]:

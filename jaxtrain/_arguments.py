@@ -16,7 +16,9 @@ def check_integer(value: Any, name: str, *, minimum: int, maximum: int | None = 
     is_integer = isinstance(value, (int, np.integer)) and not isinstance(value, bool)
     if not is_integer or value < minimum or (maximum is not None and value > maximum):
         upper = "" if maximum is None else f" and at most {maximum}"
-        raise InputError(f"{name} is {value!r}; expected an integer of at least {minimum}{upper}")
+        raise InputError(
+            f"{name} is {value!r}; expected an integer of at least {minimum}{upper}", argument=name
+        )
 
 
 def check_key(key: Any, name: str = "key") -> None:
@@ -31,5 +33,5 @@ def check_key(key: Any, name: str = "key") -> None:
     if jnp.issubdtype(key.dtype, jax.dtypes.prng_key) and key.shape:
         raise InputError(
             f"{name} is a batch of keys of shape {key.shape}; expected a single PRNG key: "
-            "use one of them, or jax.vmap over all"
+            "use one of them, or apply jax.vmap to the function"
         )

@@ -27,7 +27,7 @@ def is_key(leaf: Any) -> bool:
 
 
 def to_words(leaf: Any) -> Any:
-    """Returns an array as numbers, PRNG keys as their words."""
+    """Returns an array of numbers: the array itself, or the key data of PRNG keys."""
     if is_key(leaf):
         return jax.random.key_data(leaf)
     return leaf if hasattr(leaf, "dtype") else jnp.asarray(leaf)
@@ -49,7 +49,7 @@ def to_host(leaf: Any, name: str) -> np.ndarray:
 
 
 def place(array: np.ndarray, like: Any) -> Any:
-    """Returns an array of a file as an array or key of the kind of `like`, on its devices."""
+    """Converts an array that was read to the type of `like`, on the devices of `like`."""
     if isinstance(like, (np.ndarray, np.generic)):
         return array
     value: Any = array

@@ -19,12 +19,12 @@ def versions() -> dict[str, str]:
 
 
 def current_device() -> jax.Device:
-    """Returns the device on which JAX makes new arrays."""
+    """Returns JAX's default device."""
     return next(iter(jnp.zeros(()).devices()))
 
 
 def device_name() -> str:
-    """Returns the platform and kind of that device."""
+    """Returns the platform and the kind of JAX's default device."""
     device = current_device()
     return device.platform + (
         f": {device.device_kind}" if device.device_kind != device.platform else ""

@@ -22,8 +22,8 @@ from jaxtrain.errors import InputError
 class Dataset:
     """A set of examples, stored along the first axis of every array.
 
-    As a pytree it can be jitted, mapped, sharded and vmapped like an array. `len(dataset)` is the
-    number of examples and `dataset[a:b]` is the Dataset of examples a to b - 1.
+    It is a pytree, so `jax.jit`, `jax.vmap` and `jax.device_put` accept it like an array.
+    `len(dataset)` is the number of examples and `dataset[a:b]` contains examples a to b - 1.
 
     Attributes:
       inputs: array, or pytree of arrays, [examples, ...].
@@ -53,14 +53,19 @@ class Dataset:
         return jax.tree.map(lambda array: array[index], self)
 
     def take(self, indices: Int[Array, "chosen"]) -> Dataset:
-        """Returns the examples at these indices, in that order; the indices are not checked."""
+        """Returns the examples at some indices, in that order.
+
+        Args:
+          indices: positions of examples; not checked to be in range.
+        """
         return jax.tree.map(lambda array: jnp.asarray(array)[indices], self)
 
     def split(self, fraction: float, key: Key[Array, ""]) -> tuple[Dataset, Dataset]:
         """Splits the examples at random into two disjoint parts.
 
         Args:
-          fraction: fraction of the second part, between 0 and 1; rounded to whole examples.
+          fraction: fraction of the examples in the second part, between 0 and 1; the number of
+            examples is rounded.
           key: PRNG key.
 
         Returns:
@@ -68,6 +73,9 @@ class Dataset:
 
         Raises:
           InputError: one of the parts would be empty, or the arrays differ in length.
+
+        Example:
+          >>> train, validation = train.split(0.1, jax.random.key(0))
         """
         check_dataset(self, "dataset")
         check_key(key)
@@ -76,7 +84,8 @@ class Dataset:
         if not 0 < held_out < examples:
             raise InputError(
                 f"fraction is {fraction} for {examples} examples; expected a value between 0 and 1 "
-                "that leaves at least one example in each part"
+                "that leaves at least one example in each part",
+                argument="fraction",
             )
         order = jax.random.permutation(key, examples)
         return (
@@ -114,7 +123,7 @@ def check_dataset(dataset: Any, name: str) -> None:
 
 
 def check_array(array: Any, path: str) -> None:
-    """Raises InputError unless `array` is a NumPy or JAX array of real numbers JAX can hold."""
+    """Raises InputError unless `array` is a NumPy or JAX array of a real dtype of JAX."""
     if not isinstance(array, (np.ndarray, np.generic, jax.Array)):
         kind = f"{type(array).__module__.split('.')[0]}.{type(array).__name__}"
         hint = {
@@ -134,7 +143,7 @@ def check_array(array: Any, path: str) -> None:
     ):
         raise InputError(
             f"{path} has the dtype {dtype.str}, which JAX does not support; expected a native "
-            f"one: convert it with array.astype({_native_name(dtype)!r})"
+            f"dtype: convert it with array.astype({_native_name(dtype)!r})"
         )
 
 

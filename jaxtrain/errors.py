@@ -129,7 +129,7 @@ def _advice(learning_rate: float | None) -> str:
         smaller += f" (such as {learning_rate / 10:g})"
     return (
         f"try {smaller}, gradient clipping (a maximum norm of 1, for example) or scaled inputs; "
-        "optimizers.skip_nonfinite leaves out the steps of a few bad batches"
+        "optimizers.skip_nonfinite skips the steps of a few bad batches"
     )
 
 

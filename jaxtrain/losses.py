@@ -1,6 +1,6 @@
 """Losses: one value per example, `loss(predictions, targets) -> [batch]`.
 
-A step minimises the (weighted) mean over the batch. Where a loss of PyTorch has a `reduction`,
+A step minimizes the (weighted) mean over the batch. Where a loss of PyTorch has a `reduction`,
 the functions here return its value for each example, averaged over all axes but the first.
 
 Half-precision predictions are promoted, so that values and reductions are float32.
@@ -27,7 +27,6 @@ from jaxtyping import Array, Float, Shaped
 
 from jaxtrain.errors import InputError
 
-# What losses and metrics take.
 AnyArray: TypeAlias = Array | np.ndarray
 Loss: TypeAlias = Callable[[Any, Any], Array]
 
@@ -35,7 +34,11 @@ Loss: TypeAlias = Callable[[Any, Any], Array]
 def mean_absolute_error(
     predictions: Float[AnyArray, "batch ..."], targets: Shaped[AnyArray, "..."]
 ) -> Float[Array, "batch"]:
-    """|prediction − target|, averaged over all axes but the first (`torch.nn.L1Loss`).
+    """Returns |prediction − target|, averaged over all axes but the first (`torch.nn.L1Loss`).
+
+    Args:
+      predictions: [batch, ...].
+      targets: an array of the same shape.
 
     Raises:
       InputError: the shapes differ (they would broadcast).
@@ -49,7 +52,11 @@ def mean_absolute_error(
 def mean_squared_error(
     predictions: Float[AnyArray, "batch ..."], targets: Shaped[AnyArray, "..."]
 ) -> Float[Array, "batch"]:
-    """(prediction − target)², averaged over all axes but the first (`torch.nn.MSELoss`).
+    """Returns (prediction − target)², averaged over all axes but the first (`torch.nn.MSELoss`).
+
+    Args:
+      predictions: [batch, ...].
+      targets: an array of the same shape.
 
     Raises:
       InputError: the shapes differ (they would broadcast).
@@ -61,7 +68,11 @@ def mean_squared_error(
 def squared_error_sum(
     predictions: Float[AnyArray, "batch ..."], targets: Shaped[AnyArray, "..."]
 ) -> Float[Array, "batch"]:
-    """(prediction − target)², summed over all axes but the first.
+    """Returns (prediction − target)², summed over all axes but the first.
+
+    Args:
+      predictions: [batch, ...].
+      targets: an array of the same shape.
 
     Raises:
       InputError: the shapes differ (they would broadcast).
@@ -73,9 +84,13 @@ def squared_error_sum(
 def euclidean_distance(
     predictions: Float[AnyArray, "batch ..."], targets: Shaped[AnyArray, "..."]
 ) -> Float[Array, "batch"]:
-    """‖prediction − target‖₂, each example as one vector (`torch.linalg.vector_norm`).
+    """Returns ‖prediction − target‖₂, each example as one vector (`torch.linalg.vector_norm`).
 
-    Its gradient at distance 0 is 0, where the formula alone gives NaN.
+    The gradient at distance 0 is 0; differentiating the formula gives NaN there.
+
+    Args:
+      predictions: [batch, ...].
+      targets: an array of the same shape.
 
     Raises:
       InputError: the shapes differ (they would broadcast).
@@ -87,10 +102,14 @@ def euclidean_distance(
 def cosine_distance(
     predictions: Float[AnyArray, "batch ..."], targets: Shaped[AnyArray, "..."]
 ) -> Float[Array, "batch"]:
-    """1 − cos of the angle between prediction and target (1 − `torch.cosine_similarity`).
+    """Returns 1 − cos of the angle between prediction and target (1 − `torch.cosine_similarity`).
 
     0 for the same direction, 1 for a right angle, 2 for opposite directions. As in PyTorch, norms
     below 1e-8 are replaced by 1e-8.
+
+    Args:
+      predictions: [batch, ...].
+      targets: an array of the same shape.
 
     Raises:
       InputError: the shapes differ (they would broadcast).
@@ -104,15 +123,15 @@ def cosine_distance(
 def cross_entropy(
     predictions: Float[AnyArray, "*batch classes"], targets: Shaped[AnyArray, "..."]
 ) -> Float[Array, "*batch"]:
-    """−log softmax(logits)[label] (`torch.nn.CrossEntropyLoss`).
+    """Returns −log softmax(logits)[label] (`torch.nn.CrossEntropyLoss`).
 
     Args:
       predictions: logits [batch, classes], or [batch, time, classes] for a label per token.
       targets: integer labels in 0 … classes − 1, [batch] or [batch, time]. A label out of range
-        gives NaN, where JAX's indexing alone would use the nearest class.
+        gives NaN; JAX's indexing would clamp it to the nearest class.
 
     Returns:
-      One value per label.
+      One loss per label.
 
     Raises:
       InputError: labels are not integers, or there is not one label per row of logits.
@@ -138,7 +157,7 @@ def cross_entropy(
 def soft_cross_entropy(
     predictions: Float[AnyArray, "*batch classes"], targets: Float[AnyArray, "..."]
 ) -> Float[Array, "*batch"]:
-    """−Σ p log softmax(logits) for a target distribution p (`torch.nn.CrossEntropyLoss`).
+    """Returns −Σ p log softmax(logits) for a target distribution p (`torch.nn.CrossEntropyLoss`).
 
     Args:
       predictions: logits [batch, classes], or [batch, time, classes].
@@ -154,10 +173,10 @@ def soft_cross_entropy(
 def binary_cross_entropy(
     predictions: Float[AnyArray, "batch ..."], targets: Shaped[AnyArray, "..."]
 ) -> Float[Array, "batch"]:
-    """−(t log p + (1 − t) log(1 − p)), averaged over all axes but the first (`torch.nn.BCELoss`).
+    """Returns −(t log p + (1 − t) log(1 − p)), averaged over all axes but the first.
 
-    As in PyTorch, logarithms are clamped to at least −100, and the denominator of the gradient
-    (p − t) / (p (1 − p)) to at least 1e-12, so that both stay finite at p = 0 and p = 1.
+    As in `torch.nn.BCELoss`, logarithms are clamped to at least −100, and the denominator of the
+    gradient (p − t) / (p (1 − p)) to at least 1e-12, so that both stay finite at p = 0 and p = 1.
 
     Args:
       predictions: probabilities [batch, ...]; for logits use `sigmoid_binary_cross_entropy`.
@@ -173,9 +192,9 @@ def binary_cross_entropy(
 def sigmoid_binary_cross_entropy(
     predictions: Float[AnyArray, "batch ..."], targets: Shaped[AnyArray, "..."]
 ) -> Float[Array, "batch"]:
-    """Binary cross entropy of logits, the log loss (`torch.nn.BCEWithLogitsLoss`).
+    """Returns the binary cross entropy of logits, averaged over all axes but the first.
 
-    Averaged over all axes but the first.
+    Same as `torch.nn.BCEWithLogitsLoss`.
 
     Args:
       predictions: logits [batch, ...].
@@ -237,7 +256,7 @@ def name_of(function: Any) -> str:
 
 
 def single_losses(loss_fn: Loss) -> set[Loss]:
-    """Returns a loss with all that it wraps, and the terms of weighted sums."""
+    """Returns a loss, the losses that it wraps, and the terms of weighted sums."""
     if isinstance(loss_fn, WeightedSum):
         return set().union(*(single_losses(term) for _, term in loss_fn.terms))
     if isinstance(loss_fn, functools.partial):
@@ -256,7 +275,7 @@ PROBABILITY_LOSSES: frozenset[Loss] = frozenset(
 def _check_and_promote(predictions: AnyArray, targets: AnyArray) -> tuple[Array, Array]:
     """Checks that the shapes are equal, and promotes half precision."""
     if targets is None:
-        raise InputError("targets is None; expected an array, which this loss compares with")
+        raise InputError("targets is None; expected an array of the shape of the predictions")
     if predictions.shape != targets.shape:
         raise InputError(
             f"predictions have the shape {predictions.shape} and targets {targets.shape}; "
@@ -266,7 +285,7 @@ def _check_and_promote(predictions: AnyArray, targets: AnyArray) -> tuple[Array,
 
 
 def at_least_float32(values: AnyArray) -> Array:
-    """Promotes floating dtypes of fewer bits, such as bfloat16 and float8."""
+    """Promotes narrower floating dtypes, such as bfloat16 and float8, to float32."""
     narrow = jnp.issubdtype(values.dtype, jnp.floating) and jnp.finfo(values.dtype).bits < 32
     return jnp.asarray(values, jnp.float32 if narrow else values.dtype)
 
@@ -292,7 +311,7 @@ def _norm(vectors: Array) -> Array:
 
 
 def _at_least(values: Array, least: float) -> Array:
-    """Returns the larger of both; the gradient is always that of `values`, as in PyTorch."""
+    """Returns the elementwise maximum; the gradient is always that of `values`, as in PyTorch."""
     return values + lax.stop_gradient(jnp.maximum(values, least) - values)
 
 

@@ -1,4 +1,4 @@
-"""Metrics: values per example, or sums over batches, that are reported for a data set."""
+"""Metrics that describe a data set, from values per example or from sums over batches."""
 
 from __future__ import annotations
 
@@ -35,7 +35,8 @@ class AccumulatedMetric(NamedTuple):
     finish: Callable[[Any], Array]
 
 
-# A function (predictions, targets) -> [batch] whose weighted mean is reported, or a pair.
+# A function (predictions, targets) -> [batch], whose weighted mean is reported, or a pair
+# (sums, finish).
 Metric: TypeAlias = (
     PerExampleMetric | tuple[Callable[[Any, Any, Any], PyTree], Callable[[Any], Array]]
 )
@@ -48,7 +49,10 @@ def accuracy(
 
     Args:
       predictions: logits [batch, classes], or [batch, time, classes] for a label per token.
-      targets: labels [batch] or [batch, time].
+      targets: integer labels [batch] or [batch, time].
+
+    Returns:
+      One value per label.
     """
     return (jnp.argmax(predictions, axis=-1) == targets).astype(jnp.float32)
 
@@ -81,14 +85,19 @@ balanced_accuracy = AccumulatedMetric(_recall_sums, _mean_recall)
 """The mean over classes of the fraction of their examples that is predicted correctly.
 
 Each class counts equally, however many examples it has; classes without examples are left out
-(`sklearn.metrics.balanced_accuracy_score`). There are as many classes as logits.
+(`sklearn.metrics.balanced_accuracy_score`). The last axis of the logits is the number of classes.
 """
 
 
 def confusion_matrix(
     predictions: Float[AnyArray, "examples classes"], targets: Integer[AnyArray, "examples"]
 ) -> Int[Array, "classes classes"]:
-    """Returns how often each label (row) was predicted as each class (column)."""
+    """Returns how often each label (row) was predicted as each class (column).
+
+    Args:
+      predictions: logits [examples, classes].
+      targets: integer labels [examples].
+    """
     classes = predictions.shape[-1]
     pairs = targets.astype(jnp.int32) * classes + jnp.argmax(predictions, axis=-1)
     return jnp.bincount(pairs, length=classes * classes).reshape(classes, classes)

@@ -1,4 +1,4 @@
-"""Turns Linen, NNX and Equinox modules into a Model; each framework is imported only when used."""
+"""Converts Linen, NNX and Equinox modules to a Model; each framework is imported only if used."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ _EXPECTED = "expected a Linen, NNX or Equinox module or a jaxtrain.Model(init, a
 
 
 def adapt(model: Any, rngs: Sequence[str]) -> tuple[Model, tuple[PyTree, PyTree] | None]:
-    """Returns the Model of a network, and the variables that the network already holds.
+    """Returns the Model of a network, and the variables that the network already contains.
 
     Args:
       model: a Linen, NNX or Equinox module, the pair (module, state) of
@@ -44,7 +44,7 @@ def adapt(model: Any, rngs: Sequence[str]) -> tuple[Model, tuple[PyTree, PyTree]
             f"model is the class {model.__name__}; expected an instance of it, such as "
             f"{model.__name__}(...)"
         )
-    # A tuple may be a module with its state; the package of a module is found without importing it.
+    # Frameworks are recognized by the names of base classes, so that none is imported.
     is_pair = isinstance(model, tuple) and len(model) == 2
     bases = [_bases(part) for part in model] if is_pair else [_bases(model)]
     if all(any(base.startswith("equinox.") for base in part) for part in bases):
@@ -66,7 +66,7 @@ def to_module(model: Model, params: PyTree, model_state: PyTree) -> Any:
     """Returns the trained module, in evaluation mode.
 
     Args:
-      model: a Model that `adapt` made of an NNX or Equinox module.
+      model: a Model that `adapt` returned for an NNX or Equinox module.
       params: its parameters.
       model_state: its model state.
 

@@ -15,7 +15,7 @@ from jaxtrain.adapters._shared import RefuseInit, Static, call_parameters, descr
 from jaxtrain.errors import InputError
 from jaxtrain.model import Model
 
-# The axis that normalization over the batch names: eqx.nn.BatchNorm(size, axis_name="batch").
+# The axis name for layers that reduce over the batch: eqx.nn.BatchNorm(size, axis_name="batch").
 _AXIS = "batch"
 
 
@@ -34,12 +34,12 @@ def adapt(model: Any) -> tuple[Model, tuple[PyTree, PyTree]]:
     takes_key = "key" in call_parameters(module)
     if state is None:
         module, state = _split_state(module)
-    # So that modules that differ only in their mode are equal.
+    # Modules that differ only in their mode must compare equal.
     module = eqx.nn.inference_mode(module, value=False)
     module = jax.tree.map(lambda x: jnp.asarray(x) if isinstance(x, np.ndarray) else x, module)
     params, others = eqx.partition(module, _is_parameter)
     constants, static = eqx.partition(others, lambda leaf: isinstance(leaf, jax.Array))
-    # With its weak types: State.set refuses a value of another type.
+    # Weak types are kept: State.set rejects a value of another type.
     model_state = {} if state is None else {"state": _copy(state)}
     if jax.tree.leaves(constants):
         model_state["constants"] = to_arrays(constants)
@@ -52,7 +52,7 @@ def adapt(model: Any) -> tuple[Model, tuple[PyTree, PyTree]]:
 class Apply:
     """`Model.apply` of an Equinox module."""
 
-    # The module without its arrays; and the same in hashable form, by which it is compared.
+    # The module without its arrays, and a hashable form of it for comparisons.
     static: Any = dataclasses.field(compare=False)
     identity: Static = dataclasses.field(repr=False)
     takes_key: bool = dataclasses.field(repr=False)
@@ -88,7 +88,7 @@ class Apply:
             if "axis name" not in str(error):
                 raise
             raise InputError(
-                f"the module {type(module).__name__} reduces over another axis than the batch "
+                f"the module {type(module).__name__} reduces over an axis other than the batch "
                 f"({error}); expected axis_name={_AXIS!r}"
             ) from error
         if not train or state is None:

@@ -18,7 +18,8 @@ from jaxtrain.adapters._shared import Static, call_parameters
 from jaxtrain.errors import InputError
 from jaxtrain.model import Model
 
-# Other names for `train`. Without this check such a module would train in evaluation mode.
+# Other names for `train`. Without the check in `adapt`, such a module would not be in training
+# mode during training.
 _OTHER_MODES = frozenset({"training", "is_training", "deterministic", "use_running_average"})
 
 
@@ -32,7 +33,7 @@ def adapt(module: nn.Module, rngs: Sequence[str]) -> tuple[Model, None]:
             "a module that is called as module(inputs, train: bool): rename the argument, or wrap "
             "the module"
         )
-    # Not to a module that takes any keyword: `nn.Sequential` would pass `train` to its layers.
+    # A **kwargs does not count: `nn.Sequential` would pass `train` to its layers.
     arguments = Static(module), tuple(rngs), "train" in accepted
     return Model(Init(*arguments), Apply(*arguments)), None
 

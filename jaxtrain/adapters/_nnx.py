@@ -1,4 +1,4 @@
-"""The Model of a Flax NNX module, whose variables are split off once."""
+"""The Model of a Flax NNX module."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def adapt(module: Any) -> tuple[Model, tuple[PyTree, PyTree]]:
     takes_train = "train" in call_parameters(module)
     module = nnx.clone(module)  # the user's module is not modified
     nnx.pop(module, nnx.Intermediate)  # outputs of an earlier call
-    module.train()  # so that modules that differ only in their mode are equal
+    module.train()  # modules that differ only in their mode must compare equal
     graphdef, *states = nnx.split(module, nnx.Param, ...)
     params, model_state = (to_arrays(nnx.to_pure_dict(state)) for state in states)
     model = Model(RefuseInit(), Apply(Static(graphdef), _describe(module), takes_train))
@@ -87,7 +87,7 @@ def _update(old: Any, new: Any) -> Any:
 
 
 def _describe(module: nnx.Module) -> str:
-    """Returns the nested modules with their settings; the repr of a GraphDef would fill pages."""
+    """Returns the nested modules with their settings, in less text than the repr of a GraphDef."""
     parts = []
     for path, node in nnx.iter_graph(module):
         if isinstance(node, nnx.Module):

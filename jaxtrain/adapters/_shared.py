@@ -14,10 +14,10 @@ from jaxtrain.errors import InputError
 
 
 class Static:
-    """Makes any value hashable, as a constant of a compiled program must be.
+    """Makes any value hashable, as `jax.jit` requires of static values.
 
-    Equal values are equal, so that two states of equal modules share one compiled step. A value
-    that cannot be hashed is equal only to itself.
+    Wrappers of equal values are equal, so that states of equal modules share one compiled step.
+    The wrapper of a value that is not hashable equals only wrappers of that same object.
     """
 
     def __init__(self, value: Any) -> None:

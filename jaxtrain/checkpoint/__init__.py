@@ -1,4 +1,4 @@
-"""Checkpoints: a run on disk, from which the same call resumes."""
+"""Checkpoints: a run saved to disk, from which the same call of `fit` resumes."""
 
 from jaxtrain.checkpoint._file import (
     Checkpoint,

@@ -1,4 +1,4 @@
-"""One checkpoint as one safetensors file: arrays, a record in JSON, a checksum of every byte."""
+"""The file of one checkpoint: safetensors with arrays, a JSON record and a checksum."""
 
 from __future__ import annotations
 
@@ -31,7 +31,15 @@ _CHECKSUM, _ZEROS = re.compile(rb'"sha256":"([0-9a-f]{64})"'), b"0" * 64
 
 
 class Checkpoint(NamedTuple):
-    """A run after some epochs; `best_state` is what early stopping would return, or None."""
+    """A run after some epochs.
+
+    Attributes:
+      epoch: the last completed epoch.
+      state: the state after it.
+      history: the columns of the history up to it.
+      step_losses: the loss of every step up to it.
+      best_state: the state that early stopping would return, or None.
+    """
 
     epoch: int
     state: PyTree
@@ -47,7 +55,7 @@ class DamagedError(InputError):
 def flatten(
     checkpoint: Checkpoint, metadata: Mapping[str, Any]
 ) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
-    """Copies a checkpoint to the host; returns its arrays by name, and the record of the rest."""
+    """Copies a checkpoint to the host; returns its arrays by name and a record of the rest."""
     epoch, state, history, step_losses, best_state = checkpoint
     best = "none" if best_state is None else "last" if best_state is state else "stored"
     leaves = _leaves("state", state) | _leaves("history", [{k: history[k]} for k in history])
@@ -60,7 +68,7 @@ def flatten(
 
 
 def encode(arrays: dict[str, np.ndarray], record: dict[str, Any]) -> bytes:
-    """Returns the file's content for what `flatten` returned."""
+    """Returns the content of the file for the result of `flatten`."""
     import safetensors.numpy
 
     texts = {"record": json.dumps(record, allow_nan=False), "sha256": _ZEROS.decode()}
@@ -76,9 +84,13 @@ def read_file(
 ) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
     """Returns the record of a checkpoint, with state digests, and its arrays as views of the file.
 
+    Args:
+      path: the file.
+      maximum: the largest size to read, in bytes.
+
     Raises:
-      DamagedError: the file is not what was written.
-      InputError: it cannot be read now, or has the format of another version.
+      DamagedError: the file differs from what was written.
+      InputError: it cannot be read at the moment, or has the format of another version.
     """
     try:
         content = read_regular_file(path, maximum)
@@ -111,7 +123,7 @@ def read_file(
 
 
 def checkpoint_path(directory: str | os.PathLike[str], epoch: int) -> Path:
-    """Returns the file of the checkpoint of an epoch."""
+    """Returns the path of the checkpoint of an epoch."""
     return Path(directory) / f"epoch-{epoch}.safetensors"
 
 
@@ -119,14 +131,14 @@ def verify(path: str | os.PathLike[str]) -> None:
     """Verifies the checksum of a checkpoint, which covers every byte of the file.
 
     Raises:
-      DamagedError: the file is not what was written.
-      InputError: it cannot be read, or has the format of another version.
+      DamagedError: as in `read_file`.
+      InputError: the file cannot be read, or has the format of another version.
     """
     read_file(Path(path))
 
 
 def largest_size(like: PyTree) -> int:
-    """Returns how many bytes a checkpoint with two states like this one can have."""
+    """Returns the maximum size in bytes of a checkpoint with two states like this one."""
     arrays = sum(to_words(leaf).nbytes for leaf in jax.tree.leaves(like))
     return 2 * arrays + MAX_HEADER_BYTES + _MAX_HISTORY_BYTES
 
@@ -200,7 +212,7 @@ def digest(tree: PyTree) -> str:
 
 
 def _checksum(content: bytes, start: int) -> bytes:
-    """Returns the SHA-256 of a file whose own digits, at `start`, are replaced by zeros."""
+    """Returns the SHA-256 of a file, computed with zeros in place of the digest at `start`."""
     view = memoryview(content)
     found = hashlib.sha256(view[:start])
     found.update(_ZEROS)

@@ -29,12 +29,12 @@ _LEFT_OVER = rf"\.{_NAME}\.[a-z0-9_]+{re.escape(PART)}"
 
 @dataclass(frozen=True)
 class CheckpointOptions:
-    """Where and how often `fit` saves a run, and whether it resumes from what is there.
+    """Where and how often `fit` saves a run, and whether it resumes from existing checkpoints.
 
     Attributes:
-      directory: the folder, of this run alone; made absolute at construction.
+      directory: the folder of the checkpoints, used by this run only; made absolute.
       every: epochs between two checkpoints; the last epoch is always saved.
-      keep: how many checkpoints to keep, the newest.
+      keep: number of checkpoints to keep, the newest ones.
       resume: "auto" resumes if there is a checkpoint, "required" fails without one, "never" fails
         if there is one.
       configuration: settings by name, JSON-serializable values or paths; a run with other settings
@@ -42,6 +42,10 @@ class CheckpointOptions:
 
     Raises:
       InputError: a value is out of range or not JSON-serializable.
+
+    Example:
+      >>> checkpoint = jt.CheckpointOptions("checkpoints", every=5)
+      >>> state, history = jt.fit(..., checkpoint=checkpoint)  # the same call resumes
     """
 
     directory: str | os.PathLike[str]
@@ -55,16 +59,22 @@ class CheckpointOptions:
             path = Path(self.directory)
             absolute = path.absolute()  # the program may change its directory
         except (TypeError, OSError) as error:  # OSError: the current folder was deleted
-            raise InputError(f"directory is {self.directory!r}; expected a path") from error
+            raise InputError(
+                f"directory is {self.directory!r}; expected a path", argument="directory"
+            ) from error
         if path == Path():
             raise InputError(
                 f"directory is {self.directory!r}, the current folder; expected a folder for the "
-                "checkpoints alone, such as 'checkpoints'"
+                "checkpoints alone, such as 'checkpoints'",
+                argument="directory",
             )
         check_integer(self.every, "every", minimum=1)
         check_integer(self.keep, "keep", minimum=1)
         if self.resume not in ("auto", "required", "never"):
-            raise InputError(f"resume is {self.resume!r}; expected 'auto', 'required' or 'never'")
+            raise InputError(
+                f"resume is {self.resume!r}; expected 'auto', 'required' or 'never'",
+                argument="resume",
+            )
         object.__setattr__(self, "directory", absolute)
         object.__setattr__(self, "configuration", _to_json(self.configuration, "configuration"))
 
@@ -78,15 +88,14 @@ class CheckpointStore:
 
     Attributes:
       path: the folder.
-      metadata: what each checkpoint records about the run, JSON-serializable.
+      metadata: the identity of the run, stored in each checkpoint; JSON-serializable.
     """
 
     def __init__(self, options: CheckpointOptions, metadata: Mapping[str, Any]) -> None:
-        """Makes the folder; entering the context locks it.
+        """Creates the folder; entering the context locks it.
 
         Raises:
-          InputError: the folder cannot be written or another run uses it, or the metadata, which
-            each checkpoint repeats, is not JSON-serializable.
+          InputError: the folder cannot be written, or the metadata is not JSON-serializable.
         """
         self.path, self._options = Path(options.directory), options
         self.metadata = _to_json(metadata, "metadata")
@@ -139,7 +148,7 @@ class CheckpointStore:
         """Waits until the last checkpoint is on disk; raises StorageError if writing it failed."""
         if self._pending is not None:
             concurrent.futures.wait([self._pending])
-            # Only now: if Ctrl-C interrupts the wait, `__exit__` waits again.
+            # Not before the wait: if Ctrl-C interrupts it, `__exit__` waits again.
             pending, self._pending = self._pending, None
             pending.result()
 
@@ -149,7 +158,7 @@ class CheckpointStore:
         columns: Sequence[str],
         check: Callable[[dict[str, Any], str], None],
     ) -> Checkpoint | None:
-        """Returns the newest intact checkpoint, if any; newer damaged ones are set aside.
+        """Returns the newest intact checkpoint, if any, and renames newer damaged ones.
 
         Args:
           like: a state of the structure, shapes, dtypes and placement to restore.
@@ -158,19 +167,22 @@ class CheckpointStore:
             the checkpoint; raises InputError if it belongs to another run.
 
         Raises:
-          InputError: `resume` does not allow what is found; all checkpoints are damaged; one is
-            of another run or model, or cannot be read now.
+          InputError: `resume` is "never" and there are checkpoints, or "required" and there are
+            none; all checkpoints are damaged; or one belongs to another run or model, or cannot be
+            read.
         """
         epochs, resume = self.epochs, self._options.resume
         if resume == "never" and epochs:
             raise InputError(
                 f"resume is 'never', but {self.path} has checkpoints up to epoch {epochs[-1]}; "
-                "delete them, use another directory, or set resume to 'auto'"
+                "delete them, use another directory, or set resume to 'auto'",
+                argument="resume",
             )
         if resume == "required" and not epochs:
             raise InputError(
                 f"resume is 'required', but {self.path} has no checkpoint; check the directory, or "
-                "set resume to 'auto' to start a new run"
+                "set resume to 'auto' to start a new run",
+                argument="resume",
             )
         damaged: dict[Path, str] = {}
         for path in (checkpoint_path(self.path, epoch) for epoch in reversed(epochs)):
@@ -186,7 +198,7 @@ class CheckpointStore:
                 damaged[path] = str(error)
             except InputError as error:
                 newer = "".join(f"; {reason}" for reason in damaged.values())
-                raise InputError(f"{error}{newer}") from error
+                raise InputError(f"{error}{newer}", argument=error.argument) from error
             else:
                 for bad, reason in damaged.items():
                     self._set_aside(bad)
@@ -199,7 +211,8 @@ class CheckpointStore:
         if damaged:
             raise InputError(
                 f"{self.path} has no intact checkpoint ({'; '.join(damaged.values())}); delete the "
-                "folder to start again, or use another directory"
+                "folder to start again, or use another directory",
+                argument="directory",
             )
         return None
 
@@ -248,7 +261,7 @@ def _list(directory: str | os.PathLike[str]) -> list[str]:
 
 
 def _to_json(values: Mapping[str, Any], name: str) -> dict[str, Any]:
-    """Returns values as they read back from JSON; paths become strings."""
+    """Returns values converted to JSON and back; paths become strings."""
     try:
         return json.loads(json.dumps(dict(values), default=os.fspath, allow_nan=False))
     except (TypeError, ValueError, RecursionError) as error:

@@ -22,7 +22,7 @@ DatasetName = Literal["auto", "mnist", "fashion_mnist", "kmnist", "digits"]
 FLAG_OF_ARGUMENT = {
     "dropout_rate": "dropout",
     "fraction": "validation",
-    "max_norm": "max_gradient_norm",
+    "learning_rate": "learning_rates",
     "directory": "checkpoint_dir",
     "every": "checkpoint_every",
 }

@@ -1,4 +1,4 @@
-"""Saves and loads a trained model as one safetensors file, which holds only numbers and names."""
+"""Saves and loads a trained model as one safetensors file, which cannot contain code."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from jaxtrain.training.state import TrainState
 def save_params(path: str | os.PathLike[str], state: TrainState) -> None:
     """Writes the parameters and the model state (batch statistics, for example) to one file.
 
-    Every library that reads safetensors reads it. Names are paths, such as
+    Any library that supports safetensors can read the file. Names are paths, such as
     "params.Dense_0.kernel" and "batch_stats.BatchNorm_0.mean"; kernels are [inputs, outputs] as in
     Flax; PRNG keys are stored as their words. The optimizer state is not included; checkpoints of
     `fit` have it.
@@ -31,8 +31,12 @@ def save_params(path: str | os.PathLike[str], state: TrainState) -> None:
       state: the state whose `params` and `model_state` are written.
 
     Raises:
-      InputError: an array has a dtype that the format does not support, or two have one name.
+      InputError: an array has a dtype that the format does not support, or two have the same
+        name.
       StorageError: the file cannot be written.
+
+    Example:
+      >>> jt.save_params("model.safetensors", state)
     """
     import safetensors.numpy
 
@@ -52,14 +56,21 @@ def load_params(path: str | os.PathLike[str], state: TrainState) -> TrainState:
       state: a state of the same model, made by `init_state`; its optimizer state, step, epoch and
         key are kept.
 
+    Returns:
+      The state with the parameters and model state of the file, on the devices of `state`.
+
     Raises:
       InputError: the file cannot be read or is not a complete safetensors file, or its names,
         shapes or dtypes differ from those of the model; the first difference is named.
+
+    Example:
+      >>> state = jt.init_state(model, optimizer, train.inputs[:1], key=jax.random.key(0))
+      >>> state = jt.load_params("model.safetensors", state)
     """
     expected = _named(state)
     path = Path(path)
     found = _read(path, sum(to_words(leaf).nbytes for _, leaf in expected))
-    # All names and shapes before any array is made.
+    # All names and shapes are checked before any array is created.
     for name, leaf in expected:
         like = to_words(leaf)
         wanted, got = _describe(like.dtype.name, like.shape), "nothing"

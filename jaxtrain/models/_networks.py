@@ -32,7 +32,7 @@ class LinearRegression(nn.Module):
 
     Attributes:
       features: outputs per example.
-      use_bias: whether there is a bias; without one the line passes through the origin (T3).
+      use_bias: whether to add a bias; without it, the line passes through the origin (T3).
     """
 
     features: int = 1
@@ -56,7 +56,7 @@ class FeedForward(nn.Module):
     """Fully connected ReLU network with dropout; the defaults are those of tutorial T2 on MNIST.
 
     Attributes:
-      features: width of each layer; the last one holds the logits.
+      features: width of each layer; the last is the number of logits.
       dropout_rate: fraction of hidden units dropped in training, after each hidden layer.
       mean: subtracted from the inputs, which are then divided by `std`. Integer inputs are pixels
         and divided by 255 first; floating inputs are not. The default is the mean of MNIST.
@@ -84,7 +84,10 @@ class FeedForward(nn.Module):
         if not self.features:
             raise InputError("features is empty; expected the width of at least one layer")
         if not 0 <= self.dropout_rate < 1:
-            raise InputError(f"dropout_rate is {self.dropout_rate}; expected a fraction in [0, 1)")
+            raise InputError(
+                f"dropout_rate is {self.dropout_rate}; expected a fraction in [0, 1)",
+                argument="dropout_rate",
+            )
         x = inputs.reshape(inputs.shape[0], -1)
         if jnp.issubdtype(x.dtype, jnp.integer):
             x = x.astype(jnp.float32) / 255

@@ -35,7 +35,7 @@ class HoistedState(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class _Slot:
-    """Marks where a closure takes a value from the state."""
+    """Replaces a tracer in a closure; names the entry of `HoistedState.values` to use."""
 
     index: int
 
@@ -54,10 +54,10 @@ def hoist_tracers(
 
     Returns:
       An optimizer and its initial state. If the given optimizer closes over tracers, an equivalent
-      one whose state, a `HoistedState`, holds their values; it can update, but not initialize
-      again. Otherwise the given optimizer itself.
+      one whose state, a `HoistedState`, contains their values; it can update, but not
+      initialize again. Otherwise the given optimizer itself.
     """
-    # Compiled as one program; run eagerly, every operation would be compiled by itself.
+    # Compiled as one program: run eagerly, each operation would be compiled separately.
     opt_state = jax.jit(optimizer.init)(params)
     if not (_holds(optimizer.init, jax.core.Tracer) or _holds(optimizer.update, jax.core.Tracer)):
         return optimizer, opt_state
@@ -86,8 +86,8 @@ def hoist_tracers(
 def _refuse_init(params: PyTree) -> PyTree:
     raise InputError(
         "the optimizer was built with a traced argument, under jax.vmap for example, and cannot "
-        "be initialized again; expected one with plain numbers: build a new optimizer for "
-        "with_optimizer"
+        "be initialized again; expected an optimizer built with numbers: build a new optimizer "
+        "and pass it to with_optimizer"
     )
 
 
@@ -200,7 +200,7 @@ def _is_jitted(node: Any) -> bool:
 
 
 def _is_record(node: Any) -> bool:
-    """Whether a node is a dataclass or a callable object, whose attributes are searched."""
+    """Returns whether a node is a dataclass or a callable object, whose attributes are searched."""
     if isinstance(node, type) or not hasattr(node, "__dict__"):
         return False
     return dataclasses.is_dataclass(node) or callable(node)

@@ -1,4 +1,4 @@
-"""What can be read from the state of an optimizer, whatever it is composed of."""
+"""Queries of optimizer states, also of chained and wrapped optimizers."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def current_learning_rate(opt_state: Any) -> Float[Array, "..."] | None:
 
 
 def has_line_search(opt_state: Any) -> bool:
-    """Returns whether an optimizer compares losses, so that it needs the same batch each step."""
+    """Returns whether an optimizer has a line search, which needs the same batch in each step."""
     return bool(
         _find(opt_state, optax.ScaleByZoomLinesearchState, optax.ScaleByBacktrackingLinesearchState)
     )
@@ -41,13 +41,13 @@ def has_clipping(opt_state: Any) -> bool:
 
 
 def skipped_steps(opt_state: Any) -> Int[Array, "..."] | None:
-    """Returns how many steps `skip_nonfinite` left out, or None without `skip_nonfinite`."""
+    """Returns the number of steps that `skip_nonfinite` skipped, or None without it."""
     states = _find(opt_state, SkipNonfiniteState)
     return functools.reduce(jnp.maximum, [state.skipped for state in states]) if states else None
 
 
 def last_step_finite(opt_state: Any) -> Bool[Array, "..."] | None:
-    """Returns whether the last step was taken; None if the optimizer has no `skip_nonfinite`."""
+    """Returns whether `skip_nonfinite` took the last step, or None without it."""
     states = _find(opt_state, SkipNonfiniteState)
     return functools.reduce(jnp.logical_and, [state.finite for state in states]) if states else None
 

@@ -1,4 +1,4 @@
-"""minimize: descent on a function of parameters, as one compiled loop with stopping criteria."""
+"""minimize: optimizes a function in one compiled loop with stopping criteria."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ class Stop(enum.IntEnum):
 
     @classmethod
     def _missing_(cls, value: object) -> Stop | None:
-        # Since Python 3.13 an enumeration no longer finds a member by an array.
+        # Since Python 3.13, Enum does not find a member by a JAX array.
         return cls(int(value)) if isinstance(value, jax.Array) and value.ndim == 0 else None
 
 
@@ -50,7 +50,7 @@ class Minimum(NamedTuple):
 
     Attributes:
       params: the parameters at the end.
-      loss: the loss there.
+      loss: the loss at `params`.
       losses: the loss at the start and after each step, [max_steps + 1]; NaN after the last.
       steps: steps taken.
       evaluations: how often the loss was evaluated with its gradient, line searches included.
@@ -85,19 +85,19 @@ def minimize(
     loss_threshold: float = -jnp.inf,
     gradient_tolerance: float = 0.0,
 ) -> Minimum:
-    """Steps until the loss or its gradient is small enough, or `max_steps` are taken.
+    """Minimizes a function until its value or its gradient is small, or for `max_steps` steps.
 
-    A pure function of its arguments: jit it to compile it once for many calls, vmap it to run many
-    descents at once (each stops by itself; the loop runs as long as the longest).
+    A pure function of its arguments: `jax.jit` compiles it once for many calls; `jax.vmap` runs
+    many descents at once, and the loop ends when the last of them stops.
 
     Args:
-      loss_fn: params -> loss, a scalar that depends on nothing else (all data, no dropout).
+      loss_fn: params -> loss, a scalar. It must be deterministic: all data, no dropout.
       params: where to start.
       optimizer: any optax transformation; one with a line search, such as `optimizers.lbfgs`,
         evaluates no point twice.
-      max_steps: the most steps to take, at least 0.
+      max_steps: maximum number of steps, at least 0.
       loss_threshold: stop when the loss is below this.
-      gradient_tolerance: stop when no entry of the gradient is larger than this.
+      gradient_tolerance: stop when no entry of the gradient has a larger absolute value.
 
     Returns:
       The end point, the losses on the way, and the reason for stopping. A descent also ends when
@@ -118,7 +118,7 @@ def minimize(
     update = optax.with_extra_args_support(optimizer).update
 
     def stop(point: _Point) -> Array:
-        """Returns the first reason that holds, or -1; the step limit comes last."""
+        """Returns the first reason to stop that applies, or -1."""
         largest = optax.tree_utils.tree_norm(point.grad, ord=jnp.inf)
         reasons = [
             (~jnp.isfinite(point.loss), Stop.LOSS_NOT_FINITE),

@@ -1,4 +1,4 @@
-"""Numbers as arguments of optimizers, which a sweep may trace, and the checks of their range."""
+"""Checks of optimizer arguments, which are numbers, or tracers inside `jax.vmap`."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ from jaxtyping import Array, Float
 
 from jaxtrain.errors import InputError
 
-# A traced array where a sweep runs over the argument.
+# An array if jax.vmap maps over the argument.
 Number: TypeAlias = float | Float[Array, ""]
 LearningRate: TypeAlias = Number | optax.Schedule
 
 
 def is_used(value: Number) -> bool:
-    """Returns whether an argument may differ from 0; a traced one may."""
+    """Returns whether an argument is traced or differs from 0."""
     return isinstance(value, jax.core.Tracer) or bool(value != 0)
 
 
@@ -53,4 +53,6 @@ def check_number(name: str, value: Any, is_valid: Callable[[float], bool], expec
     except (TypeError, ValueError):
         valid = False
     if not valid:
-        raise InputError(f"{name} is {value!r}; expected a number that is {expected}")
+        raise InputError(
+            f"{name} is {value!r}; expected a number that is {expected}", argument=name
+        )

@@ -1,4 +1,4 @@
-"""Safeguards: wrappers that keep bad gradients from an optimizer."""
+"""Wrappers that protect an optimizer from large, NaN or infinite gradients."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from jaxtrain.optimizers._transforms import clip_by_global_norm
 def clip_gradients(
     optimizer: optax.GradientTransformation, max_gradient_norm: Number | None
 ) -> optax.GradientTransformation:
-    """Scales gradients down to a global norm before the optimizer sees them.
+    """Returns an optimizer that scales gradients down to a global norm before each update.
 
     Same as `torch.nn.utils.clip_grad_norm_` before each step (Pascanu, Mikolov & Bengio, 2013,
     https://arxiv.org/abs/1211.5063).
@@ -31,6 +31,9 @@ def clip_gradients(
 
     Raises:
       InputError: the norm is not positive.
+
+    Example:
+      >>> optimizer = jt.optimizers.clip_gradients(jt.optimizers.adam(1e-3), 1.0)
     """
     if max_gradient_norm is None:
         return optimizer
@@ -48,7 +51,7 @@ class SkipNonfiniteState(NamedTuple):
 
     Attributes:
       inner: state of the wrapped optimizer.
-      skipped: steps left out so far, int32.
+      skipped: steps skipped so far, int32.
       finite: whether the last step was taken.
     """
 
@@ -60,16 +63,16 @@ class SkipNonfiniteState(NamedTuple):
 def skip_nonfinite(
     optimizer: optax.GradientTransformation,
 ) -> optax.GradientTransformationExtraArgs:
-    """Leaves out steps in which something is, or would become, NaN or infinite.
+    """Returns an optimizer that skips steps with NaN or infinite values.
 
-    A step is left out if a value of the gradients, the updates or the loss is not finite, or if a
-    finite value of the optimizer's or the model's state would become non-finite. (A value that is
-    infinite from the start, such as a running minimum, does not count.) The updates of such a step
-    are 0, the optimizer's state does not change, and the step is counted.
+    A step is skipped if a value of the gradients, the updates or the loss is not finite, or if a
+    finite value of the optimizer state or the model state would become non-finite. (Values that
+    are infinite from the start are allowed.) The updates of a skipped step are 0, the optimizer
+    state does not change, and the step is counted.
 
-    Unlike `optax.apply_if_finite` it has no limit on consecutive steps, and it covers the state of
-    the model:
-    `apply_gradients` passes that as `model_states` and keeps the old one if the step is left out.
+    Unlike `optax.apply_if_finite`, it has no limit on consecutive steps, and it covers the model
+    state: `apply_gradients` passes it as `model_states`, and keeps the old one if the step is
+    skipped.
 
     Args:
       optimizer: any optax transformation.
@@ -109,7 +112,7 @@ def skip_nonfinite(
         if value is not None:
             extra_args["value"] = value
         new_updates, new_inner = inner.update(updates, state.inner, params, **extra_args)
-        # The gradients are checked as well: optax.zero_nans or the signs in Rprop hide their NaNs.
+        # Updates alone are not enough: optax.zero_nans and Rprop hide a NaN gradient.
         finite = all_finite((updates, value, new_updates)) & stays_finite(state.inner, new_inner)
         if model_states is not None:
             finite &= stays_finite(*model_states)
@@ -141,8 +144,7 @@ def _is_inexact(leaf: Any) -> bool:
 
 
 def _all(flags: Any) -> Array:
-    # Reduce the first axis first: on a CPU, XLA then combines rows as vectors, whereas one full
-    # reduction would be a chain of scalar operations.
+    # The first axis first, as in `global_norm`: a full reduction would be slow on a CPU.
     per_leaf = [
         jnp.all(jnp.all(flag, axis=0)) if flag.ndim > 1 else jnp.all(flag) for flag in flags
     ]

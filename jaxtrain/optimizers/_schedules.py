@@ -15,7 +15,7 @@ def step_lr(
 ) -> optax.Schedule:
     """Returns a schedule that multiplies the rate by `gamma` every `step_size` epochs.
 
-    It follows `torch.optim.lr_scheduler.StepLR`.
+    Same as `torch.optim.lr_scheduler.StepLR`.
 
     Args:
       learning_rate: the rate of the first epochs.
@@ -28,6 +28,10 @@ def step_lr(
 
     Raises:
       InputError: an argument is out of range.
+
+    Example:
+      >>> schedule = jt.optimizers.step_lr(1.0, step_size=1, gamma=0.7, steps_per_epoch=938)
+      >>> optimizer = jt.optimizers.adadelta(schedule)
     """
     check_learning_rate(learning_rate)
     check_not_negative(gamma=gamma)

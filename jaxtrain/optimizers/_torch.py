@@ -45,6 +45,13 @@ def sgd(
     the first gradient itself, without dampening. The rate scales the buffer when it is applied, so
     a schedule rescales the contribution of past gradients as well.
 
+    Args:
+      learning_rate: a number or an optax schedule.
+      momentum: factor of the momentum buffer; 0 disables it.
+      dampening: the gradient enters the buffer with the factor 1 - dampening.
+      weight_decay: coefficient of the L2 penalty.
+      nesterov: whether to use Nesterov momentum.
+
     Raises:
       InputError: an argument is negative or not finite, or Nesterov is used without momentum or
         with dampening.
@@ -76,6 +83,13 @@ def adam(
     Weight decay is L2: it is added to the gradient, before the moments (`adamw` decays the
     parameters themselves). Epsilon is added after the square root, as in optax.
 
+    Args:
+      learning_rate: a number or an optax schedule.
+      betas: decay rates of the first and the second moment.
+      eps: added to the denominator.
+      weight_decay: coefficient of the L2 penalty.
+      amsgrad: whether to use the largest second moment so far.
+
     Raises:
       InputError: an argument is negative or not finite, or a beta is outside [0, 1).
     """
@@ -97,6 +111,13 @@ def adamw(
 
     (Loshchilov & Hutter, 2019, https://arxiv.org/abs/1711.05101.) The parameters shrink by
     learning_rate · weight_decay per step; PyTorch's default decay is 1e-2, optax's 1e-4.
+
+    Args:
+      learning_rate: a number or an optax schedule.
+      betas: as in `adam`.
+      eps: as in `adam`.
+      weight_decay: coefficient of the decay.
+      amsgrad: as in `adam`.
 
     Raises:
       InputError: an argument is negative or not finite, or a beta is outside [0, 1).
@@ -122,6 +143,14 @@ def rmsprop(
     Epsilon is added after the square root (optax: inside it), and the rate scales the momentum
     buffer when it is applied (optax: before it enters the buffer).
 
+    Args:
+      learning_rate: a number or an optax schedule.
+      alpha: decay rate of the squared gradients.
+      eps: added to the denominator.
+      weight_decay: coefficient of the L2 penalty.
+      momentum: factor of the momentum buffer; 0 disables it.
+      centered: whether to divide by an estimate of the standard deviation instead.
+
     Raises:
       InputError: an argument is negative or not finite, or alpha is outside [0, 1).
     """
@@ -146,9 +175,14 @@ def rprop(
 
     Each parameter has its own step size, which starts at `learning_rate`. It is multiplied by
     etas[1] while the gradient keeps its sign. When the sign changes, it is multiplied by etas[0]
-    and the parameter rests for one step. optax's rprop applies each update one step late.
+    and the parameter is not updated in that step. optax's rprop applies each update one step late.
 
     Meant for full batches, since the noise of mini-batches changes signs.
+
+    Args:
+      learning_rate: the first step size of each parameter, a number.
+      etas: factors by which a step size shrinks and grows.
+      step_sizes: the smallest and the largest step size.
 
     Raises:
       InputError: an argument is negative or not finite, or etas or step_sizes are in the wrong
@@ -156,16 +190,18 @@ def rprop(
     """
     if callable(learning_rate):
         raise InputError(
-            "the learning rate of rprop is a schedule; expected a number, since the step size of "
-            "each parameter adapts itself"
+            "the learning rate of rprop is a schedule; expected a number, since rprop adapts the "
+            "step size of each parameter"
         )
     check_learning_rate(learning_rate)
     eta_minus, eta_plus = etas
     smallest, largest = step_sizes
     if not (0 < eta_minus < 1 < eta_plus):
-        raise InputError(f"etas are {etas}; expected (one in (0, 1), one above 1)")
+        raise InputError(f"etas are {etas}; expected a factor in (0, 1) and one above 1")
     if not (0 <= smallest <= largest):
-        raise InputError(f"step_sizes are {step_sizes}; expected (smallest, largest)")
+        raise InputError(
+            f"step_sizes are {step_sizes}; expected the smallest, at least 0, and the largest"
+        )
     return optax.chain(
         scale_by_sign_and_step_size(learning_rate, etas, step_sizes), optax.scale(-1.0)
     )
@@ -182,6 +218,13 @@ def adagrad(
 
     Epsilon is added after the square root (optax: inside it), the first accumulator is 0 (optax:
     0.1), and the rate of step t, counted from 0, is learning_rate / (1 + t · lr_decay).
+
+    Args:
+      learning_rate: a number or an optax schedule.
+      lr_decay: decay of the rate.
+      weight_decay: coefficient of the L2 penalty.
+      initial_accumulator_value: first value of the sum of squared gradients.
+      eps: added to the denominator.
 
     Raises:
       InputError: an argument is negative or not finite.
@@ -214,6 +257,12 @@ def adadelta(
 
     Weight decay is added to the gradient before it is scaled (optax: after).
 
+    Args:
+      learning_rate: a number or an optax schedule.
+      rho: decay rate of the squared gradients and updates.
+      eps: added inside both square roots.
+      weight_decay: coefficient of the L2 penalty.
+
     Raises:
       InputError: an argument is negative or not finite, or rho is outside [0, 1).
     """
@@ -235,7 +284,7 @@ def lbfgs(
     (Liu & Nocedal, 1989; line search: Nocedal & Wright, Numerical Optimization, 2006, algorithm
     3.5.) One update is one iteration; PyTorch's `step` makes up to 20. The line search compares
     values of one function, so it needs full batches and a model without dropout. `minimize` runs
-    it without evaluating any point twice.
+    L-BFGS without evaluating any point twice.
 
     Args:
       learning_rate: factor of the direction from which the line search starts.
@@ -268,13 +317,13 @@ OPTIMIZERS: dict[str, Callable[..., optax.GradientTransformation]] = {
 
 
 def make(name: str, learning_rate: LearningRate, **options: Any) -> optax.GradientTransformation:
-    """Returns the optimizer of that name.
+    """Returns the optimizer with a given name.
 
     Args:
       name: a key of `OPTIMIZERS`.
-      learning_rate: a number, or a schedule where the optimizer takes one.
-      options: further arguments by name, such as momentum. One that the optimizer does not have
-        must be 0.
+      learning_rate: a number, or a schedule if the optimizer accepts one.
+      **options: further arguments, such as momentum. One that the optimizer does not have must
+        be 0.
 
     Raises:
       InputError: the name is unknown, or the optimizer lacks an option that is not 0.
@@ -286,7 +335,8 @@ def make(name: str, learning_rate: LearningRate, **options: Any) -> optax.Gradie
         if option not in known and is_used(value):
             raise InputError(
                 f"{option} is {value} with the optimizer {name}, which has no such option; "
-                "expected 0, or an optimizer that has it"
+                "expected 0, or an optimizer that has it",
+                argument=option,
             )
     kept = {option: value for option, value in options.items() if option in known}
     return OPTIMIZERS[name](learning_rate, **kept)

@@ -19,21 +19,24 @@ def global_norm(tree: PyTree) -> Float[Array, ""]:
         # Cast first: half precision overflows at 256 squared.
         absolute = jnp.abs(leaf)
         squares = jnp.square(absolute.astype(jnp.promote_types(absolute.dtype, jnp.float32)))
-        # Along the first axis first: rows are added as vectors, whereas one sum of all would be a
-        # chain of single additions on a CPU.
+        # The first axis first: on a CPU, XLA then adds rows as vectors, whereas a full reduction
+        # would be a chain of scalar additions.
         return jnp.sum(jnp.sum(squares, axis=0)) if leaf.ndim > 1 else jnp.sum(squares)
 
     return jnp.sqrt(sum(map(sum_of_squares, jax.tree.leaves(tree)), start=jnp.zeros(())))
 
 
 class ClippingState(NamedTuple):
-    """State of `clip_by_global_norm`: empty; its type tells that gradients are clipped."""
+    """State of `clip_by_global_norm`: empty; `has_clipping` looks for its type."""
 
 
 def clip_by_global_norm(max_norm: Number) -> optax.GradientTransformation:
     """Scales gradients whose global norm is above `max_norm`, as PyTorch's `clip_grad_norm_`.
 
-    The factor is min(1, max_norm / (norm + 1e-6)); optax's lacks the 1e-6.
+    The factor is min(1, max_norm / (norm + 1e-6)); that of optax lacks the 1e-6.
+
+    Args:
+      max_norm: maximum of the Euclidean norm over all parameters.
     """
 
     def update(
@@ -51,7 +54,7 @@ class DampedTraceState(NamedTuple):
 
     Attributes:
       trace: the momentum buffer of each parameter.
-      started: whether the buffer already holds a gradient.
+      started: whether the buffer already contains a gradient.
     """
 
     trace: PyTree

@@ -18,9 +18,9 @@ from jaxtrain.training.state import TrainState
 def steps_to_measure(state: TrainState) -> str:
     """Returns which steps' gradient norms `fit` must check, "last" or "every".
 
-    An infinite gradient usually makes parameters or optimizer state infinite for good, which
-    `check_arrays` sees at the end of the epoch. Some optimizers hide it: Rprop uses the sign alone,
-    clipping by value turns an infinity into a number, `optax.zero_nans` drops a NaN.
+    An infinite gradient usually makes parameters or optimizer state infinite permanently,
+    which `check_arrays` detects at the end of the epoch. Some optimizers hide it: Rprop uses only
+    the sign, clipping by value makes an infinity finite, `optax.zero_nans` replaces a NaN by 0.
     """
     if has_line_search(state.opt_state):  # an epoch is one step
         return "last"

@@ -20,9 +20,9 @@ from jaxtrain.training._plan import Plan, learning_rate, to_shapes
 from jaxtrain.training.early_stopping import EarlyStopping
 from jaxtrain.training.state import TrainState
 
-# A new version of these may trace the same model to another program.
+# Packages of which another version may trace the same model to another program.
 _LIBRARIES = {"jax", "jaxlib", "flax", "optax", "jaxtrain"}
-# The difference that rounding may make between versions and devices in the initial arrays.
+# Relative tolerance for initial arrays, which versions and devices may round differently.
 _TOLERANCE = 1e-5
 
 
@@ -37,15 +37,15 @@ def identify(
 
     Args:
       plan: the run.
-      state: where it starts.
-      early_stopping: how it may end.
+      state: the state before the first epoch.
+      early_stopping: the criterion that may end the run early, or None.
       programs: its lowered programs by name.
       configuration: the user's settings.
 
     Returns:
       A dict of
         "configuration": the user's settings;
-        "exact": values that no version changes: the data, the order, the options;
+        "exact": values that do not depend on versions: the data, the order, the options;
         "descriptions": model, loss, learning rate and metrics, which explain a difference;
         "jaxprs", "programs": digests of each program, before and after lowering;
         "start": the digest of the state, its PRNG key and counters, and a summary of its arrays;
@@ -89,12 +89,12 @@ def identify(
 def check_same_run(current: dict[str, Any], recorded: dict[str, Any], where: str) -> None:
     """Raises InputError if a checkpoint belongs to another run; warns if only versions differ.
 
-    A change of versions excuses other last digits of the initial arrays, and another lowering of
-    the programs. It does not excuse another configuration, key or traced program.
+    With other versions, the initial arrays may differ in their last digits, and the programs may
+    be lowered differently. The configuration, the key and the traced programs must still agree.
 
     Args:
-      current: the identity of this run. If it starts from a state that the checkpoint itself
-        holds, its "start" becomes that recorded.
+      current: the identity of this run. If it starts from a state in the checkpoint, its
+        "start" is replaced by the recorded one.
       recorded: the identity in the checkpoint, with its "state_digests".
       where: describes the checkpoint.
     """
@@ -161,12 +161,12 @@ def _close(then: list[str], now: list[str]) -> bool:
 
 
 def _digits(value: Any) -> str:
-    """A number as text, since JSON has no NaN and no infinity."""
+    """Returns a number as text, since JSON has neither NaN nor infinity."""
     return f"{value:.9g}"
 
 
 def _summary(tree: PyTree) -> list[str]:
-    """The mean and the root mean square of every floating-point array."""
+    """Returns the mean and the root mean square of every floating-point array."""
     arrays = [np.asarray(x, np.float64) for x in jax.tree.leaves(tree) if _is_float(x) and x.size]
     return [_digits(v) for a in arrays for v in (a.mean(), np.sqrt(np.square(a).mean()))]
 

@@ -28,8 +28,8 @@ def memory_advice(
 
     Args:
       batch_size: examples per step.
-      lower: lowers the run's steps for another batch size, to be compiled for an estimate and not
-        run; None if the memory does not depend on the batch size.
+      lower: lowers the run's steps at a given batch size, to estimate the memory of the compiled
+        program without running it; None if the memory does not depend on the batch size.
       argument: the argument that sets the batch size.
 
     Raises:
@@ -52,7 +52,7 @@ def memory_advice(
 
 
 def _fitting_batch_size(batch_size: int, lower: LowerAt, free: int) -> int | None:
-    """The largest half, quarter, ... of a batch size whose compiled steps fit in `free` bytes."""
+    """Returns the largest of batch_size / 2, / 4, ... at which the steps fit in `free` bytes."""
     while batch_size > 1:
         batch_size //= 2
         if _working_bytes(lower(batch_size)) <= _USABLE_FRACTION * free:
@@ -61,15 +61,15 @@ def _fitting_batch_size(batch_size: int, lower: LowerAt, free: int) -> int | Non
 
 
 def _working_bytes(lowered: jax.stages.Lowered) -> int:
-    """The memory of a program beyond its arguments, which are allocated already."""
+    """Returns the memory of a program without its arguments, which are allocated already."""
     analysis = lowered.compile().memory_analysis()
-    if analysis is None:  # the backend does not say
+    if analysis is None:  # not all backends report it
         return 0
     return analysis.temp_size_in_bytes + analysis.output_size_in_bytes
 
 
 def _free_bytes() -> int:
-    """The memory that the device, or this process on a CPU, can still allocate."""
+    """Returns the memory that the device, or this process on a CPU, can still allocate."""
     stats = current_device().memory_stats()
     if stats and "bytes_limit" in stats:
         return stats["bytes_limit"] - stats["bytes_in_use"]

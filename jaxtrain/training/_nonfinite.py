@@ -20,8 +20,8 @@ from jaxtrain.training.step import predict_batch
 def check_arrays(before: TrainState, after: TrainState, epoch: int) -> None:
     """Raises NonFiniteError if a value of the state was finite before and no longer is.
 
-    Covers parameters, model state and optimizer state. (A model may hold an infinity on purpose,
-    such as the initial value of a running minimum.)
+    Covers parameters, model state and optimizer state. Values that were infinite before are
+    allowed: a running minimum may start at infinity.
     """
     pair = [
         {"params": s.params, "model_state": s.model_state, "opt_state": s.opt_state}
@@ -43,7 +43,7 @@ _stays_finite = jax.jit(stays_finite)
 
 
 def hint_for(state: TrainState) -> str:
-    """Returns what to do if the optimizer already skips non-finite steps, else nothing."""
+    """Returns advice for an optimizer that already skips non-finite steps, else ""."""
     if skipped_steps(state.opt_state) is None:
         return ""
     return "try a smaller learning rate, gradient clipping or scaled inputs"
@@ -62,8 +62,8 @@ def raise_for_steps(
       start: the chunk's first step.
       finite: whether the loss and the measured gradient norm of each step are finite.
     """
-    # Measure every gradient now: a loss can be finite when its gradient is not, and then the next
-    # step's loss is the first to show it.
+    # Measure every gradient now: if the loss is finite and its gradient is not, only the next loss
+    # is affected.
     stop = start + len(finite)
     _, losses, norms = plan.run_steps(state, order, start, stop, "every")
     bad = int(np.argmin(finite & np.isfinite(losses) & np.isfinite(norms)))

@@ -1,4 +1,4 @@
-"""Plan: what stays the same from epoch to epoch of a run, its compiled programs included."""
+"""Plan: what stays the same from epoch to epoch of a run, and the programs compiled from it."""
 
 from __future__ import annotations
 
@@ -28,11 +28,11 @@ compiled_steps = jax.jit(train_steps, static_argnames=("loss_fn", "batch_size", 
 
 
 class Plan(NamedTuple):
-    """What stays the same from epoch to epoch.
+    """The data, functions and options of a run.
 
     Attributes:
       train_data: the training data.
-      held_out: data to evaluate after each epoch by name, "test" and "validation".
+      held_out: data to evaluate after each epoch, under the names "test" and "validation".
       loss_fn: per-example loss.
       metrics: the loss and the metrics by name.
       state_metrics: further columns of the history, functions of the state.
@@ -106,7 +106,7 @@ class Plan(NamedTuple):
         return lowered
 
     def abstract(self) -> Plan:
-        """Returns the plan with shapes in place of data, to be traced for any devices."""
+        """Returns the plan with shapes in place of data, for traces that no device affects."""
         return self._replace(
             train_data=to_shapes(self.train_data), held_out=to_shapes(self.held_out)
         )
@@ -192,7 +192,7 @@ def make_plan(
       key: PRNG key of the shuffle.
 
     Raises:
-      InputError: an argument is out of range, or data do not fit the model or the loss.
+      InputError: an argument is out of range, or the data do not fit the model or the loss.
       OutOfMemoryError: the data do not fit on the device.
     """
     check_integer(batch_size, "batch_size", minimum=1)
@@ -231,5 +231,5 @@ def to_shapes(tree: PyTree) -> PyTree:
 def learning_rate(state: TrainState) -> float | None:
     """Returns the learning rate of the latest step, if the optimizer records one."""
     rate = current_learning_rate(state.opt_state)
-    # A float32 holds seven digits: 0.01, not 0.009999999776.
+    # float32 has seven digits: 0.01, not 0.009999999776.
     return None if rate is None else float(f"{float(rate):.7g}")

@@ -43,7 +43,7 @@ def checked_data(data: Dataset, name: str, state: TrainState, loss_fn: Loss) -> 
         if lowest < 0 or highest == 0:
             raise InputError(
                 f"{name}.weights ranges from {lowest} to {highest}; expected weights of at least "
-                "0, and some above"
+                "0, and some above 0"
             )
     data = jax.tree.map(jnp.asarray, data)
     check_model_inputs(state, data, name)
@@ -124,12 +124,12 @@ def checked_callback(on_event: Any) -> Any:
 
 
 def check_model_inputs(state: TrainState, data: Dataset, name: str) -> None:
-    """Raises InputError if the model cannot take the inputs of a data set, by their shapes."""
+    """Raises InputError if the model does not accept the shapes and dtypes of the inputs."""
     try:
         _predictions_shape(state, data)
     except InputError:
         raise
-    except Exception as error:  # whatever the network raises for a shape that it cannot take
+    except Exception as error:  # networks raise different types for a wrong shape
         shapes = ", ".join(
             f"{path} has {leaf.dtype}{[1, *leaf.shape[1:]]} per example"
             for path, leaf in named_arrays(data.inputs, f"{name}.inputs")
@@ -187,7 +187,8 @@ def check_line_search(state: TrainState, examples: int, batch_size: int) -> None
         raise InputError(
             f"batch_size is {batch_size} of {examples} examples, but the optimizer has a line "
             "search (L-BFGS); expected all examples in one batch, since the search compares losses "
-            "of the same function"
+            "of the same function",
+            argument="batch_size",
         )
     if has_clipping(state.opt_state):
         raise InputError(

@@ -1,4 +1,4 @@
-"""EarlyStopping: when to end a run that no longer improves."""
+"""EarlyStopping: the criterion by which `fit` ends a run that no longer improves."""
 
 from __future__ import annotations
 
@@ -22,6 +22,8 @@ class EarlyStopping:
 
     Example:
       >>> early_stopping = jt.EarlyStopping(3, monitor="validation_accuracy", mode="max")
+      >>> train, validation = train.split(0.1, jax.random.key(0))
+      >>> jt.fit(..., validation_data=validation, early_stopping=early_stopping)
     """
 
     patience: int
@@ -38,7 +40,7 @@ class EarlyStopping:
         if self.monitor not in columns:
             hint = ""
             if self.monitor.startswith("validation_"):
-                hint = "; validation data come from train_data.split(0.1, key)"
+                hint = ", or validation_data, for example from train_data.split(0.1, key)"
             raise InputError(
                 f"early_stopping monitors {self.monitor!r}, but the history has the columns "
                 f"{', '.join(columns)}; expected one of these{hint}"

@@ -112,17 +112,16 @@ def train_steps(
 ) -> tuple[TrainState, Float[Array, "steps"], Float[Array, "steps"]]:
     """Takes the steps `start` to `stop - 1` of an epoch.
 
-    With Python integers for `start` and `stop` these are at most two scans. With traced ones they
-    are one program for any part of an epoch, so that `fit` can stop between steps without
-    recompiling.
+    Python integers for `start` and `stop` give at most two scans. Traced ones give one program for
+    any part of an epoch, so that `fit` can return to the host between steps without recompiling.
 
     Args:
       state: where to start; not modified.
       dataset: inputs and targets with leading axis [examples].
       order: the epoch's order of the examples.
       loss_fn: per-example loss.
-      start: steps of this epoch taken so far.
-      stop: steps of this epoch taken at the end.
+      start: the first step to take, counted from 0.
+      stop: the step to stop before.
       batch_size: examples per step.
       measure: which steps' gradient norms to compute: "none", "last" or "every". On a CPU the norm
         takes about 12 % of a small network's step, so `fit` usually measures the last step alone.
@@ -150,7 +149,7 @@ def train_steps(
     loss_dtype = jax.eval_shape(lambda: update(state, first, loss_fn)[1]).dtype
     norm_dtype = jnp.promote_types(loss_dtype, jnp.float32)
     carry = (state, jnp.zeros(steps, loss_dtype), jnp.zeros(steps, norm_dtype))
-    # The last step gets its own loop if its batch is smaller or it alone is measured.
+    # The last step has its own loop if its batch is smaller or only its gradient is measured.
     separate_last = last_size != batch_size or measure == "last"
     # Python's `min` keeps the bound static; JAX then turns the loop into a scan.
     minimum = min if isinstance(stop, int) else jnp.minimum
@@ -205,7 +204,7 @@ def evaluate(
 def compiled_evaluate(
     state: TrainState, dataset: Dataset, metrics: MetricItems, *, batch_size: int
 ) -> Metrics:
-    """The compiled part of `evaluate`, after its checks."""
+    """Returns the same as `evaluate`, compiled and without checks."""
     full, tail = _split_batches(dataset, batch_size)
     sums = lax.map(lambda batch: metric_sums(state, batch, metrics), full)
     sums = jax.tree.map(lambda leaf: jnp.sum(leaf, axis=0), sums)
@@ -227,6 +226,10 @@ def predict(state: TrainState, inputs: PyTree, *, batch_size: int = 1000) -> Any
 
     Raises:
       InputError: there are no inputs, or the batch size is below 1.
+
+    Example:
+      >>> logits = jt.predict(state, test.inputs)
+      >>> labels = jnp.argmax(logits, axis=-1)
     """
     check_state_type(state)
     check_inputs(inputs)

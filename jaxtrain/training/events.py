@@ -96,7 +96,7 @@ class _EverySteps:
 def every_steps(steps: int, on_event: OnEvent) -> OnEvent:
     """Returns a callback for which `fit` reports `StepsDone` at every multiple of `steps`.
 
-    Without it, `StepsDone` comes about once per second, which costs nothing measurable.
+    Other callbacks receive it about once per second, at no measurable cost.
 
     Args:
       steps: steps between two events; 0 returns the callback unchanged.

@@ -53,9 +53,9 @@ def fit(
     """Trains for some epochs and evaluates after each.
 
     Calling it again with the returned state and the same data continues the run: 2 and 3 epochs
-    give exactly what 5 in one call give. With `checkpoint` the run survives its process: the same
-    call resumes from the newest checkpoint and, on the same CPU with the same versions, ends with
-    bit-identical results.
+    give exactly what 5 in one call give. With `checkpoint`, a run that was
+    interrupted resumes from its newest checkpoint when the same call is made again. On the same
+    CPU with the same versions, the results are bit-identical to those of an uninterrupted run.
 
     A NaN or infinity in a loss, a gradient or the state ends the run before the epoch is reported
     or saved; `optimizers.skip_nonfinite` leaves out the steps of a few bad batches instead.
@@ -68,7 +68,8 @@ def fit(
       loss_fn: per-example loss.
       metric_fns: metrics to evaluate on test and validation data, by name.
       state_metrics: further columns of the history by name, functions of the state after an epoch.
-      epochs: passes over `train_data`, counted from `state`, also if the run resumes.
+      epochs: passes over `train_data` after `state`. Those that a checkpoint restores count, so a
+        resumed run trains only the remaining ones.
       batch_size: examples per step.
       test_batch_size: examples at a time in evaluation.
       key: PRNG key of the shuffle; epoch e is shuffled with `fold_in(key, e)`. None keeps the
@@ -88,13 +89,14 @@ def fit(
       evaluation without compiling. `history.step_losses` has one entry per step.
 
     Raises:
-      InputError: an argument is out of range; data are not finite, or do not fit the model or the
-        loss; the checkpoints belong to another run, are in use, or are all damaged.
+      InputError: an argument is out of range; the data are not finite, or do not fit the model or
+        the loss; the checkpoints belong to another run, are in use, or are all damaged.
       NonFiniteError: a loss, gradient or array of the state became NaN or infinite.
       OutOfMemoryError: the device has too little memory.
       StorageError: a checkpoint could not be written; earlier ones are intact.
-      Once the arguments are checked, any exception, KeyboardInterrupt included, carries `state`
-      and `history` of the last completed epoch.
+
+    After the arguments are checked, any exception, KeyboardInterrupt included, has the attributes
+    `state` and `history` of the last completed epoch.
 
     Example:
       >>> state, history = jt.fit(
@@ -131,19 +133,20 @@ def fit(
             run = identify(plan, state, early_stopping, programs, checkpoint.configuration)
             store, every = stack.enter_context(CheckpointStore(checkpoint, run)), checkpoint.every
             resumed = store.restore(state, records.columns, functools.partial(check_same_run, run))
-            store.metadata = run  # whose start is now that of the call that began the run
+            store.metadata = run  # with the start of the first call, which the check has copied
         best_state: TrainState | None = None
         if resumed is not None:
             if resumed.epoch > last:
                 raise InputError(
                     f"epochs is {epochs}, but the checkpoint directory holds epoch "
                     f"{resumed.epoch}; expected at least {resumed.epoch - first}, or another "
-                    "directory"
+                    "directory",
+                    argument="epochs",
                 )
             state, best_state = resumed.state, resumed.best_state
             records.restore(state, resumed.history, resumed.step_losses)
         if early_stopping is not None and early_stopping.is_over(records.rows):
-            last = int(state.epoch)  # early stopping ended the run before
+            last = int(state.epoch)  # early stopping ended it in an earlier call
         seconds = time.perf_counter() - started
         on_event(Compiled(seconds, last - int(state.epoch), plan.steps, len(plan.train_data)))
         if resumed is not None:
@@ -176,7 +179,7 @@ def _progress_attached(records: Records) -> Iterator[None]:
 
 
 def _is_true(result: Any) -> bool:
-    """Whether a callback returned True, be it Python's, NumPy's or JAX's; nothing else stops."""
+    """Returns whether a callback returned True, as a bool of Python, NumPy or JAX."""
     return np.ndim(result) == 0 and np.asarray(result).dtype == bool and bool(result)
 
 

@@ -20,7 +20,7 @@ class History(dict[str, np.ndarray]):
 
 
 class Records:
-    """The history of a run while it grows, and the state that it has reached.
+    """The history of a run in progress, and the state that it has reached.
 
     Attributes:
       columns: names of the history's columns, in order.
@@ -43,7 +43,7 @@ class Records:
     def restore(
         self, state: TrainState, history: dict[str, np.ndarray], step_losses: np.ndarray
     ) -> None:
-        """Replaces everything by the content of a checkpoint."""
+        """Replaces everything with the content of a checkpoint."""
         self.state = state
         values = zip(*(history[name].tolist() for name in self.columns), strict=True)
         self.rows = [dict(zip(self.columns, row, strict=True)) for row in values]

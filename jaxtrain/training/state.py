@@ -34,7 +34,7 @@ class TrainState:
       model_state: variables of the model that are not optimized, such as batch statistics; {} if
         there are none.
       opt_state: state of the optimizer.
-      key: PRNG key. Step t draws from `fold_in(key, t)`, so resuming needs nothing else.
+      key: PRNG key. Step t draws from `fold_in(key, t)`, so a resumed run draws the same numbers.
       model: the network (static).
       optimizer: the optax transformation (static); `with_optimizer` sets another one.
     """
@@ -83,7 +83,7 @@ def init_state(
       A TrainState at step 0.
 
     Raises:
-      InputError: an argument is of the wrong type.
+      InputError: an argument has the wrong type.
 
     Example:
       >>> state = jt.init_state(
@@ -144,6 +144,11 @@ def to_module(state: TrainState) -> Any:
 
     Raises:
       InputError: the model is a Linen module or a `Model`, whose parameters are `state.params`.
+
+    Example:
+      >>> state = jt.init_state(eqx.nn.MLP(64, 10, 128, 1, key=key), optimizer, inputs, key=key)
+      >>> state, history = jt.fit(state, train, loss_fn=jt.losses.cross_entropy)
+      >>> mlp = jt.to_module(state)
     """
     check_state_type(state)
     return adapters.to_module(state.model, state.params, state.model_state)
@@ -159,8 +164,9 @@ def check_state_type(state: Any) -> None:
         )
     if getattr(state.step, "ndim", 0):
         raise InputError(
-            f"state is a batch of states of shape {state.step.shape}; expected one: take one by "
-            "jax.tree.map(lambda leaf: leaf[0], state), or jax.vmap the function over all"
+            f"state is a batch of states of shape {state.step.shape}; expected one state: "
+            "select one by jax.tree.map(lambda leaf: leaf[0], state), or apply jax.vmap to the "
+            "function"
         )
 
 
@@ -182,7 +188,7 @@ def _describe(leaf: Any) -> str:
 
 
 def _value(leaf: Any) -> str:
-    """The number of a counter, or its type while it is traced or vmapped."""
+    """Returns the value of a counter, or its type while it is traced or vmapped."""
     is_array = isinstance(leaf, (jax.Array, np.ndarray, np.generic))
     is_number = is_array and not isinstance(leaf, jax.core.Tracer) and leaf.ndim == 0
     return str(int(leaf)) if is_number else _describe(leaf)

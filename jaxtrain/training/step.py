@@ -1,4 +1,4 @@
-"""train_step and eval_step: one batch, one compiled program."""
+"""train_step and eval_step, each one compiled program for one batch, and their parts."""
 
 from __future__ import annotations
 
@@ -102,6 +102,10 @@ def gradients(
       The (weighted) mean loss, its gradients with respect to `state.params`, and an `Auxiliary`
       with the new model state and the predictions.
 
+    Raises:
+      InputError: `batch` is not a valid Dataset, or the loss does not return one value per
+        example.
+
     Example:
       >>> @jax.jit
       ... def step(state, batch):
@@ -132,6 +136,13 @@ def apply_gradients(
 
     Returns:
       The next state, with its step incremented.
+
+    Raises:
+      InputError: `grads` has another structure than `state.params`.
+
+    Example:
+      >>> loss, grads, aux = jt.gradients(state, batch, loss_fn)
+      >>> state = jt.apply_gradients(state, grads, model_state=aux.model_state)
     """
     if model_state is None:
         model_state = state.model_state
@@ -199,6 +210,9 @@ def eval_step(
 
     Raises:
       InputError: `batch` is not a valid Dataset, or a metric is not one value per example.
+
+    Example:
+      >>> jt.eval_step(state, test[:64], jt.losses.cross_entropy, {"accuracy": jt.metrics.accuracy})
     """
     check_state_type(state)
     check_batch(batch)
@@ -221,7 +235,9 @@ def metric_items(loss_fn: Loss, metric_fns: Mapping[str, Metric] | None) -> Metr
             '{"accuracy": metrics.accuracy}'
         )
     if "loss" in metric_fns:
-        raise InputError("metric_fns has a metric named 'loss', as the loss itself is; rename it")
+        raise InputError(
+            "metric_fns has a metric named 'loss', the name of the loss itself; rename it"
+        )
     for name, metric in metric_fns.items():
         if not callable(metric) and not (
             isinstance(metric, tuple) and len(metric) == 2 and all(map(callable, metric))
@@ -250,7 +266,7 @@ def check_loss(loss_fn: Any) -> None:
 
 
 def check_batch(batch: Any) -> None:
-    """Raises InputError for a batch that `jax.jit` would refuse before the step can check it."""
+    """Raises InputError for a batch that `jax.jit` would reject before the step can check it."""
     if not all(isinstance(leaf, jax.Array) for leaf in jax.tree.leaves(batch)):
         check_dataset(batch, "batch")
 
@@ -305,9 +321,9 @@ def per_example(fn: Any, predictions: Any, batch: Dataset) -> Float[Array, "batc
 
 
 def stop_gradients_at_zero_weight(predictions: Any, weights: Array) -> Any:
-    """Keeps a NaN in the gradient of a loss of weight 0, as of a padded target, from spreading.
+    """Stops gradients of losses with weight 0, which may be NaN, such as those of padded targets.
 
-    0 times NaN is NaN; the gradient of a selection is 0 on the side that is not selected.
+    Multiplying by the weight is not enough, since 0 times NaN is NaN.
     """
 
     def select(leaf: Array) -> Array:
@@ -320,7 +336,7 @@ def stop_gradients_at_zero_weight(predictions: Any, weights: Array) -> Any:
 
 
 def weighted(values: Array, batch: Dataset) -> Array:
-    """Returns values times weights; a weight of 0 also hides a NaN, as of a padded label."""
+    """Returns values times weights; a weight of 0 also hides a NaN (of a padded label)."""
     weights = jnp.asarray(batch.weights)
     return jnp.where(weights == 0, 0, values) * weights
 
@@ -331,5 +347,5 @@ def to_float32(predictions: Any) -> Any:
 
 
 def safe_divide(total: Array, weight: Array) -> Array:
-    """Returns total / weight, or 0 if the weight is 0, as when a batch is entirely masked."""
+    """Returns total / weight, or 0 if the weight is 0 because the batch is entirely masked."""
     return jnp.where(weight == 0, 0.0, total / jnp.where(weight == 0, 1, weight))
