@@ -80,8 +80,8 @@ def readme_section(machines: dict[str, Results]) -> str:
         software.append(f"PyTorch {versions['torch']}")
     parts = [
         markdown(summary_table(results)),
-        "The ratio is PyTorch's median over jaxtrain's: above 1, jaxtrain is faster or needs less "
-        f"memory.\n{ranking(results)}",
+        "Above 1, jaxtrain is faster, or needs less memory: the ratio is PyTorch's median over "
+        f"jaxtrain's.\n{ranking(results)}\n"
         f"Machine: {machine['processor']}, {machine['cores']} cores, {', '.join(software)}."
         + ("" if on_gpu else " No GPU results yet.")
         + "\nMethod, aims and all results: [docs/benchmarks.md](docs/benchmarks.md).",
@@ -105,15 +105,14 @@ def ranking(results: Results) -> str:
         return "The training steps were not measured."
     won = sum(fastest == JAXTRAIN for _, fastest in slowdowns.values())
     text = (
-        f"jaxtrain is the fastest of the libraries in {won} of the {len(slowdowns)} step cases "
-        "(network × batch size)"
+        f"jaxtrain is the fastest library in {won} of {len(slowdowns)} step cases (network × batch)"
     )
     if won == len(slowdowns):
         return f"{text}."
     worst = max(slowdowns, key=lambda case: slowdowns[case][0])
     factor, fastest = slowdowns[worst]
     peer = PEERS[fastest].label
-    return f"{text}.\nThe worst case is `{worst}`: {peer} is {number(factor)} × as fast."
+    return f"{text}; in the worst, `{worst}`, {peer} is {number(factor)} × as fast."
 
 
 def _by_device(machines: dict[str, Results]) -> tuple[list[Results], list[Results]]:

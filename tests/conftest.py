@@ -26,6 +26,9 @@ from jaxtrain.data.mnist import DATA_DIR_VARIABLE  # noqa: E402
 settings.register_profile("jaxtrain", deadline=None, derandomize=True)
 settings.load_profile("jaxtrain")
 
+# The library must not rely on implicit rank promotion, which users may forbid.
+jax.config.update("jax_numpy_rank_promotion", "raise")
+
 
 @pytest.fixture(scope="session")
 def mnist() -> jt.data.Resolved:

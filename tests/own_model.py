@@ -1,4 +1,4 @@
-"""A model of one's own trained with what `pip install jaxtrain` installs, without any extra."""
+"""Trains a user's own model with what `pip install jaxtrain` installs, without extras."""
 
 import jax
 import jax.numpy as jnp

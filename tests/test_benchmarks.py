@@ -272,8 +272,8 @@ def test_ranking_counts_wins_and_names_the_worst_case() -> None:
         for peer, value in values.items()
     ]
     text = report.ranking({"rows": rows})
-    assert "fastest of the libraries in 1 of the 3 step cases" in text
-    assert text.endswith("The worst case is `T2, batch 64`: Equinox is 2.5 × as fast.")
+    assert "jaxtrain is the fastest library in 1 of 3 step cases" in text
+    assert text.endswith("; in the worst, `T2, batch 64`, Equinox is 2.5 × as fast.")
     assert report.ranking({"rows": rows[:2]}).endswith(
         "1 of the 1 step cases (network × batch size)."
     )

@@ -1,4 +1,4 @@
-"""What works without the extras, and what a missing package says."""
+"""Training works without the extras; the error for a missing package names its extra."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ import jaxtrain as jt
 from jaxtrain.errors import MissingExtraError
 
 ROOT = Path(__file__).parents[1]
-# Makes packages look as if they were not installed.
+# Makes imports of packages fail as if they were not installed.
 HIDE = "import sys; sys.modules.update(dict.fromkeys({hidden}))\n"
 EXTRAS = {
     *("sklearn", "tensorflow_datasets", "importlib_resources", "platformdirs", "requests"),
@@ -33,7 +33,7 @@ def run_without(hidden: set[str], program: str, folder: Path) -> subprocess.Comp
     )
 
 
-def test_training_checkpoints_and_progress_need_no_extra(tmp_path: Path) -> None:
+def test_training_with_checkpoints_and_progress_needs_no_extra(tmp_path: Path) -> None:
     program = (ROOT / "tests" / "own_model.py").read_text()
     result = run_without(EXTRAS, program, tmp_path)
     assert result.stdout == "True\n", result.stderr

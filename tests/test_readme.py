@@ -1,35 +1,56 @@
-"""The Python of the README and the guide runs, and prints what its comments say."""
+"""The code in the README and in docs/ runs, and the links of every page lead to a file."""
 
 from __future__ import annotations
 
 import re
 from pathlib import Path
 
+import jax
 import pytest
 
 ROOT = Path(__file__).parents[1]
-PAGES = [ROOT / "README.md", ROOT / "docs" / "guide.md"]
-LINKS = [
-    (page, path)
-    for page in PAGES
-    for path in sorted(set(re.findall(r"\]\(([\w./-]+)\)", page.read_text())))
-]
+README = ROOT / "README.md"
+DOCS = sorted((ROOT / "docs").glob("*.md"))
+OTHERS = [ROOT / "CONTRIBUTING.md", ROOT / "tests" / "README.md", ROOT / "benchmarks" / "NOTES.md"]
+README_LINES = 130
 
 
-@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
-def test_its_code_runs_from_top_to_bottom(page: Path, tmp_path: Path, monkeypatch, capsys) -> None:
-    blocks = re.findall(r"^```python\n(.*?)^```", page.read_text(), flags=re.DOTALL | re.MULTILINE)
-    assert len(blocks) >= 3
+def name_of(page: Path) -> str:
+    return str(page.relative_to(ROOT))
+
+
+def code_blocks(page: Path) -> list[str]:
+    return re.findall(r"^```python\n(.*?)^```", page.read_text(), flags=re.DOTALL | re.MULTILINE)
+
+
+def links(page: Path) -> list[str]:
+    """Returns the relative paths that a page links to or shows, without anchors."""
+    text = re.sub(r"^```.*?^```", "", page.read_text(), flags=re.DOTALL | re.MULTILINE)
+    found = re.findall(r"\]\(([^)\s]+)\)", text) + re.findall(r'(?:src|href)="([^"]+)"', text)
+    paths = {link.partition("#")[0] for link in found if not re.match(r"[a-z]+:", link)}
+    return sorted(paths - {""})
+
+
+def test_the_readme_has_code_and_fits_on_130_lines() -> None:
+    assert len(code_blocks(README)) >= 2
+    assert len(README.read_text().splitlines()) <= README_LINES
+
+
+@pytest.mark.parametrize("page", [p for p in [README, *DOCS] if code_blocks(p)], ids=name_of)
+def test_code_runs_from_top_to_bottom_and_prints_what_its_comments_say(
+    page: Path, tmp_path: Path, monkeypatch, capsys
+) -> None:
     monkeypatch.chdir(tmp_path)
     names: dict[str, object] = {}
-    for block in blocks:
-        exec(compile(block, page.name, "exec"), names)
-        for line, printed in re.findall(r"^ *(print\(.*\))  # (.+)$", block, flags=re.MULTILINE):
-            capsys.readouterr()
-            exec(line, names)
-            assert capsys.readouterr().out.strip() == printed, line
+    with jax.numpy_rank_promotion("allow"):  # JAX's default, unlike in the other tests
+        for block in code_blocks(page):
+            exec(compile(block, page.name, "exec"), names)
+            for line, printed in re.findall(r"^ *(print\(.*\))  # (.+)$", block, re.MULTILINE):
+                capsys.readouterr()
+                exec(line, names)
+                assert capsys.readouterr().out.strip() == printed, line
 
 
-@pytest.mark.parametrize(("page", "path"), LINKS, ids=lambda value: str(value)[-30:])
-def test_what_it_links_to_exists(page: Path, path: str) -> None:
-    assert (page.parent / path).exists()
+@pytest.mark.parametrize("page", [README, *DOCS, *OTHERS], ids=name_of)
+def test_links_and_images_exist(page: Path) -> None:
+    assert [path for path in links(page) if not (page.parent / path).exists()] == []

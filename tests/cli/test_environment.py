@@ -90,7 +90,7 @@ def test_jax_platforms_without_a_device(tmp_path: Path, platform: str) -> None:
     if platform == jax.default_backend() or (platform == "cuda" and jax.default_backend() == "gpu"):
         pytest.skip("there is such a device here")
     environment = {"JAX_PLATFORMS": platform}
-    for script in ("losses", "loss_landscape", "learning_rate"):
+    for script in ("losses", "loss_landscape"):
         result = run_script(script, "--output-dir", tmp_path, environment=environment)
         assert_one_sentence(result, f"$JAX_PLATFORMS is '{platform}'", "--device cpu")
     flags = ("--device", "cpu", "--output-dir", tmp_path)
@@ -133,23 +133,24 @@ def test_nohup_keeps_a_run_alive(tmp_path: Path) -> None:
     assert result.stdout == "alive\n"
 
 
-@pytest.mark.parametrize("name", ["config.json", "summary.json", "history.csv", "losses.png"])
+@pytest.mark.parametrize("name", ["history.csv", "losses.png"])
 def test_a_folder_in_the_place_of_a_result(tmp_path: Path, name: str) -> None:
     (tmp_path / name).mkdir()
     result = run_script("losses", "--output-dir", tmp_path, "--overwrite")
     assert_one_sentence(result, f"{tmp_path}/{name} could not be written (Is a directory)")
 
 
-@pytest.mark.parametrize("name", ["config.json", "summary.json", "history.csv", "losses.png"])
-def test_a_pipe_in_the_place_of_a_result_is_replaced(tmp_path: Path, name: str) -> None:
-    os.mkfifo(tmp_path / name)
+def test_pipes_in_the_place_of_results_are_replaced(tmp_path: Path) -> None:
+    names = ("config.json", "summary.json", "history.csv", "losses.png")
+    for name in names:
+        os.mkfifo(tmp_path / name)
     result = run_script("losses", "--output-dir", tmp_path, "--overwrite")
     assert result.returncode == 0, result.stderr
-    assert (tmp_path / name).is_file()
+    assert all((tmp_path / name).is_file() for name in names)
 
 
 @pytest.mark.parametrize(
-    "content", ['{"pictures": ["notes.txt", "../b.png", 3]}', '{"pictures": 5}', "[1,", "[" * 9999]
+    "content", ['{"pictures": ["notes.txt", "../b.png", 3]}', "[" * 9999], ids=["names", "nesting"]
 )
 def test_overwriting_a_tampered_summary_keeps_the_users_files(tmp_path: Path, content: str) -> None:
     out = tmp_path / "out"
