@@ -1,6 +1,6 @@
-"""The tests, and the run-time type checker that `make check` puts on every function of jaxtrain."""
+"""The tests, and the run-time type checker that `make check` applies to all of jaxtrain."""
 
 from beartype import BeartypeConf, beartype
 
-# An int passes for a float, as PEP 484 has it.
+# Accepts an int where a float is annotated, as PEP 484 does.
 checked = beartype(conf=BeartypeConf(is_pep484_tower=True))

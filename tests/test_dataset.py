@@ -1,4 +1,4 @@
-"""Dataset: splitting, and the bundled digits."""
+"""Dataset: splitting and slicing, and the bundled digits."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ import jaxtrain as jt
 
 @settings(max_examples=15)
 @given(examples=st.integers(2, 60), fraction=st.floats(0.05, 0.95), seed=st.integers(0, 5))
-def test_a_split_holds_every_example_once(examples: int, fraction: float, seed: int) -> None:
+def test_a_split_contains_every_example_once(examples: int, fraction: float, seed: int) -> None:
     data = jt.Dataset(jnp.arange(examples)[:, None], -jnp.arange(examples))
     if not 0 < round(examples * fraction) < examples:
         with pytest.raises(jt.InputError, match="leaves at least one example in each part"):
@@ -26,7 +26,7 @@ def test_a_split_holds_every_example_once(examples: int, fraction: float, seed: 
     np.testing.assert_array_equal(np.sort(-together), np.arange(examples))
     for part in (rest, held_out):
         np.testing.assert_array_equal(part.inputs[:, 0], -part.targets)
-        assert (np.diff(part.inputs[:, 0]) > 0).all()  # stored order is kept
+        assert (np.diff(part.inputs[:, 0]) > 0).all()  # the order is kept
 
 
 def test_a_split_refuses_unequal_lengths() -> None:
@@ -34,7 +34,7 @@ def test_a_split_refuses_unequal_lengths() -> None:
         jt.Dataset(jnp.arange(50), jnp.arange(40)).split(0.2, jax.random.key(0))
 
 
-def test_the_key_decides_the_split() -> None:
+def test_the_key_determines_the_split() -> None:
     data = jt.Dataset(jnp.arange(100), jnp.arange(100))
     parts = [np.asarray(data.split(0.3, jax.random.key(seed))[1].inputs) for seed in (0, 0, 1)]
     np.testing.assert_array_equal(parts[0], parts[1])
@@ -48,7 +48,7 @@ def test_a_fraction_out_of_range_is_refused(fraction: float) -> None:
         data.split(fraction, jax.random.key(0))
 
 
-def test_digits_are_scikit_learns_in_mnists_shape(digits: jt.data.Resolved) -> None:
+def test_digits_are_those_of_scikit_learn_scaled_to_28_by_28(digits: jt.data.Resolved) -> None:
     from sklearn.datasets import load_digits
 
     bunch = load_digits()

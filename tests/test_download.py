@@ -1,4 +1,4 @@
-"""A mirror on this machine with every fault of one: what is said, how soon, and what is left."""
+"""Downloads from a local server with every fault: the error, the time limit, and the files left."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from jaxtrain.data.mnist import DATA_DIR_VARIABLE, cache_dir
 from tests.test_survival import HAS_NAMESPACES, run_with_a_disk
 
 CONTENT = bytes(range(256)) * 1024  # 256 KiB
-SUM = hashlib.sha256(CONTENT).hexdigest()
+CHECKSUM = hashlib.sha256(CONTENT).hexdigest()
 
 Answer = Callable[[http.server.BaseHTTPRequestHandler], None]
 
@@ -38,14 +38,14 @@ def no_proxy(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture
 def mirror() -> Iterator[tuple[str, list[Answer]]]:
-    """An address, and a list whose last entry answers."""
-    answers: list[Answer] = [whole]
+    """The address of a server, and a list whose last function answers requests."""
+    answers: list[Answer] = [complete]
 
     class Handler(http.server.BaseHTTPRequestHandler):
         def do_GET(self) -> None:
             try:
                 answers[-1](self)
-            except OSError:  # the client has left
+            except OSError:  # the client closed the connection
                 self.close_connection = True
 
         do_HEAD = do_GET
@@ -68,7 +68,7 @@ def head(handler: http.server.BaseHTTPRequestHandler, length: int | None = len(C
     handler.end_headers()
 
 
-def whole(handler: http.server.BaseHTTPRequestHandler) -> None:
+def complete(handler: http.server.BaseHTTPRequestHandler) -> None:
     head(handler)
     handler.wfile.write(CONTENT)
 
@@ -83,7 +83,7 @@ def cut_without_length(handler: http.server.BaseHTTPRequestHandler) -> None:
     handler.wfile.write(CONTENT[:1000])
 
 
-def wrong(handler: http.server.BaseHTTPRequestHandler) -> None:
+def other_content(handler: http.server.BaseHTTPRequestHandler) -> None:
     head(handler)
     handler.wfile.write(CONTENT[::-1])
 
@@ -117,8 +117,8 @@ def endless(handler: http.server.BaseHTTPRequestHandler) -> None:
         handler.wfile.write(CONTENT)
 
 
-def packed_bomb(handler: http.server.BaseHTTPRequestHandler) -> None:
-    """A megabyte on the way, a gigabyte unpacked."""
+def decompression_bomb(handler: http.server.BaseHTTPRequestHandler) -> None:
+    """Sends a megabyte that decompresses to a gigabyte."""
     import zlib
 
     handler.send_response(200)
@@ -130,20 +130,20 @@ def packed_bomb(handler: http.server.BaseHTTPRequestHandler) -> None:
     handler.wfile.write(packer.flush())
 
 
-def to_a_local_file(handler: http.server.BaseHTTPRequestHandler) -> None:
+def redirecting_to_a_local_file(handler: http.server.BaseHTTPRequestHandler) -> None:
     handler.send_response(302)
     handler.send_header("Location", f"file://{__file__}")
     handler.end_headers()
 
 
-def round_and_round(handler: http.server.BaseHTTPRequestHandler) -> None:
+def redirecting_in_circles(handler: http.server.BaseHTTPRequestHandler) -> None:
     handler.send_response(302)
     handler.send_header("Location", "/file")
     handler.end_headers()
 
 
-def redirection_without_end(handler: http.server.BaseHTTPRequestHandler) -> None:
-    """Its body is not read, or it would fill the memory."""
+def redirecting_with_an_endless_body(handler: http.server.BaseHTTPRequestHandler) -> None:
+    """A client that reads the body would run out of memory."""
     handler.send_response(302)
     handler.send_header("Location", "/file")
     handler.end_headers()
@@ -159,65 +159,70 @@ def dripping_headers(handler: http.server.BaseHTTPRequestHandler) -> None:
         time.sleep(0.1)
 
 
-def nonsense(handler: http.server.BaseHTTPRequestHandler) -> None:
+def malformed(handler: http.server.BaseHTTPRequestHandler) -> None:
     handler.wfile.write(b"\x00\xff" * 1000 + b"\r\n\r\n")
 
 
 FAULTS = [
     (cut, "the connection was lost"),
     (cut_without_length, "disconnected after 1000 of 262144 bytes"),
-    (wrong, f"a file with the checksum [0-9a-f]{{64}} instead of {SUM}; the file was removed"),
+    (
+        other_content,
+        f"a file with the checksum [0-9a-f]{{64}} instead of {CHECKSUM}; the file was removed",
+    ),
     (not_found, "the server answered 404 Not Found"),
     (dripping, r"is too slow: \d+ of 262144 bytes in 2 s"),
     (silent, "no answer in time"),
     (endless, "sends more than the 262144 bytes"),
-    (packed_bomb, "sends more than the 262144 bytes"),
-    (to_a_local_file, "redirects to file:///.*; expected http or https"),
-    (round_and_round, "redirects more than 5 times"),
-    (redirection_without_end, "redirects more than 5 times"),
+    (decompression_bomb, "sends more than the 262144 bytes"),
+    (redirecting_to_a_local_file, "redirects to file:///.*; expected http or https"),
+    (redirecting_in_circles, "redirects more than 5 times"),
+    (redirecting_with_an_endless_body, "redirects more than 5 times"),
     (dripping_headers, "is too slow: no complete answer in 2 s"),
-    (nonsense, "ConnectionError|BadStatusLine|Protocol"),
+    (malformed, "ConnectionError|BadStatusLine|Protocol"),
 ]
 
 
-def test_a_whole_file_comes_through(mirror, tmp_path: Path) -> None:
+def test_a_file_is_downloaded(mirror, tmp_path: Path) -> None:
     url, _ = mirror
-    fetch(url, tmp_path / "file", len(CONTENT), SUM)
+    fetch(url, tmp_path / "file", len(CONTENT), CHECKSUM)
     assert (tmp_path / "file").read_bytes() == CONTENT
-    (tmp_path / "other").touch()  # as readable for others as any file
+    (tmp_path / "other").touch()  # has the default permissions
     assert (tmp_path / "file").stat().st_mode == (tmp_path / "other").stat().st_mode
 
 
 @pytest.mark.parametrize(("answer", "message"), FAULTS, ids=lambda v: getattr(v, "__name__", ""))
-def test_a_fault_is_said_in_time_and_leaves_nothing(mirror, tmp_path, answer, message) -> None:
+def test_a_fault_of_the_server_is_named_in_time_and_leaves_no_file(
+    mirror, tmp_path, answer, message
+) -> None:
     url, answers = mirror
     answers.append(answer)
     started = time.monotonic()
     with pytest.raises(DownloadError, match=message) as raised:
-        fetch(url, tmp_path / "file", len(CONTENT), SUM)
+        fetch(url, tmp_path / "file", len(CONTENT), CHECKSUM)
     assert time.monotonic() - started < 6
     assert str(raised.value).startswith(url)
     assert "\n" not in str(raised.value)
     assert not list(tmp_path.iterdir())
 
 
-def test_what_was_given_up_does_not_come_in_late(mirror, tmp_path: Path) -> None:
-    """The first answer comes whole, but after its time; the second one is there by then."""
+def test_an_abandoned_download_does_not_overwrite_a_later_one(mirror, tmp_path: Path) -> None:
+    """The first answer is complete only after the second download has ended."""
     url, answers = mirror
     late = threading.Event()
 
     def slow(handler: http.server.BaseHTTPRequestHandler) -> None:
         late.wait(10)
-        whole(handler)
+        complete(handler)
 
     answers.append(slow)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(download, "_MIN_SECONDS", 0.0)
         patch.setattr(download, "_SILENCE_SECONDS", 10.0)
         with pytest.raises(DownloadError, match="is too slow"):
-            fetch(url, tmp_path / "file", len(CONTENT), SUM)
-    answers.append(whole)
-    fetch(url, tmp_path / "file", len(CONTENT), SUM)
+            fetch(url, tmp_path / "file", len(CONTENT), CHECKSUM)
+    answers.append(complete)
+    fetch(url, tmp_path / "file", len(CONTENT), CHECKSUM)
     late.set()
     for thread in threading.enumerate():
         if "work" in thread.name:
@@ -226,21 +231,21 @@ def test_what_was_given_up_does_not_come_in_late(mirror, tmp_path: Path) -> None
     assert (tmp_path / "file").read_bytes() == CONTENT
 
 
-def test_a_proxy_that_is_not_there_is_named(tmp_path: Path, monkeypatch) -> None:
+def test_an_unreachable_proxy_is_named(tmp_path: Path, monkeypatch) -> None:
     monkeypatch.setenv("http_proxy", "http://127.0.0.1:9")
     with pytest.raises(DownloadError, match=r"the proxy cannot be reached .*http_proxy"):
-        fetch("http://example.invalid/file", tmp_path / "file", 1, SUM)
+        fetch("http://example.invalid/file", tmp_path / "file", 1, CHECKSUM)
     with pytest.raises(DownloadError, match=r"the proxy cannot be reached .*http_proxy"):
         check_reachable("http://example.invalid/file")
 
 
-def test_a_disk_that_refuses_the_file_is_said(mirror, tmp_path: Path) -> None:
+def test_a_file_that_cannot_be_written_is_named(mirror, tmp_path: Path) -> None:
     url, _ = mirror
     with pytest.raises(DownloadError, match="No such file or directory"):
-        fetch(url, tmp_path / "missing" / "file", len(CONTENT), SUM)
+        fetch(url, tmp_path / "missing" / "file", len(CONTENT), CHECKSUM)
 
 
-def test_a_cache_folder_that_cannot_be_made_is_named(tmp_path: Path, monkeypatch) -> None:
+def test_a_cache_folder_that_cannot_be_created_is_named(tmp_path: Path, monkeypatch) -> None:
     monkeypatch.delenv("JAXTRAIN_DATA_DIR", raising=False)
     monkeypatch.setattr("platformdirs.user_cache_path", lambda name: tmp_path / "cache" / name)
     (tmp_path / "cache").write_text("in the way")
@@ -252,7 +257,7 @@ def test_a_cache_folder_that_cannot_be_made_is_named(tmp_path: Path, monkeypatch
     assert "$XDG_CACHE_HOME" in str(raised.value)
 
 
-@pytest.mark.skipif(not HAS_NAMESPACES, reason="needs leave to mount a disk (unshare -rm)")
+@pytest.mark.skipif(not HAS_NAMESPACES, reason="needs permission to mount a disk (unshare -rm)")
 def test_a_read_only_cache_folder_is_named(tmp_path: Path) -> None:
     program = (
         "import jaxtrain as jt\ntry: jt.data.load('mnist')\nexcept jt.InputError as e: print(e)"
@@ -266,7 +271,7 @@ def test_a_read_only_cache_folder_is_named(tmp_path: Path) -> None:
     assert "cannot be written (Read-only file system); set $XDG_CACHE_HOME" in stdout, stderr
 
 
-def test_killed_while_downloading_it_leaves_nothing_under_the_final_name(
+def test_a_killed_download_leaves_no_file_under_the_final_name(
     mirror, tmp_path: Path, monkeypatch
 ) -> None:
     url, answers = mirror
@@ -280,7 +285,7 @@ from jaxtrain.data.mnist import FILES
 names = [f"{{name}}.gz" for pair in FILES.values() for name in pair]
 mnist.MNIST.URL = {base!r}
 mnist.MNIST.url_infos = {{
-    {base!r} + name: checksums.UrlInfo({len(CONTENT)}, {SUM!r}, name) for name in names
+    {base!r} + name: checksums.UrlInfo({len(CONTENT)}, {CHECKSUM!r}, name) for name in names
 }}
 jt.data.load("mnist")
 """

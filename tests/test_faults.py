@@ -1,4 +1,4 @@
-"""The table of faults in README.md names tests that exist."""
+"""The tables of faults in README.md name tests that exist."""
 
 from __future__ import annotations
 

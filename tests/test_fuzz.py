@@ -54,7 +54,7 @@ mostly_idx = st.builds(
 )
 @example(content=header(*[1] * 100) + b"x")  # more axes than NumPy has
 @example(content=header(0, 2**32 - 1, 2**32 - 1, 2**32 - 1))  # no elements, impossible strides
-def test_idx_files(tmp_path: Path, content: bytes) -> None:
+def test_idx_files_of_any_content_are_read_or_refused(tmp_path: Path, content: bytes) -> None:
     path = tmp_path / "file-idx"
     path.write_bytes(content)
     try:
@@ -93,8 +93,10 @@ json_values = st.recursive(
 
 @fuzz(0.3)
 @given(data=st.data())
-def test_model_files(tmp_path: Path, model: jt.TrainState, data: st.DataObject) -> None:
-    """Whatever the file, what is read has the shapes and dtypes of the model."""
+def test_model_files_of_any_content_are_loaded_or_refused(
+    tmp_path: Path, model: jt.TrainState, data: st.DataObject
+) -> None:
+    """Arrays that are loaded have the shapes and dtypes of the model."""
     path = tmp_path / "model.safetensors"
     jt.save_params(path, model)
     content = data.draw(st.one_of(damages(path.read_bytes()), st.binary(max_size=64)))
@@ -115,8 +117,10 @@ def test_model_files(tmp_path: Path, model: jt.TrainState, data: st.DataObject) 
 @example(content=b'{"pictures": null}')
 @example(content=b'{"safety": {"checkpoint_dir": 3}}')
 @example(content=b"[" * 100_000)
-def test_results_of_an_earlier_run(tmp_path: Path, content: bytes) -> None:
-    """Its summary lists pictures to remove, its configuration names the folder of checkpoints."""
+def test_earlier_results_of_any_content_do_not_endanger_other_files(
+    tmp_path: Path, content: bytes
+) -> None:
+    """The summary lists pictures to remove, and the configuration names the checkpoint folder."""
     folder = tmp_path / "out"
     folder.mkdir(exist_ok=True)
     (tmp_path / "precious.txt").write_text("mine")

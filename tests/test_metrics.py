@@ -1,4 +1,4 @@
-"""Metrics on cases solved by hand."""
+"""Metrics on cases solved by hand, and compared with scikit-learn's."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ LOGITS = jnp.array([[2.0, 1.0, 0.0], [0.0, 3.0, 1.0], [0.0, 1.0, 0.5], [0.0, 0.0
 LABELS = jnp.array([0, 1, 2, 2])
 
 
-def test_accuracy_is_one_where_the_largest_logit_is_the_labels() -> None:
+def test_accuracy_is_1_where_the_largest_logit_is_that_of_the_label() -> None:
     np.testing.assert_array_equal(jt.metrics.accuracy(LOGITS, LABELS), [1, 1, 0, 1])
 
 
-def test_confusion_matrix_of_narrow_labels() -> None:
+def test_confusion_matrix_takes_uint8_labels() -> None:
     labels = jnp.arange(20, dtype=jnp.uint8)
     np.testing.assert_array_equal(jt.metrics.confusion_matrix(jnp.eye(20), labels), np.eye(20))
 
@@ -30,7 +30,7 @@ def test_confusion_matrix_counts_labels_in_rows() -> None:
     np.testing.assert_array_equal(jt.metrics.confusion_matrix(LOGITS, LABELS), expected)
 
 
-def test_accuracy_per_token() -> None:
+def test_accuracy_of_sequences_is_per_token() -> None:
     values = jt.metrics.accuracy(jnp.stack([LOGITS, LOGITS]), jnp.stack([LABELS, 0 * LABELS]))
     np.testing.assert_array_equal(values, [[1, 1, 0, 1], [1, 0, 0, 0]])
 
@@ -39,8 +39,8 @@ def test_accuracy_per_token() -> None:
 @pytest.mark.filterwarnings("ignore:A single label was found")
 @settings(max_examples=25)
 @given(seed=st.integers(0, 1000), examples=st.integers(1, 30), classes=st.integers(2, 6))
-def test_balanced_accuracy_is_scikit_learns(seed: int, examples: int, classes: int) -> None:
-    """On several batches, with weights, and with classes that have no examples."""
+def test_balanced_accuracy_matches_scikit_learn(seed: int, examples: int, classes: int) -> None:
+    """On two batches, with weights, and with classes that have no examples."""
     random = np.random.default_rng(seed)
     logits = random.normal(size=(examples, classes)).astype(np.float32)
     labels = random.integers(0, classes, examples).astype(np.uint8)
@@ -55,8 +55,8 @@ def test_balanced_accuracy_is_scikit_learns(seed: int, examples: int, classes: i
     np.testing.assert_allclose(value, expected, rtol=1e-5)
 
 
-def test_balanced_accuracy_by_hand() -> None:
-    """Recalls 1, 1 and 1/2; without weights all examples weigh 1."""
+def test_balanced_accuracy_equals_a_solution_by_hand() -> None:
+    """The recalls are 1, 1 and 1/2; without weights, every example has weight 1."""
     sums, finish = jt.metrics.balanced_accuracy
     np.testing.assert_allclose(finish(sums(LOGITS, LABELS, None)), 2.5 / 3, rtol=1e-6)
     ignored = jnp.array([1.0, 1.0, 0.0, 1.0])

@@ -1,4 +1,4 @@
-"""Where MNIST is found, how it is downloaded, and what is said when it is neither."""
+"""MNIST is found in folders or downloaded; errors name damaged and missing files."""
 
 from __future__ import annotations
 
@@ -28,14 +28,14 @@ CONTENTS = {
 
 @pytest.fixture(autouse=True)
 def elsewhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """No data folder, an empty cache, and no way out but to this machine."""
+    """Sets no data folder and an empty cache, and bypasses a proxy for local servers."""
     monkeypatch.delenv("JAXTRAIN_DATA_DIR", raising=False)
     monkeypatch.setattr("platformdirs.user_cache_path", lambda name: tmp_path / "cache" / name)
     monkeypatch.setenv("no_proxy", "127.0.0.1")
 
 
 def write_files(folder: Path, compressed: bool = False, **changed: bytes | None) -> Path:
-    """The four files, some of them changed (by their first word, None leaves one out)."""
+    """Writes the four files with some contents changed; None leaves a file out."""
     folder.mkdir(parents=True, exist_ok=True)
     for name, content in CONTENTS.items():
         content = changed.get(name.replace("-", "_").removesuffix("_ubyte"), content)
@@ -56,7 +56,9 @@ def assert_loaded(loaded: tuple[jt.Dataset, jt.Dataset]) -> None:
 @pytest.mark.parametrize("compressed", [False, True])
 @pytest.mark.parametrize("subfolder", ["", "kmnist"])
 @pytest.mark.parametrize("by", ["argument", "environment"])
-def test_files_are_found(tmp_path, monkeypatch, compressed, subfolder, by) -> None:
+def test_files_are_found_in_the_data_folder(
+    tmp_path, monkeypatch, compressed, subfolder, by
+) -> None:
     write_files(tmp_path / "data" / subfolder, compressed)
     if by == "environment":
         monkeypatch.setenv("JAXTRAIN_DATA_DIR", str(tmp_path / "data"))
@@ -65,20 +67,20 @@ def test_files_are_found(tmp_path, monkeypatch, compressed, subfolder, by) -> No
         assert_loaded(jt.data.load("kmnist", tmp_path / "data"))
 
 
-def test_a_subfolder_named_after_the_data_set_comes_first(tmp_path: Path) -> None:
+def test_a_subfolder_named_after_the_data_set_has_priority(tmp_path: Path) -> None:
     write_files(tmp_path, t10k_labels_idx1=b"damaged")
     write_files(tmp_path / "mnist")
     assert_loaded(jt.data.load("mnist", tmp_path))
 
 
-def test_one_data_sets_folder_is_not_taken_for_another(tmp_path: Path, dead_server) -> None:
-    """MNIST's files in a folder named mnist are no KMNIST, though they are named alike."""
+def test_the_folder_of_another_data_set_is_not_used(tmp_path: Path, dead_server) -> None:
+    """The files of MNIST and KMNIST have the same names."""
     folder = write_files(tmp_path / "mnist")
     with pytest.raises(jt.DataUnavailableError):
         jt.data.load("kmnist", folder)
 
 
-def test_some_files_missing_is_said(tmp_path: Path) -> None:
+def test_missing_files_are_named(tmp_path: Path) -> None:
     write_files(tmp_path, t10k_labels_idx1=None)
     with pytest.raises(jt.InputError, match=r"not t10k-labels-idx1-ubyte \(plain or \.gz\)"):
         jt.data.load("mnist", tmp_path)
@@ -108,23 +110,23 @@ def test_some_files_missing_is_said(tmp_path: Path) -> None:
         ),
     ],
 )
-def test_files_that_do_not_fit_are_named(tmp_path: Path, changed, message) -> None:
+def test_invalid_files_are_named(tmp_path: Path, changed, message) -> None:
     write_files(tmp_path, **changed)
-    for name in ("mnist", "auto"):  # damage is no reason to fall back
+    for name in ("mnist", "auto"):  # auto does not fall back on digits
         with pytest.raises(jt.InputError, match=message):
             jt.data.load(name, tmp_path)
 
 
-def test_an_unknown_name_lists_the_known() -> None:
+def test_an_unknown_name_is_refused_with_a_list_of_names() -> None:
     with pytest.raises(jt.InputError, match=r"'minst'; expected one of auto, mnist, fashion_mnist"):
         jt.data.load("minst")
 
 
 @pytest.fixture
 def serve(monkeypatch: pytest.MonkeyPatch) -> Iterator[dict[str, bytes]]:
-    """A server of MNIST's files on this machine, registered with TensorFlow Datasets as theirs.
+    """A local server of MNIST's files, registered with TensorFlow Datasets as the source.
 
-    Yields the files by name; a test may change what is sent, the checksums stay.
+    Yields the files by name; a test may change their content, but not the checksums.
     """
     from tensorflow_datasets.core.download import checksums
     from tensorflow_datasets.image_classification import mnist
@@ -170,7 +172,7 @@ def test_files_are_downloaded_once(serve: dict[str, bytes]) -> None:
     )
 
 
-def test_processes_that_download_at_once_all_get_it(serve: dict[str, bytes]) -> None:
+def test_concurrent_downloads_succeed(serve: dict[str, bytes]) -> None:
     from concurrent.futures import ThreadPoolExecutor
 
     with ThreadPoolExecutor(3) as pool:
@@ -186,7 +188,7 @@ def test_a_file_with_the_wrong_checksum_is_not_kept(serve: dict[str, bytes]) -> 
     assert not list(cache_dir().iterdir())
 
 
-def test_a_file_without_a_registered_checksum_is_not_taken(
+def test_a_file_without_a_registered_checksum_is_not_downloaded(
     serve: dict[str, bytes], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from tensorflow_datasets.image_classification import mnist
@@ -199,25 +201,27 @@ def test_a_file_without_a_registered_checksum_is_not_taken(
 
 @pytest.fixture
 def dead_server(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Nobody listens where the data sets are published."""
+    """Makes the server of the data sets unreachable."""
     from tensorflow_datasets.image_classification import mnist
 
     for builder in (mnist.MNIST, mnist.KMNIST):
         monkeypatch.setattr(builder, "URL", "http://127.0.0.1:9/")
 
 
-def test_a_data_folder_that_is_none_is_no_reason_to_fall_back(tmp_path: Path) -> None:
+def test_auto_refuses_a_missing_data_folder(tmp_path: Path) -> None:
     with pytest.raises(jt.InputError, match="missing is not a folder"):
         jt.data.load("auto", tmp_path / "missing")
 
 
 @pytest.mark.parametrize("folder", ["~nobody-of-this-name/data", "x" * 5000])
-def test_a_data_folder_that_cannot_be_looked_into_is_named(folder: str) -> None:
+def test_a_data_folder_that_cannot_be_read_is_named(folder: str) -> None:
     with pytest.raises(jt.InputError, match=r"the data folder .* cannot be read"):
         jt.data.load("mnist", folder)
 
 
-def test_without_files_and_network_the_ways_out_are_named(tmp_path: Path, dead_server) -> None:
+def test_without_files_and_network_the_error_lists_the_alternatives(
+    tmp_path: Path, dead_server
+) -> None:
     started = time.monotonic()
     with pytest.raises(jt.DataUnavailableError) as raised:
         jt.data.load("mnist", tmp_path)
@@ -225,10 +229,10 @@ def test_without_files_and_network_the_ways_out_are_named(tmp_path: Path, dead_s
     message = str(raised.value)
     for part in ("data_dir", "$JAXTRAIN_DATA_DIR", "digits", str(tmp_path), *CONTENTS):
         assert part in message
-    assert "--" not in message  # flags are the scripts' own
+    assert "--" not in message  # the library names no flags of the scripts
 
 
-def test_a_server_that_never_answers_is_given_up_in_time(
+def test_a_server_that_never_answers_times_out(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     import socket
@@ -245,7 +249,7 @@ def test_a_server_that_never_answers_is_given_up_in_time(
         assert time.monotonic() - started < 10
 
 
-def test_auto_says_that_digits_are_not_mnist(dead_server) -> None:
+def test_auto_warns_that_digits_are_not_mnist(dead_server) -> None:
     resolved = jt.data.load_resolved("auto")
     assert resolved.name == "digits"
     assert resolved.notice is not None
@@ -254,12 +258,12 @@ def test_auto_says_that_digits_are_not_mnist(dead_server) -> None:
         jt.data.load("auto")
 
 
-def test_auto_takes_mnist_where_it_is(tmp_path: Path) -> None:
+def test_auto_loads_mnist_where_its_files_are(tmp_path: Path) -> None:
     resolved = jt.data.load_resolved("auto", write_files(tmp_path))
     assert (resolved.name, resolved.notice) == ("mnist", None)
 
 
-def test_the_real_files(mnist: jt.data.Resolved) -> None:
+def test_the_published_files_have_the_published_class_sizes(mnist: jt.data.Resolved) -> None:
     assert mnist.train.inputs.shape == (60_000, 28, 28)
     assert mnist.test.inputs.shape == (10_000, 28, 28)
     # Class sizes as published with the data set.

@@ -1,9 +1,6 @@
-"""Modules of every framework train as the framework itself would, from one TrainState."""
+"""Linen, NNX and Equinox modules behave alike in a TrainState."""
 
 from __future__ import annotations
-
-import subprocess
-import sys
 
 import equinox as eqx
 import flax.linen as nn
@@ -88,22 +85,26 @@ def test_batch_norm_and_dropout_train(state, small_classes) -> None:
     )
     assert history["test_accuracy"][-1] > 0.9
     assert history["train_loss"][-1] < 0.5 * history["train_loss"][0]
-    pairs = list(zip(statistics(state), statistics(fitted), strict=True))
-    assert pairs
-    assert all((old != new).any() for old, new in pairs if old.size == 16)
+    pairs = [
+        (old, new)
+        for old, new in zip(statistics(state), statistics(fitted), strict=True)
+        if old.size == 16
+    ]
+    assert len(pairs) >= 2  # mean and variance
+    assert all((old != new).any() for old, new in pairs)
 
 
-def test_evaluation_changes_nothing_and_drops_nothing(state, small_classes) -> None:
+def test_evaluation_uses_neither_dropout_nor_batch_statistics(state, small_classes) -> None:
     first = jt.predict(state, small_classes.inputs)
     other = state.replace(key=jax.random.key(9))
     np.testing.assert_array_equal(first, jt.predict(other, small_classes.inputs))
-    # Batch statistics are not used: an example's prediction does not depend on the others.
+    # With batch statistics, a prediction would depend on the other examples.
     np.testing.assert_allclose(
         first[:1], jt.predict(state, small_classes.inputs[:1]), rtol=1e-5, atol=1e-6
     )
 
 
-def test_draws_depend_on_key_and_step_alone(state, small_classes) -> None:
+def test_dropout_depends_on_the_key_and_the_step(state, small_classes) -> None:
     def loss(state):
         return jt.train_step(state, small_classes, LOSS)[1]["loss"].item()
 
@@ -119,7 +120,7 @@ def test_the_old_state_stays_usable(state, small_classes) -> None:
     jax.tree.map(np.testing.assert_array_equal, first.params, again.params)
 
 
-def test_a_sweep_over_keys(state, small_classes) -> None:
+def test_vmap_over_keys_equals_separate_runs(state, small_classes) -> None:
     keys = jax.random.split(jax.random.key(0), 3)
     many = jax.vmap(lambda key: state.replace(key=key))(keys)
     _, losses = jax.vmap(lambda s: jt.train_epoch(s, small_classes, LOSS, batch_size=25))(many)
@@ -128,8 +129,8 @@ def test_a_sweep_over_keys(state, small_classes) -> None:
         np.testing.assert_allclose(found, alone, rtol=1e-4)
 
 
-def test_a_linen_step_draws_as_flax_does(small_classes) -> None:
-    """The stream "dropout" gets fold_in(key, step)."""
+def test_a_linen_step_folds_the_step_into_the_dropout_key(small_classes) -> None:
+    """The stream "dropout" has the key fold_in(key, step)."""
     state = jt.init_state(
         LinenNetwork(), optax.sgd(0.1), small_classes.inputs[:1], key=jax.random.key(0)
     )
@@ -145,7 +146,7 @@ def test_a_linen_step_draws_as_flax_does(small_classes) -> None:
     assert metrics["loss"] == pytest.approx(float(expected), rel=1e-5)
 
 
-def test_to_module_gives_back_the_trained_module(small_classes) -> None:
+def test_to_module_returns_the_trained_module(small_classes) -> None:
     inputs = small_classes.inputs
 
     def trained(module):
@@ -177,18 +178,8 @@ def test_to_module_gives_back_the_trained_module(small_classes) -> None:
         jt.to_module(trained(LinenNetwork()))
 
 
-def test_the_users_nnx_module_is_not_modified(small_classes) -> None:
-    module = NnxNetwork(nnx.Rngs(0))
-    before = jax.tree.map(np.asarray, nnx.to_pure_dict(nnx.state(module, nnx.Param)))
-    state = jt.init_state(module, optax.sgd(0.1), small_classes.inputs, key=jax.random.key(0))
-    jt.train_epoch(state, small_classes, LOSS, batch_size=10)
-    after = nnx.to_pure_dict(nnx.state(module, nnx.Param))
-    jax.tree.map(np.testing.assert_array_equal, before, after)
-    assert not module.dropout.deterministic
-
-
 @pytest.mark.parametrize("kind", MODULES)
-def test_equal_modules_share_one_compiled_step(small_classes, kind) -> None:
+def test_equal_modules_have_equal_apply_functions(small_classes, kind) -> None:
     one, other = (
         jt.init_state(
             MODULES[kind](), optax.sgd(0.1), small_classes.inputs[:1], key=jax.random.key(0)
@@ -199,8 +190,8 @@ def test_equal_modules_share_one_compiled_step(small_classes, kind) -> None:
     assert hash(one.model.apply) == hash(other.model.apply)
 
 
-def test_t2_written_four_ways_has_the_same_losses(digits) -> None:
-    """50 steps from the same parameters, to 1e-6 of the loss."""
+def test_four_versions_of_the_mnist_network_have_the_same_losses(digits) -> None:
+    """Two epochs from the same parameters."""
     optimizer = jt.optimizers.sgd(0.05)
     losses = {}
     for name, state in frameworks.states(optimizer, digits.train.inputs[:1]).items():
@@ -212,28 +203,8 @@ def test_t2_written_four_ways_has_the_same_losses(digits) -> None:
         np.testing.assert_allclose(found, losses["Linen"], rtol=1e-6, atol=1e-6, err_msg=name)
 
 
-def test_inputs_may_be_pytrees() -> None:
-    class Sum(eqx.Module):
-        weight: jax.Array
-
-        def __call__(self, inputs):
-            return {"total": self.weight * (inputs["a"] + inputs["b"]["c"])}
-
-    inputs = {"a": jnp.ones((4, 2)), "b": {"c": jnp.ones((4, 2))}}
-    state = jt.init_state(Sum(jnp.ones(2)), optax.sgd(0.1), inputs, key=jax.random.key(0))
-    assert jt.predict(state, inputs)["total"].shape == (4, 2)
-
-
-def test_importing_jaxtrain_leaves_equinox_alone() -> None:
-    code = "import sys, jaxtrain, jaxtrain.adapters; print('equinox' in sys.modules)"
-    result = subprocess.run(
-        [sys.executable, "-c", code], capture_output=True, text=True, check=True
-    )
-    assert result.stdout.strip() == "False"
-
-
 def test_a_counter_in_an_equinox_state_counts(small_classes) -> None:
-    """Its initial value is weakly typed, as a Python number is."""
+    """Also one whose initial value is weakly typed."""
 
     class Counting(eqx.Module):
         linear: eqx.nn.Linear

@@ -1,9 +1,10 @@
-"""An Equinox module becomes a Model that maps the module over the batch."""
+"""The adapter of Equinox modules maps them over the batch, as their users do."""
 
 from __future__ import annotations
 
 from typing import Any
 
+import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -13,8 +14,6 @@ from jaxtyping import Array
 
 import jaxtrain as jt
 from jaxtrain import adapters
-
-eqx = pytest.importorskip("equinox")
 
 INPUTS = jax.random.normal(jax.random.key(3), (8, 4))
 TARGETS = jnp.arange(8) % 3
@@ -71,7 +70,7 @@ def evaluate(start: tuple[jt.Model, Any, Any], inputs: Any = INPUTS) -> tuple[An
 
 
 def trained(module: Any, steps: int = 20) -> tuple[list[float], tuple[jt.Model, Any, Any]]:
-    """The losses of a few gradient steps, and what they lead to."""
+    """Returns the losses of a few gradient steps, and the model after them."""
     model, params, model_state = start(module)
 
     def loss(params, model_state):
@@ -92,7 +91,7 @@ def trained(module: Any, steps: int = 20) -> tuple[list[float], tuple[jt.Model, 
 
 
 def mapped(module: Any, state: Any, keys: Any, inputs: Any = INPUTS) -> tuple[Any, Any]:
-    """The module itself, mapped over the batch as its users write it."""
+    """Returns the outputs of the module itself, mapped over the batch."""
     call = jax.vmap(
         lambda x, state, key: module(x, state, key=key),
         in_axes=(0, None, 0),
@@ -112,7 +111,7 @@ def assert_close(found: Any, expected: Any) -> None:
     )
 
 
-def test_parameters_are_the_inexact_arrays_alone(make) -> None:
+def test_only_inexact_arrays_are_parameters(make) -> None:
     _, params, model_state = start(make())
     assert params.hidden.weight.shape == (16, 4)
     assert params.table is None
@@ -126,7 +125,7 @@ def test_gradient_steps_reduce_the_loss(make) -> None:
     assert values[-1] < 0.7 * values[0]
 
 
-def test_evaluation_is_that_of_the_module_and_leaves_the_state_unchanged(make) -> None:
+def test_evaluation_equals_that_of_the_module_and_keeps_the_state(make) -> None:
     _, (model, params, model_state) = trained(make(), steps=2)
     outputs, after = evaluate((model, params, model_state))
     assert after is model_state
@@ -141,7 +140,7 @@ def test_evaluation_is_that_of_the_module_and_leaves_the_state_unchanged(make) -
     assert_close(outputs, mapped(module, model_state["state"], keys)[0])
 
 
-def test_training_is_that_of_the_module_with_a_key_per_example(make) -> None:
+def test_training_equals_that_of_the_module_with_a_key_per_example(make) -> None:
     outputs, after = train(start(make()))
     module, state = eqx.nn.make_with_state(Network)()
     expected, state = mapped(module, state, jax.random.split(KEY, 8))
@@ -149,7 +148,7 @@ def test_training_is_that_of_the_module_with_a_key_per_example(make) -> None:
     assert_close(jax.tree.leaves(after["state"]), jax.tree.leaves(state))
 
 
-def test_training_updates_the_state_and_the_old_one_stays_valid(make) -> None:
+def test_training_returns_a_new_state(make) -> None:
     first = start(make())
     _, after = train(first)
     assert jax.tree.structure(after) == jax.tree.structure(first[2])
@@ -180,14 +179,14 @@ def test_to_module_gives_the_same_predictions(make) -> None:
     assert_close(evaluate(again)[0], expected)
 
 
-def test_a_module_without_state_comes_back_alone() -> None:
+def test_to_module_returns_a_stateless_module_alone() -> None:
     result = start(eqx.nn.MLP(4, 3, 8, 1, key=KEY))
     assert result[2] == {}
     module = adapters.to_module(*result)
     assert_close(jax.vmap(module)(INPUTS), evaluate(result)[0])
 
 
-def test_exponential_averages_and_counters_are_carried() -> None:
+def test_counters_beside_exponential_averages_are_updated() -> None:
     class Counts(eqx.Module):
         norm: eqx.nn.BatchNorm
         index: eqx.nn.StateIndex
@@ -205,7 +204,7 @@ def test_exponential_averages_and_counters_are_carried() -> None:
     assert state.get(module.index) == 1
 
 
-def test_a_module_without_key_gets_none() -> None:
+def test_a_module_without_the_argument_key_is_called_without_it() -> None:
     class Double(eqx.Module):
         weight: Array
 
@@ -264,7 +263,7 @@ def test_a_static_field_may_be_a_list() -> None:
     assert start(Scale(jnp.ones(4), [3]))[0] != one[0]
 
 
-def test_a_module_that_lost_its_state_is_refused() -> None:
+def test_a_module_without_its_state_is_refused() -> None:
     module, _ = eqx.nn.make_with_state(Network)()
     with pytest.raises(jt.InputError, match=r"comes without its state; expected the pair"):
         adapters.adapt(module, ())
@@ -283,11 +282,11 @@ def test_another_axis_name_is_refused() -> None:
         (lambda: Network, "the class Network"),
     ],
 )
-def test_what_is_no_module_is_named(make, match) -> None:
+def test_objects_other_than_modules_are_refused(make, match) -> None:
     with pytest.raises(jt.InputError, match=match):
         adapters.adapt(make(), ())
 
 
-def test_init_explains_that_the_module_holds_the_parameters() -> None:
+def test_init_is_refused_since_the_module_has_parameters() -> None:
     with pytest.raises(jt.InputError, match="holds its own parameters"):
         start(Network())[0].init(KEY, INPUTS)

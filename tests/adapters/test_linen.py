@@ -1,4 +1,4 @@
-"""A Linen module becomes a Model that computes exactly what Flax computes."""
+"""The adapter of Linen modules computes exactly what Flax computes."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ class Network(nn.Module):
 
 
 class Latent(nn.Module):
-    """Draws from a stream of its own, in `init` as well."""
+    """Draws from its own RNG stream, also in `init`."""
 
     @nn.compact
     def __call__(self, x: Array, train: bool) -> Array:
@@ -65,7 +65,7 @@ def equal(a: Any, b: Any) -> bool:
     return all(jax.tree.leaves(jax.tree.map(lambda x, y: bool((x == y).all()), a, b)))
 
 
-def test_init_is_that_of_flax_to_the_last_bit() -> None:
+def test_init_matches_flax_bit_by_bit() -> None:
     _, params, model_state = start(Network())
     expected = jax.jit(Network().init, static_argnames="train")(KEY, INPUTS, train=False)
     assert equal({"params": params, **model_state}, expected)
@@ -77,7 +77,7 @@ def test_init_needs_only_shapes() -> None:
     assert equal(model.init(KEY, shapes)[0], params)
 
 
-def test_training_is_that_of_flax_to_the_last_bit() -> None:
+def test_training_matches_flax_bit_by_bit() -> None:
     model, params, model_state = start(Network())
     found = model.apply(params, model_state, INPUTS, train=True, key=KEY)
     expected = Network().apply(
@@ -91,7 +91,7 @@ def test_training_is_that_of_flax_to_the_last_bit() -> None:
     assert not equal(found[1], model_state)
 
 
-def test_evaluation_is_that_of_flax_and_leaves_the_state_unchanged() -> None:
+def test_evaluation_matches_flax_and_keeps_the_state() -> None:
     model, params, model_state = start(Network())
     outputs, after = model.apply(params, model_state, INPUTS, train=False, key=None)
     assert equal(outputs, Network().apply({"params": params, **model_state}, INPUTS))
@@ -125,7 +125,7 @@ def test_dropout_depends_on_the_key_alone() -> None:
     assert not equal(first, other)
 
 
-def test_other_streams_get_keys_of_their_own() -> None:
+def test_each_rng_stream_has_its_own_key() -> None:
     model, params, model_state = start(Latent(), ("dropout", "latent"))
     latent = jax.random.fold_in(KEY, zlib.crc32(b"latent"))
     expected = Latent().apply(
@@ -134,7 +134,7 @@ def test_other_streams_get_keys_of_their_own() -> None:
     assert equal(model.apply(params, model_state, INPUTS, train=True, key=KEY)[0], expected)
 
 
-def test_a_module_without_train_is_called_without_it() -> None:
+def test_a_module_without_the_argument_train_is_called_without_it() -> None:
     module = nn.Sequential([nn.Dense(5), nn.relu, nn.Dense(3)])
     model, params, model_state = start(module)
     for train, key in ((True, KEY), (False, None)):
@@ -149,7 +149,7 @@ def test_a_module_without_parameters_has_none() -> None:
     assert equal(outputs, INPUTS**2)
 
 
-def test_another_name_for_train_is_refused() -> None:
+def test_another_name_of_the_argument_train_is_refused() -> None:
     class Other(nn.Module):
         def __call__(self, x: Array, training: bool = False) -> Array:
             return x
@@ -177,7 +177,7 @@ def test_equal_modules_have_equal_models() -> None:
         assert different != one[0]
 
 
-def test_a_module_that_cannot_be_hashed_equals_itself() -> None:
+def test_an_unhashable_module_equals_itself() -> None:
     module = Network(features=np.array([16, 3]))
     model, params, model_state = start(module)
     assert model == start(module)[0]
@@ -186,13 +186,13 @@ def test_a_module_that_cannot_be_hashed_equals_itself() -> None:
 
 
 @pytest.mark.parametrize("train", [False, True])
-def test_missing_batch_statistics_are_one_sentence(train) -> None:
+def test_missing_batch_statistics_are_named(train) -> None:
     model, params, _ = start(Network())
     with pytest.raises(jt.InputError, match="the model_state that init_state returns"):
         model.apply(params, {}, INPUTS, train=train, key=KEY)
 
 
-def test_linen_and_plain_models_have_no_module() -> None:
+def test_to_module_refuses_linen_modules_and_plain_functions() -> None:
     model, params, model_state = start(Network())
     with pytest.raises(jt.InputError, match="Linen modules hold no parameters"):
         adapters.to_module(model, params, model_state)
@@ -201,7 +201,7 @@ def test_linen_and_plain_models_have_no_module() -> None:
         adapters.to_module(plain, params, model_state)
 
 
-def test_a_model_is_passed_through() -> None:
+def test_a_model_is_returned_unchanged() -> None:
     model = jt.Model(lambda key, inputs: ({}, {}), frameworks.plain_apply)
     adapted, held = adapters.adapt(model, ())
     assert adapted is model
@@ -238,17 +238,17 @@ def torch_module() -> Any:
         (nn.Module, "the module Module has no __call__"),
     ],
 )
-def test_what_is_no_model_is_named(make, match) -> None:
+def test_objects_other_than_models_are_refused(make, match) -> None:
     with pytest.raises(jt.InputError, match=match):
         adapters.adapt(make(), ())
 
 
-def test_streams_are_names() -> None:
+def test_rng_streams_must_be_a_sequence_of_names() -> None:
     with pytest.raises(jt.InputError, match="expected the names of RNG streams"):
         adapters.adapt(Network(), "dropout")
 
 
-def test_t2_written_four_ways_has_the_same_gradients() -> None:
+def test_four_versions_of_the_mnist_network_have_the_same_gradients() -> None:
     images = jax.random.randint(jax.random.key(1), (32, 28, 28), 0, 256).astype(jnp.uint8)
     labels = jnp.arange(32) % 10
     results = {}
@@ -269,7 +269,7 @@ def test_t2_written_four_ways_has_the_same_gradients() -> None:
             np.testing.assert_allclose(found, expected, rtol=1e-5, atol=1e-6, err_msg=name)
 
 
-def test_adapters_import_a_framework_only_when_used() -> None:
+def test_adapters_import_a_framework_when_it_is_used() -> None:
     code = """
 import sys, flax.linen
 before = set(sys.modules)

@@ -1,4 +1,4 @@
-"""An NNX module becomes a Model that computes what the module itself computes."""
+"""The adapter of NNX modules computes what the modules themselves compute."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ def evaluate(start: tuple[jt.Model, Any, Any]) -> tuple[Any, Any]:
 
 
 def trained(module: Any, steps: int = 20) -> tuple[list[float], tuple[jt.Model, Any, Any]]:
-    """The losses of a few gradient steps, and what they lead to."""
+    """Returns the losses of a few gradient steps, and the model after them."""
     model, params, model_state = start(module)
 
     def loss(params, model_state):
@@ -78,7 +78,7 @@ def assert_close(found: Any, expected: Any) -> None:
     np.testing.assert_allclose(found, expected, rtol=1e-5, atol=1e-6)
 
 
-def test_parameters_and_the_rest_are_plain_dicts_of_arrays() -> None:
+def test_parameters_and_state_are_dicts_of_arrays() -> None:
     _, params, model_state = start(Network())
     assert set(params) == {"hidden", "norm", "out"}
     assert params["hidden"][1]["kernel"].shape == (16, 16)
@@ -92,7 +92,7 @@ def test_gradient_steps_reduce_the_loss() -> None:
     assert values[-1] < 0.7 * values[0]
 
 
-def test_evaluation_is_that_of_the_module_and_leaves_the_state_unchanged() -> None:
+def test_evaluation_equals_that_of_the_module_and_keeps_the_state() -> None:
     _, (model, params, model_state) = trained(Network(), steps=2)
     outputs, after = evaluate((model, params, model_state))
     module = Network()
@@ -103,7 +103,7 @@ def test_evaluation_is_that_of_the_module_and_leaves_the_state_unchanged() -> No
     assert_equal(outputs, evaluate((model, params, model_state))[0])
 
 
-def test_training_is_that_of_the_module_with_the_same_rng() -> None:
+def test_training_equals_that_of_the_module_with_the_same_rng() -> None:
     outputs, after = train(start(Network()))
     module = Network()
     module.dropout.rngs.key.set_value(jax.random.fold_in(KEY, 0))
@@ -130,13 +130,13 @@ def test_dropout_depends_on_the_key_and_not_on_the_seed_of_the_module() -> None:
     assert_equal(train(first)[0], train(first)[0])
     assert (train(first)[0] != train(first, jax.random.key(1))[0]).any()
     used = Network(seed=0)
-    used(INPUTS)  # counts its draws
+    used(INPUTS)  # increments the count of its stream
     assert_equal(train(start(used))[0], train(first)[0])
     # The parameters of one, the RNG state of the other.
     assert_equal(train((first[0], first[1], other[2]))[0], train(first)[0])
 
 
-def test_dropout_layers_draw_differently() -> None:
+def test_dropout_layers_have_different_masks() -> None:
     class Twice(nnx.Module):
         def __init__(self) -> None:
             rngs = nnx.Rngs(0)
@@ -182,7 +182,6 @@ def test_to_module_gives_the_same_predictions() -> None:
     module = adapters.to_module(*result)
     assert isinstance(module, Network)
     assert_close(module(INPUTS), evaluate(result)[0])
-    # And can be trained further.
     again = start(module)
     assert again[0] == result[0]
     assert_equal(again[1], result[1])
@@ -198,7 +197,7 @@ def test_equal_modules_have_equal_models() -> None:
     assert start(Network(rate=0.4))[0] != one
 
 
-def test_the_text_of_a_model_names_layers_and_rates_only() -> None:
+def test_the_repr_of_a_model_contains_layers_and_rates_but_no_addresses() -> None:
     text = repr(start(Network(rate=0.25))[0])
     assert "hidden.1: Linear(in_features=16, out_features=16" in text
     assert "rate=0.25" in text
@@ -239,7 +238,7 @@ def test_sown_outputs_are_not_part_of_the_state() -> None:
     assert train(first)[1] == {}
 
 
-def test_train_is_passed_to_a_module_that_takes_it() -> None:
+def test_the_argument_train_is_passed_to_a_module_that_has_it() -> None:
     class Flagged(nnx.Module):
         def __call__(self, x: Array, train: bool = False) -> Array:
             return x if train else -x
@@ -249,11 +248,11 @@ def test_train_is_passed_to_a_module_that_takes_it() -> None:
     assert_equal(evaluate(first)[0], -INPUTS)
 
 
-def test_other_objects_of_nnx_are_refused() -> None:
+def test_nnx_objects_other_than_modules_are_refused() -> None:
     with pytest.raises(jt.InputError, match=r"flax.Rngs; expected an nnx.Module"):
         adapters.adapt(nnx.Rngs(0), ())
 
 
-def test_init_explains_that_the_module_holds_the_parameters() -> None:
+def test_init_is_refused_since_the_module_has_parameters() -> None:
     with pytest.raises(jt.InputError, match="holds its own parameters"):
         start(Network())[0].init(KEY, INPUTS)

@@ -1,4 +1,4 @@
-"""What the tests of checkpoints share: a small run's checkpoints, and a forger of files."""
+"""Helpers of the checkpoint tests: write small checkpoints, and forge their content."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ METADATA = {"run": "a"}
 
 
 def accept(recorded: dict[str, Any], where: str) -> None:
-    """A check that takes every run."""
+    """A check that accepts every run."""
 
 
 def open_store(path: Path, metadata: dict[str, Any] | None = None, **options: Any):
@@ -46,7 +46,7 @@ def write_three(path: Path) -> None:
 
 
 def assert_identical(ours: Any, theirs: Any) -> None:
-    """Structure, types, and every bit, of NaN as well."""
+    """Compares structures, types and every bit, including those of NaN."""
     assert jax.tree.structure(ours) == jax.tree.structure(theirs)
     for one, other in zip(jax.tree.leaves(ours), jax.tree.leaves(theirs), strict=True):
         assert isinstance(one, jax.Array) == isinstance(other, jax.Array)
@@ -64,7 +64,7 @@ def read_header(path: Path) -> tuple[dict[str, Any], bytes]:
 
 
 def forge(path: Path, change: Callable[[dict[str, Any], dict[str, Any]], Any]) -> None:
-    """Changes the header and the record of a checkpoint; the checksum fits, as a forger's would."""
+    """Changes the header and the record of a checkpoint, and updates its checksum."""
     header, data = read_header(path)
     record = json.loads(header["__metadata__"]["record"])
     change(header, record)

@@ -1,4 +1,4 @@
-"""One checkpoint file: what goes in comes out, bit by bit, or is refused with a reason."""
+"""A checkpoint file is restored bit by bit, or refused with a reason."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ DTYPES = [
 
 @st.composite
 def arrays(draw: st.DrawFn) -> jax.Array:
-    """Any bits, in any of the dtypes."""
+    """Draws arrays of any bits and dtype."""
     dtype = jnp.dtype(draw(st.sampled_from(DTYPES)))
     shape = draw(hnp.array_shapes(min_dims=0, max_dims=3, min_side=0, max_side=4))
     size = int(np.prod(shape))
@@ -62,7 +62,7 @@ keys = st.builds(
     st.sampled_from([(), (3,), (0,)]),
 )
 leaves = st.one_of(arrays(), keys, hnp.arrays(np.float64, 2))
-# Lone surrogates, control characters and dots included.
+# Including lone surrogates, control characters and dots.
 names = st.text(min_size=1, max_size=5)
 trees = st.recursive(
     leaves,
@@ -79,7 +79,7 @@ trees = st.recursive(
 
 @settings(max_examples=60, suppress_health_check=list(HealthCheck))
 @given(state=trees, other=st.booleans(), best=st.booleans(), data=st.data())
-def test_any_state_comes_back(tmp_path_factory, state, other, best, data) -> None:
+def test_any_state_is_restored(tmp_path_factory, state, other, best, data) -> None:
     length = data.draw(st.integers(0, 3))
     columns = st.sampled_from([np.float64, np.int64, np.float32]).flatmap(
         lambda dtype: hnp.arrays(dtype, length)
@@ -112,7 +112,7 @@ def save_and_restore(path: Path, state, like=None, **options):
         return store.restore(state if like is None else like, COLUMNS, accept)
 
 
-def test_a_best_state_that_is_the_last_is_stored_once(tmp_path: Path) -> None:
+def test_a_best_state_that_is_the_last_state_is_stored_once(tmp_path: Path) -> None:
     state, other = {"w": jnp.ones(1000)}, {"w": jnp.zeros(1000)}
     sizes = []
     for number, best in enumerate([None, state, other]):
@@ -127,7 +127,7 @@ def test_a_best_state_that_is_the_last_is_stored_once(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("impl", ["threefry2x32", "rbg", "unsafe_rbg"])
-def test_a_key_keeps_its_implementation(tmp_path: Path, impl: str) -> None:
+def test_the_implementation_of_a_key_is_restored(tmp_path: Path, impl: str) -> None:
     state = {"key": jax.random.key(3, impl=impl)}
     restored = save_and_restore(tmp_path, state).state["key"]
     assert jax.random.key_impl(restored) == jax.random.key_impl(state["key"])
@@ -135,7 +135,7 @@ def test_a_key_keeps_its_implementation(tmp_path: Path, impl: str) -> None:
 
 
 def test_a_key_of_another_implementation_is_refused(tmp_path: Path) -> None:
-    """The words of rbg and unsafe_rbg have the same shape."""
+    """The data of rbg and unsafe_rbg keys have the same shape."""
     one, other = ({"key": jax.random.key(3, impl=impl)} for impl in ("rbg", "unsafe_rbg"))
     message = r"has \['key'\] of key<rbg>\[\] where .* have \['key'\] of key<unsafe_rbg>\[\]"
     with pytest.raises(jt.InputError, match=message):
@@ -143,13 +143,13 @@ def test_a_key_of_another_implementation_is_refused(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("value", [np.complex128(1), np.longdouble(1), jnp.zeros(2, "int4")])
-def test_a_dtype_that_safetensors_lacks_is_named(tmp_path: Path, value) -> None:
+def test_a_dtype_that_the_format_does_not_support_is_named(tmp_path: Path, value) -> None:
     with pytest.raises(jt.InputError, match=r"state\.deep\.w has the dtype .* expected one of"):
         save_and_restore(tmp_path, {"deep": {"w": value}})
 
 
-def test_what_is_saved_does_not_change_later(tmp_path: Path) -> None:
-    """The caller may reuse arrays of NumPy while the thread writes."""
+def test_arrays_can_be_modified_after_save(tmp_path: Path) -> None:
+    """The thread that writes has its own copy of NumPy arrays."""
     state = {"w": np.zeros(1_000_000, np.float32)}
     checkpoint = make_checkpoint(1, state)
     with open_store(tmp_path) as store:
@@ -162,7 +162,7 @@ def test_what_is_saved_does_not_change_later(tmp_path: Path) -> None:
     assert restored.history["train_loss"] == [2]
 
 
-def test_safetensors_alone_reads_the_arrays(tmp_path: Path) -> None:
+def test_the_safetensors_library_reads_the_arrays(tmp_path: Path) -> None:
     write_three(tmp_path)
     with open(checkpoint_path(tmp_path, 3), "rb") as file:
         found = safetensors.numpy.load(file.read())
@@ -170,7 +170,7 @@ def test_safetensors_alone_reads_the_arrays(tmp_path: Path) -> None:
     assert found["history.1.train_loss"].tolist() == [2, 1.5, 1]
 
 
-def test_equal_trees_have_equal_digests() -> None:
+def test_digests_differ_with_values_dtypes_and_shapes() -> None:
     state = make_state(1)
     assert digest(state) == digest(make_state(1)) != digest(make_state(2))
     assert digest({"a": jnp.zeros(2)}) != digest({"a": jnp.zeros((2, 1))})
@@ -194,7 +194,7 @@ def test_another_structure_is_refused(tmp_path: Path, like, message: str) -> Non
     assert not isinstance(error.value, DamagedError)
 
 
-def test_every_damaged_byte_is_noticed(tmp_path: Path) -> None:
+def test_a_change_of_any_byte_is_detected(tmp_path: Path) -> None:
     write_three(tmp_path)
     path, choice = checkpoint_path(tmp_path, 3), random.Random(0)
     content = path.read_bytes()
@@ -211,8 +211,8 @@ def test_every_damaged_byte_is_noticed(tmp_path: Path) -> None:
             verify(path)
 
 
-def test_a_checksum_covers_its_own_digits_only_by_zeros(tmp_path: Path) -> None:
-    """Every other digit is damage, and capital letters are."""
+def test_a_change_of_any_digit_of_the_checksum_is_detected(tmp_path: Path) -> None:
+    """Including a change to capital letters."""
     write_three(tmp_path)
     path = checkpoint_path(tmp_path, 3)
     digits = read_header(path)[0]["__metadata__"]["sha256"].encode()
@@ -230,7 +230,7 @@ def test_a_checksum_covers_its_own_digits_only_by_zeros(tmp_path: Path) -> None:
 
 
 class Bomb:
-    """Leaves a trace when it is unpickled."""
+    """Creates a folder when it is unpickled."""
 
     def __init__(self, trace: Path) -> None:
         self.trace = trace
@@ -240,7 +240,7 @@ class Bomb:
 
 
 def test_nothing_in_a_checkpoint_is_executed(tmp_path: Path) -> None:
-    """Pickles as the file or as its data, code as dtypes and names; the checksum fits."""
+    """Neither pickles as the file or its data, nor code as dtypes and names."""
     trace = tmp_path / "executed"
     array = io.BytesIO()
     np.save(array, np.array([Bomb(trace)], dtype=object), allow_pickle=True)
@@ -276,7 +276,7 @@ def test_nothing_in_a_checkpoint_is_executed(tmp_path: Path) -> None:
         with open_store(alone) as store, pytest.raises(jt.InputError, match="epoch-3"):
             store.restore(make_state(), COLUMNS, accept)
     assert not trace.exists()
-    pickle.loads(pickle.dumps(Bomb(trace)))  # the bombs are real
+    pickle.loads(pickle.dumps(Bomb(trace)))  # the pickle does execute code
     assert trace.exists()
 
 
@@ -316,7 +316,7 @@ np.testing.assert_array_equal(jax.random.key_data(found["keys"]), words)
 """
 
 
-def test_a_sharded_state_is_restored_onto_any_number_of_devices(tmp_path: Path) -> None:
+def test_a_sharded_state_is_restored_on_any_number_of_devices(tmp_path: Path) -> None:
     for count, action in ((8, "save"), (8, "restore"), (4, "restore"), (1, "restore")):
         environment = {
             **os.environ,

@@ -1,6 +1,6 @@
-"""Checkpoints with anything in them: what was saved, or an InputError.
+"""Checkpoints of any content are restored correctly or raise InputError.
 
-`JAXTRAIN_FUZZ=100000 make test ARGS=tests/checkpoint/test_fuzz.py` tries 35,000.
+`JAXTRAIN_FUZZ=100000 make test ARGS=tests/checkpoint/test_fuzz.py` tries 35,000 inputs.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ def fuzz(fraction: float) -> settings:
 
 @st.composite
 def damages(draw: st.DrawFn, content: bytes) -> bytes:
-    """A file's content with bytes changed, cut out or put in."""
+    """Draws the content of a file with bytes changed, removed or inserted."""
     start = draw(st.integers(0, len(content)))
     length = draw(st.sampled_from([0, 1, 8, len(content)]))
     new = draw(st.one_of(st.binary(max_size=16), st.sampled_from([b"\0", b"\n", b'"', b"9" * 20])))
@@ -51,8 +51,9 @@ def checkpoint(tmp_path_factory) -> Path:
 
 @fuzz(0.2)
 @given(data=st.data())
-def test_damaged_files(tmp_path: Path, checkpoint: Path, data: st.DataObject) -> None:
-    """Every change of the bytes is noticed."""
+def test_any_change_of_bytes_is_detected(
+    tmp_path: Path, checkpoint: Path, data: st.DataObject
+) -> None:
     content = checkpoint.read_bytes()
     damaged = data.draw(damages(content))
     path = tmp_path / "epoch-3.safetensors"
@@ -73,8 +74,10 @@ json_values = st.recursive(
 
 @fuzz(0.1)
 @given(data=st.data())
-def test_forged_files(tmp_path: Path, checkpoint: Path, data: st.DataObject) -> None:
-    """Whatever the header and the record say, the result is like the model, or an InputError."""
+def test_forged_files_are_restored_or_refused(
+    tmp_path: Path, checkpoint: Path, data: st.DataObject
+) -> None:
+    """Whatever the header and the record contain, a result has the structure of the model."""
     path = tmp_path / "epoch-3.safetensors"
     path.write_bytes(checkpoint.read_bytes())
 
@@ -97,7 +100,7 @@ def test_forged_files(tmp_path: Path, checkpoint: Path, data: st.DataObject) -> 
 
     try:
         forge(path, change)
-    except (TypeError, ValueError):  # not even a file comes of it
+    except (TypeError, ValueError):  # the change cannot be written as JSON
         return
     like = make_state()
     with open_store(tmp_path) as store:
@@ -115,7 +118,7 @@ def test_forged_files(tmp_path: Path, checkpoint: Path, data: st.DataObject) -> 
 
 @fuzz(0.05)
 @given(content=st.binary(max_size=64))
-def test_any_bytes(tmp_path: Path, content: bytes) -> None:
+def test_files_of_any_bytes_are_refused(tmp_path: Path, content: bytes) -> None:
     checkpoint_path(tmp_path, 1).write_bytes(content)
     with (
         warnings.catch_warnings(action="error"),

@@ -1,4 +1,4 @@
-"""The folder of checkpoints: what is kept, what is refused, and what hostile files cannot do."""
+"""CheckpointStore: saving, restoring, faults of the disk, and hostile or damaged files."""
 
 from __future__ import annotations
 
@@ -18,7 +18,6 @@ import numpy as np
 import pytest
 
 import jaxtrain as jt
-from jaxtrain import _files
 from jaxtrain.checkpoint import (
     CheckpointOptions,
     CheckpointStore,
@@ -49,7 +48,7 @@ def restore(path: Path, like=None, columns=COLUMNS, check=accept, **options):
         return store.restore(make_state() if like is None else like, columns, check)
 
 
-def test_the_newest_are_kept_and_the_newest_is_restored(tmp_path: Path) -> None:
+def test_the_newest_checkpoints_are_kept_and_the_newest_is_restored(tmp_path: Path) -> None:
     with open_store(tmp_path, keep=2) as store:
         assert store.restore(make_state(), COLUMNS, accept) is None
         for epoch in (1, 2, 9, 10):
@@ -61,7 +60,7 @@ def test_the_newest_are_kept_and_the_newest_is_restored(tmp_path: Path) -> None:
     assert restored.history["epoch"].tolist() == list(range(1, 11))
 
 
-def test_an_old_checkpoint_that_cannot_be_deleted_stops_nothing(tmp_path: Path) -> None:
+def test_an_old_checkpoint_that_cannot_be_deleted_is_ignored(tmp_path: Path) -> None:
     (tmp_path / "epoch-1.safetensors").mkdir()
     with open_store(tmp_path, keep=1) as store:
         store.save(make_checkpoint(2))
@@ -85,7 +84,7 @@ def test_saving_returns_before_the_file_is_written(tmp_path: Path, monkeypatch) 
     assert list_epochs(tmp_path) == [1]
 
 
-def test_ctrl_c_finishes_the_checkpoint_that_is_being_written(tmp_path: Path, monkeypatch) -> None:
+def test_ctrl_c_completes_the_checkpoint_being_written(tmp_path: Path, monkeypatch) -> None:
     write = _store.write_atomically
 
     def write_slowly(*arguments, **options) -> None:
@@ -107,8 +106,8 @@ def test_ctrl_c_finishes_the_checkpoint_that_is_being_written(tmp_path: Path, mo
     assert recovery_notes(error.value) == [note]
 
 
-def test_ctrl_c_while_waiting_loses_no_failure(tmp_path: Path, monkeypatch) -> None:
-    """Leaving the context waits again for the write that the first wait did not see end."""
+def test_ctrl_c_while_waiting_still_waits_for_the_write(tmp_path: Path, monkeypatch) -> None:
+    """On exit, the store waits again for the write whose wait was interrupted."""
     store = open_store(tmp_path)
     wait = _store.concurrent.futures.wait
 
@@ -128,7 +127,7 @@ def test_ctrl_c_while_waiting_loses_no_failure(tmp_path: Path, monkeypatch) -> N
     assert list_epochs(tmp_path) == [1]
 
 
-def test_a_run_that_diverged_is_not_told_to_run_again(tmp_path: Path) -> None:
+def test_a_run_that_diverged_is_not_advised_to_resume(tmp_path: Path) -> None:
     def run(error: BaseException) -> None:
         with open_store(tmp_path) as store:
             store.save(make_checkpoint(2))
@@ -145,7 +144,7 @@ def test_a_run_that_diverged_is_not_told_to_run_again(tmp_path: Path) -> None:
     assert diverge(jt.InputError("a wrong argument")) == []
 
 
-def test_a_folder_that_disappears_stops_the_run(tmp_path: Path) -> None:
+def test_a_renamed_folder_stops_the_run(tmp_path: Path) -> None:
     folder = tmp_path / "checkpoints"
     with open_store(folder) as store:
         store.save(make_checkpoint(1))
@@ -158,7 +157,7 @@ def test_a_folder_that_disappears_stops_the_run(tmp_path: Path) -> None:
     assert "\n" not in str(error.value)
 
 
-def test_a_failed_write_is_reported_on_leaving_with_what_is_kept(tmp_path, monkeypatch) -> None:
+def test_a_failed_write_is_raised_on_exit_with_a_recovery_note(tmp_path, monkeypatch) -> None:
     def fail(path: Path, *arguments, **options) -> None:
         raise jt.StorageError(path, "no space left on the disk")
 
@@ -189,7 +188,7 @@ def test_other_failures_of_a_write_are_storage_errors(tmp_path: Path, monkeypatc
 
 
 def test_a_checkpoint_survives_a_power_failure(tmp_path: Path, monkeypatch) -> None:
-    """Its bytes are flushed before it gets its name, the folder's entry after that."""
+    """Its bytes are flushed before it is renamed, and its folder is flushed after that."""
     calls: list[str] = []
     fsync, replace = os.fsync, os.replace
 
@@ -211,7 +210,7 @@ def test_a_checkpoint_survives_a_power_failure(tmp_path: Path, monkeypatch) -> N
 
 
 def test_a_folder_is_used_by_one_process_at_a_time(tmp_path: Path) -> None:
-    """A shared lock would let the other process in; the time limit ends a lock that waits."""
+    """The other process must neither enter nor wait for the lock."""
     program = (
         "import sys; from tests.checkpoint.helpers import open_store; from pathlib import Path\n"
         "with open_store(Path(sys.argv[1])): print('entered')"
@@ -230,7 +229,7 @@ def test_a_folder_is_used_by_one_process_at_a_time(tmp_path: Path) -> None:
     assert run().stdout == "entered\n"
 
 
-def test_entering_that_fails_releases_the_folder(tmp_path: Path, monkeypatch) -> None:
+def test_a_failed_enter_releases_the_folder(tmp_path: Path, monkeypatch) -> None:
     def interrupt(path: Path) -> None:
         raise KeyboardInterrupt
 
@@ -242,8 +241,8 @@ def test_entering_that_fails_releases_the_folder(tmp_path: Path, monkeypatch) ->
         pass
 
 
-def test_only_our_left_over_files_are_removed(tmp_path: Path) -> None:
-    """By a process that was killed; a real one is found by its name, all others stay."""
+def test_only_temporary_files_of_checkpoints_are_removed(tmp_path: Path) -> None:
+    """Those that a killed process leaves; files with other names are kept."""
     (tmp_path / "target").write_text("mine")
     left = tmp_path / ".epoch-12.safetensors.a_1b2c3d.jaxtrain-part"
     left.write_bytes(b"half")
@@ -262,12 +261,12 @@ def test_only_our_left_over_files_are_removed(tmp_path: Path) -> None:
         for epoch in (1, 2, 3):
             store.save(make_checkpoint(epoch))
     names = {path.name for path in tmp_path.iterdir()}
-    assert names == {*others, "epoch-3.safetensors", ".lock"}
+    assert names - {".lock"} == {*others, "epoch-3.safetensors"}
     assert {(tmp_path / name).read_text() for name in others} == {"mine"}
 
 
-def test_a_killed_writer_leaves_a_file_of_that_name(tmp_path: Path, monkeypatch) -> None:
-    """The pattern of left-over files is that of the real temporary name."""
+def test_the_temporary_file_of_a_killed_writer_is_removed(tmp_path: Path, monkeypatch) -> None:
+    """The store recognizes the names that it gives to temporary files."""
     seen: list[str] = []
     replace = os.replace
 
@@ -297,7 +296,7 @@ def test_a_planted_link_is_replaced_and_not_followed(tmp_path: Path) -> None:
 
 def make_socket(path: Path) -> None:
     with socket.socket(socket.AF_UNIX) as server:
-        os.chdir(path.parent)  # the path of a socket is short
+        os.chdir(path.parent)  # the length of the path of a socket is limited
         server.bind(path.name)
 
 
@@ -324,7 +323,7 @@ REPLACEMENTS = {
 
 
 @pytest.mark.parametrize("name", REPLACEMENTS)
-def test_hostile_files_are_damage_and_hang_nothing(tmp_path: Path, monkeypatch, name: str) -> None:
+def test_hostile_files_are_damaged_and_do_not_hang(tmp_path: Path, monkeypatch, name: str) -> None:
     monkeypatch.chdir(tmp_path)
     write_three(tmp_path)
     path = checkpoint_path(tmp_path, 3)
@@ -347,7 +346,7 @@ def test_hostile_files_are_damage_and_hang_nothing(tmp_path: Path, monkeypatch, 
         assert os.path.lexists(checkpoint_path(alone, 3))
 
 
-def test_a_damaged_one_set_aside_earlier_is_replaced(tmp_path: Path) -> None:
+def test_a_damaged_file_renamed_earlier_is_replaced(tmp_path: Path) -> None:
     write_three(tmp_path)
     (tmp_path / "epoch-3.safetensors.damaged").mkdir()
     checkpoint_path(tmp_path, 3).write_bytes(b"x")
@@ -356,13 +355,13 @@ def test_a_damaged_one_set_aside_earlier_is_replaced(tmp_path: Path) -> None:
     assert (tmp_path / "epoch-3.safetensors.damaged").read_bytes() == b"x"
 
 
-def test_two_damaged_and_all_damaged(tmp_path: Path) -> None:
+def test_damaged_checkpoints_are_skipped_and_all_damaged_is_an_error(tmp_path: Path) -> None:
     write_three(tmp_path)
     checkpoint_path(tmp_path, 3).write_bytes(b"")
     os.truncate(checkpoint_path(tmp_path, 2), 100)
     content = checkpoint_path(tmp_path, 1).read_bytes()
     checkpoint_path(tmp_path, 1).write_bytes(content[:-1])
-    for _ in range(2):  # nothing is set aside, so that no run starts again unasked
+    for _ in range(2):  # no file is renamed, so that the next run does not start from scratch
         with pytest.raises(
             jt.InputError, match=r"no intact checkpoint .*epoch-3.*epoch-2.*epoch-1"
         ):
@@ -375,14 +374,14 @@ def test_two_damaged_and_all_damaged(tmp_path: Path) -> None:
     assert list_epochs(tmp_path) == [1]
 
 
-def test_a_checkpoint_under_another_epochs_name_is_not_taken(tmp_path: Path) -> None:
+def test_a_checkpoint_under_the_name_of_another_epoch_is_damaged(tmp_path: Path) -> None:
     write_three(tmp_path)
     os.rename(checkpoint_path(tmp_path, 3), checkpoint_path(tmp_path, 4))
     with pytest.warns(UserWarning, match=r"epoch-4.* it is of epoch 3\).* after epoch 2"):
         assert restore(tmp_path).epoch == 2
 
 
-def test_a_file_that_cannot_be_read_now_is_not_called_damaged(tmp_path, monkeypatch) -> None:
+def test_a_file_that_cannot_be_read_is_not_damaged(tmp_path, monkeypatch) -> None:
     write_three(tmp_path)
     real_open = os.open
     for number, reason in ((24, "Too many open files"), (13, "Permission denied"), (5, "error")):
@@ -399,7 +398,7 @@ def test_a_file_that_cannot_be_read_now_is_not_called_damaged(tmp_path, monkeypa
         assert list_epochs(tmp_path) == [1, 2, 3]
 
 
-def test_a_newer_format_is_not_called_damaged(tmp_path: Path) -> None:
+def test_a_newer_format_is_not_damaged(tmp_path: Path) -> None:
     write_three(tmp_path)
     path = checkpoint_path(tmp_path, 3)
     forge(path, lambda header, record: record.update(format=3))
@@ -429,8 +428,8 @@ FORGERIES = {
     "an array of another dtype": lambda header, record: header["state.w"].update(dtype="I32"),
     "a dtype of objects": lambda header, record: header["state.w"].update(dtype="O"),
     "an array of 8 TB": lambda header, record: header["state.w"].update(shape=[2**20, 2**21]),
-    "an array without end": lambda header, record: header["state.w"].update(shape=[-1]),
-    "an array outside": lambda header, record: header["state.w"].update(
+    "a negative shape": lambda header, record: header["state.w"].update(shape=[-1]),
+    "an array outside of the file": lambda header, record: header["state.w"].update(
         data_offsets=[10**6, 10**6 + 24]
     ),
     "an array missing": lambda header, record: header.pop("state.w"),
@@ -444,8 +443,8 @@ FORGERIES = {
     "states in a list": lambda header, record: record.update(leaves=["state"]),
     "no metadata": lambda header, record: record.pop("metadata"),
     "no format": lambda header, record: record.pop("format"),
-    "a format in words": lambda header, record: record.update(format="two"),
-    "a record of nothing": lambda header, record: record.clear(),
+    "a format that is a string": lambda header, record: record.update(format="two"),
+    "an empty record": lambda header, record: record.clear(),
     "metadata without the expected names": lambda header, record: record.update(metadata={}),
 }
 
@@ -461,7 +460,7 @@ def check_name(recorded, where: str) -> None:
 
 @pytest.mark.parametrize("name", FORGERIES)
 def test_a_forged_file_is_damaged(tmp_path: Path, name: str) -> None:
-    """Its checksum is right, but its record contradicts the arrays or the run."""
+    """Its checksum is correct, but its record contradicts the arrays or the run."""
     write_three(tmp_path)
     forge(checkpoint_path(tmp_path, 3), FORGERIES[name])
     with pytest.warns(UserWarning, match="epoch-3.*damaged"):
@@ -476,16 +475,18 @@ def test_a_record_without_a_state_is_refused(tmp_path: Path, change) -> None:
         restore(tmp_path)
 
 
-def test_recorded_shapes_are_compared_before_arrays_are_made(tmp_path, monkeypatch) -> None:
+def test_shapes_are_compared_before_arrays_are_created(tmp_path, monkeypatch) -> None:
     write_three(tmp_path)
     like = {**make_state(), "w": jnp.zeros((3, 3))}
-    monkeypatch.setattr(_store._file, "place", lambda *arguments: pytest.fail("an array is made"))
+    monkeypatch.setattr(
+        _store._file, "place", lambda *arguments: pytest.fail("an array was created")
+    )
     with pytest.raises(jt.InputError, match=r"float32\[3, 2\] where"):
         restore(tmp_path, like)
 
 
 def test_a_checkpoint_of_another_run_is_refused(tmp_path: Path) -> None:
-    """Before its structure is compared, and with the newer ones that are damaged."""
+    """Before structures are compared; the error also names newer checkpoints that are damaged."""
     write_three(tmp_path)
     checkpoint_path(tmp_path, 3).write_bytes(b"")
     seen = {}
@@ -503,7 +504,7 @@ def test_a_checkpoint_of_another_run_is_refused(tmp_path: Path) -> None:
     assert list_epochs(tmp_path) == [1, 2, 3]
 
 
-def test_a_warning_of_the_check_is_not_swallowed(tmp_path: Path) -> None:
+def test_a_warning_of_the_check_is_passed_on(tmp_path: Path) -> None:
     write_three(tmp_path)
 
     def check(recorded, where: str) -> None:
@@ -513,7 +514,7 @@ def test_a_warning_of_the_check_is_not_swallowed(tmp_path: Path) -> None:
         restore(tmp_path, check=check)
 
 
-def test_required_and_never(tmp_path: Path) -> None:
+def test_resume_may_be_required_or_never(tmp_path: Path) -> None:
     with pytest.raises(jt.InputError, match=r"resume is 'required', but .* has no checkpoint"):
         restore(tmp_path, resume="required")
     assert restore(tmp_path, resume="never") is None
@@ -544,12 +545,12 @@ def test_required_and_never(tmp_path: Path) -> None:
         ({"configuration": 3}, "configuration is 3"),
     ],
 )
-def test_wrong_options_are_named(options, message: str) -> None:
+def test_invalid_options_are_named(options, message: str) -> None:
     with pytest.raises(jt.InputError, match=message):
         CheckpointOptions(**{"directory": "checkpoints", **options})
 
 
-def test_endless_configurations_are_refused() -> None:
+def test_cyclic_configurations_are_refused() -> None:
     endless: list = []
     endless.append(endless)
     with pytest.raises(jt.InputError, match="JSON cannot represent"):
@@ -567,7 +568,7 @@ def test_paths_are_recorded_as_text(tmp_path: Path) -> None:
     assert options.configuration == {"data": "a/b", "sizes": [1, 2]}
 
 
-def test_a_program_may_change_its_folder(tmp_path: Path, monkeypatch) -> None:
+def test_a_program_may_change_its_working_directory(tmp_path: Path, monkeypatch) -> None:
     monkeypatch.chdir(tmp_path)
     options = CheckpointOptions("checkpoints")
     (tmp_path / "elsewhere").mkdir()
@@ -577,7 +578,7 @@ def test_a_program_may_change_its_folder(tmp_path: Path, monkeypatch) -> None:
     assert list_epochs(tmp_path / "checkpoints") == [1]
 
 
-def test_a_folder_that_cannot_be_made_is_named(tmp_path: Path) -> None:
+def test_a_folder_that_cannot_be_created_is_named(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("in the way")
     for path in (tmp_path / "file" / "below", Path("/proc/none"), Path("a\0b"), Path("a" * 300)):
         with pytest.raises(jt.InputError, match=r"checkpoint folder .* cannot be written"):
@@ -588,7 +589,7 @@ def test_a_folder_that_cannot_be_made_is_named(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("name", ["line\nbreak \x1b[31mred", "bad-\udcff\udc80-bytes", "é ü"])
-def test_strange_folder_names_reach_no_terminal_raw(tmp_path: Path, name: str) -> None:
+def test_control_characters_in_folder_names_are_escaped(tmp_path: Path, name: str) -> None:
     folder = tmp_path / name
     metadata = {"folder": str(folder)}
     with open_store(folder, metadata, configuration={"path": folder}) as store:
@@ -627,7 +628,7 @@ def test_a_lock_that_is_not_a_file_is_refused(tmp_path: Path, kind: str) -> None
     assert not elsewhere.exists()
 
 
-def test_a_record_is_plain_json(tmp_path: Path) -> None:
+def test_the_record_is_json(tmp_path: Path) -> None:
     write_three(tmp_path)
     record, arrays = jt.checkpoint.read_file(checkpoint_path(tmp_path, 3))
     assert record["metadata"] == METADATA
@@ -637,4 +638,3 @@ def test_a_record_is_plain_json(tmp_path: Path) -> None:
     assert json.loads(json.dumps(record)) == record
     assert arrays["step_losses"].shape == (12,)
     assert not arrays["step_losses"].flags.writeable
-    assert _files.PART == ".jaxtrain-part"

@@ -1,4 +1,4 @@
-"""A model's file: it loads what was saved, and names what does not match."""
+"""save_params and load_params restore a model, and name what does not match."""
 
 from __future__ import annotations
 
@@ -14,13 +14,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import safetensors.numpy
-import safetensors.torch
 
 import jaxtrain as jt
 
 
 class Network(nn.Module):
-    """Batch norm, and parameters in half precision."""
+    """Has batch statistics, and parameters in half precision."""
 
     width: int = 5
 
@@ -32,7 +31,7 @@ class Network(nn.Module):
 
 
 class Bomb:
-    """Pickled, it would make a file when it is loaded."""
+    """Creates a folder when it is unpickled."""
 
     def __init__(self, trace: Path) -> None:
         self.trace = trace
@@ -52,7 +51,7 @@ def assert_identical(ours, theirs) -> None:
         assert (a == b).all()
 
 
-def test_a_trained_model_comes_back(tmp_path: Path) -> None:
+def test_a_trained_model_is_restored(tmp_path: Path) -> None:
     data = jt.Dataset(jnp.eye(4)[:3], jnp.arange(3))
     trained, _ = jt.train_epoch(state_of(Network()), data, jt.losses.cross_entropy)
     jt.save_params(tmp_path / "model.safetensors", trained)
@@ -66,10 +65,11 @@ def test_a_trained_model_comes_back(tmp_path: Path) -> None:
     np.testing.assert_array_equal(jt.predict(loaded, data.inputs), jt.predict(trained, data.inputs))
 
 
-def test_other_libraries_read_it(tmp_path: Path) -> None:
+def test_pytorch_reads_the_file(tmp_path: Path) -> None:
+    safetensors_torch = pytest.importorskip("safetensors.torch")
     state = state_of(Network())
     jt.save_params(tmp_path / "model.safetensors", state)
-    found = safetensors.torch.load_file(tmp_path / "model.safetensors")
+    found = safetensors_torch.load_file(tmp_path / "model.safetensors")
     assert set(found) == {
         *("params.Dense_0.kernel", "params.Dense_0.bias", "params.Dense_1.kernel"),
         *("params.Dense_1.bias", "params.BatchNorm_0.scale", "params.BatchNorm_0.bias"),
@@ -84,14 +84,14 @@ def test_other_libraries_read_it(tmp_path: Path) -> None:
 
 
 class Memory(NamedTuple):
-    """Model state of a `Model`: a number and two kinds of PRNG keys."""
+    """A model state with a number and PRNG keys of two implementations."""
 
     mean: jax.Array
     key: jax.Array
     keys: tuple[jax.Array, ...]
 
 
-def test_any_pytree_with_keys_comes_back(tmp_path: Path) -> None:
+def test_any_pytree_with_keys_is_restored(tmp_path: Path) -> None:
     def init(key, inputs):
         memory = Memory(
             jax.random.normal(key), key, (jax.random.split(jax.random.key(3, impl="rbg"), 2),)
@@ -137,10 +137,10 @@ def test_the_first_array_that_differs_is_named(tmp_path: Path) -> None:
         jt.load_params(path, plain)
 
 
-def test_shapes_are_compared_before_any_array_is_made(tmp_path: Path, monkeypatch) -> None:
+def test_shapes_are_compared_before_arrays_are_created(tmp_path: Path, monkeypatch) -> None:
     path = tmp_path / "model.safetensors"
     jt.save_params(path, state_of(Network(width=6)))
-    monkeypatch.setattr(np, "frombuffer", lambda *_: pytest.fail("an array was made"))
+    monkeypatch.setattr(np, "frombuffer", lambda *_: pytest.fail("an array was created"))
     with pytest.raises(jt.InputError, match="where the model has"):
         jt.load_params(path, state_of(Network()))
 
@@ -170,7 +170,7 @@ def test_a_file_that_is_not_a_complete_model_is_refused(tmp_path: Path) -> None:
         jt.save_params(tmp_path / "missing" / "model.safetensors", state)
 
 
-def test_pipes_devices_and_huge_files_are_refused_at_once(tmp_path: Path) -> None:
+def test_pipes_devices_and_huge_files_are_refused_before_they_are_read(tmp_path: Path) -> None:
     state = state_of(Network())
     os.mkfifo(tmp_path / "pipe")
     (tmp_path / "zero").symlink_to("/dev/zero")
@@ -221,7 +221,7 @@ def test_a_dtype_that_the_format_does_not_support_is_named(tmp_path: Path) -> No
     assert not list(tmp_path.iterdir())
 
 
-def test_what_is_not_a_state_is_refused(tmp_path: Path) -> None:
-    # A TypeError where `make check` checks the annotations first.
+def test_objects_other_than_a_train_state_are_refused(tmp_path: Path) -> None:
+    # The type checker of `make check` raises a TypeError first.
     with pytest.raises((jt.InputError, TypeError), match=r"state is a dict|parameter 'state'"):
         jt.save_params(tmp_path / "model.safetensors", {"params": {}})

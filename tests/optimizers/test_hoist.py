@@ -1,4 +1,4 @@
-"""hoist_tracers: a state made under vmap or jit with a swept argument is usable outside."""
+"""hoist_tracers makes a state created under vmap or jit with a swept argument usable outside."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def loss_fn(params):
 
 @dataclasses.dataclass(frozen=True)
 class Scale:
-    """An update as a method of an object that holds the rate."""
+    """An optimizer whose update is a method of an object with the learning rate."""
 
     rate: jax.Array
 
@@ -79,7 +79,7 @@ OPTIMIZERS = {
 
 
 def train(optimizer, params, opt_state, steps):
-    """Steps with everything that a line search asks for."""
+    """Takes steps with the extra arguments that a line search needs."""
     for _ in range(steps):
         value, grad = jax.value_and_grad(loss_fn)(params)
         updates, opt_state = optax.with_extra_args_support(optimizer).update(
@@ -103,7 +103,7 @@ def sweep_init(make, transform=lambda function: function):
 
 @pytest.mark.parametrize("transform", [lambda function: function, jax.jit], ids=["vmap", "jit"])
 @pytest.mark.parametrize("name", OPTIMIZERS)
-def test_a_swept_state_trains_on_outside_as_separate_runs_do(name: str, transform) -> None:
+def test_a_swept_state_trained_outside_equals_separate_runs(name: str, transform) -> None:
     make = OPTIMIZERS[name]
     states, optimizer = sweep_init(make, transform)
     # Jitted later, without the first transformation: a tracer left behind would be a leak.
@@ -120,7 +120,7 @@ def test_a_swept_state_trains_on_outside_as_separate_runs_do(name: str, transfor
         )
 
 
-def test_a_line_search_with_a_swept_rate_is_hoisted_too() -> None:
+def test_a_line_search_with_a_swept_learning_rate_is_hoisted() -> None:
     states, optimizer = sweep_init(jt.optimizers.lbfgs)
     swept = jax.vmap(lambda state: train(optimizer, PARAMS, state, steps=2))(states)
     alone = jt.optimizers.lbfgs(VALUES[1])
@@ -166,7 +166,7 @@ def test_one_tracer_used_in_many_places_is_stored_once() -> None:
     np.testing.assert_array_equal(states.values[0], VALUES)
 
 
-def test_functions_that_refer_to_themselves_and_share_variables() -> None:
+def test_recursive_functions_and_shared_variables_are_copied_consistently() -> None:
     def make(rate):
         calls = 0
 
@@ -187,7 +187,7 @@ def test_functions_that_refer_to_themselves_and_share_variables() -> None:
     np.testing.assert_allclose(swept["b"], 0.5 - VALUES**3, rtol=1e-5)
 
 
-def test_a_hoisted_optimizer_says_that_it_cannot_start_anew() -> None:
+def test_init_of_a_hoisted_optimizer_is_refused() -> None:
     _, optimizer = sweep_init(optax.sgd)
     with pytest.raises(jt.InputError, match=r"built with a traced argument.*build a new optimizer"):
         optimizer.init(PARAMS)

@@ -1,4 +1,4 @@
-"""Descent on functions whose minimum is known."""
+"""minimize on functions whose minimum is known."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ def parabola(w):
     return jnp.sum((w - 3.0) ** 2)
 
 
-def test_gradient_descent_by_hand() -> None:
-    """W − 3 shrinks by 1 − 2 · 0.25 = 1/2 per step: losses 9, 9/4, 9/16, …"""
+def test_gradient_descent_equals_a_solution_by_hand() -> None:
+    """The error, w − 3, is halved in each step, so that the losses are 9, 9/4, 9/16, …"""
     result = jt.minimize(parabola, jnp.array(0.0), optax.sgd(0.25), max_steps=4)
     np.testing.assert_allclose(result.losses, 9 / 4.0 ** np.arange(5), rtol=1e-6)
     assert result.params == pytest.approx(3 - 3 / 2**4)
@@ -34,8 +34,8 @@ def test_it_stops_below_the_threshold() -> None:
     assert np.isnan(result.losses[5:]).all()
 
 
-def test_many_rates_at_once_each_stop_by_themselves() -> None:
-    """Rates that crawl, halve, hit at once, oscillate forever, and diverge."""
+def test_runs_under_vmap_stop_independently() -> None:
+    """Learning rates that crawl, halve the error, solve in one step, oscillate, and diverge."""
     rates = jnp.array([1e-6, 0.25, 0.5, 1.0, 20.0])
     result = jax.vmap(
         lambda rate: jt.minimize(
@@ -63,7 +63,7 @@ def test_many_rates_at_once_each_stop_by_themselves() -> None:
         np.testing.assert_allclose(alone.losses, result.losses[index], rtol=1e-5)
 
 
-def test_lbfgs_on_the_valley_of_rosenbrock() -> None:
+def test_lbfgs_minimizes_the_rosenbrock_function() -> None:
     result = jax.jit(
         lambda start: jt.minimize(
             lambda x: (1 - x[0]) ** 2 + 100 * (x[1] - x[0] ** 2) ** 2,
@@ -85,8 +85,8 @@ def test_a_start_at_the_minimum_takes_no_step() -> None:
     assert Stop(result.stop).message == "gradient below the tolerance"
 
 
-def test_a_line_search_that_finds_nothing_better_ends_the_descent() -> None:
-    """Without a tolerance, L-BFGS would search forever at the last float."""
+def test_a_line_search_without_progress_ends_the_descent() -> None:
+    """Without a tolerance, L-BFGS would search until the step limit."""
     result = jt.minimize(parabola, jnp.array(0.0), jt.optimizers.lbfgs(), max_steps=100)
     assert result.steps < 20
     assert result.params == pytest.approx(3.0, abs=1e-3)
@@ -98,12 +98,12 @@ def test_a_line_search_that_finds_nothing_better_ends_the_descent() -> None:
 
 
 def test_every_reason_to_stop_has_a_message() -> None:
-    assert [Stop(value).message for value in range(5)] == [stop.message for stop in Stop]
-    assert len({stop.message for stop in Stop}) == 5
+    assert len({stop.message for stop in Stop}) == len(Stop) == 5
+    assert Stop(jnp.int32(1)) is Stop.LOSS_THRESHOLD
     assert Stop.LOSS_THRESHOLD.message == "loss below the threshold"
 
 
-def test_the_steps_are_checked() -> None:
+def test_a_negative_step_limit_is_refused() -> None:
     with pytest.raises(jt.InputError, match="max_steps is -1"):
         jt.minimize(parabola, jnp.array(0.0), optax.sgd(0.1), max_steps=-1)
 

@@ -1,4 +1,4 @@
-"""Arguments that optimizers refuse, and the learning rate they record; numbers: see parity/."""
+"""Optimizers refuse invalid arguments and record their learning rate; for numbers see parity/."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def test_other_arguments_out_of_range_are_refused(name, options, message) -> Non
         jt.optimizers.OPTIMIZERS[name](0.1, **options)
 
 
-def test_step_lr_changes_only_at_its_epochs() -> None:
+def test_step_lr_changes_every_step_size_epochs() -> None:
     schedule = jt.optimizers.step_lr(1.0, step_size=2, gamma=0.5, steps_per_epoch=3)
     rates = [float(schedule(step)) for step in range(13)]
     np.testing.assert_allclose(rates, [1.0] * 6 + [0.5] * 6 + [0.25])
@@ -50,12 +50,12 @@ def test_step_lr_changes_only_at_its_epochs() -> None:
 
 
 @pytest.mark.parametrize("options", [{"step_size": 0}, {"step_size": 1, "steps_per_epoch": 0}])
-def test_step_lr_refuses_no_steps(options) -> None:
+def test_step_lr_refuses_sizes_below_1(options) -> None:
     with pytest.raises(jt.InputError, match="at least 1"):
         jt.optimizers.step_lr(0.1, **options)
 
 
-def test_a_sweep_over_any_argument_is_a_vmap() -> None:
+def test_vmap_sweeps_over_any_argument() -> None:
     """On f(w) = w² / 2 from w = 1 the gradient is w; two steps of each, by hand."""
 
     def two_steps(learning_rate, momentum, weight_decay):
@@ -74,7 +74,7 @@ def test_a_sweep_over_any_argument_is_a_vmap() -> None:
     np.testing.assert_allclose(swept, [0.81, 0.72, 0.0], atol=1e-6)
 
 
-def test_rprop_takes_no_schedule() -> None:
+def test_rprop_refuses_a_schedule() -> None:
     with pytest.raises(jt.InputError, match="learning rate of rprop is a schedule"):
         jt.optimizers.make("rprop", jt.optimizers.step_lr(0.1, 1))
 
@@ -94,7 +94,7 @@ def test_any_schedule_of_optax_is_a_learning_rate(name: str) -> None:
     np.testing.assert_array_equal(path[6], path[4])
 
 
-def test_make_refuses_what_an_optimizer_does_not_have() -> None:
+def test_make_refuses_arguments_that_an_optimizer_lacks_and_unknown_names() -> None:
     with pytest.raises(jt.InputError, match=r"momentum is 0\.9 with the optimizer adam"):
         jt.optimizers.make("adam", 0.1, momentum=0.9)
     with pytest.raises(jt.InputError, match="'sdg'; expected one of sgd, adam"):
@@ -102,7 +102,7 @@ def test_make_refuses_what_an_optimizer_does_not_have() -> None:
     jt.optimizers.make("adam", 0.1, momentum=0.0)
 
 
-def test_the_current_rate_is_read_from_the_state() -> None:
+def test_the_current_learning_rate_is_read_from_the_state() -> None:
     params = {"w": jnp.ones(2)}
     optimizer = jt.optimizers.sgd(jt.optimizers.step_lr(0.5, 1, 0.1), momentum=0.9)
     state = optimizer.init(params)

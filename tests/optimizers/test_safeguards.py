@@ -1,4 +1,4 @@
-"""skip_nonfinite: which steps it leaves out, and that nothing of them remains."""
+"""skip_nonfinite, which skips steps without a trace, and clip_gradients."""
 
 from __future__ import annotations
 
@@ -9,17 +9,24 @@ import optax
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from hypothesis.extra import numpy as hnp
 from jax.flatten_util import ravel_pytree
 
 import jaxtrain as jt
-from jaxtrain.optimizers import SkipNonfiniteState, last_step_finite, skip_nonfinite, skipped_steps
+from jaxtrain.optimizers import (
+    SkipNonfiniteState,
+    clip_by_global_norm,
+    last_step_finite,
+    skip_nonfinite,
+    skipped_steps,
+)
 
 PARAMS = {"a": jnp.array([[1.0, -2.0], [0.5, 3.0]]), "b": jnp.array(0.25)}
 GOOD = {"a": jnp.array([[0.1, 0.2], [-0.3, 0.4]]), "b": jnp.array(-1.0)}
 
 
 def with_number(tree, index, number):
-    """The tree with one of its numbers replaced."""
+    """Returns the tree with one of its numbers replaced."""
     flat, unravel = ravel_pytree(tree)
     return unravel(flat.at[index].set(number))
 
@@ -33,7 +40,7 @@ def assert_identical(ours, theirs) -> None:
 
 @pytest.mark.parametrize("number", [jnp.nan, jnp.inf, -jnp.inf])
 @pytest.mark.parametrize("index", range(5))
-def test_one_bad_number_anywhere_in_the_gradient_skips_the_step(index: int, number) -> None:
+def test_one_nonfinite_gradient_entry_skips_the_step(index: int, number) -> None:
     optimizer = skip_nonfinite(jt.optimizers.adam(0.1))
     _, before = optimizer.update(GOOD, optimizer.init(PARAMS), PARAMS)
     updates, after = jax.jit(optimizer.update)(with_number(GOOD, index, number), before, PARAMS)
@@ -42,7 +49,7 @@ def test_one_bad_number_anywhere_in_the_gradient_skips_the_step(index: int, numb
     assert (after.skipped, after.finite) == (1, False)
 
 
-def test_a_good_step_is_the_optimizers_own() -> None:
+def test_a_finite_step_equals_that_of_the_wrapped_optimizer() -> None:
     plain = jt.optimizers.adam(0.1)
     expected, inner = plain.update(GOOD, plain.init(PARAMS), PARAMS)
     optimizer = skip_nonfinite(plain)
@@ -52,7 +59,7 @@ def test_a_good_step_is_the_optimizers_own() -> None:
 
 
 @pytest.mark.parametrize("value", [jnp.nan, jnp.inf])
-def test_a_bad_loss_skips_the_step(value: float) -> None:
+def test_a_nonfinite_loss_skips_the_step(value: float) -> None:
     optimizer = skip_nonfinite(optax.sgd(0.1))
     updates, state = optimizer.update(GOOD, optimizer.init(PARAMS), PARAMS, value=jnp.array(value))
     assert state.skipped == 1
@@ -60,15 +67,15 @@ def test_a_bad_loss_skips_the_step(value: float) -> None:
 
 
 @pytest.mark.parametrize("hiding", [optax.zero_nans(), optax.clip(1.0), jt.optimizers.rprop(0.1)])
-def test_what_an_optimizer_hides_is_noticed(hiding) -> None:
+def test_a_nonfinite_gradient_that_the_optimizer_hides_skips_the_step(hiding) -> None:
     optimizer = skip_nonfinite(optax.chain(hiding, optax.sgd(0.1)))
     for number in (jnp.nan, jnp.inf):
         _, state = optimizer.update(with_number(GOOD, 0, number), optimizer.init(PARAMS), PARAMS)
         assert state.skipped == 1
 
 
-def test_a_moment_that_would_overflow_skips_the_step() -> None:
-    """A gradient of 1e20 is finite, its square is not: Adam would freeze that parameter."""
+def test_a_second_moment_that_would_overflow_skips_the_step() -> None:
+    """A gradient of 1e20 is finite; its square is not, and Adam would freeze that parameter."""
     optimizer = skip_nonfinite(jt.optimizers.adam(0.1))
     state = optimizer.init(PARAMS)
     _, state = optimizer.update(with_number(GOOD, 2, 1e20), state, PARAMS)
@@ -78,14 +85,14 @@ def test_a_moment_that_would_overflow_skips_the_step() -> None:
     assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(state))
 
 
-def test_an_update_that_overflows_is_skipped() -> None:
+def test_an_update_that_overflows_skips_the_step() -> None:
     optimizer = skip_nonfinite(optax.sgd(1e30))
     _, state = optimizer.update(with_number(GOOD, 0, 1e30), optimizer.init(PARAMS), PARAMS)
     assert state.skipped == 1
 
 
-def test_model_state_that_stops_being_finite_skips_the_step() -> None:
-    """An infinity that was there before is the model's own affair, and so are integers and keys."""
+def test_a_model_state_that_becomes_nonfinite_skips_the_step() -> None:
+    """An infinity that was in the state before is accepted, as are integers and keys."""
     optimizer = skip_nonfinite(optax.sgd(0.1))
     before = {
         "mean": jnp.array([0.0, 1.0]),
@@ -102,7 +109,7 @@ def test_model_state_that_stops_being_finite_skips_the_step() -> None:
     assert state.skipped == 2
 
 
-def test_it_never_gives_up() -> None:
+def test_any_number_of_steps_can_be_skipped() -> None:
     optimizer = skip_nonfinite(optax.sgd(0.1, momentum=0.9))
     state = optimizer.init(PARAMS)
     bad = with_number(GOOD, 0, jnp.nan)
@@ -114,8 +121,8 @@ def test_it_never_gives_up() -> None:
 
 
 @given(bad=st.lists(st.booleans(), min_size=1, max_size=8))
-def test_the_steps_taken_are_those_of_the_good_gradients_alone(bad: list[bool]) -> None:
-    """Schedules count the steps taken; bad gradients leave no trace."""
+def test_skipped_steps_leave_no_trace(bad: list[bool]) -> None:
+    """Neither in the parameters nor in the step count of the schedule."""
     schedule = jt.optimizers.step_lr(0.1, 1, 0.5)
     plain = jt.optimizers.sgd(schedule, momentum=0.9)
     optimizer = skip_nonfinite(plain)
@@ -133,7 +140,7 @@ def test_the_steps_taken_are_those_of_the_good_gradients_alone(bad: list[bool]) 
 
 
 def test_extra_arguments_reach_the_optimizer() -> None:
-    """A line search needs three of them; `model_states` is not for it."""
+    """A line search needs three of them, and must not receive `model_states`."""
     optimizer = skip_nonfinite(jt.optimizers.lbfgs())
 
     def loss_fn(w):
@@ -148,7 +155,7 @@ def test_extra_arguments_reach_the_optimizer() -> None:
     assert loss_fn(params + updates) < value
 
 
-def test_it_is_found_inside_other_transformations_and_by_vmap() -> None:
+def test_its_state_is_found_inside_other_transformations_and_under_vmap() -> None:
     optimizer = jt.optimizers.clip_gradients(skip_nonfinite(jt.optimizers.sgd(0.1)), 1.0)
     gradients = jnp.array([[1.0], [jnp.nan]])
     states = jax.vmap(lambda grad: optimizer.update(grad, optimizer.init(grad), grad)[1])(gradients)
@@ -158,7 +165,7 @@ def test_it_is_found_inside_other_transformations_and_by_vmap() -> None:
     assert last_step_finite(optax.sgd(0.1).init(PARAMS)) is None
 
 
-def test_random_keys_and_integers_in_the_optimizers_state_are_kept() -> None:
+def test_a_skipped_step_keeps_keys_and_integers_of_the_optimizer_state() -> None:
     optimizer = skip_nonfinite(
         optax.chain(optax.add_noise(0.1, 0.5, jax.random.key(0)), optax.sgd(1))
     )
@@ -168,8 +175,8 @@ def test_random_keys_and_integers_in_the_optimizers_state_are_kept() -> None:
         assert (old == new).all()
 
 
-def test_what_is_not_an_optimizer_is_refused() -> None:
-    # A TypeError where `make check` checks the annotations first.
+def test_an_object_that_is_not_an_optimizer_is_refused() -> None:
+    # The type checker of `make check` raises a TypeError first.
     with pytest.raises((jt.InputError, TypeError), match=r"optimizer is 0\.1|'optimizer'"):
         skip_nonfinite(0.1)
 
@@ -178,3 +185,16 @@ def test_what_is_not_an_optimizer_is_refused() -> None:
 def test_a_clipping_norm_that_is_not_positive_is_refused(norm: float) -> None:
     with pytest.raises(jt.InputError, match=r"max_gradient_norm is .* finite and positive"):
         jt.optimizers.clip_gradients(optax.sgd(0.1), norm)
+
+
+@given(
+    gradient=hnp.arrays(np.float32, 4, elements=st.floats(-1e6, 1e6, width=32)),
+    max_norm=st.floats(1e-3, 1e3),
+)
+def test_clipping_scales_all_gradients_by_one_factor(gradient, max_norm) -> None:
+    clip = clip_by_global_norm(max_norm)
+    clipped, _ = clip.update(jnp.asarray(gradient), clip.init(None))
+    norm = np.linalg.norm(gradient.astype(np.float64))
+    assert np.linalg.norm(np.asarray(clipped, np.float64)) <= min(norm, max_norm) * (1 + 1e-5)
+    factor = 1.0 if norm + 1e-6 <= max_norm else max_norm / (norm + 1e-6)
+    np.testing.assert_allclose(clipped, gradient * factor, rtol=1e-4, atol=1e-30)

@@ -1,4 +1,4 @@
-"""Tutorial T1 from PyTorch's start: every row of its table, and the listing it printed."""
+"""Tutorial T1 from PyTorch's initial parameters equals its published table and listing."""
 
 from __future__ import annotations
 
@@ -6,7 +6,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-import torch
 
 import jaxtrain as jt
 from experiments.linear_regression import PUBLISHED_BIAS, PUBLISHED_WEIGHT, REFERENCE
@@ -52,11 +51,13 @@ def run() -> np.ndarray:
 
 
 @pytest.mark.parametrize(("epoch", *"abcd"), REFERENCE)
-def test_every_row_of_the_table(run: np.ndarray, epoch: int, a, b, c, d) -> None:
+def test_the_run_equals_every_row_of_the_published_table(
+    run: np.ndarray, epoch: int, a, b, c, d
+) -> None:
     np.testing.assert_allclose(run[epoch], [a, b, c, d], rtol=0, atol=1e-6)
 
 
-def test_the_second_run_of_the_cell_prints_the_published_listing(run: np.ndarray) -> None:
+def test_the_second_200_epochs_equal_the_published_listing(run: np.ndarray) -> None:
     for epoch in range(200, 400, 10):
         np.testing.assert_allclose(
             run[epoch, :2], [0.008932482451200485, 0.005023092031478882], rtol=0, atol=1e-6
@@ -64,13 +65,16 @@ def test_the_second_run_of_the_cell_prints_the_published_listing(run: np.ndarray
     np.testing.assert_allclose(run[399, 2:], [0.6990, 0.3093], rtol=0, atol=5e-5)
 
 
-def test_a_constant_step_on_the_absolute_error_ends_in_a_cycle_of_two(run: np.ndarray) -> None:
+def test_a_constant_step_on_the_absolute_error_ends_in_a_cycle_of_two_epochs(
+    run: np.ndarray,
+) -> None:
     np.testing.assert_allclose(run[398], run[396], atol=1e-6)
     np.testing.assert_allclose(run[399], run[397], atol=1e-6)
     assert abs(run[399, 3] - run[398, 3]) > 0.009  # b jumps by the learning rate
 
 
-def test_the_data_and_the_start_are_pytorchs() -> None:
+def test_the_data_and_the_initial_parameters_match_pytorch() -> None:
+    torch = pytest.importorskip("torch")
     x = torch.arange(0, 1, 0.02).unsqueeze(1)
     y = 0.7 * x + 0.3
     train, test = jt.data.line()

@@ -1,4 +1,4 @@
-"""Steps built on `gradients` and `apply_gradients`: a GAN, two optimizers, a custom update."""
+"""Custom steps of `gradients` and `apply_gradients`: a GAN, several optimizers, extra arguments."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ import jaxtrain as jt
 LOSS = jt.losses.cross_entropy
 
 
-def test_train_step_is_the_composition(small_state, small_classes) -> None:
+def test_train_step_is_gradients_then_apply_gradients(small_state, small_classes) -> None:
     @jax.jit
     def step(state, batch):
         loss, grads, aux = jt.gradients(state, batch, LOSS)
@@ -38,7 +38,7 @@ def test_a_gan_learns_the_mean_of_its_data() -> None:
     class Generator(nn.Module):
         @nn.compact
         def __call__(self, noise, train: bool = False):
-            return noise + self.param("shift", nn.initializers.zeros, (1,))
+            return noise + self.param("shift", nn.initializers.zeros, (1, 1))
 
     class Discriminator(nn.Module):
         @nn.compact
@@ -66,10 +66,10 @@ def test_a_gan_learns_the_mean_of_its_data() -> None:
 
     for key in jax.random.split(keys[2], 400):
         generator, critic = step(generator, critic, key)
-    assert float(generator.params["shift"][0]) == pytest.approx(3.0, abs=0.7)
+    assert float(generator.params["shift"][0, 0]) == pytest.approx(3.0, abs=0.7)
 
 
-def test_two_optimizers_for_two_parts(small_state, small_classes) -> None:
+def test_partition_freezes_all_layers_but_the_first(small_state, small_classes) -> None:
     optimizer = optax.partition(
         {"first": optax.sgd(0.1), "rest": optax.set_to_zero()},
         lambda params: {n: "first" if n == "Dense_0" else "rest" for n in params},
@@ -84,7 +84,7 @@ def test_two_optimizers_for_two_parts(small_state, small_classes) -> None:
 
 
 def test_extra_arguments_reach_the_optimizer(small_state, small_classes) -> None:
-    """reduce_on_plateau halves the updates when the value that it is given does not fall."""
+    """reduce_on_plateau halves the updates when the value passed to it does not fall."""
     optimizer = optax.chain(
         optax.sgd(1.0), optax.contrib.reduce_on_plateau(factor=0.5, patience=1, cooldown=0)
     )
@@ -97,7 +97,7 @@ def test_extra_arguments_reach_the_optimizer(small_state, small_classes) -> None
 
 
 def test_a_variational_autoencoder_trains() -> None:
-    """Its latent draws come from an RNG stream of its own."""
+    """The latent variables are drawn from their own RNG stream."""
 
     class Autoencoder(nn.Module):
         @nn.compact

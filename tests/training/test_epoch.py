@@ -1,4 +1,4 @@
-"""One pass: every example once, the same numbers as step by step, inside any transformation."""
+"""One epoch uses every example once, equals its steps, and works inside JAX transformations."""
 
 from __future__ import annotations
 
@@ -26,10 +26,10 @@ def total(predictions, targets):
 
 @settings(max_examples=12)
 @given(examples=st.integers(1, 40), batch_size=st.integers(1, 50), shuffle=st.booleans())
-def test_every_example_counts_once_and_the_tail_by_its_own_size(
+def test_every_example_is_used_once_and_the_last_batch_may_be_smaller(
     examples: int, batch_size: int, shuffle: bool
 ) -> None:
-    """Example i is the i-th unit vector, so that weight i moves by 1/size of the batch it is in."""
+    """Example i is the i-th unit vector: weight i moves by 1 / the size of the batch with it."""
     data = jt.Dataset(jnp.eye(examples), jnp.zeros(examples))
     state = jt.init_state(
         jt.models.LinearRegression(), optax.sgd(1.0), data.inputs[:1], key=jax.random.key(0)
@@ -48,7 +48,7 @@ def test_every_example_counts_once_and_the_tail_by_its_own_size(
     assert len(losses) == full + bool(tail) == after.step
 
 
-def test_an_epoch_is_its_steps(small_state, small_classes) -> None:
+def test_an_epoch_equals_its_steps(small_state, small_classes) -> None:
     after, losses = jt.train_epoch(small_state, small_classes, LOSS, batch_size=16)
     state, expected = small_state, []
     for start in range(0, 50, 16):
@@ -59,7 +59,7 @@ def test_an_epoch_is_its_steps(small_state, small_classes) -> None:
     assert_same(after.params, state.params, rtol=1e-5, atol=1e-7)
 
 
-def test_the_key_decides_the_order(small_state, small_classes) -> None:
+def test_the_key_determines_the_order(small_state, small_classes) -> None:
     def losses(key):
         return np.asarray(
             jt.train_epoch(small_state, small_classes, LOSS, batch_size=16, key=key)[1]
@@ -69,7 +69,7 @@ def test_the_key_decides_the_order(small_state, small_classes) -> None:
     assert (losses(jax.random.key(1)) != losses(jax.random.key(2))).all()
 
 
-def test_epochs_scan_and_vmap(small_state, small_classes) -> None:
+def test_epochs_work_inside_scan_and_vmap(small_state, small_classes) -> None:
     """A run is a scan of epochs; a sweep is a vmap of runs."""
     keys = jax.random.split(jax.random.key(5), 3)
 
@@ -95,7 +95,7 @@ def test_epochs_scan_and_vmap(small_state, small_classes) -> None:
 
 
 def test_an_epoch_can_be_differentiated() -> None:
-    """Through a linear model's epoch the final squared error is a parabola of the start."""
+    """For a linear model, the final squared error is a parabola of the initial parameters."""
     data = jt.Dataset(jnp.linspace(-1, 1, 10)[:, None], jnp.linspace(0, 3, 10)[:, None])
     loss_fn = jt.losses.mean_squared_error
     state = jt.init_state(
@@ -136,8 +136,8 @@ def test_evaluation_does_not_depend_on_the_batch_size(batch_size: int) -> None:
     )
 
 
-def test_integers_are_labels_only_for_losses_that_say_so() -> None:
-    """A line through whole numbers: the targets go up to 19, the model has one output."""
+def test_integer_targets_are_labels_only_for_classification_losses() -> None:
+    """The targets go up to 19, and the model has one output."""
     data = jt.Dataset(jnp.arange(20.0)[:, None], jnp.arange(20))
     state = jt.init_state(
         jt.models.LinearRegression(), optax.sgd(1e-3), data.inputs[:1], key=jax.random.key(0)
@@ -168,12 +168,14 @@ def bad(inputs=(50, 6), targets=(50,), dtype=jnp.int32, fill=0):
     ],
 )
 @pytest.mark.parametrize("function", [jt.train_epoch, jt.evaluate])
-def test_bad_arguments_are_named(small_state, function, data, options, message) -> None:
+def test_invalid_arguments_are_named(small_state, function, data, options, message) -> None:
     with pytest.raises(jt.InputError, match=message):
         function(small_state, data, LOSS, **options)
 
 
-def test_a_batch_size_above_the_examples_is_one_batch(small_state, small_classes) -> None:
+def test_a_batch_size_above_the_number_of_examples_gives_one_batch(
+    small_state, small_classes
+) -> None:
     after, losses = jt.train_epoch(small_state, small_classes, LOSS, batch_size=1000)
     expected, metrics = jt.train_step(small_state, small_classes, LOSS)
     np.testing.assert_allclose(losses, [metrics["loss"]], rtol=1e-6)

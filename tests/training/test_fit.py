@@ -1,12 +1,14 @@
-"""A run: the same numbers however it is cut, one compilation, and a clear end when it diverges."""
+"""fit: reproducible runs, their history and events, early stopping, and runs that diverge."""
 
 from __future__ import annotations
 
+import inspect
 import sys
 
 import jax
 import jax.monitoring
 import numpy as np
+import pandas
 import pytest
 
 import jaxtrain as jt
@@ -29,7 +31,7 @@ def without_clock(history):
     return {name: values for name, values in history.items() if name != "seconds"}
 
 
-def test_two_runs_are_bit_identical_and_seeds_differ(digits: jt.data.Resolved) -> None:
+def test_equal_seeds_give_identical_bits_and_other_seeds_do_not(digits: jt.data.Resolved) -> None:
     def run(seed: int):
         state = jt.init_state(
             jt.models.FeedForward(),
@@ -48,12 +50,12 @@ def test_two_runs_are_bit_identical_and_seeds_differ(digits: jt.data.Resolved) -
         )
         return state.params, state.opt_state, without_clock(history), history.step_losses
 
-    assert_identical(run(0), run(0))
-    other = run(1)
-    assert (other[3] != run(0)[3]).all()
+    first = run(0)
+    assert_identical(first, run(0))
+    assert (run(1)[3] != first[3]).all()
 
 
-def test_it_learns_and_records(small_state, small_classes) -> None:
+def test_a_run_learns_and_its_history_is_correct(small_state, small_classes) -> None:
     state, history = fit(small_state, small_classes, epochs=40)
     assert state.step == 40 * 4
     assert list(history["epoch"]) == list(range(1, 41))
@@ -69,7 +71,7 @@ def test_it_learns_and_records(small_state, small_classes) -> None:
     assert history["test_loss"][-1] == pytest.approx(final["loss"].item(), rel=1e-6)
 
 
-def test_an_epoch_of_fit_is_train_epoch(small_state, small_classes) -> None:
+def test_an_epoch_of_fit_equals_train_epoch(small_state, small_classes) -> None:
     fitted, history = fit(small_state, small_classes, epochs=1)
     key = jax.random.fold_in(jax.random.key(3), 1)
     state, losses = jt.train_epoch(small_state, small_classes, LOSS, batch_size=16, key=key)
@@ -81,7 +83,7 @@ def test_an_epoch_of_fit_is_train_epoch(small_state, small_classes) -> None:
 
 
 @pytest.mark.parametrize("interval", [1, 3, 100])
-def test_more_frequent_events_change_nothing(small_state, small_classes, interval) -> None:
+def test_more_frequent_events_do_not_change_the_run(small_state, small_classes, interval) -> None:
     events = []
     expected = fit(small_state, small_classes, epochs=3)
     on_event = jt.events.every_steps(interval, events.append)
@@ -104,8 +106,8 @@ def test_more_frequent_events_change_nothing(small_state, small_classes, interva
     assert_identical(ends[-1].state.params, state.params)
 
 
-def test_slow_steps_are_looked_into_one_by_one(small_state, small_classes, monkeypatch) -> None:
-    """With no time for a chunk, each step is a chunk."""
+def test_slow_steps_are_reported_one_by_one(small_state, small_classes, monkeypatch) -> None:
+    """With a time limit of 0 for a chunk of steps, each step is a chunk."""
     expected = fit(small_state, small_classes, epochs=2)
     # `jaxtrain.training.fit` is also the name of a function.
     monkeypatch.setattr(sys.modules["jaxtrain.training.fit"], "_CHUNK_SECONDS", 0.0)
@@ -116,17 +118,17 @@ def test_slow_steps_are_looked_into_one_by_one(small_state, small_classes, monke
     assert_identical(state.params, expected[0].params)
 
 
-def test_two_epochs_and_three_are_five(small_state, small_classes) -> None:
-    whole, history = fit(small_state, small_classes, epochs=5)
+def test_two_epochs_and_then_three_equal_five(small_state, small_classes) -> None:
+    straight, history = fit(small_state, small_classes, epochs=5)
     state, first = fit(small_state, small_classes, epochs=2)
     state, second = fit(state, small_classes, epochs=3)
-    assert_identical(state.params, whole.params)
+    assert_identical(state.params, straight.params)
     for name, values in without_clock(history).items():
         np.testing.assert_array_equal(values, np.concatenate([first[name], second[name]]))
 
 
-def test_one_compilation_for_training_and_one_for_evaluation(digits: jt.data.Resolved) -> None:
-    """Five epochs with a tail batch, looked into every 7 steps."""
+def test_training_and_evaluation_compile_once_each(digits: jt.data.Resolved) -> None:
+    """Five epochs with a partial last batch, and an event every 7 steps."""
     compiled: list[str] = []
 
     def listen(event: str, seconds: float, **more: str) -> None:
@@ -161,7 +163,7 @@ def test_one_compilation_for_training_and_one_for_evaluation(digits: jt.data.Res
 
 
 def test_early_stopping_returns_the_best_epoch(small_state, small_classes) -> None:
-    """Validation labels that contradict the training ones: learning makes them worse soon."""
+    """The validation labels contradict the training labels, so that training raises their loss."""
     contrary = small_classes.replace(targets=(small_classes.targets + 1) % 3)
     states = []
 
@@ -184,12 +186,12 @@ def test_early_stopping_returns_the_best_epoch(small_state, small_classes) -> No
     assert_identical(state.params, states[best].params)
     assert "validation_accuracy" in history
     assert "test_loss" not in history
-    # Watching changes nothing of the training itself.
+    # Early stopping does not change the training itself.
     _, unwatched = jt.fit(small_state, small_classes, **{**options, "epochs": len(losses)})
     np.testing.assert_array_equal(history["train_loss"], unwatched["train_loss"])
 
 
-def test_early_stopping_needs_a_column_to_watch(small_state, small_classes) -> None:
+def test_early_stopping_needs_a_column_to_monitor(small_state, small_classes) -> None:
     with pytest.raises(jt.InputError, match=r"monitors 'validation_loss', but the history has"):
         fit(small_state, small_classes, early_stopping=jt.EarlyStopping(3))
     with pytest.raises(jt.InputError, match="patience is 0"):
@@ -199,7 +201,7 @@ def test_early_stopping_needs_a_column_to_watch(small_state, small_classes) -> N
             jt.EarlyStopping(1, mode="best")
 
 
-def test_no_epochs_and_no_test_data(small_state, small_classes) -> None:
+def test_epochs_and_test_data_may_be_absent(small_state, small_classes) -> None:
     state, history = fit(small_state, small_classes, epochs=0)
     assert_identical(state.params, small_state.params)
     columns = ["epoch", "train_loss", "test_loss", "test_accuracy"]
@@ -211,8 +213,8 @@ def test_no_epochs_and_no_test_data(small_state, small_classes) -> None:
     assert "test_loss" not in history
 
 
-def test_a_run_that_diverges_stops_and_says_where(small_classes) -> None:
-    """Squared error, rate 100: the second steps overflow; epoch 1 of one batch is finished."""
+def test_a_nonfinite_loss_stops_the_run_and_names_epoch_and_step(small_classes) -> None:
+    """The squared error at a learning rate of 10,000 overflows after a few epochs of two steps."""
     data = jt.Dataset(small_classes.inputs, small_classes.targets[:, None].astype(float))
     state = jt.init_state(
         jt.models.LinearRegression(),
@@ -229,7 +231,7 @@ def test_a_run_that_diverges_stops_and_says_where(small_classes) -> None:
     assert error.quantity == "training loss"
     assert not np.isfinite(error.value)
     assert error.learning_rate == pytest.approx(1e4)
-    # The step is the first that is not finite: run up to it, and look.
+    # The named step is the first whose loss is not finite.
     state, _ = jt.fit(
         state, data, loss_fn=jt.losses.mean_squared_error, epochs=error.epoch - 1, batch_size=25
     )
@@ -239,8 +241,8 @@ def test_a_run_that_diverges_stops_and_says_where(small_classes) -> None:
     assert "smaller learning rate (such as 1000)" in str(error)
 
 
-def test_the_learning_rate_is_that_of_the_step_that_diverged(small_classes) -> None:
-    """The rate grows tenfold a step; all twenty steps are one chunk."""
+def test_the_error_has_the_learning_rate_of_the_step_that_diverged(small_classes) -> None:
+    """The learning rate grows tenfold per step."""
     data = jt.Dataset(small_classes.inputs, small_classes.targets[:, None].astype(float))
     optimizer = jt.optimizers.sgd(lambda count: 1e-3 * 10.0**count)
     state = jt.init_state(
@@ -251,8 +253,8 @@ def test_the_learning_rate_is_that_of_the_step_that_diverged(small_classes) -> N
     assert raised.value.learning_rate == pytest.approx(1e-3 * 10 ** (raised.value.step - 1))
 
 
-def test_a_test_loss_that_is_not_finite_stops_the_run(small_classes) -> None:
-    """Squared, an error of 1e30 is beyond float32."""
+def test_a_nonfinite_test_loss_stops_the_run(small_classes) -> None:
+    """The square of an error of 1e30 overflows float32."""
     data = jt.Dataset(small_classes.inputs, small_classes.targets[:, None].astype(float))
     state = jt.init_state(
         jt.models.LinearRegression(), jt.optimizers.sgd(0.1), data.inputs[:1], key=jax.random.key(0)
@@ -270,18 +272,26 @@ def test_a_test_loss_that_is_not_finite_stops_the_run(small_classes) -> None:
         ({"test_batch_size": 0}, "test_batch_size is 0"),
     ],
 )
-def test_bad_arguments_are_named(small_state, small_classes, options, message) -> None:
+def test_invalid_arguments_are_named(small_state, small_classes, options, message) -> None:
     with pytest.raises(jt.InputError, match=message):
         fit(small_state, small_classes, **options)
 
 
-@pytest.mark.parametrize("name", ["epoch", "train_loss", "test_accuracy", "seconds", "step_losses"])
-def test_a_column_has_one_meaning(small_state, small_classes, name) -> None:
+@pytest.mark.parametrize(
+    "name",
+    [
+        *("epoch", "train_loss", "test_accuracy", "seconds"),
+        *("step_losses", "skipped_steps", "learning_rate"),
+    ],
+)
+def test_a_state_metric_cannot_take_the_name_of_another_column(
+    small_state, small_classes, name
+) -> None:
     with pytest.raises(jt.InputError, match=f"state_metrics has a metric named '{name}'"):
         fit(small_state, small_classes, state_metrics={name: lambda state: 7.0})
 
 
-def test_both_data_sets_are_checked(small_state, small_classes) -> None:
+def test_training_and_test_labels_are_checked(small_state, small_classes) -> None:
     wrong = small_classes.replace(targets=small_classes.targets + 1)
     with pytest.raises(jt.InputError, match=r"test_data\.targets holds the label 3"):
         jt.fit(small_state, small_classes, wrong, loss_fn=LOSS)
@@ -289,7 +299,7 @@ def test_both_data_sets_are_checked(small_state, small_classes) -> None:
         jt.fit(small_state, wrong, small_classes, loss_fn=LOSS)
 
 
-def test_the_terms_of_a_loss_are_asked_too(small_state, small_classes) -> None:
+def test_the_labels_of_a_nested_weighted_sum_are_checked(small_state, small_classes) -> None:
     wrong = small_classes.replace(targets=small_classes.targets + 1)
     mixed = jt.losses.weighted_sum((0.5, jt.losses.weighted_sum((2.0, LOSS))), (0.1, LOSS))
     with pytest.raises(jt.InputError, match=r"train_data\.targets holds the label 3"):
@@ -299,17 +309,17 @@ def test_the_terms_of_a_loss_are_asked_too(small_state, small_classes) -> None:
 
 @pytest.mark.parametrize("value", [-0.25, 1.5])
 @pytest.mark.parametrize("name", ["soft_cross_entropy", "sigmoid_binary_cross_entropy"])
-def test_probabilities_lie_between_0_and_1(small_state, small_classes, name, value) -> None:
-    shares = jax.nn.one_hot(small_classes.targets, 3)
-    data = small_classes.replace(targets=shares)
+def test_probabilities_outside_0_to_1_are_refused(small_state, small_classes, name, value) -> None:
+    probabilities = jax.nn.one_hot(small_classes.targets, 3)
+    data = small_classes.replace(targets=probabilities)
     loss_fn = getattr(jt.losses, name)
     jt.fit(small_state, data, loss_fn=loss_fn, epochs=1)
-    wrong = data.replace(targets=shares.at[7, 1].set(value))
+    wrong = data.replace(targets=probabilities.at[7, 1].set(value))
     with pytest.raises(jt.InputError, match=rf"targets holds the probability {value}; expected"):
         jt.fit(small_state, wrong, loss_fn=loss_fn)
 
 
-def test_numpy_data_trains_alike(small_state, small_classes) -> None:
+def test_numpy_data_give_the_losses_of_jax_data(small_state, small_classes) -> None:
     arrays = jax.tree.map(np.asarray, small_classes)
     _, ours = fit(small_state, arrays, epochs=2)
     _, expected = fit(small_state, small_classes, epochs=2)
@@ -317,8 +327,6 @@ def test_numpy_data_trains_alike(small_state, small_classes) -> None:
 
 
 def test_a_callback_may_end_the_run(small_state, small_classes) -> None:
-    """At a target accuracy."""
-
     def at_target(event) -> bool:
         return isinstance(event, EpochDone) and np.float32(event.metrics["test_accuracy"]) > 0.8
 
@@ -328,7 +336,7 @@ def test_a_callback_may_end_the_run(small_state, small_classes) -> None:
     assert accuracy[-1] > 0.8 >= accuracy[:-1].max()
 
 
-def test_early_stopping_watches_any_column(small_state, small_classes) -> None:
+def test_early_stopping_monitors_any_column(small_state, small_classes) -> None:
     contrary = small_classes.replace(targets=(small_classes.targets + 1) % 3)
     state, history = fit(
         small_state,
@@ -342,7 +350,7 @@ def test_early_stopping_watches_any_column(small_state, small_classes) -> None:
     assert len(history["epoch"]) == best + 1 + 4 < 30
 
 
-def test_early_stopping_takes_the_first_of_equal_minima() -> None:
+def test_early_stopping_returns_the_first_of_equal_minima() -> None:
     rows = [{"loss": value} for value in (3.0, 1.0, 2.0, 1.0, 1.0)]
     stopping = jt.EarlyStopping(3, monitor="loss")
     assert stopping.best_row(rows) == 1
@@ -354,7 +362,9 @@ def test_early_stopping_takes_the_first_of_equal_minima() -> None:
 
 
 @pytest.mark.parametrize("kind", [KeyboardInterrupt, RuntimeError])
-def test_an_interrupted_run_hands_over_what_it_finished(small_state, small_classes, kind) -> None:
+def test_an_exception_carries_the_state_and_history_of_the_completed_epochs(
+    small_state, small_classes, kind
+) -> None:
     def interrupt(event) -> None:
         if isinstance(event, StepsDone) and event.epoch == 3:
             raise kind
@@ -366,8 +376,7 @@ def test_an_interrupted_run_hands_over_what_it_finished(small_state, small_class
     assert_identical(without_clock(raised.value.history), without_clock(history))
 
 
-def test_a_history_is_a_table(small_state, small_classes) -> None:
-    pandas = pytest.importorskip("pandas")
+def test_a_history_converts_to_a_data_frame(small_state, small_classes) -> None:
     _, history = fit(small_state, small_classes, epochs=3)
     frame = pandas.DataFrame(history)
     assert list(frame.columns) == list(history)
@@ -375,12 +384,10 @@ def test_a_history_is_a_table(small_state, small_classes) -> None:
 
 
 def test_fit_takes_at_most_14_parameters() -> None:
-    import inspect
-
     assert len(inspect.signature(jt.fit).parameters) <= 14
 
 
-def test_an_interruption_before_the_first_epoch_carries_the_start(
+def test_an_exception_in_the_first_epoch_carries_the_initial_state(
     small_state, small_classes
 ) -> None:
     def interrupt(event) -> None:
@@ -392,8 +399,8 @@ def test_an_interruption_before_the_first_epoch_carries_the_start(
     assert len(raised.value.history["epoch"]) == 0
 
 
-def test_only_true_ends_a_run(small_state, small_classes) -> None:
-    """A callback may return anything else, and what it does to an event's metrics stays there."""
+def test_only_true_ends_the_run(small_state, small_classes) -> None:
+    """Other return values are ignored, and so are changes to the metrics of an event."""
 
     def on_event(event) -> object:
         if isinstance(event, EpochDone):

@@ -18,7 +18,7 @@ LOSS = jt.losses.cross_entropy
 
 
 class TwoHeads(nn.Module):
-    """Two inputs of different lengths; a class and a number."""
+    """Two inputs of different widths; predicts a class and a number."""
 
     @nn.compact
     def __call__(self, inputs, train: bool = False):
@@ -40,7 +40,7 @@ def data() -> jt.Dataset:
     return jt.Dataset(inputs, {"label": labels, "value": inputs["age"] * 2})
 
 
-def test_pytrees_train_in_every_function(data: jt.Dataset) -> None:
+def test_every_function_takes_pytrees(data: jt.Dataset) -> None:
     state = jt.init_state(TwoHeads(), optax.adam(0.03), data.inputs, key=jax.random.key(0))
     _, metrics = jt.train_step(state, data, two_losses)
     metric_fns = {"accuracy": lambda p, t: jt.metrics.accuracy(p["label"], t["label"])}
@@ -69,7 +69,7 @@ def test_pytrees_train_in_every_function(data: jt.Dataset) -> None:
     assert losses.shape == (4,)
 
 
-def test_pytrees_are_checked_by_their_paths(data: jt.Dataset) -> None:
+def test_errors_name_the_path_in_a_pytree(data: jt.Dataset) -> None:
     state = jt.init_state(TwoHeads(), optax.sgd(0.1), data.inputs, key=jax.random.key(0))
     short = data.replace(targets={**data.targets, "value": data.targets["value"][:40]})
     with pytest.raises(jt.InputError, match=r"train_data\.targets\.value has 40"):
@@ -80,7 +80,7 @@ def test_pytrees_are_checked_by_their_paths(data: jt.Dataset) -> None:
 
 
 def test_targets_may_be_none() -> None:
-    """An autoencoder whose loss looks at the predictions alone."""
+    """The loss of this autoencoder depends on the predictions alone."""
 
     class Autoencoder(nn.Module):
         @nn.compact
@@ -97,16 +97,6 @@ def test_targets_may_be_none() -> None:
     assert history["test_loss"][-1] < 0.7 * history["test_loss"][0]
 
 
-def test_a_dataset_counts_and_slices_examples(data: jt.Dataset) -> None:
-    assert len(data) == 50
-    part = data[10:15]
-    assert isinstance(part, jt.Dataset)
-    assert len(part) == 5
-    np.testing.assert_array_equal(part.targets["label"], data.targets["label"][10:15])
-    with pytest.raises(jt.InputError, match="the index is 3; expected a slice"):
-        data[3]
-
-
 def line(weights) -> tuple[jt.TrainState, jt.Dataset]:
     inputs = jnp.linspace(-1, 1, 12)[:, None]
     data = jt.Dataset(inputs, inputs**2, weights)
@@ -114,8 +104,8 @@ def line(weights) -> tuple[jt.TrainState, jt.Dataset]:
     return jt.init_state(model, jt.optimizers.sgd(0.1), inputs, key=jax.random.key(0)), data
 
 
-def test_a_weighted_step_by_hand() -> None:
-    """Weights of 0 and 1 are the mean over the examples of weight 1; 3 counts one thrice."""
+def test_an_integer_weight_equals_repeating_the_example() -> None:
+    """Weight 0 leaves an example out, and weight 3 counts it three times."""
     mse = jt.losses.mean_squared_error
     state, data = line(jnp.array([1.0, 0.0, 3.0] + 9 * [0.0]))
     weighted, metrics = jt.train_step(state, data, mse)
@@ -129,7 +119,7 @@ def test_a_weighted_step_by_hand() -> None:
 
 @settings(max_examples=8)
 @given(batch_size=st.integers(1, 14), seed=st.integers(0, 5))
-def test_a_masked_mean_does_not_depend_on_the_batch_size(batch_size: int, seed: int) -> None:
+def test_weighted_means_do_not_depend_on_the_batch_size(batch_size: int, seed: int) -> None:
     weights = jax.random.bernoulli(jax.random.key(seed), 0.4, (12,)).astype(jnp.float32)
     weights = weights.at[5].set(1.0)
     state, data = line(weights)
@@ -148,7 +138,7 @@ def test_a_masked_mean_does_not_depend_on_the_batch_size(batch_size: int, seed: 
         assert found[name] == pytest.approx(float(expected[name]), rel=1e-5)
 
 
-def test_weights_of_one_give_the_unweighted_run() -> None:
+def test_weights_of_one_equal_no_weights() -> None:
     state, data = line(None)
     options = {"loss_fn": jt.losses.mean_squared_error, "epochs": 3, "batch_size": 5}
     _, plain = jt.fit(state, data, data, **options)
@@ -159,7 +149,7 @@ def test_weights_of_one_give_the_unweighted_run() -> None:
 
 
 def test_weights_per_token_train_a_sequence_model() -> None:
-    """Padding has the label −1 and weight 0: neither its NaN nor its count matters."""
+    """Padding with the label −1 and weight 0 affects neither sums nor counts."""
 
     class Tagger(nn.Module):
         @nn.compact
@@ -168,7 +158,7 @@ def test_weights_per_token_train_a_sequence_model() -> None:
 
     tokens = jax.random.randint(jax.random.key(0), (20, 7), 0, 5)
     lengths = 1 + jnp.arange(20) % 7
-    mask = jnp.arange(7) < lengths[:, None]
+    mask = jnp.arange(7)[None] < lengths[:, None]
     data = jt.Dataset(tokens, jnp.where(mask, tokens % 3, -1), mask.astype(jnp.float32))
     state = jt.init_state(Tagger(), optax.adam(0.1), tokens, key=jax.random.key(0))
     fitted, history = jt.fit(
@@ -190,7 +180,7 @@ def test_weights_per_token_train_a_sequence_model() -> None:
         jt.fit(state, wrong, loss_fn=LOSS)
 
 
-def test_a_batch_without_weight_changes_nothing() -> None:
+def test_a_batch_of_zero_weights_does_not_change_the_parameters() -> None:
     state, data = line(jnp.zeros(12))
     after, metrics = jt.train_step(state, data, jt.losses.mean_squared_error)
     assert metrics["loss"] == 0
@@ -198,10 +188,10 @@ def test_a_batch_without_weight_changes_nothing() -> None:
 
 
 @pytest.mark.parametrize("batch_size", [1, 13, 100])
-def test_an_accumulated_metric_is_that_of_all_examples(
+def test_an_accumulated_metric_equals_that_of_all_examples_at_once(
     small_state, small_classes, batch_size
 ) -> None:
-    """The mean of the batches' balanced accuracies would be another number."""
+    """The mean of the balanced accuracies of the batches would differ."""
     few = small_classes.take(jnp.array([0, 1, 2, 3, 6, 9, 12, 15, 18, 4]))
     found = jt.evaluate(
         small_state, few, LOSS, {"b": jt.metrics.balanced_accuracy}, batch_size=batch_size
@@ -210,8 +200,8 @@ def test_an_accumulated_metric_is_that_of_all_examples(
     assert found["b"] == pytest.approx(balanced_accuracy_score(few.targets, predicted))
 
 
-def test_a_metric_of_the_users_own_is_a_pair(small_state, small_classes) -> None:
-    """Perplexity: the exponential of a mean."""
+def test_a_pair_of_functions_defines_an_accumulated_metric(small_state, small_classes) -> None:
+    """Perplexity is the exponential of a mean."""
 
     def sums(predictions, targets, weights):
         return jnp.sum(weights * LOSS(predictions, targets)), jnp.sum(weights)
@@ -229,8 +219,8 @@ def test_a_metric_of_the_users_own_is_a_pair(small_state, small_classes) -> None
     np.testing.assert_allclose(history["test_perplexity"], np.exp(history["test_loss"]), rtol=1e-5)
 
 
-def test_losses_see_float32(small_classes) -> None:
-    """A bfloat16 network: the loss of the step is that of its logits in float32."""
+def test_losses_receive_float32_predictions(small_classes) -> None:
+    """The logits of a bfloat16 network are converted before the loss."""
 
     class Half(nn.Module):
         @nn.compact
@@ -257,8 +247,8 @@ def test_losses_see_float32(small_classes) -> None:
     "loss_fn",
     [jt.losses.mean_squared_error, jt.losses.euclidean_distance, jt.losses.cosine_distance],
 )
-def test_a_weight_of_zero_hides_nan_from_the_gradient(loss_fn) -> None:
-    """A padded target of NaN: 0 times its gradient would be NaN."""
+def test_a_weight_of_zero_keeps_nan_out_of_the_gradient(loss_fn) -> None:
+    """Without a mask, 0 times the gradient of a NaN target would be NaN."""
     state, data = line(jnp.ones(12).at[0].set(0.0))
     padded = data.replace(targets=data.targets.at[0].set(jnp.nan))
     ours, metrics = jt.train_step(state, padded, loss_fn)

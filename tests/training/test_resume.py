@@ -1,4 +1,4 @@
-"""Resuming a run: the same bits as a run in one piece, and no other run's checkpoints."""
+"""A resumed run equals an uninterrupted one bit by bit; checkpoints of other runs are refused."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ from pathlib import Path
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
-import numpy as np
 import pytest
 
 import jaxtrain as jt
 from jaxtrain.checkpoint import list_epochs
 from jaxtrain.optimizers import OPTIMIZERS
 from jaxtrain.training.events import EpochDone
+from tests.checkpoint.helpers import assert_identical
 
 LOSS = jt.losses.cross_entropy
 ROOT = Path(__file__).parents[2]
@@ -30,17 +30,6 @@ def fit(state, data, path: Path | None, options=None, **arguments):
     return jt.fit(state, data, data, checkpoint=checkpoint, **{**defaults, **arguments})
 
 
-def assert_identical(ours, theirs) -> None:
-    """Structure, types, and every bit, of NaN as well."""
-    assert jax.tree.structure(ours) == jax.tree.structure(theirs)
-    for one, other in zip(jax.tree.leaves(ours), jax.tree.leaves(theirs), strict=True):
-        if isinstance(one, jax.Array) and jnp.issubdtype(one.dtype, jax.dtypes.prng_key):
-            assert jax.random.key_impl(one) == jax.random.key_impl(other)
-            one, other = jax.random.key_data(one), jax.random.key_data(other)
-        assert (one.dtype, one.shape) == (other.dtype, other.shape)
-        assert np.asarray(one).tobytes() == np.asarray(other).tobytes()
-
-
 def assert_same_run(ours, theirs) -> None:
     assert_identical(ours[0], theirs[0])
     one, other = ({k: v for k, v in run[1].items() if k != "seconds"} for run in (ours, theirs))
@@ -49,12 +38,12 @@ def assert_same_run(ours, theirs) -> None:
 
 
 def contrary(data: jt.Dataset) -> jt.Dataset:
-    """Validation data that learning makes worse."""
+    """Returns validation data whose loss rises with training."""
     return data.replace(targets=(data.targets + 1) % 3)
 
 
 @pytest.mark.parametrize("name", [name for name in OPTIMIZERS if name != "lbfgs"])
-def test_every_optimizer_resumes_in_the_same_bits(tmp_path: Path, small_classes, name) -> None:
+def test_every_optimizer_resumes_bit_identically(tmp_path: Path, small_classes, name) -> None:
     model = jt.models.FeedForward(features=(8, 3), dropout_rate=0.2, mean=0.0, std=1.0)
     optimizer = jt.optimizers.clip_gradients(OPTIMIZERS[name](0.01), 1.0)
     state = jt.init_state(model, optimizer, small_classes.inputs[:1], key=jax.random.key(0))
@@ -63,8 +52,8 @@ def test_every_optimizer_resumes_in_the_same_bits(tmp_path: Path, small_classes,
     assert_same_run(fit(state, small_classes, tmp_path, epochs=4), straight)
 
 
-def test_batch_norm_early_stopping_and_a_schedule_resume(tmp_path: Path, small_classes) -> None:
-    """Early stopping counts across the interruption, and returns the best state before it."""
+def test_batch_norm_a_schedule_and_early_stopping_resume(tmp_path: Path, small_classes) -> None:
+    """Early stopping counts epochs without improvement across interruptions."""
 
     class Network(nn.Module):
         @nn.compact
@@ -85,7 +74,7 @@ def test_batch_norm_early_stopping_and_a_schedule_resume(tmp_path: Path, small_c
     for epochs in (1, 3, stopped - 1):
         fit(state, small_classes, tmp_path, epochs=epochs, **options)
     assert list_epochs(tmp_path)[-1] == stopped - 1
-    # The run ends there however often it is called.
+    # Further calls return the same result.
     for epochs in (20, 20, 25):
         assert_same_run(fit(state, small_classes, tmp_path, epochs=epochs, **options), straight)
 
@@ -104,7 +93,7 @@ def test_a_run_resumes_from_the_state_it_returned(tmp_path, small_state, small_c
     assert_same_run(fit(state, small_classes, tmp_path, epochs=3), straight)
 
 
-def test_a_run_resumes_from_its_start_after_calls_that_continued_it(
+def test_a_run_resumes_from_its_initial_state_after_calls_that_continued_it(
     tmp_path, small_state, small_classes
 ) -> None:
     straight = fit(small_state, small_classes, None, epochs=6)
@@ -114,7 +103,7 @@ def test_a_run_resumes_from_its_start_after_calls_that_continued_it(
 
 
 def test_weakly_typed_states_resume(tmp_path: Path, small_classes) -> None:
-    """jnp.full of a Python number is weakly typed, the result of a step is not."""
+    """jnp.full of a Python number is weakly typed; the result of a step is not."""
     data = small_classes.replace(targets=small_classes.targets[:, None].astype(float))
     state = jt.init_state(
         jt.models.LinearRegression(),
@@ -127,12 +116,14 @@ def test_weakly_typed_states_resume(tmp_path: Path, small_classes) -> None:
     options = {"loss_fn": jt.losses.mean_squared_error}
     straight = fit(state, data, None, epochs=4, **options)
     fit(state, data, tmp_path, epochs=2, **options)
-    half = fit(state, data, tmp_path, epochs=2, **options)
-    assert_same_run(fit(half[0], data, tmp_path, epochs=2, **options), straight)
+    first = fit(state, data, tmp_path, epochs=2, **options)
+    assert_same_run(fit(first[0], data, tmp_path, epochs=2, **options), straight)
 
 
-def test_the_best_state_resumes(tmp_path: Path, small_state, small_classes) -> None:
-    """Early stopping returns another state than the last one."""
+def test_a_run_resumes_from_the_best_state_it_returned(
+    tmp_path: Path, small_state, small_classes
+) -> None:
+    """Early stopping returns a state that is not the last one."""
     options = {
         "validation_data": contrary(small_classes),
         "early_stopping": jt.EarlyStopping(9),
@@ -146,8 +137,10 @@ def test_the_best_state_resumes(tmp_path: Path, small_state, small_classes) -> N
     assert history["epoch"][-1] == best.epoch + 4
 
 
-def test_a_callback_that_stops_leaves_a_checkpoint(tmp_path, small_state, small_classes) -> None:
-    """Between two checkpoints of the schedule; the history is complete."""
+def test_a_run_stopped_by_a_callback_leaves_a_checkpoint(
+    tmp_path, small_state, small_classes
+) -> None:
+    """Also between the epochs that are saved regularly."""
 
     def stop_at_two(event) -> bool:
         return isinstance(event, EpochDone) and event.epoch == 2
@@ -210,10 +203,10 @@ def small_network(data, *, seed=0, dropout=0.2, width=8, rate=0.1, **options) ->
     ids=str,
 )
 @pytest.mark.parametrize("moved", ["nothing", "python", "jax"])
-def test_another_model_start_or_optimizer_is_refused(
+def test_another_model_initial_state_or_optimizer_is_refused(
     tmp_path: Path, small_classes, monkeypatch, options, message, moved
 ) -> None:
-    """After a change of versions as well."""
+    """Also after a change of versions."""
     fit(small_network(small_classes), small_classes, tmp_path)
     if moved == "python":
         monkeypatch.setattr("platform.python_version", lambda: "3.99.1")
@@ -224,7 +217,7 @@ def test_another_model_start_or_optimizer_is_refused(
 
 
 class Activated(nn.Module):
-    """Two networks with the same parameters."""
+    """Two networks with the same parameters and the same repr."""
 
     smooth: bool
 
@@ -341,7 +334,7 @@ def test_changed_data_are_refused(tmp_path: Path, small_state, small_classes) ->
 
 
 def test_a_model_whose_repr_depends_on_the_hash_seed_resumes(tmp_path: Path) -> None:
-    """Sets of strings have another order in each process."""
+    """The order of a set of strings differs between processes."""
     program = textwrap.dedent("""
         import sys
         import flax.linen as nn, jax, jax.numpy as jnp
@@ -379,7 +372,7 @@ def test_a_model_whose_repr_depends_on_the_hash_seed_resumes(tmp_path: Path) -> 
     assert printed[0][1] != printed[1][1]
 
 
-def test_a_program_may_change_its_directory(
+def test_a_program_may_change_its_working_directory(
     tmp_path: Path, small_state, small_classes, monkeypatch
 ) -> None:
     (tmp_path / "elsewhere").mkdir()
@@ -393,7 +386,7 @@ def test_a_program_may_change_its_directory(
     assert list_epochs(tmp_path / "checkpoints") == [1, 2, 3]
 
 
-def test_a_folder_that_disappears_stops_the_run(tmp_path, small_state, small_classes) -> None:
+def test_a_renamed_checkpoint_folder_stops_the_run(tmp_path, small_state, small_classes) -> None:
     def on_event(event) -> None:
         if isinstance(event, EpochDone) and event.epoch == 2:
             while list_epochs(tmp_path / "checkpoints") != [1]:

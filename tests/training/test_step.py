@@ -1,4 +1,4 @@
-"""One step: pure, for any module and optimizer, and equal to a hand-solved case."""
+"""One step: pure, correct on a case solved by hand, for any module and optimizer."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ import jaxtrain as jt
 
 
 class ConvNet(nn.Module):
-    """Convolution, batch norm and dropout: all that a Linen module may bring along."""
+    """Has parameters, batch statistics and dropout."""
 
     @nn.compact
     def __call__(self, inputs, train: bool = False):
@@ -46,7 +46,7 @@ def test_the_old_state_stays_usable(small_state, small_classes) -> None:
     jax.tree.map(np.testing.assert_array_equal, first.params, again.params)
 
 
-def test_dropout_differs_from_step_to_step_and_key_to_key(small_state, small_classes) -> None:
+def test_dropout_depends_on_the_step_and_the_key(small_state, small_classes) -> None:
     def loss(state):
         _, metrics = jt.train_step(state, small_classes, jt.losses.cross_entropy)
         return metrics["loss"].item()
@@ -68,7 +68,9 @@ def test_dropout_differs_from_step_to_step_and_key_to_key(small_state, small_cla
     ],
     ids=["sgd", "adamw", "lion", "lbfgs", "clipped rmsprop"],
 )
-def test_any_module_with_any_optimizer_learns(digits: jt.data.Resolved, optimizer) -> None:
+def test_a_convolutional_network_learns_with_any_optimizer(
+    digits: jt.data.Resolved, optimizer
+) -> None:
     batch = digits.train.take(jnp.arange(64))
     state = jt.init_state(ConvNet(), optimizer, batch.inputs[:1], key=jax.random.key(0))
     statistics = jax.tree.map(np.array, state.model_state)
@@ -87,7 +89,7 @@ def test_evaluation_uses_the_running_statistics_and_no_dropout(digits: jt.data.R
         ConvNet(), jt.optimizers.sgd(0.1), batch.inputs[:1], key=jax.random.key(0)
     )
     metrics = {"accuracy": jt.metrics.accuracy}
-    whole = jt.eval_step(state, batch, jt.losses.cross_entropy, metrics)
+    together = jt.eval_step(state, batch, jt.losses.cross_entropy, metrics)
     # With batch statistics, one example's loss would depend on the others in its batch.
     singly = [
         jt.eval_step(state, batch.take(jnp.array([i])), jt.losses.cross_entropy, metrics)
@@ -95,10 +97,10 @@ def test_evaluation_uses_the_running_statistics_and_no_dropout(digits: jt.data.R
     ]
     for name in ("loss", "accuracy"):
         mean = np.mean([one[name].item() for one in singly])
-        assert whole[name].item() == pytest.approx(mean, rel=1e-4)
+        assert together[name].item() == pytest.approx(mean, rel=1e-4)
 
 
-def test_a_loss_that_is_not_one_value_an_example_is_refused(small_state, small_classes) -> None:
+def test_a_loss_must_return_one_value_per_example(small_state, small_classes) -> None:
     def mean_loss(predictions, targets):
         return jt.losses.cross_entropy(predictions, targets).mean()
 
@@ -107,7 +109,7 @@ def test_a_loss_that_is_not_one_value_an_example_is_refused(small_state, small_c
 
 
 def test_half_precision_losses_are_summed_in_float32(small_state) -> None:
-    """3,000 losses of 100 add up to more than float16 can hold."""
+    """The sum of 3,000 losses of 100 overflows float16."""
     data = jt.Dataset(jnp.zeros((3000, 6)), jnp.zeros(3000, int))
 
     def hundred(predictions, targets):
@@ -125,7 +127,7 @@ def test_a_batch_of_unequal_lengths_is_refused(small_state, small_classes) -> No
             step(small_state, batch, jt.losses.cross_entropy)
 
 
-def test_a_metric_may_not_take_the_losss_name(small_state, small_classes) -> None:
+def test_a_metric_named_loss_is_refused(small_state, small_classes) -> None:
     with pytest.raises(jt.InputError, match="named 'loss'"):
         jt.eval_step(
             small_state, small_classes, jt.losses.cross_entropy, {"loss": jt.metrics.accuracy}

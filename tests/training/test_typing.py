@@ -1,4 +1,4 @@
-"""What type checkers see of the public functions, in code as users write it."""
+"""The types that type checkers infer for the results of public functions."""
 
 from __future__ import annotations
 
