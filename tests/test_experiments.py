@@ -19,7 +19,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-import torch
 
 import jaxtrain as jt
 from experiments import (
@@ -373,6 +372,7 @@ def test_zero_epochs_leave_a_summary(tmp_path: Path) -> None:
 
 def test_mini_batches_in_pytorchs_order_end_where_pytorch_does(tmp_path: Path) -> None:
     """T5's reference run: start and permutations of torch's seed 0."""
+    torch = pytest.importorskip("torch")
     data = jt.data.noisy_line(150, 2.0, 6.0, 0.3, seed=100, width=5.0)
     torch.manual_seed(0)
     weight, bias = torch.randn(1).item(), torch.randn(1).item()
