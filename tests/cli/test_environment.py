@@ -32,6 +32,11 @@ def run_script(
     )
 
 
+def hear_hangups() -> None:
+    """Undoes what `nohup` does, if the tests themselves run under it."""
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)
+
+
 def assert_one_sentence(result: subprocess.CompletedProcess[str], *parts: str) -> None:
     assert result.returncode == 1, result.stderr
     (line,) = result.stderr.splitlines()
@@ -107,7 +112,13 @@ def test_matplotlibs_backend_does_not_matter(tmp_path: Path) -> None:
 def test_a_closed_terminal_ends_the_run_with_one_line(tmp_path: Path) -> None:
     flags = ["--dataset", "digits", "--epochs", "1000000", "--output-dir", tmp_path / "out"]
     command = [sys.executable, "experiments/mnist.py", *flags]
-    with subprocess.Popen(command, cwd=ROOT, stderr=subprocess.PIPE, text=True) as process:
+    with subprocess.Popen(
+        command,
+        cwd=ROOT,
+        stderr=subprocess.PIPE,
+        text=True,
+        preexec_fn=hear_hangups,
+    ) as process:
         assert process.stderr is not None
         for line in process.stderr:
             if line.startswith("epoch 2:"):

@@ -60,6 +60,8 @@ def test_a_signal_ends_the_process_with_one_line(name: str, case: str) -> None:
         text=True,
         timeout=20,
         check=False,
+        # SIGHUP is ignored if the tests run under nohup.
+        preexec_fn=lambda: signal.signal(signal.SIGHUP, signal.SIG_DFL),
     )
     assert result.returncode == 128 + signal.Signals[name]
     words = {"SIGINT": "interrupted", "SIGTERM": "terminated", "SIGHUP": "terminal closed"}
