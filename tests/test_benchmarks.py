@@ -109,7 +109,8 @@ def test_every_peer_computes_the_losses_of_pytorch(
         make = peers.load(name)
     except peers.MissingError as error:
         pytest.skip(str(error))
-    suites.check(name, make, task, pytorch_losses)
+    with jax.numpy_rank_promotion("allow"):  # Keras adds biases by it
+        suites.check(name, make, task, pytorch_losses)
 
 
 @pytest.mark.parametrize(
@@ -274,9 +275,7 @@ def test_ranking_counts_wins_and_names_the_worst_case() -> None:
     text = report.ranking({"rows": rows})
     assert "jaxtrain is the fastest library in 1 of 3 step cases" in text
     assert text.endswith("; in the worst, `T2, batch 64`, Equinox is 2.5 × as fast.")
-    assert report.ranking({"rows": rows[:2]}).endswith(
-        "1 of the 1 step cases (network × batch size)."
-    )
+    assert report.ranking({"rows": rows[:2]}).endswith("in 1 of 1 step cases (network × batch).")
 
 
 def test_flag_lists_every_peer() -> None:

@@ -191,7 +191,8 @@ def rprop(
     if callable(learning_rate):
         raise InputError(
             "the learning rate of rprop is a schedule; expected a number, since rprop adapts the "
-            "step size of each parameter"
+            "step size of each parameter",
+            argument="learning_rate",
         )
     check_learning_rate(learning_rate)
     eta_minus, eta_plus = etas

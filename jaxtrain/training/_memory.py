@@ -14,7 +14,7 @@ from jaxtrain.errors import OutOfMemoryError
 
 # Parts of the messages of XLA's errors.
 _OUT_OF_MEMORY = ("RESOURCE_EXHAUSTED", "Out of memory")
-# The fraction of free memory that an estimate may use: matrix products need workspace too.
+# The fraction of free memory that an estimate may use: matrix products need workspace.
 _USABLE_FRACTION = 0.5
 
 LowerAt = Callable[[int], jax.stages.Lowered]

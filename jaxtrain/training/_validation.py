@@ -54,7 +54,10 @@ def checked_data(data: Dataset, name: str, state: TrainState, loss_fn: Loss) -> 
 def check_type(value: Any, name: str, expected: type) -> None:
     """Raises InputError unless an optional argument is None or of a type."""
     if value is not None and not isinstance(value, expected):
-        raise InputError(f"{name} is {value!r}; expected None or jaxtrain.{expected.__name__}(...)")
+        raise InputError(
+            f"{name} is {value!r}; expected None or jaxtrain.{expected.__name__}(...)",
+            argument=name,
+        )
 
 
 def check_values(dataset: Dataset, name: str) -> None:
@@ -212,5 +215,6 @@ def _predictions_shape(state: TrainState, data: Dataset) -> Any:
 
 
 def _has_values(array: Any) -> bool:
-    is_local = getattr(array, "is_fully_addressable", True)
-    return not isinstance(array, jax.core.Tracer) and is_local and array.size > 0
+    if isinstance(array, jax.core.Tracer):  # under jax.jit, `is_fully_addressable` raises
+        return False
+    return getattr(array, "is_fully_addressable", True) and array.size > 0

@@ -38,12 +38,14 @@ class EarlyStopping:
     def check_columns(self, columns: Sequence[str]) -> None:
         """Raises InputError if the watched column is missing from the history."""
         if self.monitor not in columns:
-            hint = ""
+            hint, argument = "", "early_stopping"
             if self.monitor.startswith("validation_"):
                 hint = ", or validation_data, for example from train_data.split(0.1, key)"
+                argument = "validation_data"
             raise InputError(
                 f"early_stopping monitors {self.monitor!r}, but the history has the columns "
-                f"{', '.join(columns)}; expected one of these{hint}"
+                f"{', '.join(columns)}; expected one of these{hint}",
+                argument=argument,
             )
 
     def best_row(self, rows: Sequence[dict[str, float]]) -> int:

@@ -52,10 +52,10 @@ def fit(
 ) -> tuple[TrainState, History]:
     """Trains for some epochs and evaluates after each.
 
-    Calling it again with the returned state and the same data continues the run: 2 and 3 epochs
-    give exactly what 5 in one call give. With `checkpoint`, a run that was
-    interrupted resumes from its newest checkpoint when the same call is made again. On the same
-    CPU with the same versions, the results are bit-identical to those of an uninterrupted run.
+    Calling it again with the returned state and the same data continues the run: 2 epochs and then
+    3 give exactly the results of 5 in one call. With `checkpoint`, the same call resumes an
+    interrupted run from its newest checkpoint. On the same CPU with the same versions, the results
+    are bit-identical to those of an uninterrupted run.
 
     A NaN or infinity in a loss, a gradient or the state ends the run before the epoch is reported
     or saved; `optimizers.skip_nonfinite` leaves out the steps of a few bad batches instead.
@@ -68,7 +68,7 @@ def fit(
       loss_fn: per-example loss.
       metric_fns: metrics to evaluate on test and validation data, by name.
       state_metrics: further columns of the history by name, functions of the state after an epoch.
-      epochs: passes over `train_data` after `state`. Those that a checkpoint restores count, so a
+      epochs: passes over `train_data` after `state`. Epochs restored from a checkpoint count, so a
         resumed run trains only the remaining ones.
       batch_size: examples per step.
       test_batch_size: examples at a time in evaluation.
@@ -133,7 +133,7 @@ def fit(
             run = identify(plan, state, early_stopping, programs, checkpoint.configuration)
             store, every = stack.enter_context(CheckpointStore(checkpoint, run)), checkpoint.every
             resumed = store.restore(state, records.columns, functools.partial(check_same_run, run))
-            store.metadata = run  # with the start of the first call, which the check has copied
+            store.metadata = run  # `check_same_run` may have replaced its "start"
         best_state: TrainState | None = None
         if resumed is not None:
             if resumed.epoch > last:

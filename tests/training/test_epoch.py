@@ -180,3 +180,13 @@ def test_a_batch_size_above_the_number_of_examples_gives_one_batch(
     expected, metrics = jt.train_step(small_state, small_classes, LOSS)
     np.testing.assert_allclose(losses, [metrics["loss"]], rtol=1e-6)
     assert_same(after.params, expected.params, rtol=1e-5, atol=1e-7)
+
+
+def test_the_data_may_be_traced(small_state: jt.TrainState, small_classes: jt.Dataset) -> None:
+    def run(data: jt.Dataset) -> tuple[jax.Array, jax.Array]:
+        state, losses = jt.train_epoch(small_state, data, jt.losses.cross_entropy, batch_size=16)
+        return losses, jt.evaluate(state, data, jt.losses.cross_entropy)["loss"]
+
+    weighted = small_classes.replace(weights=np.ones(50, np.float32))
+    for data in (small_classes, weighted):
+        jax.tree.map(np.testing.assert_array_equal, jax.jit(run)(data), run(data))
