@@ -39,13 +39,14 @@ package:  ## build the wheel, install it into an empty environment, and train a 
 bench: $(VENV)/installed-bench  ## time ours against PyTorch and others (ARGS="--quick" in a minute)
 	$(BIN)/python -m benchmarks $(ARGS)
 
-# Tests that start processes of their own, or of other packages, are left out of the last line: the
-# type checker does not reach them.
+# Tests of scripts and of other packages, which the run-time type checker does not reach.
+IN_PROCESSES := test_experiments.py test_survival.py test_benchmarks.py test_extras.py
+IN_PROCESSES += cli/test_environment.py cli/test_progress.py cli/test_signals.py
 check: $(VENV)/installed-dev  ## lint, format, types, and the tests with shapes and types checked at run time
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
-	$(BIN)/python -m pytest --numprocesses $(WORKERS) --jaxtyping-packages=jaxtrain,tests.checked --ignore=tests/test_experiments.py --ignore=tests/test_survival.py --ignore=tests/test_benchmarks.py
+	$(BIN)/python -m pytest --numprocesses $(WORKERS) --jaxtyping-packages=jaxtrain,tests.checked $(addprefix --ignore=tests/,$(IN_PROCESSES))
 
 format: $(VENV)/installed-dev  ## format, and fix what ruff can fix
 	$(BIN)/ruff check --fix .
