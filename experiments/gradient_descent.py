@@ -34,7 +34,7 @@ class Config(flags.LineFlags):
     epochs: int = 100
     """Passes over the three points."""
     optimizer: flags.OptimizerName = "sgd"
-    """The solver, as in torch.optim; lbfgs uses all points at once in both runs."""
+    """The optimizer, as in torch.optim; lbfgs uses all points at once in both runs."""
     as_published: bool = False
     """Batch descent as in the tutorial's listing: only the last example's gradient counts."""
     log_interval: int = 10
@@ -168,6 +168,8 @@ def draw(data: jt.Dataset, batch: np.ndarray, stochastic: np.ndarray) -> plots.F
     ]
     for weights, name, style in paths:
         losses = mean_loss(data, weights)
+        shown = losses < 1e100  # matplotlib's ticks overflow beyond
+        weights, losses = weights[shown], losses[shown]
         left.plot(weights, losses, markersize=5, label=f"{name}, one mark per epoch", **style)
         right.plot(losses, label=name, **{**style, "marker": None})
     plots.label_axes(left, "weight w", "mean squared error")

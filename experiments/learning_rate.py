@@ -18,6 +18,7 @@ from jax.typing import ArrayLike
 
 import jaxtrain as jt
 from jaxtrain._arguments import check_integer
+from jaxtrain._extras import needs_extra
 from jaxtrain.cli import command, flags, plots, tables
 from jaxtrain.cli.tables import Comparison
 from jaxtrain.optimizers import Minimum, Stop
@@ -44,8 +45,11 @@ class Config(flags.ExperimentFlags):
 
 
 def run(config: Config) -> dict[str, Any]:
-    """Minimises the sum of squared errors at each rate until a threshold, limit or divergence."""
-    check_integer(config.seed, "seed", minimum=0, maximum=2**32 - 1)
+    """Minimizes the sum of squared errors at each rate until a threshold, limit or divergence."""
+    flags.check_seed(config.seed)
+    check_integer(config.max_steps, "max_steps", minimum=1, maximum=10**6)
+    if not 0 <= config.threshold <= 1e6:
+        raise jt.InputError(f"--threshold is {config.threshold}; expected a number from 0 to 1e6")
     if not config.learning_rates:
         raise jt.InputError("--learning-rates is empty; expected at least one, such as 0.025")
     for rate in config.learning_rates:
@@ -113,12 +117,13 @@ def descend(config: Config, data: jt.Dataset) -> Minimum:
 
 
 def logistic_regression(seed: int) -> tuple[np.ndarray, np.ndarray]:
-    """Minimises the log loss of 200 points of two overlapping classes.
+    """Minimizes the log loss of 200 points of two overlapping classes.
 
     Returns:
       (w₁, w₂, b) by L-BFGS here, and by `LogisticRegression(C=inf)`, which has no penalty.
     """
-    from sklearn.linear_model import LogisticRegression
+    with needs_extra("experiments"):
+        from sklearn.linear_model import LogisticRegression
 
     random = np.random.default_rng(seed)
     inputs = random.normal(size=(200, 2)).astype(np.float32)

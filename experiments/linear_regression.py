@@ -55,7 +55,7 @@ class Config(flags.LineFlags):
     loss: Literal[
         "mean_absolute_error", "mean_squared_error", "squared_error_sum", "euclidean_distance"
     ] = "mean_absolute_error"
-    """Loss whose mean over the points is minimised."""
+    """Loss whose mean over the points is minimized."""
     start: Literal["published", "random"] = "published"
     """published: the tutorial's weight and bias. random: drawn from a normal distribution."""
     seed: int = 42

@@ -85,14 +85,14 @@ def compare(curve: jax.Array, surface: jax.Array) -> list[Comparison]:
         Comparison("loss at w = 0", 18.6667, float(curve[0]), rounded),
         Comparison("loss at w = 4", 18.6667, float(curve[-1]), rounded),
         Comparison("smallest loss over w", 0.0, float(curve.min()), exact),
-        Comparison("at w", 2.0, float(PARAMETERS[curve.argmin()]), exact),
+        Comparison("w at the minimum of the curve", 2.0, float(PARAMETERS[curve.argmin()]), exact),
         Comparison("loss at (w, b) = (0, 0)", 38.6667, float(surface[0, 0]), rounded),
         Comparison("loss at (4, 0)", 6.6667, float(surface[-1, 0]), rounded),
         Comparison("loss at (0, 4)", 6.6667, float(surface[0, -1]), rounded),
         Comparison("loss at (4, 4)", 38.6667, float(surface[-1, -1]), rounded),
         Comparison("smallest loss over (w, b)", 0.0, float(surface.min()), exact),
-        Comparison("at w of (w, b)", 2.0, float(PARAMETERS[weight]), exact),
-        Comparison("at b of (w, b)", 2.0, float(PARAMETERS[bias]), exact),
+        Comparison("w at the minimum of the surface", 2.0, float(PARAMETERS[weight]), exact),
+        Comparison("b at the minimum of the surface", 2.0, float(PARAMETERS[bias]), exact),
     ]
 
 

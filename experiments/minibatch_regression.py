@@ -154,9 +154,9 @@ def compare(
     # deviations of 0.0055, 0.0026 and 0.0004 (and means 2.0583, 5.8542, 0.1042).
     return [
         *rows,
-        Comparison("mini-batches in another order: w", 2.0620, weight, 0.022),
-        Comparison("mini-batches in another order: b", 5.8549, bias, 0.01),
-        Comparison("mini-batches in another order: loss", 0.10407, loss, 0.0024),
+        Comparison("mini-batches, other order: w", 2.0620, weight, 0.022),
+        Comparison("mini-batches, other order: b", 5.8549, bias, 0.01),
+        Comparison("mini-batches, other order: mean squared error", 0.10407, loss, 0.0024),
     ]
 
 

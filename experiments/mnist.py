@@ -8,7 +8,6 @@ if __name__ == "__main__":  # until the flags are read, Ctrl-C ends the process 
     signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 import inspect
-import sys
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -56,19 +55,19 @@ class Config(flags.DatasetFlags, flags.TrainingFlags):
 
     output_dir: Path = Path("runs/mnist")
     epochs: int | None = None
-    """Passes over the training data; None means 5, on digits 60."""
+    """Passes over the training data; None means 5, or 60 on digits."""
     batch_size: int = 64
     """Training examples per step."""
     test_batch_size: int = 1000
     """Test examples at a time."""
     learning_rate: float | None = None
-    """None means 0.01, on digits 0.05; for other solvers than sgd torch.optim's default."""
+    """None means 0.01 (0.05 on digits) for sgd, and torch.optim's default for other optimizers."""
     weight_decay: float | None = None
-    """L2 penalty, added to the gradient; None means 1e-6, for rprop and lbfgs 0."""
+    """Weight decay, as in torch.optim; None means 1e-6, or 0 for rprop and lbfgs."""
     momentum: float = 0.0
     """Momentum of sgd and rmsprop."""
     optimizer: flags.OptimizerName = "sgd"
-    """The solver, as in torch.optim."""
+    """The optimizer, as in torch.optim."""
     validation: float = 0.0
     """Fraction of the training data held out for validation, evaluated after every epoch."""
     patience: int | None = None
@@ -92,9 +91,7 @@ def run(config: Config) -> dict[str, Any]:
             "for example"
         )
     with command.run_folder(config) as folder:
-        data = jt.data.load_resolved(config.dataset, config.data_dir)
-        if data.notice is not None:
-            print(f"This is not MNIST but scikit-learn's digits: {data.notice}.", file=sys.stderr)
+        data = command.load_images(config)
         folder.config = config = with_defaults(config, data.name)
         state, history = train(config, data, folder)
 
@@ -213,7 +210,7 @@ def write_pictures(
     if len(history["epoch"]):
         folder.write_picture("learning_curves.png", plots.learning_curves(history, data.name))
     if "validation_loss" in history and len(history["epoch"]):
-        folder.write_picture("overfitting.png", plots.generalisation_gap(history, data.name))
+        folder.write_picture("overfitting.png", plots.generalization_gap(history, data.name))
     folder.write_picture(
         "predictions.png",
         plots.prediction_grid(

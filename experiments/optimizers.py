@@ -57,7 +57,7 @@ class Config(flags.DatasetFlags, flags.TrainingFlags):
     seed: int = 42
     """Seed of the initial parameters and the order of examples, shared by all solvers."""
     log_interval: int = 1
-    """0 prints nothing; else one line per solver."""
+    """0 prints nothing; any other number prints one line per optimizer."""
 
 
 def run(config: Config) -> dict[str, Any]:
@@ -66,9 +66,7 @@ def run(config: Config) -> dict[str, Any]:
     check_integer(config.sweep_epochs, "sweep_epochs", minimum=1)
     check_integer(config.log_interval, "log_interval", minimum=0)
     with command.run_folder(config) as folder:
-        data = jt.data.load_resolved(config.dataset, config.data_dir)
-        if data.notice is not None:
-            print(f"This is not MNIST but scikit-learn's digits: {data.notice}.", file=sys.stderr)
+        data = command.load_images(config)
         train_data, validation_data = split(config, data)
         results = {}
         for name in CANDIDATES:
@@ -121,7 +119,7 @@ def batch_size_of(name: str, config: Config, train_data: jt.Dataset) -> int:
 
 
 def make_optimizer(name: str, rate: Any, config: Config) -> optax.GradientTransformation:
-    """Returns the solver with the safeguards; L-BFGS is not clipped: its line search forbids it."""
+    """Returns the optimizer with safeguards; clipping would break the line search of L-BFGS."""
     safety = config.safety
     if name == "lbfgs":
         safety = replace(safety, max_gradient_norm=None)
@@ -146,7 +144,7 @@ def choose_rate(
     candidates = CANDIDATES[name]
     if len(candidates) == 1:
         return candidates[0]
-    # A rate that diverges is out, also where a long run would skip such steps.
+    # Exclude rates that diverge, even with --on-nonfinite skip.
     config = replace(config, safety=replace(config.safety, on_nonfinite="stop"))
     epochs = config.epochs if name in FULL_BATCH else config.sweep_epochs
     keys = jax.random.split(flags.seed_key(config.seed), epochs)

@@ -19,6 +19,7 @@ from jaxtrain.dataset import Dataset
 from jaxtrain.errors import (
     DataUnavailableError,
     InputError,
+    MissingExtraError,
     NonFiniteError,
     OutOfMemoryError,
     StorageError,
@@ -44,6 +45,7 @@ __all__ = [
     "History",
     "InputError",
     "Minimum",
+    "MissingExtraError",
     "Model",
     "NonFiniteError",
     "OutOfMemoryError",

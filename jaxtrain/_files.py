@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import errno
 import os
+import secrets
 import shutil
 import stat
 import tempfile
@@ -50,7 +51,7 @@ def lock_folder(path: Path, description: str) -> filelock.BaseFileLock:
 
     Returns:
       The lock, acquired. `release()` ends it, and so does the end of the process. (On file systems
-      without locks, some network ones, a file that exists is the lock.)
+      without locking, such as some network ones, the existence of a file is the lock.)
 
     Raises:
       InputError: another run holds the lock, or the file cannot be made.
@@ -91,10 +92,12 @@ def write_atomically(path: Path, content: bytes, *, sync_folder: bool = False) -
     try:
         try:
             mode = _mode_of(path)
-            descriptor, name = tempfile.mkstemp(PART, f".{path.name}."[:128], path.parent)
-            part = Path(name)
+            name = f".{path.name}."[:128] + secrets.token_hex(8) + PART
+            descriptor = os.open(path.parent / name, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666)
+            part = path.parent / name
             with os.fdopen(descriptor, "wb") as file:
-                os.fchmod(descriptor, mode)
+                if mode is not None:
+                    os.fchmod(descriptor, mode)
                 file.write(content)
                 file.flush()
                 # Otherwise a power failure soon after could leave the new name on an empty file.
@@ -111,17 +114,15 @@ def write_atomically(path: Path, content: bytes, *, sync_folder: bool = False) -
         raise StorageError(path, NO_SPACE if full else error.strerror or str(error)) from error
 
 
-def _mode_of(path: Path) -> int:
-    """The permissions of a file that exists, or those of a new file."""
+def _mode_of(path: Path) -> int | None:
+    """Returns the permissions of a regular file, or None if there is none."""
     try:
         found = path.lstat()
         if stat.S_ISREG(found.st_mode):
             return stat.S_IMODE(found.st_mode)
     except FileNotFoundError:
         pass
-    mask = os.umask(0)
-    os.umask(mask)
-    return 0o666 & ~mask
+    return None
 
 
 def read_regular_file(path: Path, maximum: int | None = None) -> bytes:

@@ -58,9 +58,9 @@ class StorageError(OSError):
     def __init__(self, path: str | os.PathLike[str], reason: str) -> None:
         self.path = path
         self.reason = reason
-        hint = "free some space" if reason == NO_SPACE else "fix that"
+        hint = "free some space" if reason == NO_SPACE else "correct the cause"
         super().__init__(
-            printable(f"{path} could not be written ({reason}); {hint} and run it again")
+            printable(f"{path} could not be written ({reason}); {hint} and start the run again")
         )
 
 

@@ -226,7 +226,7 @@ def test_overwrite_replaces_the_checkpoints_of_another_run(environment, tmp_path
     other = (*script, "--epochs", 2, "--learning-rate", 0.1)
     _, err = run(environment, *other, expect=1)
     assert "learning_rate was 0.01 and is now 0.1" in err
-    assert "or replace it by --overwrite" in err
+    assert "or replace it with --overwrite" in err
     assert list_epochs(folder) == [3, 4, 5]
     _, err = run(environment, *other, "--overwrite")
     assert err == f"removed the checkpoints of another run in {folder}\n"
@@ -329,8 +329,8 @@ def test_a_finished_run_is_not_overwritten(environment, tmp_path: Path, script, 
     before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
     _, err = run(environment, *command, expect=1)
     assert err == (
-        f"error: the output folder {tmp_path} contains a finished run; keep it and choose another "
-        "by --output-dir, or replace it by --overwrite\n"
+        f"error: the output folder {tmp_path} contains a finished run; choose another folder "
+        "with --output-dir, or replace it with --overwrite\n"
     )
     assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
     run(environment, *command, "--overwrite")
@@ -373,7 +373,7 @@ def test_a_full_disk_leaves_the_earlier_checkpoints_intact(environment, tmp_path
     lost = max(kept) + 1
     assert line.startswith(
         f"error: {disk}/checkpoints/epoch-{lost}.safetensors could not be written (no space left "
-        f"on the disk); free some space and run it again; run the same again to resume after epoch "
+        f"on the disk); free some space and start the run again; run the same again to resume after epoch "
         f"{lost - 1}"
     )
     assert len(read_history(out)) >= lost

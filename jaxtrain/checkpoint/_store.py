@@ -64,8 +64,8 @@ class CheckpointOptions:
             ) from error
         if path == Path():
             raise InputError(
-                f"directory is {self.directory!r}, the current folder; expected a folder for the "
-                "checkpoints alone, such as 'checkpoints'",
+                f"directory is {str(self.directory)!r}, the current folder; expected a folder for "
+                "the checkpoints alone, such as 'checkpoints'",
                 argument="directory",
             )
         check_integer(self.every, "every", minimum=1)

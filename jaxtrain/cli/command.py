@@ -3,22 +3,25 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import importlib.util
+import io
 import os
 import signal
 import sys
 import warnings
 from collections.abc import Callable, Iterator
-from typing import Any, TypeVar
+from typing import Any, NoReturn, TypeVar
 
 from jaxtrain.cli.compilation_cache import set_up_compilation_cache
 from jaxtrain.cli.devices import select_device
-from jaxtrain.cli.flags import flag_of
+from jaxtrain.cli.flags import DatasetFlags, ExperimentFlags, TrainingFlags, flag_of
 from jaxtrain.cli.parsing import parse
 from jaxtrain.cli.progress import console
 from jaxtrain.cli.resuming import resumes
 from jaxtrain.cli.runs import RunFolder
-from jaxtrain.cli.signals import EXIT_STATUS, WORDS, ignore_signals, raise_on_signals
+from jaxtrain.cli.signals import EXIT_STATUS, MESSAGES, ignore_signals, raise_on_signals
+from jaxtrain.data import Resolved, load_resolved
 from jaxtrain.errors import (
     DataUnavailableError,
     InputError,
@@ -32,6 +35,7 @@ from jaxtrain.training.events import Event, OnEvent, every_steps
 
 Config = TypeVar("Config")
 BROKEN_PIPE_STATUS = 128 + signal.SIGPIPE
+_OUTPUT_ERRORS = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EBADF, errno.EAGAIN}
 
 for _package in ("matplotlib", "platformdirs", "tyro"):  # what scripts import before `main`
     if importlib.util.find_spec(_package) is None:
@@ -62,37 +66,68 @@ def report_errors(config_type: type | None = None) -> Iterator[None]:
     Args:
       config_type: the dataclass of the flags, to name the flag that sets a wrong argument.
     """
+    _prepare_output()
     warnings.showwarning = _print_warning
     raise_on_signals()
     try:
         try:
             yield
         except (InputError, NonFiniteError, OutOfMemoryError, StorageError) as error:
-            hint = _flags(error, config_type)
+            hint = _flag_hint(error, config_type)
             _print_line("; ".join([f"error: {error}{hint}", *recovery_notes(error)]))
             sys.exit(1)
         finally:
             sys.stdout.flush()
             sys.stderr.flush()
-    except BrokenPipeError:  # the reader of the output has left, as in `--help | head`
+    except BaseException as error:
+        signalled = _find_signal(error)
+        if signalled is not None:
+            _end_by_signal(signalled)
+        _end_if_output_failed(error)
+        raise
+    finally:
+        ignore_signals()
+
+
+def _prepare_output() -> None:
+    """Replaces closed streams by the null device, and escapes what their encoding lacks."""
+    sys.stdout = sys.stdout or open(os.devnull, "w")  # noqa: SIM115
+    sys.stderr = sys.stderr or open(os.devnull, "w")  # noqa: SIM115
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
+
+
+def _find_signal(error: BaseException | None) -> BaseException | None:
+    """Returns the exception of a signal, also if an OSError replaced it while it propagated.
+
+    When a terminal is closed, rich fails to remove its bar.
+    """
+    while error is not None and type(error) not in EXIT_STATUS:
+        error = error.__context__ if isinstance(error, OSError) else None
+    return error
+
+
+def _end_by_signal(error: BaseException) -> NoReturn:
+    """Prints one line and ends the process with the signal's status."""
+    with contextlib.suppress(OSError):  # the terminal may be gone
+        _print_line("; ".join([MESSAGES[type(error)], *recovery_notes(error)]))
+        sys.stdout.flush()
+    # At once: Python's own exit would tear XLA down while it may still be compiling.
+    os._exit(EXIT_STATUS[type(error)])
+
+
+def _end_if_output_failed(error: BaseException) -> None:
+    """Ends the process if the error is that stdout or stderr cannot be written."""
+    if isinstance(error, BrokenPipeError):  # the reader has left, as in `--help | head`
         _discard_output()
         sys.exit(BROKEN_PIPE_STATUS)
-    except OSError as error:
-        if error.filename is not None or error.strerror is None:
-            raise
-        # Only a write to stdout or stderr has no file name: the disk behind it is full.
+    # Writes to stdout and stderr have no file name.
+    if isinstance(error, OSError) and error.filename is None and error.errno in _OUTPUT_ERRORS:
         with contextlib.suppress(OSError):
             _print_line(f"error: the output could not be printed ({error.strerror})")
         _discard_output()
         sys.exit(1)
-    except tuple(EXIT_STATUS) as error:
-        with contextlib.suppress(OSError):  # the terminal may be gone
-            _print_line("; ".join([WORDS[type(error)], *recovery_notes(error)]))
-            sys.stdout.flush()
-        # At once: Python's own exit would tear XLA down while it may still be compiling.
-        os._exit(EXIT_STATUS[type(error)])
-    finally:
-        ignore_signals()
 
 
 def _print_line(text: str) -> None:
@@ -110,7 +145,7 @@ def _discard_output() -> None:
         os.dup2(nowhere, stream.fileno())
 
 
-def _flags(error: BaseException, config_type: type | None) -> str:
+def _flag_hint(error: BaseException, config_type: type | None) -> str:
     """Returns the flags that help against an error, since the library does not know of flags."""
     known: list[str] = []
     if isinstance(error, OutOfMemoryError) and error.fitting is not None:
@@ -122,15 +157,25 @@ def _flags(error: BaseException, config_type: type | None) -> str:
     elif isinstance(error, InputError) and config_type is not None:
         flag = flag_of(error.argument, config_type)
         known = [flag] if flag else []
-    return f" ({', '.join(known)})" if known else ""
+    return f" (flags: {', '.join(known)})" if len(known) > 1 else f" ({known[0]})" if known else ""
+
+
+def load_images(config: DatasetFlags) -> Resolved:
+    """Loads the data set that the flags name; says on stderr if `auto` falls back to digits."""
+    data = load_resolved(config.dataset, config.data_dir)
+    if data.notice is not None:
+        _print_line(
+            f"This is not MNIST but scikit-learn's digits: {data.notice} (--data-dir FOLDER)."
+        )
+    return data
 
 
 @contextlib.contextmanager
-def run_folder(config: Any) -> Iterator[RunFolder]:
+def run_folder(config: ExperimentFlags) -> Iterator[RunFolder]:
     """Sets up JAX as the flags say, and opens the output folder.
 
     Args:
-      config: the experiment's configuration, an `ExperimentFlags`.
+      config: the experiment's configuration.
 
     Yields:
       The folder, if --overwrite and the checkpoints permit writing to it.
@@ -141,7 +186,7 @@ def run_folder(config: Any) -> Iterator[RunFolder]:
     """
     select_device(config.device)
     set_up_compilation_cache(config.compilation_cache)
-    resuming = hasattr(config, "safety") and resumes(config)
+    resuming = isinstance(config, TrainingFlags) and resumes(config)
     with RunFolder(
         config.output_dir, config, overwrite=config.overwrite, resuming=resuming
     ) as folder:

@@ -7,6 +7,7 @@ import hashlib
 import importlib
 import os
 import platform
+import re
 import stat
 import time
 import zlib
@@ -17,11 +18,12 @@ import jax
 from jaxtrain._extras import needs_extra
 
 _STAMP = ".verified"
+_ENTRY = re.compile(r".+-[0-9a-f]{64}-cache")  # JAX's names; other files are the user's
 _ZSTANDARD_MAGIC = b"\x28\xb5\x2f\xfd"
 
 
 def set_up_compilation_cache(enabled: bool) -> None:
-    """Makes JAX keep compiled programs for later processes, or not.
+    """Turns JAX's persistent compilation cache on or off.
 
     The cache is in $JAX_COMPILATION_CACHE_DIR, else in the user's cache folder, with a subfolder
     per kind of processor, since programs contain machine code. A folder that cannot be written is
@@ -31,7 +33,7 @@ def set_up_compilation_cache(enabled: bool) -> None:
     if not enabled:
         return
     folder = jax.config.jax_compilation_cache_dir  # type: ignore[attr-defined]
-    if folder is None:
+    if not folder:
         folder = _default_folder()
         try:
             folder.mkdir(parents=True, exist_ok=True)
@@ -50,14 +52,14 @@ def set_up_compilation_cache(enabled: bool) -> None:
 def remove_damaged_entries(folder: Path) -> None:
     """Removes entries that a full disk or a killed process left incomplete.
 
-    JAX does not replace an entry: it would warn and compile again in every run. Only entries
-    written since the previous check are read, which the time of the file `.verified` tells.
+    JAX never replaces a damaged entry; it would warn and recompile in every run. Only entries newer
+    than the file `.verified`, which marks the previous check, are read.
     """
     stamp = folder / _STAMP
     since = stamp.stat().st_mtime_ns if stamp.exists() else 0
     # Entries of the last seconds are read again next time: file systems round times.
     now = time.time_ns() - 10 * 10**9
-    for entry in folder.glob("*-cache"):
+    for entry in filter(lambda path: _ENTRY.fullmatch(path.name), folder.iterdir()):
         status = entry.lstat()
         is_new = stat.S_ISREG(status.st_mode) and status.st_mtime_ns >= since
         if is_new and not _is_complete(entry.read_bytes()):

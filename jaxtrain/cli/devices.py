@@ -25,7 +25,7 @@ def select_device(device: Device) -> None:
     elif device == "gpu":
         try:
             jax.config.update("jax_default_device", jax.devices("gpu")[0])
-        except RuntimeError as error:
+        except Exception as error:  # RuntimeError, or AssertionError for a missing plugin
             raise InputError(
                 "--device is gpu, but "
                 + missing_gpu_advice(has_nvidia_gpu(), has_cuda_plugin())
@@ -48,7 +48,7 @@ def missing_gpu_advice(gpu: bool, plugin: bool) -> str:
     """Returns what is missing if JAX sees no GPU, and what to do about it."""
     if gpu and not plugin:
         return (
-            "JAX has no CUDA plugin for the NVIDIA GPU of this machine; install it by "
+            "JAX has no CUDA plugin for the NVIDIA GPU of this machine; install it with "
             "pip install 'jaxtrain[cuda]'"
         )
     if gpu:
@@ -57,7 +57,7 @@ def missing_gpu_advice(gpu: bool, plugin: bool) -> str:
             "lists it, that its driver is recent enough for CUDA 13, and that "
             "CUDA_VISIBLE_DEVICES and JAX_PLATFORMS do not hide it"
         )
-    return "this machine has no NVIDIA GPU that its driver lists; expected one (see nvidia-smi)"
+    return "this machine has no NVIDIA GPU, or its driver does not list it (see nvidia-smi)"
 
 
 def has_nvidia_gpu() -> bool:

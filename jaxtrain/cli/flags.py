@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -13,6 +12,7 @@ from jaxtyping import Array, Key
 
 from jaxtrain._arguments import check_integer
 from jaxtrain.cli.devices import Device
+from jaxtrain.cli.parsing import flag_types
 from jaxtrain.optimizers import clip_gradients, make, skip_nonfinite
 
 OptimizerName = Literal["sgd", "adam", "adamw", "rmsprop", "rprop", "adagrad", "adadelta", "lbfgs"]
@@ -47,7 +47,7 @@ class DatasetFlags:
     """Flags of experiments on images."""
 
     dataset: DatasetName = "auto"
-    """auto: MNIST if it is available, else scikit-learn's digits. A name never falls back."""
+    """auto: MNIST if it is available, else scikit-learn's digits. Other names never fall back."""
     data_dir: Path | None = None
     """Folder of the IDX files; None tries $JAXTRAIN_DATA_DIR, the cache, then a download."""
 
@@ -61,13 +61,13 @@ class Safety:
     checkpoint_every: int = 1
     """Epochs between two checkpoints; the last epoch is always saved."""
     keep: int = 3
-    """How many checkpoints to keep, the newest."""
+    """Number of newest checkpoints to keep."""
     resume: Literal["auto", "required", "never"] = "auto"
     """auto: resume if there is a checkpoint. required: fail without one. never: fail with one."""
     on_nonfinite: Literal["stop", "skip"] = "stop"
     """On a NaN or infinity in loss, gradient or state: end the run, or skip that step."""
     max_gradient_norm: float | None = None
-    """Scale gradients down to this norm (over all parameters); None leaves them."""
+    """Clip gradients to this global norm; None does not clip."""
 
 
 @dataclass(frozen=True)
@@ -86,12 +86,10 @@ class TrainingFlags(ExperimentFlags):
 class LineFlags(TrainingFlags):
     """Flags of every experiment that fits a line by `fit`."""
 
-    epochs: int = 100
-    """Passes over the points."""
     learning_rate: float = 0.01
     """Step size: factor of the gradient."""
     optimizer: OptimizerName = "sgd"
-    """The solver, as in torch.optim."""
+    """The optimizer, as in torch.optim."""
 
 
 def make_optimizer(config: LineFlags) -> optax.GradientTransformation:
@@ -115,13 +113,18 @@ def with_safeguards(
     return skip_nonfinite(optimizer) if safety.on_nonfinite == "skip" else optimizer
 
 
+def check_seed(seed: int) -> None:
+    """Raises InputError unless the seed is in 0 … 2³² − 1; JAX would reduce a larger one."""
+    check_integer(seed, "seed", minimum=0, maximum=2**32 - 1)
+
+
 def seed_key(seed: int) -> Key[Array, ""]:
     """Returns the PRNG key of a seed.
 
     Raises:
-      InputError: the seed is not in 0 … 2³² − 1; JAX would silently reduce a larger one.
+      InputError: the seed is out of range.
     """
-    check_integer(seed, "seed", minimum=0, maximum=2**32 - 1)
+    check_seed(seed)
     return jax.random.key(seed)
 
 
@@ -135,7 +138,7 @@ def has_defaults(config: Any, *names: str, defaults: Any = None) -> bool:
       names: the flags that change the figures.
       defaults: a configuration with the defaults; None means those of the dataclass.
     """
-    if hasattr(config, "safety") and config.safety.max_gradient_norm is not None:
+    if isinstance(config, TrainingFlags) and config.safety.max_gradient_norm is not None:
         return False
     expected = type(config)() if defaults is None else defaults
     return all(getattr(config, name) == getattr(expected, name) for name in names)
@@ -145,8 +148,8 @@ def flag_of(argument: str | None, config_type: type) -> str | None:
     """Returns the flag of an experiment that sets an argument of the library, or None."""
     if argument is None:
         return None
-    names = {field.name for field in dataclasses.fields(config_type)}
-    if "safety" in names:
-        names |= {field.name for field in dataclasses.fields(Safety)}
-    name = argument if argument in names else FLAG_OF_ARGUMENT.get(argument)
-    return f"--{name.replace('_', '-')}" if name in names and name is not None else None
+    for name in (argument, FLAG_OF_ARGUMENT.get(argument, argument)):
+        flag = f"--{name.replace('_', '-')}"
+        if flag in flag_types(config_type):
+            return flag
+    return None

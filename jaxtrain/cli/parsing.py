@@ -1,4 +1,4 @@
-"""The command line as a dataclass, with one sentence for a mistake in it."""
+"""Parses the command line into a dataclass, and reports a mistake in one sentence."""
 
 from __future__ import annotations
 
@@ -81,14 +81,14 @@ def _groups(arguments: Sequence[str]) -> Iterator[tuple[str, list[str]]]:
     flag: str | None = None
     values: list[str] = []
     for argument in arguments:
-        if argument == "" or argument.endswith("="):
-            name = argument.removesuffix("=") or flag or "an argument"
+        name, equals, value = argument.partition("=")
+        if argument == "" or (argument.startswith("--") and equals and not value):
+            name = name or flag or "an argument"
             raise InputError(f"{name} is empty; expected a value (see --help)")
         if argument.startswith("--"):
             if flag is not None:
                 yield flag, values
-            flag, equals, value = argument.partition("=")
-            values = [value] if equals else []
+            flag, values = name, [value] if equals else []
         elif flag is None:
             raise InputError(f"the argument {argument!r} is not a flag; expected --NAME VALUE")
         else:
@@ -97,13 +97,13 @@ def _groups(arguments: Sequence[str]) -> Iterator[tuple[str, list[str]]]:
         yield flag, values
 
 
-def _flags(config_type: type) -> dict[str, Any]:
+def flag_types(config_type: type) -> dict[str, Any]:
     """Returns the type of each flag, by its name on the command line."""
     found: dict[str, Any] = {}
     hints = typing.get_type_hints(config_type)
     for field in dataclasses.fields(config_type):
         if dataclasses.is_dataclass(hints[field.name]):
-            found |= _flags(hints[field.name])
+            found |= flag_types(hints[field.name])
         else:
             found[f"--{field.name.replace('_', '-')}"] = hints[field.name]
     return found
@@ -111,7 +111,7 @@ def _flags(config_type: type) -> dict[str, Any]:
 
 def _describe(config_type: type, flag: str, values: Sequence[str]) -> str:
     """Returns what is wrong with the value of a flag."""
-    kind = _flags(config_type).get(flag.replace("_", "-"))
+    kind = flag_types(config_type).get(flag.replace("_", "-"))
     text = " ".join(values)
     found = f"is {text!r}" if values else "has no value"
     return f"{flag} {found}; expected {_describe_type(kind)} (see --help)"
@@ -126,16 +126,18 @@ def _describe_type(kind: Any) -> str:
         return "one of " + ", ".join(map(str, arguments))
     if origin is tuple:
         return f"a list of values, each {_describe_type(arguments[0])}"
-    names = {int: "an integer", float: "a number", Path: "a path", bool: "no value"}
+    names = {int: "an integer", float: "a number", Path: "a path"}
     return names.get(kind, "another value")
 
 
 def _suggest(config_type: type, argument: str) -> str:
     """Returns what is wrong with an argument that no flag takes."""
     if not argument.startswith("--"):
-        return f"the argument {argument!r} belongs to no flag; expected --NAME VALUE (see --help)"
+        return f"unexpected argument {argument!r}; expected --NAME VALUE (see --help)"
     name = argument.partition("=")[0]
-    close = difflib.get_close_matches(name, _flags(config_type), n=1)
+    types = flag_types(config_type)
+    negations = [f"--no-{flag[2:]}" for flag, kind in types.items() if kind is bool]
+    close = difflib.get_close_matches(name, ["--help", *types, *negations], n=1)
     hint = f"did you mean {close[0]}? (see --help)" if close else "see --help"
     return f"there is no flag {name}; {hint}"
 

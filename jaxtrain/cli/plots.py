@@ -1,6 +1,6 @@
 """Pictures of a run, as matplotlib figures.
 
-The colours are those of Okabe and Ito (https://jfly.uni-koeln.de/color/), which colour-blind
+The colors are those of Okabe and Ito (https://jfly.uni-koeln.de/color/), which color-blind
 readers can tell apart; line styles and markers also differ, for printing in grey.
 """
 
@@ -18,12 +18,16 @@ from jaxtrain._extras import needs_extra
 from jaxtrain.dataset import Dataset
 from jaxtrain.training.history import History
 
-# Figures are drawn into files. matplotlib would refuse an unknown backend even so.
-os.environ["MPLBACKEND"] = "agg"
-with needs_extra("experiments"):
-    from matplotlib.axes import Axes
-    from matplotlib.figure import Figure as Figure
-    from matplotlib.ticker import MaxNLocator, PercentFormatter
+# Figures are written to files, without a backend; but matplotlib's import fails if this is unknown.
+_backend = os.environ.pop("MPLBACKEND", None)
+try:
+    with needs_extra("experiments"):
+        from matplotlib.axes import Axes
+        from matplotlib.figure import Figure as Figure
+        from matplotlib.ticker import MaxNLocator, PercentFormatter
+finally:
+    if _backend is not None:
+        os.environ["MPLBACKEND"] = _backend
 
 BLUE, VERMILION, GREEN, GREY = "#0072B2", "#D55E00", "#009E73", "#999999"
 ORANGE, SKY, PURPLE, YELLOW = "#E69F00", "#56B4E9", "#CC79A7", "#F0E442"
@@ -71,7 +75,7 @@ def learning_curves(history: History, title: str) -> Figure:
     return figure
 
 
-def generalisation_gap(history: Mapping[str, np.ndarray], title: str) -> Figure:
+def generalization_gap(history: Mapping[str, np.ndarray], title: str) -> Figure:
     """Draws training and validation loss, shades the gap and marks the best epoch.
 
     While both fall, the model learns; once the validation loss rises, it memorizes its examples
@@ -179,8 +183,8 @@ def confusion_matrix(counts: np.ndarray, title: str) -> Figure:
     image = ax.imshow(np.sqrt(fractions), cmap="Blues", vmin=0, vmax=1)
     for (row, column), count in np.ndenumerate(counts):
         if count:
-            colour = "white" if fractions[row, column] > 0.3 else "black"
-            ax.text(column, row, str(count), ha="center", va="center", fontsize=8, color=colour)
+            color = "white" if fractions[row, column] > 0.3 else "black"
+            ax.text(column, row, str(count), ha="center", va="center", fontsize=8, color=color)
     ticks = range(len(counts))
     ax.set(xticks=ticks, yticks=ticks)
     label_axes(ax, "predicted class", "true class", grid=False)

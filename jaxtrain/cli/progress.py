@@ -158,7 +158,7 @@ def epoch_line(event: EpochDone, test_examples: int | None = None) -> str:
     if "test_accuracy" in metrics:
         parts.append(f"test accuracy {accuracy_text(metrics['test_accuracy'], test_examples)}")
     if metrics.get("skipped_steps"):
-        parts.append(f"{metrics['skipped_steps']} steps skipped, not finite")
+        parts.append(f"{metrics['skipped_steps']} non-finite steps skipped")
     parts.append(f"{metrics['seconds']:.2f} s")
     return "  ".join(parts)
 

@@ -1,4 +1,4 @@
-"""What the flags of checkpoints mean for a run: whether and from what it resumes."""
+"""Turns the checkpoint flags into options of `fit`, and decides whether a run resumes."""
 
 from __future__ import annotations
 
@@ -11,7 +11,13 @@ from pathlib import Path
 from typing import Any
 
 from jaxtrain._files import lock_folder
-from jaxtrain.checkpoint import CheckpointOptions, checkpoint_path, list_epochs, read_file
+from jaxtrain.checkpoint import (
+    CheckpointOptions,
+    DamagedError,
+    checkpoint_path,
+    list_epochs,
+    read_file,
+)
 from jaxtrain.cli.runs import read_json, remove_file, to_json
 from jaxtrain.errors import InputError, printable
 
@@ -87,7 +93,7 @@ def resumes(config: Any) -> bool:
         different = {
             name: (earlier[name], value)
             for name, value in now.items()
-            # (A flag that is left out may have been filled in.)
+            # None: the run fills in a default later.
             if name not in _FREE and value is not None and earlier[name] != value
         }
     except (KeyError, TypeError):  # not written by an experiment
@@ -95,8 +101,8 @@ def resumes(config: Any) -> bool:
     if different and not config.overwrite:
         raise InputError(
             f"the output folder {output_dir} contains another run: "
-            f"{format_differences(different)}; keep it and choose others by --output-dir and "
-            "--checkpoint-dir, or replace it by --overwrite"
+            f"{format_differences(different)}; choose other folders with --output-dir and "
+            "--checkpoint-dir, or replace it with --overwrite"
         )
     return not different
 
@@ -116,21 +122,21 @@ def format_differences(pairs: Mapping[str, tuple[Any, Any]]) -> str:
 
 
 def _remove_other_run(folder: Path, configuration: Mapping[str, Any]) -> None:
-    """Removes the checkpoints in a folder if they are of a run with another configuration.
+    """Removes the checkpoints in a folder unless the newest intact one is of this configuration.
 
     Raises:
       InputError: another run is using the folder.
       StorageError: a checkpoint cannot be removed.
     """
     epochs = list_epochs(folder)
+    if not epochs:
+        return
     for epoch in reversed(epochs):
-        with contextlib.suppress(InputError):  # a damaged one: the one before tells as well
+        with contextlib.suppress(DamagedError):  # compare the previous one
             record, _ = read_file(checkpoint_path(folder, epoch))
             if record["metadata"].get("configuration") == configuration:
                 return
             break
-    else:
-        return
     lock = lock_folder(folder, "checkpoint folder")
     try:
         for epoch in epochs:
@@ -143,5 +149,5 @@ def _remove_other_run(folder: Path, configuration: Mapping[str, Any]) -> None:
 def _same_folder(first: Path, second: Path) -> bool:
     try:
         return os.path.realpath(first) == os.path.realpath(second)
-    except ValueError:  # a null character in the name
+    except (OSError, ValueError):  # no working directory, or a null character in the name
         return False

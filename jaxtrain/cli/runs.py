@@ -55,8 +55,8 @@ class RunFolder:
     ) -> None:
         """Makes the folder, so that one that cannot be written is noticed before training.
 
-        The files of an earlier run stay until training starts: a mistake in the flags costs
-        nothing.
+        The files of an earlier run stay until training starts: a wrong flag does not
+        delete them.
 
         Args:
           path: the folder, made with its parents if it is missing.
@@ -84,8 +84,8 @@ class RunFolder:
     def _check_unfinished(self) -> None:
         if self._keeps_results and os.path.lexists(self.path / "summary.json"):
             raise InputError(
-                f"the output folder {self.path} contains a finished run; keep it and choose "
-                "another by --output-dir, or replace it by --overwrite"
+                f"the output folder {self.path} contains a finished run; choose another "
+                "folder with --output-dir, or replace it with --overwrite"
             )
 
     def __enter__(self) -> RunFolder:

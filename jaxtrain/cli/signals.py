@@ -28,7 +28,7 @@ _EXCEPTIONS = {
     signal.SIGHUP: TerminalClosed,
 }
 # What a script prints last.
-WORDS = {
+MESSAGES = {
     KeyboardInterrupt: "interrupted",
     Terminated: "terminated",
     TerminalClosed: "terminal closed",
@@ -36,8 +36,7 @@ WORDS = {
 # 128 + the signal's number, as shells report it.
 EXIT_STATUS = {kind: 128 + number for number, kind in _EXCEPTIONS.items()}
 
-# While the process cleans up after a signal, further signals are ignored for this long; after it
-# they interrupt the cleaning up.
+# For this long, further signals are ignored while the process cleans up.
 _PATIENCE_SECONDS = 10.0
 _POLL_SECONDS = 0.05
 
@@ -48,7 +47,7 @@ _raised_at: list[float] = []
 def raise_on_signals() -> None:
     """Makes signals raise their exceptions in the main thread from now on.
 
-    SIGHUP stays ignored where it is, as `nohup` does.
+    If SIGHUP is already ignored, as under `nohup`, it stays ignored.
     """
     for number in _EXCEPTIONS:
         if number != signal.SIGHUP or signal.getsignal(number) != signal.SIG_IGN:

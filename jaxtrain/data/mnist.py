@@ -73,7 +73,17 @@ def locate_files(name: str, data_dir: str | os.PathLike[str] | None = None) -> P
             f"given as data_dir or ${DATA_DIR_VARIABLE}",
             argument="data_dir",
         ) from error
-    return folder or _find_folder(name, cache_dir()) or _download(name, given)
+    return folder or _find_in_cache(name) or _download(name, given)
+
+
+def _find_in_cache(name: str) -> Path | None:
+    try:
+        return _find_folder(name, cache_dir())
+    except OSError as error:
+        raise InputError(
+            f"the cache folder {cache_dir()} cannot be read ({error.strerror or error}); set "
+            "$XDG_CACHE_HOME to another folder"
+        ) from error
 
 
 def cache_dir() -> Path:
@@ -146,6 +156,8 @@ def _download(name: str, data_dir: str | os.PathLike[str] | None) -> Path:
     read the files. The folder gets its final name once all four files are complete.
     """
     with needs_extra("data"):
+        import requests  # noqa: F401
+        import urllib3  # noqa: F401
         from tensorflow_datasets.image_classification import mnist as builders
 
     builder = getattr(builders, BUILDERS[name])

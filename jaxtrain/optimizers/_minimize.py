@@ -104,7 +104,7 @@ def minimize(
       the loss is no longer finite (it diverged), and when a line search does not move.
 
     Raises:
-      InputError: max_steps is not an integer of at least 0.
+      InputError: max_steps is not an integer of at least 0, or is 2³¹ − 1 or more.
 
     Example:
       >>> result = jt.minimize(lambda x: (x - 3) ** 2, jnp.array(0.0), optax.sgd(0.25),
@@ -112,7 +112,7 @@ def minimize(
       >>> jt.optimizers.Stop(result.stop).message
       'loss below the threshold'
     """
-    check_integer(max_steps, "max_steps", minimum=0)
+    check_integer(max_steps, "max_steps", minimum=0, maximum=2**31 - 2)
     searches = has_line_search(jax.eval_shape(optimizer.init, params))
     evaluate = jax.value_and_grad(loss_fn)
     update = optax.with_extra_args_support(optimizer).update

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import pty
 import signal
 import subprocess
 import sys
@@ -73,9 +74,10 @@ def test_a_closed_pipe_on_stdout_and_stderr(tmp_path: Path) -> None:
 def test_a_working_directory_that_was_removed(tmp_path: Path) -> None:
     gone = tmp_path / "gone"
     gone.mkdir()
-    script = [sys.executable, str(ROOT / "experiments" / "losses.py")]
+    script = [sys.executable, str(ROOT / "experiments" / "linear_regression.py"), "--epochs", "2"]
     shell = f'cd {gone} && rmdir {gone} && "$@"'
-    for flags in ([], ["--output-dir", str(tmp_path / "out")]):
+    out = ["--output-dir", str(tmp_path / "out"), "--log-interval", "0"]
+    for flags in ([], out, [*out, "--checkpoint-dir", "c"]):
         result = subprocess.run(
             ["sh", "-c", shell, "sh", *script, *flags],
             capture_output=True,
@@ -83,10 +85,11 @@ def test_a_working_directory_that_was_removed(tmp_path: Path) -> None:
             timeout=60,
             check=False,
         )
-        if flags:
+        if flags == out:
             assert result.returncode == 0, result.stderr
         else:
-            assert_one_sentence(result, "the output folder runs/losses cannot be written")
+            folder = "checkpoint folder c" if flags else "output folder runs/linear_regression"
+            assert_one_sentence(result, folder)
         gone.mkdir(exist_ok=True)
 
 
@@ -98,6 +101,8 @@ def test_jax_platforms_without_a_device(tmp_path: Path, platform: str) -> None:
     for script in ("losses", "loss_landscape"):
         result = run_script(script, "--output-dir", tmp_path, environment=environment)
         assert_one_sentence(result, f"$JAX_PLATFORMS is '{platform}'", "--device cpu")
+    result = run_script("losses", "--device", "gpu", environment=environment)
+    assert_one_sentence(result, "--device is gpu")
     flags = ("--device", "cpu", "--output-dir", tmp_path)
     assert run_script("losses", *flags, environment=environment).returncode == 0
 
@@ -107,6 +112,50 @@ def test_matplotlibs_backend_does_not_matter(tmp_path: Path) -> None:
     result = run_script("losses", "--output-dir", tmp_path, environment=environment)
     assert (result.returncode, result.stderr) == (0, "")
     assert (tmp_path / "losses.png").exists()
+    program = "import os, jaxtrain.cli.plots; print(os.environ['MPLBACKEND'])"
+    kept = subprocess.run(
+        [sys.executable, "-c", program],
+        env={**os.environ, **environment},
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert kept.stdout == "nonsense\n"
+
+
+@pytest.mark.parametrize("stream", ["stdout", "stderr"])
+def test_a_closed_stream_is_no_output(tmp_path: Path, stream: str) -> None:
+    number = {"stdout": 1, "stderr": 2}[stream]
+    command = [sys.executable, "experiments/losses.py", "--output-dir", str(tmp_path)]
+    shell = ["sh", "-c", f'exec "$@" {number}>&-', "sh", *command]
+    result = subprocess.run(
+        shell, cwd=ROOT, capture_output=True, text=True, timeout=60, check=False
+    )
+    assert (result.returncode, result.stderr) == (0, "")
+    assert (tmp_path / "summary.json").exists()
+
+
+def test_characters_that_the_encoding_lacks_are_escaped(tmp_path: Path) -> None:
+    environment = {"PYTHONIOENCODING": "ascii"}
+    result = run_script("losses", "--output-dir", tmp_path, environment=environment)
+    assert (result.returncode, result.stderr) == (0, "")
+    assert "at 60\\xb0" in result.stdout
+
+
+def test_closing_the_terminal_of_a_run_with_a_bar(tmp_path: Path) -> None:
+    pid, terminal = pty.fork()
+    if pid == 0:
+        hear_hangups()
+        os.chdir(ROOT)
+        flags = ["--dataset", "digits", "--epochs", "1000000", "--output-dir", str(tmp_path / "o")]
+        os.execv(sys.executable, [sys.executable, "experiments/mnist.py", *flags])
+    shown = b""
+    while b"epoch 2:" not in shown:
+        shown += os.read(terminal, 4096)
+    os.close(terminal)
+    _, status = os.waitpid(pid, 0)
+    assert os.waitstatus_to_exitcode(status) == 128 + signal.SIGHUP
+    assert (tmp_path / "o" / "history.csv").exists()
 
 
 def test_a_closed_terminal_ends_the_run_with_one_line(tmp_path: Path) -> None:
@@ -148,7 +197,7 @@ def test_nohup_keeps_a_run_alive(tmp_path: Path) -> None:
 def test_a_folder_in_the_place_of_a_result(tmp_path: Path, name: str) -> None:
     (tmp_path / name).mkdir()
     result = run_script("losses", "--output-dir", tmp_path, "--overwrite")
-    assert_one_sentence(result, f"{tmp_path}/{name} could not be written (Is a directory)")
+    assert_one_sentence(result, f"{tmp_path}/{name} could not be")
 
 
 def test_pipes_in_the_place_of_results_are_replaced(tmp_path: Path) -> None:
@@ -194,14 +243,16 @@ def test_an_incomplete_cached_program_is_compiled_again_and_replaced(tmp_path: P
 
 
 def test_cache_entries_are_read_once(tmp_path: Path) -> None:
-    good, bad, empty = (tmp_path / f"{name}-cache" for name in ("good", "bad", "empty"))
+    good, bad, empty, pipe = (
+        tmp_path / f"jit_{name}-{'0' * 64}-cache" for name in ("good", "bad", "empty", "pipe")
+    )
     good.write_bytes(zlib.compress(b"program"))
     bad.write_bytes(zlib.compress(b"program")[:-3])
     empty.touch()
-    (tmp_path / "other").write_bytes(b"not an entry")
-    os.mkfifo(tmp_path / "pipe-cache")
+    (tmp_path / "pip-cache").write_bytes(b"not an entry")
+    os.mkfifo(pipe)
     remove_damaged_entries(tmp_path)
-    left = {"good-cache", "other", "pipe-cache", ".verified"}
+    left = {good.name, "pip-cache", pipe.name, ".verified"}
     assert {path.name for path in tmp_path.iterdir()} == left
     bad.write_bytes(b"damaged")
     os.utime(bad, (1, 1))  # written before the check above: not read again

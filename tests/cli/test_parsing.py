@@ -61,6 +61,9 @@ def test_a_tilde_is_the_home_folder(monkeypatch, tmp_path: Path) -> None:
     ("arguments", "message"),
     [
         (["--epoch", "5"], "there is no flag --epoch; did you mean --epochs? (see --help)"),
+        (["--no-shufle"], "there is no flag --no-shufle; did you mean --no-shuffle? (see --help)"),
+        (["--overwrite=True"], "unexpected argument 'True'; expected --NAME VALUE (see --help)"),
+        (["--help=1"], "there is no flag --help; did you mean --help? (see --help)"),
         (["--xyz"], "there is no flag --xyz; see --help"),
         (["--epochs", "five"], "--epochs is 'five'; expected an integer or None (see --help)"),
         (["--epochs"], "--epochs has no value; expected an integer or None (see --help)"),
@@ -75,7 +78,7 @@ def test_a_tilde_is_the_home_folder(monkeypatch, tmp_path: Path) -> None:
         ),
         (
             ["--epochs", "5", "6"],
-            "the argument '6' belongs to no flag; expected --NAME VALUE (see --help)",
+            "unexpected argument '6'; expected --NAME VALUE (see --help)",
         ),
         (["epochs", "5"], "the argument 'epochs' is not a flag; expected --NAME VALUE"),
         (["--output-dir", ""], "--output-dir is empty; expected a value (see --help)"),
