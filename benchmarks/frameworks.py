@@ -22,6 +22,7 @@ from jaxtyping import Array, PyTree
 
 import jaxtrain as jt
 from benchmarks.timing import speedup, time_interleaved
+from jaxtrain._arguments import check_integer
 from jaxtrain.cli.command import report_errors
 
 FEATURES = (784, 256, 128, 64, 10)
@@ -104,6 +105,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     parser.add_argument("--rounds", type=int, default=15, help="readings per framework")
     rounds = parser.parse_args().rounds
+    check_integer(rounds, "--rounds", minimum=1)
     train = jt.data.load_resolved("auto").train
     loss_fn, key = jt.losses.cross_entropy, jax.random.key(1)
     starts = states(jt.optimizers.sgd(0.01), train.inputs[:1])

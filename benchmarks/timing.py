@@ -8,7 +8,11 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import NamedTuple
 
 import numpy as np
-import scipy.stats
+
+from jaxtrain._extras import needs_extra
+
+with needs_extra("bench"):
+    import scipy.stats
 
 # Least duration of a reading, so that threads to wake and caches to refill after another action
 # matter little.

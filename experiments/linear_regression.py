@@ -85,7 +85,9 @@ def run(config: Config) -> dict[str, Any]:
             figures=comparisons,
         )
     print_result(summary)
-    tables.print_comparisons("T1: the tutorial's figures", comparisons, config.output_dir)
+    tables.print_comparisons(
+        "T1: the tutorial's figures, epochs counted from 0", comparisons, config.output_dir
+    )
     return summary
 
 

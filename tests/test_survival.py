@@ -373,8 +373,8 @@ def test_a_full_disk_leaves_the_earlier_checkpoints_intact(environment, tmp_path
     lost = max(kept) + 1
     assert line.startswith(
         f"error: {disk}/checkpoints/epoch-{lost}.safetensors could not be written (no space left "
-        f"on the disk); free some space and start the run again; run the same again to resume after epoch "
-        f"{lost - 1}"
+        "on the disk); free some space and start the run again; run the same again to resume after "
+        f"epoch {lost - 1}"
     )
     assert len(read_history(out)) >= lost
 

@@ -58,9 +58,15 @@ class CheckpointOptions:
         try:
             path = Path(self.directory)
             absolute = path.absolute()  # the program may change its directory
-        except (TypeError, OSError) as error:  # OSError: the current folder was deleted
+        except TypeError as error:
             raise InputError(
                 f"directory is {self.directory!r}; expected a path", argument="directory"
+            ) from error
+        except OSError as error:
+            raise InputError(
+                f"directory is {str(self.directory)!r}, relative to a current folder that was "
+                "removed; expected an absolute path",
+                argument="directory",
             ) from error
         if path == Path():
             raise InputError(

@@ -33,9 +33,14 @@ def run_script(
     )
 
 
-def hear_hangups() -> None:
-    """Undoes what `nohup` does, if the tests themselves run under it."""
-    signal.signal(signal.SIGHUP, signal.SIG_DFL)
+# Starts a script that a hangup ends, even if the tests run under nohup, in the terminal on stdin.
+IN_TERMINAL = """
+import fcntl, os, signal, sys, termios
+signal.signal(signal.SIGHUP, signal.SIG_DFL)
+if os.isatty(0):
+    fcntl.ioctl(0, termios.TIOCSCTTY, 0)
+os.execv(sys.executable, [sys.executable, *sys.argv[1:]])
+"""
 
 
 def assert_one_sentence(result: subprocess.CompletedProcess[str], *parts: str) -> None:
@@ -77,7 +82,7 @@ def test_a_working_directory_that_was_removed(tmp_path: Path) -> None:
     script = [sys.executable, str(ROOT / "experiments" / "linear_regression.py"), "--epochs", "2"]
     shell = f'cd {gone} && rmdir {gone} && "$@"'
     out = ["--output-dir", str(tmp_path / "out"), "--log-interval", "0"]
-    for flags in ([], out, [*out, "--checkpoint-dir", "c"]):
+    for flags in ([], out, [*out, "--overwrite", "--checkpoint-dir", "c"]):
         result = subprocess.run(
             ["sh", "-c", shell, "sh", *script, *flags],
             capture_output=True,
@@ -88,7 +93,7 @@ def test_a_working_directory_that_was_removed(tmp_path: Path) -> None:
         if flags == out:
             assert result.returncode == 0, result.stderr
         else:
-            folder = "checkpoint folder c" if flags else "output folder runs/linear_regression"
+            folder = "(--checkpoint-dir)" if flags else "output folder runs/linear_regression"
             assert_one_sentence(result, folder)
         gone.mkdir(exist_ok=True)
 
@@ -143,31 +148,29 @@ def test_characters_that_the_encoding_lacks_are_escaped(tmp_path: Path) -> None:
 
 
 def test_closing_the_terminal_of_a_run_with_a_bar(tmp_path: Path) -> None:
-    pid, terminal = pty.fork()
-    if pid == 0:
-        hear_hangups()
-        os.chdir(ROOT)
-        flags = ["--dataset", "digits", "--epochs", "1000000", "--output-dir", str(tmp_path / "o")]
-        os.execv(sys.executable, [sys.executable, "experiments/mnist.py", *flags])
+    terminal, screen = pty.openpty()
+    flags = ["--dataset", "digits", "--epochs", "1000000", "--output-dir", tmp_path / "o"]
+    process = subprocess.Popen(
+        [sys.executable, "-c", IN_TERMINAL, "experiments/mnist.py", *flags],
+        cwd=ROOT,
+        stdin=screen,
+        stdout=screen,
+        stderr=screen,
+        start_new_session=True,
+    )
+    os.close(screen)
     shown = b""
     while b"epoch 2:" not in shown:
         shown += os.read(terminal, 4096)
     os.close(terminal)
-    _, status = os.waitpid(pid, 0)
-    assert os.waitstatus_to_exitcode(status) == 128 + signal.SIGHUP
+    assert process.wait(60) == 128 + signal.SIGHUP
     assert (tmp_path / "o" / "history.csv").exists()
 
 
 def test_a_closed_terminal_ends_the_run_with_one_line(tmp_path: Path) -> None:
     flags = ["--dataset", "digits", "--epochs", "1000000", "--output-dir", tmp_path / "out"]
-    command = [sys.executable, "experiments/mnist.py", *flags]
-    with subprocess.Popen(
-        command,
-        cwd=ROOT,
-        stderr=subprocess.PIPE,
-        text=True,
-        preexec_fn=hear_hangups,
-    ) as process:
+    command = [sys.executable, "-c", IN_TERMINAL, "experiments/mnist.py", *flags]
+    with subprocess.Popen(command, cwd=ROOT, stderr=subprocess.PIPE, text=True) as process:
         assert process.stderr is not None
         for line in process.stderr:
             if line.startswith("epoch 2:"):

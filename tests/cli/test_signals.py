@@ -16,6 +16,7 @@ BEFORE = """
 import os, signal, time
 from jaxtrain.cli.command import report_errors
 send = lambda: os.kill(os.getpid(), signal.{name})
+signal.signal(signal.SIGHUP, signal.SIG_DFL)  # the tests may run under nohup
 with report_errors():
 """
 PROGRAMS = {
@@ -60,8 +61,6 @@ def test_a_signal_ends_the_process_with_one_line(name: str, case: str) -> None:
         text=True,
         timeout=20,
         check=False,
-        # SIGHUP is ignored if the tests run under nohup.
-        preexec_fn=lambda: signal.signal(signal.SIGHUP, signal.SIG_DFL),
     )
     assert result.returncode == 128 + signal.Signals[name]
     words = {"SIGINT": "interrupted", "SIGTERM": "terminated", "SIGHUP": "terminal closed"}
