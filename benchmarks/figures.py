@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import statistics
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ from benchmarks.peers import PEERS
 from benchmarks.problem import NETWORKS
 from benchmarks.readings import EAGER, EPOCH_CASE, JAXTRAIN, Results, Row, readings, rows_of
 from benchmarks.timing import speedup, spread
+from jaxtrain._files import write_atomically
 from jaxtrain.cli import plots
 
 COLORS = {
@@ -38,7 +40,9 @@ def draw(results: Results, folder: Path, prefix: str = "") -> list[Path]:
     for name, figure in figures.items():
         if figure is not None:
             path = folder / f"{prefix}{name}.png"
-            figure.savefig(path, dpi=120)
+            image = io.BytesIO()
+            figure.savefig(image, format="png", dpi=120)
+            write_atomically(path, image.getvalue())
             written.append(path)
     return written
 
