@@ -7,15 +7,13 @@ import statistics
 from pathlib import Path
 from typing import Any
 
-from matplotlib.axes import Axes
-from matplotlib.figure import Figure
-
 from benchmarks.peers import PEERS
 from benchmarks.problem import NETWORKS
 from benchmarks.readings import EAGER, EPOCH_CASE, JAXTRAIN, Results, Row, readings, rows_of
 from benchmarks.timing import speedup, spread
 from jaxtrain._files import write_atomically
 from jaxtrain.cli import plots
+from jaxtrain.cli.plots import Axes, Figure
 
 COLORS = {
     JAXTRAIN: plots.BLUE,

@@ -22,7 +22,7 @@ from jaxtrain.training.history import History
 _backend = os.environ.pop("MPLBACKEND", None)
 try:
     with needs_extra("experiments"):
-        from matplotlib.axes import Axes
+        from matplotlib.axes import Axes as Axes
         from matplotlib.figure import Figure as Figure
         from matplotlib.ticker import MaxNLocator, PercentFormatter
 finally:
