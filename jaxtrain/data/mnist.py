@@ -99,14 +99,16 @@ def _find_file(folder: Path, file: str) -> Path | None:
     return next((path for path in candidates if path.exists()), None)
 
 
+def _folders(name: str, data_dir: Path) -> list[Path]:
+    """Returns the folders to search; not one named after another data set with the same files."""
+    is_other = data_dir.name in BUILDERS and data_dir.name != name
+    return [data_dir / name] + ([] if is_other else [data_dir])
+
+
 def _find_folder(name: str, data_dir: Path) -> Path | None:
     """Returns the folder that has the data set's four files, or None if there are no such files."""
-    folders = [data_dir / name]
-    if data_dir.name not in BUILDERS or data_dir.name == name:
-        # A folder named after one data set is not searched for another: the file names are equal.
-        folders.append(data_dir)
     files = [file for pair in FILES.values() for file in pair]
-    for folder in folders:
+    for folder in _folders(name, data_dir):
         missing = [file for file in files if _find_file(folder, file) is None]
         if not missing:
             return folder
@@ -206,5 +208,6 @@ def _remedy(name: str, data_dir: str | os.PathLike[str] | None) -> str:
     files = ", ".join(f"{file}[.gz]" for pair in FILES.values() for file in pair)
     looked = ""
     if data_dir:
-        looked = f" ({Path(data_dir) / name} and {data_dir} do not contain them)"
+        searched = " and ".join(map(str, _folders(name, Path(data_dir))))
+        looked = f" (not found in {searched})"
     return f"put {files} into a folder{looked} and pass it as data_dir or ${DATA_DIR_VARIABLE}"
