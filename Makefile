@@ -23,11 +23,10 @@ test: $(VENV)/installed-test  ## run the tests
 	$(BIN)/python -m pytest --numprocesses $(WORKERS) $(ARGS)
 
 # In a virtual environment of its own: make test-without-torch PYTHON=python3.13
-test-without-torch: VENV := .venv-without-torch
 test-without-torch:  ## run the tests that need no PyTorch (PYTHON=python3.13 picks another Python)
-	$(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --editable '.[test]'
-	$(BIN)/python -m pytest --numprocesses $(WORKERS) $(ARGS)
+	$(PYTHON) -m venv .venv-without-torch
+	.venv-without-torch/bin/python -m pip install --quiet --editable '.[test]'
+	.venv-without-torch/bin/python -m pytest --numprocesses $(WORKERS) $(ARGS)
 
 package:  ## build the wheel, install it into an empty environment, and train a model in a folder there
 	rm -rf build && mkdir -p build/folder
