@@ -458,6 +458,7 @@ def test_a_reader_that_leaves_early_causes_no_traceback(environment) -> None:
 
 def test_compiled_programs_are_cached_for_the_next_run(environment, tmp_path: Path) -> None:
     del environment["JAX_COMPILATION_CACHE_DIR"]
+    environment["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
     flags = ("--epochs", 5, "--log-interval", 0, "--output-dir", tmp_path / "out")
     compiled = tmp_path / "cache" / "jaxtrain" / "compiled"
 
@@ -476,6 +477,7 @@ def test_compiled_programs_are_cached_for_the_next_run(environment, tmp_path: Pa
 
 def test_no_compilation_cache_overrides_the_environment(environment, tmp_path: Path) -> None:
     environment["JAX_COMPILATION_CACHE_DIR"] = str(tmp_path / "mine")
+    environment["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
     flags = ("--epochs", 5, "--log-interval", 0, "--output-dir", tmp_path / "out")
     run(environment, "linear_regression", "--no-compilation-cache", *flags)
     assert not list((tmp_path / "mine").glob("*"))
