@@ -143,10 +143,7 @@ def main() -> None:
         stale = [path for path, text in pages.items() if _read(path) != text]
         if stale:
             names = ", ".join(str(path.relative_to(ROOT)) for path in stale)
-            sys.exit(
-                f"error: {names}: not what benchmarks/results gives; "
-                "run python -m benchmarks.report to write them"
-            )
+            sys.exit(f"error: out of date: {names}; run python -m benchmarks.report to write them")
         return
     IMAGES.mkdir(parents=True, exist_ok=True)
     for path, text in pages.items():

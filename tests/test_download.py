@@ -257,6 +257,13 @@ def test_a_cache_folder_that_cannot_be_created_is_named(tmp_path: Path, monkeypa
     assert "$XDG_CACHE_HOME" in str(raised.value)
 
 
+def test_a_cache_folder_that_cannot_be_read_is_named(monkeypatch) -> None:
+    monkeypatch.delenv("JAXTRAIN_DATA_DIR", raising=False)
+    monkeypatch.setenv("XDG_CACHE_HOME", "/" + "x" * 300)
+    with pytest.raises(jt.InputError, match=r"the cache folder /x+/jaxtrain/data cannot be read"):
+        jt.data.load("mnist")
+
+
 @pytest.mark.skipif(not HAS_NAMESPACES, reason="needs permission to mount a disk (unshare -rm)")
 def test_a_read_only_cache_folder_is_named(tmp_path: Path) -> None:
     program = (

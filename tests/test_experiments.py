@@ -341,6 +341,10 @@ def test_tutorials_reach_their_figures(script, flags, pictures, tmp_path, capsys
     ("script", "flags", "message"),
     [
         (learning_rate, {"learning_rates": ()}, "--learning-rates is empty"),
+        (learning_rate, {"threshold": float("nan")}, "--threshold is nan"),
+        (learning_rate, {"threshold": 1e300}, r"--threshold is 1e\+300"),
+        (learning_rate, {"max_steps": 10**11}, "max_steps is 100000000000"),
+        (losses, {"weight": 1e38}, r"--weight is 1e\+38"),
         (learning_rate, {"learning_rates": (0.1, -1.0)}, r"learning_rate is -1\.0"),
         (optimizers, {"epochs": 0}, "epochs is 0"),
         (optimizers, {"sweep_epochs": 0}, "sweep_epochs is 0"),
@@ -361,6 +365,14 @@ def test_rates_that_all_diverge_are_drawn_as_diverging(tmp_path: Path) -> None:
     config = learning_rate.Config(learning_rates=(0.5, 1.0), output_dir=tmp_path)
     assert learning_rate.run(config)["stops"] == ["loss not finite"] * 2
     assert (tmp_path / "learning_rates.png").exists()
+
+
+def test_a_descent_to_huge_losses_is_drawn(tmp_path: Path) -> None:
+    config = gradient_descent.Config(
+        epochs=3, learning_rate=1e15, log_interval=0, output_dir=tmp_path
+    )
+    gradient_descent.run(config)
+    assert (tmp_path / "descent.png").exists()
 
 
 def test_zero_epochs_leave_a_summary(tmp_path: Path) -> None:

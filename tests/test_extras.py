@@ -47,9 +47,11 @@ def test_training_with_checkpoints_and_progress_needs_no_extra(tmp_path: Path) -
         ("platformdirs", "jt.data.load('mnist')", "platformdirs .*'jaxtrain\\[data\\]'"),
         (
             "tensorflow_datasets",
-            "import os; os.environ['XDG_CACHE_HOME'] = '.'; jt.data.load('mnist')",
+            "jt.data.load('mnist')",
             "tensorflow_datasets .*'jaxtrain\\[data\\]'",
         ),
+        ("requests", "jt.data.load('mnist')", "requests .*'jaxtrain\\[data\\]'"),
+        ("urllib3", "jt.data.load('mnist')", "urllib3 .*'jaxtrain\\[data\\]'"),
         ("matplotlib", "import jaxtrain.cli.plots", "matplotlib .*'jaxtrain\\[experiments\\]'"),
     ],
 )
@@ -57,13 +59,14 @@ def test_a_missing_package_names_its_extra(
     tmp_path: Path, monkeypatch, hidden: str, program: str, message: str
 ) -> None:
     monkeypatch.delenv("JAXTRAIN_DATA_DIR", raising=False)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     result = run_without({hidden}, f"import jaxtrain as jt\n{program}", tmp_path)
     last = result.stderr.splitlines()[-1]
     assert last.startswith("jaxtrain.errors.MissingExtraError: the package ")
     assert re.search(message, last)
 
 
-@pytest.mark.parametrize("package", ["matplotlib", "tyro"])
+@pytest.mark.parametrize("package", ["matplotlib", "platformdirs", "tyro"])
 def test_a_script_without_its_extra_ends_with_one_sentence(tmp_path: Path, package: str) -> None:
     program = f"import runpy\nrunpy.run_path({str(ROOT / 'experiments/losses.py')!r}, run_name='x')"
     result = run_without({package}, program, tmp_path)

@@ -245,6 +245,19 @@ def test_overwrite_replaces_the_checkpoints_of_another_run(environment, tmp_path
     assert list_epochs(folder) == [3, 4, 5]
 
 
+def test_overwrite_replaces_damaged_checkpoints(tmp_path: Path) -> None:
+    safety = Safety(checkpoint_dir=tmp_path / "c")
+    config = linear_regression.Config(
+        epochs=2, log_interval=0, output_dir=tmp_path / "out", overwrite=True, safety=safety
+    )
+    expected = linear_regression.run(config)
+    for epoch in (1, 2):
+        checkpoint_path(tmp_path / "c", epoch).write_bytes(b"damaged")
+    assert linear_regression.run(config)["weight"] == expected["weight"]
+    for epoch in (1, 2):
+        verify(checkpoint_path(tmp_path / "c", epoch))
+
+
 def test_checkpoints_that_another_run_is_using_are_not_removed(tmp_path: Path) -> None:
     def config(rate: float) -> linear_regression.Config:
         return linear_regression.Config(

@@ -37,7 +37,7 @@ Config = TypeVar("Config")
 BROKEN_PIPE_STATUS = 128 + signal.SIGPIPE
 _OUTPUT_ERRORS = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EBADF, errno.EAGAIN}
 
-for _package in ("matplotlib", "platformdirs", "tyro"):  # what scripts import before `main`
+for _package in ("matplotlib", "platformdirs", "tyro"):  # which every script needs
     if importlib.util.find_spec(_package) is None:
         sys.exit(
             f"error: the package {_package} is not installed; install it with "

@@ -32,6 +32,10 @@ def parse(config_type: type[Config], description: str | None, arguments: Sequenc
     if "-h" in arguments or "--help" in arguments:
         _read(config_type, ["--help"], show=True, description=description)
     groups = list(_groups(arguments))
+    switches = _switches(config_type)
+    for flag, values in groups:
+        if values and flag.replace("_", "-") in switches:
+            raise InputError(f"{flag} takes no value, but {values[0]!r} follows (see --help)")
     try:
         config, unknown = _read(config_type, arguments)
     except SystemExit as error:
@@ -109,6 +113,12 @@ def flag_types(config_type: type) -> dict[str, Any]:
     return found
 
 
+def _switches(config_type: type) -> list[str]:
+    """Returns the flags that take no value."""
+    flags = [flag for flag, kind in flag_types(config_type).items() if kind is bool]
+    return ["--help", *flags, *(f"--no-{flag[2:]}" for flag in flags)]
+
+
 def _describe(config_type: type, flag: str, values: Sequence[str]) -> str:
     """Returns what is wrong with the value of a flag."""
     kind = flag_types(config_type).get(flag.replace("_", "-"))
@@ -135,9 +145,8 @@ def _suggest(config_type: type, argument: str) -> str:
     if not argument.startswith("--"):
         return f"unexpected argument {argument!r}; expected --NAME VALUE (see --help)"
     name = argument.partition("=")[0]
-    types = flag_types(config_type)
-    negations = [f"--no-{flag[2:]}" for flag, kind in types.items() if kind is bool]
-    close = difflib.get_close_matches(name, ["--help", *types, *negations], n=1)
+    known = [*flag_types(config_type), *_switches(config_type)]
+    close = difflib.get_close_matches(name, known, n=1)
     hint = f"did you mean {close[0]}? (see --help)" if close else "see --help"
     return f"there is no flag {name}; {hint}"
 

@@ -18,6 +18,7 @@ from jaxtrain.checkpoint import (
     list_epochs,
     read_file,
 )
+from jaxtrain.cli.flags import TrainingFlags
 from jaxtrain.cli.runs import read_json, remove_file, to_json
 from jaxtrain.errors import InputError, printable
 
@@ -28,7 +29,7 @@ _FREE = {
 }
 
 
-def fit_options(config: Any, *, part: str = "", **known: Any) -> dict[str, Any]:
+def fit_options(config: TrainingFlags, *, part: str = "", **known: Any) -> dict[str, Any]:
     """Returns the arguments of `fit` that the flags of checkpoints set.
 
     With --overwrite, the checkpoints of another run in the same folder are removed here.
@@ -68,7 +69,7 @@ def fit_options(config: Any, *, part: str = "", **known: Any) -> dict[str, Any]:
     return {"checkpoint": options}
 
 
-def resumes(config: Any) -> bool:
+def resumes(config: TrainingFlags) -> bool:
     """Returns whether the results in the output folder are those of the run that resumes.
 
     Raises:

@@ -76,6 +76,19 @@ def test_a_closed_pipe_on_stdout_and_stderr(tmp_path: Path) -> None:
     assert process.wait(60) == 128 + signal.SIGPIPE
 
 
+def test_a_reader_that_leaves_the_check_of_checkpoints(tmp_path: Path) -> None:
+    files = [tmp_path / str(number) for number in range(3)]
+    with subprocess.Popen(
+        [sys.executable, "-m", "jaxtrain.checkpoint", *files],
+        cwd=ROOT,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+    ) as process:
+        process.stdout.close()
+        assert process.stderr.read() == b""
+    assert process.returncode == 128 + signal.SIGPIPE
+
+
 def test_a_working_directory_that_was_removed(tmp_path: Path) -> None:
     gone = tmp_path / "gone"
     gone.mkdir()
@@ -252,10 +265,10 @@ def test_cache_entries_are_read_once(tmp_path: Path) -> None:
     good.write_bytes(zlib.compress(b"program"))
     bad.write_bytes(zlib.compress(b"program")[:-3])
     empty.touch()
-    (tmp_path / "pip-cache").write_bytes(b"not an entry")
+    (tmp_path / "my-pip-cache").write_bytes(b"not an entry")
     os.mkfifo(pipe)
     remove_damaged_entries(tmp_path)
-    left = {good.name, "pip-cache", pipe.name, ".verified"}
+    left = {good.name, "my-pip-cache", pipe.name, ".verified"}
     assert {path.name for path in tmp_path.iterdir()} == left
     bad.write_bytes(b"damaged")
     os.utime(bad, (1, 1))  # written before the check above: not read again

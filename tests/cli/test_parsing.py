@@ -40,6 +40,11 @@ def test_flags_of_the_script_and_of_its_bases() -> None:
     assert read() == Config()
 
 
+def test_a_value_may_contain_and_end_in_an_equals_sign() -> None:
+    assert read("--output-dir=/tmp/a=b=").output_dir == Path("/tmp/a=b=")
+    assert read("--output-dir", "/tmp/x=").output_dir == Path("/tmp/x=")
+
+
 def test_help_describes_every_flag(capsys) -> None:
     with pytest.raises(SystemExit) as raised:
         read("--epochs", "3", "--help")
@@ -62,8 +67,10 @@ def test_a_tilde_is_the_home_folder(monkeypatch, tmp_path: Path) -> None:
     [
         (["--epoch", "5"], "there is no flag --epoch; did you mean --epochs? (see --help)"),
         (["--no-shufle"], "there is no flag --no-shufle; did you mean --no-shuffle? (see --help)"),
-        (["--overwrite=True"], "unexpected argument 'True'; expected --NAME VALUE (see --help)"),
-        (["--help=1"], "there is no flag --help; did you mean --help? (see --help)"),
+        (["--hlep"], "there is no flag --hlep; did you mean --help? (see --help)"),
+        (["--help=1"], "--help takes no value, but '1' follows (see --help)"),
+        (["--overwrite=True"], "--overwrite takes no value, but 'True' follows (see --help)"),
+        (["--no-shuffle", "5"], "--no-shuffle takes no value, but '5' follows (see --help)"),
         (["--xyz"], "there is no flag --xyz; see --help"),
         (["--epochs", "five"], "--epochs is 'five'; expected an integer or None (see --help)"),
         (["--epochs"], "--epochs has no value; expected an integer or None (see --help)"),

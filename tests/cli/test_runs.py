@@ -16,7 +16,7 @@ import pytest
 
 import jaxtrain as jt
 from experiments import linear_regression
-from jaxtrain._files import PART
+from jaxtrain._files import PART, write_atomically
 from jaxtrain.cli.flags import Safety
 from jaxtrain.cli.runs import RunFolder, read_json
 from jaxtrain.training.events import Compiled, EpochDone
@@ -140,6 +140,15 @@ def test_part_files_of_others_are_left_alone(tmp_path: Path) -> None:
         pass
     left = [".film.mkv.part", f".folder{PART}", ".lock", ".mine.part"]
     assert sorted(path.name for path in tmp_path.iterdir()) == left
+
+
+def test_a_new_file_has_the_permissions_of_the_umask(tmp_path: Path) -> None:
+    before = os.umask(0o027)
+    try:
+        write_atomically(tmp_path / "file", b"content")
+    finally:
+        os.umask(before)
+    assert (tmp_path / "file").stat().st_mode & 0o777 == 0o640
 
 
 def test_planted_links_are_replaced_and_never_followed(tmp_path: Path) -> None:
