@@ -113,7 +113,9 @@ def run(config: Config) -> dict[str, Any]:
             figures=comparisons,
         )
     print_result(data, summary)
-    tables.print_comparisons("T2: PyTorch's figures", comparisons, config.output_dir)
+    tables.print_comparisons(
+        "T2: PyTorch's figures, middle of five seeds", comparisons, config.output_dir
+    )
     return summary
 
 

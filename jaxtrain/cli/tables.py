@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import NamedTuple
@@ -32,11 +33,15 @@ class Comparison(NamedTuple):
 
 
 def comparison_rows(comparisons: Iterable[Comparison]) -> Iterator[tuple[str, str, str, str]]:
-    """Yields figure, original, ours and difference as text, with a mark if they disagree."""
+    """Yields figure, original, ours and difference as text, with a mark if they disagree.
+
+    Figures have two decimals more than their tolerance.
+    """
     for row in comparisons:
+        decimals = 2 if row.tolerance == 0 else max(0, math.ceil(-math.log10(row.tolerance))) + 2
         mark = "" if row.agrees else f"  ✗ more than {row.tolerance:g}"
         difference = f"{row.ours - row.original:+.1e}{mark}"
-        yield row.figure, f"{row.original:.10g}", f"{row.ours:.10g}", difference
+        yield row.figure, f"{row.original:.{decimals}f}", f"{row.ours:.{decimals}f}", difference
 
 
 def print_comparisons(title: str, comparisons: Iterable[Comparison], output_dir: Path) -> None:
