@@ -25,6 +25,7 @@ from jaxtrain.errors import (
     StorageError,
 )
 from jaxtrain.export import load_params, save_params
+from jaxtrain.lowerings import use_cpu_lowerings
 from jaxtrain.model import Model
 from jaxtrain.optimizers import Minimum, minimize
 from jaxtrain.training import events
@@ -72,5 +73,6 @@ __all__ = [
     "to_module",
     "train_epoch",
     "train_step",
+    "use_cpu_lowerings",
     "with_optimizer",
 ]

@@ -43,6 +43,7 @@ ORDER = [
         "_arguments",
         "_files",
         "_safetensors",
+        "lowerings",
         "dataset",
         "model",
         "losses",

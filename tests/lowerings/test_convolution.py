@@ -1,0 +1,194 @@
+"""The CPU lowerings give XLA's own values and gradients, and act on CPUs alone."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import linen as nn
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from jax import lax
+
+import jaxtrain as jt
+
+LAYOUTS = {
+    1: [("NHC", "HIO", "NHC"), ("NCH", "OIH", "NCH")],
+    2: [("NHWC", "HWIO", "NHWC"), ("NCHW", "OIHW", "NCHW"), ("HWNC", "OHWI", "CNHW")],
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Case:
+    """A convolution: shapes of images and kernel in the given layout, and its parameters."""
+
+    images: tuple[int, ...]
+    kernel: tuple[int, ...]
+    params: dict[str, Any]
+
+
+@st.composite
+def convolutions(draw: st.DrawFn) -> Case:
+    rank = draw(st.sampled_from([1, 2, 2]))
+
+    def per_axis(low: int, high: int) -> tuple[int, ...]:
+        return tuple(draw(st.integers(low, high)) for _ in range(rank))
+
+    names = draw(st.sampled_from(LAYOUTS[rank]))
+    groups = draw(st.sampled_from([1, 1, 2, 3]))
+    channels = groups * draw(st.sampled_from([1, 2, 17]))
+    sizes = dict(zip("HW", per_axis(4, 9), strict=False)) | {
+        "N": draw(st.integers(1, 3)),
+        "C": channels,
+    }
+    window = dict(zip("HW", per_axis(1, 4), strict=False))
+    window |= {"I": channels // groups, "O": groups * draw(st.integers(1, 3))}
+    dilation = per_axis(1, 2)
+    for name, d in zip("HW", dilation, strict=False):
+        sizes[name] = max(sizes[name], (window[name] - 1) * d + 1)
+    padding: Any = draw(st.sampled_from(["VALID", "SAME", "explicit"]))
+    padding_is_explicit = padding == "explicit"
+    if padding_is_explicit:
+        padding = list(zip(per_axis(0, 3), per_axis(0, 3), strict=False))
+    params = dict(
+        window_strides=per_axis(1, 3),
+        padding=padding,
+        lhs_dilation=per_axis(1, 2) if padding_is_explicit else (1,) * rank,
+        rhs_dilation=dilation,
+        dimension_numbers=names,
+        feature_group_count=groups,
+    )
+    images = tuple(sizes[name] for name in names[0])
+    return Case(images, tuple(window[name] for name in names[1]), params)
+
+
+def values_and_gradients(
+    function: Callable[..., jax.Array], arguments: tuple[Any, ...], seed: int = 0
+) -> tuple[Any, ...]:
+    """Returns the output of a function and its gradients with a random cotangent."""
+
+    @jax.jit
+    def run(*arguments: Any) -> Any:
+        out, vjp = jax.vjp(function, *arguments)
+        cotangent = np.random.default_rng(seed).normal(size=out.shape)
+        return out, *vjp(jnp.asarray(cotangent, out.dtype))
+
+    return tuple(map(np.asarray, run(*arguments)))
+
+
+def random(shape: tuple[int, ...], seed: int) -> np.ndarray:
+    return np.random.default_rng(seed).normal(size=shape)
+
+
+def assert_same_as_float64(function: Callable[..., jax.Array], *arguments: np.ndarray) -> None:
+    """Compares with XLA's own convolution in float64, to which the lowerings do not apply."""
+    single = [argument.astype(np.float32) for argument in arguments]
+    ours = values_and_gradients(function, tuple(single))
+    with jax.enable_x64(True):
+        theirs = values_and_gradients(function, tuple(a.astype(np.float64) for a in single))
+    for ours_, theirs_ in zip(ours, theirs, strict=True):
+        assert ours_.dtype == np.float32
+        assert theirs_.dtype == np.float64
+        assert ours_.shape == theirs_.shape
+        np.testing.assert_allclose(ours_, theirs_, rtol=0, atol=1e-5 * (np.abs(theirs_).max() + 1))
+
+
+@settings(max_examples=60)
+@given(convolutions())
+def test_values_and_gradients_are_those_of_xla(case: Case) -> None:
+    def convolve(images: Any, kernel: Any) -> jax.Array:
+        return lax.conv_general_dilated(images, kernel, **case.params)
+
+    assert_same_as_float64(convolve, random(case.images, 1), random(case.kernel, 2))
+
+
+@settings(max_examples=15)
+@given(convolutions())
+def test_vmapped_kernels_give_the_values_and_gradients_of_xla(case: Case) -> None:
+    def convolve(images: Any, kernel: Any) -> jax.Array:
+        return lax.conv_general_dilated(images, kernel, **case.params)
+
+    kernels = random((3, *case.kernel), 2)
+    assert_same_as_float64(jax.vmap(convolve), random((3, *case.images), 1), kernels)
+    in_axes = jax.vmap(convolve, in_axes=(None, 0))
+    assert_same_as_float64(in_axes, random(case.images, 1), kernels)
+
+
+@pytest.mark.parametrize(("size", "window"), [((2, 6, 6, 3), (2, 2)), ((1, 7, 9, 2), (3, 2))])
+def test_the_gradient_of_max_pooling_is_that_of_xla(
+    size: tuple[int, ...], window: tuple[int, int]
+) -> None:
+    images = random(size, 3)
+    assert_same_as_float64(lambda x: nn.max_pool(x, window, window), images)
+    # Whole numbers have many ties, of which the first receives the gradient.
+    ties = np.floor(2 * images)
+    jt.use_cpu_lowerings(False)
+    (theirs,) = values_and_gradients(lambda x: nn.max_pool(x, window, window), (ties,))[1:]
+    jt.use_cpu_lowerings(True)
+    (ours,) = values_and_gradients(lambda x: nn.max_pool(x, window, window), (ties,))[1:]
+    np.testing.assert_array_equal(ours, theirs)
+
+
+def test_pytorch_resolves_ties_of_max_pooling_in_the_same_way() -> None:
+    torch = pytest.importorskip("torch")
+    images = np.floor(2 * random((2, 3, 8, 8), 4)).astype(np.float32)
+    weights = random((2, 3, 4, 4), 5).astype(np.float32)
+    theirs = torch.tensor(images, requires_grad=True)
+    (torch.nn.functional.max_pool2d(theirs, 2) * torch.tensor(weights)).sum().backward()
+
+    def loss(x: jax.Array) -> jax.Array:
+        pooled = nn.max_pool(x.transpose(0, 2, 3, 1), (2, 2), (2, 2))
+        return jnp.sum(pooled.transpose(0, 3, 1, 2) * weights)
+
+    np.testing.assert_array_equal(jax.jit(jax.grad(loss))(images), theirs.grad.numpy())
+
+
+def test_a_nan_in_a_pooling_window_passes_its_gradient_on() -> None:
+    images = jnp.array([[1.0, jnp.nan, 2.0, 3.0]])[..., None]
+    gradient = jax.jit(jax.grad(lambda x: nn.max_pool(x, (2,), (2,)).sum()))(images)
+    assert gradient.sum() == 2
+
+
+@pytest.fixture
+def lowerings_off() -> Iterator[None]:
+    jt.use_cpu_lowerings(False)
+    yield
+    jt.use_cpu_lowerings(True)
+
+
+def stablehlo(platform: str) -> str:
+    """Returns the program of both gradients of a padded convolution and of max pooling."""
+
+    def loss(images: jax.Array, kernel: jax.Array) -> jax.Array:
+        out = lax.conv_general_dilated(
+            images, kernel, (1, 1), "SAME", dimension_numbers=("NHWC", "HWIO", "NHWC")
+        )
+        return jnp.sum(nn.max_pool(out, (2, 2), (2, 2)) ** 2)
+
+    arguments = jnp.ones((2, 8, 8, 16)), jnp.ones((3, 3, 16, 16))
+    traced = jax.jit(jax.grad(loss, argnums=(0, 1))).trace(*arguments)
+    return traced.lower(lowering_platforms=(platform,)).as_text()
+
+
+def test_on_a_cpu_products_replace_the_convolutions() -> None:
+    text = stablehlo("cpu")
+    assert "stablehlo.dot_general" in text
+    assert "stablehlo.convolution" not in text
+    assert "select_and_scatter" not in text
+
+
+def test_on_a_gpu_the_program_stays_as_it_is() -> None:
+    text = stablehlo("cuda")
+    assert text.count("stablehlo.convolution") == 3
+    assert "select_and_scatter" in text
+
+
+def test_turned_off_they_leave_the_program_as_it_is(lowerings_off: None) -> None:
+    text = stablehlo("cpu")
+    assert text.count("stablehlo.convolution") == 3
+    assert "select_and_scatter" in text
