@@ -2,7 +2,8 @@
 
 A training step has three convolutions per layer, and each has another shape:
 
-- the output: many positions, few taps in the window. An unpadded NHWC convolution is fast as it is;
+- the output: many positions, few taps in the window. With few channels an unpadded NHWC
+  convolution is fast as it is; else one product per row of the window is faster;
 - the input's gradient: padded, with the kernel reversed, dilated where the layer has strides. The
   products of all inputs with each tap are summed, shifted by the position of the tap;
 - the weight's gradient: the window is an image of the output's gradient, and the results are few,
@@ -14,6 +15,7 @@ from __future__ import annotations
 import functools
 import itertools
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -23,6 +25,8 @@ from jax import lax
 NAMES = ("NHWC", "HWIO", "NHWC")
 # Below this many channels, one product per tap is slower than a convolution.
 MIN_CHANNELS = 16
+# Folding the taps of the last axis into the channels copies the images once per tap.
+MAX_FOLDED = 8
 # Each product is an operation of the program, which must not grow without a bound.
 MAX_PRODUCTS = 256
 
@@ -55,7 +59,8 @@ def applies(
     plain = set(lhs_dilation) | set(rhs_dilation) == {1} and all(p == (0, 0) for p in padding)
     grouped = (feature_group_count, batch_group_count) != (1, 1)
     few_outputs = math.prod(_outputs(out, dimension_numbers)) < taps
-    return few_outputs or grouped or not plain or dimension_numbers != nhwc
+    many_inputs = rhs.shape[dimension_numbers.rhs_spec[1]] >= MIN_CHANNELS
+    return few_outputs or many_inputs or grouped or not plain or dimension_numbers != nhwc
 
 
 def _outputs(out: Any, spec: lax.ConvDimensionNumbers) -> list[int]:
@@ -84,9 +89,17 @@ def convolve(
     spec = dimension_numbers
     x = lhs.transpose(spec.lhs_spec[0], *spec.lhs_spec[2:], spec.lhs_spec[1])
     w = rhs.transpose(*spec.rhs_spec[2:], spec.rhs_spec[1], spec.rhs_spec[0])
+    # In the order that they have in memory, so that a slice needs no transpose.
+    contracted = sorted(
+        range(1, x.ndim), key=lambda axis: (*spec.lhs_spec[2:], spec.lhs_spec[1])[axis - 1]
+    )
+
+    def ungrouped(x: jax.Array, w: jax.Array, may_convolve: bool) -> jax.Array:
+        return _ungrouped(x, w, contracted=contracted, may_convolve=may_convolve, **params)
+
     groups = feature_group_count * batch_group_count
     if groups == 1:
-        out = _ungrouped(x, w, may_convolve=True, **params)
+        out = ungrouped(x, w, True)
     else:
         w = jnp.moveaxis(w.reshape(*w.shape[:-1], groups, -1), -2, 0)
         if feature_group_count > 1:
@@ -94,7 +107,7 @@ def convolve(
         else:
             x = x.reshape(groups, -1, *x.shape[1:])
         # Batched matrix products: a vmapped convolution would be a grouped one again.
-        out = jax.vmap(lambda x, w: _ungrouped(x, w, may_convolve=False, **params))(x, w)
+        out = jax.vmap(lambda x, w: ungrouped(x, w, False))(x, w)
         out = jnp.moveaxis(out, 0, -2)
         out = out.reshape(*out.shape[:-2], -1)
     order = [0] * out.ndim
@@ -111,13 +124,13 @@ def _ungrouped(
     padding: tuple[tuple[int, int], ...],
     lhs_dilation: tuple[int, ...],
     rhs_dilation: tuple[int, ...],
+    contracted: list[int],
     may_convolve: bool,
     **precision: Any,
 ) -> jax.Array:
     """Returns the convolution of x [batch, *space, inputs] and w [*window, inputs, outputs]."""
     precision = {name: precision[name] for name in ("precision", "preferred_element_type")}
     window, inputs = w.shape[:-2], w.shape[-2]
-    x, w = lax.optimization_barrier((x, w))
     size = [
         (s - 1) * d + 1 + sum(p)
         for s, d, p in zip(x.shape[1:-1], lhs_dilation, padding, strict=True)
@@ -148,23 +161,19 @@ def _ungrouped(
         # Otherwise XLA merges the padding into the convolution, which then is slow in a loop.
         x = lax.optimization_barrier(x)
 
-    def part(start: tuple[int, ...], count: Any, stride: tuple[int, ...]) -> jax.Array:
-        stop = [s + (c - 1) * d + 1 for s, c, d in zip(start, count, stride, strict=True)]
-        return lax.slice(x, (0, *start, 0), (x.shape[0], *stop, x.shape[-1]), (1, *stride, 1))
-
     if few_outputs:
         # Two-dimensional operands: XLA would transpose each slice for a dot of more dimensions.
-        kernel = w.reshape(-1, w.shape[-1])
+        kernel = w.transpose(*(axis - 1 for axis in contracted), -1).reshape(-1, w.shape[-1])
         parts = []
         for position in itertools.product(*map(range, outputs)):
             start = tuple(p * q for p, q in zip(position, window_strides, strict=True))
-            patch = jnp.moveaxis(part(start, window, rhs_dilation), 0, -1)
+            patch = _slice(x, start, window, rhs_dilation).transpose(*contracted, 0)
             patch = patch.reshape(-1, x.shape[0])
             parts.append(lax.dot_general(patch, kernel, (((0,), (0,)), ((), ())), **precision))
         out = jnp.stack(parts).reshape(*outputs, x.shape[0], w.shape[-1])
         return jnp.moveaxis(out, -2, 0)
 
-    if may_convolve and set(rhs_dilation) == {1}:
+    if may_convolve and inputs < MIN_CHANNELS and set(rhs_dilation) == {1}:
         strides = window_strides
         if len(window) == 1:  # XLA:CPU runs one-dimensional convolutions slowly.
             x, w = x[:, None], w[None]
@@ -172,10 +181,28 @@ def _ungrouped(
         out = lax.conv_general_dilated(x, w, strides, "VALID", dimension_numbers=NAMES, **precision)
         return out[:, 0] if len(window) == 1 else out
 
+    if window[-1] <= MAX_FOLDED:
+        # The taps along the last axis become channels: fewer and larger products.
+        slices = [
+            lax.slice_in_dim(x, start, start + (outputs[-1] - 1) * stride + 1, stride, axis=-2)
+            for stride in window_strides[-1:]
+            for start in range(0, window[-1] * rhs_dilation[-1], rhs_dilation[-1])
+        ]
+        x = jnp.concatenate(slices, axis=-1)
+        w = w.reshape(*window[:-1], 1, x.shape[-1], w.shape[-1])
+        window_strides = (*window_strides[:-1], 1)
     products = []
-    for tap in itertools.product(*map(range, window)):
+    for tap in itertools.product(*map(range, w.shape[:-2])):
         start = tuple(t * d for t, d in zip(tap, rhs_dilation, strict=True))
-        patch = part(start, outputs, window_strides)
-        dims = (((patch.ndim - 1,), (0,)), ((), ()))
-        products.append(lax.dot_general(patch, w[tap], dims, **precision))
+        patch = _slice(x, start, outputs, window_strides)
+        product = lax.dot(patch.reshape(-1, patch.shape[-1]), w[tap], **precision)
+        products.append(product.reshape(*patch.shape[:-1], -1))
     return functools.reduce(jnp.add, products)
+
+
+def _slice(
+    x: jax.Array, start: Sequence[int], count: Sequence[int], stride: Sequence[int]
+) -> jax.Array:
+    """Returns `count` positions along each spatial axis of x [batch, *space, channels]."""
+    stop = [s + (c - 1) * d + 1 for s, c, d in zip(start, count, stride, strict=True)]
+    return lax.slice(x, (0, *start, 0), (x.shape[0], *stop, x.shape[-1]), (1, *stride, 1))
