@@ -51,14 +51,15 @@ def convolutions(draw: st.DrawFn) -> Case:
     dilation = per_axis(1, 2)
     for name, d in zip("HW", dilation, strict=False):
         sizes[name] = max(sizes[name], (window[name] - 1) * d + 1)
-    padding: Any = draw(st.sampled_from(["VALID", "SAME", "explicit"]))
-    padding_is_explicit = padding == "explicit"
-    if padding_is_explicit:
-        padding = list(zip(per_axis(0, 3), per_axis(0, 3), strict=False))
+    padding: Any = draw(st.sampled_from(["VALID", "SAME", None]))
+    lhs_dilation = None
+    if padding is None:
+        padding = list(zip(per_axis(0, 3), per_axis(0, 3), strict=True))
+        lhs_dilation = per_axis(1, 2)
     params = dict(
         window_strides=per_axis(1, 3),
         padding=padding,
-        lhs_dilation=per_axis(1, 2) if padding_is_explicit else (1,) * rank,
+        lhs_dilation=lhs_dilation,
         rhs_dilation=dilation,
         dimension_numbers=names,
         feature_group_count=groups,
@@ -117,6 +118,37 @@ def test_vmapped_kernels_give_the_values_and_gradients_of_xla(case: Case) -> Non
     assert_same_as_float64(jax.vmap(convolve), random((3, *case.images), 1), kernels)
     in_axes = jax.vmap(convolve, in_axes=(None, 0))
     assert_same_as_float64(in_axes, random(case.images, 1), kernels)
+
+
+@pytest.mark.parametrize("taps", [12, 300])
+def test_long_kernels_give_the_values_and_gradients_of_xla(taps: int) -> None:
+    def convolve(signal: Any, kernel: Any) -> jax.Array:
+        return lax.conv_general_dilated(
+            signal, kernel, (1,), "SAME", dimension_numbers=("NHC", "HIO", "NHC")
+        )
+
+    assert_same_as_float64(convolve, random((2, 320, 16), 1), random((taps, 16, 2), 2))
+
+
+@pytest.mark.parametrize(
+    ("images", "kernel", "dtype"),
+    [
+        ((1, 16, 6, 6), (16, 16, 3, 3), jnp.bfloat16),
+        ((1, 2, 5, 5, 5), (2, 2, 3, 3, 3), jnp.float32),
+        ((1, 2, 640), (2, 2, 300), jnp.float32),
+    ],
+    ids=["bfloat16", "3-D", "300 taps"],
+)
+def test_other_convolutions_are_left_to_xla(
+    images: tuple[int, ...], kernel: tuple[int, ...], dtype: Any
+) -> None:
+    def loss(images: jax.Array, kernel: jax.Array) -> jax.Array:
+        strides = (1,) * (images.ndim - 2)
+        return jnp.sum(lax.conv_general_dilated(images, kernel, strides, "VALID") ** 2)
+
+    arguments = jnp.ones(images, dtype), jnp.ones(kernel, dtype)
+    text = jax.jit(jax.grad(loss, argnums=(0, 1))).lower(*arguments).as_text()
+    assert text.count("stablehlo.convolution") == 3
 
 
 @pytest.mark.parametrize(("size", "window"), [((2, 6, 6, 3), (2, 2)), ((1, 7, 9, 2), (3, 2))])
