@@ -29,7 +29,7 @@ def load_params(model: nn.Module, params: Mapping[str, Any]) -> None:
     linears = [layer for layer in model.modules() if isinstance(layer, nn.Linear)]
     with torch.no_grad():
         for linear, name in zip(linears, sorted(params), strict=True):
-            linear.weight.copy_(torch.from_numpy(np.array(params[name]["kernel"]).T))
+            linear.weight.copy_(torch.from_numpy(np.array(params[name]["weight"])))
             linear.bias.copy_(torch.from_numpy(np.array(params[name]["bias"])))
 
 
@@ -38,7 +38,7 @@ def read_params(model: nn.Module) -> dict[str, dict[str, np.ndarray]]:
     linears = [layer for layer in model.modules() if isinstance(layer, nn.Linear)]
     return {
         f"Dense_{index}": {
-            "kernel": linear.weight.detach().numpy().T.copy(),
+            "weight": linear.weight.detach().numpy().copy(),
             "bias": linear.bias.detach().numpy().copy(),
         }
         for index, linear in enumerate(linears)

@@ -22,9 +22,10 @@ def save_params(path: str | os.PathLike[str], state: TrainState) -> None:
     """Writes the parameters and the model state (batch statistics, for example) to one file.
 
     Any library that supports safetensors can read the file. Names are paths, such as
-    "params.Dense_0.kernel" and "batch_stats.BatchNorm_0.mean"; kernels are [inputs, outputs] as in
-    Flax; PRNG keys are stored as their words. The optimizer state is not included; checkpoints of
-    `fit` have it.
+    "params.Dense_0.kernel" and "batch_stats.BatchNorm_0.mean", and arrays are as the module has
+    them: a kernel of `flax.linen.Dense` is [inputs, outputs], a weight of `jt.models.Linear`
+    [outputs, inputs]. PRNG keys are stored as their words. The optimizer state is not included;
+    checkpoints of `fit` have it.
 
     Args:
       path: the file, such as "model.safetensors"; it is written completely or not at all.

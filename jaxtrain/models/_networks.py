@@ -2,29 +2,15 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 
 import flax.linen as nn
-import jax
 import jax.numpy as jnp
-from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Num
 
 from jaxtrain.errors import InputError
-
-
-def uniform_fan_in(fan_in: int) -> nn.initializers.Initializer:
-    """Returns the initializer of weight and bias in `torch.nn.Linear`: uniform in ±1/√fan_in.
-
-    (PyTorch calls `kaiming_uniform_` with a = √5, which has the same bound.)
-    """
-    bound = 1 / math.sqrt(fan_in)
-
-    def init(key: Array, shape: Sequence[int], dtype: DTypeLike = jnp.float32) -> Array:
-        return jax.random.uniform(key, shape, dtype, -bound, bound)
-
-    return init
+from jaxtrain.models._dropout import Dropout, check_rate
+from jaxtrain.models._linear import Linear
 
 
 class LinearRegression(nn.Module):
@@ -45,7 +31,8 @@ class LinearRegression(nn.Module):
         """Returns the predictions; `train` has no effect."""
         shape, dtype = (inputs.shape[-1], self.features), jnp.result_type(inputs, jnp.float32)
         weight = self.param("weight", nn.initializers.normal(1.0), shape, dtype)
-        outputs = inputs @ weight
+        # XLA would compute the product of one input as a matrix product, which is slower.
+        outputs = inputs * weight if inputs.shape[-1] == 1 else inputs @ weight
         if self.use_bias:
             bias = self.param("bias", nn.initializers.normal(1.0), (self.features,), dtype)
             outputs += jnp.broadcast_to(bias, outputs.shape)
@@ -83,21 +70,13 @@ class FeedForward(nn.Module):
         """
         if not self.features:
             raise InputError("features is empty; expected the width of at least one layer")
-        if not 0 <= self.dropout_rate < 1:
-            raise InputError(
-                f"dropout_rate is {self.dropout_rate}; expected a fraction in [0, 1)",
-                argument="dropout_rate",
-            )
+        check_rate(self.dropout_rate, "dropout_rate")
         x = inputs.reshape(inputs.shape[0], -1)
         if jnp.issubdtype(x.dtype, jnp.integer):
             x = x.astype(jnp.float32) / 255
         x = (x - self.mean) / self.std
-        for width in self.features[:-1]:
-            x = nn.relu(_linear(width, x.shape[-1])(x))
-            x = nn.Dropout(self.dropout_rate, deterministic=not train)(x)
-        return _linear(self.features[-1], x.shape[-1])(x)
-
-
-def _linear(features: int, fan_in: int) -> nn.Dense:
-    init = uniform_fan_in(fan_in)
-    return nn.Dense(features, kernel_init=init, bias_init=init)
+        # Flax derives the initial parameters from the key and the names of the layers.
+        for layer, width in enumerate(self.features[:-1]):
+            x = nn.relu(Linear(width, name=f"Dense_{layer}")(x))
+            x = Dropout(self.dropout_rate)(x, train)
+        return Linear(self.features[-1], name=f"Dense_{len(self.features) - 1}")(x)

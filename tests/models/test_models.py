@@ -20,14 +20,14 @@ def test_layers_are_initialized_uniformly_within_1_over_root_fan_in() -> None:
     params = init(jt.models.FeedForward(), jnp.zeros((1, 784)))
     for name, fan_in in zip(sorted(params), (784, 256, 128, 64), strict=True):
         bound = 1 / math.sqrt(fan_in)
-        for values in (np.asarray(params[name]["kernel"]), np.asarray(params[name]["bias"])):
+        for values in (np.asarray(params[name]["weight"]), np.asarray(params[name]["bias"])):
             assert np.abs(values).max() <= bound
             # Of n uniform draws the largest is below 0.9 of the bound with probability 0.9^n.
             assert np.abs(values).max() > (0.9 if values.size > 100 else 0.5) * bound
-        kernel = np.asarray(params[name]["kernel"]).ravel()
+        weight = np.asarray(params[name]["weight"]).ravel()
         deviation = bound / math.sqrt(3)
-        assert kernel.std() == pytest.approx(deviation, rel=5 / math.sqrt(kernel.size))
-        assert abs(kernel.mean()) < 5 * deviation / math.sqrt(kernel.size)
+        assert weight.std() == pytest.approx(deviation, rel=5 / math.sqrt(weight.size))
+        assert abs(weight.mean()) < 5 * deviation / math.sqrt(weight.size)
 
 
 def test_pixels_may_be_uint8_int32_or_floats_and_flat() -> None:
@@ -46,7 +46,7 @@ def test_dropout_keeps_the_mean_and_acts_in_training_only() -> None:
     params = init(model, jnp.ones((1, 1)))
     params = jax.tree.map(jnp.zeros_like, params)
     params["Dense_0"]["bias"] = jnp.ones(10_000)
-    params["Dense_1"]["kernel"] = jnp.full((10_000, 1), 1e-4)
+    params["Dense_1"]["weight"] = jnp.full((1, 10_000), 1e-4)
     inputs = jnp.ones((4, 1))
     evaluated = model.apply({"params": params}, inputs)
     np.testing.assert_allclose(evaluated, 1.0, rtol=1e-4)

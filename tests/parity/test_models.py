@@ -18,7 +18,7 @@ def test_pytorchs_linear_layer_starts_in_the_same_range() -> None:
     torch.manual_seed(0)
     linear = torch.nn.Linear(256, 128)
     ours = init(jt.models.FeedForward((128,)), jnp.zeros((1, 256)))["Dense_0"]
-    theirs = {"kernel": linear.weight, "bias": linear.bias}
+    theirs = {"weight": linear.weight, "bias": linear.bias}
     for name, values in theirs.items():
         values = values.detach().numpy()
         assert np.abs(values).max() == pytest.approx(np.abs(ours[name]).max(), rel=0.02)

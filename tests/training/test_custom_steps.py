@@ -77,7 +77,7 @@ def test_partition_freezes_all_layers_but_the_first(small_state, small_classes) 
     state = jt.with_optimizer(small_state, optimizer)
     after, _ = jt.train_step(state, small_classes, LOSS)
     moved = {
-        name: not np.array_equal(after.params[name]["kernel"], state.params[name]["kernel"])
+        name: not np.array_equal(after.params[name]["weight"], state.params[name]["weight"])
         for name in state.params
     }
     assert moved == {"Dense_0": True, "Dense_1": False}

@@ -16,7 +16,7 @@ LOSS = jt.losses.cross_entropy
 def test_repr_shows_shapes_and_no_weights(small_state) -> None:
     text = repr(small_state)
     assert "TrainState(step=0, epoch=0, 83 params" in text
-    assert "params.Dense_0.kernel: float32[6, 8]" in text
+    assert "params.Dense_0.weight: float32[8, 6]" in text
     assert "Array(" not in text
     assert "step=" in repr(jax.vmap(lambda _: small_state)(jnp.arange(3)))
     assert "step=int32[]" in repr(jax.eval_shape(lambda: small_state))
