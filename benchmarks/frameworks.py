@@ -50,7 +50,7 @@ class NnxNetwork(nnx.Module):
 def nnx_network(params: PyTree) -> NnxNetwork:
     network = NnxNetwork(nnx.Rngs(0))
     for layer, name in zip(network.layers, LAYERS, strict=True):
-        layer.kernel = nnx.Param(params[name]["kernel"])
+        layer.kernel = nnx.Param(params[name]["weight"].T)
         layer.bias = nnx.Param(params[name]["bias"])
     return network
 
@@ -68,9 +68,9 @@ class EquinoxNetwork(eqx.Module):
 def equinox_network(params: PyTree) -> EquinoxNetwork:
     layers = []
     for name in LAYERS:
-        kernel, bias = params[name]["kernel"], params[name]["bias"]
-        layer = eqx.nn.Linear(*kernel.shape, key=jax.random.key(0))
-        layers.append(eqx.tree_at(lambda x: (x.weight, x.bias), layer, (kernel.T, bias)))
+        weight, bias = params[name]["weight"], params[name]["bias"]
+        layer = eqx.nn.Linear(*weight.T.shape, key=jax.random.key(0))
+        layers.append(eqx.tree_at(lambda x: (x.weight, x.bias), layer, (weight, bias)))
     return EquinoxNetwork(layers)
 
 
@@ -80,8 +80,8 @@ def plain_apply(
     del train, key
     x = normalized(images)
     for name in LAYERS[:-1]:
-        x = jax.nn.relu(x @ params[name]["kernel"] + params[name]["bias"][None])
-    return x @ params[LAYERS[-1]]["kernel"] + params[LAYERS[-1]]["bias"][None], model_state
+        x = jax.nn.relu(x @ params[name]["weight"].T + params[name]["bias"][None])
+    return x @ params[LAYERS[-1]]["weight"].T + params[LAYERS[-1]]["bias"][None], model_state
 
 
 def states(optimizer: Any, images: Array) -> dict[str, jt.TrainState]:

@@ -260,8 +260,8 @@ def test_four_versions_of_the_mnist_network_have_the_same_gradients() -> None:
             return losses.mean(), outputs
 
         grads, outputs = jax.jit(jax.grad(mean_loss, has_aux=True))(state.params)
-        # Equinox stores weights as [out, in].
-        leaves = [leaf.T if name == "Equinox" else leaf for leaf in jax.tree.leaves(grads)]
+        # NNX stores kernels as [in, out].
+        leaves = [leaf.T if name == "NNX" else leaf for leaf in jax.tree.leaves(grads)]
         results[name] = [outputs, *sorted(leaves, key=lambda leaf: (leaf.ndim, leaf.shape))]
     assert len(results) == 4
     for name, arrays in results.items():

@@ -140,8 +140,3 @@ def test_a_rate_outside_0_to_1_is_refused(rate: float) -> None:
         jt.models.dropout(jnp.ones(3), rate, KEY)
     with pytest.raises(jt.InputError, match="rate is"):
         jt.models.Dropout(rate).apply({}, jnp.ones(3))
-
-
-def test_a_batch_of_keys_is_refused() -> None:
-    with pytest.raises(jt.InputError, match="batch of keys"):
-        jt.models.dropout(jnp.ones(3), 0.5, jax.random.split(KEY))

@@ -58,6 +58,8 @@ def test_invalid_keys_are_refused(small_state, small_classes) -> None:
     batch = jax.random.split(jax.random.key(0), 3)
     with refused(r"key is a batch of keys of shape \(3,\); expected a single PRNG key"):
         jt.fit(small_state, small_classes, loss_fn=LOSS, key=batch)
+    with refused(r"key is a batch of keys of shape \(3,\); expected a single PRNG key"):
+        jt.models.dropout(jnp.ones(3), 0.5, batch)
     with refused(r"key is an array of float32\[2\]; expected a PRNG key"):
         jt.train_epoch(small_state, small_classes, LOSS, key=jnp.ones(2))
     legacy = jax.random.PRNGKey(0)
