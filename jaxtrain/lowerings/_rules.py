@@ -69,5 +69,17 @@ def _default_rule(primitive: Any) -> Callable[..., Any] | None:
         return None
 
 
+def _register_xla_convolution() -> None:
+    """Lowers `xla_convolution_p` by JAX's own rule for convolutions."""
+    default = _default_rule(lax.conv_general_dilated_p)
+
+    def rule(ctx: Any, *operands: Any, **params: Any) -> Any:
+        assert default is not None
+        return default(ctx, *operands, **_convolution.full_params(*ctx.avals_in, **params))
+
+    mlir.register_lowering(_convolution.xla_convolution_p, rule, platform="cpu")
+
+
+_register_xla_convolution()  # before the default rule is replaced
 _register(lax.conv_general_dilated_p, _convolution.applies, _convolution.convolve)
 _register(lax.select_and_scatter_add_p, _pooling.applies, _pooling.max_pool_gradient)

@@ -207,11 +207,29 @@ def stablehlo(platform: str) -> str:
     return traced.lower(lowering_platforms=(platform,)).as_text()
 
 
-def test_on_a_cpu_products_replace_the_convolutions() -> None:
+def test_on_a_cpu_only_unpadded_convolutions_remain() -> None:
     text = stablehlo("cpu")
-    assert "stablehlo.dot_general" in text
-    assert "stablehlo.convolution" not in text
+    convolutions = [line for line in text.splitlines() if "stablehlo.convolution" in line]
+    assert len(convolutions) == 2  # of the output, and of the gradient of the images
+    for line in convolutions:
+        assert "[b, 0, 1, f]x[0, 1, i, o]->[b, 0, 1, f]" in line
+        assert "pad = [[0, 0], [0, 0]]" in line
+    assert text.count("stablehlo.dot_general") == 9  # one per tap, of the gradient of the kernel
     assert "select_and_scatter" not in text
+
+
+def test_a_nan_stays_at_its_position() -> None:
+    images = np.ones((2, 6, 6, 3), np.float32)
+    images[1, 5, 5, 0] = np.nan
+    kernel = jnp.ones((3, 3, 3, 4))
+    out = jax.jit(
+        lambda x: lax.conv_general_dilated(
+            x, kernel, (1, 1), "VALID", dimension_numbers=("NHWC", "HWIO", "NHWC")
+        )
+    )(images)
+    assert np.isnan(out[1, 3, 3]).all()
+    out = out.at[1, 3, 3].set(27)
+    np.testing.assert_array_equal(out, np.full((2, 4, 4, 4), 27))
 
 
 def test_on_a_gpu_the_program_stays_as_it_is() -> None:
