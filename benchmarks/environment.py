@@ -11,6 +11,7 @@ from typing import Any
 
 import jax
 
+CACHE_SETTINGS = ("JAX_COMPILATION", "JAX_PERSISTENT", "TORCHINDUCTOR")
 PACKAGES = ("jax", "jaxlib", "flax", "optax", "numpy", "torch", "equinox", "keras")
 
 
@@ -34,14 +35,8 @@ def describe() -> dict[str, Any]:
     }
 
 
-def equalize(use_cache: bool = False) -> None:
-    """Gives PyTorch and XLA the same threads and precision, and disables their compilation caches.
-
-    With `use_cache`, JAX uses the cache of the environment, for runs whose times do not count.
-    """
-    jax.config.update("jax_enable_compilation_cache", use_cache)
-    os.environ["JAXTRAIN_BENCHMARK_DEVICE"] = jax.default_backend()
-    os.environ["TORCHINDUCTOR_FORCE_DISABLE_CACHES"] = "1"
+def equalize() -> None:
+    """Gives the libraries of this process the threads and precision of `variables`."""
     if has_gpu():
         jax.config.update("jax_default_matmul_precision", "highest")  # no TF32
     try:
@@ -49,7 +44,28 @@ def equalize(use_cache: bool = False) -> None:
     except ModuleNotFoundError:
         return
     torch.set_num_threads(cores())
-    torch.set_float32_matmul_precision("highest")
+
+
+def variables(cache: Path | None) -> dict[str, str]:
+    """Returns the environment variables of a process that measures a peer.
+
+    Args:
+      cache: folder of the compilation caches, or None to compile everything.
+    """
+    found = {name: os.environ[name] for name in os.environ if not name.startswith(CACHE_SETTINGS)}
+    found |= {
+        "OMP_NUM_THREADS": str(cores()),
+        "JAXTRAIN_BENCHMARK_DEVICE": jax.default_backend(),
+    }
+    if has_gpu():
+        found["JAX_DEFAULT_MATMUL_PRECISION"] = "highest"  # no TF32
+    if cache is None:
+        return found | {"TORCHINDUCTOR_FORCE_DISABLE_CACHES": "1"}
+    return found | {
+        "JAX_COMPILATION_CACHE_DIR": str(cache),
+        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
+        "TORCHINDUCTOR_CACHE_DIR": str(cache / "inductor"),
+    }
 
 
 def has_gpu() -> bool:

@@ -7,16 +7,18 @@ import statistics
 from pathlib import Path
 from typing import Any
 
-from benchmarks.peers import PEERS
-from benchmarks.problem import NETWORKS
-from benchmarks.readings import EAGER, EPOCH_CASE, JAXTRAIN, Results, Row, readings, rows_of
+from benchmarks.cases import MODELS
+from benchmarks.peers import PEERS, label
+from benchmarks.problem import FEATURES
+from benchmarks.readings import Results, Row, readings, rows_of
+from benchmarks.suites import EAGER, OURS
 from benchmarks.timing import speedup, spread
 from jaxtrain._files import write_atomically
 from jaxtrain.cli import plots
 from jaxtrain.cli.plots import Axes, Figure
 
 COLORS = {
-    JAXTRAIN: plots.BLUE,
+    OURS: plots.BLUE,
     EAGER: plots.VERMILION,
     "pytorch-compile": plots.ORANGE,
     "pytorch-cuda-graphs": plots.YELLOW,
@@ -48,7 +50,7 @@ def draw(results: Results, folder: Path, prefix: str = "") -> list[Path]:
 def _step_figure(results: Results, *, throughput: bool) -> Figure | None:
     """Draws time per step, or examples per second, against batch size, one panel per network."""
     rows = rows_of(results, "step")
-    networks = [name for name in NETWORKS if any(r["facts"]["network"] == name for r in rows)]
+    networks = [name for name in FEATURES if any(r["facts"]["network"] == name for r in rows)]
     if not networks:
         return None
     figure = Figure(figsize=(4.2 * len(networks), 4.2), layout="constrained")
@@ -58,7 +60,7 @@ def _step_figure(results: Results, *, throughput: bool) -> Figure | None:
         for name in dict.fromkeys(row["peer"] for row in of_network):
             if name in COLORS:
                 _curve(ax, [row for row in of_network if row["peer"] == name], throughput)
-        _curve(ax, _lower_bounds(of_network), throughput, label="matrix products (lower bound)")
+        _curve(ax, _products(of_network), throughput, text="matrix products alone")
         ax.set_xscale("log", base=4)
         ax.set_yscale("log")
         ax.set_title("wide (4 × 1024)" if network == "wide" else network)
@@ -66,18 +68,17 @@ def _step_figure(results: Results, *, throughput: bool) -> Figure | None:
         plots.label_axes(ax, "batch size", unit)
         sizes = sorted({row["facts"]["batch_size"] for row in of_network})
         ax.set_xticks(sizes, [str(size) for size in sizes])
-    # torch.compile is timed with T2 alone: its panel has every label.
-    handles, labels = panels[min(1, len(networks) - 1)].get_legend_handles_labels()
+    handles, labels = panels[0].get_legend_handles_labels()
     columns = 4 if len(networks) > 1 else 2
     figure.legend(handles, labels, loc="outside lower center", ncols=columns)
     return figure
 
 
-def _lower_bounds(rows: list[Row]) -> list[Row]:
+def _products(rows: list[Row]) -> list[Row]:
     """Returns the row of the fastest matrix products for each batch size."""
     fastest: dict[int, Row] = {}
     for row in rows:
-        if row["facts"]["floor"]:
+        if row["facts"]["products"]:
             size = row["facts"]["batch_size"]
             fastest[size] = min(fastest.get(size, row), row, key=_median)
     return list(fastest.values())
@@ -87,8 +88,8 @@ def _median(row: Row) -> float:
     return statistics.median(row["readings"])
 
 
-def _curve(ax: Axes, rows: list[Row], throughput: bool, label: str | None = None) -> None:
-    """Draws medians with quartiles; dotted and black if a label is given (the lower bound)."""
+def _curve(ax: Axes, rows: list[Row], throughput: bool, text: str | None = None) -> None:
+    """Draws medians with quartiles; dotted and black if a text for the legend is given."""
     rows = sorted(rows, key=lambda row: row["facts"]["batch_size"])
     if not rows:
         return
@@ -104,40 +105,40 @@ def _curve(ax: Axes, rows: list[Row], throughput: bool, label: str | None = None
     name = rows[0]["peer"]
     style: dict[str, Any] = (
         {"color": "black", "linestyle": ":", "marker": ".", "markersize": 4}
-        if label
+        if text
         else {"color": COLORS[name], "marker": MARKERS[name], "markersize": 4}
     )
-    ax.plot(sizes, median, label=label or PEERS[name].label, **style)
+    ax.plot(sizes, median, label=text or label(name), **style)
     ax.fill_between(sizes, low, high, color=style["color"], alpha=0.2, linewidth=0)
 
 
 def _ratio_figure(results: Results) -> Figure | None:
-    """Draws the time per epoch of each peer in multiples of jaxtrain's, with its interval."""
-    ours = readings(results, "epoch", EPOCH_CASE, JAXTRAIN)
-    rows = [row for row in rows_of(results, "epoch", EPOCH_CASE) if row["peer"] != JAXTRAIN]
-    if ours is None or not rows:
+    """Draws the time per epoch of each peer in multiples of jaxtrain's, one panel per network."""
+    rows = [row for row in rows_of(results, "models") if not row["facts"].get("products")]
+    names = [name for name in PEERS if any(row["peer"] == name != OURS for row in rows)]
+    cases = {row["facts"]["network"]: row["case"] for row in rows if row["peer"] == OURS}
+    if not names or not cases:
         return None
-    ratios = {row["peer"]: speedup(ours, row["readings"]) for row in rows}
-    ratios = dict(sorted(ratios.items(), key=lambda item: item[1].median))
-    bounds = {row["peer"] for row in rows if row["facts"]["floor"]}
-    figure = Figure(figsize=(7, 1.1 + 0.36 * len(ratios)), layout="constrained")
-    ax = figure.subplots()
-    ax.axvline(1, color=plots.BLUE, linestyle="--", linewidth=1, zorder=0)
-    for place, (name, (low, median, high)) in enumerate(ratios.items()):
-        ax.plot([low, high], [place, place], color=plots.GREY, linewidth=3)
-        color, fill = ("black", "none") if name in bounds else (plots.VERMILION, "full")
-        ax.plot(median, place, "o", color=color, fillstyle=fill)
-        ax.annotate(
-            f"{median:.2f} ×",
-            (high, place),
-            (6, -3),
-            textcoords="offset points",
-            bbox={"color": "white", "pad": 0.5},
-        )
-    ax.set_title("dashed line: jaxtrain; hollow: matrix products alone (lower bound)", fontsize=9)
-    labels = [PEERS[name].label if name in PEERS else name for name in ratios]
-    ax.set_yticks(range(len(ratios)), labels)
-    ax.set_ylim(-0.6, len(ratios) - 0.4)
-    ax.set_xlim(0, 1.15 * max(high for _, _, high in ratios.values()))
-    plots.label_axes(ax, "time per epoch in multiples of jaxtrain's (95 % interval)", "")
+    networks = [network for network in MODELS if network in cases]
+    size = (3 + 1.9 * len(networks), 1.3 + 0.32 * len(names))
+    figure = Figure(figsize=size, layout="constrained")
+    panels = figure.subplots(1, len(networks), sharey=True, squeeze=False)[0]
+    for ax, network in zip(panels, networks, strict=True):
+        ours = readings(results, "models", cases[network], OURS)
+        ax.axvline(1, color=plots.BLUE, linestyle="--", linewidth=1, zorder=0)
+        for place, name in enumerate(reversed(names)):
+            theirs = readings(results, "models", cases[network], name)
+            if ours is None or theirs is None:
+                continue
+            low, median, high = speedup(ours, theirs)
+            ax.plot([low, high], [place, place], color=plots.GREY, linewidth=3)
+            ax.plot(median, place, "o", color=plots.GREEN if median > 1 else plots.VERMILION)
+            ax.annotate(f"{median:.2f}", (median, place), (0, 6), textcoords="offset points")
+        ax.set_xscale("log", base=2)
+        ax.margins(x=0.25)
+        ax.xaxis.set_major_formatter(lambda value, _: f"{value:g}")
+        ax.set_title(network)
+    panels[0].set_yticks(range(len(names)), [label(name) for name in reversed(names)])
+    panels[0].set_ylim(-0.6, len(names) - 0.3)
+    figure.supxlabel("time per epoch in multiples of jaxtrain's (dashed), 95 % interval", size=10)
     return figure

@@ -1,14 +1,10 @@
-"""Trains T1's linear regression from many starts, in jaxtrain and in eager PyTorch."""
+"""Trains T1's linear regression from many starts, in JAX and in PyTorch."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 
-import jax
-import jax.numpy as jnp
 import numpy as np
-
-import jaxtrain as jt
 
 EPOCHS = 200
 LEARNING_RATE = 0.01
@@ -26,6 +22,11 @@ def starts(count: int) -> np.ndarray:
 
 def jaxtrain_runs() -> Runs:
     """Returns all runs as one compiled call: a scan over epochs, vmapped over the starts."""
+    import jax
+    import jax.numpy as jnp
+
+    import jaxtrain as jt
+
     train, test = jt.data.line(0.7, 0.3)
     optimizer = jt.optimizers.sgd(LEARNING_RATE)
     model = jt.models.LinearRegression()
@@ -46,20 +47,35 @@ def jaxtrain_runs() -> Runs:
     return lambda starts: np.asarray(run(starts))
 
 
+def vmap_by_hand() -> Runs:
+    """Returns all runs as one compiled call in plain JAX."""
+    import jax
+    import jax.numpy as jnp
+
+    x = jnp.arange(0, 1, 0.02)
+    y = 0.7 * x + 0.3
+
+    def loss_fn(params: jax.Array, x: jax.Array, y: jax.Array) -> jax.Array:
+        return jnp.abs(params[0] * x + params[1] - y).mean()
+
+    def epoch(params: jax.Array, _: None) -> tuple[jax.Array, jax.Array]:
+        loss, grads = jax.value_and_grad(loss_fn)(params, x[:40], y[:40])
+        params -= LEARNING_RATE * grads
+        return params, jnp.stack([loss, loss_fn(params, x[40:], y[40:])])
+
+    run = jax.jit(jax.vmap(lambda start: jax.lax.scan(epoch, start, length=EPOCHS)[1]))
+    return lambda starts: np.asarray(run(starts))
+
+
 def pytorch_runs() -> Runs:
     """Returns the tutorial's loop in eager PyTorch, one run after another."""
     import torch
 
-    from benchmarks.peers.pytorch import device
-
-    place = device()
-    x = torch.arange(0, 1, 0.02, device=place).unsqueeze(1)
-    y = 0.7 * x + 0.3
-    train_x, train_y, test_x, test_y = x[:40], y[:40], x[40:], y[40:]
+    train_x, train_y, test_x, test_y = _pytorch_line()
     loss_fn = torch.nn.L1Loss()
 
     def run(start: np.ndarray) -> torch.Tensor:
-        model = torch.nn.Linear(1, 1).to(place)
+        model = torch.nn.Linear(1, 1).to(train_x.device)
         with torch.no_grad():
             model.weight.fill_(float(start[0]))
             model.bias.fill_(float(start[1]))
@@ -77,3 +93,71 @@ def pytorch_runs() -> Runs:
         return torch.stack(losses).reshape(EPOCHS, 2)
 
     return lambda starts: np.stack([run(start).cpu().numpy() for start in starts])
+
+
+def pytorch_batched_runs() -> Runs:
+    """Returns all runs at once in eager PyTorch: each parameter is one tensor [runs]."""
+    import torch
+
+    train_x, train_y, test_x, test_y = _pytorch_line()
+
+    def run(starts: np.ndarray) -> np.ndarray:
+        weight, bias = torch.from_numpy(starts).to(train_x.device).unbind(1)
+        weight, bias = (each.clone().requires_grad_() for each in (weight, bias))
+        optimizer = torch.optim.SGD([weight, bias], LEARNING_RATE, fused=True)
+        losses = []
+        for _ in range(EPOCHS):
+            loss = (train_x * weight + bias - train_y).abs().mean(0)
+            optimizer.zero_grad()
+            loss.sum().backward()
+            optimizer.step()
+            with torch.inference_mode():
+                losses += [loss.detach(), (test_x * weight + bias - test_y).abs().mean(0)]
+        return torch.stack(losses).reshape(EPOCHS, 2, -1).permute(2, 0, 1).cpu().numpy()
+
+    return run
+
+
+def pytorch_vmap_runs() -> Runs:
+    """Returns all runs at once by `torch.func`: the gradient of one run, vmapped."""
+    import torch
+
+    train_x, train_y, test_x, test_y = (part[:, 0] for part in _pytorch_line())
+
+    def loss_fn(params: torch.Tensor, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+        return (x * params[0] + params[1] - y).abs().mean()
+
+    step = torch.func.vmap(torch.func.grad_and_value(loss_fn), in_dims=(0, None, None))
+    evaluate = torch.func.vmap(loss_fn, in_dims=(0, None, None))
+
+    @torch.no_grad()
+    def run(starts: np.ndarray) -> np.ndarray:
+        params = torch.from_numpy(starts).to(train_x.device)
+        losses = []
+        for _ in range(EPOCHS):
+            grads, loss = step(params, train_x, train_y)
+            params = params - LEARNING_RATE * grads
+            losses += [loss, evaluate(params, test_x, test_y)]
+        return torch.stack(losses).reshape(EPOCHS, 2, -1).permute(2, 0, 1).cpu().numpy()
+
+    return run
+
+
+def _pytorch_line() -> tuple:
+    """Returns the inputs and targets of training and test, as columns."""
+    import torch
+
+    from benchmarks.peers.pytorch import device
+
+    x = torch.arange(0, 1, 0.02, device=device()).unsqueeze(1)
+    y = 0.7 * x + 0.3
+    return x[:40], y[:40], x[40:], y[40:]
+
+
+RUNS: dict[str, Callable[[], Runs]] = {
+    "jaxtrain": jaxtrain_runs,
+    "jax-vmap": vmap_by_hand,
+    "pytorch": pytorch_runs,
+    "pytorch-batched": pytorch_batched_runs,
+    "pytorch-vmap": pytorch_vmap_runs,
+}

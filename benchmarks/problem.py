@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gzip
+import math
 from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
@@ -13,11 +14,80 @@ MEAN, STD = 0.1307, 0.3081  # of MNIST's pixels divided by 255
 PIXELS = 28 * 28
 CLASSES = 10
 
-# Width of each layer; the last layer returns the logits. T2 is the tutorial's network.
-NETWORKS = {
+# Width of each layer of the feed-forward networks; the last layer returns the logits. T2 is the
+# tutorial's network.
+FEATURES = {
     "linear": (CLASSES,),
     "T2": (256, 128, 64, CLASSES),
     "wide": (1024, 1024, 1024, 1024, CLASSES),
+}
+DROPOUT_RATES = {"linear": (), "T2": (0.2,) * 3, "wide": (0.2,) * 4, "CNN": (0.25, 0.5)}
+
+# Shapes of the other networks' parameters. Kernels of convolutions are [height, width, inputs,
+# filters], and of dense layers [inputs, outputs]. The LSTM's gates are in the order i, f, g, o.
+SHAPES: dict[str, dict[str, dict[str, tuple[int, ...]]]] = {
+    "CNN": {
+        "Conv_0": {"kernel": (3, 3, 1, 32), "bias": (32,)},
+        "Conv_1": {"kernel": (3, 3, 32, 64), "bias": (64,)},
+        "Dense_0": {"kernel": (9216, 128), "bias": (128,)},
+        "Dense_1": {"kernel": (128, CLASSES), "bias": (CLASSES,)},
+    },
+    "ResNet": {
+        "Conv_0": {"kernel": (3, 3, 1, 16)},
+        "Conv_1": {"kernel": (3, 3, 16, 16)},
+        "Conv_2": {"kernel": (3, 3, 16, 16)},
+        "Conv_3": {"kernel": (3, 3, 16, 32)},
+        "Conv_4": {"kernel": (3, 3, 32, 32)},
+        "Conv_5": {"kernel": (1, 1, 16, 32)},
+        **{
+            f"BatchNorm_{layer}": {"scale": (width,), "bias": (width,)}
+            for layer, width in enumerate((16, 16, 16, 32, 32, 32))
+        },
+        "Dense_0": {"kernel": (32, CLASSES), "bias": (CLASSES,)},
+    },
+    "LSTM": {
+        "LSTM_0": {"kernel": (28, 512), "recurrent_kernel": (128, 512), "bias": (512,)},
+        "Dense_0": {"kernel": (128, CLASSES), "bias": (CLASSES,)},
+    },
+    "ViT": {
+        "Embedding_0": {"position": (49, 64)},
+        "Dense_0": {"kernel": (16, 64), "bias": (64,)},
+        **{
+            f"Dense_{4 * block + layer}": {"kernel": shape, "bias": shape[1:]}
+            for block in (0, 1)
+            for layer, shape in enumerate(((64, 192), (64, 64), (64, 128), (128, 64)), 1)
+        },
+        "Dense_9": {"kernel": (64, CLASSES), "bias": (CLASSES,)},
+        **{f"LayerNorm_{layer}": {"scale": (64,), "bias": (64,)} for layer in range(5)},
+    },
+}
+
+
+class Optimizer(NamedTuple):
+    """An optimizer of PyTorch, with PyTorch's defaults otherwise.
+
+    Attributes:
+      name: "sgd", "adadelta" or "adam".
+      learning_rate: learning rate.
+      momentum: momentum of SGD.
+      weight_decay: factor of the L2 penalty of SGD, which is added to the gradient.
+    """
+
+    name: str
+    learning_rate: float
+    momentum: float = 0.0
+    weight_decay: float = 0.0
+
+
+T2_OPTIMIZER = Optimizer("sgd", 0.01, weight_decay=1e-6)
+OPTIMIZERS = {
+    "linear": T2_OPTIMIZER,
+    "T2": T2_OPTIMIZER,
+    "wide": T2_OPTIMIZER,
+    "CNN": Optimizer("adadelta", 1.0),
+    "ResNet": Optimizer("sgd", 0.05, momentum=0.9),
+    "LSTM": Optimizer("adam", 1e-3),
+    "ViT": Optimizer("adam", 1e-3),
 }
 
 Params = dict[str, dict[str, np.ndarray]]
@@ -27,29 +97,32 @@ class Problem(NamedTuple):
     """One training problem.
 
     Attributes:
-      network: name of the network, a key of `NETWORKS`.
-      features: width of each layer.
+      network: name of the network, a key of `OPTIMIZERS`.
+      features: width of each layer of a feed-forward network; empty for the others.
+      dropout_rates: fraction of the units that each dropout layer drops.
+      optimizer: the optimizer and its hyperparameters.
       images: pixels [examples, 28, 28], uint8.
       labels: classes [examples], uint8.
       batch_size: examples per step.
-      dropout_rate: fraction of the hidden units that are dropped.
-      learning_rate: learning rate of SGD.
-      weight_decay: factor of the L2 penalty, which is added to the gradient.
     """
 
     network: str
     features: tuple[int, ...]
+    dropout_rates: tuple[float, ...]
+    optimizer: Optimizer
     images: np.ndarray
     labels: np.ndarray
     batch_size: int = 64
-    dropout_rate: float = 0.2
-    learning_rate: float = 0.01
-    weight_decay: float = 1e-6
 
     @property
     def steps(self) -> int:
         """Steps per epoch, including the partial last batch."""
         return -(-len(self.images) // self.batch_size)
+
+    @property
+    def case(self) -> str:
+        """The name of the problem in tables."""
+        return f"{self.network}, batch {self.batch_size}"
 
 
 class Trainer(NamedTuple):
@@ -60,38 +133,70 @@ class Trainer(NamedTuple):
       epoch: makes one pass over the data in stored order, as the peer's users write it.
       losses: does the same and returns the loss of each step, or the mean of each group of steps
         where the peer reports only these.
-      accuracy: returns the fraction of the images that are classified as labelled.
+      predict: returns the logits of images, in evaluation mode.
+      updates: returns how many updates the peer's optimizer has counted.
     """
 
     steps: Callable[[int], None]
     epoch: Callable[[], object]
     losses: Callable[[], np.ndarray]
-    accuracy: Callable[[np.ndarray, np.ndarray], float]
+    predict: Callable[[np.ndarray], np.ndarray]
+    updates: Callable[[], int]
 
 
 def make(network: str, images: np.ndarray, labels: np.ndarray, batch_size: int = 64) -> Problem:
     """Returns the problem of training `network` on these images."""
-    return Problem(network, NETWORKS[network], images, labels, batch_size)
+    return Problem(
+        network,
+        FEATURES.get(network, ()),
+        DROPOUT_RATES.get(network, ()),
+        OPTIMIZERS[network],
+        images,
+        labels,
+        batch_size,
+    )
+
+
+def without_dropout(problem: Problem) -> Problem:
+    """Returns the problem with dropout rates of 0."""
+    return problem._replace(dropout_rates=(0.0,) * len(problem.dropout_rates))
 
 
 def start(problem: Problem, seed: int = 0) -> Params:
-    """Returns initial parameters, uniform in ±1/√fan_in; kernels are [inputs, outputs]."""
+    """Returns initial parameters by layer.
+
+    Weights are uniform in ±1/√fan_in, and biases too. A feed-forward network has the `weight`
+    [outputs, inputs] and the `bias` of each layer; the other networks have those of `SHAPES`.
+    """
     generator = np.random.default_rng(seed)
-    params: Params = {}
-    fan_in = PIXELS
-    for layer, width in enumerate(problem.features):
-        bound = fan_in**-0.5
-        params[f"Dense_{layer}"] = {
-            "kernel": generator.uniform(-bound, bound, (fan_in, width)).astype(np.float32),
-            "bias": generator.uniform(-bound, bound, width).astype(np.float32),
-        }
-        fan_in = width
-    return params
+    shapes = SHAPES.get(problem.network)
+    if shapes is None:
+        shapes, fan_in = {}, math.prod(problem.images.shape[1:])
+        for layer, width in enumerate(problem.features):
+            shapes[f"Dense_{layer}"] = {"weight": (width, fan_in), "bias": (width,)}
+            fan_in = width
+    return {
+        layer: {name: _initial(generator, name, parts) for name in parts}
+        for layer, parts in shapes.items()
+    }
+
+
+def _initial(
+    generator: np.random.Generator, name: str, parts: dict[str, tuple[int, ...]]
+) -> np.ndarray:
+    """Returns the initial value of one of a layer's parameters."""
+    if "weight" in parts:
+        fan_in = parts["weight"][1]
+    else:  # the bound of a layer without a kernel is arbitrary
+        fan_in = math.prod(parts.get("kernel", (64, 0))[:-1])
+    bound = fan_in**-0.5
+    value = generator.uniform(-bound, bound, parts[name]).astype(np.float32)
+    return 1 + value if name == "scale" else value
 
 
 def normalize(images: np.ndarray) -> np.ndarray:
-    """Returns pixels from 0 to 255 as normalized float32 inputs [examples, 784]."""
-    inputs = images.reshape(len(images), -1).astype(np.float32)
+    """Returns pixels from 0 to 255 as normalized float32 inputs of the same shape."""
+    inputs = images.astype(np.float32)
     inputs /= 255  # in place: a copy would count as the peer's memory
     inputs -= MEAN
     inputs /= STD
@@ -116,3 +221,11 @@ def read_mnist(folder: Path, split: str) -> tuple[np.ndarray, np.ndarray]:
             content = gzip.decompress(plain.with_name(f"{plain.name}.gz").read_bytes())
         contents.append(np.frombuffer(content, np.uint8)[header:])
     return contents[0].reshape(-1, 28, 28), contents[1]
+
+
+def read_digits() -> tuple[np.ndarray, np.ndarray]:
+    """Returns scikit-learn's digits [1797, 8, 8] as uint8 pixels, and their labels."""
+    from sklearn.datasets import load_digits
+
+    digits = load_digits()
+    return (15 * digits.images).astype(np.uint8), digits.target.astype(np.uint8)

@@ -7,9 +7,10 @@ import statistics
 from pathlib import Path
 from typing import Any
 
-JAXTRAIN, EAGER = "jaxtrain", "pytorch"
-WARM_CACHE = "jaxtrain, warm cache"
+from benchmarks.suites import EAGER, OURS
+
 EPOCH_CASE = "T2, batch 64"
+PYTORCH_SWEEPS = (EAGER, "pytorch-batched", "pytorch-vmap")
 
 Results = dict[str, Any]
 Row = dict[str, Any]
@@ -36,9 +37,16 @@ def readings(results: Results, suite: str, case: str, peer: str) -> list[float] 
     return found[0]["readings"] if found else None
 
 
-def lower_bound(results: Results, suite: str, case: str) -> list[float] | None:
+def fastest_pytorch_sweep(results: Results, case: str) -> Row | None:
+    """Returns the row of the fastest way to train many runs in PyTorch, or None."""
+    rows = [row for row in rows_of(results, "sweep", case) if row["peer"] in PYTORCH_SWEEPS]
+    return min(rows, key=lambda row: statistics.median(row["readings"]), default=None)
+
+
+def matrix_products(results: Results, suite: str, case: str) -> list[float] | None:
     """Returns the readings of the fastest library that computes the matrix products alone."""
-    found = [row["readings"] for row in rows_of(results, suite, case) if row["facts"].get("floor")]
+    rows = rows_of(results, suite, case)
+    found = [row["readings"] for row in rows if row["facts"].get("products")]
     return min(found, key=statistics.median, default=None)
 
 
@@ -55,3 +63,26 @@ def relative_flop_times(results: Results) -> dict[str, float]:
     }
     base = times.get("batch 64")
     return {} if base is None else {case: time / base for case, time in times.items()}
+
+
+def slowdowns(results: Results) -> dict[str, tuple[float, str]]:
+    """Returns jaxtrain's time over the fastest library's, and that library, by case.
+
+    The cases are those of the suites `step` and `models`; ways to train with jaxtrain other than
+    its main one, loops by hand and matrix products alone are no libraries.
+    """
+    found = {}
+    for suite in ("step", "models"):
+        medians: dict[str, dict[str, float]] = {}
+        for row in rows_of(results, suite):
+            if not row["facts"].get("products") and row["peer"] not in (
+                "jaxtrain-steps",
+                "jax-scan",
+            ):
+                name = f"{suite}: {row['case']}"
+                medians.setdefault(name, {})[row["peer"]] = statistics.median(row["readings"])
+        for name, seconds in medians.items():
+            if OURS in seconds:
+                fastest = min(seconds, key=seconds.__getitem__)
+                found[name] = seconds[OURS] / seconds[fastest], fastest
+    return found

@@ -8,13 +8,15 @@ With --check it writes nothing, and fails where a page differs from what it woul
 from __future__ import annotations
 
 import argparse
-import statistics
 import sys
 from pathlib import Path
 
+from jaxtrain.cli import command as command  # isort: skip  # first: reports missing extras
+
 from benchmarks.figures import draw
-from benchmarks.peers import PEERS
-from benchmarks.readings import JAXTRAIN, Results, load_all, rows_of
+from benchmarks.peers import label
+from benchmarks.readings import Results, load_all, slowdowns
+from benchmarks.suites import OURS
 from benchmarks.tables import (
     device_name,
     machine_line,
@@ -41,7 +43,7 @@ INTRODUCTION = """\
 [`benchmarks/results/`](../benchmarks/results); do not edit it by hand.
 [NOTES.md](../benchmarks/NOTES.md) shows where the time goes, and what was tried without gain."""
 FIGURES = {
-    "epoch_ratios": "Time per epoch of each peer in multiples of jaxtrain's",
+    "epoch_ratios": "Time per epoch of each network and peer in multiples of jaxtrain's",
     "step_time": "Time per training step against batch size",
     "step_throughput": "Examples per second against batch size",
 }
@@ -80,8 +82,9 @@ def readme_section(machines: dict[str, Results]) -> str:
         software.append(f"PyTorch {versions['torch']}")
     parts = [
         markdown(summary_table(results)),
-        "Above 1, jaxtrain is faster, or needs less memory: the ratio is PyTorch's median over "
-        f"jaxtrain's.\n{ranking(results)}\n"
+        "Above 1, jaxtrain is faster: the ratio is PyTorch's median over jaxtrain's. The models "
+        "train for an epoch at batch\n64; cold and warm refer to JAX's compilation cache. "
+        f"{ranking(results)}\n"
         f"Machine: {machine['processor']}, {machine['cores']} cores, {', '.join(software)}."
         + ("" if on_gpu else " No GPU results yet.")
         + "\nMethod, aims and all results: [docs/benchmarks.md](docs/benchmarks.md).",
@@ -90,29 +93,17 @@ def readme_section(machines: dict[str, Results]) -> str:
 
 
 def ranking(results: Results) -> str:
-    """Returns a sentence: in how many step cases jaxtrain is fastest, and its worst case."""
-    medians: dict[str, dict[str, float]] = {}
-    for row in rows_of(results, "step"):
-        if not row["facts"]["floor"]:
-            medians.setdefault(row["case"], {})[row["peer"]] = statistics.median(row["readings"])
-    slowdowns = {}
-    for case, seconds in medians.items():
-        if JAXTRAIN not in seconds:
-            continue
-        fastest = min(seconds, key=seconds.__getitem__)
-        slowdowns[case] = seconds[JAXTRAIN] / seconds[fastest], fastest
-    if not slowdowns:
-        return "The training steps were not measured."
-    won = sum(fastest == JAXTRAIN for _, fastest in slowdowns.values())
-    text = (
-        f"jaxtrain is the fastest library in {won} of {len(slowdowns)} step cases (network × batch)"
-    )
-    if won == len(slowdowns):
+    """Returns a sentence: in how many cases jaxtrain is fastest, and its worst case."""
+    found = slowdowns(results)
+    if not found:
+        return "No training steps or epochs were measured."
+    won = sum(fastest == OURS for _, fastest in found.values())
+    text = f"jaxtrain is the fastest library in {won} of {len(found)} cases of `step` and `models`"
+    if won == len(found):
         return f"{text}."
-    worst = max(slowdowns, key=lambda case: slowdowns[case][0])
-    factor, fastest = slowdowns[worst]
-    peer = PEERS[fastest].label
-    return f"{text}; in the worst, `{worst}`, {peer} is {number(factor)} × as fast."
+    worst = max(found, key=lambda case: found[case][0])
+    factor, fastest = found[worst]
+    return f"{text}; in the worst, `{worst}`, {label(fastest)} is {number(factor)} × as fast."
 
 
 def _by_device(machines: dict[str, Results]) -> tuple[list[Results], list[Results]]:

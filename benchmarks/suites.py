@@ -1,43 +1,44 @@
-"""Defines the suites: each is a function from settings to the rows that it measures."""
+"""Runs the suites: each reading comes from a process of its own, in interleaved rounds."""
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import functools
-import gc
 import json
-import os
-import statistics
 import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 
-from benchmarks import environment, flops, peers, problem, timing
-from benchmarks.lower_bound import lower_bounds
-from benchmarks.problem import NETWORKS, Problem, Trainer
-from benchmarks.timing import Action, Repeated
+from benchmarks import cases, environment, flops, peers, timing
+from benchmarks.matrix_products import product_loops
+from benchmarks.problem import Problem
 
-CHECKED_STEPS = 20
-CHECK_TOLERANCE = 1e-4
-NOT_SELECTED = "not selected with --peers"
 OURS = "jaxtrain"
 EAGER = "pytorch"
+WARM_CACHE = "jaxtrain, warm cache"
+NOT_SELECTED = "not selected with --peers"
 
-STEP_BATCH_SIZES = (1, 16, 64, 256, 1024, 4096)
-# It compiles for 20 seconds for each shape, so it is timed in the tutorial's case only.
+# Largest difference of a loss in the first steps from the reference's.
+CHECK_TOLERANCE = 1e-4
+# Largest difference of the loss after the timed sections, where peers draw different dropout masks:
+# a part of the reference's loss, and a constant.
+LOSS_TOLERANCE = (0.3, 0.05)
+ACCURACY_TOLERANCE = (0.0, 0.02)
+# A reading is repeated, at most twice, if a fixed matrix product takes this much longer before or
+# after it than the fastest one so far.
+DISTURBED = 1.2
+REPETITIONS = 2
+# torch.compile compiles a network for up to a minute.
 SLOW_COMPILER = "pytorch-compile"
-COMPILED_AT = ("T2", 64)
-# These take the same step as another peer, and differ in how they train an epoch.
-EPOCH_ONLY = {
-    *("jaxtrain-steps", "pytorch-dataloader", "pytorch-pixels", "keras-steps-per-execution")
-}
+SLOW_COMPILER_ROUNDS = 3
+
+Values = dict[str, dict[str, Any]]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -45,12 +46,11 @@ class Row:
     """The readings of one peer in one case.
 
     Attributes:
-      suite: name of the suite.
+      suite: name of the suite, or `memory`.
       case: description of what was trained.
       peer: key of `PEERS`, or name of what else was timed.
-      readings: value of each round, in seconds or, in the suite `memory`, in MiB.
-      facts: further values by name. `floor` marks rows that time matrix products alone, which
-        bound the time of training from below.
+      readings: value of each round, in seconds or, for `memory`, in MiB.
+      facts: further values by name. `products` marks rows that time matrix products alone.
       missing: reason why there are no readings.
     """
 
@@ -67,399 +67,277 @@ class Settings(NamedTuple):
 
     Attributes:
       names: peers to measure.
-      images: training images.
-      labels: their labels.
-      folder: folder of the MNIST files, or None if the images are random.
+      cases: what the cases depend on.
       rounds: readings per peer.
-      quick: whether to run small cases only, to test the suites.
       log: called with a line about what is measured next.
     """
 
     names: Sequence[str]
-    images: np.ndarray
-    labels: np.ndarray
-    folder: Path | None
+    cases: cases.Settings
     rounds: int
-    quick: bool
     log: Callable[[str], object]
 
 
 class DisagreementError(Exception):
-    """Raised if a peer's losses or accuracy differ from the others'."""
+    """Raised if a peer has computed something else than the others."""
 
 
-def step(settings: Settings) -> Iterator[Row]:
-    """Times single training steps, one call each, for each network and batch size."""
-    networks = ("T2",) if settings.quick else tuple(NETWORKS)
-    batch_sizes = (64,) if settings.quick else STEP_BATCH_SIZES
-    for network in networks:
-        for batch_size in batch_sizes:
-            task = problem.make(network, settings.images, settings.labels, batch_size)
-            names = [
-                name
-                for name in settings.names
-                if name not in EPOCH_ONLY
-                and (name != SLOW_COMPILER or (network, batch_size) == COMPILED_AT)
-            ]
-            yield from _time_peers(
-                settings,
-                "step",
-                task,
-                names,
-                lambda trainer: Repeated(trainer.steps),
-                bound_action=lambda run: Repeated(run),
-            )
+class Probe:
+    """Times a fixed matrix product, to notice readings that other processes disturb."""
+
+    def __init__(self) -> None:
+        self._matrix = np.random.default_rng(0).standard_normal((1024, 1024), np.float32)
+        self._fastest = min(self._seconds() for _ in range(5))
+
+    def _seconds(self) -> float:
+        started = time.perf_counter()
+        for _ in range(3):
+            self._matrix @ self._matrix
+        return time.perf_counter() - started
+
+    def disturbed(self) -> bool:
+        """Returns whether the product takes longer than is tolerated."""
+        seconds = self._seconds()
+        self._fastest = min(self._fastest, seconds)
+        return seconds > DISTURBED * self._fastest
 
 
-def epoch(settings: Settings) -> Iterator[Row]:
-    """Times one pass over MNIST with T2's network, as each library's users write it."""
-    task = problem.make("T2", settings.images, settings.labels)
-    yield from _time_peers(
-        settings,
-        "epoch",
-        task,
-        settings.names,
-        lambda trainer: trainer.epoch,
-        bound_action=lambda run: lambda: run(task.steps),
-    )
+def run_suite(suite: str, settings: Settings) -> Iterator[Row]:
+    """Checks that the peers compute the same, measures them, and yields the rows of a suite."""
+    names = []
+    for name, peer in peers.PEERS.items():
+        if suite in peer.suites:
+            reason = peers.reason_missing(name) if name in settings.names else NOT_SELECTED
+            if name == "pytorch-cuda-graphs" and reason is None and not environment.has_gpu():
+                reason = "CUDA graphs need an NVIDIA GPU"
+            if settings.cases.quick and name not in (OURS, EAGER):
+                reason = "not measured in a quick run"
+            if reason is None:
+                names.append(name)
+            else:
+                yield Row(suite, "all", name, missing=reason)
+    with tempfile.TemporaryDirectory() as scratch:
+        compared = [name for name in names if suite != "run" or name in (OURS, EAGER)]
+        if len(compared) > 1:
+            check(suite, compared, settings, Path(scratch))
+        readings = measure(suite, names, settings, Path(scratch) / "cache")
+    check_ends(suite, readings)
+    yield from _rows(suite, readings, settings)
+    yield from _product_rows(suite, settings)
 
 
-def growth(settings: Settings) -> Iterator[Row]:
-    """Times jaxtrain's epoch as batch size, layer width and number of examples grow."""
-    base = problem.make("T2", settings.images, settings.labels)
-    examples = len(base.images)
-    grown = {f"batch {size}": base._replace(batch_size=size) for size in (64, 256, 1024, 4096)}
-    for factor in (2, 4):
-        features = (*(factor * width for width in base.features[:-1]), base.features[-1])
-        grown[f"width × {factor}"] = base._replace(features=features)
-    for part in (4, 2):
-        count = examples // part
-        grown[f"{count} examples"] = base._replace(
-            images=base.images[:count], labels=base.labels[:count]
-        )
-    if settings.quick:
-        grown = {"batch 256": grown["batch 256"]}
-    if OURS not in settings.names:
-        yield Row("growth", "all", OURS, missing=NOT_SELECTED)
-        return
-    settings.log(f"growth: {', '.join(grown)}")
-    make = peers.load(OURS)
-    actions = {case: make(task, problem.start(task)).epoch for case, task in grown.items()}
-    bounds = {case: min(_lower_bounds(task), default=None) for case, task in grown.items()}
-    for case, readings in timing.time_interleaved(actions, settings.rounds).items():
-        work = flops.epoch_work(grown[case])
-        facts = {"flops": work.flops, "bytes": work.bytes, "floor_seconds": bounds[case]}
-        yield Row("growth", case, OURS, readings, facts)
-
-
-def run(settings: Settings) -> Iterator[Row]:
-    """Times T1's 200 epochs, and whole processes that train T2."""
-    yield from _linear_regressions(settings, "run", (1,))
-    epochs = 1 if settings.quick else 5
-    yield from _processes(settings, "run", epochs)
-
-
-def sweep(settings: Settings) -> Iterator[Row]:
-    """Times many linear regressions, and many networks, in one call."""
-    yield from _linear_regressions(settings, "sweep", (32,) if settings.quick else (1, 32, 1000))
-    if OURS not in settings.names:
-        yield Row("sweep", "T2 networks", OURS, missing=NOT_SELECTED)
-        return
-    from benchmarks import network_sweep
-
-    count = 20 * 64 if settings.quick else 100 * 64
-    task = problem.make("T2", settings.images[:count], settings.labels[:count])
-    at_once = network_sweep.jaxtrain_sweep(task)
-    one_by_one = network_sweep.pytorch_sweep(task) if _is_available(settings, EAGER) else None
-    if one_by_one is None:
-        yield Row("sweep", "T2 networks", EAGER, missing=_reason_missing(settings, EAGER))
-    else:
-        checked = task._replace(
-            dropout_rate=0.0, images=task.images[:1280], labels=task.labels[:1280]
-        )
-        ours = network_sweep.jaxtrain_sweep(checked)(2)()
-        theirs = network_sweep.pytorch_sweep(checked)(2)()
-        difference = np.abs(ours - theirs).max()
-        if not difference <= CHECK_TOLERANCE:
-            raise DisagreementError(
-                f"losses of jaxtrain's sweep of networks differ by {difference:.1e} from eager "
-                f"PyTorch's; expected at most {CHECK_TOLERANCE:g}"
-            )
-    for size in (8,) if settings.quick else (1, 8, 64):
-        case = f"{size} × T2 network, {task.steps} steps"
-        settings.log(f"sweep: {case}")
-        actions: dict[str, Action] = {OURS: at_once(size)}
-        if one_by_one is not None:
-            # The runs are independent, so the time of two can be extrapolated.
-            actions[EAGER] = one_by_one(min(size, 2))
-        factors = {OURS: 1.0, EAGER: size / min(size, 2)}
-        rounds = max(1, settings.rounds // 2)
-        for name, readings in timing.time_interleaved(actions, rounds).items():
-            facts = {} if factors[name] == 1 else {"extrapolated_from": min(size, 2)}
-            yield Row("sweep", case, name, [factors[name] * each for each in readings], facts)
-
-
-def memory(settings: Settings) -> Iterator[Row]:
-    """Measures the peak resident memory of processes that train T2."""
-    for row in _processes(settings, "memory", 1 if settings.quick else 2):
-        if not row.missing:
-            row = dataclasses.replace(row, readings=row.facts.pop("each_peak_mib"))
-        yield row
-
-
-SUITES: dict[str, Callable[[Settings], Iterator[Row]]] = {
-    "step": step,
-    "epoch": epoch,
-    "growth": growth,
-    "run": run,
-    "sweep": sweep,
-    "memory": memory,
-}
-
-
-def check(name: str, make: peers.Make, task: Problem, expected: np.ndarray | None) -> np.ndarray:
-    """Compares the losses of two passes with the reference's.
-
-    Args:
-      name: key of the peer in `PEERS`.
-      make: function that makes its trainer.
-      task: the problem, with 20 batches and without dropout.
-      expected: losses of the reference, or None if this peer is the reference.
-
-    Returns:
-      The losses of both passes.
+def check(suite: str, names: Sequence[str], settings: Settings, scratch: Path) -> None:
+    """Compares the losses of each peer with eager PyTorch's, or jaxtrain's in its absence.
 
     Raises:
-      DisagreementError: if a loss differs from the reference's by more than 1e-4; for a peer that
-        reports only means over groups of steps, if such a mean does.
+      DisagreementError: if a loss differs by more than 1e-4. Of a peer that reports only means over
+        groups of steps, the mean of each pass over the data is compared.
     """
-    trainer = make(task, problem.start(task))
-    passes = [trainer.losses(), trainer.losses()]
-    if expected is not None:
-        if len(passes[0]) == task.steps:
-            difference = np.abs(np.concatenate(passes) - expected).max()
-        else:
-            means = [np.mean(losses) for losses in passes]
-            difference = np.abs(means - expected.reshape(2, -1).mean(axis=1)).max()
-        if not difference <= CHECK_TOLERANCE:
-            raise DisagreementError(
-                f"losses of {peers.PEERS[name].label} differ by {difference:.1e} from the "
-                f"reference's in {task.steps} steps of {task.network}, batch {task.batch_size}; "
-                f"expected at most {CHECK_TOLERANCE:g}; leave it out with --peers, or correct it"
-            )
-    return np.concatenate(passes)
+    reference = EAGER if EAGER in names else OURS
+    expected: dict[str, np.ndarray] = {}
+    for name in sorted(names, key=lambda name: name != reference):
+        settings.log(f"{suite}: losses of {peers.label(name)}")
+        file = scratch / f"{name}.npz"
+        _run_worker(suite, name, settings, "--check", "--losses", str(file))
+        with np.load(file) as losses:
+            found = dict(losses)
+        if name == reference:
+            expected = found
+        for case, values in found.items():
+            if case in expected:
+                compare(peers.label(name), case, values, expected[case])
 
 
-def _time_peers(
-    settings: Settings,
-    suite: str,
-    task: Problem,
-    names: Iterable[str],
-    action: Callable[[Trainer], Action],
-    bound_action: Callable[[Callable[[int], None]], Action],
-) -> Iterator[Row]:
-    """Checks the losses of each peer, then times the peers and the lower bounds, interleaved."""
-    case = f"{task.network}, batch {task.batch_size}"
-    first = CHECKED_STEPS * task.batch_size
-    checked = task._replace(
-        images=np.resize(task.images, (first, 28, 28)),
-        labels=np.resize(task.labels, first),
-        dropout_rate=0.0,
-    )
-    reference = EAGER if _installed(EAGER) else OURS
-    settings.log(f"{suite}: {case}: reference losses of {peers.PEERS[reference].label}")
-    expected = check(reference, peers.load(reference), checked, None)
-    actions: dict[str, Action] = {}
-    facts: dict[str, dict[str, Any]] = {}
-    for name in names:
-        settings.log(f"{suite}: {case}: {peers.PEERS[name].label}")
-        try:
-            make = peers.load(name)
-            check(name, make, checked, expected)
-            actions[name] = action(make(task, problem.start(task)))
-            facts[name] = {"first_seconds": _first_seconds(actions[name])}
-        except peers.MissingError as error:
-            yield Row(suite, case, name, missing=str(error))
-            continue
-    bounds = {name: bound_action(run) for name, run in lower_bounds(task).items()}
-    settings.log(f"{suite}: {case}: {settings.rounds} interleaved rounds")
-    work = flops.epoch_work(task) if suite == "epoch" else _step_work(task)
-    for name, readings in timing.time_interleaved({**actions, **bounds}, settings.rounds).items():
-        of_work = {
-            "network": task.network,
-            "batch_size": task.batch_size,
-            "examples": task.batch_size if suite == "step" else len(task.images),
-            "flops": work.flops,
-            "bytes": work.bytes,
-            "floor": name in bounds,
-        }
-        yield Row(suite, case, name, readings, {**facts.get(name, {}), **of_work})
-    del actions
-    gc.collect()
-
-
-def _first_seconds(action: Action) -> float:
-    """Returns the seconds of one call; a first call includes compilation."""
-    started = time.perf_counter()
-    if isinstance(action, Repeated):
-        action.run(1)
+def compare(name: str, case: str, found: np.ndarray, expected: np.ndarray) -> None:
+    """Raises DisagreementError unless the losses agree."""
+    if "T1" in case:
+        # Where a prediction meets its target, the sign of the rounding error decides the next step,
+        # so the last digits of some runs differ by multiples of the learning rate.
+        runs = min(len(found), len(expected))
+        error = np.abs(found[:runs] - expected[:runs])
+        difference = max(error.mean(), 0.01 * error.max())
+    elif found.shape == expected.shape or found.ndim == 2:
+        difference = np.abs(found[: len(expected)] - expected[: len(found)]).max()
     else:
-        action()
-    return time.perf_counter() - started
-
-
-def _step_work(task: Problem) -> flops.Work:
-    return flops.step_work(task.features, task.batch_size)
-
-
-def _lower_bounds(task: Problem) -> list[float]:
-    """Returns the seconds of an epoch's matrix products in each library, the best of three."""
-    return [
-        min(_first_seconds(functools.partial(run, task.steps)) for _ in range(3))
-        for run in lower_bounds(task).values()
-    ]
-
-
-def _repeat(action: Callable[[], object], times: int) -> None:
-    for _ in range(times):
-        action()
-
-
-def _installed(name: str) -> bool:
-    try:
-        peers.load(name)
-    except peers.MissingError:
-        return False
-    return True
-
-
-def _is_available(settings: Settings, name: str) -> bool:
-    """Returns whether a peer is selected and installed."""
-    return name in settings.names and _installed(name)
-
-
-def _reason_missing(settings: Settings, name: str) -> str:
-    """Returns why a peer is not available."""
-    if name not in settings.names:
-        return NOT_SELECTED
-    try:
-        peers.load(name)
-    except peers.MissingError as error:
-        return str(error)
-    raise AssertionError(f"{name} is available")
-
-
-def _linear_regressions(settings: Settings, suite: str, counts: Iterable[int]) -> Iterator[Row]:
-    """Times T1's 200 epochs: from many starts in one call, and one start after another."""
-    from benchmarks import linear_regression
-
-    if OURS not in settings.names:
-        yield Row(suite, "T1", OURS, missing=NOT_SELECTED)
-        return
-    ours = linear_regression.jaxtrain_runs()
-    eager = linear_regression.pytorch_runs() if _is_available(settings, EAGER) else None
-    if eager is None:
-        yield Row(suite, "T1", EAGER, missing=_reason_missing(settings, EAGER))
-    if eager is not None:
-        starts = linear_regression.starts(3)
-        difference = np.abs(ours(starts) - eager(starts)).max()
-        if not difference <= CHECK_TOLERANCE:
-            raise DisagreementError(
-                f"jaxtrain's losses of T1 differ by {difference:.1e} from eager PyTorch's; "
-                f"expected at most {CHECK_TOLERANCE:g}"
-            )
-    for count in counts:
-        case = f"{count} × T1, {linear_regression.EPOCHS} epochs"
-        settings.log(f"{suite}: {case}")
-        starts = linear_regression.starts(count)
-        sample = min(count, 3 if settings.quick else 20)
-        actions: dict[str, Action] = {
-            OURS: Repeated(functools.partial(_repeat, functools.partial(ours, starts)))
-        }
-        if eager is not None:
-            actions[EAGER] = functools.partial(eager, starts[:sample])
-        for name, readings in timing.time_interleaved(actions, settings.rounds).items():
-            factor = count / sample if name == EAGER else 1.0
-            facts = {} if factor == 1 else {"extrapolated_from": sample}
-            yield Row(suite, case, name, [factor * each for each in readings], facts)
-
-
-def _processes(settings: Settings, suite: str, epochs: int) -> Iterator[Row]:
-    """Trains each peer in a process of its own; in `run`, jaxtrain also with a warm cache."""
-    case = f"whole process, T2, {epochs} epoch{'s' * (epochs > 1)}"
-    names = settings.names
-    if settings.quick:
-        names = [name for name in names if name in (OURS, EAGER)]
-    runnable = []
-    for name in names:
-        if name in (SLOW_COMPILER, "pytorch-cuda-graphs"):
-            yield Row(suite, case, name, missing="timed in step and epoch only")
-        elif _installed(name):
-            runnable.append(name)
-        else:
-            yield Row(suite, case, name, missing=_reason_missing(settings, name))
-    rounds = max(1, settings.rounds // 3)
-    results: dict[str, list[tuple[float, dict[str, float]]]] = {}
-    with tempfile.TemporaryDirectory() as cache:
-        # In `run`, a first round that is not counted fills JAX's cache and the file cache.
-        for _ in range(rounds + (suite == "run" and not settings.quick)):
-            for name in runnable:
-                settings.log(f"{suite}: {case}: {peers.PEERS[name].label}")
-                # A quick run has no first round to fill the cache.
-                cold = cache if settings.quick else None
-                results.setdefault(name, []).append(_train_process(settings, name, epochs, cold))
-                if name == OURS and suite == "run":
-                    warm = _train_process(settings, name, epochs, cache)
-                    results.setdefault(f"{name}, warm cache", []).append(warm)
-    accuracies: dict[str, float] = {}
-    for name, measured in results.items():
-        counted = measured[-rounds:]
-        facts: dict[str, Any] = {
-            key: statistics.median(each[1][key] for each in counted) for key in counted[0][1]
-        }
-        accuracies[name] = facts["accuracy"]
-        if suite == "memory":
-            facts["each_peak_mib"] = [each[1]["peak_mib"] for each in counted]
-        yield Row(suite, case, name, [seconds for seconds, _ in counted], facts)
-    if (
-        settings.folder
-        and accuracies
-        and max(accuracies.values()) > min(accuracies.values()) + 0.02
-    ):
+        sizes = [*[64] * cases.CHECKED_STEPS, cases.CHECKED_PARTIAL]
+        means = np.average(expected.reshape(2, -1), axis=1, weights=sizes)
+        difference = np.abs(found.reshape(2, -1).mean(axis=1) - means).max()
+    if not difference <= CHECK_TOLERANCE:
         raise DisagreementError(
-            f"test accuracies differ: {accuracies}; expected them within 0.02 of each other"
+            f"losses of {name} differ by {difference:.1e} from the reference's in {case}; expected "
+            f"at most {CHECK_TOLERANCE:g}; leave it out with --peers, or correct it"
         )
 
 
-def _train_process(
-    settings: Settings, name: str, epochs: int, cache: str | None
-) -> tuple[float, dict[str, float]]:
-    """Returns the wall-clock seconds of one process, and the values that it prints."""
-    command = [sys.executable, "-m", "benchmarks.training_process", name, "--epochs", str(epochs)]
-    if settings.folder is not None:
-        command += ["--folder", str(settings.folder)]
-    variables = {k: v for k, v in os.environ.items() if not k.startswith("JAX_COMPILATION")}
-    # The settings of `environment.equalize`, for a process that imports one library only.
-    variables |= {"OMP_NUM_THREADS": str(environment.cores())}
-    if environment.has_gpu():
-        variables |= {"JAX_DEFAULT_MATMUL_PRECISION": "highest"}
-    if cache is not None:
-        variables |= {
-            "JAX_COMPILATION_CACHE_DIR": cache,
-            "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
-        }
+def measure(
+    suite: str, names: Sequence[str], settings: Settings, cache: Path
+) -> dict[str, dict[str, list[dict[str, Any]]]]:
+    """Returns the values of each case, peer and round.
+
+    The first round compiles with empty caches, so that its compilation times count.
+    """
+    probe = Probe()
+    found: dict[str, dict[str, list[dict[str, Any]]]] = {}
+    for index in range(settings.rounds):
+        for name, action in _actions(suite, names, settings, cache).items():
+            if SLOW_COMPILER in name and index >= SLOW_COMPILER_ROUNDS:
+                continue
+            settings.log(f"{suite}: round {index + 1} of {settings.rounds}: {peers.label(name)}")
+            for _ in range(1 if settings.cases.quick else 1 + REPETITIONS):
+                before = probe.disturbed()
+                values = action()
+                disturbed = before or probe.disturbed()
+                if not disturbed:
+                    break
+            for case, each in values.items():
+                each["disturbed"] = disturbed
+                peer = name.removesuffix(", T1")
+                found.setdefault(case, {}).setdefault(peer, []).append(each)
+    return found
+
+
+def _actions(
+    suite: str, names: Sequence[str], settings: Settings, cache: Path
+) -> dict[str, Callable[[], Values]]:
+    """Returns functions that make one reading of each case, by peer."""
+    worker = functools.partial(_worker_values, suite, settings, cache)
+    if suite != "run":
+        return {name: functools.partial(worker, name) for name in names}
+    actions: dict[str, Callable[[], Values]] = {}
+    for name in names:
+        if name in (OURS, EAGER):  # T1, in a process that is not timed as a whole
+            actions[f"{name}, T1"] = functools.partial(worker, name)
+        actions[name] = functools.partial(_process_values, name, settings, None)
+        if name == OURS:
+            actions[WARM_CACHE] = functools.partial(_process_values, name, settings, cache)
+    return actions
+
+
+def check_ends(suite: str, readings: Mapping[str, Mapping[str, Sequence[dict[str, Any]]]]) -> None:
+    """Compares what the peers have computed in their timed sections.
+
+    Raises:
+      DisagreementError: if a peer's optimizer has made another number of updates than was timed, or
+        if its loss or test accuracy at the end is far from eager PyTorch's.
+    """
+    for case, by_peer in readings.items():
+        reference = by_peer.get(EAGER, by_peer.get(OURS, []))
+        for name, values in by_peer.items():
+            for each in values:
+                if "updates" in each and each["updates"] != each["expected_updates"]:
+                    raise DisagreementError(
+                        f"{peers.label(name)} has made {each['updates']} updates in {case}; "
+                        f"expected {each['expected_updates']}"
+                    )
+                for what, tolerance in (
+                    ("loss", LOSS_TOLERANCE),
+                    ("accuracy", ACCURACY_TOLERANCE),
+                ):
+                    if what in each and reference:
+                        expected = reference[0][what]
+                        allowed = tolerance[0] * expected + tolerance[1]
+                        if not abs(each[what] - expected) <= allowed:
+                            raise DisagreementError(
+                                f"{peers.label(name)} ends {case} of the suite {suite} with the "
+                                f"{what} {each[what]:.4g}; expected about {expected:.4g}, as the "
+                                "reference"
+                            )
+
+
+def _rows(
+    suite: str,
+    readings: Mapping[str, Mapping[str, Sequence[dict[str, Any]]]],
+    settings: Settings,
+) -> Iterator[Row]:
+    """Yields the rows of all cases and peers."""
+    problems = {} if suite in ("sweep", "run") else cases.problems(suite, OURS, settings.cases)
+    for case, by_peer in readings.items():
+        for name, values in by_peer.items():
+            facts: dict[str, Any] = {"disturbed": sum(each["disturbed"] for each in values)}
+            for key in ("first_seconds", "loss", "accuracy"):
+                if key in values[0]:
+                    facts[key] = values[0][key]
+            if "sample" in values[0] and name == EAGER:
+                facts["extrapolated_from"] = values[0]["sample"]
+            if case in problems:
+                facts |= _work(suite, problems[case])
+            yield Row(suite, case, name, [each["seconds"] for each in values], facts)
+            if "peak_mib" in values[0]:
+                yield Row("memory", case, name, [each["peak_mib"] for each in values])
+
+
+def _work(suite: str, task: Problem) -> dict[str, Any]:
+    """Returns what is trained, and the work of a step or an epoch of a feed-forward network."""
+    facts: dict[str, Any] = {
+        "network": task.network,
+        "batch_size": task.batch_size,
+        "examples": task.batch_size if suite == "step" else len(task.images),
+        "products": False,
+    }
+    if task.features:
+        work = (
+            flops.step_work(task.features, task.batch_size)
+            if suite == "step"
+            else flops.epoch_work(task)
+        )
+        facts |= {"flops": work.flops, "bytes": work.bytes}
+    return facts
+
+
+def _product_rows(suite: str, settings: Settings) -> Iterator[Row]:
+    """Times the matrix products of the feed-forward networks alone, in this process."""
+    if suite not in ("step", "models"):
+        return
+    environment.equalize()
+    for case, task in cases.problems(suite, OURS, settings.cases).items():
+        if task.features:
+            settings.log(f"{suite}: matrix products of {case}")
+            actions = {name: timing.Repeated(run) for name, run in product_loops(task).items()}
+            steps = 1 if suite == "step" else task.steps
+            facts = {**_work(suite, task), "products": True}
+            for name, seconds in timing.time_interleaved(actions, settings.rounds).items():
+                yield Row(suite, case, name, [steps * each for each in seconds], facts)
+
+
+def _worker_values(suite: str, settings: Settings, cache: Path, name: str) -> Values:
+    """Returns the values of each case that a new process measures."""
+    return json.loads(_run_worker(suite, name, settings, cache=cache))
+
+
+def _run_worker(
+    suite: str, name: str, settings: Settings, *flags: str, cache: Path | None = None
+) -> str:
+    """Runs the worker of a peer, and returns the last line that it prints."""
+    return _run("benchmarks.worker", [suite, name, *flags], settings, cache)
+
+
+def _process_values(name: str, settings: Settings, cache: Path | None) -> Values:
+    """Returns the values of a whole process that trains T2, from its start to its end."""
+    epochs = 1 if settings.cases.quick else 5
     started = time.perf_counter()
+    printed = json.loads(
+        _run("benchmarks.training_process", [name, "--epochs", str(epochs)], settings, cache)
+    )
+    seconds = time.perf_counter() - started
+    case = f"whole process, T2, {epochs} epoch{'s' * (epochs > 1)}"
+    return {case: {"seconds": seconds, **printed}}
+
+
+def _run(module: str, arguments: Sequence[str], settings: Settings, cache: Path | None) -> str:
+    """Runs a module in a process, and returns the last line of its output."""
+    command = [sys.executable, "-m", module, *arguments]
+    if settings.cases.folder is not None:
+        command += ["--folder", str(settings.cases.folder)]
+    if settings.cases.quick and module == "benchmarks.worker":
+        command.append("--quick")
     result = subprocess.run(
         command,
-        env=variables,
+        env=environment.variables(cache),
         capture_output=True,
         text=True,
         check=False,
         cwd=Path(__file__).parents[1],
     )
-    seconds = time.perf_counter() - started
     if result.returncode:
         raise RuntimeError(f"{' '.join(command)} failed:\n{result.stderr}")
-    with contextlib.suppress(json.JSONDecodeError):
-        return seconds, json.loads(result.stdout.splitlines()[-1])
-    raise RuntimeError(f"{' '.join(command)} printed no result:\n{result.stdout}")
+    return result.stdout.strip().splitlines()[-1] if result.stdout.strip() else ""

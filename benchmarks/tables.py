@@ -10,21 +10,19 @@ from typing import NamedTuple
 from rich.console import Console
 from rich.table import Table
 
-from benchmarks.peers import PEERS
+from benchmarks.peers import label
 from benchmarks.readings import (
-    EAGER,
-    EPOCH_CASE,
-    JAXTRAIN,
-    WARM_CACHE,
     Results,
     Row,
-    lower_bound,
+    fastest_pytorch_sweep,
+    matrix_products,
     readings,
     relative_flop_times,
     rows_of,
     steps_per_epoch,
 )
-from benchmarks.targets import MEMORY_CASE, PROCESS_CASE, measured_targets
+from benchmarks.suites import EAGER, OURS, WARM_CACHE
+from benchmarks.targets import LINES_CASE, NETWORKS_CASE, PROCESS_CASE, measured_targets
 from benchmarks.timing import Spread, speedup, spread
 
 LEFT_ALIGNED = ("case", "peer", "notes")
@@ -53,7 +51,8 @@ def markdown(table: Cells) -> str:
 def print_suite(results: Results, suite: str) -> None:
     """Prints the table of a suite."""
     headings, rows = suite_table(results, suite).without_empty_columns()
-    table = Table(title=suite, title_justify="left")
+    title = f"{suite} (one reading each: noise)" if results["quick"] else suite
+    table = Table(title=title, title_justify="left")
     for heading in headings:
         table.add_column(heading, justify="left" if heading in LEFT_ALIGNED else "right")
     for row in rows:
@@ -61,28 +60,45 @@ def print_suite(results: Results, suite: str) -> None:
     Console(highlight=False, markup=False, width=None if sys.stdout.isatty() else 160).print(table)
 
 
+MODEL_NAMES = {
+    "T2, batch 64": "T2, a feed-forward network",
+    "CNN, batch 64": "CNN of PyTorch's MNIST example",
+    "ResNet, batch 64": "ResNet with batch norm",
+    "LSTM, batch 64": "LSTM over the rows of images",
+    "ViT, batch 64": "ViT, two transformer blocks",
+}
+SWEEP_NAMES = {LINES_CASE: "1,000 runs of T1", NETWORKS_CASE: "64 runs of T2 on digits"}
+
+
 def summary_table(results: Results) -> Cells:
-    """Returns the README's table, with cases where jaxtrain is better and where PyTorch is."""
-    t1, large, linear = "1 × T1, 200 epochs", "T2, batch 4096", "linear, batch 4096"
-    loader, pixels = "pytorch-dataloader", "pytorch-pixels"
-    cases = (
-        ("epoch of MNIST, T2, batch 64", "epoch", EPOCH_CASE, JAXTRAIN, EAGER),
-        ("the same against a `DataLoader` loop", "epoch", EPOCH_CASE, JAXTRAIN, loader),
-        ("one `train_step`, T2, batch 64", "step", EPOCH_CASE, JAXTRAIN, EAGER),
-        ("one `train_step`, T2, batch 4096", "step", large, JAXTRAIN, EAGER),
-        ("one `train_step`, linear, batch 4096", "step", linear, JAXTRAIN, EAGER),
-        ("T1, 200 epochs", "run", t1, JAXTRAIN, EAGER),
-        ("whole process, T2, 5 epochs, warm cache", "run", PROCESS_CASE, WARM_CACHE, EAGER),
-        ("peak memory, T2, PyTorch with uint8 pixels", "memory", MEMORY_CASE, JAXTRAIN, pixels),
-    )
+    """Returns the README's table: the epoch of each model, sweeps, and the whole process."""
     rows = []
-    for label, suite, case, row, peer in cases:
-        ours, theirs = readings(results, suite, case, row), readings(results, suite, case, peer)
+    for case, name in MODEL_NAMES.items():
+        ours, theirs = (readings(results, "models", case, peer) for peer in (OURS, EAGER))
         if ours is not None and theirs is not None:
-            as_text = mebibytes if suite == "memory" else duration
-            medians = [as_text(statistics.median(values)) for values in (ours, theirs)]
-            rows.append([label, *medians, with_interval(speedup(ours, theirs), "×")])
-    return Cells(["case", "jaxtrain", "eager PyTorch", "ratio (95 % interval)"], rows)
+            rows.append([name, *_compared(ours, theirs)])
+    for case, name in SWEEP_NAMES.items():
+        ours, row = readings(results, "sweep", case, OURS), fastest_pytorch_sweep(results, case)
+        if ours is not None and row is not None:
+            cells = _compared(ours, row["readings"])
+            cells[1] += f" ({label(row['peer'])})"
+            rows.append([name, *cells])
+    cold, warm, theirs = (
+        readings(results, "run", PROCESS_CASE, peer) for peer in (OURS, WARM_CACHE, EAGER)
+    )
+    if cold is not None and warm is not None and theirs is not None:
+        first, second = _compared(cold, theirs), _compared(warm, theirs)
+        both = [f"{first[i]} cold, {second[i]} warm" for i in (0, 2)]
+        rows.append(["whole process, T2, 5 epochs", both[0], first[1], both[1]])
+    machine = f"{device_name(results)}, {results['machine']['cores']} cores"
+    headings = ["model", "jaxtrain", "eager PyTorch", "ratio (95 % interval)", "machine"]
+    return Cells(headings, [[*row, machine] for row in rows])
+
+
+def _compared(ours: list[float], theirs: list[float]) -> list[str]:
+    """Returns both medians, and their ratio with its interval."""
+    medians = [duration(statistics.median(values)) for values in (ours, theirs)]
+    return [*medians, with_interval(speedup(ours, theirs), "×")]
 
 
 def target_table(machines: list[Results]) -> Cells:
@@ -108,25 +124,24 @@ def suite_table(results: Results, suite: str) -> Cells:
     rows = []
     for row in (row for row in results["rows"] if row["suite"] == suite):
         case, name = row["case"], row["peer"]
-        label = PEERS[name].label if name in PEERS else name
         if row["missing"]:
-            rows.append([case, label, f"missing: {row['missing']}", "", "", "", ""])
+            rows.append([case, label(name), f"missing: {row['missing']}", "", "", "", ""])
             continue
         low, median, high = spread(row["readings"])
-        quartiles = "" if len(row["readings"]) == 1 else f"{as_text(low)} – {as_text(high)}"
-        ours = readings(results, suite, case, JAXTRAIN)
+        single = len(row["readings"]) == 1
+        quartiles = "" if single else f"{as_text(low)} – {as_text(high)}"
+        ours = readings(results, suite, case, OURS)
         ratio = (
             ""
-            if ours is None or name in (JAXTRAIN, WARM_CACHE)
+            if ours is None or single or name in (OURS, WARM_CACHE)
             else with_interval(speedup(ours, row["readings"]), "×")
         )
-        products = lower_bound(results, suite, case)
-        bound = statistics.median(products) if products else row["facts"].get("floor_seconds")
-        over_bound = "" if bound is None else f"{number(median / bound)} ×"
+        products = matrix_products(results, suite, case)
+        over = "" if not products or single else f"{number(median / statistics.median(products))} ×"
         notes = "; ".join(_notes(results, row, median))
-        rows.append([case, label, as_text(median), quartiles, ratio, over_bound, notes])
+        rows.append([case, label(name), as_text(median), quartiles, ratio, over, notes])
     headings = ["case", "peer", "median", "quartiles"]
-    return Cells([*headings, "ratio to jaxtrain (95 %)", "ratio to lower bound", "notes"], rows)
+    return Cells([*headings, "ratio to jaxtrain (95 %)", "ratio to matrix products", "notes"], rows)
 
 
 def work_table(results: Results) -> Cells:
@@ -145,7 +160,7 @@ def _notes(results: Results, row: Row, median: float) -> list[str]:
         notes.append(f"extrapolated from {facts['extrapolated_from']} runs")
     if suite == "step":
         notes.append(f"{facts['flops'] / median / 1e9:.3g} GFLOP/s")
-    if suite in ("step", "epoch") and not facts["floor"]:
+    if suite in ("step", "models") and not facts["products"] and not results["quick"]:
         compilation = max(0.0, facts["first_seconds"] - median)
         eager = readings(results, suite, row["case"], EAGER)
         if eager is not None and row["peer"] not in EAGER_PEERS:
@@ -164,7 +179,8 @@ def _notes(results: Results, row: Row, median: float) -> list[str]:
             notes.append(f"{100 * (time - 1):+.0f} % time per FLOP")
     if "accuracy" in facts:
         notes.append(f"test accuracy {100 * facts['accuracy']:.2f} %")
-        notes.append(f"peak memory {mebibytes(facts['peak_mib'])}")
+    if facts.get("disturbed"):
+        notes.append(f"{facts['disturbed']} of {len(row['readings'])} readings disturbed")
     return notes
 
 

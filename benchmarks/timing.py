@@ -17,6 +17,8 @@ with needs_extra("bench"):
 # Least duration of a reading, so that threads to wake and caches to refill after another action
 # matter little.
 READING_SECONDS = 0.1
+# Fewer readings give no interval.
+LEAST_ROUNDS = 5
 
 
 class Repeated(NamedTuple):
@@ -80,10 +82,10 @@ def speedup(ours: Sequence[float], theirs: Sequence[float]) -> Spread:
     """Returns the ratio of medians, theirs over ours, with its 95 % bootstrap interval.
 
     The readings of a round are resampled as a pair (percentile bootstrap, Efron & Tibshirani,
-    1993). With fewer than two rounds, or a different number of them, the interval is the ratio.
+    1993). Fewer than five rounds have no interval: its ends are the ratio.
     """
     ratio = statistics.median(theirs) / statistics.median(ours)
-    if len(ours) < 2 or len(theirs) != len(ours):
+    if min(len(ours), len(theirs)) < LEAST_ROUNDS or len(theirs) != len(ours):
         return Spread(ratio, ratio, ratio)
     interval = scipy.stats.bootstrap(
         (theirs, ours),

@@ -17,25 +17,35 @@ import numpy as np
 import pytest
 
 import jaxtrain as jt
-from benchmarks import flops, peers, problem, report, suites, tables, timing
-from benchmarks.__main__ import PeerName
-from benchmarks.peers import jaxtrain as jaxtrain_peer
+from benchmarks import cases, flops, peers, problem, report, suites, tables, timing, worker
+from benchmarks.__main__ import PeerName, Suite
 from benchmarks.problem import PIXELS, Problem
 
 ROOT = Path(__file__).parents[1]
+QUICK = cases.Settings(None, quick=True)
+TRAINED = [
+    name
+    for name, peer in peers.PEERS.items()
+    if peer.make and name not in ("pytorch-compile", "pytorch-cuda-graphs")
+]
 
 
 @pytest.fixture
 def task() -> Problem:
-    """Returns T2 on 20 batches of random images, without dropout."""
-    return problem.make("T2", *problem.random_images(1280))._replace(dropout_rate=0.0)
+    """Returns the version of T2 whose losses are compared."""
+    return cases.checked("models", "jaxtrain", QUICK)["T2"]
 
 
 @pytest.fixture
 def pytorch_losses(task: Problem) -> np.ndarray:
     """Returns the losses of eager PyTorch, or skips the test where PyTorch is not installed."""
     pytest.importorskip("torch")
-    return suites.check("pytorch", peers.load("pytorch"), task, None)
+    return worker.losses_of("pytorch", task)
+
+
+def ends(**values: dict) -> dict:
+    """Returns readings of one case, as `suites.check_ends` takes them, by peer."""
+    return {"T2": {name: [each] for name, each in values.items()}}
 
 
 def test_flops_of_a_step_equal_a_count_by_hand() -> None:
@@ -99,36 +109,122 @@ def test_speedup_is_the_ratio_of_medians_with_a_paired_interval() -> None:
     assert (low, ratio, high) == (2, 2, 2)
 
 
-@pytest.mark.parametrize(
-    "name", [name for name in peers.PEERS if name not in ("pytorch-compile", "pytorch-cuda-graphs")]
-)
+@pytest.mark.parametrize("name", TRAINED)
 def test_every_peer_computes_the_losses_of_pytorch(
     name: str, task: Problem, pytorch_losses: np.ndarray
 ) -> None:
-    try:
-        make = peers.load(name)
-    except peers.MissingError as error:
-        pytest.skip(str(error))
+    if reason := peers.reason_missing(name):
+        pytest.skip(reason)
     with jax.numpy_rank_promotion("allow"):  # Keras adds biases by it
-        suites.check(name, make, task, pytorch_losses)
+        suites.compare(name, "T2", worker.losses_of(name, task), pytorch_losses)
+
+
+@pytest.mark.parametrize("network", ["CNN", "ResNet", "LSTM", "ViT"])
+def test_jaxtrain_computes_the_losses_of_pytorch_for_every_model(network: str) -> None:
+    pytest.importorskip("torch")
+    task = problem.without_dropout(problem.make(network, *problem.random_images(20), 16))
+    found = [worker.losses_of(name, task) for name in ("jaxtrain", "pytorch")]
+    assert len(found[0]) == 4
+    np.testing.assert_allclose(*found, rtol=1e-5)
 
 
 @pytest.mark.parametrize(
     "change",
-    [{"learning_rate": 0.011}, {"dropout_rate": 0.01}, {"batch_size": 63}, {"weight_decay": 0.05}],
+    [
+        {"optimizer": problem.Optimizer("sgd", 0.011, weight_decay=cases.CHECKED_WEIGHT_DECAY)},
+        {"optimizer": problem.Optimizer("sgd", 0.01, weight_decay=0.0)},
+        {"dropout_rates": (0.01,) * 3},
+        {"batch_size": 63},
+    ],
+    ids=["learning rate", "no weight decay", "dropout", "batch size"],
 )
+@pytest.mark.parametrize("name", ["jaxtrain", "pytorch"])
 def test_a_peer_with_other_losses_is_rejected(
-    change: dict, task: Problem, pytorch_losses: np.ndarray
+    name: str, change: dict, task: Problem, pytorch_losses: np.ndarray
 ) -> None:
-    def make(task: Problem, params: problem.Params) -> problem.Trainer:
-        return jaxtrain_peer.epoch_compiled(task._replace(**change), params)
+    found = worker.losses_of(name, task._replace(**change))
+    with pytest.raises(suites.DisagreementError, match=r"losses of .* differ by"):
+        suites.compare(name, "T2", found, pytorch_losses)
 
-    with pytest.raises(suites.DisagreementError, match="losses of jaxtrain differ by"):
-        suites.check("jaxtrain", make, task, pytorch_losses)
+
+@pytest.mark.parametrize("suite", ["step", "models"])
+def test_updates_are_counted_by_the_library_itself(suite: str) -> None:
+    (task,) = cases.problems(suite, "jaxtrain", QUICK).values()
+    for name in TRAINED:
+        if suite in peers.PEERS[name].suites and not peers.reason_missing(name):
+            with jax.numpy_rank_promotion("allow"):
+                found = worker.train(suite, name, task)
+            assert found["updates"] == found["expected_updates"] > 0, name
+            suites.check_ends(suite, {task.case: {name: [found]}})
+
+
+def test_pytorch_that_trains_each_batch_three_times_is_rejected(monkeypatch) -> None:
+    torch_reference = pytest.importorskip("benchmarks.torch_reference")
+    slices = torch_reference.slices
+    monkeypatch.setattr(
+        torch_reference,
+        "slices",
+        lambda *arguments: itertools.chain.from_iterable([each] * 3 for each in slices(*arguments)),
+    )
+    (task,) = cases.problems("models", "pytorch", QUICK).values()
+    found = worker.train("models", "pytorch", task)
+    with pytest.raises(suites.DisagreementError, match="has made 24 updates in T2; expected 8"):
+        suites.check_ends("models", ends(pytorch=found))
+
+
+def test_a_peer_that_ends_with_another_loss_or_accuracy_is_rejected() -> None:
+    suites.check_ends("models", ends(pytorch={"loss": 0.2}, jaxtrain={"loss": 0.22}))
+    with pytest.raises(suites.DisagreementError, match=r"jaxtrain ends T2 .* loss 0\.4;"):
+        suites.check_ends("models", ends(pytorch={"loss": 0.2}, jaxtrain={"loss": 0.4}))
+    with pytest.raises(suites.DisagreementError, match=r"with the accuracy 0\.93;"):
+        suites.check_ends("run", ends(pytorch={"accuracy": 0.955}, jaxtrain={"accuracy": 0.93}))
+
+
+@pytest.mark.parametrize("name", ["pytorch", "pytorch-batched", "pytorch-vmap", "jax-vmap"])
+def test_every_way_to_train_many_runs_computes_the_same_losses(name: str) -> None:
+    pytest.importorskip("torch")
+    settings = suites.Settings([], QUICK, 1, print)
+    expected = dict(worker.losses("sweep", "jaxtrain", settings.cases))
+    found = dict(worker.losses("sweep", name, settings.cases))
+    assert len(found) == (1 if name == "jax-vmap" else 2)
+    for case, losses in found.items():
+        suites.compare(name, case, losses, expected[case])
+        with pytest.raises(suites.DisagreementError):
+            suites.compare(name, case, losses + 1e-3, expected[case])
+
+
+def test_disturbed_readings_are_repeated_at_most_twice(monkeypatch) -> None:
+    probes, seconds = iter([False, True] * 3 + [False, False]), iter(range(1, 5))
+    monkeypatch.setattr(suites.Probe, "__init__", lambda self: None)
+    monkeypatch.setattr(suites.Probe, "disturbed", lambda self: next(probes))
+    actions = {"jaxtrain": lambda: {"case": {"seconds": next(seconds)}}}
+    monkeypatch.setattr(suites, "_actions", lambda *arguments: actions)
+    settings = suites.Settings(["jaxtrain"], cases.Settings(None, quick=False), 2, str)
+    found = suites.measure("models", ["jaxtrain"], settings, Path())
+    assert found == {
+        "case": {
+            "jaxtrain": [{"seconds": 3, "disturbed": True}, {"seconds": 4, "disturbed": False}]
+        }
+    }
+
+
+def test_workers_of_other_libraries_do_not_import_jaxtrain() -> None:
+    code = """
+import sys
+from benchmarks import worker, peers, cases
+settings = cases.Settings(None, True)
+if not peers.reason_missing("nnx"):
+    dict(worker.losses("step", "nnx", settings))
+print("jaxtrain" in sys.modules)
+"""
+    result = subprocess.run(
+        [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True
+    )
+    assert result.stdout.strip() == "False"
 
 
 def test_error_of_a_missing_peer_names_the_command_that_installs_it(monkeypatch) -> None:
-    absent = peers.Peer("Absent", "absent:make", ("no_such_package",))
+    absent = peers.Peer("Absent", "absent:make", ("no_such_package",), ("models",))
     monkeypatch.setitem(peers.PEERS, "absent", absent)
     with pytest.raises(
         peers.MissingError, match="no_such_package is not installed; run pip install"
@@ -157,7 +253,8 @@ def test_quick_run_measures_every_suite(tmp_path: Path) -> None:
     assert result.returncode == 0, result.stderr
     results = json.loads(file.read_text())
     assert results["machine"]["versions"]["jax"] == jax.__version__
-    assert {row["suite"] for row in results["rows"]} == set(suites.SUITES)
+    assert {row["suite"] for row in results["rows"]} == {*cases.SUITES, "memory"}
+    assert "×" not in result.stdout.replace("× T", "")  # no ratio of single readings
     for row in results["rows"]:
         assert bool(row["missing"]) != bool(row["readings"])
         assert min(row["readings"], default=1) > 0
@@ -178,7 +275,7 @@ def test_committed_pages_are_those_that_the_report_writes() -> None:
         check=False,
     )
     assert result.returncode == 0, result.stderr
-    for name in ("cpu-2-cores", "cpu-2-cores-xeon"):
+    for name in report.load_all(report.RESULTS):
         for figure in report.FIGURES:
             assert (report.IMAGES / f"{name}_{figure}.png").exists()
 
@@ -201,7 +298,7 @@ def test_check_fails_for_a_page_that_was_edited(tmp_path: Path, monkeypatch) -> 
     assert readme.read_text().endswith("after\n")
     monkeypatch.setattr(sys, "argv", ["report", "--check"])
     report.main()
-    page.write_text(page.read_text().replace("| AMD EPYC |", "| AMD |"))
+    page.write_text(page.read_text() + "edited")
     with pytest.raises(SystemExit, match=r"error: out of date: docs/benchmarks\.md"):
         report.main()
 
@@ -209,8 +306,8 @@ def test_check_fails_for_a_page_that_was_edited(tmp_path: Path, monkeypatch) -> 
 def epoch_results(
     seconds: dict[str, list[float]], facts: dict | None = None, **machine: str
 ) -> dict[str, Any]:
-    """Returns results of the suite `epoch` with these readings."""
-    row = {"suite": "epoch", "case": "T2, batch 64", "facts": facts or {}, "missing": None}
+    """Returns results of the suite `models` with these readings of T2."""
+    row = {"suite": "models", "case": "T2, batch 64", "facts": facts or {}, "missing": None}
     return {
         "machine": {"device": "cpu", "processor": "CPU", **machine},
         "rows": [{**row, "peer": peer, "readings": values} for peer, values in seconds.items()],
@@ -218,19 +315,24 @@ def epoch_results(
 
 
 def test_verdicts_compare_the_readings_with_the_aims() -> None:
-    seconds = {"jaxtrain": [1.0, 1.0], "pytorch": [2.0, 2.0], "keras": [2.0, 2.0]}
+    seconds = {"jaxtrain": [1.0, 1.0], "pytorch": [2.0, 2.0], "nnx": [2.0, 2.0]}
     _, rows = tables.target_table([epoch_results(seconds)])
     assert [cells[1:] for cells in rows] == [
-        ["≥ 2.3 ×", "2 ×: **missed**"],
-        ["≥ 1.4 ×", "2 ×: reached"],
+        ["≥ 2.6 ×", "2 ×: **missed**"],
+        ["≥ 1.7 ×", "2 ×: reached"],
     ]
 
 
 def test_an_aim_inside_the_interval_is_within_noise() -> None:
-    seconds = {"jaxtrain": [1.0] * 5, "pytorch": [2.0, 2.1, 2.4, 2.5, 2.6]}
+    seconds = {"jaxtrain": [1.0] * 5, "pytorch": [2.0, 2.1, 2.7, 2.8, 2.9]}
     _, [cells] = tables.target_table([epoch_results(seconds)])
-    assert cells[2].startswith("2.4 × (")
+    assert cells[2].startswith("2.7 × (")
     assert cells[2].endswith(": within noise, median reached")
+
+
+def test_fewer_than_five_readings_have_no_interval() -> None:
+    low, ratio, high = timing.speedup([1.0, 2.0, 3.0, 4.0], [2.0, 4.0, 7.0, 9.0])
+    assert low == ratio == high == 5.5 / 2.5
 
 
 def test_a_gpu_has_aims_of_its_own() -> None:
@@ -246,19 +348,36 @@ def test_a_gpu_has_aims_of_its_own() -> None:
 
 def test_each_machine_has_a_column() -> None:
     one = epoch_results({"jaxtrain": [1, 1], "pytorch": [3, 3]}, processor="A")
-    other = epoch_results({"jaxtrain": [1, 1], "pytorch": [2, 2], "keras": [2, 2]}, processor="B")
+    other = epoch_results({"jaxtrain": [1, 1], "pytorch": [2, 2], "nnx": [2, 2]}, processor="B")
     headings, rows = tables.target_table([one, other])
     assert headings == ["measure", "aim", "A", "B"]
     assert [cells[1:] for cells in rows] == [
-        ["≥ 2.3 ×", "3 ×: reached", "2 ×: **missed**"],
-        ["≥ 1.4 ×", "", "2 ×: reached"],
+        ["≥ 2.6 ×", "3 ×: reached", "2 ×: **missed**"],
+        ["≥ 1.7 ×", "", "2 ×: reached"],
+    ]
+
+
+def test_sweeps_are_compared_with_the_fastest_way_in_pytorch() -> None:
+    seconds = {"jaxtrain": 1.0, "pytorch": 900.0, "pytorch-batched": 4.0, "pytorch-vmap": 5.0}
+    results = epoch_results({name: [value] * 5 for name, value in seconds.items()}, cores="2")
+    for row in results["rows"]:
+        row.update(suite="sweep", case="1000 × T1, 200 epochs")
+    _, [cells] = tables.target_table([results])
+    assert cells[1:] == ["≥ 3 ×", "4 ×: reached"]
+    _, [cells] = tables.summary_table(results)
+    assert cells == [
+        "1,000 runs of T1",
+        "1 s",
+        "4 s (PyTorch, one batched tensor)",
+        "4 ×",
+        "CPU, 2 cores",
     ]
 
 
 def test_ranking_counts_wins_and_names_the_worst_case() -> None:
     seconds = {
         "T2, batch 1": {"jaxtrain": 1.0, "keras": 2.0, "matrix products, XLA": 0.1},
-        "T2, batch 16": {"jaxtrain": 3.0, "keras": 2.0},
+        "T2, batch 16": {"jaxtrain": 3.0, "keras": 2.0, "jax-scan": 0.5},
         "T2, batch 64": {"jaxtrain": 5.0, "keras": 3.0, "equinox": 2.0},
     }
     rows = [
@@ -267,16 +386,17 @@ def test_ranking_counts_wins_and_names_the_worst_case() -> None:
             "case": case,
             "peer": peer,
             "readings": [value] * 3,
-            "facts": {"floor": peer.startswith("matrix")},
+            "facts": {"products": peer.startswith("matrix")},
         }
         for case, values in seconds.items()
         for peer, value in values.items()
     ]
     text = report.ranking({"rows": rows})
-    assert "jaxtrain is the fastest library in 1 of 3 step cases" in text
-    assert text.endswith("; in the worst, `T2, batch 64`, Equinox is 2.5 × as fast.")
-    assert report.ranking({"rows": rows[:2]}).endswith("in 1 of 1 step cases (network × batch).")
+    assert "jaxtrain is the fastest library in 1 of 3 cases of `step` and `models`" in text
+    assert text.endswith("; in the worst, `step: T2, batch 64`, Equinox is 2.5 × as fast.")
+    assert report.ranking({"rows": rows[:2]}).endswith("in 1 of 1 cases of `step` and `models`.")
 
 
-def test_flag_lists_every_peer() -> None:
+def test_flags_list_every_peer_and_suite() -> None:
     assert set(get_args(PeerName)) == set(peers.PEERS)
+    assert get_args(Suite) == cases.SUITES

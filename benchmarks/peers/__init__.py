@@ -17,28 +17,44 @@ class Peer(NamedTuple):
 
     Attributes:
       label: its name in tables.
-      make: `module:function` of its `Make` in this package.
+      make: `module:function` of its `Make` in this package; empty for a way to run sweeps alone.
       packages: packages that must be installed.
+      suites: the suites that measure it.
+      networks: the networks that it trains in the suite `models`; empty for all.
     """
 
     label: str
     make: str
     packages: tuple[str, ...]
+    suites: tuple[str, ...]
+    networks: tuple[str, ...] = ()
 
 
+BOTH = ("step", "models")
+TORCH, KERAS = ("torch",), ("keras",)
 PEERS = {
-    "jaxtrain": Peer("jaxtrain", "jaxtrain:epoch_compiled", ("jax",)),
-    "jaxtrain-steps": Peer("jaxtrain, step by step", "jaxtrain:step_by_step", ("jax",)),
-    "pytorch": Peer("eager PyTorch", "pytorch:eager", ("torch",)),
-    "pytorch-dataloader": Peer("eager PyTorch, DataLoader", "pytorch:dataloader", ("torch",)),
-    "pytorch-pixels": Peer("eager PyTorch, uint8 pixels", "pytorch:from_pixels", ("torch",)),
-    "pytorch-compile": Peer("torch.compile", "pytorch:compiled", ("torch",)),
-    "pytorch-cuda-graphs": Peer("PyTorch CUDA graphs", "pytorch:cuda_graphs", ("torch",)),
-    "nnx": Peer("Flax NNX", "nnx:step_by_step", ("flax",)),
-    "equinox": Peer("Equinox", "equinox:step_by_step", ("equinox",)),
-    "keras": Peer("Keras 3 on JAX", "keras:fit", ("keras",)),
+    "jaxtrain": Peer(
+        "jaxtrain", "jaxtrain:epochs", ("jax",), ("step", "models", "growth", "sweep", "run")
+    ),
+    "jaxtrain-steps": Peer("jaxtrain, step by step", "jaxtrain:steps", ("jax",), ("models", "run")),
+    "jax-scan": Peer("JAX, `lax.scan` by hand", "jax_scan:make", ("jax",), ("models",)),
+    "jax-vmap": Peer("JAX, `vmap` by hand", "", ("jax",), ("sweep",)),
+    "pytorch": Peer("eager PyTorch", "pytorch:eager", TORCH, (*BOTH, "sweep", "run")),
+    "pytorch-dataloader": Peer(
+        "eager PyTorch, DataLoader", "pytorch:dataloader", TORCH, ("models", "run"), ("T2",)
+    ),
+    "pytorch-pixels": Peer(
+        "eager PyTorch, uint8 pixels", "pytorch:from_pixels", TORCH, ("models", "run"), ("T2",)
+    ),
+    "pytorch-compile": Peer("torch.compile", "pytorch:compiled", TORCH, ("models",)),
+    "pytorch-cuda-graphs": Peer("PyTorch CUDA graphs", "pytorch:cuda_graphs", TORCH, BOTH),
+    "pytorch-batched": Peer("PyTorch, one batched tensor", "", TORCH, ("sweep",)),
+    "pytorch-vmap": Peer("torch.func.vmap", "", TORCH, ("sweep",)),
+    "nnx": Peer("Flax NNX", "nnx:step_by_step", ("flax",), (*BOTH, "run")),
+    "equinox": Peer("Equinox", "equinox:step_by_step", ("equinox",), (*BOTH, "run")),
+    "keras": Peer("Keras 3 on JAX", "keras:fit", KERAS, (*BOTH, "run"), ("T2",)),
     "keras-steps-per-execution": Peer(
-        "Keras 3, steps_per_execution", "keras:fit_several_steps", ("keras",)
+        "Keras 3, steps_per_execution", "keras:fit_several_steps", KERAS, ("models", "run")
     ),
 }
 
@@ -47,15 +63,27 @@ class MissingError(Exception):
     """Raised if a peer cannot run on this machine."""
 
 
+def label(name: str) -> str:
+    """Returns the name of a peer, or of what else was timed, in tables."""
+    return PEERS[name].label if name in PEERS else name
+
+
+def reason_missing(name: str) -> str | None:
+    """Returns why a peer cannot run on this machine, or None if it can."""
+    for package in PEERS[name].packages:
+        if importlib.util.find_spec(package) is None:
+            return f"{package} is not installed; run pip install -e '.[bench]'"
+    return None
+
+
 def load(name: str) -> Make:
     """Returns the function that makes the trainer of a peer.
 
     Raises:
       MissingError: if one of its packages is not installed.
     """
-    peer = PEERS[name]
-    for package in peer.packages:
-        if importlib.util.find_spec(package) is None:
-            raise MissingError(f"{package} is not installed; run pip install -e '.[bench]'")
-    module, function = peer.make.split(":")
+    reason = reason_missing(name)
+    if reason:
+        raise MissingError(reason)
+    module, function = PEERS[name].make.split(":")
     return getattr(importlib.import_module(f"benchmarks.peers.{module}"), function)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import itertools
+from typing import Any
 
 import equinox as eqx
 import jax
@@ -10,88 +10,64 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from benchmarks.problem import PIXELS, Params, Problem, Trainer, normalize
-
-
-class FeedForward(eqx.Module):
-    """The network, for one example, with ReLU and dropout after each hidden layer."""
-
-    layers: list[eqx.nn.Linear]
-    dropout: eqx.nn.Dropout
-
-    def __init__(self, problem: Problem, params: Params) -> None:
-        """Starts from these parameters."""
-        widths = (PIXELS, *problem.features)
-        self.layers = []
-        for layer, (fan_in, width) in enumerate(itertools.pairwise(widths)):
-            start = params[f"Dense_{layer}"]
-            linear = eqx.nn.Linear(fan_in, width, key=jax.random.key(layer))
-            leaves = jnp.asarray(start["kernel"].T), jnp.asarray(start["bias"])
-            linear = eqx.tree_at(lambda linear: (linear.weight, linear.bias), linear, leaves)
-            self.layers.append(linear)
-        self.dropout = eqx.nn.Dropout(problem.dropout_rate)
-
-    def __call__(self, x: jax.Array, key: jax.Array | None = None) -> jax.Array:
-        """Returns the logits of one example."""
-        for layer in self.layers[:-1]:
-            use, key = (None, None) if key is None else jax.random.split(key)
-            x = self.dropout(jax.nn.relu(layer(x)), key=use, inference=use is None)
-        return self.layers[-1](x)
+from benchmarks.networks import equinox as networks
+from benchmarks.peers.optax_optimizers import make_optimizer
+from benchmarks.problem import Params, Problem, Trainer, normalize
 
 
 def step_by_step(problem: Problem, params: Params) -> Trainer:
     """Returns a trainer whose epoch is a Python loop over the step."""
-    model = FeedForward(problem, params)
-    sgd = optax.chain(
-        optax.add_decayed_weights(problem.weight_decay), optax.sgd(problem.learning_rate)
-    )
-    opt_state = sgd.init(eqx.filter(model, eqx.is_inexact_array))
-    key = jax.random.key(0)
+    model, model_state = networks.make(problem, params)
+    optimizer = make_optimizer(problem.optimizer)
+    opt_state = optimizer.init(eqx.filter(model, eqx.is_inexact_array))
+    carry = (model, model_state, opt_state, jax.random.key(0), jnp.int32(0))
 
     @eqx.filter_jit
-    def train_step(
-        model: FeedForward,
-        opt_state: optax.OptState,
-        key: jax.Array,
-        inputs: jax.Array,
-        targets: jax.Array,
-    ) -> tuple[FeedForward, optax.OptState, jax.Array, jax.Array]:
+    def train_step(carry: Any, inputs: jax.Array, targets: jax.Array) -> tuple[Any, jax.Array]:
+        model, model_state, opt_state, key, count = carry
         key, dropout_key = jax.random.split(key)
 
-        def loss_fn(model: FeedForward) -> jax.Array:
-            logits = jax.vmap(model)(inputs, jax.random.split(dropout_key, len(inputs)))
-            return optax.softmax_cross_entropy_with_integer_labels(logits, targets).mean()
+        def loss_fn(model: Any) -> tuple[jax.Array, Any]:
+            keys = jax.random.split(dropout_key, len(inputs))
+            logits, updated = jax.vmap(
+                model, axis_name="batch", in_axes=(0, None, 0), out_axes=(0, None)
+            )(inputs, model_state, keys)
+            losses = optax.softmax_cross_entropy_with_integer_labels(logits, targets)
+            return losses.mean(), updated
 
-        loss, grads = eqx.filter_value_and_grad(loss_fn)(model)
-        updates, opt_state = sgd.update(grads, opt_state, eqx.filter(model, eqx.is_inexact_array))
-        return eqx.apply_updates(model, updates), opt_state, key, loss
+        (loss, model_state), grads = eqx.filter_value_and_grad(loss_fn, has_aux=True)(model)
+        updates, opt_state = optimizer.update(
+            grads, opt_state, eqx.filter(model, eqx.is_inexact_array)
+        )
+        model = eqx.apply_updates(model, updates)
+        return (model, model_state, opt_state, key, count + 1), loss
 
     @eqx.filter_jit
-    def predict(model: FeedForward, inputs: jax.Array) -> jax.Array:
-        return jax.vmap(model)(inputs).argmax(-1)
+    def logits_of(model: Any, model_state: Any, inputs: jax.Array) -> jax.Array:
+        model = eqx.nn.inference_mode(model)
+        return jax.vmap(lambda image: model(image, model_state, None)[0])(inputs)
 
     inputs, targets = normalize(problem.images), problem.labels.astype(np.int32)
     first = jnp.asarray(inputs[: problem.batch_size]), jnp.asarray(targets[: problem.batch_size])
 
     def steps(count: int) -> None:
-        nonlocal model, opt_state, key
+        nonlocal carry
         for _ in range(count):
-            model, opt_state, key, _ = train_step(model, opt_state, key, *first)
-        jax.block_until_ready(eqx.filter(model, eqx.is_array))
+            carry, _ = train_step(carry, *first)
+        jax.block_until_ready(eqx.filter(carry, eqx.is_array))
 
     def losses() -> np.ndarray:
-        nonlocal model, opt_state, key
+        nonlocal carry
         collected = []
         for index in range(problem.steps):
             part = slice(index * problem.batch_size, (index + 1) * problem.batch_size)
             # filter_jit treats NumPy arrays as constants, and would compile for each batch.
             batch = jnp.asarray(inputs[part]), jnp.asarray(targets[part])
-            model, opt_state, key, loss = train_step(model, opt_state, key, *batch)
+            carry, loss = train_step(carry, *batch)
             collected.append(loss)
         return np.asarray(jax.block_until_ready(jnp.stack(collected)))
 
-    def accuracy(images: np.ndarray, labels: np.ndarray) -> float:
-        found = np.asarray(predict(model, jnp.asarray(normalize(images))))
-        return float((found == labels).mean())
+    def predict(images: np.ndarray) -> np.ndarray:
+        return np.asarray(logits_of(carry[0], carry[1], jnp.asarray(normalize(images))))
 
-    return Trainer(steps, losses, losses, accuracy)
+    return Trainer(steps, losses, losses, predict, lambda: int(carry[-1]))

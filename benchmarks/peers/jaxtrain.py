@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 import jaxtrain as jt
-from benchmarks.problem import MEAN, STD, Params, Problem, Trainer
+from benchmarks.networks import linen
+from benchmarks.problem import Optimizer, Params, Problem, Trainer
 
 LOSS = jt.losses.cross_entropy
 
@@ -15,18 +18,29 @@ LOSS = jt.losses.cross_entropy
 def start(problem: Problem, params: Params) -> tuple[jt.TrainState, jt.Dataset]:
     """Returns the state with these parameters, and the data on the device."""
     data = jt.Dataset(jnp.asarray(problem.images), jnp.asarray(problem.labels))
-    model = jt.models.FeedForward(problem.features, problem.dropout_rate, MEAN, STD)
-    optimizer = jt.optimizers.sgd(problem.learning_rate, weight_decay=problem.weight_decay)
+    optimizer = make_optimizer(problem.optimizer)
+    model = linen.make(problem)
     state = jt.init_state(model, optimizer, data.inputs[:1], key=jax.random.key(0))
-    return state.replace(params=jax.tree.map(jnp.asarray, params)), data
+    return state.replace(params=linen.load(problem, params)), data
 
 
-def epoch_compiled(problem: Problem, params: Params) -> Trainer:
+def make_optimizer(optimizer: Optimizer) -> Any:
+    """Returns the optimizer with PyTorch's numbers."""
+    if optimizer.name == "sgd":
+        return jt.optimizers.sgd(
+            optimizer.learning_rate,
+            momentum=optimizer.momentum,
+            weight_decay=optimizer.weight_decay,
+        )
+    return getattr(jt.optimizers, optimizer.name)(optimizer.learning_rate)
+
+
+def epochs(problem: Problem, params: Params) -> Trainer:
     """Returns a trainer whose epoch is one call of `train_epoch`."""
     return _trainer(problem, params, by_steps=False)
 
 
-def step_by_step(problem: Problem, params: Params) -> Trainer:
+def steps(problem: Problem, params: Params) -> Trainer:
     """Returns a trainer whose epoch is a loop over `train_step`, on slices of NumPy arrays."""
     return _trainer(problem, params, by_steps=True)
 
@@ -54,8 +68,7 @@ def _trainer(problem: Problem, params: Params, *, by_steps: bool) -> Trainer:
             collected.append(metrics["loss"])
         return np.asarray(jax.block_until_ready(jnp.stack(collected)))
 
-    def accuracy(images: np.ndarray, labels: np.ndarray) -> float:
-        test = jt.Dataset(jnp.asarray(images), jnp.asarray(labels))
-        return float(jt.evaluate(state, test, LOSS, {"accuracy": jt.metrics.accuracy})["accuracy"])
+    def predict(images: np.ndarray) -> np.ndarray:
+        return np.asarray(jt.predict(state, jnp.asarray(images)))
 
-    return Trainer(steps, losses, losses, accuracy)
+    return Trainer(steps, losses, losses, predict, lambda: int(state.step))

@@ -10,7 +10,8 @@ import jax.numpy as jnp
 import keras
 import numpy as np
 
-from benchmarks.problem import PIXELS, Params, Problem, Trainer, normalize
+from benchmarks.networks import keras as networks
+from benchmarks.problem import Optimizer, Params, Problem, Trainer, normalize
 
 STEPS_PER_EXECUTION = 32
 
@@ -38,18 +39,25 @@ def fit_several_steps(problem: Problem, params: Params) -> Trainer:
     return _trainer(problem, params, steps_per_execution=STEPS_PER_EXECUTION)
 
 
+def _optimizer(optimizer: Optimizer) -> keras.optimizers.Optimizer:
+    if optimizer.name == "adam":
+        # Keras adds epsilon before it corrects the bias, so that 1e-8 would weigh more at first.
+        return keras.optimizers.Adam(optimizer.learning_rate, epsilon=1e-9)
+    if optimizer.name == "adadelta":
+        return keras.optimizers.Adadelta(optimizer.learning_rate, rho=0.9, epsilon=1e-6)
+    # Keras decouples the decay, which is the same for plain SGD.
+    return keras.optimizers.SGD(
+        optimizer.learning_rate,
+        momentum=optimizer.momentum,
+        weight_decay=optimizer.weight_decay or None,
+    )
+
+
 def _trainer(problem: Problem, params: Params, steps_per_execution: int) -> Trainer:
     keras.utils.set_random_seed(0)
-    layers: list[keras.layers.Layer] = [keras.Input((PIXELS,))]
-    for width in problem.features[:-1]:
-        layers += [keras.layers.Dense(width, "relu"), keras.layers.Dropout(problem.dropout_rate)]
-    model = keras.Sequential([*layers, keras.layers.Dense(problem.features[-1])])
-    model.set_weights(
-        [params[f"Dense_{k}"][part] for k in range(len(params)) for part in ("kernel", "bias")]
-    )
+    model = networks.make(problem, params)
     model.compile(
-        # Keras decouples the decay, which is the same for plain SGD.
-        optimizer=keras.optimizers.SGD(problem.learning_rate, weight_decay=problem.weight_decay),
+        optimizer=_optimizer(problem.optimizer),
         loss=keras.losses.SparseCategoricalCrossentropy(from_logits=True),
         steps_per_execution=steps_per_execution,
         jit_compile=True,
@@ -85,8 +93,9 @@ def _trainer(problem: Problem, params: Params, steps_per_execution: int) -> Trai
         totals = np.array(running.means) * seen
         return np.diff(totals, prepend=0) / np.diff(seen, prepend=0)
 
-    def accuracy(images: np.ndarray, labels: np.ndarray) -> float:
-        found = model.predict(normalize(images), batch_size=1000, verbose=0).argmax(-1)
-        return float((found == labels).mean())
+    def predict(images: np.ndarray) -> np.ndarray:
+        return model.predict(normalize(images), batch_size=1000, verbose=0)
 
-    return Trainer(steps, lambda: fit_once([]), losses, accuracy)
+    return Trainer(
+        steps, lambda: fit_once([]), losses, predict, lambda: int(model.optimizer.iterations)
+    )

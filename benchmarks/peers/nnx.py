@@ -1,8 +1,6 @@
-"""Flax NNX as a peer: a step under `nnx.jit`, on slices of NumPy arrays."""
+"""Flax NNX as a peer: a step under `nnx.jit`, as in Flax's MNIST tutorial."""
 
 from __future__ import annotations
-
-import itertools
 
 import jax
 import jax.numpy as jnp
@@ -11,39 +9,18 @@ import optax
 from flax import nnx
 from jax.typing import ArrayLike
 
-from benchmarks.problem import PIXELS, Params, Problem, Trainer, normalize
-
-
-class FeedForward(nnx.Module):
-    """The network, with ReLU and dropout after each hidden layer."""
-
-    def __init__(self, problem: Problem, params: Params, rngs: nnx.Rngs) -> None:
-        """Starts from these parameters."""
-        widths = (PIXELS, *problem.features)
-        layers = []
-        for layer, (fan_in, width) in enumerate(itertools.pairwise(widths)):
-            linear = nnx.Linear(fan_in, width, rngs=rngs)
-            linear.kernel = nnx.Param(jnp.asarray(params[f"Dense_{layer}"]["kernel"]))
-            linear.bias = nnx.Param(jnp.asarray(params[f"Dense_{layer}"]["bias"]))
-            layers.append(linear)
-        self.layers = nnx.List(layers)
-        self.dropout = nnx.Dropout(problem.dropout_rate, rngs=rngs)
-
-    def __call__(self, inputs: ArrayLike) -> jax.Array:
-        """Returns the logits."""
-        x = jnp.asarray(inputs)
-        for layer in self.layers[:-1]:
-            x = self.dropout(nnx.relu(layer(x)))
-        return self.layers[-1](x)
+from benchmarks.networks import nnx as networks
+from benchmarks.peers.optax_optimizers import make_optimizer
+from benchmarks.problem import Params, Problem, Trainer, normalize
 
 
 @nnx.jit
 def train_step(
-    model: FeedForward, optimizer: nnx.Optimizer, inputs: ArrayLike, targets: ArrayLike
+    model: nnx.Module, optimizer: nnx.Optimizer, inputs: ArrayLike, targets: ArrayLike
 ) -> jax.Array:
     """Takes one step in place, and returns the loss before it."""
 
-    def loss_fn(model: FeedForward) -> jax.Array:
+    def loss_fn(model: nnx.Module) -> jax.Array:
         logits = model(inputs)
         return optax.softmax_cross_entropy_with_integer_labels(logits, targets).mean()
 
@@ -53,19 +30,16 @@ def train_step(
 
 
 @nnx.jit
-def predict(model: FeedForward, inputs: ArrayLike) -> jax.Array:
-    """Returns the most likely classes."""
-    return model(inputs).argmax(-1)
+def logits_of(model: nnx.Module, inputs: ArrayLike) -> jax.Array:
+    """Returns the logits."""
+    return model(inputs)
 
 
 def step_by_step(problem: Problem, params: Params) -> Trainer:
     """Returns a trainer whose epoch is a Python loop over the step."""
-    model = FeedForward(problem, params, nnx.Rngs(0))
+    model = networks.make(problem, params)
     model.train()
-    sgd = optax.chain(
-        optax.add_decayed_weights(problem.weight_decay), optax.sgd(problem.learning_rate)
-    )
-    optimizer = nnx.Optimizer(model, sgd, wrt=nnx.Param)
+    optimizer = nnx.Optimizer(model, make_optimizer(problem.optimizer), wrt=nnx.Param)
     inputs, targets = normalize(problem.images), problem.labels.astype(np.int32)
     first = jnp.asarray(inputs[: problem.batch_size]), jnp.asarray(targets[: problem.batch_size])
 
@@ -81,10 +55,10 @@ def step_by_step(problem: Problem, params: Params) -> Trainer:
             collected.append(train_step(model, optimizer, inputs[part], targets[part]))
         return np.asarray(jax.block_until_ready(jnp.stack(collected)))
 
-    def accuracy(images: np.ndarray, labels: np.ndarray) -> float:
+    def predict(images: np.ndarray) -> np.ndarray:
         model.eval()
-        found = np.asarray(predict(model, normalize(images)))
+        logits = np.asarray(logits_of(model, normalize(images)))
         model.train()
-        return float((found == labels).mean())
+        return logits
 
-    return Trainer(steps, losses, losses, accuracy)
+    return Trainer(steps, losses, losses, predict, lambda: int(optimizer.step[...]))

@@ -10,11 +10,14 @@ import torch
 from torch.nn.functional import cross_entropy
 
 from benchmarks import torch_reference
+from benchmarks.networks import torch as networks
 from benchmarks.peers import MissingError
-from benchmarks.problem import MEAN, PIXELS, STD, Params, Problem, Trainer, normalize
+from benchmarks.problem import MEAN, STD, Optimizer, Params, Problem, Trainer, normalize
 
 # Set by benchmarks.environment to the platform of JAX's default device.
 DEVICE_VARIABLE = "JAXTRAIN_BENCHMARK_DEVICE"
+# These train faster in the memory format channels_last.
+CHANNELS_LAST = ("CNN", "ResNet")
 
 Batch = tuple[torch.Tensor, torch.Tensor]
 Step = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
@@ -30,6 +33,23 @@ def wait() -> None:
     """Waits until the device has finished."""
     if torch.cuda.is_available():
         torch.cuda.synchronize()
+
+
+def make_optimizer(
+    optimizer: Optimizer, parameters: Iterable[torch.Tensor]
+) -> torch.optim.Optimizer:
+    """Returns the optimizer, fused where PyTorch has a fused one."""
+    if optimizer.name == "sgd":
+        return torch.optim.SGD(
+            parameters,
+            optimizer.learning_rate,
+            momentum=optimizer.momentum,
+            weight_decay=optimizer.weight_decay,
+            fused=True,
+        )
+    if optimizer.name == "adam":
+        return torch.optim.Adam(parameters, optimizer.learning_rate, fused=True)
+    return torch.optim.Adadelta(parameters, optimizer.learning_rate)
 
 
 def eager(problem: Problem, params: Params) -> Trainer:
@@ -76,12 +96,18 @@ def _trainer(
     else:
         inputs = torch.from_numpy(normalize(problem.images)).to(place)
     targets = torch.from_numpy(problem.labels.astype(np.int64)).to(place)
-    model = torch_reference.feed_forward(problem.features, PIXELS, problem.dropout_rate)
-    torch_reference.load_params(model, params)
-    model.to(place).train()
-    optimizer = torch.optim.SGD(
-        model.parameters(), problem.learning_rate, weight_decay=problem.weight_decay
-    )
+    model = networks.make(problem, params).to(place).train()
+    if problem.network in CHANNELS_LAST:
+        model = model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    optimizer = make_optimizer(problem.optimizer, trained)
+    updates = 0
+
+    def count_update(*_: object) -> None:
+        nonlocal updates
+        updates += 1
+
+    optimizer.register_step_post_hook(count_update)
     loss_of = wrap_loss(lambda images, labels: cross_entropy(model(images), labels))
 
     def eager_step(images: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
@@ -93,7 +119,9 @@ def _trainer(
         optimizer.step()
         return loss.detach()
 
-    step = _captured(eager_step, model, optimizer) if capture else eager_step
+    step: Step = eager_step
+    if capture:
+        step = _captured(eager_step, model, optimizer, count_update)
 
     def batches() -> Iterable[Batch]:
         if not loader:
@@ -112,17 +140,22 @@ def _trainer(
         collected = [step(images, labels) for images, labels in batches()]
         return torch.stack(collected).cpu().numpy()
 
-    def accuracy(images: np.ndarray, labels: np.ndarray) -> float:
+    def predict(images: np.ndarray) -> np.ndarray:
         model.eval()
         with torch.no_grad():
-            found = model(torch.from_numpy(normalize(images)).to(place)).argmax(1).cpu().numpy()
+            logits = model(torch.from_numpy(normalize(images)).to(place)).cpu().numpy()
         model.train()
-        return float((found == labels).mean())
+        return logits
 
-    return Trainer(steps, losses, losses, accuracy)
+    return Trainer(steps, losses, losses, predict, lambda: updates)
 
 
-def _captured(step: Step, model: torch.nn.Module, optimizer: torch.optim.Optimizer) -> Step:
+def _captured(
+    step: Step,
+    model: torch.nn.Module,
+    optimizer: torch.optim.Optimizer,
+    count_update: Callable[[], None],
+) -> Step:
     """Returns a step that captures a CUDA graph for each batch shape and replays it."""
     graphs: dict[torch.Size, tuple[torch.cuda.CUDAGraph, Batch, torch.Tensor]] = {}
 
@@ -149,6 +182,7 @@ def _captured(step: Step, model: torch.nn.Module, optimizer: torch.optim.Optimiz
         static_images.copy_(images)
         static_labels.copy_(labels)
         graph.replay()
+        count_update()
         return loss.clone()
 
     return replay

@@ -1,4 +1,4 @@
-"""Computes the matrix products of training steps alone, a lower bound of the time to train."""
+"""Computes the matrix products of training steps alone, to compare a training step with them."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from benchmarks.flops import Product, products
 from benchmarks.problem import Problem
 
 
-def lower_bounds(problem: Problem) -> dict[str, Callable[[int], None]]:
+def product_loops(problem: Problem) -> dict[str, Callable[[int], None]]:
     """Returns `run(steps)` by name, for each library installed.
 
     The operands are the same in each step, and so are in the cache where they fit.

@@ -1,0 +1,1 @@
+"""The networks of the suite `models`, written once for each library."""
