@@ -26,17 +26,17 @@ SEEDS = (42, 1, 2, 3, 4)
 EPOCHS = 5
 
 
-def jaxtrain_answers(data: jt.data.Resolved, seed: int, shuffle: bool) -> list[int]:
-    """Returns the number of correct test answers after each of T2's five epochs."""
+def jaxtrain_correct(data: jt.data.Resolved, seed: int, shuffle: bool) -> list[int]:
+    """Returns the number of correct test predictions after each of T2's five epochs."""
     with tempfile.TemporaryDirectory() as scratch:
-        config = mnist.Config(seed=seed, shuffle=shuffle, log_interval=0)
+        config = mnist.Config(seed=seed, shuffle=shuffle, epochs=EPOCHS, log_interval=0)
         config = mnist.with_defaults(config, data.name)
         _, history = mnist.train(config, data, RunFolder(scratch, config))
     return [round(accuracy * len(data.test)) for accuracy in history["test_accuracy"]]
 
 
-def pytorch_answers(data: jt.data.Resolved, seed: int, shuffle: bool) -> list[int]:
-    """Returns the same for the tutorial's network and loop in PyTorch."""
+def pytorch_correct(data: jt.data.Resolved, seed: int, shuffle: bool) -> list[int]:
+    """Returns those of the tutorial's network and loop in PyTorch."""
     torch.manual_seed(seed)
     tensors = [
         (
@@ -65,12 +65,12 @@ def main() -> None:
     parser.add_argument("--data-dir", help="folder of the MNIST files")
     arguments = parser.parse_args()
     data = jt.data.load_resolved("mnist", arguments.data_dir)
-    table = Table(title="correct test answers of 10,000", title_justify="left")
+    table = Table(title="correct predictions of 10,000", title_justify="left")
     for heading in ("library", "order", "seed", "epoch 1", "2", "3", "4", "5"):
         table.add_column(heading, justify="right")
-    for library, answers in (("jaxtrain", jaxtrain_answers), ("PyTorch", pytorch_answers)):
+    for library, correct in (("jaxtrain", jaxtrain_correct), ("PyTorch", pytorch_correct)):
         for order in ("shuffled", "stored"):
-            counts = {seed: answers(data, seed, order == "shuffled") for seed in SEEDS}
+            counts = {seed: correct(data, seed, order == "shuffled") for seed in SEEDS}
             for seed, epochs in counts.items():
                 table.add_row(library, order, str(seed), *map(str, epochs))
             last = [epochs[-1] for epochs in counts.values()]

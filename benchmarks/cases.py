@@ -16,6 +16,8 @@ STEP_BATCH_SIZES = (1, 16, 64, 256, 1024, 4096)
 MODELS = ("T2", "CNN", "ResNet", "LSTM", "ViT")
 # T2 trains on all of MNIST, the larger networks on 29 batches of 64 and one of 44.
 SUBSET = 1900
+# Minimum duration of a timed section, so that waking threads and refilling caches matter little.
+SECTION_SECONDS = 0.1
 # The losses of 20 batches of 64 images are compared, and of one of 20.
 CHECKED_STEPS, CHECKED_PARTIAL = 20, 20
 # A decay of 1e-6 does not show in 40 losses; a peer that ignores this one differs by 0.02.
@@ -63,12 +65,11 @@ def images(settings: Settings) -> tuple[np.ndarray, np.ndarray]:
 def problems(suite: str, peer: str, settings: Settings) -> dict[str, Problem]:
     """Returns the problems that a peer trains in the suite `step`, `models` or `growth`."""
     make = {"step": _steps, "models": _models, "growth": _growth}[suite]
+    tasks = make(settings)
+    if peer not in peers.PEERS:  # matrix products, which only the feed-forward networks count
+        return {case: task for case, task in tasks.items() if task.features}
     networks = peers.PEERS[peer].networks if suite == "models" else ()
-    return {
-        case: task
-        for case, task in make(settings).items()
-        if not networks or task.network in networks
-    }
+    return {case: task for case, task in tasks.items() if not networks or task.network in networks}
 
 
 def _steps(settings: Settings) -> dict[str, Problem]:
@@ -125,8 +126,13 @@ def checked(suite: str, peer: str, settings: Settings) -> dict[str, Problem]:
 
 
 def steps_per_section(task: Problem) -> int:
-    """Returns how many steps are timed at once: about a tenth of a second of them."""
-    return max(2, int(0.1 / (5e-5 + flops.step_work(task.features, task.batch_size).flops / 1e11)))
+    """Returns how many steps are timed at once, by a rough estimate of their duration."""
+    return max(
+        2,
+        int(
+            SECTION_SECONDS / (5e-5 + flops.step_work(task.features, task.batch_size).flops / 1e11)
+        ),
+    )
 
 
 def sweeps(suite: str, settings: Settings) -> list[Sweep]:
@@ -150,7 +156,8 @@ def _lines(runs: int, names: tuple[str, ...], settings: Settings) -> Sweep:
 
 
 def checked_sweep(sweep: Sweep) -> Sweep:
-    """Returns the sweep without dropout and with a weight decay that shows."""
+    """Returns the sweep with every run trained, no dropout, and a weight decay that shows."""
+    sweep = sweep._replace(sample=sweep.runs)
     if sweep.problem is None:
         return sweep
     task = problem.without_dropout(sweep.problem)

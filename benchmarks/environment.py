@@ -11,6 +11,12 @@ from typing import Any
 
 import jax
 
+from benchmarks.peers import DEVICE_VARIABLE
+
+RECORDED = (
+    *("XLA_FLAGS", "JAX_PLATFORMS", "JAXTRAIN_CPU_LOWERINGS"),
+    *("OMP_NUM_THREADS", "OMP_WAIT_POLICY", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS"),
+)
 CACHE_SETTINGS = ("JAX_COMPILATION", "JAX_PERSISTENT", "TORCHINDUCTOR")
 PACKAGES = ("jax", "jaxlib", "flax", "optax", "numpy", "torch", "equinox", "keras")
 
@@ -26,24 +32,9 @@ def describe() -> dict[str, Any]:
         "python": platform.python_version(),
         "versions": {name: version for name in PACKAGES if (version := installed(name))},
         "precision": "float32, no TF32",
-        "flags": {
-            name: os.environ[name]
-            for name in ("XLA_FLAGS", "JAX_PLATFORMS", "OMP_NUM_THREADS", "OMP_WAIT_POLICY")
-            if name in os.environ
-        },
+        "flags": {name: os.environ[name] for name in RECORDED if name in os.environ},
         "commit": commit(),
     }
-
-
-def equalize() -> None:
-    """Gives the libraries of this process the threads and precision of `variables`."""
-    if has_gpu():
-        jax.config.update("jax_default_matmul_precision", "highest")  # no TF32
-    try:
-        import torch
-    except ModuleNotFoundError:
-        return
-    torch.set_num_threads(cores())
 
 
 def variables(cache: Path | None) -> dict[str, str]:
@@ -55,7 +46,7 @@ def variables(cache: Path | None) -> dict[str, str]:
     found = {name: os.environ[name] for name in os.environ if not name.startswith(CACHE_SETTINGS)}
     found |= {
         "OMP_NUM_THREADS": str(cores()),
-        "JAXTRAIN_BENCHMARK_DEVICE": jax.default_backend(),
+        DEVICE_VARIABLE: jax.default_backend(),
     }
     if has_gpu():
         found["JAX_DEFAULT_MATMUL_PRECISION"] = "highest"  # no TF32

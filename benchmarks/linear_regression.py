@@ -40,11 +40,12 @@ def jaxtrain_runs() -> Runs:
 
     @jax.jit
     @jax.vmap
-    def run(start: jax.Array) -> jax.Array:
+    def run(start: jax.Array) -> tuple[object, jax.Array]:
         state = fresh.replace(params={"weight": start[:1, None], "bias": start[1:]})
-        return jax.lax.scan(epoch, state, length=EPOCHS)[1]
+        trained, losses = jax.lax.scan(epoch, state, length=EPOCHS)
+        return trained.params, losses
 
-    return lambda starts: np.asarray(run(starts))
+    return lambda starts: np.asarray(jax.block_until_ready(run(starts))[1])
 
 
 def vmap_by_hand() -> Runs:
@@ -63,8 +64,8 @@ def vmap_by_hand() -> Runs:
         params -= LEARNING_RATE * grads
         return params, jnp.stack([loss, loss_fn(params, x[40:], y[40:])])
 
-    run = jax.jit(jax.vmap(lambda start: jax.lax.scan(epoch, start, length=EPOCHS)[1]))
-    return lambda starts: np.asarray(run(starts))
+    run = jax.jit(jax.vmap(lambda start: jax.lax.scan(epoch, start, length=EPOCHS)))
+    return lambda starts: np.asarray(jax.block_until_ready(run(starts))[1])
 
 
 def pytorch_runs() -> Runs:
@@ -79,7 +80,7 @@ def pytorch_runs() -> Runs:
         with torch.no_grad():
             model.weight.fill_(float(start[0]))
             model.bias.fill_(float(start[1]))
-        optimizer = torch.optim.SGD(model.parameters(), LEARNING_RATE)
+        optimizer = torch.optim.SGD(model.parameters(), LEARNING_RATE, fused=True)
         losses = []
         for _ in range(EPOCHS):
             model.train()

@@ -2,35 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 
 import numpy as np
 
-from benchmarks.flops import Product, products
+from benchmarks.flops import products
 from benchmarks.problem import Problem
 
 
-def product_loops(problem: Problem) -> dict[str, Callable[[int], None]]:
-    """Returns `run(steps)` by name, for each library installed.
-
-    The operands are the same in each step, and so are in the cache where they fit.
-    """
+def _numpy_products(problem: Problem) -> Callable[[int], None]:
     shapes = products(problem.features, problem.batch_size)
-    runs = {
-        "matrix products, NumPy": _numpy_products(shapes),
-        "matrix products, XLA": _xla_products(shapes),
-    }
-    try:
-        import torch
-    except ModuleNotFoundError:
-        return runs
-    runs["matrix products, PyTorch"] = _torch_products(shapes)
-    if torch.cuda.is_available():  # the host's BLAS does not bound a GPU
-        del runs["matrix products, NumPy"]
-    return runs
-
-
-def _numpy_products(shapes: Sequence[Product]) -> Callable[[int], None]:
     generator = np.random.default_rng(0)
     pairs = [
         (
@@ -49,7 +30,8 @@ def _numpy_products(shapes: Sequence[Product]) -> Callable[[int], None]:
     return run
 
 
-def _xla_products(shapes: Sequence[Product]) -> Callable[[int], None]:
+def _xla_products(problem: Problem) -> Callable[[int], None]:
+    shapes = products(problem.features, problem.batch_size)
     import jax
     import jax.numpy as jnp
 
@@ -74,7 +56,8 @@ def _xla_products(shapes: Sequence[Product]) -> Callable[[int], None]:
     return lambda steps: jax.block_until_ready(loop(pairs, jnp.int32(steps)))
 
 
-def _torch_products(shapes: Sequence[Product]) -> Callable[[int], None]:
+def _torch_products(problem: Problem) -> Callable[[int], None]:
+    shapes = products(problem.features, problem.batch_size)
     import torch
 
     from benchmarks.peers.pytorch import device, wait
@@ -96,3 +79,12 @@ def _torch_products(shapes: Sequence[Product]) -> Callable[[int], None]:
         wait()
 
     return run
+
+
+# Functions from a problem to `run(steps)`. The operands are the same in each step, and so are in
+# the cache where they fit.
+LOOPS = {
+    "matrix products, NumPy": _numpy_products,
+    "matrix products, XLA": _xla_products,
+    "matrix products, PyTorch": _torch_products,
+}

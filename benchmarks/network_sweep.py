@@ -32,9 +32,10 @@ def jaxtrain_sweep(problem: Problem) -> Sweep:
 
     state, data = peer.start(problem, start(problem))
 
-    def epoch(params: object, key: jax.Array) -> jax.Array:
+    def epoch(params: object, key: jax.Array) -> tuple[object, jax.Array]:
         fresh = state.replace(params=params, key=key)
-        return jt.train_epoch(fresh, data, peer.LOSS, batch_size=problem.batch_size)[1]
+        trained, losses = jt.train_epoch(fresh, data, peer.LOSS, batch_size=problem.batch_size)
+        return trained.params, losses  # without the parameters, XLA could leave out the last update
 
     run = jax.jit(jax.vmap(epoch))
 
@@ -42,19 +43,35 @@ def jaxtrain_sweep(problem: Problem) -> Sweep:
         layers = _stacked_starts(problem, count)
         params = {f"Dense_{i}": jax.tree.map(jnp.asarray, each) for i, each in enumerate(layers)}
         keys = jax.random.split(jax.random.key(0), count)
-        return lambda: np.asarray(run(params, keys))
+        return lambda: np.asarray(jax.block_until_ready(run(params, keys))[1])
 
     return sweep
 
 
 def pytorch_sweep(problem: Problem) -> Sweep:
     """Returns the sweep that trains one network after another in eager PyTorch."""
+    import torch
+    from torch.nn.functional import cross_entropy
+
+    from benchmarks import torch_reference
+    from benchmarks.networks import torch as networks
     from benchmarks.peers import pytorch
 
+    inputs, targets = _pytorch_data(problem)
+
     def sweep(count: int) -> Callable[[], np.ndarray]:
+        starts = [start(problem, seed) for seed in range(count)]
+
         def run() -> np.ndarray:
-            trainers = [pytorch.eager(problem, start(problem, seed)) for seed in range(count)]
-            return np.stack([trainer.losses() for trainer in trainers])
+            torch.manual_seed(0)
+            losses = []
+            for params in starts:
+                model = networks.make(problem, params).to(inputs.device)
+                optimizer = pytorch.make_optimizer(problem.optimizer, model.parameters())
+                batches = torch_reference.slices(inputs, targets, problem.batch_size)
+                found = torch_reference.train_steps(model, optimizer, batches, cross_entropy)
+                losses.append(torch.stack(found))
+            return torch.stack(losses).cpu().numpy()
 
         return run
 

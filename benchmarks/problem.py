@@ -6,7 +6,7 @@ import gzip
 import math
 from collections.abc import Callable
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -131,16 +131,18 @@ class Trainer(NamedTuple):
     Attributes:
       steps: takes `count` steps on the first batch, one call each.
       epoch: makes one pass over the data in stored order, as the peer's users write it.
-      losses: does the same and returns the loss of each step, or the mean of each group of steps
-        where the peer reports only these.
-      predict: returns the logits of images, in evaluation mode.
-      updates: returns how many updates the peer's optimizer has counted.
+      losses: makes one pass as `epoch`, and returns the loss of each step, or the mean of each
+        group of steps where the peer reports only these.
+      prepare: returns images as the peer keeps them, on the device.
+      predict: returns the logits of prepared images, in evaluation mode.
+      updates: returns how many updates have been made.
     """
 
     steps: Callable[[int], None]
     epoch: Callable[[], object]
     losses: Callable[[], np.ndarray]
-    predict: Callable[[np.ndarray], np.ndarray]
+    prepare: Callable[[np.ndarray], Any]
+    predict: Callable[[Any], np.ndarray]
     updates: Callable[[], int]
 
 

@@ -15,7 +15,7 @@ from jaxtrain.cli import command as command  # isort: skip  # first: reports mis
 
 from benchmarks.figures import draw
 from benchmarks.peers import label
-from benchmarks.readings import Results, load_all, slowdowns
+from benchmarks.readings import Results, load_all, rows_of, slowdowns
 from benchmarks.suites import OURS
 from benchmarks.tables import (
     device_name,
@@ -47,6 +47,7 @@ FIGURES = {
     "step_time": "Time per training step against batch size",
     "step_throughput": "Examples per second against batch size",
 }
+FIGURE_SUITES = {"epoch_ratios": "models", "step_time": "step", "step_throughput": "step"}
 
 
 def benchmarks_page(machines: dict[str, Results]) -> str:
@@ -59,14 +60,19 @@ def benchmarks_page(machines: dict[str, Results]) -> str:
     parts.append(METHOD.read_text().strip())
     for name, results in machines.items():
         parts += [f"## {device_name(results)} (`{name}`)", f"{machine_line(results)}."]
-        parts += [f"![{text}](images/{name}_{figure}.png)" for figure, text in FIGURES.items()]
+        parts += [
+            f"![{text}](images/{name}_{figure}.png)"
+            for figure, text in FIGURES.items()
+            if rows_of(results, FIGURE_SUITES[figure])
+        ]
         for suite in dict.fromkeys(row["suite"] for row in results["rows"]):
             parts += [f"### Suite `{suite}`", markdown(suite_table(results, suite))]
-        parts += [
-            "### Work per step",
-            "FLOPs of the matrix products, and memory traffic if nothing stays in a cache.",
-            markdown(work_table(results)),
-        ]
+        if rows_of(results, "step"):
+            parts += [
+                "### Work per step",
+                "FLOPs of the matrix products, and memory traffic if nothing stays in a cache.",
+                markdown(work_table(results)),
+            ]
     return "\n\n".join(parts) + "\n"
 
 

@@ -4,19 +4,20 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import importlib.util
 import json
 import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 
-from benchmarks import cases, environment, flops, peers, timing
-from benchmarks.matrix_products import product_loops
+from benchmarks import cases, environment, flops, peers
+from benchmarks.matrix_products import LOOPS
 from benchmarks.problem import Problem
 
 OURS = "jaxtrain"
@@ -38,7 +39,10 @@ REPETITIONS = 2
 SLOW_COMPILER = "pytorch-compile"
 SLOW_COMPILER_ROUNDS = 3
 
+# What one process has measured, by case.
 Values = dict[str, dict[str, Any]]
+# The values of each round, by case and peer.
+Readings = dict[str, dict[str, list[dict[str, Any]]]]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -82,6 +86,10 @@ class DisagreementError(Exception):
     """Raised if a peer has computed something else than the others."""
 
 
+class WorkerError(Exception):
+    """Raised if a process that measures a peer fails."""
+
+
 class Probe:
     """Times a fixed matrix product, to notice readings that other processes disturb."""
 
@@ -120,48 +128,61 @@ def run_suite(suite: str, settings: Settings) -> Iterator[Row]:
         compared = [name for name in names if suite != "run" or name in (OURS, EAGER)]
         if len(compared) > 1:
             check(suite, compared, settings, Path(scratch))
-        readings = measure(suite, names, settings, Path(scratch) / "cache")
+        loops = _matrix_products() if suite in ("step", "models") else []
+        readings, failed = measure(suite, [*names, *loops], settings, Path(scratch) / "cache")
+    for name, reason in failed.items():
+        yield Row(suite, "all", name, missing=reason)
     check_ends(suite, readings)
     yield from _rows(suite, readings, settings)
-    yield from _product_rows(suite, settings)
+
+
+def _matrix_products() -> list[str]:
+    """Returns the libraries that compute the matrix products alone on this machine."""
+    names = list(LOOPS)
+    if importlib.util.find_spec("torch") is None:
+        names.remove("matrix products, PyTorch")
+    if environment.has_gpu():  # the host's BLAS says nothing about a GPU
+        names.remove("matrix products, NumPy")
+    return names
 
 
 def check(suite: str, names: Sequence[str], settings: Settings, scratch: Path) -> None:
-    """Compares the losses of each peer with eager PyTorch's, or jaxtrain's in its absence.
+    """Compares the losses of each peer with eager PyTorch's, jaxtrain's or the first peer's.
 
     Raises:
       DisagreementError: if a loss differs by more than 1e-4. Of a peer that reports only means over
         groups of steps, the mean of each pass over the data is compared.
     """
-    reference = EAGER if EAGER in names else OURS
+    reference = next((name for name in (EAGER, OURS) if name in names), names[0])
     expected: dict[str, np.ndarray] = {}
     for name in sorted(names, key=lambda name: name != reference):
         settings.log(f"{suite}: losses of {peers.label(name)}")
         file = scratch / f"{name}.npz"
-        _run_worker(suite, name, settings, "--check", "--losses", str(file))
+        _run_worker(suite, name, settings, "--losses", str(file))
         with np.load(file) as losses:
             found = dict(losses)
         if name == reference:
             expected = found
         for case, values in found.items():
             if case in expected:
-                compare(peers.label(name), case, values, expected[case])
+                compare(peers.label(name), case, values, expected[case], suite)
 
 
-def compare(name: str, case: str, found: np.ndarray, expected: np.ndarray) -> None:
+def compare(
+    name: str, case: str, found: np.ndarray, expected: np.ndarray, suite: str = "models"
+) -> None:
     """Raises DisagreementError unless the losses agree."""
-    if "T1" in case:
-        # Where a prediction meets its target, the sign of the rounding error decides the next step,
-        # so the last digits of some runs differ by multiples of the learning rate.
-        runs = min(len(found), len(expected))
-        error = np.abs(found[:runs] - expected[:runs])
+    if suite in ("sweep", "run") and found.ndim == 3:
+        # The lines of T1 [runs, epochs, 2]. Where a prediction meets its target, the sign of the
+        # rounding error decides the next step, so that some runs differ by a learning rate.
+        error = np.abs(found - expected)
         difference = max(error.mean(), 0.01 * error.max())
-    elif found.shape == expected.shape or found.ndim == 2:
-        difference = np.abs(found[: len(expected)] - expected[: len(found)]).max()
-    else:
+    elif found.shape == expected.shape:
+        difference = np.abs(found - expected).max()
+    else:  # Keras with several steps per execution: one mean per pass
         sizes = [*[64] * cases.CHECKED_STEPS, cases.CHECKED_PARTIAL]
         means = np.average(expected.reshape(2, -1), axis=1, weights=sizes)
-        difference = np.abs(found.reshape(2, -1).mean(axis=1) - means).max()
+        difference = np.abs(found - means).max()
     if not difference <= CHECK_TOLERANCE:
         raise DisagreementError(
             f"losses of {name} differ by {difference:.1e} from the reference's in {case}; expected "
@@ -171,29 +192,40 @@ def compare(name: str, case: str, found: np.ndarray, expected: np.ndarray) -> No
 
 def measure(
     suite: str, names: Sequence[str], settings: Settings, cache: Path
-) -> dict[str, dict[str, list[dict[str, Any]]]]:
-    """Returns the values of each case, peer and round.
+) -> tuple[Readings, dict[str, str]]:
+    """Returns the values of each case, peer and round, and the errors of peers that failed.
 
     The first round compiles with empty caches, so that its compilation times count.
     """
     probe = Probe()
-    found: dict[str, dict[str, list[dict[str, Any]]]] = {}
+    found: Readings = {}
+    failed: dict[str, str] = {}
+    if suite == "run" and OURS in names:
+        _process_values(OURS, settings, cache)  # fills the cache for WARM_CACHE
     for index in range(settings.rounds):
         for name, action in _actions(suite, names, settings, cache).items():
-            if SLOW_COMPILER in name and index >= SLOW_COMPILER_ROUNDS:
+            if name in failed or (name == SLOW_COMPILER and index >= SLOW_COMPILER_ROUNDS):
                 continue
             settings.log(f"{suite}: round {index + 1} of {settings.rounds}: {peers.label(name)}")
-            for _ in range(1 if settings.cases.quick else 1 + REPETITIONS):
-                before = probe.disturbed()
-                values = action()
-                disturbed = before or probe.disturbed()
-                if not disturbed:
-                    break
-            for case, each in values.items():
+            attempts: list[Values] = []
+            try:
+                for _ in range(1 if settings.cases.quick else 1 + REPETITIONS):
+                    before = probe.disturbed()
+                    attempts.append(action())
+                    disturbed = before or probe.disturbed()
+                    if not disturbed:
+                        break
+            except WorkerError as error:
+                failed[name] = str(error)
+                settings.log(f"{suite}: {peers.label(name)} failed: {error}")
+                continue
+            for case, each in attempts[-1].items():
                 each["disturbed"] = disturbed
+                if "compile_seconds" in each:  # a repetition finds its programs in the cache
+                    each["compile_seconds"] = attempts[0][case]["compile_seconds"]
                 peer = name.removesuffix(", T1")
                 found.setdefault(case, {}).setdefault(peer, []).append(each)
-    return found
+    return found, failed
 
 
 def _actions(
@@ -213,7 +245,7 @@ def _actions(
     return actions
 
 
-def check_ends(suite: str, readings: Mapping[str, Mapping[str, Sequence[dict[str, Any]]]]) -> None:
+def check_ends(suite: str, readings: Readings) -> None:
     """Compares what the peers have computed in their timed sections.
 
     Raises:
@@ -221,7 +253,7 @@ def check_ends(suite: str, readings: Mapping[str, Mapping[str, Sequence[dict[str
         if its loss or test accuracy at the end is far from eager PyTorch's.
     """
     for case, by_peer in readings.items():
-        reference = by_peer.get(EAGER, by_peer.get(OURS, []))
+        reference = by_peer.get(EAGER) or by_peer.get(OURS) or next(iter(by_peer.values()))
         for name, values in by_peer.items():
             for each in values:
                 if "updates" in each and each["updates"] != each["expected_updates"]:
@@ -233,7 +265,7 @@ def check_ends(suite: str, readings: Mapping[str, Mapping[str, Sequence[dict[str
                     ("loss", LOSS_TOLERANCE),
                     ("accuracy", ACCURACY_TOLERANCE),
                 ):
-                    if what in each and reference:
+                    if what in each and what in reference[0]:
                         expected = reference[0][what]
                         allowed = tolerance[0] * expected + tolerance[1]
                         if not abs(each[what] - expected) <= allowed:
@@ -244,23 +276,19 @@ def check_ends(suite: str, readings: Mapping[str, Mapping[str, Sequence[dict[str
                             )
 
 
-def _rows(
-    suite: str,
-    readings: Mapping[str, Mapping[str, Sequence[dict[str, Any]]]],
-    settings: Settings,
-) -> Iterator[Row]:
+def _rows(suite: str, readings: Readings, settings: Settings) -> Iterator[Row]:
     """Yields the rows of all cases and peers."""
     problems = {} if suite in ("sweep", "run") else cases.problems(suite, OURS, settings.cases)
     for case, by_peer in readings.items():
         for name, values in by_peer.items():
             facts: dict[str, Any] = {"disturbed": sum(each["disturbed"] for each in values)}
-            for key in ("first_seconds", "loss", "accuracy"):
+            for key in ("compile_seconds", "loss", "accuracy"):
                 if key in values[0]:
                     facts[key] = values[0][key]
-            if "sample" in values[0] and name == EAGER:
+            if "sample" in values[0]:
                 facts["extrapolated_from"] = values[0]["sample"]
             if case in problems:
-                facts |= _work(suite, problems[case])
+                facts |= _work(suite, problems[case]) | {"products": name in LOOPS}
             yield Row(suite, case, name, [each["seconds"] for each in values], facts)
             if "peak_mib" in values[0]:
                 yield Row("memory", case, name, [each["peak_mib"] for each in values])
@@ -272,7 +300,6 @@ def _work(suite: str, task: Problem) -> dict[str, Any]:
         "network": task.network,
         "batch_size": task.batch_size,
         "examples": task.batch_size if suite == "step" else len(task.images),
-        "products": False,
     }
     if task.features:
         work = (
@@ -282,21 +309,6 @@ def _work(suite: str, task: Problem) -> dict[str, Any]:
         )
         facts |= {"flops": work.flops, "bytes": work.bytes}
     return facts
-
-
-def _product_rows(suite: str, settings: Settings) -> Iterator[Row]:
-    """Times the matrix products of the feed-forward networks alone, in this process."""
-    if suite not in ("step", "models"):
-        return
-    environment.equalize()
-    for case, task in cases.problems(suite, OURS, settings.cases).items():
-        if task.features:
-            settings.log(f"{suite}: matrix products of {case}")
-            actions = {name: timing.Repeated(run) for name, run in product_loops(task).items()}
-            steps = 1 if suite == "step" else task.steps
-            facts = {**_work(suite, task), "products": True}
-            for name, seconds in timing.time_interleaved(actions, settings.rounds).items():
-                yield Row(suite, case, name, [steps * each for each in seconds], facts)
 
 
 def _worker_values(suite: str, settings: Settings, cache: Path, name: str) -> Values:
@@ -339,5 +351,6 @@ def _run(module: str, arguments: Sequence[str], settings: Settings, cache: Path 
         cwd=Path(__file__).parents[1],
     )
     if result.returncode:
-        raise RuntimeError(f"{' '.join(command)} failed:\n{result.stderr}")
+        last = result.stderr.strip().splitlines()[-1:]
+        raise WorkerError(f"{module} {' '.join(arguments)} failed: {''.join(last)}")
     return result.stdout.strip().splitlines()[-1] if result.stdout.strip() else ""

@@ -154,6 +154,7 @@ def work_table(results: Results) -> Cells:
 
 
 def _notes(results: Results, row: Row, median: float) -> list[str]:
+    """Returns the notes of a row: rates, compilation, accuracy and disturbed readings."""
     suite, facts = row["suite"], row["facts"]
     notes = []
     if "extrapolated_from" in facts:
@@ -161,17 +162,16 @@ def _notes(results: Results, row: Row, median: float) -> list[str]:
     if suite == "step":
         notes.append(f"{facts['flops'] / median / 1e9:.3g} GFLOP/s")
     if suite in ("step", "models") and not facts["products"] and not results["quick"]:
-        compilation = max(0.0, facts["first_seconds"] - median)
+        compilation = facts["compile_seconds"]
         eager = readings(results, suite, row["case"], EAGER)
         if eager is not None and row["peer"] not in EAGER_PEERS:
             notes.append(f"compiles in {compilation:.2g} s")
             saved = statistics.median(eager) - median
-            steps = compilation / saved * steps_per_epoch(row) if saved > 0 else 0
-            notes.append(
-                f"faster than eager PyTorch after {steps:.0f} steps"
-                if saved > 0
-                else "not faster than eager PyTorch"
-            )
+            if saved > 0:
+                steps = compilation / saved * steps_per_epoch(row)
+                notes.append(f"faster than eager PyTorch after {steps:.0f} steps")
+            else:
+                notes.append("not faster than eager PyTorch")
     if suite == "growth":
         time = relative_flop_times(results).get(row["case"])
         notes.append(f"{facts['flops'] / median / 1e9:.0f} GFLOP/s")

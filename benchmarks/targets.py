@@ -185,7 +185,9 @@ GPU_TARGETS = (
         unit="µs",
     ),
     _speedup_target("epoch vs eager PyTorch, slicing", 15, "models", EPOCH_CASE, EAGER),
-    _speedup_target("epoch vs PyTorch CUDA graphs", 3, "models", EPOCH_CASE, "pytorch-cuda-graphs"),
+    _speedup_target(
+        "epoch of T2 vs PyTorch CUDA graphs", 3, "models", EPOCH_CASE, "pytorch-cuda-graphs"
+    ),
     _sweep_target("64 T2 networks on digits vs the fastest way in PyTorch", 1.5, NETWORKS_CASE),
     Target(
         "wide network, batch 4096: percentage of the FLOP/s of its matrix products alone",

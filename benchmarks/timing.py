@@ -18,7 +18,7 @@ with needs_extra("bench"):
 # matter little.
 READING_SECONDS = 0.1
 # Fewer readings give no interval.
-LEAST_ROUNDS = 5
+MIN_ROUNDS = 5
 
 
 class Repeated(NamedTuple):
@@ -65,7 +65,7 @@ def _reading(action: Action, count: int) -> float:
 
 
 class Spread(NamedTuple):
-    """A median between the ends of an interval."""
+    """A median with an interval: the quartiles, or a confidence interval."""
 
     low: float
     median: float
@@ -85,7 +85,7 @@ def speedup(ours: Sequence[float], theirs: Sequence[float]) -> Spread:
     1993). Fewer than five rounds have no interval: its ends are the ratio.
     """
     ratio = statistics.median(theirs) / statistics.median(ours)
-    if min(len(ours), len(theirs)) < LEAST_ROUNDS or len(theirs) != len(ours):
+    if min(len(ours), len(theirs)) < MIN_ROUNDS or len(theirs) != len(ours):
         return Spread(ratio, ratio, ratio)
     interval = scipy.stats.bootstrap(
         (theirs, ours),

@@ -1,14 +1,15 @@
 """Measures the cases of a suite with one peer, in a process that imports no other peer's library.
 
-    python -m benchmarks.worker SUITE PEER [--check] [--quick] [--folder FOLDER] [--losses FILE]
+    python -m benchmarks.worker SUITE PEER [--quick] [--folder FOLDER] [--losses FILE]
 
-Prints one line of JSON: the measured values by case. With --check it times nothing and writes the
-losses of each case to FILE instead.
+Prints one line of JSON: the measured values by case. With --losses it times nothing and writes the
+losses of each case to FILE.
 """
 
 from __future__ import annotations
 
 import argparse
+import functools
 import json
 import statistics
 import time
@@ -18,13 +19,18 @@ from typing import Any
 
 import numpy as np
 
-from benchmarks import cases, linear_regression, network_sweep, peers, problem
+from benchmarks import (
+    cases,
+    linear_regression,
+    matrix_products,
+    network_sweep,
+    peers,
+    problem,
+)
 from benchmarks.problem import Problem
 
 # Timed sections per process, after one that warms up. A reading is their median.
 SECTIONS = 3
-# A short section is repeated until it takes this long, so that threads to wake matter little.
-SECTION_SECONDS = 0.1
 
 
 def timed(action: Callable[[], object]) -> float:
@@ -38,22 +44,32 @@ def train(suite: str, name: str, task: Problem) -> dict[str, Any]:
     """Returns the seconds of a step or an epoch, and what the peer has computed in all sections."""
     trainer = peers.load(name)(task, problem.start(task))
     if suite == "step":
-        count = cases.steps_per_section(task)
-        seconds = [timed(lambda: trainer.steps(count)) / count for _ in range(1 + SECTIONS)]
+        count = divisor = cases.steps_per_section(task)
+        section: Callable[[], object] = functools.partial(trainer.steps, count)
     else:
-        count = task.steps
-        seconds = [timed(trainer.epoch) for _ in range(1 + SECTIONS)]
+        count, divisor, section = task.steps, 1, trainer.epoch
+    seconds = [timed(section) for _ in range(1 + SECTIONS)]
+    median = statistics.median(seconds[1:])
     images = task.images[: task.batch_size if suite == "step" else 1000]
-    logits = trainer.predict(images).astype(np.float64)
+    logits = trainer.predict(trainer.prepare(images)).astype(np.float64)
     labels = task.labels[: len(images)]
     chosen = np.take_along_axis(logits, labels[:, None].astype(int), 1)[:, 0]
     return {
-        "seconds": statistics.median(seconds[1:]),
-        "first_seconds": seconds[0],
+        "seconds": median / divisor,
+        "compile_seconds": max(0.0, seconds[0] - median),
         "updates": trainer.updates(),
         "expected_updates": count * (1 + SECTIONS),
         "loss": float((np.logaddexp.reduce(logits, 1) - chosen).mean()),
     }
+
+
+def multiply(suite: str, name: str, task: Problem) -> dict[str, Any]:
+    """Returns the seconds of the matrix products of a step or an epoch alone."""
+    loop = matrix_products.LOOPS[name](task)
+    count = cases.steps_per_section(task) if suite == "step" else task.steps
+    loop(count)
+    seconds = statistics.median(timed(functools.partial(loop, count)) for _ in range(SECTIONS))
+    return {"seconds": seconds / count if suite == "step" else seconds}
 
 
 def losses_of(name: str, task: Problem) -> np.ndarray:
@@ -76,15 +92,18 @@ def sweep_action(name: str, case: cases.Sweep) -> tuple[Callable[[], np.ndarray]
 def train_sweep(name: str, case: cases.Sweep) -> dict[str, Any]:
     """Returns the seconds that all runs of a sweep take."""
     action, count = sweep_action(name, case)
-    first = timed(action)
-    repetitions = max(1, int(SECTION_SECONDS / timed(action)))
+    action()
+    repetitions = max(1, int(cases.SECTION_SECONDS / timed(action)))
 
     def repeat() -> None:
         for _ in range(repetitions):
             action()
 
     seconds = statistics.median(timed(repeat) for _ in range(SECTIONS)) / repetitions
-    return {"seconds": seconds * case.runs / count, "first_seconds": first, "sample": count}
+    return {
+        "seconds": seconds * case.runs / count,
+        **({"sample": count} if count < case.runs else {}),
+    }
 
 
 def measure(suite: str, name: str, settings: cases.Settings) -> Iterator[tuple[str, dict]]:
@@ -94,8 +113,9 @@ def measure(suite: str, name: str, settings: cases.Settings) -> Iterator[tuple[s
             if name in case.peers:
                 yield case.name, train_sweep(name, case)
         return
+    run = multiply if name in matrix_products.LOOPS else train
     for case_name, task in cases.problems(suite, name, settings).items():
-        yield case_name, train(suite, name, task)
+        yield case_name, run(suite, name, task)
 
 
 def losses(suite: str, name: str, settings: cases.Settings) -> Iterator[tuple[str, np.ndarray]]:
@@ -105,6 +125,8 @@ def losses(suite: str, name: str, settings: cases.Settings) -> Iterator[tuple[st
             if name in case.peers:
                 yield case.name, sweep_action(name, cases.checked_sweep(case))[0]()
         return
+    if suite == "step" and name == "jaxtrain":
+        name = "jaxtrain-steps"  # its losses come from the function that is timed
     for network, task in cases.checked(suite, name, settings).items():
         yield network, losses_of(name, task)
 
@@ -113,14 +135,13 @@ def main() -> None:
     """Measures, or computes the losses, and prints or writes them."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     parser.add_argument("suite", choices=cases.SUITES)
-    parser.add_argument("peer", choices=peers.PEERS)
-    parser.add_argument("--check", action="store_true", help="write losses instead of timing")
+    parser.add_argument("peer", choices=[*peers.PEERS, *matrix_products.LOOPS])
     parser.add_argument("--quick", action="store_true", help="small cases only")
     parser.add_argument("--folder", type=Path, help="of the MNIST files; without, random images")
-    parser.add_argument("--losses", type=Path, help="file for the losses of --check, .npz")
+    parser.add_argument("--losses", type=Path, help="write losses to this .npz file, do not time")
     arguments = parser.parse_args()
     settings = cases.Settings(arguments.folder, arguments.quick)
-    if arguments.check:
+    if arguments.losses:
         found: dict[str, Any] = dict(losses(arguments.suite, arguments.peer, settings))
         np.savez(arguments.losses, **found)
         return

@@ -47,7 +47,7 @@ def _split(array: Any) -> list[Any]:
 
 
 def normalized(images: Array) -> Array:
-    """Returns uint8 pixels as normalized floats, and floats as they are."""
+    """Returns uint8 pixels as normalized floats; floats are returned unchanged."""
     if images.dtype == jnp.uint8:
         return (images.astype(jnp.float32) / 255 - MEAN) / STD
     return images

@@ -9,6 +9,9 @@ from typing import NamedTuple
 
 from benchmarks.problem import Params, Problem, Trainer
 
+# Set for each process that measures a peer, to the platform of JAX's default device.
+DEVICE_VARIABLE = "JAXTRAIN_BENCHMARK_DEVICE"
+
 Make = Callable[[Problem, Params], Trainer]
 
 
@@ -17,7 +20,7 @@ class Peer(NamedTuple):
 
     Attributes:
       label: its name in tables.
-      make: `module:function` of its `Make` in this package; empty for a way to run sweeps alone.
+      make: `module:function` of its `Make` in this package; empty for peers that only train sweeps.
       packages: packages that must be installed.
       suites: the suites that measure it.
       networks: the networks that it trains in the suite `models`; empty for all.
@@ -30,7 +33,7 @@ class Peer(NamedTuple):
     networks: tuple[str, ...] = ()
 
 
-BOTH = ("step", "models")
+STEP_AND_MODELS = ("step", "models")
 TORCH, KERAS = ("torch",), ("keras",)
 PEERS = {
     "jaxtrain": Peer(
@@ -39,7 +42,7 @@ PEERS = {
     "jaxtrain-steps": Peer("jaxtrain, step by step", "jaxtrain:steps", ("jax",), ("models", "run")),
     "jax-scan": Peer("JAX, `lax.scan` by hand", "jax_scan:make", ("jax",), ("models",)),
     "jax-vmap": Peer("JAX, `vmap` by hand", "", ("jax",), ("sweep",)),
-    "pytorch": Peer("eager PyTorch", "pytorch:eager", TORCH, (*BOTH, "sweep", "run")),
+    "pytorch": Peer("eager PyTorch", "pytorch:eager", TORCH, (*STEP_AND_MODELS, "sweep", "run")),
     "pytorch-dataloader": Peer(
         "eager PyTorch, DataLoader", "pytorch:dataloader", TORCH, ("models", "run"), ("T2",)
     ),
@@ -47,12 +50,14 @@ PEERS = {
         "eager PyTorch, uint8 pixels", "pytorch:from_pixels", TORCH, ("models", "run"), ("T2",)
     ),
     "pytorch-compile": Peer("torch.compile", "pytorch:compiled", TORCH, ("models",)),
-    "pytorch-cuda-graphs": Peer("PyTorch CUDA graphs", "pytorch:cuda_graphs", TORCH, BOTH),
+    "pytorch-cuda-graphs": Peer(
+        "PyTorch CUDA graphs", "pytorch:cuda_graphs", TORCH, STEP_AND_MODELS, ("T2",)
+    ),
     "pytorch-batched": Peer("PyTorch, one batched tensor", "", TORCH, ("sweep",)),
     "pytorch-vmap": Peer("torch.func.vmap", "", TORCH, ("sweep",)),
-    "nnx": Peer("Flax NNX", "nnx:step_by_step", ("flax",), (*BOTH, "run")),
-    "equinox": Peer("Equinox", "equinox:step_by_step", ("equinox",), (*BOTH, "run")),
-    "keras": Peer("Keras 3 on JAX", "keras:fit", KERAS, (*BOTH, "run"), ("T2",)),
+    "nnx": Peer("Flax NNX", "nnx:step_by_step", ("flax",), (*STEP_AND_MODELS, "run")),
+    "equinox": Peer("Equinox", "equinox:step_by_step", ("equinox",), (*STEP_AND_MODELS, "run")),
+    "keras": Peer("Keras 3 on JAX", "keras:fit", KERAS, (*STEP_AND_MODELS, "run"), ("T2",)),
     "keras-steps-per-execution": Peer(
         "Keras 3, steps_per_execution", "keras:fit_several_steps", KERAS, ("models", "run")
     ),

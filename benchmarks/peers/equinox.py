@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+from jax.typing import ArrayLike
 
 from benchmarks.networks import equinox as networks
 from benchmarks.peers.optax_optimizers import make_optimizer
@@ -23,12 +24,12 @@ def step_by_step(problem: Problem, params: Params) -> Trainer:
     carry = (model, model_state, opt_state, jax.random.key(0), jnp.int32(0))
 
     @eqx.filter_jit
-    def train_step(carry: Any, inputs: jax.Array, targets: jax.Array) -> tuple[Any, jax.Array]:
+    def train_step(carry: Any, inputs: ArrayLike, targets: ArrayLike) -> tuple[Any, jax.Array]:
         model, model_state, opt_state, key, count = carry
         key, dropout_key = jax.random.split(key)
 
         def loss_fn(model: Any) -> tuple[jax.Array, Any]:
-            keys = jax.random.split(dropout_key, len(inputs))
+            keys = jax.random.split(dropout_key, jnp.shape(inputs)[0])
             logits, updated = jax.vmap(
                 model, axis_name="batch", in_axes=(0, None, 0), out_axes=(0, None)
             )(inputs, model_state, keys)
@@ -61,13 +62,14 @@ def step_by_step(problem: Problem, params: Params) -> Trainer:
         collected = []
         for index in range(problem.steps):
             part = slice(index * problem.batch_size, (index + 1) * problem.batch_size)
-            # filter_jit treats NumPy arrays as constants, and would compile for each batch.
-            batch = jnp.asarray(inputs[part]), jnp.asarray(targets[part])
-            carry, loss = train_step(carry, *batch)
+            carry, loss = train_step(carry, inputs[part], targets[part])
             collected.append(loss)
         return np.asarray(jax.block_until_ready(jnp.stack(collected)))
 
-    def predict(images: np.ndarray) -> np.ndarray:
-        return np.asarray(logits_of(carry[0], carry[1], jnp.asarray(normalize(images))))
+    def prepare(images: np.ndarray) -> jax.Array:
+        return jnp.asarray(normalize(images))
 
-    return Trainer(steps, losses, losses, predict, lambda: int(carry[-1]))
+    def predict(images: jax.Array) -> np.ndarray:
+        return np.asarray(logits_of(carry[0], carry[1], images))
+
+    return Trainer(steps, losses, losses, prepare, predict, lambda: int(carry[-1]))

@@ -63,12 +63,12 @@ def _trainer(problem: Problem, params: Params, *, by_steps: bool) -> Trainer:
         collected = []
         for index in range(problem.steps):
             part = slice(index * problem.batch_size, (index + 1) * problem.batch_size)
-            batch = jt.Dataset(jnp.asarray(problem.images[part]), jnp.asarray(problem.labels[part]))
+            batch = jt.Dataset(problem.images[part], problem.labels[part])
             state, metrics = jt.train_step(state, batch, LOSS)
             collected.append(metrics["loss"])
         return np.asarray(jax.block_until_ready(jnp.stack(collected)))
 
-    def predict(images: np.ndarray) -> np.ndarray:
-        return np.asarray(jt.predict(state, jnp.asarray(images)))
+    def predict(images: jax.Array) -> np.ndarray:
+        return np.asarray(jt.predict(state, images))
 
-    return Trainer(steps, losses, losses, predict, lambda: int(state.step))
+    return Trainer(steps, losses, losses, jnp.asarray, predict, lambda: int(state.step))

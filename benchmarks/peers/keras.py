@@ -94,8 +94,13 @@ def _trainer(problem: Problem, params: Params, steps_per_execution: int) -> Trai
         return np.diff(totals, prepend=0) / np.diff(seen, prepend=0)
 
     def predict(images: np.ndarray) -> np.ndarray:
-        return model.predict(normalize(images), batch_size=1000, verbose=0)
+        return model.predict(images, batch_size=1000, verbose=0)
 
     return Trainer(
-        steps, lambda: fit_once([]), losses, predict, lambda: int(model.optimizer.iterations)
+        steps,
+        lambda: fit_once([]),
+        losses,
+        normalize,
+        predict,
+        lambda: int(model.optimizer.iterations),
     )

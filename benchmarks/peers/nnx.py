@@ -55,10 +55,13 @@ def step_by_step(problem: Problem, params: Params) -> Trainer:
             collected.append(train_step(model, optimizer, inputs[part], targets[part]))
         return np.asarray(jax.block_until_ready(jnp.stack(collected)))
 
-    def predict(images: np.ndarray) -> np.ndarray:
+    def prepare(images: np.ndarray) -> jax.Array:
+        return jnp.asarray(normalize(images))
+
+    def predict(images: jax.Array) -> np.ndarray:
         model.eval()
-        logits = np.asarray(logits_of(model, normalize(images)))
+        logits = np.asarray(logits_of(model, images))
         model.train()
         return logits
 
-    return Trainer(steps, losses, losses, predict, lambda: int(optimizer.step[...]))
+    return Trainer(steps, losses, losses, prepare, predict, lambda: int(optimizer.step[...]))

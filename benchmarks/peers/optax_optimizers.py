@@ -14,4 +14,6 @@ def make_optimizer(optimizer: Optimizer) -> optax.GradientTransformation:
     if optimizer.name == "adadelta":
         return optax.adadelta(optimizer.learning_rate)
     sgd = optax.sgd(optimizer.learning_rate, momentum=optimizer.momentum or None)
+    if not optimizer.weight_decay:
+        return sgd
     return optax.chain(optax.add_decayed_weights(optimizer.weight_decay), sgd)

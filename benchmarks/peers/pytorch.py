@@ -11,11 +11,9 @@ from torch.nn.functional import cross_entropy
 
 from benchmarks import torch_reference
 from benchmarks.networks import torch as networks
-from benchmarks.peers import MissingError
+from benchmarks.peers import DEVICE_VARIABLE, MissingError
 from benchmarks.problem import MEAN, STD, Optimizer, Params, Problem, Trainer, normalize
 
-# Set by benchmarks.environment to the platform of JAX's default device.
-DEVICE_VARIABLE = "JAXTRAIN_BENCHMARK_DEVICE"
 # These train faster in the memory format channels_last.
 CHANNELS_LAST = ("CNN", "ResNet")
 
@@ -24,9 +22,16 @@ Step = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
 
 
 def device() -> torch.device:
-    """Returns the GPU if PyTorch sees one and JAX does not compute on the CPU, else the CPU."""
-    usable = torch.cuda.is_available() and os.environ.get(DEVICE_VARIABLE) != "cpu"
-    return torch.device("cuda" if usable else "cpu")
+    """Returns the device on which JAX computes.
+
+    Raises:
+      MissingError: JAX computes on a GPU that PyTorch does not see.
+    """
+    if os.environ.get(DEVICE_VARIABLE, "cpu") == "cpu":
+        return torch.device("cpu")
+    if not torch.cuda.is_available():
+        raise MissingError("JAX computes on a GPU that PyTorch does not see")
+    return torch.device("cuda")
 
 
 def wait() -> None:
@@ -90,6 +95,7 @@ def _trainer(
     capture: bool = False,
 ) -> Trainer:
     torch.manual_seed(0)
+    torch.backends.cudnn.allow_tf32 = False  # float32, as the others
     place = device()
     if pixels:
         inputs = torch.from_numpy(np.array(problem.images)).to(place)
@@ -107,14 +113,16 @@ def _trainer(
         nonlocal updates
         updates += 1
 
-    optimizer.register_step_post_hook(count_update)
+    if not capture:  # a replay counts itself; warm-up and capture are no updates
+        optimizer.register_step_post_hook(count_update)
     loss_of = wrap_loss(lambda images, labels: cross_entropy(model(images), labels))
+
+    def as_inputs(images: torch.Tensor) -> torch.Tensor:
+        return (images.float() / 255 - MEAN) / STD if pixels else images
 
     def eager_step(images: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
         optimizer.zero_grad()
-        if pixels:
-            images = (images.float() / 255 - MEAN) / STD
-        loss = loss_of(images, labels)
+        loss = loss_of(as_inputs(images), labels)
         loss.backward()
         optimizer.step()
         return loss.detach()
@@ -140,14 +148,17 @@ def _trainer(
         collected = [step(images, labels) for images, labels in batches()]
         return torch.stack(collected).cpu().numpy()
 
-    def predict(images: np.ndarray) -> np.ndarray:
-        model.eval()
-        with torch.no_grad():
-            logits = model(torch.from_numpy(normalize(images)).to(place)).cpu().numpy()
-        model.train()
-        return logits
+    def prepare(images: np.ndarray) -> torch.Tensor:
+        return torch.from_numpy(np.array(images) if pixels else normalize(images)).to(place)
 
-    return Trainer(steps, losses, losses, predict, lambda: updates)
+    def predict(images: torch.Tensor) -> np.ndarray:
+        model.eval()
+        with torch.inference_mode():
+            logits = torch.cat([model(as_inputs(part)) for part in images.split(1000)])
+        model.train()
+        return logits.cpu().numpy()
+
+    return Trainer(steps, losses, losses, prepare, predict, lambda: updates)
 
 
 def _captured(

@@ -1,14 +1,15 @@
 """Convolutions as matrix products, or as the kind that XLA:CPU runs fast inside a loop.
 
-A training step has three convolutions per layer, and each has another shape:
+A training step has three convolutions per layer:
 
-- the output: many positions, few taps in the window. XLA's unpadded NHWC convolution is fast if it
-  is fused with a reduction of its output, so padding is a copy, and a maximum follows that changes
-  nothing. With many channels, one product per tap or per row of the window is faster;
-- the input's gradient: the same, with the kernel reversed. Where the layer has strides, the
-  products of all inputs with each tap are summed, shifted by the position of the tap;
-- the weight's gradient: the window is an image of the output's gradient, and the results are few,
-  one per tap. Each result is one product that contracts examples and positions.
+- The output has many positions and few taps. XLA runs an unpadded NHWC convolution fast if a
+  reduction of its output is fused with it. So the images are padded by a copy beforehand, and the
+  result is the minimum of each output and the maximum over its channels, which is the output. With
+  many channels, one product per tap or per row of the window is faster.
+- The gradient of the input is the same with the kernel reversed. Where the layer has strides, the
+  products of all inputs with each tap are summed, shifted by the position of the tap.
+- The gradient of the kernel has the output's gradient as its window, and few results, one per tap.
+  Each is one product that contracts examples and positions.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ import jax.numpy as jnp
 from jax import lax
 from jax.extend.core import Primitive
 
-NAMES = ("NHWC", "HWIO", "NHWC")
+LAYOUT = ("NHWC", "HWIO", "NHWC")
 # With more channels, one product per tap is faster than a convolution.
 MAX_CHANNELS = 64
 # Folding the taps of the last axis into the channels copies the images once per tap.
@@ -43,7 +44,7 @@ def full_params(lhs: Any, rhs: Any, **params: Any) -> dict[str, Any]:
         "padding": ((0, 0), (0, 0)),
         "lhs_dilation": (1, 1),
         "rhs_dilation": (1, 1),
-        "dimension_numbers": lax.conv_dimension_numbers(lhs.shape, rhs.shape, NAMES),
+        "dimension_numbers": lax.conv_dimension_numbers(lhs.shape, rhs.shape, LAYOUT),
         "feature_group_count": 1,
         "batch_group_count": 1,
         **params,
@@ -69,7 +70,7 @@ def applies(
     batch_group_count: int,
     **_: Any,
 ) -> bool:
-    """Returns whether `convolve` takes a convolution that is not fast already."""
+    """Returns whether `convolve` replaces this convolution, rather than XLA's own."""
     del window_strides
     if lhs.ndim not in (3, 4) or 0 in (*lhs.shape, *rhs.shape, *out.shape):
         return False
@@ -79,7 +80,7 @@ def applies(
     taps = math.prod(rhs.shape[d] for d in dimension_numbers.rhs_spec[2:])
     if taps > MAX_PRODUCTS and math.prod(_outputs(out, dimension_numbers)) > MAX_PRODUCTS:
         return False
-    nhwc = lax.conv_dimension_numbers(lhs.shape, rhs.shape, NAMES) if rank == 2 else None
+    nhwc = lax.conv_dimension_numbers(lhs.shape, rhs.shape, LAYOUT) if rank == 2 else None
     plain = set(lhs_dilation) | set(rhs_dilation) == {1} and all(p == (0, 0) for p in padding)
     grouped = (feature_group_count, batch_group_count) != (1, 1)
     few_outputs = math.prod(_outputs(out, dimension_numbers)) < taps
@@ -104,11 +105,14 @@ def convolve(
 
     Args:
       lhs: images, in the layout of `dimension_numbers`.
-      rhs: kernel, likewise.
+      rhs: kernel, in the layout of `dimension_numbers`.
       dimension_numbers: the layouts.
       feature_group_count: groups of the images' channels (as those of a vmapped kernel).
-      batch_group_count: groups of the images themselves (as in the weight gradient of the above).
+      batch_group_count: groups of the examples, as in the gradient of a grouped kernel.
       **params: the other parameters of the primitive.
+
+    Returns:
+      The output, in the layout of `dimension_numbers`.
     """
     spec = dimension_numbers
     axes = (spec.lhs_spec[0], *spec.lhs_spec[2:], spec.lhs_spec[1])

@@ -11,6 +11,9 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+# Each element of a window is an operation of the program.
+MAX_WINDOW = 64
+
 
 def applies(
     source: Any,
@@ -27,7 +30,7 @@ def applies(
         select_prim is lax.ge_p
         and tuple(window_dimensions) == tuple(window_strides)
         and all(tuple(pair) == (0, 0) for pair in padding)
-        and math.prod(window_dimensions) <= 64
+        and math.prod(window_dimensions) <= MAX_WINDOW
         and jnp.issubdtype(operand.dtype, jnp.floating)
     )
 
@@ -50,19 +53,15 @@ def max_pool_gradient(
     values = [lax.slice(operand, tap, ends, window) for tap in taps]
     maximum = functools.reduce(jnp.maximum, values)
     zero = jnp.zeros((), source.dtype)
-    taken: jax.Array | None = None
-    total: jax.Array | None = None
+    parts, taken = [], jnp.zeros(source.shape, bool)
     for tap, value in zip(taps, values, strict=True):
-        hit = ~(value < maximum)  # not `==`, which is False for NaN
-        chosen = hit if taken is None else hit & ~taken
-        taken = hit if taken is None else taken | hit
+        hit = ~(value < maximum) & ~taken  # not `==`, which is False for NaN
+        taken |= hit
         config = [
             (offset, length - offset - ((count - 1) * size + 1), size - 1)
             for offset, length, count, size in zip(
                 tap, operand.shape, source.shape, window, strict=True
             )
         ]
-        part = lax.pad(jnp.where(chosen, source, zero), zero, config)
-        total = part if total is None else total + part
-    assert total is not None
-    return total
+        parts.append(lax.pad(jnp.where(hit, source, zero), zero, config))
+    return functools.reduce(jnp.add, parts)

@@ -29,8 +29,8 @@ def uniform_fan_in(fan_in: int) -> nn.initializers.Initializer:
 class Linear(nn.Module):
     """Fully connected layer with the parameters of `torch.nn.Linear`: weight [features, inputs].
 
-    In this layout, XLA's CPU backend trains a network 3 to 5 % faster than with `flax.linen.Dense`,
-    whose kernel is [inputs, features].
+    In this layout, XLA's CPU backend trains T2's network 3 to 5 % faster than with
+    `flax.linen.Dense`, whose kernel is [inputs, features].
 
     Attributes:
       features: outputs per example.
@@ -48,7 +48,7 @@ class Linear(nn.Module):
         init = uniform_fan_in(fan_in)
 
         def transposed(key: Array, shape: Sequence[int], dtype: DTypeLike) -> Array:
-            # A key gives the values that it gives to a kernel [inputs, features].
+            # Drawn as [inputs, features], so that a key gives the values of a kernel of that shape.
             return init(key, shape[::-1], dtype).T
 
         weight = self.param("weight", transposed, (self.features, fan_in), inputs.dtype)
