@@ -91,7 +91,7 @@ def readme_section(machines: dict[str, Results]) -> str:
         "Above 1, jaxtrain is faster: the ratio is PyTorch's median over jaxtrain's. The models "
         "train for an epoch at batch\n64; cold and warm refer to JAX's compilation cache. "
         f"{ranking(results)}\n"
-        f"Machine: {machine['processor']}, {machine['cores']} cores, {', '.join(software)}."
+        f"Software: {', '.join(software)}."
         + ("" if on_gpu else " No GPU results yet.")
         + "\nMethod, aims and all results: [docs/benchmarks.md](docs/benchmarks.md).",
     ]
