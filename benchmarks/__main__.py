@@ -86,9 +86,10 @@ def measure(config: Config, folder: Path | None, file: Path) -> dict[str, Any]:
     )
     results: dict[str, Any] = {"machine": environment.describe(), "quick": config.quick, "rows": []}
     for suite in config.suite:
-        rows = list(suites.run_suite(suite, settings))
-        results["rows"] += [dataclasses.asdict(row) for row in rows]
-        write_json(file, results)  # an interruption loses only the current suite
+        earlier = results["rows"]
+        for rows in suites.run_suite(suite, settings):
+            results["rows"] = [*earlier, *map(dataclasses.asdict, rows)]
+            write_json(file, results)  # an interruption loses only the current round
         for measured in dict.fromkeys(row.suite for row in rows):
             tables.print_suite(results, measured)
     return results
@@ -103,5 +104,5 @@ def write_json(path: Path, results: dict[str, Any]) -> None:
 if __name__ == "__main__":
     try:
         command.main(Config, run)
-    except suites.DisagreementError as error:
+    except (suites.DisagreementError, suites.WorkerError) as error:
         sys.exit(f"error: {error}")

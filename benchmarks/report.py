@@ -88,7 +88,8 @@ def readme_section(machines: dict[str, Results]) -> str:
         software.append(f"PyTorch {versions['torch']}")
     parts = [
         markdown(summary_table(results)),
-        "Above 1, jaxtrain is faster: the ratio is PyTorch's median over jaxtrain's. The models "
+        "Above 1, jaxtrain is faster or needs less memory: the ratio is PyTorch's median over "
+        "jaxtrain's. The models "
         "train for an epoch at batch\n64; cold and warm refer to JAX's compilation cache. "
         f"{ranking(results)}\n"
         f"Software: {', '.join(software)}."

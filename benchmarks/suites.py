@@ -110,9 +110,13 @@ class Probe:
         return seconds > DISTURBED * self._fastest
 
 
-def run_suite(suite: str, settings: Settings) -> Iterator[Row]:
-    """Checks that the peers compute the same, measures them, and yields the rows of a suite."""
-    names = []
+def run_suite(suite: str, settings: Settings) -> Iterator[list[Row]]:
+    """Checks that the peers compute the same, and measures them.
+
+    Yields:
+      All rows of the suite so far, after each round.
+    """
+    names, missing = [], []
     for name, peer in peers.PEERS.items():
         if suite in peer.suites:
             reason = peers.reason_missing(name) if name in settings.names else NOT_SELECTED
@@ -123,17 +127,17 @@ def run_suite(suite: str, settings: Settings) -> Iterator[Row]:
             if reason is None:
                 names.append(name)
             else:
-                yield Row(suite, "all", name, missing=reason)
+                missing.append(Row(suite, "all", name, missing=reason))
     with tempfile.TemporaryDirectory() as scratch:
         compared = [name for name in names if suite != "run" or name in (OURS, EAGER)]
         if len(compared) > 1:
             check(suite, compared, settings, Path(scratch))
         loops = _matrix_products() if suite in ("step", "models") else []
-        readings, failed = measure(suite, [*names, *loops], settings, Path(scratch) / "cache")
-    for name, reason in failed.items():
-        yield Row(suite, "all", name, missing=reason)
-    check_ends(suite, readings)
-    yield from _rows(suite, readings, settings)
+        cache = Path(scratch) / "cache"
+        for readings, failed in measure(suite, [*names, *loops], settings, cache):
+            check_ends(suite, readings)
+            failures = [Row(suite, "all", name, missing=why) for name, why in failed.items()]
+            yield [*missing, *failures, *_rows(suite, readings, settings)]
 
 
 def _matrix_products() -> list[str]:
@@ -165,14 +169,12 @@ def check(suite: str, names: Sequence[str], settings: Settings, scratch: Path) -
             expected = found
         for case, values in found.items():
             if case in expected:
-                compare(peers.label(name), case, values, expected[case], suite)
+                compare(peers.label(name), case, values, expected[case])
 
 
-def compare(
-    name: str, case: str, found: np.ndarray, expected: np.ndarray, suite: str = "models"
-) -> None:
+def compare(name: str, case: str, found: np.ndarray, expected: np.ndarray) -> None:
     """Raises DisagreementError unless the losses agree."""
-    if suite in ("sweep", "run") and found.ndim == 3:
+    if found.ndim == 3:
         # The lines of T1 [runs, epochs, 2]. Where a prediction meets its target, the sign of the
         # rounding error decides the next step, so that some runs differ by a learning rate.
         error = np.abs(found - expected)
@@ -192,8 +194,8 @@ def compare(
 
 def measure(
     suite: str, names: Sequence[str], settings: Settings, cache: Path
-) -> tuple[Readings, dict[str, str]]:
-    """Returns the values of each case, peer and round, and the errors of peers that failed.
+) -> Iterator[tuple[Readings, dict[str, str]]]:
+    """Yields, after each round, the values of each case, peer and round so far, and the failures.
 
     The first round compiles with empty caches, so that its compilation times count.
     """
@@ -225,7 +227,7 @@ def measure(
                     each["compile_seconds"] = attempts[0][case]["compile_seconds"]
                 peer = name.removesuffix(", T1")
                 found.setdefault(case, {}).setdefault(peer, []).append(each)
-    return found, failed
+        yield found, failed
 
 
 def _actions(

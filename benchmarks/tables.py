@@ -90,6 +90,14 @@ def summary_table(results: Results) -> Cells:
         first, second = _compared(cold, theirs), _compared(warm, theirs)
         both = [f"{first[i]} cold, {second[i]} warm" for i in (0, 2)]
         rows.append(["whole process, T2, 5 epochs", both[0], first[1], both[1]])
+    ours, theirs = (
+        readings(results, "memory", PROCESS_CASE, peer) for peer in (OURS, "pytorch-pixels")
+    )
+    if ours is not None and theirs is not None:
+        cells = [mebibytes(statistics.median(ours)), mebibytes(statistics.median(theirs))]
+        cells[1] += f" ({label('pytorch-pixels')})"
+        ratio = with_interval(speedup(ours, theirs), "×")
+        rows.append(["peak memory of this process, cold", *cells, ratio])
     machine = f"{device_name(results)}, {results['machine']['cores']} cores"
     headings = ["model", "jaxtrain", "eager PyTorch", "ratio (95 % interval)", "machine"]
     return Cells(headings, [[*row, machine] for row in rows])

@@ -200,9 +200,9 @@ def test_every_way_to_train_many_runs_computes_the_same_losses(name: str) -> Non
     found = dict(worker.losses("sweep", name, settings.cases))
     assert len(found) == (1 if name == "jax-vmap" else 2)
     for case, losses in found.items():
-        suites.compare(name, case, losses, expected[case], "sweep")
+        suites.compare(name, case, losses, expected[case])
         with pytest.raises(suites.DisagreementError):
-            suites.compare(name, case, losses + 1e-3, expected[case], "sweep")
+            suites.compare(name, case, losses + 1e-3, expected[case])
 
 
 def test_disturbed_readings_are_repeated_at_most_twice(monkeypatch) -> None:
@@ -212,7 +212,7 @@ def test_disturbed_readings_are_repeated_at_most_twice(monkeypatch) -> None:
     actions = {"jaxtrain": lambda: {"case": {"seconds": next(seconds)}}}
     monkeypatch.setattr(suites, "_actions", lambda *arguments: actions)
     settings = suites.Settings(["jaxtrain"], cases.Settings(None, quick=False), 2, str)
-    found, _ = suites.measure("models", ["jaxtrain"], settings, Path())
+    *_, (found, _) = suites.measure("models", ["jaxtrain"], settings, Path())
     assert found == {
         "case": {
             "jaxtrain": [{"seconds": 3, "disturbed": True}, {"seconds": 4, "disturbed": False}]
@@ -251,7 +251,7 @@ def test_a_worker_that_fails_is_a_row_that_says_why(monkeypatch) -> None:
     actions = {"jaxtrain": lambda: {"T2": {"seconds": 1.0}}, "nnx": fail}
     monkeypatch.setattr(suites, "_actions", lambda *arguments: actions)
     settings = suites.Settings(["jaxtrain", "nnx"], QUICK, 2, str)
-    found, failed = suites.measure("models", ["jaxtrain", "nnx"], settings, Path())
+    *_, (found, failed) = suites.measure("models", ["jaxtrain", "nnx"], settings, Path())
     assert failed == {"nnx": "benchmarks.worker models nnx failed: MemoryError"}
     assert len(found["T2"]["jaxtrain"]) == 2
 
