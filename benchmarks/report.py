@@ -21,6 +21,7 @@ from benchmarks.tables import (
     device_name,
     machine_line,
     markdown,
+    memory_sentence,
     number,
     suite_table,
     summary_table,
@@ -88,13 +89,13 @@ def readme_section(machines: dict[str, Results]) -> str:
         software.append(f"PyTorch {versions['torch']}")
     parts = [
         markdown(summary_table(results)),
-        "Above 1, jaxtrain is faster or needs less memory: the ratio is PyTorch's median over "
-        "jaxtrain's. The models "
-        "train for an epoch at batch\n64; cold and warm refer to JAX's compilation cache. "
-        f"{ranking(results)}\n"
+        "Above 1, jaxtrain is faster: the ratio is PyTorch's median over jaxtrain's. The models "
+        "train for an epoch at batch 64;\ncold and warm refer to JAX's compilation cache. "
+        f"{ranking(results)}\n{memory_sentence(results)} "
         f"Software: {', '.join(software)}."
         + ("" if on_gpu else " No GPU results yet.")
-        + "\nMethod, aims and all results: [docs/benchmarks.md](docs/benchmarks.md).",
+        + "\nMethod, aims and all results: [docs/benchmarks.md](docs/benchmarks.md). "
+        "Why jaxtrain loses where it does: [NOTES.md](benchmarks/NOTES.md).",
     ]
     return "\n\n".join(parts)
 

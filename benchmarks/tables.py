@@ -90,17 +90,23 @@ def summary_table(results: Results) -> Cells:
         first, second = _compared(cold, theirs), _compared(warm, theirs)
         both = [f"{first[i]} cold, {second[i]} warm" for i in (0, 2)]
         rows.append(["whole process, T2, 5 epochs", both[0], first[1], both[1]])
-    ours, theirs = (
-        readings(results, "memory", PROCESS_CASE, peer) for peer in (OURS, "pytorch-pixels")
-    )
-    if ours is not None and theirs is not None:
-        cells = [mebibytes(statistics.median(ours)), mebibytes(statistics.median(theirs))]
-        cells[1] += f" ({label('pytorch-pixels')})"
-        ratio = with_interval(speedup(ours, theirs), "×")
-        rows.append(["peak memory of this process, cold", *cells, ratio])
     machine = f"{device_name(results)}, {results['machine']['cores']} cores"
     headings = ["model", "jaxtrain", "eager PyTorch", "ratio (95 % interval)", "machine"]
     return Cells(headings, [[*row, machine] for row in rows])
+
+
+def memory_sentence(results: Results) -> str:
+    """Returns a sentence that compares the peak memory of T2's process, or an empty text."""
+    ours, eager, pixels = (
+        readings(results, "memory", PROCESS_CASE, peer) for peer in (OURS, EAGER, "pytorch-pixels")
+    )
+    if ours is None or eager is None or pixels is None:
+        return ""
+    values = [mebibytes(statistics.median(each)) for each in (ours, eager, pixels)]
+    return (
+        f"The peak memory of the cold process is {values[0]}; PyTorch's is {values[1]}, or "
+        f"{values[2]} if it keeps the images as uint8 pixels."
+    )
 
 
 def _compared(ours: list[float], theirs: list[float]) -> list[str]:
