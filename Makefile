@@ -19,14 +19,21 @@ mnist: $(VENV)/installed  ## tutorial T2: MNIST (ARGS="--dataset digits" passes 
 tutorials: $(VENV)/installed  ## all tutorials, and one table of their figures beside the originals'
 	$(BIN)/python -m experiments.tutorials $(ARGS)
 
-test: $(VENV)/installed-test  ## run the tests
-	$(BIN)/python -m pytest --numprocesses $(WORKERS) $(ARGS)
+# With TYPES=1, shapes and types are checked at run time, in all tests but those that run scripts
+# in other processes, which the type checker does not reach.
+IN_PROCESSES := test_experiments.py test_survival.py test_benchmarks.py test_extras.py
+IN_PROCESSES += cli/test_environment.py cli/test_progress.py cli/test_signals.py
+TYPES_1 := --jaxtyping-packages=jaxtrain,tests.checked $(addprefix --ignore=tests/,$(IN_PROCESSES))
+PYTEST := -m pytest --numprocesses $(WORKERS) --dist worksteal $(TYPES_$(TYPES))
+
+test: $(VENV)/installed-test  ## run the tests (TYPES=1 checks shapes and types at run time)
+	$(BIN)/python $(PYTEST) $(ARGS)
 
 # In a virtual environment of its own: make test-without-torch PYTHON=python3.13
 test-without-torch:  ## run the tests that need no PyTorch (PYTHON=python3.13 picks another Python)
 	$(PYTHON) -m venv .venv-without-torch
 	.venv-without-torch/bin/python -m pip install --quiet --editable '.[test]'
-	.venv-without-torch/bin/python -m pytest --numprocesses $(WORKERS) $(ARGS)
+	.venv-without-torch/bin/python $(PYTEST) $(ARGS)
 
 package:  ## build the wheel, install it into an empty environment, and train a model in a folder there
 	rm -rf build && mkdir -p build/folder
@@ -38,14 +45,10 @@ package:  ## build the wheel, install it into an empty environment, and train a 
 bench: $(VENV)/installed-bench  ## time ours against PyTorch and others (ARGS="--quick" in a minute)
 	$(BIN)/python -m benchmarks $(ARGS)
 
-# Tests of scripts and of other packages, which the run-time type checker does not reach.
-IN_PROCESSES := test_experiments.py test_survival.py test_benchmarks.py test_extras.py
-IN_PROCESSES += cli/test_environment.py cli/test_progress.py cli/test_signals.py
-check: $(VENV)/installed-dev  ## lint, format, types, and the tests with shapes and types checked at run time
+check: $(VENV)/installed-dev  ## lint, format and types
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
-	$(BIN)/python -m pytest --numprocesses $(WORKERS) --jaxtyping-packages=jaxtrain,tests.checked $(addprefix --ignore=tests/,$(IN_PROCESSES))
 
 format: $(VENV)/installed-dev  ## format, and fix what ruff can fix
 	$(BIN)/ruff check --fix .

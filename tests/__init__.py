@@ -1,4 +1,4 @@
-"""The tests, and the run-time type checker that `make check` applies to all of jaxtrain."""
+"""The tests, and the run-time type checker that `make test TYPES=1` applies to all of jaxtrain."""
 
 from beartype import BeartypeConf, beartype
 

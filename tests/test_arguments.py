@@ -11,7 +11,7 @@ from jaxtrain.cli.flags import seed_key
 from jaxtrain.dataset import check_dataset
 from jaxtrain.training.step import metric_items
 
-# The type checker of `make check` raises before these checks do.
+# The type checker of `make test TYPES=1` raises before these checks do.
 RUNTIME_TYPES = hasattr(jt.init_state, "__wrapped__")
 skip_if_typed = pytest.mark.skipif(RUNTIME_TYPES, reason="the type checker raises first")
 

@@ -222,6 +222,6 @@ def test_a_dtype_that_the_format_does_not_support_is_named(tmp_path: Path) -> No
 
 
 def test_objects_other_than_a_train_state_are_refused(tmp_path: Path) -> None:
-    # The type checker of `make check` raises a TypeError first.
+    # The type checker of `make test TYPES=1` raises a TypeError first.
     with pytest.raises((jt.InputError, TypeError), match=r"state is a dict|parameter 'state'"):
         jt.save_params(tmp_path / "model.safetensors", {"params": {}})

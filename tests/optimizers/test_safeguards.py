@@ -176,7 +176,7 @@ def test_a_skipped_step_keeps_keys_and_integers_of_the_optimizer_state() -> None
 
 
 def test_an_object_that_is_not_an_optimizer_is_refused() -> None:
-    # The type checker of `make check` raises a TypeError first.
+    # The type checker of `make test TYPES=1` raises a TypeError first.
     with pytest.raises((jt.InputError, TypeError), match=r"optimizer is 0\.1|'optimizer'"):
         skip_nonfinite(0.1)
 

@@ -17,7 +17,7 @@ from flax.training import train_state
 import jaxtrain as jt
 
 LOSS = jt.losses.cross_entropy
-# The type checker of `make check` raises before these checks do.
+# The type checker of `make test TYPES=1` raises before these checks do.
 pytestmark = pytest.mark.skipif(
     hasattr(jt.init_state, "__wrapped__"), reason="the type checker raises first"
 )
