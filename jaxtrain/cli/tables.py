@@ -29,7 +29,7 @@ class Comparison(NamedTuple):
     @property
     def agrees(self) -> bool:
         """Whether ours is within the tolerance."""
-        return abs(self.ours - self.original) <= self.tolerance
+        return bool(abs(self.ours - self.original) <= self.tolerance)
 
 
 def comparison_rows(comparisons: Iterable[Comparison]) -> Iterator[tuple[str, str, str, str]]:

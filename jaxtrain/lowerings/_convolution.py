@@ -9,7 +9,7 @@ A training step has three convolutions per layer:
 - The gradient of the input is the same with the kernel reversed. Where the layer has strides, the
   products of all inputs with each tap are summed, shifted by the position of the tap.
 - The gradient of the kernel has the output's gradient as its window, and few results, one per tap.
-  Each is one product that contracts examples and positions.
+  One product of shifted copies of both contracts examples and positions.
 """
 
 from __future__ import annotations
@@ -201,17 +201,9 @@ def _ungrouped(
         x = padded.transpose([memory_order.index(axis) for axis in range(x.ndim)])
 
     if few_outputs:
-        # Two-dimensional operands: XLA would transpose each slice for a dot of more dimensions.
-        contracted = [axis for axis in memory_order if axis]
-        kernel = w.transpose(*(axis - 1 for axis in contracted), -1).reshape(-1, w.shape[-1])
-        parts = []
-        for position in itertools.product(*map(range, outputs)):
-            start = tuple(p * q for p, q in zip(position, window_strides, strict=True))
-            patch = _slice(x, start, window, rhs_dilation).transpose(*contracted, 0)
-            patch = patch.reshape(-1, x.shape[0])
-            parts.append(lax.dot_general(patch, kernel, (((0,), (0,)), ((), ())), **precision))
-        out = jnp.stack(parts).reshape(*outputs, x.shape[0], w.shape[-1])
-        return jnp.moveaxis(out, -2, 0)
+        return _contract_window(
+            x, w, outputs, window_strides, rhs_dilation, memory_order, **precision
+        )
 
     if convolved:
         strides = window_strides
@@ -241,6 +233,63 @@ def _ungrouped(
         product = lax.dot(patch.reshape(-1, patch.shape[-1]), w[tap], **precision)
         products.append(product.reshape(*patch.shape[:-1], -1))
     return functools.reduce(jnp.add, products)
+
+
+def _contract_window(
+    x: jax.Array,
+    w: jax.Array,
+    outputs: Sequence[int],
+    strides: Sequence[int],
+    dilation: Sequence[int],
+    memory_order: Sequence[int],
+    **precision: Any,
+) -> jax.Array:
+    """Returns an unpadded convolution with few outputs, as products that contract the window.
+
+    Copies of the images, shifted to each column of the output, lie side by side in memory, and so
+    do copies of the window, shifted to each row. One product of both contains all outputs. Axes
+    with many outputs, or along which the window is dilated, have one product per position instead.
+    The operands are two-dimensional: XLA would transpose each slice for a dot of more dimensions.
+    """
+    if x.ndim == 3:
+        order = [1, *(axis + (axis > 0) for axis in memory_order)]
+        steps = ((1, *outputs), (1, *strides), (1, *dilation))
+        return _contract_window(x[:, None], w[None], *steps, order, **precision)[:, 0]
+
+    batch, (height, width) = x.shape[0], w.shape[:2]
+    rows = outputs[0] if outputs[0] <= MAX_FOLDED and dilation[0] == 1 else 1
+    columns = outputs[1] if outputs[1] <= MAX_FOLDED else 1
+    contracted = [axis for axis in memory_order if axis]
+
+    if columns > 1:
+        shifted = [
+            _slice(x, (0, column * strides[1]), (x.shape[1], width), (1, dilation[1]))
+            for column in range(columns)
+        ]
+        shifted = [part.transpose(memory_order) for part in shifted]
+        joined = lax.concatenate(shifted, memory_order.index(0))
+        x = joined.transpose([memory_order.index(axis) for axis in range(x.ndim)])
+        dilation = (dilation[0], 1)
+
+    kernel = w.transpose(*(axis - 1 for axis in contracted), -1)
+    if rows > 1:
+        reach, zero, shifted = (rows - 1) * strides[0], jnp.zeros((), w.dtype), []
+        for shift in range(0, reach + 1, strides[0]):
+            padding = [(shift, reach - shift, 0) if axis == 1 else (0, 0, 0) for axis in contracted]
+            shifted.append(lax.pad(kernel, zero, [*padding, (0, 0, 0)]))
+        kernel = lax.concatenate(shifted, kernel.ndim - 1)
+        height += reach
+    kernel = kernel.reshape(-1, kernel.shape[-1])
+
+    repeats = (outputs[0] // rows, outputs[1] // columns)
+    products = []
+    for row, column in itertools.product(*map(range, repeats)):
+        start = (row * strides[0], column * strides[1])
+        patch = _slice(x, start, (height, width), dilation).transpose(*contracted, 0)
+        patch = patch.reshape(-1, x.shape[0])
+        products.append(lax.dot_general(patch, kernel, (((0,), (0,)), ((), ())), **precision))
+    out = jnp.stack(products).reshape(*repeats, columns, batch, rows, -1)
+    return out.transpose(3, 0, 4, 1, 2, 5).reshape(batch, *outputs, -1)
 
 
 def _slice(
