@@ -27,10 +27,9 @@ NOT_SELECTED = "not selected with --peers"
 
 # Largest difference of a loss in the first steps from the reference's.
 CHECK_TOLERANCE = 1e-4
-# Largest difference of the loss after the timed sections, where peers draw different dropout masks:
-# a part of the reference's loss, and a constant.
-LOSS_TOLERANCE = (0.3, 0.05)
-ACCURACY_TOLERANCE = (0.0, 0.02)
+# Largest difference of the values after the timed sections, where peers draw different dropout
+# masks: a part of the reference's value, and a constant.
+TOLERANCES = {"loss": (0.3, 0.05), "accuracy": (0.0, 0.02)}
 # A reading is repeated, at most twice, if a fixed matrix product takes this much longer before or
 # after it than the fastest one so far.
 DISTURBED = 1.2
@@ -83,7 +82,7 @@ class Settings(NamedTuple):
 
 
 class DisagreementError(Exception):
-    """Raised if a peer has computed something else than the others."""
+    """Raised if the losses of a peer differ from the others'."""
 
 
 class WorkerError(Exception):
@@ -135,7 +134,6 @@ def run_suite(suite: str, settings: Settings) -> Iterator[list[Row]]:
         loops = _matrix_products() if suite in ("step", "models") else []
         cache = Path(scratch) / "cache"
         for readings, failed in measure(suite, [*names, *loops], settings, cache):
-            check_ends(suite, readings)
             failures = [Row(suite, "all", name, missing=why) for name, why in failed.items()]
             yield [*missing, *failures, *_rows(suite, readings, settings)]
 
@@ -197,7 +195,8 @@ def measure(
 ) -> Iterator[tuple[Readings, dict[str, str]]]:
     """Yields, after each round, the values of each case, peer and round so far, and the failures.
 
-    The first round compiles with empty caches, so that its compilation times count.
+    The first round compiles with empty caches, so that its compilation times count. A peer that
+    fails or computes something else is left out from then on.
     """
     probe = Probe()
     found: Readings = {}
@@ -227,6 +226,11 @@ def measure(
                     each["compile_seconds"] = attempts[0][case]["compile_seconds"]
                 peer = name.removesuffix(", T1")
                 found.setdefault(case, {}).setdefault(peer, []).append(each)
+        for name, reason in check_ends(suite, found).items():
+            failed[name] = reason
+            settings.log(f"{suite}: {peers.label(name)} {reason}")
+            for by_peer in found.values():
+                by_peer.pop(name, None)
         yield found, failed
 
 
@@ -247,35 +251,32 @@ def _actions(
     return actions
 
 
-def check_ends(suite: str, readings: Readings) -> None:
+def check_ends(suite: str, readings: Readings) -> dict[str, str]:
     """Compares what the peers have computed in their timed sections.
 
-    Raises:
-      DisagreementError: if a peer's optimizer has made another number of updates than was timed, or
-        if its loss or test accuracy at the end is far from eager PyTorch's.
+    Returns:
+      The peers whose optimizers have made another number of updates than was timed, or whose loss
+      or test accuracy at the end is far from the reference's, and what is wrong with each.
     """
+    wrong: dict[str, str] = {}
     for case, by_peer in readings.items():
-        reference = by_peer.get(EAGER) or by_peer.get(OURS) or next(iter(by_peer.values()))
+        reference = by_peer.get(EAGER) or by_peer.get(OURS) or next(iter(by_peer.values()), [])
         for name, values in by_peer.items():
             for each in values:
                 if "updates" in each and each["updates"] != each["expected_updates"]:
-                    raise DisagreementError(
-                        f"{peers.label(name)} has made {each['updates']} updates in {case}; "
+                    wrong[name] = (
+                        f"has made {each['updates']} updates in {case}; "
                         f"expected {each['expected_updates']}"
                     )
-                for what, tolerance in (
-                    ("loss", LOSS_TOLERANCE),
-                    ("accuracy", ACCURACY_TOLERANCE),
-                ):
+                for what, tolerance in TOLERANCES.items():
                     if what in each and what in reference[0]:
                         expected = reference[0][what]
-                        allowed = tolerance[0] * expected + tolerance[1]
-                        if not abs(each[what] - expected) <= allowed:
-                            raise DisagreementError(
-                                f"{peers.label(name)} ends {case} of the suite {suite} with the "
-                                f"{what} {each[what]:.4g}; expected about {expected:.4g}, as the "
-                                "reference"
+                        if not abs(each[what] - expected) <= tolerance[0] * expected + tolerance[1]:
+                            wrong[name] = (
+                                f"ends {case} of the suite {suite} with the {what} "
+                                f"{each[what]:.4g}; expected about {expected:.4g}, as the reference"
                             )
+    return wrong
 
 
 def _rows(suite: str, readings: Readings, settings: Settings) -> Iterator[Row]:
