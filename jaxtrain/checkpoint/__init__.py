@@ -1,14 +1,17 @@
 """Checkpoints: a run saved to disk, from which the same call of `fit` resumes."""
 
+from jaxtrain.checkpoint._digests import digest, digest_program, digest_text, without_addresses
 from jaxtrain.checkpoint._file import (
     Checkpoint,
     DamagedError,
     checkpoint_path,
-    digest,
+    encode_arrays,
+    read_arrays,
     read_file,
     verify,
 )
 from jaxtrain.checkpoint._store import CheckpointOptions, CheckpointStore, list_epochs
 
 __all__ = ["Checkpoint", "CheckpointOptions", "CheckpointStore", "DamagedError", "digest"]
-__all__ += ["checkpoint_path", "list_epochs", "read_file", "verify"]
+__all__ += ["checkpoint_path", "digest_program", "digest_text", "encode_arrays", "list_epochs"]
+__all__ += ["read_arrays", "read_file", "verify", "without_addresses"]

@@ -22,6 +22,7 @@ from jaxtyping import PyTree
 
 from jaxtrain._files import read_regular_file
 from jaxtrain._safetensors import DTYPES, MAX_HEADER_BYTES, is_key, place, to_host, to_words
+from jaxtrain.checkpoint._digests import digest
 from jaxtrain.errors import InputError, printable
 
 _FORMAT = 2
@@ -77,6 +78,22 @@ def encode(arrays: dict[str, np.ndarray], record: dict[str, Any]) -> bytes:
     start = content.index(b'"sha256":"' + _ZEROS) + len(b'"sha256":"')
     view = memoryview(content)
     return b"".join([view[:start], _checksum(content, start), view[start + len(_ZEROS) :]])
+
+
+def encode_arrays(arrays: dict[str, np.ndarray], metadata: Mapping[str, Any]) -> bytes:
+    """Returns the content of a file of arrays that are not a state, for `read_arrays`."""
+    record = {"format": _FORMAT, "leaves": {}, "metadata": dict(metadata)}
+    return encode({name: to_host(array, name) for name, array in arrays.items()}, record)
+
+
+def read_arrays(path: Path) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
+    """Returns the arrays and the metadata of a file of `encode_arrays`.
+
+    Raises:
+      DamagedError, InputError: as in `read_file`.
+    """
+    record, arrays = read_file(path)
+    return {name: array.copy() for name, array in arrays.items()}, record["metadata"]
 
 
 def read_file(
@@ -199,16 +216,6 @@ def malformed_is_damaged(path: Path) -> Iterator[None]:
     except (LookupError, TypeError, ValueError, AttributeError, RecursionError) as error:
         reason = str(error)[:200] or type(error).__name__
         raise DamagedError(f"{path} is malformed: {reason}") from error
-
-
-def digest(tree: PyTree) -> str:
-    """Returns a short SHA-256 of the values, dtypes and shapes of all leaves."""
-    found = hashlib.sha256()
-    for leaf in jax.tree.leaves(tree):
-        array = np.asarray(to_words(leaf))
-        found.update(f"{array.dtype}{array.shape}".encode())
-        found.update(np.ascontiguousarray(array).reshape(-1).view(np.uint8).data)
-    return found.hexdigest()[:16]
 
 
 def _checksum(content: bytes, start: int) -> bytes:

@@ -1,36 +1,36 @@
-"""Pictures of a run, as matplotlib figures.
-
-The colors are those of Okabe and Ito (https://jfly.uni-koeln.de/color/), which color-blind
-readers can tell apart; line styles and markers also differ, for printing in grey.
-"""
+"""Pictures of a run, as matplotlib figures."""
 
 from __future__ import annotations
 
 import math
-import os
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
 from numpy.typing import ArrayLike
 
-from jaxtrain._extras import needs_extra
+from jaxtrain._figures import (
+    BLUE,
+    GREEN,
+    GREY,
+    ORANGE,
+    PURPLE,
+    SKY,
+    VERMILION,
+    YELLOW,
+    Axes,
+    Figure,
+    MaxNLocator,
+    PercentFormatter,
+    label_axes,
+)
 from jaxtrain.dataset import Dataset
 from jaxtrain.training.history import History
 
-# Figures are written to files, without a backend; but matplotlib's import fails if this is unknown.
-_backend = os.environ.pop("MPLBACKEND", None)
-try:
-    with needs_extra("experiments"):
-        from matplotlib.axes import Axes as Axes
-        from matplotlib.figure import Figure as Figure
-        from matplotlib.ticker import MaxNLocator, PercentFormatter
-finally:
-    if _backend is not None:
-        os.environ["MPLBACKEND"] = _backend
-
-BLUE, VERMILION, GREEN, GREY = "#0072B2", "#D55E00", "#009E73", "#999999"
-ORANGE, SKY, PURPLE, YELLOW = "#E69F00", "#56B4E9", "#CC79A7", "#F0E442"
+# What other pictures need of the style.
+__all__ = ["BLUE", "GREEN", "GREY", "ORANGE", "PURPLE", "SKY", "VERMILION", "YELLOW"]
+__all__ += ["Axes", "Figure", "confusion_matrix", "generalization_gap", "label_axes"]
+__all__ += ["learning_curves", "line_fit", "prediction_grid"]
 
 TRAIN: dict[str, Any] = {"color": BLUE, "linestyle": "-"}
 TEST: dict[str, Any] = {"color": VERMILION, "linestyle": "--"}
@@ -193,11 +193,3 @@ def confusion_matrix(counts: np.ndarray, title: str) -> Figure:
     bar.set_ticks([math.sqrt(mark) for mark in marks], labels=[f"{mark:.0%}" for mark in marks])
     figure.suptitle(title)
     return figure
-
-
-def label_axes(ax: Axes, x: str, y: str, grid: bool = True) -> None:
-    """Names the axes, in one style for all pictures."""
-    ax.set(xlabel=x, ylabel=y)
-    if grid:
-        ax.grid(alpha=0.3, linewidth=0.6)
-        ax.spines[["top", "right"]].set_visible(False)

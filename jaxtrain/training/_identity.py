@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
-import re
 import warnings
 from collections.abc import Mapping
 from typing import Any
@@ -13,7 +11,7 @@ import numpy as np
 from jaxtyping import PyTree
 
 from jaxtrain._versions import device_name, versions
-from jaxtrain.checkpoint import digest
+from jaxtrain.checkpoint import digest, digest_program, digest_text, without_addresses
 from jaxtrain.errors import InputError, printable
 from jaxtrain.losses import name_of
 from jaxtrain.training._plan import Plan, learning_rate, to_shapes
@@ -68,15 +66,15 @@ def identify(
             "early_stopping": str(early_stopping),
         },
         "descriptions": {
-            "model": _without_addresses(repr(state.model)),
+            "model": without_addresses(repr(state.model)),
             "loss": name_of(plan.loss_fn),
             "learning_rate": learning_rate(state),
             "metrics": ", ".join(
                 "+".join(map(name_of, m if isinstance(m, tuple) else (m,))) for _, m in plan.metrics
             ),
         },
-        "jaxprs": {name: _digest_jaxpr(program) for name, program in traced.items()},
-        "programs": {name: _digest_text(p.as_text()) for name, p in programs.items()},
+        "jaxprs": {name: digest_program(program) for name, program in traced.items()},
+        "programs": {name: digest_text(p.as_text()) for name, p in programs.items()},
         "start": {
             "digest": digest(state),
             "counters": digest([state.key, state.step, state.epoch]),
@@ -173,16 +171,3 @@ def _summary(tree: PyTree) -> list[str]:
 
 def _is_float(leaf: Any) -> bool:
     return jax.numpy.issubdtype(leaf.dtype, jax.numpy.floating)
-
-
-def _digest_jaxpr(traced: jax.stages.Traced) -> str:
-    return _digest_text(_without_addresses(str(traced.jaxpr))) + digest(traced.jaxpr.consts)
-
-
-def _digest_text(text: str) -> str:
-    return hashlib.sha256(text.encode()).hexdigest()[:16]
-
-
-def _without_addresses(text: str) -> str:
-    """Drops memory addresses, which differ from process to process, and line breaks."""
-    return " ".join(re.sub(r" at 0x[0-9a-f]+|# attributes ", "", text).split())

@@ -1,0 +1,34 @@
+"""matplotlib's figures, imported without a display, and the style of all pictures.
+
+The colors are those of Okabe and Ito (https://jfly.uni-koeln.de/color/), which color-blind
+readers can tell apart; line styles and markers also differ, for printing in grey.
+"""
+
+from __future__ import annotations
+
+import os
+
+from jaxtrain._extras import needs_extra
+
+# Figures are written to files, without a backend; but matplotlib's import fails if this is unknown.
+_backend = os.environ.pop("MPLBACKEND", None)
+try:
+    with needs_extra("experiments"):
+        from matplotlib.axes import Axes as Axes
+        from matplotlib.figure import Figure as Figure
+        from matplotlib.ticker import MaxNLocator as MaxNLocator
+        from matplotlib.ticker import PercentFormatter as PercentFormatter
+finally:
+    if _backend is not None:
+        os.environ["MPLBACKEND"] = _backend
+
+BLUE, VERMILION, GREEN, GREY = "#0072B2", "#D55E00", "#009E73", "#999999"
+ORANGE, SKY, PURPLE, YELLOW = "#E69F00", "#56B4E9", "#CC79A7", "#F0E442"
+
+
+def label_axes(ax: Axes, x: str, y: str, grid: bool = True) -> None:
+    """Names the axes, in one style for all pictures."""
+    ax.set(xlabel=x, ylabel=y)
+    if grid:
+        ax.grid(alpha=0.3, linewidth=0.6)
+        ax.spines[["top", "right"]].set_visible(False)
