@@ -99,6 +99,65 @@ def euclidean_distance(
     return _norm(_as_vectors(predictions - targets))
 
 
+def huber(
+    predictions: Float[AnyArray, "batch ..."],
+    targets: Shaped[AnyArray, "..."],
+    *,
+    delta: float = 1.0,
+) -> Float[Array, "batch"]:
+    """Returns the Huber loss, averaged over all axes but the first (`torch.nn.HuberLoss`).
+
+    error² / 2 where |error| ≤ delta, and delta (|error| − delta / 2) beyond (Huber, 1964,
+    https://doi.org/10.1214/aoms/1177703732).
+
+    Args:
+      predictions: [batch, ...].
+      targets: an array of the same shape.
+      delta: the error at which the parabola becomes a line, above 0.
+
+    Raises:
+      InputError: the shapes differ (they would broadcast), or delta is not positive.
+
+    Example:
+      >>> loss_fn = functools.partial(jt.losses.huber, delta=0.5)
+    """
+    if not delta > 0:
+        raise InputError(f"delta is {delta}; expected a number above 0", argument="delta")
+    predictions, targets = _check_and_promote(predictions, targets)
+    error = predictions - targets
+    size = error * jnp.sign(error)
+    is_small = size <= delta
+    return _mean_over_example(
+        jnp.where(is_small, 0.5 * jnp.square(error), delta * (size - 0.5 * delta))
+    )
+
+
+def smooth_l1(
+    predictions: Float[AnyArray, "batch ..."],
+    targets: Shaped[AnyArray, "..."],
+    *,
+    beta: float = 1.0,
+) -> Float[Array, "batch"]:
+    """Returns the Huber loss divided by beta, averaged over all axes but the first.
+
+    Same as `torch.nn.SmoothL1Loss`: error² / (2 beta) where |error| < beta, and |error| − beta / 2
+    beyond. With beta = 0 it is the mean absolute error.
+
+    Args:
+      predictions: [batch, ...].
+      targets: an array of the same shape.
+      beta: the error at which the parabola becomes a line, at least 0.
+
+    Raises:
+      InputError: the shapes differ (they would broadcast), or beta is negative.
+    """
+    if not beta >= 0:
+        raise InputError(f"beta is {beta}; expected a number of at least 0", argument="beta")
+    if beta == 0:
+        return mean_absolute_error(predictions, targets)
+    return huber(predictions, targets, delta=beta) / beta
+
+
 def cosine_distance(
     predictions: Float[AnyArray, "batch ..."], targets: Shaped[AnyArray, "..."]
 ) -> Float[Array, "batch"]:
@@ -121,7 +180,11 @@ def cosine_distance(
 
 
 def cross_entropy(
-    predictions: Float[AnyArray, "*batch classes"], targets: Shaped[AnyArray, "..."]
+    predictions: Float[AnyArray, "*batch classes"],
+    targets: Shaped[AnyArray, "..."],
+    *,
+    label_smoothing: float = 0.0,
+    weight: Float[AnyArray, "classes"] | None = None,
 ) -> Float[Array, "*batch"]:
     """Returns −log softmax(logits)[label] (`torch.nn.CrossEntropyLoss`).
 
@@ -129,12 +192,21 @@ def cross_entropy(
       predictions: logits [batch, classes], or [batch, time, classes] for a label per token.
       targets: integer labels in 0 … classes − 1, [batch] or [batch, time]. A label out of range
         gives NaN; JAX's indexing would clamp it to the nearest class.
+      label_smoothing: the part of each target that is spread evenly over all classes, 0 … 1
+        (Szegedy et al., 2016, https://arxiv.org/abs/1512.00567).
+      weight: a factor for each class, as in PyTorch with `reduction="none"`. PyTorch's mean
+        divides by the sum of the labels' weights; for that mean, give these weights to the
+        examples instead: `dataset.replace(weights=weight[dataset.targets])`.
 
     Returns:
       One loss per label.
 
     Raises:
-      InputError: labels are not integers, or there is not one label per row of logits.
+      InputError: labels are not integers, there is not one label per row of logits, or an option
+        is out of range.
+
+    Example:
+      >>> loss_fn = functools.partial(jt.losses.cross_entropy, label_smoothing=0.1)
     """
     if targets is None:
         raise InputError("targets is None; expected integer class labels")
@@ -148,10 +220,29 @@ def cross_entropy(
             f"targets of cross_entropy have the shape {targets.shape}; expected one label per row "
             f"of the logits, {predictions.shape[:-1]}"
         )
+    classes = predictions.shape[-1]
+    if not 0 <= label_smoothing <= 1:
+        raise InputError(
+            f"label_smoothing is {label_smoothing}; expected a number from 0 to 1",
+            argument="label_smoothing",
+        )
+    if weight is not None and weight.shape != (classes,):
+        raise InputError(
+            f"weight has the shape {weight.shape}; expected one number per class, ({classes},)",
+            argument="weight",
+        )
     # Narrow labels would wrap in the comparison: 256 is 0 as uint8.
     targets = targets.astype(jnp.int32)
-    loss = optax.softmax_cross_entropy_with_integer_labels(at_least_float32(predictions), targets)
-    return jnp.where((targets >= 0) & (targets < predictions.shape[-1]), loss, jnp.nan)
+    logits = at_least_float32(predictions)
+    loss = optax.softmax_cross_entropy_with_integer_labels(logits, targets)
+    if weight is not None:
+        loss = loss * jnp.asarray(weight, logits.dtype)[targets]
+    if label_smoothing:
+        each = -jax.nn.log_softmax(logits)
+        if weight is not None:
+            each = each * jnp.broadcast_to(jnp.asarray(weight, logits.dtype), each.shape)
+        loss = (1 - label_smoothing) * loss + label_smoothing * jnp.mean(each, axis=-1)
+    return jnp.where((targets >= 0) & (targets < classes), loss, jnp.nan)
 
 
 def soft_cross_entropy(

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple, TypeAlias
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float, Int, Integer, PyTree
+from jax import lax
+from jaxtyping import Array, Float, Int, Integer, PyTree, Shaped
+
+from jaxtrain._arguments import check_integer
 
 AnyArray: TypeAlias = Array | np.ndarray
 PerExampleMetric: TypeAlias = Callable[[Any, Any], Array]
@@ -86,6 +90,138 @@ balanced_accuracy = AccumulatedMetric(_recall_sums, _mean_recall)
 
 Each class counts equally, however many examples it has; classes without examples are left out
 (`sklearn.metrics.balanced_accuracy_score`). The last axis of the logits is the number of classes.
+"""
+
+
+def top_k_accuracy(k: int) -> PerExampleMetric:
+    """Returns the metric that is 1 where the label is among the `k` largest logits, else 0.
+
+    Create it once: a new one triggers a recompilation.
+
+    Args:
+      k: how many classes count, at least 1.
+
+    Raises:
+      InputError: k is below 1.
+
+    Example:
+      >>> metric_fns = {"top_5": jt.metrics.top_k_accuracy(5)}
+    """
+    check_integer(k, "k", minimum=1)
+    return functools.partial(_is_in_top, k=k)
+
+
+def _is_in_top(
+    predictions: Float[AnyArray, "*batch classes"], targets: Integer[AnyArray, "*batch"], *, k: int
+) -> Float[Array, "*batch"]:
+    labels = targets.astype(jnp.int32)[..., None]
+    larger = predictions > jnp.take_along_axis(jnp.asarray(predictions), labels, axis=-1)
+    return (jnp.sum(larger, axis=-1) < k).astype(jnp.float32)
+
+
+def _f1_sums(
+    predictions: Float[AnyArray, "*batch classes"],
+    targets: Integer[AnyArray, "*batch"],
+    weights: Float[Array, "*batch"] | None = None,
+) -> tuple[Float[Array, "classes"], Float[Array, "classes"], Float[Array, "classes"]]:
+    """Returns the weight of each class's examples: labelled, predicted, and both."""
+    total, correct = _recall_sums(predictions, targets, weights)
+    chosen = jnp.argmax(predictions, axis=-1).ravel()
+    all_weights = jnp.ones(chosen.shape) if weights is None else jnp.ravel(weights)
+    predicted = jax.ops.segment_sum(all_weights, chosen, predictions.shape[-1])
+    return total, predicted, correct
+
+
+def _macro_f1(sums: tuple[Array, Array, Array]) -> Float[Array, ""]:
+    """Returns the mean over the classes that are labelled or predicted."""
+    labelled, predicted, correct = sums
+    either = labelled + predicted
+    present = either > 0
+    f1 = jnp.where(present, 2 * correct / jnp.where(present, either, 1), 0)
+    return jnp.sum(f1) / jnp.sum(present)
+
+
+macro_f1 = AccumulatedMetric(_f1_sums, _macro_f1)
+"""The mean over classes of F1, the harmonic mean of precision and recall.
+
+Same as `sklearn.metrics.f1_score(average="macro")`. Classes that are neither labelled nor predicted
+are left out. The last axis of the logits is the number of classes.
+"""
+
+# The scores are counted by the first bits of their float32: the sign, 8 of the exponent and 5 of
+# the mantissa, so that a bin is 3 % wide at any magnitude.
+_AUC_BITS = 14
+
+
+def _auc_sums(
+    predictions: Float[AnyArray, "batch ..."],
+    targets: Shaped[AnyArray, "batch ..."],
+    weights: Float[Array, "batch ..."] | None = None,
+) -> Float[Array, "2 bins"]:
+    """Returns the weight of the negative and the positive examples in each bin of scores."""
+    scores = jnp.ravel(predictions).astype(jnp.float32)
+    bits = lax.bitcast_convert_type(scores + 0.0, jnp.uint32)  # + 0.0: −0 counts as 0
+    negative = bits >> 31 == 1
+    ordered = jnp.where(negative, ~bits, bits | jnp.uint32(1 << 31))
+    bins = (ordered >> (32 - _AUC_BITS)).astype(jnp.int32)
+    is_positive = (jnp.ravel(targets) > 0).astype(jnp.int32)
+    all_weights = jnp.ones(scores.shape) if weights is None else jnp.ravel(weights)
+    count = 2**_AUC_BITS
+    sums = jax.ops.segment_sum(all_weights, is_positive * count + bins, 2 * count)
+    return sums.reshape(2, count)
+
+
+def _auc(sums: Float[Array, "2 bins"]) -> Float[Array, ""]:
+    """Returns the part of the pairs in the right order; a pair in one bin counts as half."""
+    negatives, positives = sums
+    below = jnp.cumsum(negatives) - negatives
+    ordered = jnp.sum(positives * (below + negatives / 2))
+    pairs = jnp.sum(positives) * jnp.sum(negatives)
+    return jnp.where(pairs > 0, ordered / jnp.where(pairs > 0, pairs, 1), jnp.nan)
+
+
+roc_auc = AccumulatedMetric(_auc_sums, _auc)
+"""The probability that a positive example has a larger score than a negative one.
+
+The area under the ROC curve (`sklearn.metrics.roc_auc_score`), for one logit or probability per
+example, [batch] or [batch, 1], and targets 0 or 1. Scores that differ by less than 3 % may count as
+equal, which changes the area by about 1e-3 at most in practice. NaN without positive or negative
+examples.
+"""
+
+
+def _r2_sums(
+    predictions: Float[AnyArray, "batch ..."],
+    targets: Shaped[AnyArray, "batch ..."],
+    weights: Float[Array, "batch"] | None = None,
+) -> tuple[Array, Array, Array, Array]:
+    """Returns the sums of weights, targets, squared targets and squared errors, per output."""
+    columns = targets.reshape(len(targets), -1).astype(jnp.float32)
+    errors = predictions.reshape(columns.shape) - columns
+    each = jnp.ones((len(columns), 1)) if weights is None else jnp.reshape(weights, (-1, 1))
+    return (
+        jnp.sum(each),
+        jnp.sum(each * columns, axis=0),
+        jnp.sum(each * jnp.square(columns), axis=0),
+        jnp.sum(each * jnp.square(errors), axis=0),
+    )
+
+
+def _r2(sums: tuple[Array, Array, Array, Array]) -> Float[Array, ""]:
+    """Returns 1 − squared errors / squared deviations from the mean, averaged over outputs."""
+    count, total, squares, errors = sums
+    deviations = squares - jnp.square(total) / count
+    varies = deviations > 0
+    score = 1 - errors / jnp.where(varies, deviations, 1)
+    # As in scikit-learn: constant targets are predicted either exactly or not at all.
+    return jnp.mean(jnp.where(varies, score, jnp.where(errors == 0, 1.0, 0.0)))
+
+
+r2 = AccumulatedMetric(_r2_sums, _r2)
+"""The coefficient of determination, averaged over outputs (`sklearn.metrics.r2_score`).
+
+Computed from sums in float32: subtract the mean from targets whose mean is more than a hundred
+times their standard deviation.
 """
 
 

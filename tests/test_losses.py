@@ -221,3 +221,32 @@ def test_cross_entropy_refuses_float_labels_and_wrong_lengths() -> None:
         jt.losses.cross_entropy(jnp.zeros((4, 3)), jnp.zeros(4))
     with pytest.raises(jt.InputError, match=r"\(4, 1\).*\(4,\)"):
         jt.losses.cross_entropy(jnp.zeros((4, 3)), jnp.zeros((4, 1), int))
+
+
+@pytest.mark.parametrize(
+    ("loss_fn", "message"),
+    [
+        (functools.partial(jt.losses.huber, delta=0), "delta is 0; expected a number above 0"),
+        (functools.partial(jt.losses.smooth_l1, beta=-1), "beta is -1; expected a number of at"),
+    ],
+)
+def test_a_huber_loss_refuses_a_width_that_is_not_positive(loss_fn, message) -> None:
+    with pytest.raises(jt.InputError, match=message):
+        loss_fn(jnp.zeros((2, 1)), jnp.zeros((2, 1)))
+
+
+def test_cross_entropy_refuses_options_out_of_range() -> None:
+    logits, labels = jnp.zeros((2, 3)), jnp.zeros(2, int)
+    with pytest.raises(jt.InputError, match=r"label_smoothing is 1.5; expected a number from 0 to"):
+        jt.losses.cross_entropy(logits, labels, label_smoothing=1.5)
+    with pytest.raises(
+        jt.InputError, match=r"weight has the shape \(2,\); expected one number per"
+    ):
+        jt.losses.cross_entropy(logits, labels, weight=jnp.ones(2))
+
+
+def test_labels_are_checked_with_label_smoothing_too(small_state, small_classes) -> None:
+    loss_fn = functools.partial(jt.losses.cross_entropy, label_smoothing=0.1)
+    wrong = jt.Dataset(small_classes.inputs, small_classes.targets + 5)
+    with pytest.raises(jt.InputError, match="targets"):
+        jt.fit(small_state, wrong, loss_fn=loss_fn)

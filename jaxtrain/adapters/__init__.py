@@ -7,11 +7,12 @@ from typing import Any
 
 from jaxtyping import PyTree
 
+from jaxtrain.adapters._precision import MixedPrecision, cast_model, mixed_precision
 from jaxtrain.adapters._shared import describe_type
 from jaxtrain.errors import InputError
 from jaxtrain.model import Model
 
-__all__ = ["adapt", "to_module"]
+__all__ = ["MixedPrecision", "adapt", "mixed_precision", "to_module"]
 
 _EXPECTED = "expected a Linen, NNX or Equinox module or a jaxtrain.Model(init, apply)"
 
@@ -36,6 +37,9 @@ def adapt(model: Any, rngs: Sequence[str]) -> tuple[Model, tuple[PyTree, PyTree]
         raise InputError(
             f"rngs is {rngs!r}; expected the names of RNG streams, such as ('dropout', 'latent')"
         )
+    if isinstance(model, MixedPrecision):
+        adapted, held = adapt(model.model, rngs)
+        return cast_model(adapted, model.dtype), held
     if isinstance(model, Model):
         _check_model(model)
         return model, None

@@ -53,5 +53,7 @@ class Linear(nn.Module):
 
         weight = self.param("weight", transposed, (self.features, fan_in), inputs.dtype)
         bias = self.param("bias", init, (self.features,), inputs.dtype)
+        if jnp.finfo(weight.dtype).bits < 32:  # under `mixed_precision`
+            inputs = inputs.astype(weight.dtype)
         outputs = lax.dot_general(inputs, weight, (((inputs.ndim - 1,), (1,)), ((), ())))
         return outputs + jnp.broadcast_to(bias, outputs.shape)

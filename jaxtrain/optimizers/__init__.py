@@ -1,8 +1,13 @@
 """Optimizers with the semantics of `torch.optim`, safeguards, schedules, and `minimize`."""
 
+from jaxtrain.optimizers._accumulation import AccumulationState, accumulate_gradients
+from jaxtrain.optimizers._averaging import AverageState, average_parameters
 from jaxtrain.optimizers._hoist import HoistedState, hoist_tracers
 from jaxtrain.optimizers._inspect import (
+    averaged_params,
     current_learning_rate,
+    evaluation_params,
+    has_accumulation,
     has_clipping,
     has_line_search,
     last_step_finite,
@@ -16,7 +21,12 @@ from jaxtrain.optimizers._safeguards import (
     skip_nonfinite,
     stays_finite,
 )
-from jaxtrain.optimizers._schedules import step_lr
+from jaxtrain.optimizers._schedules import (
+    cosine_annealing_lr,
+    linear_lr,
+    one_cycle_lr,
+    step_lr,
+)
 from jaxtrain.optimizers._torch import (
     OPTIMIZERS,
     adadelta,
@@ -33,27 +43,37 @@ from jaxtrain.optimizers._transforms import clip_by_global_norm, global_norm
 
 __all__ = [
     "OPTIMIZERS",
+    "AccumulationState",
+    "AverageState",
     "HoistedState",
     "LearningRate",
     "Minimum",
     "Number",
     "SkipNonfiniteState",
     "Stop",
+    "accumulate_gradients",
     "adadelta",
     "adagrad",
     "adam",
     "adamw",
+    "average_parameters",
+    "averaged_params",
     "clip_by_global_norm",
     "clip_gradients",
+    "cosine_annealing_lr",
     "current_learning_rate",
+    "evaluation_params",
     "global_norm",
+    "has_accumulation",
     "has_clipping",
     "has_line_search",
     "hoist_tracers",
     "last_step_finite",
     "lbfgs",
+    "linear_lr",
     "make",
     "minimize",
+    "one_cycle_lr",
     "rmsprop",
     "rprop",
     "sgd",

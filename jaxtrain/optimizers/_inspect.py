@@ -8,8 +8,10 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import optax
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Bool, Float, Int, PyTree
 
+from jaxtrain.optimizers._accumulation import AccumulationState
+from jaxtrain.optimizers._averaging import AverageState
 from jaxtrain.optimizers._safeguards import SkipNonfiniteState
 from jaxtrain.optimizers._transforms import ClippingState
 
@@ -35,6 +37,11 @@ def has_line_search(opt_state: Any) -> bool:
     )
 
 
+def has_accumulation(opt_state: Any) -> bool:
+    """Returns whether an optimizer accumulates gradients by `accumulate_gradients`."""
+    return bool(_find(opt_state, AccumulationState))
+
+
 def has_clipping(opt_state: Any) -> bool:
     """Returns whether an optimizer clips gradients by `clip_gradients`."""
     return bool(_find(opt_state, ClippingState))
@@ -50,6 +57,26 @@ def last_step_finite(opt_state: Any) -> Bool[Array, "..."] | None:
     """Returns whether `skip_nonfinite` took the last step, or None without it."""
     states = _find(opt_state, SkipNonfiniteState)
     return functools.reduce(jnp.logical_and, [state.finite for state in states]) if states else None
+
+
+def averaged_params(opt_state: Any) -> PyTree | None:
+    """Returns the average that `average_parameters` keeps, or None without it.
+
+    Args:
+      opt_state: `state.opt_state`.
+
+    Example:
+      >>> params = jt.optimizers.averaged_params(state.opt_state)
+      >>> jt.save_params("average.safetensors", state.replace(params=params))
+    """
+    states = _find(opt_state, AverageState)
+    return states[0].average if states else None
+
+
+def evaluation_params(opt_state: Any, params: PyTree) -> PyTree:
+    """Returns the parameters that evaluation uses: the average if the optimizer asks for it."""
+    states = [state for state in _find(opt_state, AverageState) if state.evaluate]
+    return states[0].average if states else params
 
 
 def _find(opt_state: Any, *kinds: type) -> list[Any]:

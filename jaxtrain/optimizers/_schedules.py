@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import math
+
 import jax.numpy as jnp
 import optax
 from jaxtyping import Array, Float, Int
 
 from jaxtrain._arguments import check_integer
+from jaxtrain.errors import InputError
 from jaxtrain.optimizers._numbers import Number, check_learning_rate, check_not_negative
 
 
@@ -42,5 +45,161 @@ def step_lr(
     def schedule(count: Int[Array, ""] | int) -> Float[Array, ""]:
         # Not optax.exponential_decay, which takes a gamma of 0 as no decay.
         return jnp.asarray(learning_rate) * jnp.asarray(gamma, jnp.float32) ** (count // steps)
+
+    return schedule
+
+
+def cosine_annealing_lr(
+    learning_rate: Number, t_max: int, eta_min: Number = 0.0, *, steps_per_epoch: int = 1
+) -> optax.Schedule:
+    """Returns a schedule that falls along half a cosine, and rises again after `t_max` epochs.
+
+    Same as `torch.optim.lr_scheduler.CosineAnnealingLR` (Loshchilov & Hutter, 2017,
+    https://arxiv.org/abs/1608.03983, without restarts).
+
+    Args:
+      learning_rate: the rate at the start.
+      t_max: epochs until the rate is `eta_min`.
+      eta_min: the smallest rate.
+      steps_per_epoch: optimizer steps per epoch; with 1, `t_max` counts steps.
+
+    Returns:
+      A function from optimizer step to learning rate.
+
+    Raises:
+      InputError: an argument is out of range.
+
+    Example:
+      >>> schedule = jt.optimizers.cosine_annealing_lr(0.1, t_max=10 * 938)
+      >>> optimizer = jt.optimizers.sgd(schedule, momentum=0.9)
+    """
+    check_learning_rate(learning_rate)
+    check_not_negative(eta_min=eta_min)
+    check_integer(t_max, "t_max", minimum=1)
+    check_integer(steps_per_epoch, "steps_per_epoch", minimum=1)
+
+    def schedule(count: Int[Array, ""] | int) -> Float[Array, ""]:
+        rate = jnp.asarray(learning_rate, jnp.result_type(float))
+        progress = (count // steps_per_epoch) / t_max
+        return eta_min + (rate - eta_min) * (1 + jnp.cos(jnp.pi * progress)) / 2
+
+    return schedule
+
+
+def linear_lr(
+    learning_rate: Number,
+    start_factor: float = 1 / 3,
+    end_factor: float = 1.0,
+    total_iters: int = 5,
+    *,
+    steps_per_epoch: int = 1,
+) -> optax.Schedule:
+    """Returns a schedule that changes linearly between two factors of the rate: a warmup.
+
+    Same as `torch.optim.lr_scheduler.LinearLR`. Another schedule may follow, by
+    `optax.join_schedules`, as in `torch.optim.lr_scheduler.SequentialLR`.
+
+    Args:
+      learning_rate: the rate that the factors multiply.
+      start_factor: factor at the start.
+      end_factor: factor after `total_iters` epochs and from then on.
+      total_iters: epochs of the change.
+      steps_per_epoch: optimizer steps per epoch; with 1, `total_iters` counts steps.
+
+    Returns:
+      A function from optimizer step to learning rate.
+
+    Raises:
+      InputError: an argument is out of range.
+
+    Example:
+      >>> warmup = jt.optimizers.linear_lr(0.1, 0.01, total_iters=500)
+      >>> decay = jt.optimizers.cosine_annealing_lr(0.1, t_max=5000)
+      >>> schedule = optax.join_schedules([warmup, decay], [500])
+    """
+    check_learning_rate(learning_rate)
+    check_not_negative(start_factor=start_factor, end_factor=end_factor)
+    check_integer(total_iters, "total_iters", minimum=1)
+    check_integer(steps_per_epoch, "steps_per_epoch", minimum=1)
+
+    def schedule(count: Int[Array, ""] | int) -> Float[Array, ""]:
+        rate = jnp.asarray(learning_rate, jnp.result_type(float))
+        progress = jnp.minimum(count // steps_per_epoch, total_iters) / total_iters
+        return rate * (start_factor + (end_factor - start_factor) * progress)
+
+    return schedule
+
+
+def one_cycle_lr(
+    max_lr: Number,
+    total_steps: int,
+    *,
+    pct_start: float = 0.3,
+    anneal_strategy: str = "cos",
+    div_factor: float = 25.0,
+    final_div_factor: float = 1e4,
+    three_phase: bool = False,
+) -> optax.Schedule:
+    """Returns a schedule that rises to `max_lr` and falls far below the rate at the start.
+
+    Same as `torch.optim.lr_scheduler.OneCycleLR` with `cycle_momentum=False` (Smith & Topin, 2019,
+    https://arxiv.org/abs/1708.07120). After the last step, the rate stays.
+
+    Args:
+      max_lr: the largest rate.
+      total_steps: optimizer steps of the whole cycle.
+      pct_start: the part of the steps during which the rate rises.
+      anneal_strategy: "cos" or "linear".
+      div_factor: `max_lr` over the rate at the start.
+      final_div_factor: the rate at the start over the rate at the end.
+      three_phase: falls to the rate at the start first, in as many steps as it rose, and then to
+        the end.
+
+    Returns:
+      A function from optimizer step to learning rate.
+
+    Raises:
+      InputError: an argument is out of range.
+
+    Example:
+      >>> optimizer = jt.optimizers.adam(jt.optimizers.one_cycle_lr(0.01, total_steps=5 * 938))
+    """
+    check_learning_rate(max_lr)
+    check_integer(total_steps, "total_steps", minimum=1)
+    for name, value, is_valid, expected in (
+        ("pct_start", pct_start, 0 <= pct_start <= 1, "a number from 0 to 1"),
+        ("div_factor", div_factor, div_factor > 0, "a number above 0"),
+        ("final_div_factor", final_div_factor, final_div_factor > 0, "a number above 0"),
+        (
+            "anneal_strategy",
+            repr(anneal_strategy),
+            anneal_strategy in ("cos", "linear"),
+            "'cos' or 'linear'",
+        ),
+    ):
+        if not is_valid:
+            raise InputError(f"{name} is {value}; expected {expected}", argument=name)
+    peak = pct_start * total_steps - 1
+    last = total_steps - 1.0
+    # The ends of the phases, in steps, and the factors of `max_lr` there.
+    start, end = 1 / div_factor, 1 / div_factor / final_div_factor
+    phases = [(peak, start, 1.0), (last, 1.0, end)]
+    if three_phase:
+        phases = [(peak, start, 1.0), (2 * pct_start * total_steps - 2, 1.0, start)]
+        phases.append((last, start, end))
+
+    def schedule(count: Int[Array, ""] | int) -> Float[Array, ""]:
+        step = jnp.minimum(jnp.asarray(count, jnp.result_type(float)), last)
+        factor = jnp.asarray(end, step.dtype)
+        begins = [0.0, *(stop for stop, _, _ in phases[:-1])]
+        for begin, (stop, first, second) in reversed(list(zip(begins, phases, strict=True))):
+            length = stop - begin
+            progress = jnp.where(length == 0, 1.0, (step - begin) / (length or math.inf))
+            if anneal_strategy == "cos":
+                value = second + (first - second) * (1 + jnp.cos(jnp.pi * progress)) / 2
+            else:
+                value = first * (1 - progress) + second * progress
+            factor = jnp.where(step <= stop, value, factor)
+        return jnp.asarray(max_lr, step.dtype) * factor
 
     return schedule

@@ -17,10 +17,15 @@ from jaxtrain.errors import InputError
 from jaxtrain.losses import Loss
 from jaxtrain.metrics import Metric
 from jaxtrain.optimizers import current_learning_rate, skipped_steps
-from jaxtrain.training._hidden import steps_to_measure
 from jaxtrain.training._memory import memory_advice
 from jaxtrain.training._validation import check_line_search, checked_data
-from jaxtrain.training.epoch import compiled_evaluate, epoch_order, num_steps, train_steps
+from jaxtrain.training.epoch import (
+    compiled_evaluate,
+    epoch_order,
+    mean_step_loss,
+    num_steps,
+    train_steps,
+)
 from jaxtrain.training.state import TrainState
 from jaxtrain.training.step import MetricItems, metric_items
 
@@ -62,14 +67,16 @@ class Plan(NamedTuple):
         key = None if self.key is None else jax.random.fold_in(self.key, epoch)
         return epoch_order(len(self.train_data), key)
 
-    def step_weights(self, order: Array) -> np.ndarray:
-        """Returns the weight of each step's loss in the mean over an epoch."""
-        starts = np.arange(0, len(self.train_data), self.batch_size)
-        if self.train_data.weights is None:
-            return np.diff(starts, append=len(self.train_data))
-        weights = np.asarray(self.train_data.weights, np.float64)
-        per_example = weights.reshape(len(weights), -1).sum(axis=1)[np.asarray(order)]
-        return np.add.reduceat(per_example, starts)
+    def mean_step_loss(self, losses: np.ndarray, order: Array, *, skip_nonfinite: bool) -> float:
+        """Returns the mean over an epoch's examples of the loss before each update."""
+        mean = mean_step_loss(
+            losses,
+            self.train_data.weights,
+            order,
+            batch_size=self.batch_size,
+            skip_nonfinite=skip_nonfinite,
+        )
+        return float(mean)
 
     def run_steps(
         self, state: TrainState, order: Array, start: int, stop: int, measure: str | None = None
@@ -151,7 +158,7 @@ class Plan(NamedTuple):
             *self.state_metrics,
             "gradient_norm",
             *([] if skipped_steps(state.opt_state) is None else ["skipped_steps"]),
-            *([] if learning_rate(state) is None else ["learning_rate"]),
+            *([] if current_learning_rate(state.opt_state) is None else ["learning_rate"]),
             "seconds",
         ]
         reserved = {"step_losses", "skipped_steps", "learning_rate"}
@@ -178,6 +185,7 @@ def make_plan(
     batch_size: int,
     test_batch_size: int,
     key: Key[Array, ""] | None,
+    measure: str,
 ) -> Plan:
     """Returns the plan of a run, its arguments checked and its data on the device.
 
@@ -190,6 +198,7 @@ def make_plan(
       batch_size: examples per step.
       test_batch_size: examples at a time in evaluation.
       key: PRNG key of the shuffle.
+      measure: which steps' gradient norms to compute, "last" or "every".
 
     Raises:
       InputError: an argument is out of range, or the data do not fit the model or the loss.
@@ -219,7 +228,7 @@ def make_plan(
         batch_size=min(batch_size, len(train_data)),
         test_batch_size=test_batch_size,
         key=key,
-        measure=steps_to_measure(state),
+        measure=measure,
     )
 
 

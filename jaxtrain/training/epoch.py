@@ -9,7 +9,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from jax import lax
-from jaxtyping import Array, Float, Int, Key, PyTree
+from jaxtyping import Array, Float, Int, Key, PyTree, Shaped
 
 from jaxtrain._arguments import check_integer, check_key
 from jaxtrain.dataset import Dataset, check_dataset
@@ -140,7 +140,8 @@ def train_steps(
     def step(size: int, measured: bool, index: Array, carry: Carry) -> Carry:
         state, losses, norms = carry
         indices = lax.dynamic_slice_in_dim(order, index * batch_size, size)
-        state, loss, grads = update(state, dataset.take(indices), loss_fn)
+        batch = dataset.take(indices)
+        state, loss, grads = update(state, batch, loss_fn, last=index == steps - 1)
         if measured:
             norms = norms.at[index].set(global_norm(grads).astype(norms.dtype))
         return state, losses.at[index].set(loss), norms
@@ -161,6 +162,45 @@ def train_steps(
         body = functools.partial(step, last_size, measure != "none")
         carry = lax.fori_loop(steps - 1, stop, body, carry)
     return carry
+
+
+@functools.partial(jax.jit, static_argnames=("batch_size", "skip_nonfinite"))
+def mean_step_loss(
+    losses: Float[Array, "steps"],
+    weights: Shaped[Array, "examples ..."] | None,
+    order: Int[Array, "examples"],
+    *,
+    batch_size: int,
+    skip_nonfinite: bool,
+) -> Float[Array, ""]:
+    """Returns the mean over an epoch's examples of the loss before each update.
+
+    Args:
+      losses: the loss of each step.
+      weights: weights of the examples, or None.
+      order: the epoch's order of the examples.
+      batch_size: examples per step.
+      skip_nonfinite: whether to leave out the steps whose loss is NaN or infinite.
+    """
+    examples, steps = len(order), len(losses)
+    per_example = jnp.ones(examples, losses.dtype)
+    if weights is not None:
+        per_example = jnp.sum(weights.reshape(examples, -1), axis=1)[order].astype(losses.dtype)
+    padded = jnp.pad(per_example, (0, steps * batch_size - examples))
+    per_step = jnp.sum(padded.reshape(steps, batch_size), axis=1)
+    if skip_nonfinite:
+        finite = jnp.isfinite(losses)
+        losses, per_step = jnp.where(finite, losses, 0), jnp.where(finite, per_step, 0)
+
+    def add(sums: tuple[Array, Array], pair: tuple[Array, Array]) -> tuple[Any, None]:
+        loss, weight = pair
+        return (sums[0] + loss * weight, sums[1] + weight), None
+
+    # A loop has the same bits alone, in `fit`, and inside the program of `train`. A sum has not:
+    # XLA fuses it with what surrounds it.
+    zero = jnp.zeros((), losses.dtype)
+    (loss, total), _ = lax.scan(add, (zero, zero), (losses, per_step))
+    return jnp.where(total > 0, loss / jnp.where(total > 0, total, 1), 0)
 
 
 def evaluate(

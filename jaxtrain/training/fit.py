@@ -18,6 +18,7 @@ from jaxtrain.errors import InputError, NonFiniteError
 from jaxtrain.losses import Loss
 from jaxtrain.metrics import Metric
 from jaxtrain.optimizers import skipped_steps
+from jaxtrain.training._hidden import steps_to_measure
 from jaxtrain.training._identity import check_same_run, identify
 from jaxtrain.training._memory import memory_advice
 from jaxtrain.training._nonfinite import check_arrays, hint_for, raise_for_steps
@@ -118,6 +119,7 @@ def fit(
         batch_size=batch_size,
         test_batch_size=test_batch_size,
         key=key,
+        measure=steps_to_measure(state),
     )
     records = Records(plan.columns(state), state)
     if early_stopping is not None:
@@ -192,17 +194,16 @@ def _run_epoch(
     order = plan.order(epoch)
     state, losses, norms = _train_epoch(plan, state, order, epoch, on_event)
     check_arrays(before, state, epoch)
-    finite = np.isfinite(losses)
     skipped = _skipped_since(before, state)
     if skipped == plan.steps:  # further epochs would change nothing
         quantity, value = "training loss or gradient of every step", float(losses[0])
         hint = "check the data, or try a smaller learning rate"
         raise NonFiniteError(epoch, None, quantity, value, learning_rate(state), hint)
-    weights = plan.step_weights(order)[finite]
+    skip_nonfinite = skipped_steps(state.opt_state) is not None
     rate = learning_rate(state)
     row: dict[str, float] = {
         "epoch": epoch,
-        "train_loss": float(np.average(losses[finite], weights=weights)) if weights.any() else 0.0,
+        "train_loss": plan.mean_step_loss(losses, order, skip_nonfinite=skip_nonfinite),
         **_evaluate(plan, state, epoch),
         **{name: float(metric(state)) for name, metric in plan.state_metrics.items()},
         "gradient_norm": float(norms[-1]),

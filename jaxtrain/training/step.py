@@ -9,13 +9,13 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import optax
-from jaxtyping import Array, Float, PyTree
+from jaxtyping import Array, Bool, Float, PyTree
 
 from jaxtrain.dataset import Dataset, check_dataset
 from jaxtrain.errors import InputError
 from jaxtrain.losses import Loss, at_least_float32, name_of
 from jaxtrain.metrics import Metric
-from jaxtrain.optimizers import last_step_finite
+from jaxtrain.optimizers import evaluation_params, has_accumulation, last_step_finite
 from jaxtrain.training.state import TrainState, check_state_type
 
 Metrics = dict[str, Float[Array, ""]]
@@ -70,9 +70,12 @@ def _train_step(state: TrainState, batch: Dataset, loss_fn: Loss) -> tuple[Train
 
 
 def update(
-    state: TrainState, batch: Dataset, loss_fn: Loss
+    state: TrainState, batch: Dataset, loss_fn: Loss, *, last: bool | Bool[Array, ""] = False
 ) -> tuple[TrainState, Float[Array, ""], PyTree]:
-    """Returns the next state, the loss and its gradients; for use inside a larger program."""
+    """Returns the next state, the loss and its gradients; for use inside a larger program.
+
+    `last` says whether the step ends an epoch, for `accumulate_gradients`.
+    """
     loss, grads, aux = gradients(state, batch, loss_fn)
     next_state = apply_gradients(
         state,
@@ -82,8 +85,19 @@ def update(
         value=loss,
         grad=grads,
         value_fn=lambda params: _mean_loss(params, state, batch, loss_fn)[0],
+        **_accumulation_arguments(state, batch, last),
     )
     return next_state, loss, grads
+
+
+def _accumulation_arguments(
+    state: TrainState, batch: Dataset, last: bool | Bool[Array, ""]
+) -> dict[str, Any]:
+    """Returns what `accumulate_gradients` needs; line searches refuse unknown arguments."""
+    if not has_accumulation(state.opt_state):
+        return {}
+    weight = len(batch) if batch.weights is None else jnp.sum(batch.weights)
+    return {"weight": weight, "last": last}
 
 
 def gradients(
@@ -303,7 +317,8 @@ def finish_metrics(sums: dict[str, Any], metrics: MetricItems, examples: int) ->
 
 def predict_batch(state: TrainState, inputs: PyTree) -> Any:
     """Returns the model's outputs for one batch, in evaluation mode."""
-    return state.model.apply(state.params, state.model_state, inputs, train=False, key=None)[0]
+    params = evaluation_params(state.opt_state, state.params)
+    return state.model.apply(params, state.model_state, inputs, train=False, key=None)[0]
 
 
 def per_example(fn: Any, predictions: Any, batch: Dataset) -> Float[Array, "batch ..."]:

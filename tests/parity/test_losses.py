@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -29,6 +31,15 @@ REGRESSION = {
     jt.losses.squared_error_sum: lambda p, t: F.mse_loss(p, t, reduction="none").sum(dim=(1, 2)),
     jt.losses.euclidean_distance: lambda p, t: torch.linalg.vector_norm(p - t, dim=(1, 2)),
     jt.losses.cosine_distance: lambda p, t: 1 - F.cosine_similarity(p.flatten(1), t.flatten(1)),
+    jt.losses.huber: each(F.huber_loss),
+    functools.partial(jt.losses.huber, delta=0.5): each(functools.partial(F.huber_loss, delta=0.5)),
+    jt.losses.smooth_l1: each(F.smooth_l1_loss),
+    functools.partial(jt.losses.smooth_l1, beta=0.5): each(
+        functools.partial(F.smooth_l1_loss, beta=0.5)
+    ),
+    functools.partial(jt.losses.smooth_l1, beta=0): each(
+        functools.partial(F.smooth_l1_loss, beta=0)
+    ),
 }
 # No subnormal numbers: XLA flushes them to 0.
 VALUES = st.floats(-1e4, 1e4, width=32, allow_subnormal=False)
@@ -145,3 +156,46 @@ def test_bfloat16_cross_entropy_matches_pytorchs_autocast() -> None:
     )
     np.testing.assert_allclose(values, theirs, rtol=1e-6, atol=1e-6)
     np.testing.assert_allclose(values.mean(), theirs.mean(), rtol=1e-6)
+
+
+@given(
+    logits=hnp.arrays(np.float32, (4, 5), elements=st.floats(-20, 20, width=32)),
+    labels=hnp.arrays(np.int32, 4, elements=st.integers(0, 4)),
+    weight=hnp.arrays(np.float32, 5, elements=st.floats(0.125, 4, width=32)),
+    label_smoothing=st.sampled_from([0.0, 0.1, 1.0]),
+    weighted=st.booleans(),
+)
+def test_options_of_cross_entropy_match_pytorch(
+    logits, labels, weight, label_smoothing, weighted
+) -> None:
+    loss_fn = functools.partial(
+        jt.losses.cross_entropy,
+        label_smoothing=label_smoothing,
+        weight=jnp.asarray(weight) if weighted else None,
+    )
+
+    def theirs(predictions, targets):
+        return F.cross_entropy(
+            predictions,
+            targets.long(),
+            weight=torch.tensor(weight) if weighted else None,
+            label_smoothing=label_smoothing,
+            reduction="none",
+        )
+
+    assert_matches_pytorch(loss_fn, theirs, logits, labels, rtol=1e-5, scale=10.0)
+
+
+def test_a_step_with_class_weights_on_the_examples_has_pytorchs_mean(
+    small_state, small_classes
+) -> None:
+    weight = np.array([0.5, 1.0, 3.0], np.float32)
+    batch = small_classes[:16]
+    weights = jnp.asarray(weight)[batch.targets]
+    weighted = jt.Dataset(batch.inputs, batch.targets, weights)
+    loss = jt.evaluate(small_state, weighted, jt.losses.cross_entropy)["loss"]
+    logits = np.array(jt.predict(small_state, batch.inputs))
+    expected = torch.nn.CrossEntropyLoss(weight=torch.tensor(weight))(
+        torch.tensor(logits), torch.tensor(np.array(batch.targets)).long()
+    )
+    np.testing.assert_allclose(loss, expected.item(), rtol=1e-6)

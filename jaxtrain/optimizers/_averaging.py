@@ -1,0 +1,83 @@
+"""An exponential moving average of the parameters, kept in the state of the optimizer."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any, no_type_check
+
+import jax
+import jax.numpy as jnp
+import optax
+from jaxtyping import Array, Int, PyTree
+
+from jaxtrain.optimizers._numbers import Number, check_number
+
+
+# Not type-checked at run time: JAX rebuilds pytrees with placeholders for their leaves.
+@no_type_check
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class AverageState:
+    """State of `average_parameters`.
+
+    Attributes:
+      inner: state of the wrapped optimizer.
+      average: the average, with the structure of the parameters.
+      count: updates so far.
+      evaluate: whether evaluation and prediction use the average (static).
+    """
+
+    inner: PyTree
+    average: PyTree
+    count: Int[Array, ""]
+    evaluate: bool = dataclasses.field(metadata={"static": True})
+
+
+def average_parameters(
+    optimizer: optax.GradientTransformation, decay: Number = 0.999, *, evaluate: bool = True
+) -> optax.GradientTransformationExtraArgs:
+    """Returns an optimizer that also keeps an exponential moving average of the parameters.
+
+    Same as `torch.optim.swa_utils.AveragedModel` with `get_ema_multi_avg_fn(decay)`, updated after
+    each step: the average starts as the parameters after the first step, and then moves towards
+    the parameters by 1 − decay of the difference. It does not change the training.
+
+    `averaged_params(state.opt_state)` returns the average.
+
+    Args:
+      optimizer: any optax transformation.
+      decay: the part of the average that remains in each step, 0 … 1.
+      evaluate: whether `evaluate`, `predict` and the evaluations of `fit` and `train` use the
+        average in place of the parameters. Batch statistics are those of training.
+
+    Raises:
+      InputError: the decay is not in 0 … 1.
+
+    Example:
+      >>> optimizer = jt.optimizers.average_parameters(jt.optimizers.adam(1e-3), 0.99)
+      >>> state, history = jt.fit(jt.init_state(model, optimizer, ...), ...)
+      >>> params = jt.optimizers.averaged_params(state.opt_state)
+    """
+    check_number("decay", decay, lambda number: 0 <= number <= 1, "from 0 to 1")
+    inner = optax.with_extra_args_support(optimizer)
+
+    def init(params: PyTree) -> AverageState:
+        average = jax.tree.map(jnp.asarray, params)
+        return AverageState(inner.init(params), average, jnp.zeros((), jnp.int32), evaluate)
+
+    def update(
+        updates: PyTree, state: AverageState, params: PyTree | None = None, **extra_args: Any
+    ) -> tuple[PyTree, AverageState]:
+        updates, inner_state = inner.update(updates, state.inner, params, **extra_args)
+        first = state.count == 0
+
+        def move(average: Array, new: Array) -> Array:
+            if not jnp.issubdtype(average.dtype, jnp.inexact):
+                return new
+            moved = average + jnp.asarray(1 - decay, average.dtype) * (new - average)
+            return jnp.where(first, new, moved)
+
+        average = jax.tree.map(move, state.average, optax.apply_updates(params, updates))
+        return updates, AverageState(inner_state, average, state.count + 1, evaluate)
+
+    return optax.GradientTransformationExtraArgs(init, update)
