@@ -1,7 +1,7 @@
 """The classic PyTorch training tutorials as pure, compiled functions in JAX.
 
 Training is a pure function of a state and data: a step maps (state, batch) to (state, metrics), an
-epoch is a loop of steps, and a run is a loop of epochs.
+epoch is a loop of steps, a run is a loop of epochs, and a sweep is many runs at once.
 
     import jax, jaxtrain as jt
 
@@ -13,6 +13,7 @@ epoch is a loop of steps, and a run is a loop of epochs.
 """
 
 from jaxtrain import data, errors, losses, metrics, models, optimizers
+from jaxtrain.adapters import mixed_precision
 from jaxtrain.checkpoint import CheckpointOptions
 from jaxtrain.cli.progress import console as progress
 from jaxtrain.dataset import Dataset
@@ -28,11 +29,13 @@ from jaxtrain.export import load_params, save_params
 from jaxtrain.lowerings import use_cpu_lowerings
 from jaxtrain.model import Model
 from jaxtrain.optimizers import Minimum, minimize
+from jaxtrain.sweeps import SweepResult, SweepRun, SweepTable, load_sweep, sweep
 from jaxtrain.training import events
 from jaxtrain.training.early_stopping import EarlyStopping
 from jaxtrain.training.epoch import evaluate, predict, train_epoch
 from jaxtrain.training.fit import fit
 from jaxtrain.training.history import History
+from jaxtrain.training.run import train
 from jaxtrain.training.state import TrainState, init_state, to_module, with_optimizer
 from jaxtrain.training.step import apply_gradients, eval_step, gradients, train_step
 
@@ -51,6 +54,9 @@ __all__ = [
     "NonFiniteError",
     "OutOfMemoryError",
     "StorageError",
+    "SweepResult",
+    "SweepRun",
+    "SweepTable",
     "TrainState",
     "apply_gradients",
     "data",
@@ -62,15 +68,19 @@ __all__ = [
     "gradients",
     "init_state",
     "load_params",
+    "load_sweep",
     "losses",
     "metrics",
     "minimize",
+    "mixed_precision",
     "models",
     "optimizers",
     "predict",
     "progress",
     "save_params",
+    "sweep",
     "to_module",
+    "train",
     "train_epoch",
     "train_step",
     "use_cpu_lowerings",

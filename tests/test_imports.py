@@ -42,19 +42,22 @@ ORDER = [
         "_versions",
         "_arguments",
         "_files",
+        "_figures",
         "_safetensors",
+        "_device_memory",
         "lowerings",
         "dataset",
         "model",
         "losses",
         "metrics",
     ),
-    *("optimizers", "models", "adapters", "checkpoint", "training", "export", "data", "cli"),
+    *("optimizers", "models", "adapters", "checkpoint", "training", "sweeps", "export"),
+    *("data", "cli"),
 ]
 # The same inside the package of the training loop.
 TRAINING = [
     *("state", "step", "_validation", "epoch", "history", "early_stopping", "events", "_memory"),
-    *("_hidden", "_plan", "_nonfinite", "_identity", "fit"),
+    *("_hidden", "_plan", "_nonfinite", "_identity", "run", "fit"),
 ]
 
 

@@ -1,4 +1,4 @@
-"""Progress of `fit` on screen: a bar and lines, in a terminal, a file or Jupyter."""
+"""Progress of `fit` and `sweep` on screen: a bar and lines, in a terminal, a file or Jupyter."""
 
 from __future__ import annotations
 
@@ -15,6 +15,9 @@ from jaxtrain.training.events import (
     Event,
     OnEvent,
     Resumed,
+    RunsDone,
+    RunsHalved,
+    RunsRestored,
     StepsDone,
     every_steps,
 )
@@ -23,13 +26,15 @@ if TYPE_CHECKING:
     from rich.progress import Progress
 
 _REFRESHES_PER_SECOND = 5
+# Between two lines of a sweep, which may finish thousands of runs one at a time.
+_SECONDS_PER_LINE = 1.0
 
 
 @contextlib.contextmanager
 def console(
     *, log_interval: int = 100, epoch_interval: int = 1, test_examples: int | None = None
 ) -> Iterator[OnEvent]:
-    """Shows the progress of `fit`: a bar, and lines with losses.
+    """Shows the progress of `fit` or `sweep`: a bar, and lines with losses or finished runs.
 
     In a terminal both are written to stderr; without one, only the lines. In Jupyter they are the
     output of the cell.
@@ -40,7 +45,7 @@ def console(
       test_examples: size of the test set, to print an accuracy as correct/total.
 
     Yields:
-      The function to pass as `fit(..., on_event=...)`. A callback that calls it needs
+      The function to pass as `on_event` to `fit` or `sweep`. A callback that calls it needs
       `every_steps(log_interval, callback)` to receive the steps that are printed.
 
     Example:
@@ -53,13 +58,28 @@ def console(
         return
     check_integer(epoch_interval, "epoch_interval", minimum=1)
     with _screen() as (bar, print_line, refresh):
-        task = bar.add_task("compiling", total=None, loss="")
+        task = bar.add_task("compiling", total=None, loss="", unit="steps")
         plan = Compiled(0.0, 0, 0, 0)
         first_epoch: int | None = None
+        runs_line = -_SECONDS_PER_LINE
 
         def on_event(event: Event) -> None:
-            nonlocal plan, first_epoch
-            if isinstance(event, Compiled):
+            nonlocal plan, first_epoch, runs_line
+            if isinstance(event, RunsDone | RunsRestored | RunsHalved):
+                now = time.monotonic()
+                is_more = isinstance(event, RunsDone) and event.done < event.total
+                if not is_more or now - runs_line >= _SECONDS_PER_LINE:
+                    print_line(_runs_line(event))
+                    runs_line = now
+                if not isinstance(event, RunsHalved):
+                    bar.update(
+                        task,
+                        description="training",
+                        unit="runs",
+                        completed=event.done,
+                        total=event.total,
+                    )
+            elif isinstance(event, Compiled):
                 plan = event
                 bar.update(task, description="training", total=plan.epochs * plan.steps)
                 print_line(f"compiled in {plan.seconds:.1f} s")
@@ -106,7 +126,7 @@ def _screen() -> Iterator[tuple[Progress, Callable[[str], None], Callable[[], No
         TextColumn("{task.description}"),
         BarColumn(),
         MofNCompleteColumn(),
-        TextColumn("steps"),
+        TextColumn("{task.fields[unit]}"),
         TimeElapsedColumn(),
         TextColumn("+"),
         TimeRemainingColumn(),
@@ -145,6 +165,17 @@ def _jupyter_display(bar: Progress) -> Iterator[Callable[[], None]]:
         yield refresh
     finally:
         handle.update(bar)
+
+
+def _runs_line(event: RunsDone | RunsRestored | RunsHalved) -> str:
+    """Returns what a sweep has reported, on one line."""
+    if isinstance(event, RunsHalved):
+        return f"out of memory: continuing with {event.parallel} runs at once"
+    if isinstance(event, RunsRestored):
+        return f"{event.done}/{event.total} runs restored from the checkpoint folder"
+    compiled = f", compiled in {event.compile_seconds:.1f} s" if event.compile_seconds else ""
+    at_once = f"{event.parallel} at once" if event.parallel > 1 else "one at a time"
+    return f"{event.done}/{event.total} runs  {at_once}, {event.seconds:.2f} s{compiled}"
 
 
 def epoch_line(event: EpochDone, test_examples: int | None = None) -> str:

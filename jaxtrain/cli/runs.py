@@ -22,7 +22,7 @@ from jaxtrain._versions import device_name, versions
 from jaxtrain.cli.tables import Comparison
 from jaxtrain.errors import InputError, StorageError, add_recovery_note
 from jaxtrain.export import save_params
-from jaxtrain.training.events import Compiled, EpochDone, Event, Resumed
+from jaxtrain.training.events import Compiled, EpochDone, Event, Resumed, RunsDone
 from jaxtrain.training.state import TrainState
 
 if TYPE_CHECKING:
@@ -74,6 +74,7 @@ class RunFolder:
         self._has_started = False
         self._pictures: list[str] = []
         self._compile_seconds = 0.0
+        self._sweep_seconds = 0.0
         self._epochs: list[dict[str, Any]] = []
         self._history_written = 0.0
         self._resuming = resuming
@@ -132,11 +133,12 @@ class RunFolder:
         self._write_json("config.json", dataclasses.asdict(self.config))
 
     def record(self, event: Event, **extra: float | str) -> None:
-        """Records what `fit` reports.
+        """Records what `fit` or `sweep` reports.
 
         Args:
           event: `Compiled` calls `start`; completed epochs, also those of a checkpoint, become
-            rows of `history.csv`, which is written at most once per second.
+            rows of `history.csv`, which is written at most once per second. Of `RunsDone`, the
+            times are added to the summary.
           extra: additional columns of these rows.
         """
         if isinstance(event, Compiled):
@@ -148,6 +150,9 @@ class RunFolder:
             rows = zip(*columns.values(), strict=True)
             self._epochs += [{**dict(zip(columns, row, strict=True)), **extra} for row in rows]
             self._write_history()
+        elif isinstance(event, RunsDone):
+            self._compile_seconds += event.compile_seconds
+            self._sweep_seconds += event.seconds
         elif isinstance(event, EpochDone):
             self._epochs.append({**event.metrics, **extra})
             if time.perf_counter() - self._history_written > 1:
@@ -171,7 +176,7 @@ class RunFolder:
             **summary,
             "device": device_name(),
             "compile_seconds": self._compile_seconds,
-            "train_seconds": sum(row["seconds"] for row in self._epochs),
+            "train_seconds": self._sweep_seconds + sum(row["seconds"] for row in self._epochs),
             "total_seconds": time.perf_counter() - self._created,
             "pictures": self._pictures,
             "versions": versions(),

@@ -1,4 +1,4 @@
-"""Events: what `fit` reports while it runs, for progress bars, run folders and your own code."""
+"""Events: what `fit` and `sweep` report, for progress bars, run folders and your own code."""
 
 from __future__ import annotations
 
@@ -80,7 +80,47 @@ class EpochDone(NamedTuple):
     state: TrainState
 
 
-Event = Compiled | Resumed | StepsDone | EpochDone
+class RunsDone(NamedTuple):
+    """Reported by `sweep` after each batch of runs.
+
+    Attributes:
+      done: runs that have finished.
+      total: runs of the sweep.
+      parallel: runs that were trained at once.
+      compile_seconds: time of compiling their program; 0 if it was compiled before.
+      seconds: time of training them.
+    """
+
+    done: int
+    total: int
+    parallel: int
+    compile_seconds: float
+    seconds: float
+
+
+class RunsRestored(NamedTuple):
+    """Reported by `sweep` before it trains, if its checkpoint folder has finished runs.
+
+    Attributes:
+      done: runs in the folder.
+      total: runs of the sweep.
+    """
+
+    done: int
+    total: int
+
+
+class RunsHalved(NamedTuple):
+    """Reported by `sweep` when a batch of runs does not fit in memory and is tried again.
+
+    Attributes:
+      parallel: half as many runs, which are trained at once from now on.
+    """
+
+    parallel: int
+
+
+Event = Compiled | Resumed | StepsDone | EpochDone | RunsDone | RunsRestored | RunsHalved
 OnEvent = Callable[[Event], bool | None]
 
 

@@ -1,0 +1,202 @@
+"""Grid: the configurations of a sweep, checked, and grouped by the values that change programs."""
+
+from __future__ import annotations
+
+import inspect
+import itertools
+import math
+import numbers
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import jax.numpy as jnp
+import numpy as np
+
+from jaxtrain.errors import InputError
+
+_INT32 = np.iinfo(np.int32)
+
+
+class Group(NamedTuple):
+    """The runs of a sweep that share one program.
+
+    Attributes:
+      static: the values that the program is compiled for, by name.
+      indices: which runs of the sweep they are.
+      values: the values that the program receives, by name; arrays of shape [runs].
+    """
+
+    static: dict[str, Any]
+    indices: list[int]
+    values: dict[str, np.ndarray]
+
+
+class Grid(NamedTuple):
+    """All configurations of a sweep.
+
+    Attributes:
+      axes: the values of each axis, by name.
+      zipped: whether configuration k takes the k-th value of each axis.
+      static_argnames: the axes whose values the programs are compiled for.
+    """
+
+    axes: dict[str, tuple[Any, ...]]
+    zipped: bool
+    static_argnames: tuple[str, ...]
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """The lengths of the axes, or the number of configurations where they are zipped."""
+        lengths = tuple(map(len, self.axes.values()))
+        return lengths[:1] if self.zipped else lengths
+
+    @property
+    def configurations(self) -> list[dict[str, Any]]:
+        """The values by name, for each run in order; the last axis varies fastest."""
+        combine = zip(*self.axes.values(), strict=True) if self.zipped else None
+        rows = combine or itertools.product(*self.axes.values())
+        return [dict(zip(self.axes, row, strict=True)) for row in rows]
+
+    @property
+    def groups(self) -> list[Group]:
+        """The runs grouped by their static values."""
+        configurations = self.configurations
+        members: dict[tuple[int, ...], list[int]] = {}
+        for index, each in enumerate(configurations):
+            key = tuple(self.axes[name].index(each[name]) for name in self.static_argnames)
+            members.setdefault(key, []).append(index)
+        return [
+            Group(
+                {name: configurations[indices[0]][name] for name in self.static_argnames},
+                indices,
+                {
+                    name: _as_array([configurations[i][name] for i in indices])
+                    for name in self.axes
+                    if name not in self.static_argnames
+                },
+            )
+            for indices in members.values()
+        ]
+
+
+def make_grid(
+    run: Callable[..., Any],
+    axes: Mapping[str, Iterable[Any]],
+    *,
+    zipped: bool,
+    static_argnames: Sequence[str],
+) -> Grid:
+    """Returns the grid of a sweep.
+
+    Args:
+      run: the function that the configurations are passed to.
+      axes: the values of each axis, by name.
+      zipped: whether configuration k takes the k-th value of each axis.
+      static_argnames: axes to compile for each value of; those that do not hold numbers are added.
+
+    Raises:
+      InputError: an axis is empty or mixes types, the lengths of zipped axes differ, or `run` does
+        not take the axes as arguments.
+    """
+    if not isinstance(axes, Mapping) or not axes:
+        raise InputError(
+            f"axes is {axes!r}; expected a dict of at least one axis, such as "
+            '{"learning_rate": [0.01, 0.1]}',
+            argument="axes",
+        )
+    if isinstance(static_argnames, str):
+        static_argnames = (static_argnames,)
+    values = {name: _values(name, each) for name, each in axes.items()}
+    for seed in values.get("seed", ()):
+        if not _is_integer(seed):
+            raise InputError(f"the axis seed has {seed!r}; expected integers", argument="axes")
+    for name in static_argnames:
+        if name not in values:
+            raise InputError(
+                f"static_argnames has {name!r}; expected names of axes: {', '.join(values)}",
+                argument="static_argnames",
+            )
+    static = []
+    for name, each in values.items():
+        if name in static_argnames or not _are_numbers(name, each):
+            static.append(name)
+        elif any(isinstance(value, float) for value in each):
+            values[name] = tuple(map(float, each))
+    lengths = {name: len(each) for name, each in values.items()}
+    if zipped and len(set(lengths.values())) > 1:
+        found = ", ".join(f"{name} has {length}" for name, length in lengths.items())
+        raise InputError(
+            f"the axes differ in length: {found} values; expected equal lengths, or zipped=False",
+            argument="axes",
+        )
+    grid = Grid(values, zipped, tuple(static))
+    _check_signature(run, grid)
+    return grid
+
+
+def _values(name: str, values: Any) -> tuple[Any, ...]:
+    """Returns the values of an axis, numbers as Python's own."""
+    is_iterable = isinstance(values, Iterable) and len(getattr(values, "shape", (0,))) == 1
+    if isinstance(values, (str, bytes, Mapping)) or not is_iterable:
+        raise InputError(
+            f"the axis {name} is {values!r}; expected a sequence of values, such as a list",
+            argument="axes",
+        )
+    found = tuple(
+        value.item() if hasattr(value, "dtype") and np.ndim(value) == 0 else value
+        for value in values
+    )
+    if not found:
+        raise InputError(f"the axis {name} is empty; expected at least one value", argument="axes")
+    return found
+
+
+def _is_integer(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+def _are_numbers(name: str, values: tuple[Any, ...]) -> bool:
+    """Returns whether an axis holds numbers, and raises InputError if it mixes types."""
+    flags = [isinstance(v, numbers.Real) and not isinstance(v, bool) for v in values]
+    if all(flags):
+        for value in values:
+            if _is_integer(value) and not _INT32.min <= value <= _INT32.max:
+                raise InputError(
+                    f"the axis {name} has {value}; expected integers of 32 bits", argument="axes"
+                )
+            if math.isnan(value):
+                raise InputError(f"the axis {name} has {value}; expected numbers", argument="axes")
+        return True
+    kinds = {type(value): value for value in values}
+    if len(kinds) > 1:
+        first, second = list(kinds.values())[:2]
+        raise InputError(
+            f"the axis {name} mixes {first!r} and {second!r}; expected values of one type, or "
+            f"{name} among static_argnames",
+            argument="axes",
+        )
+    return False
+
+
+def _as_array(values: list[Any]) -> np.ndarray:
+    if all(map(_is_integer, values)):
+        return np.array(values, np.int32)
+    return np.array(values, jnp.result_type(float))
+
+
+def _check_signature(run: Callable[..., Any], grid: Grid) -> None:
+    """Raises InputError unless `run` takes the axes as named arguments."""
+    names = ", ".join(grid.axes)
+    if not callable(run):
+        raise InputError(f"run is {run!r}; expected a function, run({names})", argument="run")
+    try:
+        signature = inspect.signature(run)
+    except (TypeError, ValueError):  # some functions written in C have none
+        return
+    try:
+        signature.bind(**dict.fromkeys(grid.axes))
+    except TypeError as error:
+        raise InputError(
+            f"run{signature} does not take the axes {names} ({error}); expected run({names})",
+            argument="run",
+        ) from error

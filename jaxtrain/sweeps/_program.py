@@ -1,0 +1,130 @@
+"""Programs that train some runs of a group at once."""
+
+from __future__ import annotations
+
+import functools
+import time
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import PyTree
+
+from jaxtrain import _device_memory
+from jaxtrain._safetensors import to_words
+from jaxtrain.checkpoint import digest_program
+from jaxtrain.errors import InputError
+from jaxtrain.sweeps._grid import Group
+
+
+class _Compiled(NamedTuple):
+    """A program, the arrays that the run captures, and the seconds of compiling."""
+
+    program: jax.stages.Compiled
+    captured: list[Any]
+    seconds: float
+
+
+class Program:
+    """The function of a group of runs, compiled for some numbers of runs.
+
+    Attributes:
+      group: the runs.
+      shapes: what one run returns, as a pytree of `jax.ShapeDtypeStruct`.
+    """
+
+    def __init__(self, run: Callable[..., PyTree], group: Group) -> None:
+        self.group = group
+        self._run = functools.partial(run, **group.static)
+        self._traced = self._trace(1)
+        # Without the axis over the runs.
+        self.shapes = jax.tree.map(
+            lambda leaf: jax.ShapeDtypeStruct(leaf.shape[1:], leaf.dtype), self._traced.out_info
+        )
+        self._compiled: dict[int, _Compiled] = {}
+
+    def _trace(self, size: int) -> jax.stages.Traced:
+        def train(values: dict[str, jax.Array]) -> PyTree:
+            if size == 1:  # compiles as the run itself, not as a batch of one
+                alone = {name: value[0] for name, value in values.items()}
+                return jax.tree.map(lambda leaf: jnp.expand_dims(leaf, 0), self._run(**alone))
+            return jax.vmap(lambda each: self._run(**each), axis_size=size)(values)
+
+        try:
+            return jax.jit(train).trace(self._shapes_of(size))
+        except (TypeError, ValueError, IndexError) as error:  # ConcretizationTypeError and others
+            if not isinstance(error, jax.errors.JAXTypeError) and "Trace" not in str(error):
+                raise
+            names = ", ".join(self.group.values)
+            raise InputError(
+                f"run needs the value of one of its arguments {names} while it is compiled, for "
+                "example as a shape or in an if; name that axis among static_argnames",
+                argument="static_argnames",
+            ) from error
+
+    def _shapes_of(self, size: int) -> dict[str, jax.ShapeDtypeStruct]:
+        return {
+            name: jax.ShapeDtypeStruct((size,), array.dtype)
+            for name, array in self.group.values.items()
+        }
+
+    def digest(self) -> str:
+        """Returns a digest of the traced run and the arrays that it has captured."""
+        return digest_program(self._traced)
+
+    def compile(self, size: int) -> float:
+        """Compiles for a number of runs; returns the seconds that this took, the first time."""
+        self._compile(size)
+        compiled = self._compiled[size]
+        self._compiled[size] = compiled._replace(seconds=0.0)
+        return compiled.seconds
+
+    def _compile(self, size: int) -> None:
+        if size not in self._compiled:
+            started = time.perf_counter()
+            traced = self._traced if size == 1 else self._trace(size)
+            program, captured = traced.jaxpr.jaxpr, traced.jaxpr.consts
+
+            # The arrays that the run captures, such as the data, become arguments: as constants
+            # they would be copied into the program, and compiling would take seconds longer.
+            def train(captured: list[Any], values: dict[str, jax.Array]) -> list[jax.Array]:
+                return jax.core.eval_jaxpr(program, captured, *jax.tree.leaves(values))
+
+            lowered = jax.jit(train).lower(captured, self._shapes_of(size))
+            compiled = lowered.compile()
+            self._compiled[size] = _Compiled(compiled, captured, time.perf_counter() - started)
+
+    def fits(self, size: int) -> bool:
+        """Returns whether the program for a number of runs fits in the free memory."""
+        self._compile(size)
+        needed = _device_memory.working_bytes(self._compiled[size].program)
+        return needed <= _device_memory.USABLE_FRACTION * _device_memory.free_bytes()
+
+    def train(self, positions: list[int], size: int) -> list[np.ndarray]:
+        """Trains the runs at these positions of the group.
+
+        Args:
+          positions: which runs, at most `size`; the last one fills up the rest of the program.
+          size: the number of runs of the compiled program.
+
+        Returns:
+          The leaves of what the runs return, on the host, each with a leading axis over the runs.
+        """
+        padded = positions + positions[-1:] * (size - len(positions))
+        values = {name: array[padded] for name, array in self.group.values.items()}
+        compiled = self._compiled[size]
+        leaves = compiled.program(compiled.captured, values)
+        return [np.asarray(to_words(leaf))[: len(positions)] for leaf in leaves]
+
+    def assemble(self, leaves: list[np.ndarray]) -> PyTree:
+        """Returns the pytree of leaves that `train` has returned, with PRNG keys as keys."""
+        shapes, structure = jax.tree.flatten(self.shapes)
+        found = [
+            jax.random.wrap_key_data(jnp.asarray(leaf), impl=shape.dtype)
+            if jnp.issubdtype(shape.dtype, jax.dtypes.prng_key)
+            else leaf
+            for leaf, shape in zip(leaves, shapes, strict=True)
+        ]
+        return jax.tree.unflatten(structure, found)

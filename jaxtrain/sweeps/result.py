@@ -1,0 +1,439 @@
+"""SweepResult: the histories and states of a sweep, by the axes of its grid."""
+
+from __future__ import annotations
+
+import csv
+import dataclasses
+import io
+import json
+import operator
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import PyTree
+
+from jaxtrain._files import write_atomically
+from jaxtrain.checkpoint import encode_arrays, read_arrays
+from jaxtrain.errors import InputError
+from jaxtrain.training.state import TrainState
+
+if TYPE_CHECKING:
+    from jaxtrain._figures import Figure
+
+Mode = Literal["min", "max"]
+
+
+class SweepRun(NamedTuple):
+    """One run of a sweep.
+
+    Attributes:
+      configuration: its value on each axis, by name.
+      history: its columns by name; arrays of shape [epochs].
+      state: the state that it returned, or None if it returned none.
+    """
+
+    configuration: dict[str, Any]
+    history: dict[str, np.ndarray]
+    state: TrainState | None
+
+
+@dataclasses.dataclass(frozen=True)
+class SweepTable:
+    """A table of a sweep, which prints itself.
+
+    Attributes:
+      headings: the names of the columns.
+      rows: the cells of each row, as text.
+    """
+
+    headings: list[str]
+    rows: list[list[str]]
+
+    def __str__(self) -> str:
+        lines = [self.headings, *self.rows]
+        widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+        return "\n".join(
+            "  ".join(cell.rjust(width) for cell, width in zip(line, widths, strict=True)).rstrip()
+            for line in lines
+        )
+
+    def __repr__(self) -> str:
+        return str(self)
+
+
+class SweepResult:
+    """What the runs of a sweep have returned, by the axes of its grid.
+
+    Attributes:
+      axes: the values of each axis, by name.
+      configurations: the value on each axis by name, for each run; the last axis varies fastest.
+      shape: the lengths of the axes, or the number of runs where the axes are zipped.
+
+    Example:
+      >>> result = jt.sweep(run, {"learning_rate": [0.01, 0.1], "seed": range(5)})
+      >>> result["test_accuracy"].shape
+      (2, 5, 10)
+      >>> best = result.best("test_accuracy", mode="max")
+      >>> print(result.table(over="seed"))
+    """
+
+    def __init__(
+        self,
+        axes: dict[str, tuple[Any, ...]],
+        configurations: list[dict[str, Any]],
+        shape: tuple[int, ...],
+        outputs: list[tuple[list[int], PyTree]],
+    ) -> None:
+        """Makes the result from what the runs have returned.
+
+        Args:
+          axes: the values of each axis, by name.
+          configurations: the value on each axis by name, for each run.
+          shape: the lengths of the axes.
+          outputs: for each group of runs with the same shapes, which runs they are and what they
+            have returned, stacked along a leading axis.
+        """
+        self.axes = axes
+        self.configurations = configurations
+        self.shape = shape
+        self._outputs = outputs
+
+    def __repr__(self) -> str:
+        lengths = ", ".join(f"{name}: {len(values)}" for name, values in self.axes.items())
+        return f"SweepResult({len(self.configurations)} runs, {lengths}; {', '.join(self.columns)})"
+
+    @property
+    def columns(self) -> list[str]:
+        """The names of the histories' columns; empty if the runs return no history."""
+        return list(history_of(self._outputs[0][1]) or {})
+
+    @property
+    def outputs(self) -> PyTree:
+        """What the runs have returned, as one pytree with leading axes [axes...].
+
+        Raises:
+          InputError: the runs return arrays of different shapes.
+        """
+        trees = [tree for _, tree in self._outputs]
+        leaves = zip(*map(jax.tree.leaves, trees), strict=True)
+        stacked = [self._stack("an array of the runs' outputs", list(each)) for each in leaves]
+        return jax.tree.unflatten(jax.tree.structure(trees[0]), stacked)
+
+    def __getitem__(self, column: str) -> np.ndarray:
+        """Returns a column of the histories.
+
+        Args:
+          column: its name.
+
+        Returns:
+          An array of shape [axes..., epochs], or [axes...] if the runs return a scalar. A run that
+          has diverged has NaN in its own rows. The rows after early stopping are NaN.
+
+        Raises:
+          InputError: there is no such column, or its shape differs between the runs.
+        """
+        if column not in self.columns:
+            found = ", ".join(self.columns) or "none: its runs return neither (state, history) nor "
+            found += "" if self.columns else "a dict of arrays"
+            raise InputError(f"the sweep has no column {column!r}; expected one of {found}")
+        return self._stack(
+            f"the column {column!r}", [history_of(t)[column] for _, t in self._outputs]
+        )
+
+    def _stack(self, name: str, parts: list[Any]) -> Any:
+        """Returns the arrays of all groups as one array of shape [axes..., ...]."""
+        shapes = {part.shape[1:] for part in parts}
+        if len(shapes) > 1:
+            raise InputError(
+                f"{name} has the shapes {', '.join(map(str, sorted(shapes)))} in different runs; "
+                "expected the same shape in all of them"
+            )
+        order = np.argsort([index for indices, _ in self._outputs for index in indices])
+        numpy = isinstance(parts[0], np.ndarray)  # PRNG keys are arrays of JAX
+        joined: Any = np.concatenate(parts) if numpy else jnp.concatenate(parts)
+        return joined[order].reshape(self.shape + joined.shape[1:])
+
+    def final(self, column: str) -> np.ndarray:
+        """Returns the value of a column for the state that each run has returned.
+
+        Args:
+          column: its name.
+
+        Returns:
+          An array of shape [axes...]: the last epoch, or the best one where a run of `jt.train`
+          has stopped early.
+
+        Raises:
+          InputError: there is no such column, or it has more than one value per epoch.
+        """
+        values = self[column]
+        extra = values.ndim - len(self.shape)
+        if extra == 0:
+            return values
+        if extra > 1:
+            shape = list(values.shape[len(self.shape) :])
+            raise InputError(
+                f"the column {column!r} has the shape {shape} in each run; expected one value per "
+                "epoch"
+            )
+        rows = np.full(len(self.configurations), values.shape[-1] - 1)
+        for indices, tree in self._outputs:
+            state, history = _state(tree), history_of(tree) or {}
+            if state is not None and "epoch" in history:
+                rows[indices] = np.argmax(history["epoch"] == state.epoch[:, None], axis=1)
+        return np.take_along_axis(values, rows.reshape(*self.shape, 1), axis=-1)[..., 0]
+
+    def run(self, index: int) -> SweepRun:
+        """Returns one run.
+
+        Args:
+          index: its position in `configurations`.
+        """
+        index = range(len(self.configurations))[index]
+        for indices, tree in self._outputs:
+            if index in indices:
+                alone = jax.tree.map(operator.itemgetter(indices.index(index)), tree)
+                state = jax.tree.map(jnp.asarray, _state(alone))
+                return SweepRun(self.configurations[index], history_of(alone) or {}, state)
+        raise AssertionError(index)
+
+    def best(self, column: str, mode: Mode | None = None) -> SweepRun:
+        """Returns the run with the best final value of a column.
+
+        Args:
+          column: its name.
+          mode: "min" if smaller is better, "max" if larger is better. May be left out for losses,
+            the columns whose names end in "loss".
+
+        Raises:
+          InputError: the mode is missing, or all runs have diverged.
+        """
+        if mode is None and column.endswith("loss"):
+            mode = "min"
+        if mode not in ("min", "max"):
+            raise InputError(
+                f"mode is {mode!r}; expected 'min' or 'max', which only a column that ends in "
+                f"'loss' does not need, and {column!r} does not",
+                argument="mode",
+            )
+        values = np.ravel(self.final(column)) * (1 if mode == "min" else -1)
+        if np.isnan(values).all():
+            raise InputError(f"{column} is NaN in every run; expected one that has not diverged")
+        return self.run(int(np.nanargmin(values)))
+
+    def table(self, columns: Sequence[str] | None = None, *, over: Any = ()) -> SweepTable:
+        """Returns the final values as a table, averaged over some of the axes.
+
+        Args:
+          columns: the columns to show; by default the losses and the test and validation metrics.
+          over: the axis, or the axes, over which to average; the cells are then "mean ± standard
+            deviation" over the finite runs, and a further column counts the diverged ones.
+
+        Raises:
+          InputError: there is no such axis or column.
+        """
+        if columns is None:
+            columns = [n for n in self.columns if n == "train_loss" or n.startswith(_HELD_OUT)]
+            columns = columns or [n for n in self.columns if self[n].ndim <= len(self.shape) + 1]
+        finals = {name: np.ravel(self.final(name)) for name in columns}
+        groups = list(self._averaged(over))
+        headings = [name for name in self.axes if name not in _names(over)] + list(columns)
+        rows = [
+            [*map(_format, shown.values()), *(_cell(finals[n][indices]) for n in columns)]
+            for shown, indices in groups
+        ]
+        diverged = [
+            sum(not all(np.isfinite(finals[n][i]) for n in columns) for i in indices)
+            for _, indices in groups
+        ]
+        if any(diverged):
+            headings.append("diverged")
+            for row, count, (_, indices) in zip(rows, diverged, groups, strict=True):
+                row.append(f"{count} of {len(indices)}")
+        return SweepTable(headings, rows)
+
+    def _averaged(self, over: Any) -> Iterator[tuple[dict[str, Any], list[int]]]:
+        """Yields each configuration of the other axes, and the runs that have it."""
+        for name in _names(over):
+            if name not in self.axes:
+                raise InputError(
+                    f"over has {name!r}; expected axes of the sweep: {', '.join(self.axes)}",
+                    argument="over",
+                )
+        found: list[tuple[dict[str, Any], list[int]]] = []
+        for index, each in enumerate(self.configurations):
+            shown = {name: value for name, value in each.items() if name not in _names(over)}
+            for other, indices in found:
+                if other == shown:
+                    indices.append(index)
+                    break
+            else:
+                found.append((shown, [index]))
+        yield from found
+
+    def to_csv(self, path: str | os.PathLike[str]) -> None:
+        """Writes the histories as CSV: one line per run and epoch, with the run's configuration.
+
+        Columns with several values per epoch, such as `step_losses`, are left out, and so are the
+        epochs after early stopping.
+
+        Args:
+          path: the file; replaced if it exists.
+        """
+        text = io.StringIO()
+        writer = csv.writer(text, lineterminator="\n")
+        histories = [self.run(index) for index in range(len(self.configurations))]
+        names = [name for name in self.columns if np.ndim(histories[0].history[name]) <= 1]
+        writer.writerow(["run", *self.axes, *names])
+        for index, (configuration, history, _) in enumerate(histories):
+            lengths = [len(history[name]) for name in names if np.ndim(history[name])]
+            for row in range(max(lengths, default=1)):
+                if np.any(history.get("epoch", np.ones(row + 1))[row] != 0):
+                    values = [np.atleast_1d(history[name]) for name in names]
+                    cells = [value[min(row, len(value) - 1)].item() for value in values]
+                    writer.writerow([index, *map(_format, configuration.values()), *cells])
+        write_atomically(Path(path), text.getvalue().encode())
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Writes the axes and the histories to one file, for `load_sweep`.
+
+        The states are not written. `sweep(..., checkpoint=folder)` keeps them in a folder, and
+        `jt.save_params(path, result.best(...).state.params)` writes those of one run.
+
+        Args:
+          path: the file, by convention with the suffix .safetensors; replaced if it exists.
+        """
+        arrays = {
+            f"{group}.{name}": column
+            for group, (_, tree) in enumerate(self._outputs)
+            for name, column in (history_of(tree) or {}).items()
+        }
+        metadata = {
+            "axes": {name: list(map(_plain, values)) for name, values in self.axes.items()},
+            "configurations": [
+                {name: _plain(value) for name, value in each.items()}
+                for each in self.configurations
+            ],
+            "shape": self.shape,
+            "indices": [indices for indices, _ in self._outputs],
+            "columns": self.columns,
+        }
+        write_atomically(Path(path), encode_arrays(arrays, metadata))
+
+    def line_plot(self, column: str, *, x: str | None = None, over: Any = ()) -> Figure:
+        """Draws the final value of a column against one axis, with a band over others.
+
+        Args:
+          column: its name.
+          x: the axis along the picture; by default the first one that is not in `over`.
+          over: the axis, or the axes, over which to average; the band is mean ± standard
+            deviation. There is one line for each configuration of the remaining axes.
+
+        Returns:
+          A matplotlib figure; `figure.savefig(path)` writes it.
+        """
+        from jaxtrain.sweeps import _pictures
+
+        return _pictures.line_plot(self, column, x, over)
+
+    def heat_map(self, column: str, *, x: str | None = None, y: str | None = None) -> Figure:
+        """Draws the final value of a column over two axes, averaged over the others.
+
+        Args:
+          column: its name.
+          x: the axis along the picture; by default the second one.
+          y: the axis up the picture; by default the first one.
+
+        Returns:
+          A matplotlib figure; `figure.savefig(path)` writes it.
+        """
+        from jaxtrain.sweeps import _pictures
+
+        return _pictures.heat_map(self, column, x, y)
+
+
+_HELD_OUT = ("test_", "validation_")
+
+
+def load_sweep(path: str | os.PathLike[str]) -> SweepResult:
+    """Reads a file of `SweepResult.save`; its runs have no states.
+
+    Args:
+      path: the file.
+
+    Raises:
+      InputError: the file is missing, damaged, or something else.
+    """
+    arrays, metadata = read_arrays(Path(path))
+    try:
+        axes = {name: tuple(map(_hashable, values)) for name, values in metadata["axes"].items()}
+        configurations = [
+            {name: _hashable(value) for name, value in each.items()}
+            for each in metadata["configurations"]
+        ]
+        outputs = [
+            (indices, {name: arrays[f"{group}.{name}"] for name in metadata["columns"]})
+            for group, indices in enumerate(metadata["indices"])
+        ]
+        return SweepResult(axes, configurations, tuple(metadata["shape"]), outputs)
+    except (LookupError, TypeError, AttributeError) as error:
+        raise InputError(f"{path} is no sweep; expected a file of SweepResult.save") from error
+
+
+def history_of(output: PyTree) -> Any:
+    """Returns the dict of arrays in what a run returns, or None."""
+    if isinstance(output, tuple) and len(output) == 2 and not hasattr(output, "_fields"):
+        output = output[1]
+    return output if isinstance(output, Mapping) and _has_arrays(output) else None
+
+
+def _has_arrays(columns: Mapping[str, Any]) -> bool:
+    return all(hasattr(column, "shape") for column in columns.values())
+
+
+def _state(output: PyTree) -> TrainState | None:
+    """Returns the state in what a run returns, or None."""
+    is_pair = isinstance(output, tuple) and len(output) == 2
+    return output[0] if is_pair and isinstance(output[0], TrainState) else None
+
+
+def _names(over: Any) -> tuple[str, ...]:
+    return (over,) if isinstance(over, str) else tuple(over)
+
+
+def _format(value: Any) -> str:
+    """Returns a value of an axis as text."""
+    return f"{value:g}" if isinstance(value, float) else str(value)
+
+
+def _cell(values: np.ndarray) -> str:
+    """Returns the mean of the finite values, with their standard deviation if there are several."""
+    finite = np.asarray(values[np.isfinite(values)], np.float64)
+    if not len(finite):
+        return "nan"
+    mean = f"{finite.mean():.4g}"
+    return mean if len(finite) == 1 else f"{mean} ± {_deviation(finite):.2g}"
+
+
+def _deviation(values: np.ndarray) -> float:
+    """Returns the sample standard deviation, NaN for a single value."""
+    return float(np.std(values, ddof=1)) if len(values) > 1 else float("nan")
+
+
+def _plain(value: Any) -> Any:
+    """Returns a value of an axis as JSON has it, or as text."""
+    try:
+        json.dumps(value, allow_nan=False)
+    except (TypeError, ValueError):
+        return repr(value)
+    return value
+
+
+def _hashable(value: Any) -> Any:
+    """Returns a value as it was before JSON turned tuples into lists."""
+    return tuple(map(_hashable, value)) if isinstance(value, list) else value

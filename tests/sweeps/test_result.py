@@ -1,0 +1,173 @@
+"""SweepResult: the best run, tables, files and pictures of a sweep solved by hand."""
+
+from __future__ import annotations
+
+import csv
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import jaxtrain as jt
+
+
+def run(slope, seed):
+    """Loss after epoch t: slope / t + seed; NaN for slope 9."""
+    epoch = jnp.arange(1, 5)
+    loss = jnp.where(slope == 9, jnp.nan, slope / epoch + seed)
+    return {
+        "epoch": epoch,
+        "test_loss": loss,
+        "test_accuracy": 1 / (1 + loss),
+        "step_losses": jnp.stack([loss, loss], axis=1),
+    }
+
+
+@pytest.fixture(scope="module")
+def result() -> jt.SweepResult:
+    return jt.sweep(run, {"slope": [4.0, 8.0], "seed": [0, 1, 2]})
+
+
+@pytest.fixture(scope="module")
+def diverged() -> jt.SweepResult:
+    return jt.sweep(run, {"slope": [4.0, 9.0], "seed": [0, 1, 2]})
+
+
+def test_final_is_the_last_epoch(result) -> None:
+    assert result.final("test_loss").tolist() == [[1, 2, 3], [2, 3, 4]]
+
+
+def test_final_is_the_best_epoch_after_early_stopping(small_state, small_classes) -> None:
+    train, validation = small_classes.split(0.2, jax.random.key(0))
+
+    def run(learning_rate):
+        state = jt.with_optimizer(small_state, jt.optimizers.sgd(learning_rate))
+        return jt.train(
+            state,
+            train,
+            validation_data=validation,
+            loss_fn=jt.losses.cross_entropy,
+            epochs=30,
+            batch_size=16,
+            early_stopping=jt.EarlyStopping(2),
+        )
+
+    result = jt.sweep(run, {"learning_rate": [1.0, 3.0]}, parallel=2)
+    losses = result["validation_loss"]
+    assert np.isnan(losses).any()
+    np.testing.assert_array_equal(result.final("validation_loss"), np.nanmin(losses, axis=1))
+
+
+def test_best_needs_a_mode_unless_the_column_is_a_loss(result) -> None:
+    best = result.best("test_loss")
+    assert best.configuration == {"slope": 4.0, "seed": 0}
+    assert best.history["test_loss"].tolist() == pytest.approx([4, 2, 4 / 3, 1])
+    assert best.state is None
+    assert result.best("test_accuracy", mode="max").configuration == best.configuration
+    assert result.best("test_accuracy", mode="min").configuration == {"slope": 8.0, "seed": 2}
+    with pytest.raises(jt.InputError, match="mode is None; expected 'min' or 'max'"):
+        result.best("test_accuracy")
+
+
+def test_best_skips_diverged_runs_unless_all_have_diverged(diverged) -> None:
+    assert diverged.best("test_accuracy", mode="min").configuration == {"slope": 4.0, "seed": 2}
+    nan = jt.sweep(run, {"slope": [9.0], "seed": [0, 1]})
+    with pytest.raises(jt.InputError, match="test_loss is NaN in every run"):
+        nan.best("test_loss")
+
+
+def test_a_missing_column_is_named(result) -> None:
+    with pytest.raises(
+        jt.InputError,
+        match="no column 'loss'; expected one of epoch, step_losses, test_accuracy, test_loss",
+    ):
+        result["loss"]
+    with pytest.raises(jt.InputError, match=r"'step_losses' has the shape \[4, 2\] in each run"):
+        result.final("step_losses")
+    with pytest.raises(jt.InputError, match="no column 'x'; expected one of none"):
+        jt.sweep(lambda seed: seed, {"seed": [1]})["x"]
+
+
+def test_the_table_shows_mean_and_sample_standard_deviation(result) -> None:
+    table = result.table(["test_loss"], over="seed")
+    assert table.headings == ["slope", "test_loss"]
+    assert table.rows == [["4", "2 ± 1"], ["8", "3 ± 1"]]  # of 1, 2, 3 and 2, 3, 4
+    assert str(table) == "slope  test_loss\n    4      2 ± 1\n    8      3 ± 1"
+    assert len(result.table().rows) == 6
+    assert result.table(["test_loss"], over=["slope", "seed"]).rows == [["2.5 ± 1"]]
+    with pytest.raises(
+        jt.InputError, match="over has 'x'; expected axes of the sweep: slope, seed"
+    ):
+        result.table(over="x")
+
+
+def test_the_table_counts_diverged_runs(diverged) -> None:
+    table = diverged.table(["test_loss"], over="seed")
+    assert table.headings == ["slope", "test_loss", "diverged"]
+    assert table.rows == [["4", "2 ± 1", "0 of 3"], ["9", "nan", "3 of 3"]]
+
+
+def test_csv_has_one_line_per_run_and_epoch(result, tmp_path) -> None:
+    result.to_csv(tmp_path / "sweep.csv")
+    with (tmp_path / "sweep.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    assert list(rows[0]) == ["run", "slope", "seed", "epoch", "test_accuracy", "test_loss"]
+    assert len(rows) == 24
+    last = rows[-1]
+    assert (last["run"], last["slope"], last["seed"], last["epoch"]) == ("5", "8", "2", "4")
+    assert float(last["test_loss"]) == 4
+
+
+def test_a_saved_sweep_is_read_back(tmp_path) -> None:
+    def run(widths, scale):
+        return {"loss": scale * jnp.ones(len(widths)).sum()}
+
+    axes = {"widths": [(2, 3), (4,)], "scale": [1.0, 0.5]}
+    result = jt.sweep(run, axes)
+    result.save(tmp_path / "sweep.safetensors")
+    found = jt.load_sweep(tmp_path / "sweep.safetensors")
+    assert found.axes == {"widths": ((2, 3), (4,)), "scale": (1.0, 0.5)}
+    assert found.configurations == result.configurations
+    assert found["loss"].tolist() == [[2, 1], [1, 0.5]]
+    assert found.best("loss").configuration == {"widths": (4,), "scale": 0.5}
+    assert str(found.table()) == str(result.table())
+
+
+def test_another_file_is_no_sweep(small_state, tmp_path) -> None:
+    jt.save_params(tmp_path / "params.safetensors", small_state)
+    with pytest.raises(jt.InputError, match=r"params\.safetensors"):
+        jt.load_sweep(tmp_path / "params.safetensors")
+    with pytest.raises(jt.InputError, match="cannot be read"):
+        jt.load_sweep(tmp_path / "missing")
+
+
+def test_a_heat_map_shows_the_mean_over_the_other_axes() -> None:
+    result = jt.sweep(
+        lambda a, b, c: {"loss": 100.0 * a + 10.0 * b + c},
+        {"a": [1, 2], "b": [0, 1, 2], "c": [1, 3]},
+    )
+    figure = result.heat_map("loss", x="b", y="a")
+    image = figure.axes[0].images[0].get_array()
+    assert np.asarray(image).tolist() == [[102, 112, 122], [202, 212, 222]]
+    with pytest.raises(jt.InputError, match="expected two axes for a heat map"):
+        jt.sweep(lambda a: {"loss": a}, {"a": [1, 2]}).heat_map("loss")
+
+
+def test_a_line_plot_has_a_band_of_one_standard_deviation(result) -> None:
+    figure = result.line_plot("test_loss", over="seed")
+    (line,) = figure.axes[0].lines
+    assert line.get_xdata().tolist() == [4, 8]
+    assert line.get_ydata().tolist() == [2, 3]
+    vertices = figure.axes[0].collections[0].get_paths()[0].vertices
+    assert {tuple(each) for each in vertices.tolist()} == {(4, 1), (4, 3), (8, 2), (8, 4)}
+    lines = result.line_plot("test_loss", x="seed").axes[0].lines
+    assert [each.get_label() for each in lines] == ["slope 4", "slope 8"]
+    with pytest.raises(jt.InputError, match="the sweep has no axis 'x'"):
+        result.line_plot("test_loss", x="x")
+
+
+def test_the_representation_names_runs_axes_and_columns(result) -> None:
+    assert repr(result) == (
+        "SweepResult(6 runs, slope: 2, seed: 3; epoch, step_losses, test_accuracy, test_loss)"
+    )

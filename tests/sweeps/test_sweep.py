@@ -1,0 +1,250 @@
+"""sweep: the runs of a grid against the same runs alone, batches, memory, bad input."""
+
+from __future__ import annotations
+
+import itertools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import jaxtrain as jt
+from jaxtrain.sweeps import _program
+from jaxtrain.training.events import RunsDone, RunsHalved
+
+LOSS = jt.losses.cross_entropy
+# The type checker of `make test TYPES=1` raises before these checks do.
+wrong_types = pytest.mark.skipif(
+    hasattr(jt.init_state, "__wrapped__"), reason="the type checker raises first"
+)
+
+
+@pytest.fixture
+def run(small_classes):
+    """A run of two axes on small data, which returns (state, history)."""
+    train, validation = small_classes.split(0.2, jax.random.key(0))
+
+    def run(learning_rate, seed):
+        key = jax.random.key(seed)
+        model = jt.models.FeedForward(features=(8, 3), dropout_rate=0.2, mean=0.0, std=1.0)
+        optimizer = jt.optimizers.sgd(learning_rate, momentum=0.9)
+        state = jt.init_state(model, optimizer, train.inputs[:1], key=key)
+        return jt.train(state, train, validation, loss_fn=LOSS, epochs=3, batch_size=16, key=key)
+
+    return run
+
+
+def line(slope, offset=0.0):
+    """A run that is solved by hand: the loss after step t is slope / t + offset."""
+    return {"loss": slope / jnp.arange(1.0, 5.0) + offset, "slope": slope}
+
+
+AXES = {"learning_rate": [0.01, 0.1, 0.3], "seed": range(4)}
+
+
+@pytest.mark.parametrize("parallel", ["auto", 1, 5, 100])
+def test_every_run_equals_the_run_alone(run, parallel) -> None:
+    result = jt.sweep(run, AXES, parallel=parallel)
+    assert result["test_loss"].shape == (3, 4, 3)
+    assert result["step_losses"].shape == (3, 4, 3, 3)
+    for i, rate in enumerate(AXES["learning_rate"]):
+        for j, seed in enumerate(AXES["seed"]):
+            state, history = run(jnp.float32(rate), jnp.int32(seed))
+            np.testing.assert_allclose(
+                result["test_loss"][i, j], history["test_loss"], rtol=1e-5, atol=1e-6
+            )
+            found = result.run(4 * i + j)
+            assert found.configuration == {"learning_rate": rate, "seed": seed}
+            for ours, theirs in zip(
+                jax.tree.leaves(found.state.params), jax.tree.leaves(state.params), strict=True
+            ):
+                np.testing.assert_allclose(ours, theirs, rtol=1e-4, atol=1e-5)
+            assert found.state.key == state.key
+
+
+def test_the_state_of_a_run_trains_on(run, small_classes) -> None:
+    state = jt.sweep(run, AXES).best("test_loss").state
+    state, history = jt.fit(state, small_classes, loss_fn=LOSS, epochs=2)
+    assert history["epoch"].tolist() == [4, 5]
+
+
+def test_a_diverged_run_is_nan_in_its_own_row(run) -> None:
+    axes = {"learning_rate": [0.1, float("inf"), 0.2], "seed": [0]}
+    result = jt.sweep(run, axes, parallel=3)
+    finite = np.isfinite(result["test_loss"]).all(axis=(1, 2))
+    assert finite.tolist() == [True, False, True]
+    alone = jt.sweep(run, {"learning_rate": [0.2], "seed": [0]})
+    np.testing.assert_allclose(result["test_loss"][2], alone["test_loss"][0], rtol=1e-5)
+
+
+def test_axes_that_are_no_numbers_compile_once_for_each_value() -> None:
+    traced = []
+
+    def run(width, kind, scale):
+        traced.append((width, kind))
+        ones = jnp.ones(width) if kind == "ones" else jnp.arange(float(width))
+        return {"total": ones.sum() * scale}
+
+    axes = {"width": [2, 3], "kind": ["ones", "range"], "scale": [1.0, 10.0]}
+    result = jt.sweep(run, axes, static_argnames=["width"], parallel=2)
+    assert set(traced) == {(2, "ones"), (2, "range"), (3, "ones"), (3, "range")}
+    assert result["total"].tolist() == [[[2, 20], [1, 10]], [[3, 30], [3, 30]]]
+
+
+def test_zipped_axes_are_paired() -> None:
+    result = jt.sweep(line, {"slope": [1, 2, 3], "offset": [0.0, 10.0, 20.0]}, zipped=True)
+    assert result["loss"].shape == (3, 4)
+    assert result["loss"][:, 0].tolist() == [1, 12, 23]
+    assert result.configurations[1] == {"slope": 2, "offset": 10.0}
+
+
+def test_any_pytree_may_be_returned() -> None:
+    def run(slope):
+        return (slope, {"a": slope + 1}, jax.random.key(slope))
+
+    first, second, key = jt.sweep(run, {"slope": [3, 4]}).outputs
+    assert first.tolist() == [3, 4]
+    assert second["a"].tolist() == [4, 5]
+    assert key[1] == jax.random.key(4)
+    assert jt.sweep(lambda seed: seed * 2, {"seed": [1, 2]}).outputs.tolist() == [2, 4]
+
+
+def test_numbers_beyond_the_axes_keep_their_types() -> None:
+    def run(count, rate):
+        assert count.dtype == jnp.int32
+        assert rate.dtype == jnp.float32
+        return {"count": count}
+
+    result = jt.sweep(run, {"count": np.arange(2), "rate": [1, 0.5]})
+    assert result.axes == {"count": (0, 1), "rate": (1.0, 0.5)}
+    assert result["count"].dtype == np.int32
+
+
+def sizes(events: list) -> list[int]:
+    return [event.parallel for event in events if isinstance(event, RunsDone)]
+
+
+@pytest.mark.parametrize(
+    ("parallel", "expected"), [(1, [1] * 10), (4, [4, 4, 4]), (5, [5, 5]), (100, [10])]
+)
+def test_runs_are_trained_in_batches_of_equal_size(parallel, expected) -> None:
+    events = []
+    jt.sweep(line, {"slope": range(10)}, parallel=parallel, on_event=events.append)
+    assert sizes(events) == expected
+    assert (events[-1].done, events[-1].total) == (10, 10)
+
+
+def test_auto_stops_to_grow_when_a_larger_batch_saves_no_time(monkeypatch) -> None:
+    seconds = {1: 8.0, 8: 16.0, 64: 128.0}  # 8, 2 and 2 per run
+    clock = [0.0]
+    train = _program.Program.train
+
+    def slow(self, positions, size):
+        clock[0] += seconds[size]
+        return train(self, positions, size)
+
+    monkeypatch.setattr(_program.Program, "train", slow)
+    monkeypatch.setattr("time.perf_counter", lambda: clock[0])
+    events = []
+    jt.sweep(line, {"slope": range(97)}, on_event=events.append)
+    assert sizes(events) == [1, 8, 64, 8, 8, 8]
+
+
+def test_auto_takes_only_what_fits_in_memory(monkeypatch) -> None:
+    fits = []
+
+    def fits_8(self, size):
+        fits.append(size)
+        return size <= 8
+
+    monkeypatch.setattr(_program.Program, "fits", fits_8)
+    monkeypatch.setattr("time.perf_counter", itertools.count().__next__)  # a second per call
+    events = []
+    jt.sweep(line, {"slope": range(73)}, on_event=events.append)
+    assert fits == [8, 64]
+    assert sizes(events) == [1] + 9 * [8]
+
+
+def test_a_batch_that_does_not_fit_is_halved(monkeypatch) -> None:
+    train = _program.Program.train
+
+    def limited(self, positions, size):
+        if size > 3:
+            raise MemoryError("RESOURCE_EXHAUSTED: out of memory")
+        return train(self, positions, size)
+
+    monkeypatch.setattr(_program.Program, "train", limited)
+    events = []
+    result = jt.sweep(line, {"slope": range(9)}, parallel=9, on_event=events.append)
+    assert [e.parallel for e in events if isinstance(e, RunsHalved)] == [4, 2]
+    assert result["loss"][:, 0].tolist() == list(range(9))
+
+
+def test_a_run_that_alone_does_not_fit_is_an_error(monkeypatch) -> None:
+    def full(self, positions, size):
+        raise MemoryError("RESOURCE_EXHAUSTED: out of memory")
+
+    monkeypatch.setattr(_program.Program, "train", full)
+    with pytest.raises(MemoryError):
+        jt.sweep(line, {"slope": range(4)}, parallel=2)
+
+
+@wrong_types
+@pytest.mark.parametrize(
+    ("axes", "options", "message"),
+    [
+        ({}, {}, "axes is {}; expected a dict of at least one axis"),
+        ([1, 2], {}, r"axes is \[1, 2\]; expected a dict"),
+        ({"slope": []}, {}, "the axis slope is empty; expected at least one value"),
+        ({"slope": 0.1}, {}, "the axis slope is 0.1; expected a sequence"),
+        ({"slope": "abc"}, {}, "the axis slope is 'abc'; expected a sequence"),
+        ({"slope": np.ones((2, 2))}, {}, "the axis slope is .*; expected a sequence"),
+        ({"slope": [0.1, "a"]}, {}, "the axis slope mixes 0.1 and 'a'; expected values of one"),
+        ({"slope": [0.1, None]}, {}, "the axis slope mixes 0.1 and None"),
+        ({"slope": [1, float("nan")]}, {}, "the axis slope has nan; expected numbers"),
+        ({"slope": [2**40]}, {}, "the axis slope has 1099511627776; expected integers of 32 bits"),
+        ({"seed": [0, 0.5]}, {}, "the axis seed has 0.5; expected integers"),
+        ({"rate": [1]}, {}, r"run\(slope, offset=0.0\) does not take the axes rate"),
+        ({"offset": [1]}, {}, "missing a required argument: 'slope'"),
+        ({"slope": [1]}, {"static_argnames": ["width"]}, "static_argnames has 'width'; expected"),
+        ({"slope": [1]}, {"parallel": 0}, "parallel is 0; expected an integer of at least 1"),
+        (
+            {"slope": [1], "offset": [1, 2]},
+            {"zipped": True},
+            "the axes differ in length: slope has 1, offset has 2 values",
+        ),
+    ],
+)
+def test_bad_grids_are_named(axes, options, message) -> None:
+    with pytest.raises(jt.InputError, match=message):
+        jt.sweep(line, axes, **options)
+
+
+@wrong_types
+def test_a_run_must_be_a_function() -> None:
+    with pytest.raises(jt.InputError, match=r"run is 3; expected a function, run\(slope\)"):
+        jt.sweep(3, {"slope": [1]})
+
+
+def test_a_number_used_as_a_shape_must_be_static() -> None:
+    with pytest.raises(jt.InputError, match=r"width.*static_argnames"):
+        jt.sweep(lambda width: {"sum": jnp.ones(width).sum()}, {"width": [1, 2]})
+    with pytest.raises(jt.InputError, match=r"slope.*static_argnames"):
+        jt.sweep(lambda slope: {"x": slope if slope > 1 else 1}, {"slope": [1, 2]})
+
+
+def test_columns_must_not_depend_on_the_values() -> None:
+    with pytest.raises(jt.InputError, match=r"run returns the columns b with .*'b'.*, but .* a"):
+        jt.sweep(lambda name: {name: 1.0}, {"name": ["a", "b"]})
+
+
+def test_a_column_of_different_shapes_is_refused_when_it_is_read() -> None:
+    result = jt.sweep(
+        lambda width: {"all": jnp.ones(width), "sum": jnp.ones(width).sum()},
+        {"width": [1, 2]},
+        static_argnames="width",
+    )
+    assert result["sum"].tolist() == [1, 2]
+    with pytest.raises(jt.InputError, match=r"'all' has the shapes \(1,\), \(2,\) in different"):
+        result["all"]

@@ -1,0 +1,171 @@
+"""train: the results of fit in one program, under vmap, gradients and early stopping."""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import jaxtrain as jt
+
+LOSS = jt.losses.cross_entropy
+METRICS = {"accuracy": jt.metrics.accuracy}
+OPTIONS = {
+    "loss_fn": LOSS,
+    "metric_fns": METRICS,
+    "batch_size": 16,
+    "test_batch_size": 30,
+    "key": jax.random.key(3),
+}
+
+
+def assert_same_state(ours: jt.TrainState, theirs: jt.TrainState) -> None:
+    for one, other in zip(jax.tree.leaves(ours), jax.tree.leaves(theirs), strict=True):
+        if jnp.issubdtype(one.dtype, jax.dtypes.prng_key):
+            one, other = jax.random.key_data(one), jax.random.key_data(other)
+        np.testing.assert_array_equal(one, other)
+
+
+def assert_same_as_fit(state, train, validation, **options) -> dict[str, jax.Array]:
+    options = {**OPTIONS, **options}
+    ours, found = jt.train(state, train, validation_data=validation, **options)
+    theirs, history = jt.fit(state, train, validation_data=validation, **options)
+    assert_same_state(ours, theirs)
+    assert list(found) == [*(name for name in history if name != "seconds"), "step_losses"]
+    rows = len(history["epoch"])
+    for name, values in found.items():
+        expected = history.step_losses if name == "step_losses" else history[name]
+        values = np.ravel(values[:rows])
+        if name == "learning_rate":  # fit rounds it to seven digits
+            np.testing.assert_allclose(values, expected, rtol=1e-6)
+        else:
+            np.testing.assert_array_equal(values, expected.astype(values.dtype), err_msg=name)
+    return found
+
+
+@pytest.mark.parametrize("weighted", [False, True])
+def test_a_run_has_the_bits_of_fit(small_state, small_classes, weighted: bool) -> None:
+    train, validation = small_classes.split(0.2, jax.random.key(0))
+    if weighted:
+        train = jt.Dataset(train.inputs, train.targets, jnp.linspace(0.0, 1.0, len(train)))
+    found = assert_same_as_fit(
+        small_state, train, validation, epochs=4, state_metrics={"step": lambda state: state.step}
+    )
+    assert found["step_losses"].shape == (4, 3)
+
+
+def test_digits_have_the_bits_of_fit(digits: jt.data.Resolved) -> None:
+    state = jt.init_state(
+        jt.models.FeedForward(),
+        jt.optimizers.sgd(0.05, momentum=0.9),
+        digits.train.inputs[:1],
+        key=jax.random.key(0),
+    )
+    assert_same_as_fit(state, digits.train, digits.test, epochs=3, batch_size=64)
+
+
+def test_a_run_continues_from_the_state_of_an_earlier_one(small_state, small_classes) -> None:
+    whole, _ = jt.train(small_state, small_classes, epochs=5, **OPTIONS)
+    state, _ = jt.train(small_state, small_classes, epochs=2, **OPTIONS)
+    state, history = jt.train(state, small_classes, epochs=3, **OPTIONS)
+    assert_same_state(state, whole)
+    assert history["epoch"].tolist() == [3, 4, 5]
+
+
+@pytest.mark.parametrize(("monitor", "mode"), [("loss", "min"), ("accuracy", "max")])
+def test_early_stopping_returns_the_best_state_of_fit(
+    small_state, small_classes, monitor: str, mode: str
+) -> None:
+    train, validation = small_classes.split(0.2, jax.random.key(0))
+    state = jt.with_optimizer(small_state, jt.optimizers.sgd(3.0))
+    early_stopping = jt.EarlyStopping(2, monitor=f"validation_{monitor}", mode=mode)
+    found = assert_same_as_fit(state, train, validation, epochs=30, early_stopping=early_stopping)
+    trained = int(np.count_nonzero(found["epoch"]))
+    assert 2 < trained < 30
+    assert np.isnan(found["train_loss"][trained:]).all()
+    assert np.isnan(found["step_losses"][trained:]).all()
+
+
+def test_vmapped_runs_stop_early_on_their_own(small_state, small_classes) -> None:
+    train, validation = small_classes.split(0.2, jax.random.key(0))
+    state = jt.with_optimizer(small_state, jt.optimizers.sgd(3.0))
+
+    def run(seed):
+        return jt.train(
+            state,
+            train,
+            validation_data=validation,
+            epochs=30,
+            early_stopping=jt.EarlyStopping(2),
+            **{**OPTIONS, "key": jax.random.key(seed)},
+        )
+
+    states, history = jax.vmap(run)(jnp.arange(6))
+    trained = np.count_nonzero(history["epoch"], axis=1)
+    assert len(set(trained.tolist())) > 1
+    for seed in range(6):
+        alone, single = run(seed)
+        assert trained[seed] == np.count_nonzero(single["epoch"])
+        for ours, theirs in zip(
+            jax.tree.leaves(states.params), jax.tree.leaves(alone.params), strict=True
+        ):
+            np.testing.assert_allclose(ours[seed], theirs, rtol=1e-4, atol=1e-5)
+
+
+def test_a_diverged_run_harms_no_other(small_state, small_classes) -> None:
+    def run(rate):
+        state = jt.with_optimizer(small_state, jt.optimizers.sgd(rate))
+        return jt.train(state, small_classes, small_classes, epochs=3, **OPTIONS)[1]
+
+    history = jax.vmap(run)(jnp.array([0.1, jnp.inf, 0.2]))
+    assert np.isnan(history["test_loss"][1]).all()
+    for index, rate in {0: 0.1, 2: 0.2}.items():
+        np.testing.assert_allclose(history["test_loss"][index], run(rate)["test_loss"], rtol=1e-5)
+
+
+def test_the_gradient_with_respect_to_a_learning_rate_is_that_of_finite_differences() -> None:
+    x = jnp.linspace(-1.0, 1.0, 8)[:, None]
+    data = jt.Dataset(x, 2 * x + 1)
+    start = jt.init_state(
+        jt.models.LinearRegression(), jt.optimizers.sgd(0.1), x[:1], key=jax.random.key(0)
+    )
+
+    def final_loss(rate):
+        state = jt.with_optimizer(start, jt.optimizers.sgd(rate))
+        loss_fn = jt.losses.mean_squared_error
+        return jt.train(state, data, data, loss_fn=loss_fn, epochs=3, batch_size=4)[1]["test_loss"][
+            -1
+        ]
+
+    found = jax.grad(final_loss)(0.1)
+    difference = (final_loss(0.101) - final_loss(0.099)) / 0.002
+    np.testing.assert_allclose(found, difference, rtol=1e-2)
+
+
+def test_a_nonfinite_loss_is_left_out_of_the_mean_only_where_its_step_is_skipped(
+    small_state, small_classes
+) -> None:
+    order = jnp.argsort(small_classes.inputs[:, 0])
+    data = small_classes.take(order)
+
+    def broken(predictions, targets):
+        return jnp.where(targets == 0, jnp.nan, LOSS(predictions, targets))
+
+    _, history = jt.train(small_state, data, epochs=1, **{**OPTIONS, "loss_fn": broken})
+    assert np.isnan(history["train_loss"]).all()
+    safe = jt.with_optimizer(small_state, jt.optimizers.skip_nonfinite(jt.optimizers.sgd(0.1)))
+    options = {**OPTIONS, "loss_fn": broken, "key": None}
+    _, history = jt.train(safe, data, epochs=1, **options)
+    losses = np.asarray(history["step_losses"][0])
+    finite = np.isfinite(losses)
+    assert history["skipped_steps"].tolist() == [np.count_nonzero(~finite)]
+    weights = np.array([16, 16, 16, 2])[finite]
+    expected = np.average(losses[finite], weights=weights) if finite.any() else 0
+    np.testing.assert_allclose(history["train_loss"][0], expected, rtol=1e-6)
+
+
+def test_a_column_that_only_fit_has_cannot_be_monitored(small_state, small_classes) -> None:
+    early_stopping = jt.EarlyStopping(1, monitor="seconds")
+    with pytest.raises(jt.InputError, match="early_stopping monitors 'seconds'"):
+        jt.train(small_state, small_classes, early_stopping=early_stopping, **OPTIONS)
