@@ -6,9 +6,8 @@ python -m benchmarks.accuracy [--data-dir FOLDER]
 from __future__ import annotations
 
 import argparse
-import statistics
-import tempfile
 
+import jax
 import numpy as np
 import torch
 from rich.console import Console
@@ -18,25 +17,40 @@ from torch.nn.functional import cross_entropy
 import jaxtrain as jt
 from benchmarks import torch_reference
 from benchmarks.problem import MEAN, PIXELS, STD
-from experiments import mnist
 from jaxtrain.cli.command import report_errors
-from jaxtrain.cli.runs import RunFolder
 
 SEEDS = (42, 1, 2, 3, 4)
+ORDERS = ("shuffled", "stored")
 EPOCHS = 5
 
 
-def jaxtrain_correct(data: jt.data.Resolved, seed: int, shuffle: bool) -> list[int]:
-    """Returns the number of correct test predictions after each of T2's five epochs."""
-    with tempfile.TemporaryDirectory() as scratch:
-        config = mnist.Config(seed=seed, shuffle=shuffle, epochs=EPOCHS, log_interval=0)
-        config = mnist.with_defaults(config, data.name)
-        _, history = mnist.train(config, data, RunFolder(scratch, config))
-    return [round(accuracy * len(data.test)) for accuracy in history["test_accuracy"]]
+def jaxtrain_correct(data: jt.data.Resolved) -> np.ndarray:
+    """Returns the numbers of correct test predictions [orders, seeds, epochs]."""
+    model = jt.models.FeedForward(mean=MEAN, std=STD)
+    optimizer = jt.optimizers.sgd(0.01, weight_decay=1e-6)
+
+    def run(order: str, seed: jax.Array) -> tuple[jt.TrainState, dict[str, jax.Array]]:
+        init_key, shuffle_key = jax.random.split(jax.random.key(seed))
+        return jt.train(
+            jt.init_state(model, optimizer, data.train.inputs[:1], key=init_key),
+            data.train,
+            data.test,
+            loss_fn=jt.losses.cross_entropy,
+            metric_fns={"accuracy": jt.metrics.accuracy},
+            epochs=EPOCHS,
+            key=shuffle_key if order == "shuffled" else None,
+        )
+
+    result = jt.sweep(run, {"order": ORDERS, "seed": SEEDS})
+    return np.rint(result["test_accuracy"] * len(data.test)).astype(int)
 
 
-def pytorch_correct(data: jt.data.Resolved, seed: int, shuffle: bool) -> list[int]:
+def pytorch_correct(data: jt.data.Resolved) -> np.ndarray:
     """Returns those of the tutorial's network and loop in PyTorch."""
+    return np.array([[_pytorch_run(data, order, seed) for seed in SEEDS] for order in ORDERS])
+
+
+def _pytorch_run(data: jt.data.Resolved, order_name: str, seed: int) -> list[int]:
     torch.manual_seed(seed)
     tensors = [
         (
@@ -50,7 +64,7 @@ def pytorch_correct(data: jt.data.Resolved, seed: int, shuffle: bool) -> list[in
     optimizer = torch.optim.SGD(model.parameters(), 0.01, weight_decay=1e-6)
     counts = []
     for _ in range(EPOCHS):
-        order = torch.randperm(len(inputs)) if shuffle else None
+        order = torch.randperm(len(inputs)) if order_name == "shuffled" else None
         batches = torch_reference.slices(inputs, targets, 64, order)
         torch_reference.train_steps(model, optimizer, batches, cross_entropy)
         model.eval()
@@ -69,12 +83,11 @@ def main() -> None:
     for heading in ("library", "order", "seed", "epoch 1", "2", "3", "4", "5"):
         table.add_column(heading, justify="right")
     for library, correct in (("jaxtrain", jaxtrain_correct), ("PyTorch", pytorch_correct)):
-        for order in ("shuffled", "stored"):
-            counts = {seed: correct(data, seed, order == "shuffled") for seed in SEEDS}
-            for seed, epochs in counts.items():
+        for order, counts in zip(ORDERS, correct(data), strict=True):
+            for seed, epochs in zip(SEEDS, counts, strict=True):
                 table.add_row(library, order, str(seed), *map(str, epochs))
-            last = [epochs[-1] for epochs in counts.values()]
-            spread = f"{statistics.mean(last):.0f} ± {statistics.stdev(last):.0f}"
+            last = counts[:, -1]
+            spread = f"{last.mean():.0f} ± {last.std(ddof=1):.0f}"
             table.add_row(library, order, "all", "", "", "", "", spread)
             table.add_section()
     Console(highlight=False).print(table)

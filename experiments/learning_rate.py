@@ -104,16 +104,17 @@ def descend(config: Config, data: jt.Dataset) -> Minimum:
         predictions: Any = model.apply({"params": params}, data.inputs)
         return LOSS(predictions, data.targets).sum()
 
-    def one(rate: ArrayLike) -> Minimum:
+    def one(learning_rate: ArrayLike) -> Minimum:
         return jt.minimize(
             loss,
             start,
-            jt.optimizers.make(config.optimizer, jnp.asarray(rate)),
+            jt.optimizers.make(config.optimizer, learning_rate),
             max_steps=config.max_steps,
             loss_threshold=config.threshold,
         )
 
-    return jax.jit(jax.vmap(one))(jnp.array(config.learning_rates))
+    rates = config.learning_rates
+    return jt.sweep(one, {"learning_rate": rates}, parallel=len(rates)).outputs
 
 
 def logistic_regression(seed: int) -> tuple[np.ndarray, np.ndarray]:

@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import optax
 
 import jaxtrain as jt
@@ -147,23 +146,21 @@ def choose_rate(
     # Exclude rates that diverge, even with --on-nonfinite skip.
     config = replace(config, safety=replace(config.safety, on_nonfinite="stop"))
     epochs = config.epochs if name in FULL_BATCH else config.sweep_epochs
-    keys = jax.random.split(flags.seed_key(config.seed), epochs)
     size = batch_size_of(name, config, train_data)
 
-    def short_run(rate: jax.Array) -> jax.Array:
-        def epoch(state: jt.TrainState, key: jax.Array) -> tuple[jt.TrainState, None]:
-            return jt.train_epoch(state, train_data, LOSS, batch_size=size, key=key)[0], None
-
-        state = start(name, rate, config, dataset, train_data)
-        return jt.evaluate(jax.lax.scan(epoch, state, keys)[0], validation_data, LOSS)["loss"]
-
-    losses = jax.jit(jax.vmap(short_run))(jnp.array(candidates))
-    if not jnp.isfinite(losses).any():
-        raise jt.InputError(
-            f"the validation loss of {name} is not finite at any learning rate of {candidates}; "
-            "check the data"
+    def short_run(learning_rate: jax.Array) -> tuple[jt.TrainState, dict[str, jax.Array]]:
+        return jt.train(
+            start(name, learning_rate, config, dataset, train_data),
+            train_data,
+            validation_data=validation_data,
+            loss_fn=LOSS,
+            epochs=epochs,
+            batch_size=size,
+            key=flags.seed_key(config.seed),
         )
-    return candidates[int(jnp.nanargmin(losses))]
+
+    result = jt.sweep(short_run, {"learning_rate": candidates}, parallel=len(candidates))
+    return result.best("validation_loss").configuration["learning_rate"]
 
 
 def train(

@@ -30,6 +30,7 @@ from experiments import (
     minibatch_regression,
     mnist,
     optimizers,
+    sweep,
 )
 from jaxtrain.cli import tables
 from jaxtrain.cli.flags import Safety, TrainingFlags
@@ -295,7 +296,7 @@ def test_a_terminal_shows_a_progress_bar(environment, tmp_path: Path) -> None:
 
 SCRIPTS = [
     *(gradient_descent, learning_rate, linear_regression, loss_landscape, losses),
-    *(minibatch_regression, mnist, optimizers),
+    *(minibatch_regression, mnist, optimizers, sweep),
 ]
 # Script, flags, pictures: all that finish within seconds.
 QUICK = [
@@ -427,6 +428,33 @@ def test_eight_solvers_on_digits(tmp_path: Path) -> None:
     assert (tmp_path / "optimizers.png").exists()
     assert all(np.isfinite(solver["test_loss"]) for solver in summary["solvers"].values())
     assert summary["test_accuracy"] > 0.6
+
+
+def test_a_sweep_on_digits(tmp_path: Path, capsys) -> None:
+    folder = tmp_path / "out"
+    config = sweep.Config(
+        output_dir=folder,
+        dataset="digits",
+        learning_rates=(0.01, 0.1),
+        seeds=2,
+        epochs=3,
+        checkpoint_dir=tmp_path / "checkpoints",
+    )
+    summary = sweep.run(config)
+    assert {path.name for path in folder.glob("[!.]*")} == {
+        *("config.json", "summary.json", "history.csv", "model.safetensors", "sweep.safetensors"),
+        *("heat_map.png", "learning_rates.png"),
+    }
+    assert summary["learning_rate"] == 0.1
+    assert len(read_history(folder)) == 2 * 2 * 3
+    result = jt.load_sweep(folder / "sweep.safetensors")
+    assert result["test_accuracy"].shape == (2, 2, 3)
+    output = capsys.readouterr()
+    assert "4/4 runs" in output.err
+    assert "learning_rate" in output.out
+    again = sweep.run(dataclasses.replace(config, overwrite=True))
+    assert "4/4 runs restored from the checkpoint folder" in capsys.readouterr().err
+    assert again["test_accuracy"] == summary["test_accuracy"]
 
 
 def test_validation_and_early_stopping_on_digits(tmp_path: Path) -> None:

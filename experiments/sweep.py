@@ -1,0 +1,128 @@
+"""Trains the T2 network at several learning rates and seeds: a table, and a heat map."""
+
+from __future__ import annotations
+
+import signal
+
+if __name__ == "__main__":  # until the flags are read, Ctrl-C ends the process at once
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import jax
+
+import jaxtrain as jt
+from jaxtrain._arguments import check_integer
+from jaxtrain.cli import command, flags, progress, tables
+
+LOSS = jt.losses.cross_entropy
+METRICS = {"accuracy": jt.metrics.accuracy}
+EPOCHS = {"digits": 20}  # 3 on larger data sets
+COLUMNS = ("train_loss", "validation_loss", "validation_accuracy", "test_accuracy")
+
+
+@dataclass(frozen=True)
+class Config(flags.DatasetFlags, flags.ExperimentFlags):
+    """Flags of this experiment."""
+
+    output_dir: Path = Path("runs/sweep")
+    learning_rates: tuple[float, ...] = (0.003, 0.01, 0.03, 0.1, 0.3, 1.0)
+    """Learning rates of SGD."""
+    seeds: int = 3
+    """Number of runs at each rate, with the seeds 0, 1, …."""
+    epochs: int | None = None
+    """Passes over the training images; None means 3, or 20 on digits."""
+    batch_size: int = 64
+    """Examples per step."""
+    parallel: int | None = None
+    """Runs to train at once; None finds out how many pay off."""
+    checkpoint_dir: Path | None = None
+    """Keep finished runs here; the same command then resumes after an interruption."""
+
+
+def run(config: Config) -> dict[str, Any]:
+    """Trains the T2 network (784-256-128-64-10) at each learning rate from several seeds."""
+    check_integer(config.seeds, "seeds", minimum=1, maximum=10_000)
+    if config.epochs is not None:
+        check_integer(config.epochs, "epochs", minimum=1)
+    if not config.learning_rates:
+        raise jt.InputError("--learning-rates is empty; expected at least one, such as 0.01")
+    for rate in config.learning_rates:
+        jt.optimizers.sgd(rate)  # checks the rate: in a sweep it has no value
+    with command.run_folder(config) as folder:
+        data = command.load_images(config)
+        folder.start()
+        with command.reporting(folder, log_interval=1) as on_event:
+            result = sweep(config, data, on_event)
+        table = result.table(COLUMNS, over="seed")
+        best = result.best("validation_loss")
+        result.to_csv(folder.path / "history.csv")
+        result.save(folder.path / "sweep.safetensors")
+        assert best.state is not None
+        folder.write_model(best.state)
+        folder.write_picture("heat_map.png", result.heat_map("test_accuracy", x="seed"))
+        folder.write_picture(
+            "learning_rates.png", result.line_plot("test_accuracy", x="learning_rate", over="seed")
+        )
+        summary = folder.write_summary(
+            experiment="sweep",
+            dataset=data.name,
+            notice=data.notice,
+            epochs=len(best.history["epoch"]),
+            **best.configuration,
+            train_loss=best.history["train_loss"][-1],
+            test_loss=best.history["test_loss"][-1],
+            test_accuracy=best.history["test_accuracy"][-1],
+            runs=len(result.configurations),
+            table=[dict(zip(table.headings, row, strict=True)) for row in table.rows],
+        )
+    print(f"T2 on {data.name}, {summary['epochs']} epochs, mean ± standard deviation over seeds:")
+    print(table)
+    tables.print_summary(
+        "best by validation loss",
+        {
+            "learning rate": f"{best.configuration['learning_rate']:g}",
+            "seed": str(best.configuration["seed"]),
+            "test accuracy": progress.accuracy_text(summary["test_accuracy"], len(data.test)),
+        },
+        config.output_dir,
+    )
+    return summary
+
+
+def sweep(config: Config, data: jt.data.Resolved, on_event: jt.events.OnEvent) -> jt.SweepResult:
+    """Trains all runs; a tenth of the training images is held out for validation."""
+    mean, std = jt.data.STATISTICS[data.name]
+    model = jt.models.FeedForward(mean=mean, std=std)
+    train_data, validation_data = data.train.split(0.1, jax.random.key(0))
+    epochs = config.epochs or EPOCHS.get(data.name, 3)
+
+    def run(learning_rate: jax.Array, seed: jax.Array) -> tuple[jt.TrainState, dict]:
+        init_key, shuffle_key = jax.random.split(jax.random.key(seed))
+        optimizer = jt.optimizers.sgd(learning_rate, weight_decay=1e-6)
+        state = jt.init_state(model, optimizer, train_data.inputs[:1], key=init_key)
+        return jt.train(
+            state,
+            train_data,
+            data.test,
+            validation_data=validation_data,
+            loss_fn=LOSS,
+            metric_fns=METRICS,
+            epochs=epochs,
+            batch_size=config.batch_size,
+            key=shuffle_key,
+        )
+
+    return jt.sweep(
+        run,
+        {"learning_rate": config.learning_rates, "seed": range(config.seeds)},
+        parallel="auto" if config.parallel is None else config.parallel,
+        checkpoint=config.checkpoint_dir,
+        on_event=on_event,
+    )
+
+
+if __name__ == "__main__":
+    command.main(Config, run)
