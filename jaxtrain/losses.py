@@ -184,7 +184,7 @@ def cross_entropy(
     targets: Shaped[AnyArray, "..."],
     *,
     label_smoothing: float = 0.0,
-    weight: Float[AnyArray, "classes"] | None = None,
+    weight: Float[AnyArray, "..."] | None = None,
 ) -> Float[Array, "*batch"]:
     """Returns −log softmax(logits)[label] (`torch.nn.CrossEntropyLoss`).
 
