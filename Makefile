@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 # Processes that run the tests; 0 runs them in this one, to debug.
 WORKERS ?= 2
 
-.PHONY: help linear mnist sweep tutorials test test-without-torch package bench check format clean
+.PHONY: help linear mnist sweep speedrun tutorials test test-without-torch package bench check format clean
 
 help:  ## list the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 20
@@ -18,6 +18,9 @@ mnist: $(VENV)/installed  ## tutorial T2: MNIST (ARGS="--dataset digits" passes 
 
 sweep: $(VENV)/installed  ## T2 at several learning rates and seeds (ARGS="--dataset digits" passes flags)
 	$(BIN)/python experiments/sweep.py $(ARGS)
+
+speedrun: $(VENV)/installed  ## MNIST to 99 % in seconds, 20 seeds (ARGS="--seeds 1" passes flags)
+	$(BIN)/python experiments/speedrun.py $(ARGS)
 
 tutorials: $(VENV)/installed  ## all tutorials, and one table of their figures beside the originals'
 	$(BIN)/python -m experiments.tutorials $(ARGS)

@@ -6,17 +6,18 @@ import dataclasses
 import json
 import sys
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal, get_args
 
 from jaxtrain.cli import command  # isort: skip  # first: reports missing extras
 
-from benchmarks import cases, environment, figures, suites, tables
+from benchmarks import cases, environment, figures, speedrun, suites, tables
 from jaxtrain._files import make_folder, write_atomically
 from jaxtrain.data.mnist import locate_files
 from jaxtrain.errors import InputError
 
-Suite = Literal["step", "models", "growth", "sweep", "run"]
+Suite = Literal["step", "models", "growth", "sweep", "run", "speedrun"]
 PeerName = Literal[
     "jaxtrain",
     "jaxtrain-steps",
@@ -87,7 +88,8 @@ def measure(config: Config, folder: Path | None, file: Path) -> dict[str, Any]:
     results: dict[str, Any] = {"machine": environment.describe(), "quick": config.quick, "rows": []}
     for suite in config.suite:
         earlier = results["rows"]
-        for rows in suites.run_suite(suite, settings):
+        run_suite = speedrun.run_suite if suite == "speedrun" else partial(suites.run_suite, suite)
+        for rows in run_suite(settings):
             results["rows"] = [*earlier, *map(dataclasses.asdict, rows)]
             write_json(file, results)  # an interruption loses only the current round
         for measured in dict.fromkeys(row.suite for row in rows):

@@ -11,7 +11,7 @@ import numpy as np
 from benchmarks import flops, linear_regression, peers, problem
 from benchmarks.problem import FEATURES, Problem
 
-SUITES = ("step", "models", "growth", "sweep", "run")
+SUITES = ("step", "models", "growth", "sweep", "run", "speedrun")
 STEP_BATCH_SIZES = (1, 16, 64, 256, 1024, 4096)
 MODELS = ("T2", "CNN", "ResNet", "LSTM", "ViT")
 # T2 trains on all of MNIST, the larger networks on 29 batches of 64 and one of 44.

@@ -23,6 +23,7 @@ from benchmarks.tables import (
     markdown,
     memory_sentence,
     number,
+    speedrun_table,
     suite_table,
     summary_table,
     target_table,
@@ -87,8 +88,10 @@ def readme_section(machines: dict[str, Results]) -> str:
     software = [f"Python {machine['python']}", f"JAX {versions['jax']}"]
     if "torch" in versions:
         software.append(f"PyTorch {versions['torch']}")
+    speedrun = [markdown(speedrun_table(results))] if rows_of(results, "speedrun") else []
     parts = [
         markdown(summary_table(results)),
+        *speedrun,
         "Above 1, jaxtrain is faster: the ratio is PyTorch's median over jaxtrain's. The models "
         "train for an epoch at batch 64;\ncold and warm refer to JAX's compilation cache. "
         f"{ranking(results)}\n{memory_sentence(results)} "

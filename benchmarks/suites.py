@@ -13,7 +13,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 
@@ -39,6 +39,7 @@ REPETITIONS = 2
 SLOW_COMPILER = "pytorch-compile"
 SLOW_COMPILER_ROUNDS = 3
 
+T = TypeVar("T")
 # What one process has measured, by case.
 Values = dict[str, dict[str, Any]]
 # The values of each round, by case and peer.
@@ -212,14 +213,8 @@ def measure(
             if name in failed or (name == SLOW_COMPILER and index >= SLOW_COMPILER_ROUNDS):
                 continue
             settings.log(f"{suite}: round {index + 1} of {settings.rounds}: {peers.label(name)}")
-            attempts: list[Values] = []
             try:
-                for _ in range(1 if settings.cases.quick else 1 + REPETITIONS):
-                    before = probe.disturbed()
-                    attempts.append(action())
-                    disturbed = before or probe.disturbed()
-                    if not disturbed:
-                        break
+                attempts, disturbed = attempt(action, probe, settings)
             except WorkerError as error:
                 failed[name] = str(error)
                 settings.log(f"{suite}: {peers.label(name)} failed: {error}")
@@ -236,6 +231,22 @@ def measure(
             for by_peer in found.values():
                 by_peer.pop(name, None)
         yield found, failed
+
+
+def attempt(action: Callable[[], T], probe: Probe, settings: Settings) -> tuple[list[T], bool]:
+    """Repeats an action while the machine is disturbed, at most `REPETITIONS` times.
+
+    Returns:
+      What each attempt has returned, and whether the last one was disturbed.
+    """
+    attempts: list[T] = []
+    for _ in range(1 if settings.cases.quick else 1 + REPETITIONS):
+        before = probe.disturbed()
+        attempts.append(action())
+        disturbed = before or probe.disturbed()
+        if not disturbed:
+            break
+    return attempts, disturbed
 
 
 def _actions(
@@ -343,14 +354,19 @@ def _process_values(name: str, settings: Settings, cache: Path | None) -> Values
 
 
 def _run(module: str, arguments: Sequence[str], settings: Settings, cache: Path | None) -> str:
-    """Runs a module in a process, and returns the last line of its output."""
-    command = [sys.executable, "-m", module, *arguments]
+    """Runs a module on the data of the settings, and returns the last line of its output."""
+    flags = []
     if settings.cases.folder is not None:
-        command += ["--folder", str(settings.cases.folder)]
+        flags += ["--folder", str(settings.cases.folder)]
     if settings.cases.quick and module == "benchmarks.worker":
-        command.append("--quick")
+        flags.append("--quick")
+    return run_module(module, [*arguments, *flags], cache)
+
+
+def run_module(module: str, arguments: Sequence[str], cache: Path | None) -> str:
+    """Runs a module in a process, and returns the last line of its output."""
     result = subprocess.run(
-        command,
+        [sys.executable, "-m", module, *arguments],
         env=environment.variables(cache),
         capture_output=True,
         text=True,

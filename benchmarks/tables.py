@@ -21,6 +21,7 @@ from benchmarks.readings import (
     rows_of,
     steps_per_epoch,
 )
+from benchmarks.speedrun import EXAMPLE, RECIPE
 from benchmarks.suites import EAGER, OURS, WARM_CACHE
 from benchmarks.targets import LINES_CASE, NETWORKS_CASE, PROCESS_CASE, measured_targets
 from benchmarks.timing import Spread, speedup, spread
@@ -70,6 +71,13 @@ MODEL_NAMES = {
 SWEEP_NAMES = {LINES_CASE: "1,000 runs of T1", NETWORKS_CASE: "64 runs of T2 on digits"}
 
 
+SPEEDRUN_NAMES = {
+    OURS: "`make speedrun`",
+    RECIPE: "the same recipe in eager PyTorch",
+    EXAMPLE: "PyTorch's MNIST example, to its first epoch above 99 %",
+}
+
+
 def summary_table(results: Results) -> Cells:
     """Returns the README's table: the epoch of each model, sweeps, and the whole process."""
     rows = []
@@ -93,6 +101,30 @@ def summary_table(results: Results) -> Cells:
     machine = f"{device_name(results)}, {results['machine']['cores']} cores"
     headings = ["model", "jaxtrain", "eager PyTorch", "ratio (95 % interval)", "machine"]
     return Cells(headings, [[*row, machine] for row in rows])
+
+
+def speedrun_table(results: Results) -> Cells:
+    """Returns the README's table of the suite `speedrun`: one line per recipe."""
+    rows = []
+    for row in rows_of(results, "speedrun"):
+        facts = row["facts"]
+        accuracies = facts["accuracies"]
+        ratio = readings(results, "speedrun", row["case"], OURS)
+        rows.append(
+            [
+                SPEEDRUN_NAMES[row["peer"]],
+                f"{statistics.mean(accuracies):.2%} ({min(accuracies):.2%}), "
+                f"{len(accuracies)} seeds",
+                duration(statistics.median(row["readings"])),
+                "" if ratio is None else with_interval(speedup(ratio, row["readings"]), "×"),
+                duration(statistics.median(facts["compile_seconds"]))
+                if any(facts["compile_seconds"])
+                else "none",
+                duration(statistics.median(facts["process_seconds"])),
+            ]
+        )
+    headings = ["MNIST to 99 %", "test accuracy: mean (lowest)", "training", "ratio (95 %)"]
+    return Cells([*headings, "compiling", "process"], rows)
 
 
 def memory_sentence(results: Results) -> str:
@@ -191,6 +223,16 @@ def _notes(results: Results, row: Row, median: float) -> list[str]:
         notes.append(f"{facts['flops'] / median / 1e9:.0f} GFLOP/s")
         if time is not None:
             notes.append(f"{100 * (time - 1):+.0f} % time per FLOP")
+    if suite == "speedrun":
+        seconds = [statistics.median(facts[f"{what}_seconds"]) for what in ("compile", "process")]
+        notes.append(f"compiles in {seconds[0]:.2g} s, process {seconds[1]:.3g} s")
+        accuracies = facts["accuracies"]
+        notes.append(
+            f"test accuracy {statistics.mean(accuracies):.2%}, lowest {min(accuracies):.2%} of "
+            f"{len(accuracies)} seeds"
+        )
+        if "epochs" in facts:
+            notes.append(f"{min(facts['epochs'])} to {max(facts['epochs'])} epochs")
     if "accuracy" in facts:
         notes.append(f"test accuracy {100 * facts['accuracy']:.2f} %")
     if facts.get("disturbed"):

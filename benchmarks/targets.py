@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import statistics
 from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
@@ -15,6 +16,7 @@ from benchmarks.readings import (
     rows_of,
     steps_per_epoch,
 )
+from benchmarks.speedrun import CASE, EXAMPLE, RECIPE
 from benchmarks.suites import EAGER, OURS, WARM_CACHE
 from benchmarks.timing import Spread, speedup, spread
 
@@ -116,6 +118,18 @@ def _percent_of_product_rate(results: Results) -> Spread | None:
     return Spread(*(100 * ratio for ratio in speedup(ours, bound)))
 
 
+def _speedrun_seconds(results: Results) -> Spread | None:
+    ours = readings(results, "speedrun", CASE, OURS)
+    return None if ours is None else spread(ours)
+
+
+def _speedrun_accuracy(results: Results) -> Spread | None:
+    for row in rows_of(results, "speedrun", CASE):
+        if row["peer"] == OURS:
+            return Spread(*[100 * statistics.mean(row["facts"]["accuracies"])] * 3)
+    return None
+
+
 CPU_TARGETS = (
     _speedup_target("epoch of T2 vs eager PyTorch", 2.6, "models", EPOCH_CASE, EAGER),
     _speedup_target("epoch of the CNN vs eager PyTorch", 1.2, "models", "CNN, batch 64", EAGER),
@@ -166,6 +180,28 @@ CPU_TARGETS = (
         "memory",
         PROCESS_CASE,
         "pytorch-pixels",
+    ),
+    Target(
+        "MNIST speedrun: training on 2 cores",
+        5,
+        at_least=False,
+        value=_speedrun_seconds,
+        unit="s",
+    ),
+    Target(
+        "MNIST speedrun: mean test accuracy of 20 seeds",
+        99,
+        at_least=True,
+        value=_speedrun_accuracy,
+        unit="%",
+    ),
+    _speedup_target("MNIST speedrun vs its recipe in eager PyTorch", 2, "speedrun", CASE, RECIPE),
+    _speedup_target(
+        "MNIST speedrun vs PyTorch's MNIST example, to its first epoch above 99 %",
+        4,
+        "speedrun",
+        CASE,
+        EXAMPLE,
     ),
     Target(
         "largest deviation of the time per FLOP from that of T2 at batch 64",

@@ -29,7 +29,7 @@ from jaxtrain.training.history import History
 
 # What other pictures need of the style.
 __all__ = ["BLUE", "GREEN", "GREY", "ORANGE", "PURPLE", "SKY", "VERMILION", "YELLOW"]
-__all__ += ["Axes", "Figure", "confusion_matrix", "generalization_gap", "label_axes"]
+__all__ += ["Axes", "Figure", "MaxNLocator", "confusion_matrix", "generalization_gap", "label_axes"]
 __all__ += ["learning_curves", "line_fit", "prediction_grid"]
 
 TRAIN: dict[str, Any] = {"color": BLUE, "linestyle": "-"}
