@@ -17,6 +17,7 @@ from jaxtrain._safetensors import to_words
 from jaxtrain.checkpoint import digest_program
 from jaxtrain.errors import InputError
 from jaxtrain.sweeps._grid import Group
+from jaxtrain.sweeps.result import history_of
 
 
 class _Compiled(NamedTuple):
@@ -38,6 +39,7 @@ class Program:
     def __init__(self, run: Callable[..., PyTree], group: Group) -> None:
         self.group = group
         self._run = functools.partial(run, **group.static)
+        self._columns: list[str] = []
         self._traced = self._trace(1)
         # Without the axis over the runs.
         self.shapes = jax.tree.map(
@@ -49,7 +51,9 @@ class Program:
         def train(values: dict[str, jax.Array]) -> PyTree:
             if size == 1:  # compiles as the run itself, not as a batch of one
                 alone = {name: value[0] for name, value in values.items()}
-                return jax.tree.map(lambda leaf: jnp.expand_dims(leaf, 0), self._run(**alone))
+                output = self._run(**alone)
+                self._columns = list(history_of(output) or ())
+                return jax.tree.map(lambda leaf: jnp.expand_dims(leaf, 0), output)
             return jax.vmap(lambda each: self._run(**each), axis_size=size)(values)
 
         try:
@@ -119,7 +123,11 @@ class Program:
         return [np.asarray(to_words(leaf))[: len(positions)] for leaf in leaves]
 
     def assemble(self, leaves: list[np.ndarray]) -> PyTree:
-        """Returns the pytree of leaves that `train` has returned, with PRNG keys as keys."""
+        """Returns the pytree of leaves that `train` has returned, with PRNG keys as keys.
+
+        The columns of the history are in the order in which the run returns them; a dict that
+        leaves a compiled program is sorted by name.
+        """
         shapes, structure = jax.tree.flatten(self.shapes)
         found = [
             jax.random.wrap_key_data(jnp.asarray(leaf), impl=shape.dtype)
@@ -127,4 +135,9 @@ class Program:
             else leaf
             for leaf, shape in zip(leaves, shapes, strict=True)
         ]
-        return jax.tree.unflatten(structure, found)
+        output = jax.tree.unflatten(structure, found)
+        history = history_of(output)
+        if history is None:
+            return output
+        ordered = {name: history[name] for name in self._columns}
+        return ordered if history is output else (output[0], ordered)

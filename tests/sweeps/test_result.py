@@ -80,7 +80,7 @@ def test_best_skips_diverged_runs_unless_all_have_diverged(diverged) -> None:
 def test_a_missing_column_is_named(result) -> None:
     with pytest.raises(
         jt.InputError,
-        match="no column 'loss'; expected one of epoch, step_losses, test_accuracy, test_loss",
+        match="no column 'loss'; expected one of epoch, test_loss, test_accuracy, step_losses",
     ):
         result["loss"]
     with pytest.raises(jt.InputError, match=r"'step_losses' has the shape \[4, 2\] in each run"):
@@ -112,7 +112,7 @@ def test_csv_has_one_line_per_run_and_epoch(result, tmp_path) -> None:
     result.to_csv(tmp_path / "sweep.csv")
     with (tmp_path / "sweep.csv").open() as file:
         rows = list(csv.DictReader(file))
-    assert list(rows[0]) == ["run", "slope", "seed", "epoch", "test_accuracy", "test_loss"]
+    assert list(rows[0]) == ["run", "slope", "seed", "epoch", "test_loss", "test_accuracy"]
     assert len(rows) == 24
     last = rows[-1]
     assert (last["run"], last["slope"], last["seed"], last["epoch"]) == ("5", "8", "2", "4")
@@ -169,5 +169,5 @@ def test_a_line_plot_has_a_band_of_one_standard_deviation(result) -> None:
 
 def test_the_representation_names_runs_axes_and_columns(result) -> None:
     assert repr(result) == (
-        "SweepResult(6 runs, slope: 2, seed: 3; epoch, step_losses, test_accuracy, test_loss)"
+        "SweepResult(6 runs, slope: 2, seed: 3; epoch, test_loss, test_accuracy, step_losses)"
     )

@@ -63,6 +63,14 @@ def test_every_run_equals_the_run_alone(run, parallel) -> None:
             assert found.state.key == state.key
 
 
+def test_columns_have_the_order_of_the_run() -> None:
+    def run(slope):
+        return {"loss": slope * jnp.ones(3), "epoch": jnp.arange(3), "accuracy": slope}
+
+    result = jt.sweep(run, {"slope": [1.0, 2.0]})
+    assert result.columns == ["loss", "epoch", "accuracy"]
+
+
 def test_the_state_of_a_run_trains_on(run, small_classes) -> None:
     state = jt.sweep(run, AXES).best("test_loss").state
     state, history = jt.fit(state, small_classes, loss_fn=LOSS, epochs=2)
