@@ -23,7 +23,7 @@ def _stacked_starts(problem: Problem, count: int) -> list[dict[str, np.ndarray]]
 
 
 def jaxtrain_sweep(problem: Problem) -> Sweep:
-    """Returns the sweep that trains all networks in one compiled call of a vmapped epoch."""
+    """Returns the sweep that trains all networks in one compiled call of a vmapped `jt.train`."""
     import jax
     import jax.numpy as jnp
 
@@ -32,12 +32,15 @@ def jaxtrain_sweep(problem: Problem) -> Sweep:
 
     state, data = peer.start(problem, start(problem))
 
-    def epoch(params: object, key: jax.Array) -> tuple[object, jax.Array]:
+    def train(params: object, key: jax.Array) -> tuple[object, jax.Array]:
         fresh = state.replace(params=params, key=key)
-        trained, losses = jt.train_epoch(fresh, data, peer.LOSS, batch_size=problem.batch_size)
-        return trained.params, losses  # without the parameters, XLA could leave out the last update
+        trained, history = jt.train(
+            fresh, data, loss_fn=peer.LOSS, epochs=1, batch_size=problem.batch_size
+        )
+        # Without the parameters, XLA could leave out the last update.
+        return trained.params, history["step_losses"][0]
 
-    run = jax.jit(jax.vmap(epoch))
+    run = jax.jit(jax.vmap(train))  # as in `jt.sweep`, which would compile again in each call
 
     def sweep(count: int) -> Callable[[], np.ndarray]:
         layers = _stacked_starts(problem, count)
