@@ -1,4 +1,4 @@
-"""Compares the test accuracy of T2 on MNIST over five seeds with PyTorch's, shuffled and not.
+"""Compares the test accuracy of T2 on MNIST over five seeds with PyTorch's, and with bfloat16's.
 
 python -m benchmarks.accuracy [--data-dir FOLDER]
 """
@@ -6,6 +6,9 @@ python -m benchmarks.accuracy [--data-dir FOLDER]
 from __future__ import annotations
 
 import argparse
+import functools
+from collections.abc import Callable
+from typing import Any, Literal
 
 import jax
 import numpy as np
@@ -24,9 +27,13 @@ ORDERS = ("shuffled", "stored")
 EPOCHS = 5
 
 
-def jaxtrain_correct(data: jt.data.Resolved) -> np.ndarray:
+def jaxtrain_correct(
+    data: jt.data.Resolved, precision: Literal["float32", "bfloat16"] = "float32"
+) -> np.ndarray:
     """Returns the numbers of correct test predictions [orders, seeds, epochs]."""
-    model = jt.models.FeedForward(mean=MEAN, std=STD)
+    model: Any = jt.models.FeedForward(mean=MEAN, std=STD)
+    if precision == "bfloat16":
+        model = jt.mixed_precision(model, precision)
     optimizer = jt.optimizers.sgd(0.01, weight_decay=1e-6)
 
     def run(order: str, seed: jax.Array) -> tuple[jt.TrainState, dict[str, jax.Array]]:
@@ -82,7 +89,12 @@ def main() -> None:
     table = Table(title="correct predictions of 10,000", title_justify="left")
     for heading in ("library", "order", "seed", "epoch 1", "2", "3", "4", "5"):
         table.add_column(heading, justify="right")
-    for library, correct in (("jaxtrain", jaxtrain_correct), ("PyTorch", pytorch_correct)):
+    correct_by_library: dict[str, Callable[[jt.data.Resolved], np.ndarray]] = {
+        "jaxtrain": jaxtrain_correct,
+        "jaxtrain, bfloat16": functools.partial(jaxtrain_correct, precision="bfloat16"),
+        "PyTorch": pytorch_correct,
+    }
+    for library, correct in correct_by_library.items():
         for order, counts in zip(ORDERS, correct(data), strict=True):
             for seed, epochs in zip(SEEDS, counts, strict=True):
                 table.add_row(library, order, str(seed), *map(str, epochs))
