@@ -7,10 +7,11 @@ import signal
 if __name__ == "__main__":  # until the flags are read, Ctrl-C ends the process at once
     signal.signal(signal.SIGINT, signal.SIG_DFL)
 
+import functools
 import inspect
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
@@ -62,6 +63,8 @@ class Config(flags.DatasetFlags, flags.TrainingFlags):
     """Test examples at a time."""
     learning_rate: float | None = None
     """None means 0.01 (0.05 on digits) for sgd, and torch.optim's default for other optimizers."""
+    find_learning_rate: bool = False
+    """Take the learning rate that a range test suggests, and draw the test."""
     weight_decay: float | None = None
     """Weight decay, as in torch.optim; None means 1e-6, or 0 for rprop and lbfgs."""
     momentum: float = 0.0
@@ -90,11 +93,26 @@ def run(config: Config) -> dict[str, Any]:
             f"--patience is {config.patience} without validation data; expected --validation 0.1, "
             "for example"
         )
+    if config.find_learning_rate and config.learning_rate is not None:
+        raise jt.InputError(
+            f"--learning-rate is {config.learning_rate} with --find-learning-rate; expected one of "
+            "the two"
+        )
     with command.run_folder(config) as folder:
         data = command.load_images(config)
-        folder.config = config = with_defaults(config, data.name)
-        state, history = train(config, data, folder)
+        config = with_defaults(config, data.name)
+        start = make_start(config, data)
+        found = None
+        if config.find_learning_rate:
+            found = find_learning_rate(config, start)
+            config = replace(config, learning_rate=float(f"{found.suggestion:.2g}"))
+            optimizer = make_optimizer(config, len(start.train_data))
+            start = start._replace(state=jt.with_optimizer(start.state, optimizer))
+        folder.config = config
+        state, history = train(config, data, start, folder)
 
+        if found is not None:
+            folder.write_picture("range_test.png", found.plot())
         logits = jt.predict(state, data.test.inputs, batch_size=config.test_batch_size)
         folder.write_model(state)
         write_pictures(folder, data, history, logits)
@@ -106,6 +124,7 @@ def run(config: Config) -> dict[str, Any]:
             notice=data.notice,
             epochs=len(history["epoch"]),
             seed=config.seed,
+            learning_rate=config.learning_rate,
             train_loss=None if kept is None else history["train_loss"][kept],
             **({} if config.patience is None or kept is None else {"best_epoch": kept + 1}),
             test_loss=LOSS(logits, data.test.targets).mean().item(),
@@ -148,11 +167,24 @@ def with_defaults(config: Config, dataset: str) -> Config:
     )
 
 
-def train(
-    config: Config, data: jt.data.Resolved, folder: runs.RunFolder
-) -> tuple[jt.TrainState, History]:
-    """Trains the network on the data; the configuration has its defaults filled in."""
-    assert config.epochs is not None
+class Start(NamedTuple):
+    """What a run starts from.
+
+    Attributes:
+      state: the initial state, with the optimizer of the flags.
+      train_data: the training data.
+      validation_data: the held-out part of the training data, or None.
+      shuffle_key: PRNG key of the shuffle, or None for the stored order.
+    """
+
+    state: jt.TrainState
+    train_data: jt.Dataset
+    validation_data: jt.Dataset | None
+    shuffle_key: jax.Array | None
+
+
+def make_start(config: Config, data: jt.data.Resolved) -> Start:
+    """Returns the state and the data of a run; the configuration has its defaults filled in."""
     mean, std = jt.data.STATISTICS[data.name]
     model = jt.models.FeedForward(dropout_rate=config.dropout, mean=mean, std=std)
     key = flags.seed_key(config.seed)
@@ -164,34 +196,61 @@ def train(
         )
     optimizer = make_optimizer(config, len(train_data))
     state = jt.init_state(model, optimizer, train_data.inputs[:1], key=init_key)
+    return Start(state, train_data, validation_data, shuffle_key if config.shuffle else None)
 
+
+def find_learning_rate(config: Config, start: Start) -> jt.RangeTest:
+    """Returns the range test of the learning rate, with the optimizer of the flags."""
+    if config.optimizer == "lbfgs":
+        raise jt.InputError(
+            "--find-learning-rate is set with --optimizer lbfgs; expected another optimizer, since "
+            "its line search finds the rate of each step"
+        )
+    return jt.find_learning_rate(
+        start.state,
+        start.train_data,
+        functools.partial(make_optimizer, config, len(start.train_data)),
+        loss_fn=LOSS,
+        batch_size=config.batch_size,
+        key=start.shuffle_key,
+    )
+
+
+def train(
+    config: Config, data: jt.data.Resolved, start: Start, folder: runs.RunFolder
+) -> tuple[jt.TrainState, History]:
+    """Trains the network on the data."""
+    assert config.epochs is not None
     early_stopping = None if config.patience is None else jt.EarlyStopping(config.patience)
     with command.reporting(folder, config.log_interval, test_examples=len(data.test)) as on_event:
         return jt.fit(
-            state,
-            train_data,
+            start.state,
+            start.train_data,
             data.test,
-            validation_data=validation_data,
+            validation_data=start.validation_data,
             loss_fn=LOSS,
             metric_fns=METRICS,
             epochs=config.epochs,
             batch_size=config.batch_size,
             test_batch_size=config.test_batch_size,
-            key=shuffle_key if config.shuffle else None,
+            key=start.shuffle_key,
             early_stopping=early_stopping,
             on_event=on_event,
             **resuming.fit_options(config, dataset=data.name),
         )
 
 
-def make_optimizer(config: Config, examples: int) -> optax.GradientTransformation:
-    """Returns the optimizer that the flags describe."""
+def make_optimizer(
+    config: Config, examples: int, rate: LearningRate | None = None
+) -> optax.GradientTransformation:
+    """Returns the optimizer that the flags describe, at another learning rate if one is given."""
     assert config.learning_rate is not None
-    rate: LearningRate = config.learning_rate
-    if config.gamma is not None:
-        check_integer(config.batch_size, "batch_size", minimum=1)
-        steps = num_steps(examples, config.batch_size)
-        rate = jt.optimizers.step_lr(config.learning_rate, 1, config.gamma, steps_per_epoch=steps)
+    if rate is None:
+        rate = config.learning_rate
+        if config.gamma is not None:
+            check_integer(config.batch_size, "batch_size", minimum=1)
+            steps = num_steps(examples, config.batch_size)
+            rate = jt.optimizers.step_lr(rate, 1, config.gamma, steps_per_epoch=steps)
     optimizer = jt.optimizers.make(
         config.optimizer, rate, weight_decay=config.weight_decay, momentum=config.momentum
     )
@@ -251,6 +310,7 @@ def print_result(data: jt.data.Resolved, summary: dict[str, Any]) -> None:
             "data set": data.name + ("" if data.notice is None else " (this is not MNIST)"),
             "epochs": str(summary["epochs"])
             + (f", best {summary['best_epoch']}" if "best_epoch" in summary else ""),
+            "learning rate": f"{summary['learning_rate']:g}",
             "test loss": f"{summary['test_loss']:.4f}",
             "test accuracy": progress.accuracy_text(summary["test_accuracy"], len(data.test)),
             "compiling": f"{summary['compile_seconds']:.1f} s",

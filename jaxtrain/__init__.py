@@ -29,7 +29,15 @@ from jaxtrain.export import load_params, save_params
 from jaxtrain.lowerings import use_cpu_lowerings
 from jaxtrain.model import Model
 from jaxtrain.optimizers import Minimum, minimize
-from jaxtrain.sweeps import SweepResult, SweepRun, SweepTable, load_sweep, sweep
+from jaxtrain.sweeps import (
+    RangeTest,
+    SweepResult,
+    SweepRun,
+    SweepTable,
+    find_learning_rate,
+    load_sweep,
+    sweep,
+)
 from jaxtrain.training import events
 from jaxtrain.training.early_stopping import EarlyStopping
 from jaxtrain.training.epoch import evaluate, predict, train_epoch
@@ -53,6 +61,7 @@ __all__ = [
     "Model",
     "NonFiniteError",
     "OutOfMemoryError",
+    "RangeTest",
     "StorageError",
     "SweepResult",
     "SweepRun",
@@ -64,6 +73,7 @@ __all__ = [
     "eval_step",
     "evaluate",
     "events",
+    "find_learning_rate",
     "fit",
     "gradients",
     "init_state",

@@ -30,6 +30,7 @@ from experiments import (
     minibatch_regression,
     mnist,
     optimizers,
+    speedrun,
     sweep,
 )
 from jaxtrain.cli import tables
@@ -182,7 +183,8 @@ def test_log_interval_0_prints_nothing_and_config_json_has_the_flags(
 def test_every_flag_changes_the_training(flag, digits, tmp_path: Path) -> None:
     def step_losses(config: mnist.Config) -> np.ndarray:
         config = mnist.with_defaults(dataclasses.replace(config, epochs=2), "digits")
-        return mnist.train(config, digits, RunFolder(tmp_path, config))[1].step_losses
+        start = mnist.make_start(config, digits)
+        return mnist.train(config, digits, start, RunFolder(tmp_path, config))[1].step_losses
 
     plain = mnist.Config(log_interval=0)
     changed = step_losses(dataclasses.replace(plain, **flag))
@@ -296,7 +298,7 @@ def test_a_terminal_shows_a_progress_bar(environment, tmp_path: Path) -> None:
 
 SCRIPTS = [
     *(gradient_descent, learning_rate, linear_regression, loss_landscape, losses),
-    *(minibatch_regression, mnist, optimizers, sweep),
+    *(minibatch_regression, mnist, optimizers, speedrun, sweep),
 ]
 # Script, flags, pictures: all that finish within seconds.
 QUICK = [
@@ -455,6 +457,55 @@ def test_a_sweep_on_digits(tmp_path: Path, capsys) -> None:
     again = sweep.run(dataclasses.replace(config, overwrite=True))
     assert "4/4 runs restored from the checkpoint folder" in capsys.readouterr().err
     assert again["test_accuracy"] == summary["test_accuracy"]
+
+
+def test_a_speedrun_on_digits(tmp_path: Path, capsys) -> None:
+    config = speedrun.Config(dataset="digits", seeds=3, epochs=10, output_dir=tmp_path)
+    summary = speedrun.run(config)
+    assert {path.name for path in tmp_path.glob("[!.]*")} == {
+        *("config.json", "summary.json", "history.csv", "model.safetensors", "accuracies.png")
+    }
+    assert summary.keys() >= COMMON
+    assert len(set(summary["test_accuracies"])) > 1  # the seeds differ
+    assert summary["test_accuracy"] == pytest.approx(np.mean(summary["test_accuracies"]))
+    assert summary["lowest_test_accuracy"] == min(summary["test_accuracies"]) > 0.93
+    assert len(read_history(tmp_path)) == 3 * 10
+    output = capsys.readouterr()
+    assert "3/3 runs" in output.err
+    assert f"{summary['lowest_test_accuracy']:.2%} lowest" in output.out
+
+
+def test_mnist_at_the_learning_rate_of_a_range_test(tmp_path: Path, capsys) -> None:
+    config = mnist.Config(
+        dataset="digits", find_learning_rate=True, epochs=20, log_interval=0, output_dir=tmp_path
+    )
+    summary = mnist.run(config)
+    assert 0.03 < summary["learning_rate"] < 0.3
+    assert summary["test_accuracy"] > 0.93
+    assert summary["figures"] == []
+    assert "range_test.png" in summary["pictures"]
+    rate = summary["learning_rate"]
+    assert f"│ {rate:g}" in capsys.readouterr().out
+    explicit = dataclasses.replace(
+        config, find_learning_rate=False, learning_rate=rate, overwrite=True
+    )
+    assert mnist.run(explicit)["test_loss"] == summary["test_loss"]
+    assert not (tmp_path / "range_test.png").exists()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"learning_rate": 0.1}, "--learning-rate is 0.1 with --find-learning-rate"),
+        ({"optimizer": "lbfgs", "dropout": 0.0}, "--find-learning-rate is set with .* lbfgs"),
+    ],
+)
+def test_a_range_test_that_makes_no_sense(tmp_path: Path, arguments, message) -> None:
+    config = mnist.Config(
+        dataset="digits", find_learning_rate=True, output_dir=tmp_path, **arguments
+    )
+    with pytest.raises(jt.InputError, match=message):
+        mnist.run(config)
 
 
 def test_validation_and_early_stopping_on_digits(tmp_path: Path) -> None:

@@ -1,0 +1,162 @@
+"""find_learning_rate: the range test, which suggests a learning rate from one short run."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from jax import lax
+from jaxtyping import Array, Float, Int, Key
+
+from jaxtrain._arguments import check_integer, check_key
+from jaxtrain.dataset import Dataset
+from jaxtrain.errors import InputError
+from jaxtrain.losses import Loss
+from jaxtrain.training._validation import checked_data, checked_state
+from jaxtrain.training.state import TrainState, with_optimizer
+from jaxtrain.training.step import check_loss, update
+
+if TYPE_CHECKING:
+    from jaxtrain._figures import Figure
+
+# The run has diverged where the smoothed loss exceeds this multiple of its lowest value so far.
+_DIVERGED = 4.0
+# Part of the steps in a window of the smoothing, and its least number of steps.
+_WINDOW, _LEAST_WINDOW = 0.1, 5
+
+
+class RangeTest(NamedTuple):
+    """The result of a learning rate range test.
+
+    Attributes:
+      rates: the learning rate of each step, up to where the run diverged, [steps].
+      losses: the loss of each step before its update, [steps].
+      smoothed_losses: the losses, smoothed by a line through the neighboring steps, [steps].
+      suggestion: the rate at which the smoothed loss falls fastest.
+    """
+
+    rates: np.ndarray
+    losses: np.ndarray
+    smoothed_losses: np.ndarray
+    suggestion: float
+
+    def plot(self) -> Figure:
+        """Returns a picture of the losses against the learning rate, with the suggestion."""
+        from jaxtrain.sweeps import _pictures  # needs matplotlib
+
+        return _pictures.range_test(self)
+
+
+def find_learning_rate(
+    state: TrainState,
+    train_data: Dataset,
+    make_optimizer: Callable[[optax.Schedule], optax.GradientTransformation],
+    *,
+    loss_fn: Loss,
+    lowest: float = 1e-5,
+    highest: float = 10.0,
+    steps: int = 200,
+    batch_size: int = 64,
+    key: Key[Array, ""] | None = None,
+) -> RangeTest:
+    """Suggests a learning rate by a range test.
+
+    The test trains for some steps while the rate grows exponentially. At low rates the loss stays,
+    then it falls, and at high rates it rises. The suggestion is the rate at which it falls fastest
+    (Smith, 2017, https://arxiv.org/abs/1506.01186). It is an estimate from one run: compare rates
+    around it with `sweep`.
+
+    Args:
+      state: the parameters to start from; not modified. Its optimizer is not used.
+      train_data: inputs and targets with leading axis [examples].
+      make_optimizer: makes the optimizer from a schedule, such as `jt.optimizers.adam`.
+      loss_fn: per-example loss.
+      lowest: the rate of the first step.
+      highest: the rate of the last step.
+      steps: steps to train; with more, the loss falls at lower rates.
+      batch_size: examples per step.
+      key: PRNG key of the shuffle; None keeps the stored order.
+
+    Returns:
+      The rates, losses and smoothed losses up to where the run diverged, and the suggestion.
+
+    Raises:
+      InputError: an argument is out of range, or the loss falls at no rate.
+
+    Example:
+      >>> test = jt.find_learning_rate(state, train, jt.optimizers.adam, loss_fn=loss_fn)
+      >>> state = jt.with_optimizer(state, jt.optimizers.adam(test.suggestion))
+      >>> test.plot().savefig("learning_rates.png")
+    """
+    check_integer(steps, "steps", minimum=20)
+    check_integer(batch_size, "batch_size", minimum=1)
+    if not 0 < lowest < highest < np.inf:
+        raise InputError(
+            f"lowest is {lowest!r} and highest is {highest!r}; expected finite rates with "
+            "0 < lowest < highest"
+        )
+    if key is not None:
+        check_key(key)
+    check_loss(loss_fn)
+    ramp = optax.exponential_decay(lowest, steps - 1, highest / lowest)
+    state = checked_state(with_optimizer(state, make_optimizer(ramp)))
+    train_data = checked_data(train_data, "train_data", state, loss_fn)
+    batches = _batches(len(train_data), min(batch_size, len(train_data)), steps, key)
+    losses = np.asarray(_losses(state, train_data, batches, loss_fn), float)
+    return _result(np.asarray(jax.vmap(ramp)(jnp.arange(steps)), float), losses)
+
+
+def _batches(
+    examples: int, batch_size: int, steps: int, key: Key[Array, ""] | None
+) -> Int[Array, "steps batch"]:
+    """Returns the examples of each step, from as many epochs as are needed."""
+    epochs = -(-steps * batch_size // examples)
+    if key is None:
+        orders = jnp.tile(jnp.arange(examples), epochs)
+    else:
+        keys = jax.vmap(functools.partial(jax.random.fold_in, key))(jnp.arange(epochs))
+        orders = jax.vmap(lambda each: jax.random.permutation(each, examples))(keys).ravel()
+    return orders[: steps * batch_size].reshape(steps, batch_size)
+
+
+@functools.partial(jax.jit, static_argnames="loss_fn")
+def _losses(
+    state: TrainState, train_data: Dataset, batches: Int[Array, "steps batch"], loss_fn: Loss
+) -> Float[Array, "steps"]:
+    def step(state: TrainState, indices: Array) -> tuple[TrainState, Any]:
+        state, loss, _ = update(state, train_data.take(indices), loss_fn)
+        return state, loss
+
+    return lax.scan(step, state, batches)[1]
+
+
+def _result(rates: np.ndarray, losses: np.ndarray) -> RangeTest:
+    """Returns the losses up to where the run diverges, and where they fall fastest."""
+    from scipy.signal import savgol_filter  # takes a while to import
+
+    finite = np.isfinite(losses)
+    count = len(losses) if finite.all() else int(np.argmin(finite))
+    window = max(_LEAST_WINDOW, round(_WINDOW * len(losses))) // 2 * 2 + 1
+    if count < window:
+        raise InputError(
+            f"the loss is {losses[count]:g} at the learning rate {rates[count]:.3g}, after {count} "
+            "steps; expected finite losses at low rates: lower lowest, or scale the inputs"
+        )
+    smoothed = savgol_filter(losses[:count], window, polyorder=1)
+    slopes = savgol_filter(losses[:count], window, polyorder=1, deriv=1)
+    diverged = smoothed > _DIVERGED * np.minimum.accumulate(smoothed)
+    if diverged.any():
+        count = int(np.argmax(diverged))
+    falling = slopes[: int(np.argmin(smoothed[:count])) + 1]
+    at = int(np.argmin(falling))
+    if not falling[at] < 0:
+        raise InputError(
+            f"the loss falls at no learning rate from {rates[0]:.3g} to {rates[count - 1]:.3g}; "
+            "expected it to fall: choose another range, or check the model and the data"
+        )
+    return RangeTest(rates[:count], losses[:count], smoothed[:count], float(rates[at]))
