@@ -102,7 +102,7 @@ def main() -> None:
             spread = f"{last.mean():.0f} ± {last.std(ddof=1):.0f}"
             table.add_row(library, order, "all", "", "", "", "", spread)
             table.add_section()
-    Console(highlight=False).print(table)
+    Console(highlight=False, width=90).print(table)
 
 
 if __name__ == "__main__":

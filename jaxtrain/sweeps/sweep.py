@@ -24,7 +24,7 @@ from jaxtrain.training.events import OnEvent, RunsDone, RunsHalved, RunsRestored
 
 # "auto" multiplies the number of runs at once by this, as long as the time per run falls below
 # this part of the time before.
-_GROWTH, _GAIN = 8, 0.9
+_GROWTH, _GAIN = 8, 0.75
 
 
 def sweep(
@@ -53,8 +53,8 @@ def sweep(
       static_argnames: axes of numbers to compile for each value of, since these change shapes:
         batch sizes, widths, depths, epochs. Their values arrive as they are.
       parallel: how many runs to train at once. "auto" trains one run, then 8, 64, ... at once,
-        as long as this takes at least 10 % less time per run and at most half of the free memory.
-        On CPUs, a large network alone may occupy all cores, so that "auto" stays at 1.
+        as long as this takes at least a quarter less time per run and at most half of the free
+        memory. On CPUs, a large network alone may occupy all cores, so that "auto" returns to 1.
       checkpoint: folder that keeps the finished runs. The same call resumes from it.
       on_event: receives `RunsDone` after each batch of runs; `jt.progress()` makes a progress bar.
 
