@@ -29,18 +29,11 @@ from jaxtrain.export import load_params, save_params
 from jaxtrain.lowerings import use_cpu_lowerings
 from jaxtrain.model import Model
 from jaxtrain.optimizers import Minimum, minimize
-from jaxtrain.sweeps import (
-    RangeTest,
-    SweepResult,
-    SweepRun,
-    SweepTable,
-    find_learning_rate,
-    load_sweep,
-    sweep,
-)
+from jaxtrain.sweeps import SweepResult, SweepRun, SweepTable, load_sweep, sweep
 from jaxtrain.training import events
 from jaxtrain.training.early_stopping import EarlyStopping
 from jaxtrain.training.epoch import evaluate, predict, train_epoch
+from jaxtrain.training.find_learning_rate import RangeTest, find_learning_rate
 from jaxtrain.training.fit import fit
 from jaxtrain.training.history import History
 from jaxtrain.training.run import train

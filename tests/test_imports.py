@@ -57,7 +57,7 @@ ORDER = [
 # The same inside the package of the training loop.
 TRAINING = [
     *("state", "step", "_validation", "epoch", "history", "early_stopping", "events", "_memory"),
-    *("_hidden", "_plan", "_nonfinite", "_identity", "run", "fit"),
+    *("_hidden", "_plan", "_nonfinite", "_identity", "run", "fit", "find_learning_rate"),
 ]
 
 

@@ -1,4 +1,4 @@
-"""Pictures of a sweep: a line with a band, a heat map, and the losses of a range test."""
+"""Pictures of a sweep: a line with a band, and a heat map."""
 
 from __future__ import annotations
 
@@ -11,7 +11,6 @@ from jaxtrain import _figures
 from jaxtrain.errors import InputError
 
 if TYPE_CHECKING:
-    from jaxtrain.sweeps.find_learning_rate import RangeTest
     from jaxtrain.sweeps.result import SweepResult
 
 # An axis whose positive values span more than this factor has a logarithmic scale.
@@ -112,27 +111,6 @@ def heat_map(result: SweepResult, column: str, x: str | None, y: str | None) -> 
     others = [name for name in names if name not in (x, y)]
     mean = f", mean over {', '.join(others)}" if others else ""
     figure.suptitle(f"{column.replace('_', ' ')}{mean}", fontsize=11)
-    return figure
-
-
-def range_test(test: RangeTest) -> _figures.Figure:
-    """Draws the losses of a range test against the rate, and marks the suggestion."""
-    figure = _figures.Figure(figsize=(6.5, 4), layout="constrained")
-    ax = figure.subplots()
-    ax.plot(test.rates, test.losses, ".", color=_figures.GREY, markersize=3, label="each step")
-    ax.plot(test.rates, test.smoothed_losses, color=_figures.BLUE, label="smoothed")
-    ax.axvline(
-        test.suggestion,
-        color=_figures.VERMILION,
-        linestyle="--",
-        label=f"suggestion: {test.suggestion:.2g}",
-    )
-    # The last losses before the divergence would leave no room for the others.
-    top = max(test.losses[0], test.smoothed_losses.max())
-    ax.set(xscale="log", ylim=(min(0, test.losses.min()), 1.1 * top))
-    _figures.label_axes(ax, "learning rate (log scale)", "training loss")
-    ax.legend(fontsize=8)
-    figure.suptitle("learning rate range test", fontsize=11)
     return figure
 
 

@@ -46,10 +46,30 @@ class RangeTest(NamedTuple):
     suggestion: float
 
     def plot(self) -> Figure:
-        """Returns a picture of the losses against the learning rate, with the suggestion."""
-        from jaxtrain.sweeps import _pictures  # needs matplotlib
+        """Draws the losses against the learning rate, and marks the suggestion.
 
-        return _pictures.range_test(self)
+        Returns:
+          A matplotlib figure; `figure.savefig(path)` writes it.
+        """
+        from jaxtrain import _figures  # needs matplotlib
+
+        figure = _figures.Figure(figsize=(6.5, 4), layout="constrained")
+        ax = figure.subplots()
+        ax.plot(self.rates, self.losses, ".", color=_figures.GREY, markersize=3, label="each step")
+        ax.plot(self.rates, self.smoothed_losses, color=_figures.BLUE, label="smoothed")
+        ax.axvline(
+            self.suggestion,
+            color=_figures.VERMILION,
+            linestyle="--",
+            label=f"suggestion: {self.suggestion:.2g}",
+        )
+        # The last losses before the run diverged would leave no room for the others.
+        top = max(self.losses[0], self.smoothed_losses.max())
+        ax.set(xscale="log", ylim=(min(0, self.losses.min()), 1.1 * top))
+        _figures.label_axes(ax, "learning rate (log scale)", "training loss")
+        ax.legend(fontsize=8)
+        figure.suptitle("learning rate range test", fontsize=11)
+        return figure
 
 
 def find_learning_rate(

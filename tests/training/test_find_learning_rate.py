@@ -9,7 +9,7 @@ import optax
 import pytest
 
 import jaxtrain as jt
-from jaxtrain.sweeps.find_learning_rate import _batches, _result
+from jaxtrain.training.find_learning_rate import _batches, _result
 
 LOSS = jt.losses.cross_entropy
 RATES = np.geomspace(1e-5, 10, 200)
