@@ -25,6 +25,7 @@ FLAG_OF_ARGUMENT = {
     "learning_rate": "learning_rates",
     "directory": "checkpoint_dir",
     "every": "checkpoint_every",
+    "pct_start": "warmup",
 }
 
 
