@@ -33,8 +33,8 @@ class Dataset:
 
     Example:
       >>> data = jt.Dataset(jnp.ones((100, 3)), jnp.zeros(100, jnp.int32))
-      >>> len(data), data[:32].inputs.shape
-      (100, (32, 3))
+      >>> data[:32]
+      Dataset(inputs=float32[32,3], targets=int32[32])
     """
 
     inputs: PyTree
@@ -43,6 +43,11 @@ class Dataset:
 
     def __len__(self) -> int:
         return jax.tree.leaves(self)[0].shape[0]
+
+    def __repr__(self) -> str:
+        fields = {each.name: getattr(self, each.name) for each in dataclasses.fields(self)}
+        shown = [f"{name}={_describe(tree)}" for name, tree in fields.items() if tree is not None]
+        return f"Dataset({', '.join(shown)})"
 
     def __getitem__(self, index: slice) -> Dataset:
         if not isinstance(index, slice):
@@ -96,6 +101,17 @@ class Dataset:
     def replace(self, **changes: Any) -> Dataset:
         """Returns a copy with some fields replaced."""
         return dataclasses.replace(self, **changes)
+
+
+def _describe(tree: PyTree) -> str:
+    """Returns a pytree as text, with dtypes and shapes in place of the values of arrays."""
+
+    def describe(leaf: Any) -> str:
+        if not hasattr(leaf, "shape"):
+            return str(leaf)
+        return f"{leaf.dtype}[{','.join(map(str, leaf.shape))}]"
+
+    return str(jax.tree.map(describe, tree)).replace("'", "")
 
 
 def check_dataset(dataset: Any, name: str) -> None:

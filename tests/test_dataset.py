@@ -29,6 +29,14 @@ def test_a_split_contains_every_example_once(examples: int, fraction: float, see
         assert (np.diff(part.inputs[:, 0]) > 0).all()  # the order is kept
 
 
+def test_the_representation_has_shapes_in_place_of_values() -> None:
+    labels = np.arange(3, dtype=np.int64)
+    data = jt.Dataset({"pixels": jnp.ones((3, 8, 8)), "scale": jnp.ones(3)}, labels)
+    expected = "Dataset(inputs={pixels: float32[3,8,8], scale: float32[3]}, targets=int64[3])"
+    assert repr(data) == expected
+    assert repr(jt.Dataset(labels, weights=labels)) == "Dataset(inputs=int64[3], weights=int64[3])"
+
+
 def test_a_split_refuses_unequal_lengths() -> None:
     with pytest.raises(jt.InputError, match=r"inputs has 50 examples and dataset\.targets has 40"):
         jt.Dataset(jnp.arange(50), jnp.arange(40)).split(0.2, jax.random.key(0))
