@@ -40,6 +40,7 @@ class Config(flags.LineFlags):
     """Take every step on the whole data set, as the tutorial's loop does."""
     seed: int = 0
     """Seed of the order of the points."""
+    log_interval: int = 40
 
 
 def run(config: Config) -> dict[str, Any]:
