@@ -30,7 +30,7 @@ TARGET = 0.99
 
 @dataclass(frozen=True)
 class Config(flags.DatasetFlags, flags.ExperimentFlags):
-    """Flags of this experiment; the defaults are the recipe of the record table."""
+    """Flags of this experiment; the defaults are the recipe that the benchmark measures."""
 
     output_dir: Path = Path("runs/speedrun")
     seeds: int = 20
@@ -50,7 +50,10 @@ class Config(flags.DatasetFlags, flags.ExperimentFlags):
 
 
 class ConvNet(nn.Module):
-    """Two convolutions, of which the second has max pooling, and two dense layers."""
+    """Two convolutions, of which the second has max pooling, and two fully connected layers.
+
+    Initialized as PyTorch initializes these layers: Flax's defaults end at 99.05 %.
+    """
 
     @nn.compact
     def __call__(
@@ -58,10 +61,22 @@ class ConvNet(nn.Module):
     ) -> Float[Array, "batch classes"]:
         """Returns the logits of images of pixels from 0 to 255."""
         x = (images[..., None].astype(jnp.float32) / 255 - MEAN) / STD
-        x = nn.relu(nn.Conv(16, (5, 5), strides=2, padding="VALID")(x))
-        x = nn.relu(nn.max_pool(nn.Conv(32, (3, 3), padding="VALID")(x), (2, 2), (2, 2)))
-        x = nn.relu(nn.Dense(64)(x.reshape(len(x), -1)))
-        return nn.Dense(10)(x)
+        x = nn.relu(_conv(16, size=5, channels=1, stride=2)(x))
+        x = nn.relu(nn.max_pool(_conv(32, size=3, channels=16)(x), (2, 2), (2, 2)))
+        x = nn.relu(jt.models.Linear(64)(x.reshape(len(x), -1)))
+        return jt.models.Linear(10)(x)
+
+
+def _conv(features: int, *, size: int, channels: int, stride: int = 1) -> nn.Conv:
+    init = jt.models.uniform_fan_in(channels * size**2)
+    return nn.Conv(
+        features,
+        (size, size),
+        strides=stride,
+        padding="VALID",
+        kernel_init=init,
+        bias_init=init,
+    )
 
 
 def run(config: Config) -> dict[str, Any]:
@@ -71,7 +86,6 @@ def run(config: Config) -> dict[str, Any]:
     check_integer(config.batch_size, "batch_size", minimum=1)
     with command.run_folder(config) as folder:
         data = command.load_images(config)
-        folder.start()
         with command.reporting(folder, log_interval=1) as on_event:
             result = jt.sweep(
                 functools.partial(train, config, data),

@@ -45,15 +45,18 @@ def test_losses_are_those_of_the_recipe_in_pytorch() -> None:
 def copy_params(params, model) -> None:
     """Copies the parameters of the Linen network into PyTorch's."""
     layers = [each for each in model if hasattr(each, "weight")]
+    names = ["Conv_0", "Conv_1", "Linear_0", "Linear_1"]
     with torch.no_grad():
-        for layer, name in zip(layers, ["Conv_0", "Conv_1", "Dense_0", "Dense_1"], strict=True):
-            kernel = np.array(params[name]["kernel"])
-            if kernel.ndim == 4:
-                kernel = kernel.transpose(3, 2, 0, 1)
-            elif name == "Dense_0":  # PyTorch flattens [channels, height, width]
-                kernel = kernel.reshape(5, 5, -1, kernel.shape[1])
-                kernel = kernel.transpose(2, 0, 1, 3).reshape(-1, kernel.shape[-1]).T
+        for layer, name in zip(layers, names, strict=True):
+            found = {key: np.array(value) for key, value in params[name].items()}
+            if "kernel" in found:  # [height, width, inputs, outputs]
+                weight = found["kernel"].transpose(3, 2, 0, 1)
+            elif name == "Linear_0":  # PyTorch flattens [channels, height, width]
+                weight = (
+                    found["weight"].reshape(-1, 5, 5, 32).transpose(0, 3, 1, 2).reshape(-1, 800)
+                )
             else:
-                kernel = kernel.T
-            layer.weight.copy_(torch.from_numpy(np.ascontiguousarray(kernel)))
-            layer.bias.copy_(torch.from_numpy(np.array(params[name]["bias"])))
+                weight = found["weight"]
+            assert layer.weight.shape == weight.shape
+            layer.weight.copy_(torch.from_numpy(np.ascontiguousarray(weight)))
+            layer.bias.copy_(torch.from_numpy(found["bias"]))
