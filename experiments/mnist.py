@@ -105,6 +105,7 @@ def run(config: Config) -> dict[str, Any]:
         found = None
         if config.find_learning_rate:
             found = find_learning_rate(config, start)
+            # Two digits, so that --learning-rate with the printed rate repeats the run.
             config = replace(config, learning_rate=float(f"{found.suggestion:.2g}"))
             optimizer = make_optimizer(config, len(start.train_data))
             start = start._replace(state=jt.with_optimizer(start.state, optimizer))
@@ -201,11 +202,6 @@ def make_start(config: Config, data: jt.data.Resolved) -> Start:
 
 def find_learning_rate(config: Config, start: Start) -> jt.RangeTest:
     """Returns the range test of the learning rate, with the optimizer of the flags."""
-    if config.optimizer == "lbfgs":
-        raise jt.InputError(
-            "--find-learning-rate is set with --optimizer lbfgs; expected another optimizer, since "
-            "its line search finds the rate of each step"
-        )
     return jt.find_learning_rate(
         start.state,
         start.train_data,

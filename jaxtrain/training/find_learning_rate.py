@@ -17,6 +17,7 @@ from jaxtrain._arguments import check_integer, check_key
 from jaxtrain.dataset import Dataset
 from jaxtrain.errors import InputError
 from jaxtrain.losses import Loss
+from jaxtrain.optimizers import has_line_search
 from jaxtrain.training._validation import checked_data, checked_state
 from jaxtrain.training.state import TrainState, with_optimizer
 from jaxtrain.training.step import check_loss, update
@@ -26,7 +27,7 @@ if TYPE_CHECKING:
 
 # The run has diverged where the smoothed loss exceeds this multiple of its lowest value so far.
 _DIVERGED = 4.0
-# Part of the steps in a window of the smoothing, and its least number of steps.
+# Fraction of the steps in a smoothing window, and its minimum number of steps.
 _WINDOW, _LEAST_WINDOW = 0.1, 5
 
 
@@ -86,10 +87,10 @@ def find_learning_rate(
 ) -> RangeTest:
     """Suggests a learning rate by a range test.
 
-    The test trains for some steps while the rate grows exponentially. At low rates the loss stays,
-    then it falls, and at high rates it rises. The suggestion is the rate at which it falls fastest
-    (Smith, 2017, https://arxiv.org/abs/1506.01186). It is an estimate from one run: compare rates
-    around it with `sweep`.
+    The test trains for some steps while the rate grows exponentially. At low rates the loss stays
+    constant, then it falls, and at high rates it rises. The suggestion is the rate at which it
+    falls fastest (Smith, 2017, https://arxiv.org/abs/1506.01186). It is an estimate from one run:
+    compare rates around it with `sweep`.
 
     Args:
       state: the parameters to start from; not modified. Its optimizer is not used.
@@ -123,8 +124,20 @@ def find_learning_rate(
     if key is not None:
         check_key(key)
     check_loss(loss_fn)
+    if not callable(make_optimizer):
+        raise InputError(
+            f"make_optimizer is a {type(make_optimizer).__name__}; expected a function that makes "
+            "an optimizer from a schedule, such as jaxtrain.optimizers.adam, without parentheses",
+            argument="make_optimizer",
+        )
     ramp = optax.exponential_decay(lowest, steps - 1, highest / lowest)
     state = checked_state(with_optimizer(state, make_optimizer(ramp)))
+    if has_line_search(state.opt_state):
+        raise InputError(
+            "make_optimizer makes an optimizer with a line search, such as L-BFGS, which finds the "
+            "rate of each step itself; expected another optimizer",
+            argument="make_optimizer",
+        )
     train_data = checked_data(train_data, "train_data", state, loss_fn)
     batches = _batches(len(train_data), min(batch_size, len(train_data)), steps, key)
     losses = np.asarray(_losses(state, train_data, batches, loss_fn), float)
@@ -169,7 +182,8 @@ def _result(rates: np.ndarray, losses: np.ndarray) -> RangeTest:
         )
     smoothed = savgol_filter(losses[:count], window, polyorder=1)
     slopes = savgol_filter(losses[:count], window, polyorder=1, deriv=1)
-    diverged = smoothed > _DIVERGED * np.minimum.accumulate(smoothed)
+    lowest = np.minimum.accumulate(smoothed)
+    diverged = smoothed > lowest + (_DIVERGED - 1) * np.abs(lowest)  # losses may be negative
     if diverged.any():
         count = int(np.argmax(diverged))
     falling = slopes[: int(np.argmin(smoothed[:count])) + 1]

@@ -50,9 +50,9 @@ def train(
     """Trains for some epochs and evaluates after each, in one compiled program.
 
     The function computes what `fit` computes from the same arguments. It does not return to the
-    host between epochs, so it may be called under `jit`, vmapped over states, keys or
-    hyperparameters, and differentiated with respect to them. In return it saves nothing, reports
-    nothing, and does not end at a NaN: the run goes on, and its later rows are NaN.
+    host between epochs, so it may be called under `jit`, vmapped over states, keys or numbers such
+    as learning rates, and differentiated with respect to these numbers. In return it saves nothing,
+    reports nothing, and does not stop at a NaN: the run continues, and its later rows are NaN.
 
     Args:
       state: where to start; not modified.
@@ -68,7 +68,7 @@ def train(
       test_batch_size: examples at a time in evaluation.
       key: PRNG key of the shuffle; epoch e is shuffled with `fold_in(key, e)`. None keeps the
         stored order.
-      early_stopping: stops to train when a column of the history no longer improves, and returns
+      early_stopping: stops training when a column of the history no longer improves, and returns
         the best state. The rows of the remaining epochs are NaN, with 0 in the column `epoch`.
         Under `vmap`, a run that has stopped takes as long as the longest one.
 

@@ -50,6 +50,10 @@ def test_the_result_ends_where_the_run_diverges(beyond) -> None:
     assert np.isfinite(test.losses).all()
 
 
+def test_losses_may_be_negative() -> None:
+    assert _result(RATES, curve(0.01) - 10).suggestion == pytest.approx(0.01, rel=0.1)
+
+
 def test_the_steepest_slope_after_the_minimum_does_not_count() -> None:
     losses = curve(0.01, rises_at=5)
     losses[170:180] += np.linspace(2, 0, 10)  # a spike, which falls faster than the loss before
@@ -80,7 +84,8 @@ def test_batches_are_those_of_epochs() -> None:
     assert stored.ravel().tolist() == [*range(10), *range(10)]
     shuffled = _batches(10, 4, 5, jax.random.key(0)).ravel()
     assert sorted(shuffled[:10].tolist()) == sorted(shuffled[10:].tolist()) == list(range(10))
-    assert shuffled[:10].tolist() != shuffled[10:].tolist() != list(range(10))
+    orders = [list(range(10)), shuffled[:10].tolist(), shuffled[10:].tolist()]
+    assert len(set(map(tuple, orders))) == 3
 
 
 @pytest.mark.parametrize("make_optimizer", [jt.optimizers.sgd, jt.optimizers.adam])
@@ -117,6 +122,10 @@ def test_the_picture_shows_losses_and_suggestion() -> None:
     test = _result(RATES, curve(0.01))
     [axes] = test.plot().axes
     assert axes.get_xscale() == "log"
+    each, smoothed, suggestion = axes.lines
+    np.testing.assert_array_equal(each.get_ydata(), test.losses)
+    np.testing.assert_array_equal(smoothed.get_ydata(), test.smoothed_losses)
+    assert set(suggestion.get_xdata()) == {test.suggestion}
     assert [text.get_text() for text in axes.get_legend().get_texts()][
         -1
     ] == f"suggestion: {test.suggestion:.2g}"
@@ -133,6 +142,18 @@ def test_a_loss_that_is_nan_from_the_start_is_an_error(state, small_classes) -> 
 
     with pytest.raises(jt.InputError, match=r"the loss is nan at the learning rate 1e-05, after 0"):
         jt.find_learning_rate(state, small_classes, jt.optimizers.sgd, loss_fn=loss_fn)
+
+
+@pytest.mark.parametrize(
+    ("make_optimizer", "message"),
+    [
+        (optax.sgd(0.1), "make_optimizer is a GradientTransformation.*without parentheses"),
+        (jt.optimizers.lbfgs, "make_optimizer makes an optimizer with a line search"),
+    ],
+)
+def test_an_optimizer_without_a_rate_to_find(state, small_classes, make_optimizer, message) -> None:
+    with pytest.raises(jt.InputError, match=message):
+        jt.find_learning_rate(state, small_classes, make_optimizer, loss_fn=LOSS)
 
 
 @pytest.mark.parametrize(
