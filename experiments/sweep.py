@@ -50,16 +50,15 @@ def run(config: Config) -> dict[str, Any]:
     if not config.learning_rates:
         raise jt.InputError("--learning-rates is empty; expected at least one, such as 0.01")
     for rate in config.learning_rates:
-        jt.optimizers.sgd(rate)  # checks the rate: in a sweep it has no value
+        jt.optimizers.sgd(rate)  # checked here, since a traced rate in the sweep is not
     with command.run_folder(config) as folder:
         data = command.load_images(config)
-        folder.start()
         with command.reporting(folder, log_interval=1) as on_event:
             result = sweep(config, data, on_event)
-        table = result.table(COLUMNS, over="seed")
-        best = result.best("validation_loss")
         result.to_csv(folder.path / "history.csv")
         result.save(folder.path / "sweep.safetensors")
+        table = result.table(COLUMNS, over="seed")
+        best = result.best("validation_loss")  # an error if all runs have diverged
         assert best.state is not None
         folder.write_model(best.state)
         folder.write_picture("heat_map.png", result.heat_map("test_accuracy", x="seed"))

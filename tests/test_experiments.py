@@ -257,15 +257,25 @@ def test_ctrl_c_ends_with_one_line_and_keeps_the_completed_epochs(
         assert [path.name for path in folder.iterdir()] == [".lock"]
 
 
-def test_an_error_leaves_the_results_of_an_earlier_run(environment, tmp_path: Path) -> None:
-    folder = tmp_path / "out"
-    run(environment, "linear_regression", "--epochs", 5, "--output-dir", folder)
-    before = {path.name: path.read_bytes() for path in folder.glob("[!.]*")}
+@pytest.mark.parametrize(
+    ("script", "flags", "wrong", "message"),
+    [
+        (linear_regression, {"epochs": 5}, {"epochs": -1}, "epochs is -1"),
+        (sweep, {"epochs": 1, "seeds": 1}, {"parallel": 0}, "parallel is 0"),
+        (speedrun, {"seeds": 1}, {"learning_rate": -1.0}, r"learning_rate is -1\.0"),
+    ],
+)
+def test_an_error_leaves_the_results_of_an_earlier_run(
+    script, flags, wrong, message, tmp_path: Path
+) -> None:
+    images = {} if script is linear_regression else {"dataset": "digits"}
+    config = script.Config(output_dir=tmp_path, overwrite=True, **images, **flags)
+    script.run(config)
+    before = {path.name: path.read_bytes() for path in tmp_path.glob("[!.]*")}
     assert "summary.json" in before
-    again = ("--output-dir", folder, "--overwrite")
-    result = run(environment, "linear_regression", "--epochs", -1, *again)
-    assert_one_line_error(result, "epochs is -1")
-    assert {path.name: path.read_bytes() for path in folder.glob("[!.]*")} == before
+    with pytest.raises(jt.InputError, match=message):
+        script.run(dataclasses.replace(config, **wrong))
+    assert {path.name: path.read_bytes() for path in tmp_path.glob("[!.]*")} == before
 
 
 def test_a_terminal_shows_a_progress_bar(environment, tmp_path: Path) -> None:
@@ -364,7 +374,7 @@ def test_tutorials_reach_their_figures(script, flags, pictures, tmp_path, capsys
         (
             mnist,
             {"dataset": "digits", "find_learning_rate": True, "optimizer": "lbfgs", "dropout": 0.0},
-            "--find-learning-rate is set with --optimizer lbfgs",
+            "an optimizer with a line search, such as L-BFGS",
         ),
         (linear_regression, {"log_interval": -1}, "log_interval is -1"),
         (speedrun, {"seeds": 0}, "seeds is 0"),

@@ -22,7 +22,14 @@ from jaxtrain._versions import device_name, versions
 from jaxtrain.cli.tables import Comparison
 from jaxtrain.errors import InputError, StorageError, add_recovery_note
 from jaxtrain.export import save_params
-from jaxtrain.training.events import Compiled, EpochDone, Event, Resumed, RunsDone
+from jaxtrain.training.events import (
+    Compiled,
+    EpochDone,
+    Event,
+    Resumed,
+    RunsDone,
+    RunsRestored,
+)
 from jaxtrain.training.state import TrainState
 
 if TYPE_CHECKING:
@@ -136,15 +143,15 @@ class RunFolder:
         """Records what `fit` or `sweep` reports.
 
         Args:
-          event: `Compiled` calls `start`; completed epochs, also those of a checkpoint, become
-            rows of `history.csv`, which is written at most once per second. Of `RunsDone`, the
-            times are added to the summary.
+          event: `Compiled`, and the first event of a sweep, call `start`; completed epochs, also
+            those of a checkpoint, become rows of `history.csv`, which is written at most once per
+            second. The times of `RunsDone` are added to the summary.
           extra: additional columns of these rows.
         """
+        if isinstance(event, Compiled | RunsDone | RunsRestored) and not self._has_started:
+            self.start()
         if isinstance(event, Compiled):
             self._compile_seconds += event.seconds
-            if not self._has_started:
-                self.start()
         elif isinstance(event, Resumed):
             columns = {name: values.tolist() for name, values in event.history.items()}
             rows = zip(*columns.values(), strict=True)
