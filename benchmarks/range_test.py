@@ -18,13 +18,12 @@ import jax
 import numpy as np
 
 import jaxtrain as jt
-from benchmarks.problem import MEAN, STD
 from jaxtrain._files import make_folder
 from jaxtrain.cli import plots
 
 LOSS = jt.losses.cross_entropy
 EPOCHS = 5
-# Each range of rates has rates that are too low and too high for T2.
+# Each range extends beyond the useful rates of T2 on both sides.
 OPTIMIZERS = {
     "SGD": (jt.optimizers.sgd, np.geomspace(1e-3, 2, 20)),
     "Adam": (jt.optimizers.adam, np.geomspace(1e-5, 3e-2, 20)),
@@ -56,7 +55,7 @@ class Compared(NamedTuple):
 
 
 def run(config: Config) -> dict[str, Compared]:
-    """Compare the learning rate of a range test with the rates of a sweep, for T2 on MNIST."""
+    """Compares the learning rate of a range test with the rates of a sweep, for T2 on MNIST."""
     data = jt.data.load_resolved("mnist", config.data_dir)
     make_folder(config.picture.parent, "folder of the picture")
     found = {}
@@ -74,7 +73,8 @@ def run(config: Config) -> dict[str, Compared]:
 
 def compare(data: jt.data.Resolved, make_optimizer: Any, rates: np.ndarray) -> Compared:
     """Runs the range test, and trains at its suggestion and at all rates."""
-    model = jt.models.FeedForward(mean=MEAN, std=STD)
+    mean, std = jt.data.STATISTICS["mnist"]
+    model = jt.models.FeedForward(mean=mean, std=std)
     init_key, shuffle_key = jax.random.split(jax.random.key(42))
     inputs = data.train.inputs[:1]
     state = jt.init_state(model, make_optimizer(0.1), inputs, key=init_key)

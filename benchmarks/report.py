@@ -93,11 +93,10 @@ def readme_section(machines: dict[str, Results]) -> str:
         markdown(summary_table(results)),
         *speedrun,
         "Above 1, jaxtrain is faster: the ratio is PyTorch's median over jaxtrain's. The models "
-        "train for an epoch at batch 64;\ncold and warm refer to JAX's compilation cache. "
-        f"{ranking(results)}\n{memory_sentence(results)} "
-        f"Software: {', '.join(software)}."
+        "train for an epoch at batch 64; cold and warm refer to JAX's compilation cache. "
+        f"{ranking(results)} {memory_sentence(results)} Software: {', '.join(software)}."
         + ("" if on_gpu else " No GPU results yet.")
-        + "\nMethod, aims and all results: [docs/benchmarks.md](docs/benchmarks.md). "
+        + " Method, aims and all results: [docs/benchmarks.md](docs/benchmarks.md). "
         "Why jaxtrain loses where it does: [NOTES.md](benchmarks/NOTES.md).",
     ]
     return "\n\n".join(parts)

@@ -109,14 +109,16 @@ def speedrun_table(results: Results) -> Cells:
     for row in rows_of(results, "speedrun"):
         facts = row["facts"]
         accuracies = facts["accuracies"]
-        ratio = readings(results, "speedrun", row["case"], OURS)
+        ours = readings(results, "speedrun", row["case"], OURS)
         rows.append(
             [
                 SPEEDRUN_NAMES[row["peer"]],
                 f"{statistics.mean(accuracies):.2%} ({min(accuracies):.2%}), "
                 f"{len(accuracies)} seeds",
                 duration(statistics.median(row["readings"])),
-                "" if ratio is None else with_interval(speedup(ratio, row["readings"]), "×"),
+                ""
+                if ours is None or row["peer"] == OURS
+                else with_interval(speedup(ours, row["readings"]), "×"),
                 duration(statistics.median(facts["compile_seconds"]))
                 if any(facts["compile_seconds"])
                 else "none",
