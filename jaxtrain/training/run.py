@@ -16,6 +16,7 @@ from jaxtrain.dataset import Dataset
 from jaxtrain.losses import Loss
 from jaxtrain.metrics import Metric
 from jaxtrain.optimizers import current_learning_rate, skipped_steps
+from jaxtrain.training._memory import memory_advice
 from jaxtrain.training._plan import make_plan
 from jaxtrain.training._validation import check_type, checked_state
 from jaxtrain.training.early_stopping import EarlyStopping
@@ -79,6 +80,7 @@ def train(
     Raises:
       InputError: an argument is out of range; the data are not finite, or do not fit the model or
         the loss. Values that are traced are not checked.
+      OutOfMemoryError: the run does not fit on the device.
 
     Example:
       >>> def run(seed):
@@ -106,19 +108,20 @@ def train(
     columns = [name for name in plan.columns(state) if name != "seconds"]
     if early_stopping is not None:
         early_stopping.check_columns(columns)
-    final, history = _train(
-        state,
-        plan.train_data,
-        plan.held_out,
-        plan.key,
-        loss_fn=loss_fn,
-        metrics=plan.metrics,
-        state_metrics=tuple(plan.state_metrics.items()),
-        epochs=epochs,
-        batch_size=plan.batch_size,
-        test_batch_size=test_batch_size,
-        early_stopping=early_stopping,
-    )
+    with memory_advice(plan.batch_size):
+        final, history = _train(
+            state,
+            plan.train_data,
+            plan.held_out,
+            plan.key,
+            loss_fn=loss_fn,
+            metrics=plan.metrics,
+            state_metrics=tuple(plan.state_metrics.items()),
+            epochs=epochs,
+            batch_size=plan.batch_size,
+            test_batch_size=test_batch_size,
+            early_stopping=early_stopping,
+        )
     # A dict that leaves a compiled program is sorted by name.
     return final, {name: history[name] for name in (*columns, "step_losses")}
 

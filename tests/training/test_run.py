@@ -159,9 +159,9 @@ def test_a_nonfinite_loss_is_left_out_of_the_mean_only_where_its_step_is_skipped
     _, history = jt.train(safe, data, epochs=1, **options)
     losses = np.asarray(history["step_losses"][0])
     finite = np.isfinite(losses)
+    assert 0 < np.count_nonzero(finite) < len(finite)
     assert history["skipped_steps"].tolist() == [np.count_nonzero(~finite)]
-    weights = np.array([16, 16, 16, 2])[finite]
-    expected = np.average(losses[finite], weights=weights) if finite.any() else 0
+    expected = np.average(losses[finite], weights=np.array([16, 16, 16, 2])[finite])
     np.testing.assert_allclose(history["train_loss"][0], expected, rtol=1e-6)
 
 
@@ -169,3 +169,12 @@ def test_a_column_that_only_fit_has_cannot_be_monitored(small_state, small_class
     early_stopping = jt.EarlyStopping(1, monitor="seconds")
     with pytest.raises(jt.InputError, match="early_stopping monitors 'seconds'"):
         jt.train(small_state, small_classes, early_stopping=early_stopping, **OPTIONS)
+
+
+def test_a_run_that_does_not_fit_is_an_error(small_state, small_classes, monkeypatch) -> None:
+    def out_of_memory(*args, **options):
+        raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: out of memory")
+
+    monkeypatch.setattr("jaxtrain.training.run._train", out_of_memory)
+    with pytest.raises(jt.OutOfMemoryError, match="out of memory at batch_size 16"):
+        jt.train(small_state, small_classes, epochs=1, **OPTIONS)
