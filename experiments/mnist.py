@@ -114,6 +114,8 @@ def run(config: Config) -> dict[str, Any]:
 
         if found is not None:
             folder.write_picture("range_test.png", found.plot())
+            columns = {"learning_rate": found.rates, "loss": found.losses}
+            folder.write_table("range_test.csv", columns)
         logits = jt.predict(state, data.test.inputs, batch_size=config.test_batch_size)
         folder.write_model(state)
         write_pictures(folder, data, history, logits)
@@ -306,7 +308,8 @@ def print_result(data: jt.data.Resolved, summary: dict[str, Any]) -> None:
             "data set": data.name + ("" if data.notice is None else " (this is not MNIST)"),
             "epochs": str(summary["epochs"])
             + (f", best {summary['best_epoch']}" if "best_epoch" in summary else ""),
-            "learning rate": f"{summary['learning_rate']:g}",
+            "learning rate": f"{summary['learning_rate']:g}"
+            + (", from the range test" if "range_test.png" in summary["pictures"] else ""),
             "test loss": f"{summary['test_loss']:.4f}",
             "test accuracy": progress.accuracy_text(summary["test_accuracy"], len(data.test)),
             "compiling": f"{summary['compile_seconds']:.1f} s",

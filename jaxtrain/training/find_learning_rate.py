@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 from jax import lax
+from jax.typing import ArrayLike
 from jaxtyping import Array, Float, Int, Key
 
 from jaxtrain._arguments import check_integer, check_key
@@ -131,7 +132,13 @@ def find_learning_rate(
             argument="make_optimizer",
         )
     ramp = optax.exponential_decay(lowest, steps - 1, highest / lowest)
-    state = checked_state(with_optimizer(state, make_optimizer(ramp)))
+    calls = []
+
+    def schedule(count: ArrayLike) -> ArrayLike:
+        calls.append(count)
+        return ramp(count)
+
+    state = checked_state(with_optimizer(state, make_optimizer(schedule)))
     if has_line_search(state.opt_state):
         raise InputError(
             "make_optimizer makes an optimizer with a line search, such as L-BFGS, which finds the "
@@ -141,6 +148,12 @@ def find_learning_rate(
     train_data = checked_data(train_data, "train_data", state, loss_fn)
     batches = _batches(len(train_data), min(batch_size, len(train_data)), steps, key)
     losses = np.asarray(_losses(state, train_data, batches, loss_fn), float)
+    if not calls:  # while the step was traced
+        raise InputError(
+            "make_optimizer ignores the schedule that it is given; expected a function that passes "
+            "it on as the learning rate, such as jaxtrain.optimizers.adam",
+            argument="make_optimizer",
+        )
     return _result(np.asarray(jax.vmap(ramp)(jnp.arange(steps)), float), losses)
 
 
@@ -181,16 +194,17 @@ def _result(rates: np.ndarray, losses: np.ndarray) -> RangeTest:
             "steps; expected finite losses at low rates: lower lowest, or scale the inputs"
         )
     smoothed = savgol_filter(losses[:count], window, polyorder=1)
-    slopes = savgol_filter(losses[:count], window, polyorder=1, deriv=1)
     lowest = np.minimum.accumulate(smoothed)
     diverged = smoothed > lowest + (_DIVERGED - 1) * np.abs(lowest)  # losses may be negative
-    if diverged.any():
-        count = int(np.argmax(diverged))
-    falling = slopes[: int(np.argmin(smoothed[:count])) + 1]
+    if diverged.any():  # smoothed again, without the losses after the run diverged
+        count = max(window, int(np.argmax(diverged)))
+        smoothed = savgol_filter(losses[:count], window, polyorder=1)
+    slopes = savgol_filter(losses[:count], window, polyorder=1, deriv=1)
+    falling = slopes[: int(np.argmin(smoothed)) + 1]
     at = int(np.argmin(falling))
     if not falling[at] < 0:
         raise InputError(
             f"the loss falls at no learning rate from {rates[0]:.3g} to {rates[count - 1]:.3g}; "
             "expected it to fall: choose another range, or check the model and the data"
         )
-    return RangeTest(rates[:count], losses[:count], smoothed[:count], float(rates[at]))
+    return RangeTest(rates[:count], losses[:count], smoothed, float(rates[at]))

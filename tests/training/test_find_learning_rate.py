@@ -47,7 +47,7 @@ def test_the_result_ends_where_the_run_diverges(beyond) -> None:
     assert test.suggestion == pytest.approx(0.01, rel=0.1)
     assert 0.4 < test.rates[-1] <= 1  # the smoothing looks ahead by half a window
     assert len(test.rates) == len(test.losses) == len(test.smoothed_losses)
-    assert np.isfinite(test.losses).all()
+    assert test.smoothed_losses.max() < 2.2  # no loss after the run diverged
 
 
 def test_losses_may_be_negative() -> None:
@@ -58,6 +58,7 @@ def test_the_steepest_slope_after_the_minimum_does_not_count() -> None:
     losses = curve(0.01, rises_at=5)
     losses[170:180] += np.linspace(2, 0, 10)  # a spike, which falls faster than the loss before
     losses[160:170] += np.linspace(0, 2, 10)
+    losses[180:] += 0.2
     assert _result(RATES, losses).suggestion == pytest.approx(0.01, rel=0.1)
 
 
@@ -148,6 +149,7 @@ def test_a_loss_that_is_nan_from_the_start_is_an_error(state, small_classes) -> 
     ("make_optimizer", "message"),
     [
         (optax.sgd(0.1), "make_optimizer is a GradientTransformation.*without parentheses"),
+        (lambda schedule: optax.sgd(0.1), "make_optimizer ignores the schedule"),
         (jt.optimizers.lbfgs, "make_optimizer makes an optimizer with a line search"),
     ],
 )
