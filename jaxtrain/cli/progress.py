@@ -175,7 +175,8 @@ def _runs_line(event: RunsDone | RunsRestored | RunsHalved) -> str:
         return f"{event.done}/{event.total} runs restored from the checkpoint folder"
     compiled = f", compiled in {event.compile_seconds:.1f} s" if event.compile_seconds else ""
     at_once = f"{event.parallel} at once" if event.parallel > 1 else "one at a time"
-    return f"{event.done}/{event.total} runs  {at_once}, {event.seconds:.2f} s{compiled}"
+    per_run = f"{event.seconds / event.parallel:.2f} s per run"
+    return f"{event.done}/{event.total} runs  {at_once}, {per_run}{compiled}"
 
 
 def epoch_line(event: EpochDone, test_examples: int | None = None) -> str:
