@@ -60,6 +60,15 @@ def check_type(value: Any, name: str, expected: type) -> None:
         )
 
 
+def check_not_traced(*arguments: Any) -> None:
+    """Raises InputError if `fit` is called where its arguments have no values."""
+    if any(isinstance(leaf, jax.core.Tracer) for leaf in jax.tree.leaves(arguments)):
+        raise InputError(
+            "fit is called inside a function that JAX traces, such as one under jit or in sweep; "
+            "expected arrays with values: call jaxtrain.train, which computes the same"
+        )
+
+
 def check_values(dataset: Dataset, name: str) -> None:
     """Raises InputError unless all values are finite in the dtypes that JAX gives them.
 

@@ -23,7 +23,12 @@ from jaxtrain.training._identity import check_same_run, identify
 from jaxtrain.training._memory import memory_advice
 from jaxtrain.training._nonfinite import check_arrays, hint_for, raise_for_steps
 from jaxtrain.training._plan import Plan, learning_rate, make_plan
-from jaxtrain.training._validation import check_type, checked_callback, checked_state
+from jaxtrain.training._validation import (
+    check_not_traced,
+    check_type,
+    checked_callback,
+    checked_state,
+)
 from jaxtrain.training.early_stopping import EarlyStopping
 from jaxtrain.training.epoch import compiled_evaluate
 from jaxtrain.training.events import Compiled, EpochDone, OnEvent, Resumed, StepsDone
@@ -108,6 +113,7 @@ def fit(
     check_integer(epochs, "epochs", minimum=0)
     check_type(early_stopping, "early_stopping", EarlyStopping)
     check_type(checkpoint, "checkpoint", CheckpointOptions)
+    check_not_traced(state, train_data, key)
     state = checked_state(state)
     on_event = checked_callback(on_event)
     plan = make_plan(

@@ -237,3 +237,8 @@ def test_a_missing_rng_stream_is_named(small_classes) -> None:
     state = jt.init_state(Noisy(), optax.sgd(0.1), small_classes.inputs, key=jax.random.key(0))
     with refused(r"draws from an RNG stream without a key .*init_state\(rngs=...\)"):
         jt.train_step(state, small_classes, LOSS)
+
+
+def test_fit_inside_a_traced_function_names_train(small_state, small_classes) -> None:
+    with refused("fit is called inside a function that JAX traces.*call jaxtrain.train"):
+        jax.jit(lambda state: jt.fit(state, small_classes, loss_fn=LOSS)[0])(small_state)
