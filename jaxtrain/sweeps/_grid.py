@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import inspect
 import itertools
 import math
@@ -53,8 +54,8 @@ class Grid(NamedTuple):
     @property
     def configurations(self) -> list[dict[str, Any]]:
         """The values by name, for each run in order; the last axis varies fastest."""
-        combine = zip(*self.axes.values(), strict=True) if self.zipped else None
-        rows = combine or itertools.product(*self.axes.values())
+        combine = functools.partial(zip, strict=True) if self.zipped else itertools.product
+        rows = combine(*self.axes.values())
         return [dict(zip(self.axes, row, strict=True)) for row in rows]
 
     @property
@@ -146,6 +147,10 @@ def _values(name: str, values: Any) -> tuple[Any, ...]:
         value.item() if hasattr(value, "dtype") and np.ndim(value) == 0 else value
         for value in values
     )
+    if any(getattr(value, "shape", ()) for value in found):
+        raise InputError(
+            f"the axis {name} has arrays; expected numbers, strings or tuples", argument="axes"
+        )
     if not found:
         raise InputError(f"the axis {name} is empty; expected at least one value", argument="axes")
     return found
@@ -162,7 +167,9 @@ def _are_numbers(name: str, values: tuple[Any, ...]) -> bool:
         for value in values:
             if _is_integer(value) and not _INT32.min <= value <= _INT32.max:
                 raise InputError(
-                    f"the axis {name} has {value}; expected integers of 32 bits", argument="axes"
+                    f"the axis {name} has {value}; expected integers from {_INT32.min} to "
+                    f"{_INT32.max}, or {name} among static_argnames",
+                    argument="axes",
                 )
             if math.isnan(value):
                 raise InputError(f"the axis {name} has {value}; expected numbers", argument="axes")
@@ -197,6 +204,7 @@ def _check_signature(run: Callable[..., Any], grid: Grid) -> None:
         signature.bind(**dict.fromkeys(grid.axes))
     except TypeError as error:
         raise InputError(
-            f"run{signature} does not take the axes {names} ({error}); expected run({names})",
+            f"the axes are {names}, but run takes {signature} ({error}); expected an axis for each "
+            "argument of run, by the same name",
             argument="run",
         ) from error

@@ -28,7 +28,11 @@ _COLORS = (
 def line_plot(result: SweepResult, column: str, x: str | None, over: Any) -> _figures.Figure:
     """Draws the final value of a column against one axis, with a band over others."""
     over = (over,) if isinstance(over, str) else tuple(over)
-    x = x or next((name for name in result.axes if name not in over), "")
+    x = x or next((name for name in result.axes if name not in over), None)
+    if x is None:
+        raise InputError(
+            f"over has all axes of the sweep ({', '.join(over)}); expected one to remain for x"
+        )
     _check_axes(result, (x, *over))
     rest = [name for name in result.axes if name not in (x, *over)]
     positions, ticks, is_log = _scale(result.axes[x])
@@ -47,12 +51,13 @@ def line_plot(result: SweepResult, column: str, x: str | None, over: Any) -> _fi
         )
         label = ", ".join(f"{name} {_text(v)}" for name, v in zip(rest, key, strict=True))
         color = _COLORS[number % len(_COLORS)]
-        style: dict[str, Any] = {"color": color, "marker": "osDv^P"[number % 6], "markersize": 5}
-        ax.plot(positions, means, label=label or None, **style)
+        marker = "osDv^P"[(number + number // len(_COLORS)) % 6]  # another one for each color
+        style: dict[str, Any] = {"color": color, "marker": marker, "markersize": 5}
+        order = np.argsort(positions)
+        at, means, deviations = np.array(positions)[order], means[order], deviations[order]
+        ax.plot(at, means, label=label or None, **style)
         if over:
-            ax.fill_between(
-                positions, means - deviations, means + deviations, color=color, alpha=0.2
-            )
+            ax.fill_between(at, means - deviations, means + deviations, color=color, alpha=0.2)
     if is_log:
         ax.set_xscale("log")
     if ticks:
@@ -90,11 +95,11 @@ def heat_map(result: SweepResult, column: str, x: str | None, y: str | None) -> 
     image = ax.imshow(grid, cmap="viridis", aspect="auto")
     ax.set_xticks(range(columns), labels=list(map(_text, result.axes[x])))
     ax.set_yticks(range(rows), labels=list(map(_text, result.axes[y])))
-    is_share = _is_share(column)
-    low, high = np.nanmin(grid), np.nanmax(grid)
+    is_fraction = _is_fraction(column)
+    low, high = (0.0, 1.0) if np.isnan(grid).all() else (np.nanmin(grid), np.nanmax(grid))
     for row, column_index in np.ndindex(grid.shape):
         value = grid[row, column_index]
-        text = "diverged" if np.isnan(value) else f"{value:.2%}" if is_share else f"{value:.3g}"
+        text = "diverged" if np.isnan(value) else f"{value:.2%}" if is_fraction else f"{value:.3g}"
         dark = not np.isnan(value) and value < (low + high) / 2
         ax.text(
             column_index,
@@ -134,10 +139,10 @@ def _text(value: Any) -> str:
     return f"{value:.3g}" if isinstance(value, float) else str(value)
 
 
-def _is_share(column: str) -> bool:
+def _is_fraction(column: str) -> bool:
     return column.endswith("accuracy")
 
 
 def _show_percent(axis: Any, column: str) -> None:
-    if _is_share(column):
+    if _is_fraction(column):
         axis.set_major_formatter("{x:.1%}")

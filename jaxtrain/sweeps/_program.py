@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import numbers
 import time
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -52,6 +53,7 @@ class Program:
             if size == 1:  # compiles as the run itself, not as a batch of one
                 alone = {name: value[0] for name, value in values.items()}
                 output = self._run(**alone)
+                _check_output(output)
                 self._columns = list(history_of(output) or ())
                 return jax.tree.map(lambda leaf: jnp.expand_dims(leaf, 0), output)
             return jax.vmap(lambda each: self._run(**each), axis_size=size)(values)
@@ -61,10 +63,11 @@ class Program:
         except (TypeError, ValueError, IndexError) as error:  # ConcretizationTypeError and others
             if not isinstance(error, jax.errors.JAXTypeError) and "Trace" not in str(error):
                 raise
-            names = ", ".join(self.group.values)
+            names = ", ".join(self.group.values) or "none"
             raise InputError(
-                f"run needs the value of one of its arguments {names} while it is compiled, for "
-                "example as a shape or in an if; name that axis among static_argnames",
+                "run needs the value of an array while it is traced, for example as a shape, in an "
+                "if, or by float(); expected operations of JAX: return arrays as they are, and "
+                f"name an axis that is used as a Python number ({names}) among static_argnames",
                 argument="static_argnames",
             ) from error
 
@@ -101,8 +104,13 @@ class Program:
             self._compiled[size] = _Compiled(compiled, captured, time.perf_counter() - started)
 
     def fits(self, size: int) -> bool:
-        """Returns whether the program for a number of runs fits in the free memory."""
-        self._compile(size)
+        """Returns whether the program for a number of runs compiles and fits in the free memory."""
+        try:
+            self._compile(size)
+        except (jax.errors.JaxRuntimeError, MemoryError) as error:
+            if _device_memory.is_out_of_memory(error):
+                return False
+            raise
         needed = _device_memory.working_bytes(self._compiled[size].program)
         return needed <= _device_memory.USABLE_FRACTION * _device_memory.free_bytes()
 
@@ -141,3 +149,9 @@ class Program:
             return output
         ordered = {name: history[name] for name in self._columns}
         return ordered if history is output else (output[0], ordered)
+
+
+def _check_output(output: PyTree) -> None:
+    for leaf in jax.tree.leaves(output):
+        if not isinstance(leaf, numbers.Number) and not hasattr(leaf, "dtype"):
+            raise InputError(f"run returns {leaf!r}; expected arrays or numbers", argument="run")

@@ -65,7 +65,10 @@ class Store:
                 arrays, metadata = read_arrays(file)
                 yield self._checked(arrays, metadata)
             except (DamagedError, LookupError, TypeError, ValueError) as error:
-                warnings.warn(f"{error}; its runs are trained again", stacklevel=4)
+                reason = (
+                    error if isinstance(error, DamagedError) else f"{file} is damaged ({error})"
+                )
+                warnings.warn(f"{reason}; its runs are trained again", stacklevel=4)
 
     def _checked(
         self, arrays: dict[str, np.ndarray], metadata: dict[str, Any]

@@ -6,6 +6,7 @@ import csv
 import dataclasses
 import io
 import json
+import numbers
 import operator
 import os
 from collections.abc import Iterator, Mapping, Sequence
@@ -26,6 +27,7 @@ if TYPE_CHECKING:
     from jaxtrain._figures import Figure
 
 Mode = Literal["min", "max"]
+_HELD_OUT = ("test_", "validation_")
 
 
 class SweepRun(NamedTuple):
@@ -88,6 +90,7 @@ class SweepResult:
         configurations: list[dict[str, Any]],
         shape: tuple[int, ...],
         outputs: list[tuple[list[int], PyTree]],
+        rows: list[int] | None = None,
     ) -> None:
         """Makes the result from what the runs have returned.
 
@@ -97,11 +100,23 @@ class SweepResult:
           shape: the lengths of the axes.
           outputs: for each group of runs with the same shapes, which runs they are and what they
             have returned, stacked along a leading axis.
+          rows: the epoch of each run's state, as an index; by default from the states.
         """
         self.axes = axes
         self.configurations = configurations
         self.shape = shape
         self._outputs = outputs
+        self._rows = self._final_rows() if rows is None else rows
+
+    def _final_rows(self) -> list[int]:
+        """Returns the row of the history that belongs to the state of each run; -1 is the last."""
+        rows = np.full(len(self.configurations), -1)
+        for indices, tree in self._outputs:
+            state, history = _state(tree), history_of(tree) or {}
+            if state is not None and np.ndim(history.get("epoch", 0)) == 2:
+                is_row = np.asarray(history["epoch"]) == np.asarray(state.epoch)[:, None]
+                rows[indices] = np.where(is_row.any(axis=1), is_row.argmax(axis=1), -1)
+        return rows.tolist()
 
     def __repr__(self) -> str:
         lengths = ", ".join(f"{name}: {len(values)}" for name, values in self.axes.items())
@@ -138,9 +153,13 @@ class SweepResult:
           InputError: there is no such column, or its shape differs between the runs.
         """
         if column not in self.columns:
-            found = ", ".join(self.columns) or "none: its runs return neither (state, history) nor "
-            found += "" if self.columns else "a dict of arrays"
-            raise InputError(f"the sweep has no column {column!r}; expected one of {found}")
+            found = f"; expected one of {', '.join(self.columns)}"
+            if not self.columns:
+                found = (
+                    ", since its runs return no history; expected run to return (state, history) "
+                    "or a dict of arrays"
+                )
+            raise InputError(f"the sweep has no column {column!r}{found}")
         return self._stack(
             f"the column {column!r}", [history_of(t)[column] for _, t in self._outputs]
         )
@@ -181,11 +200,8 @@ class SweepResult:
                 f"the column {column!r} has the shape {shape} in each run; expected one value per "
                 "epoch"
             )
-        rows = np.full(len(self.configurations), values.shape[-1] - 1)
-        for indices, tree in self._outputs:
-            state, history = _state(tree), history_of(tree) or {}
-            if state is not None and "epoch" in history:
-                rows[indices] = np.argmax(history["epoch"] == state.epoch[:, None], axis=1)
+        rows = np.array(self._rows)
+        rows = np.where((rows < 0) | (rows >= values.shape[-1]), values.shape[-1] - 1, rows)
         return np.take_along_axis(values, rows.reshape(*self.shape, 1), axis=-1)[..., 0]
 
     def run(self, index: int) -> SweepRun:
@@ -217,13 +233,16 @@ class SweepResult:
             mode = "min"
         if mode not in ("min", "max"):
             raise InputError(
-                f"mode is {mode!r}; expected 'min' or 'max', which only a column that ends in "
-                f"'loss' does not need, and {column!r} does not",
+                f"mode is {mode!r}; expected 'min' or 'max' (it may be omitted for columns whose "
+                "names end in 'loss')",
                 argument="mode",
             )
         values = np.ravel(self.final(column)) * (1 if mode == "min" else -1)
         if np.isnan(values).all():
-            raise InputError(f"{column} is NaN in every run; expected one that has not diverged")
+            raise InputError(
+                f"{column} is NaN in all {len(values)} runs; expected one that has not diverged: "
+                "try smaller learning rates"
+            )
         return self.run(int(np.nanargmin(values)))
 
     def table(self, columns: Sequence[str] | None = None, *, over: Any = ()) -> SweepTable:
@@ -237,6 +256,8 @@ class SweepResult:
         Raises:
           InputError: there is no such axis or column.
         """
+        if isinstance(columns, str):
+            columns = [columns]
         if columns is None:
             columns = [n for n in self.columns if n == "train_loss" or n.startswith(_HELD_OUT)]
             columns = columns or [n for n in self.columns if self[n].ndim <= len(self.shape) + 1]
@@ -265,22 +286,17 @@ class SweepResult:
                     f"over has {name!r}; expected axes of the sweep: {', '.join(self.axes)}",
                     argument="over",
                 )
-        found: list[tuple[dict[str, Any], list[int]]] = []
+        found: dict[str, tuple[dict[str, Any], list[int]]] = {}
         for index, each in enumerate(self.configurations):
             shown = {name: value for name, value in each.items() if name not in _names(over)}
-            for other, indices in found:
-                if other == shown:
-                    indices.append(index)
-                    break
-            else:
-                found.append((shown, [index]))
-        yield from found
+            found.setdefault(repr(shown), (shown, []))[1].append(index)
+        yield from found.values()
 
     def to_csv(self, path: str | os.PathLike[str]) -> None:
         """Writes the histories as CSV: one line per run and epoch, with the run's configuration.
 
         Columns with several values per epoch, such as `step_losses`, are left out, and so are the
-        epochs after early stopping.
+        epochs after early stopping. A column with the name of an axis gets the prefix `history_`.
 
         Args:
           path: the file; replaced if it exists.
@@ -289,14 +305,18 @@ class SweepResult:
         writer = csv.writer(text, lineterminator="\n")
         histories = [self.run(index) for index in range(len(self.configurations))]
         names = [name for name in self.columns if np.ndim(histories[0].history[name]) <= 1]
-        writer.writerow(["run", *self.axes, *names])
+        headings = [f"history_{name}" if name in self.axes else name for name in names]
+        writer.writerow(["run", *self.axes, *headings])
         for index, (configuration, history, _) in enumerate(histories):
             lengths = [len(history[name]) for name in names if np.ndim(history[name])]
-            for row in range(max(lengths, default=1)):
-                if np.any(history.get("epoch", np.ones(row + 1))[row] != 0):
-                    values = [np.atleast_1d(history[name]) for name in names]
-                    cells = [value[min(row, len(value) - 1)].item() for value in values]
-                    writer.writerow([index, *map(_format, configuration.values()), *cells])
+            rows = max(lengths, default=1)
+            epochs = np.atleast_1d(history.get("epoch", 1))
+            if len(epochs) == rows and np.any(epochs):  # epoch 0 at the end: not trained
+                rows = 1 + np.flatnonzero(epochs)[-1]
+            values = [np.atleast_1d(history[name]) for name in names]
+            for row in range(rows):
+                cells = [value[min(row, len(value) - 1)].item() for value in values]
+                writer.writerow([index, *configuration.values(), *cells])
         write_atomically(Path(path), text.getvalue().encode())
 
     def save(self, path: str | os.PathLike[str]) -> None:
@@ -322,6 +342,7 @@ class SweepResult:
             "shape": self.shape,
             "indices": [indices for indices, _ in self._outputs],
             "columns": self.columns,
+            "rows": self._rows,
         }
         write_atomically(Path(path), encode_arrays(arrays, metadata))
 
@@ -330,7 +351,7 @@ class SweepResult:
 
         Args:
           column: its name.
-          x: the axis along the picture; by default the first one that is not in `over`.
+          x: the horizontal axis; by default the first one that is not in `over`.
           over: the axis, or the axes, over which to average; the band is mean ± standard
             deviation. There is one line for each configuration of the remaining axes.
 
@@ -346,8 +367,8 @@ class SweepResult:
 
         Args:
           column: its name.
-          x: the axis along the picture; by default the second one.
-          y: the axis up the picture; by default the first one.
+          x: the horizontal axis; by default the second one.
+          y: the vertical axis; by default the first one.
 
         Returns:
           A matplotlib figure; `figure.savefig(path)` writes it.
@@ -357,9 +378,6 @@ class SweepResult:
         return _pictures.heat_map(self, column, x, y)
 
 
-_HELD_OUT = ("test_", "validation_")
-
-
 def load_sweep(path: str | os.PathLike[str]) -> SweepResult:
     """Reads a file of `SweepResult.save`; its runs have no states.
 
@@ -367,7 +385,7 @@ def load_sweep(path: str | os.PathLike[str]) -> SweepResult:
       path: the file.
 
     Raises:
-      InputError: the file is missing, damaged, or something else.
+      InputError: the file is missing, damaged, or not a saved sweep.
     """
     arrays, metadata = read_arrays(Path(path))
     try:
@@ -380,9 +398,13 @@ def load_sweep(path: str | os.PathLike[str]) -> SweepResult:
             (indices, {name: arrays[f"{group}.{name}"] for name in metadata["columns"]})
             for group, indices in enumerate(metadata["indices"])
         ]
-        return SweepResult(axes, configurations, tuple(metadata["shape"]), outputs)
+        return SweepResult(
+            axes, configurations, tuple(metadata["shape"]), outputs, metadata.get("rows")
+        )
     except (LookupError, TypeError, AttributeError) as error:
-        raise InputError(f"{path} is no sweep; expected a file of SweepResult.save") from error
+        raise InputError(
+            f"{path} is not a saved sweep; expected a file of SweepResult.save"
+        ) from error
 
 
 def history_of(output: PyTree) -> Any:
@@ -393,7 +415,10 @@ def history_of(output: PyTree) -> Any:
 
 
 def _has_arrays(columns: Mapping[str, Any]) -> bool:
-    return all(hasattr(column, "shape") for column in columns.values())
+    return all(
+        isinstance(column, numbers.Number) or hasattr(column, "shape")
+        for column in columns.values()
+    )
 
 
 def _state(output: PyTree) -> TrainState | None:
@@ -417,12 +442,7 @@ def _cell(values: np.ndarray) -> str:
     if not len(finite):
         return "nan"
     mean = f"{finite.mean():.4g}"
-    return mean if len(finite) == 1 else f"{mean} ± {_deviation(finite):.2g}"
-
-
-def _deviation(values: np.ndarray) -> float:
-    """Returns the sample standard deviation, NaN for a single value."""
-    return float(np.std(values, ddof=1)) if len(values) > 1 else float("nan")
+    return mean if len(finite) == 1 else f"{mean} ± {np.std(finite, ddof=1):.2g}"
 
 
 def _plain(value: Any) -> Any:

@@ -25,6 +25,9 @@ from jaxtrain.training.events import OnEvent, RunsDone, RunsHalved, RunsRestored
 # "auto" multiplies the number of runs at once by this, as long as the time per run falls below
 # this part of the time before.
 _GROWTH, _GAIN = 8, 0.75
+# It tries a larger number only where the runs that are left take this many times as long as
+# compiling the smaller one did.
+_PAYS = 4
 
 
 def sweep(
@@ -40,7 +43,7 @@ def sweep(
     """Calls a run for every configuration of a grid, many at once under `jax.vmap`.
 
     The results agree with those of single calls to about 1e-5, not to the last bit: a batch of
-    runs compiles to other operations than one run. Long trainings amplify the difference.
+    runs compiles to different operations than one run. Long runs amplify the difference.
 
     Args:
       run: called with one value of each axis by name, `run(learning_rate=..., seed=...)`. Returns
@@ -56,7 +59,8 @@ def sweep(
         as long as this takes at least a quarter less time per run and at most half of the free
         memory. On CPUs, a large network alone may occupy all cores, so that "auto" returns to 1.
       checkpoint: folder that keeps the finished runs. The same call resumes from it.
-      on_event: receives `RunsDone` after each batch of runs; `jt.progress()` makes a progress bar.
+      on_event: receives `RunsRestored`, `RunsDone` and `RunsHalved`; what it returns is ignored.
+        `with jt.progress() as on_event` shows a progress bar.
 
     Returns:
       The histories and states of all runs, by the axes of the grid.
@@ -64,7 +68,7 @@ def sweep(
     Raises:
       InputError: the grid is not valid, `run` does not take its axes or returns other columns for
         other values, or the checkpoint folder belongs to another sweep.
-      MemoryError: a single run does not fit in memory.
+      MemoryError, jax.errors.JaxRuntimeError: a single run does not fit in memory.
 
     Example:
       >>> def run(learning_rate, seed):
@@ -76,6 +80,12 @@ def sweep(
       >>> print(result.table(over="seed"))
     """
     grid = make_grid(run, axes, zipped=zipped, static_argnames=static_argnames)
+    if on_event is not None and (hasattr(on_event, "__enter__") or not callable(on_event)):
+        raise InputError(
+            f"on_event is a {type(on_event).__name__}; expected a function of one event, such as "
+            "what `with jaxtrain.progress() as on_event` yields",
+            argument="on_event",
+        )
     if parallel != "auto":
         check_integer(parallel, "parallel", minimum=1)
     programs = [Program(run, group) for group in grid.groups]
@@ -111,7 +121,7 @@ class _Training:
         self._done: list[dict[int, list[np.ndarray]]] = [{} for _ in programs]
 
     def _count(self) -> tuple[int, int]:
-        return sum(map(len, self._done)), len(self._grid.configurations)
+        return sum(map(len, self._done)), math.prod(self._grid.shape)
 
     def _keep(self, group: int, positions: list[int], leaves: list[np.ndarray]) -> None:
         for row, position in enumerate(positions):
@@ -179,14 +189,26 @@ def _grow(
     Returns:
       Whether to measure again, the number of runs, and the shortest time per run so far, in s.
     """
-    if per_run > _GAIN * fastest:  # the larger batch has gained nothing
-        return False, _balanced(remaining, max(1, size // _GROWTH)), fastest
+    if per_run > _GAIN * fastest:  # the larger batch saves less than a quarter
+        smaller = max(1, size // _GROWTH)
+        return False, _for_the_rest(remaining, smaller, fastest, compile_seconds), fastest
     larger = min(_GROWTH * size, remaining)
-    # A program for more runs must save more time than it takes to compile.
-    pays = larger > size and remaining * per_run > compile_seconds
+    # A program for more runs must save more time than it takes to compile: more than this one.
+    pays = larger > size and remaining * per_run > _PAYS * compile_seconds
     if pays and program.fits(larger):
         return True, larger, per_run
-    return False, _balanced(remaining, size), per_run
+    return False, _for_the_rest(remaining, size, per_run, compile_seconds), per_run
+
+
+def _for_the_rest(remaining: int, size: int, per_run: float, compile_seconds: float) -> int:
+    """Returns the number of runs at once for the rest.
+
+    The last batch of a size that is compiled already may be mostly padding; a smaller size is
+    compiled where that saves more time than it takes.
+    """
+    smaller = _balanced(remaining, size)
+    saved = math.ceil(remaining / size) * (size - smaller) * per_run
+    return smaller if saved > compile_seconds else size
 
 
 def _balanced(runs: int, size: int) -> int:

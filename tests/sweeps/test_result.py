@@ -38,7 +38,7 @@ def test_final_is_the_last_epoch(result) -> None:
     assert result.final("test_loss").tolist() == [[1, 2, 3], [2, 3, 4]]
 
 
-def test_final_is_the_best_epoch_after_early_stopping(small_state, small_classes) -> None:
+def test_final_is_the_best_epoch_after_early_stopping(small_state, small_classes, tmp_path) -> None:
     train, validation = small_classes.split(0.2, jax.random.key(0))
 
     def run(learning_rate):
@@ -57,6 +57,12 @@ def test_final_is_the_best_epoch_after_early_stopping(small_state, small_classes
     losses = result["validation_loss"]
     assert np.isnan(losses).any()
     np.testing.assert_array_equal(result.final("validation_loss"), np.nanmin(losses, axis=1))
+    result.to_csv(tmp_path / "sweep.csv")
+    lines = (tmp_path / "sweep.csv").read_text().splitlines()
+    assert len(lines) == 1 + np.isfinite(losses).sum()
+    result.save(tmp_path / "sweep.safetensors")
+    loaded = jt.load_sweep(tmp_path / "sweep.safetensors")
+    np.testing.assert_array_equal(loaded.final("validation_loss"), result.final("validation_loss"))
 
 
 def test_best_needs_a_mode_unless_the_column_is_a_loss(result) -> None:
@@ -73,7 +79,7 @@ def test_best_needs_a_mode_unless_the_column_is_a_loss(result) -> None:
 def test_best_skips_diverged_runs_unless_all_have_diverged(diverged) -> None:
     assert diverged.best("test_accuracy", mode="min").configuration == {"slope": 4.0, "seed": 2}
     nan = jt.sweep(run, {"slope": [9.0], "seed": [0, 1]})
-    with pytest.raises(jt.InputError, match="test_loss is NaN in every run"):
+    with pytest.raises(jt.InputError, match="test_loss is NaN in all 2 runs"):
         nan.best("test_loss")
 
 
@@ -85,7 +91,7 @@ def test_a_missing_column_is_named(result) -> None:
         result["loss"]
     with pytest.raises(jt.InputError, match=r"'step_losses' has the shape \[4, 2\] in each run"):
         result.final("step_losses")
-    with pytest.raises(jt.InputError, match="no column 'x'; expected one of none"):
+    with pytest.raises(jt.InputError, match="no column 'x', since its runs return no history"):
         jt.sweep(lambda seed: seed, {"seed": [1]})["x"]
 
 
@@ -115,8 +121,20 @@ def test_csv_has_one_line_per_run_and_epoch(result, tmp_path) -> None:
     assert list(rows[0]) == ["run", "slope", "seed", "epoch", "test_loss", "test_accuracy"]
     assert len(rows) == 24
     last = rows[-1]
-    assert (last["run"], last["slope"], last["seed"], last["epoch"]) == ("5", "8", "2", "4")
+    assert (last["run"], last["slope"], last["seed"], last["epoch"]) == ("5", "8.0", "2", "4")
     assert float(last["test_loss"]) == 4
+
+
+def test_csv_has_exact_values_and_every_epoch(tmp_path) -> None:
+    def run(learning_rate):
+        return {"epoch": jnp.arange(3), "learning_rate": learning_rate * jnp.ones(3)}
+
+    jt.sweep(run, {"learning_rate": [0.0123456789]}).to_csv(tmp_path / "sweep.csv")
+    with (tmp_path / "sweep.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    assert list(rows[0]) == ["run", "learning_rate", "epoch", "history_learning_rate"]
+    assert [row["epoch"] for row in rows] == ["0", "1", "2"]
+    assert {row["learning_rate"] for row in rows} == {"0.0123456789"}
 
 
 def test_a_saved_sweep_is_read_back(tmp_path) -> None:

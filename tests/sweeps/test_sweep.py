@@ -143,7 +143,7 @@ def test_runs_are_trained_in_batches_of_equal_size(parallel, expected) -> None:
     assert (events[-1].done, events[-1].total) == (10, 10)
 
 
-def test_auto_stops_to_grow_when_a_larger_batch_saves_no_time(monkeypatch) -> None:
+def test_auto_stops_growing_when_a_larger_batch_saves_no_time(monkeypatch) -> None:
     seconds = {1: 8.0, 8: 16.0, 64: 128.0}  # 8, 2 and 2 per run
     clock = [0.0]
     train = _program.Program.train
@@ -159,6 +159,38 @@ def test_auto_stops_to_grow_when_a_larger_batch_saves_no_time(monkeypatch) -> No
     assert sizes(events) == [1, 8, 64, 8, 8, 8]
 
 
+def test_auto_compiles_for_the_rest_only_where_that_pays(monkeypatch) -> None:
+    seconds = {1: 8.0, 8: 16.0, 5: 10.0}
+    clock = [0.0]
+    train, compile_ = _program.Program.train, _program.Program.compile
+
+    def slow(self, positions, size):
+        clock[0] += seconds[size]
+        return train(self, positions, size)
+
+    def compile_in(compile_seconds):
+        def compile(self, size):
+            compile_(self, size)
+            return compile_seconds
+
+        return compile
+
+    monkeypatch.setattr(_program.Program, "train", slow)
+    monkeypatch.setattr("time.perf_counter", lambda: clock[0])
+    for compile_seconds, expected in ((6.0, [1, 8, 5, 5]), (24.0, [1, 8, 8, 8])):
+        monkeypatch.setattr(_program.Program, "compile", compile_in(compile_seconds))
+        events = []
+        jt.sweep(line, {"slope": range(18)}, on_event=events.append)
+        assert sizes(events) == expected
+
+
+def test_auto_does_not_try_more_where_little_work_is_left(monkeypatch) -> None:
+    monkeypatch.setattr(_program.Program, "compile", lambda self, size: self._compile(size) or 99.0)
+    events = []
+    jt.sweep(line, {"slope": range(4)}, on_event=events.append)
+    assert sizes(events) == [1, 1, 1, 1]
+
+
 def test_auto_takes_only_what_fits_in_memory(monkeypatch) -> None:
     fits = []
 
@@ -171,6 +203,21 @@ def test_auto_takes_only_what_fits_in_memory(monkeypatch) -> None:
     events = []
     jt.sweep(line, {"slope": range(73)}, on_event=events.append)
     assert fits == [8, 64]
+    assert sizes(events) == [1] + 9 * [8]
+
+
+def test_auto_keeps_its_size_where_a_larger_one_does_not_compile(monkeypatch) -> None:
+    compile_ = _program.Program._compile
+
+    def limited(self, size):
+        if size > 8:
+            raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: out of memory")
+        return compile_(self, size)
+
+    monkeypatch.setattr(_program.Program, "_compile", limited)
+    monkeypatch.setattr("time.perf_counter", itertools.count().__next__)  # a second per call
+    events = []
+    jt.sweep(line, {"slope": range(73)}, on_event=events.append)
     assert sizes(events) == [1] + 9 * [8]
 
 
@@ -211,11 +258,17 @@ def test_a_run_that_alone_does_not_fit_is_an_error(monkeypatch) -> None:
         ({"slope": [0.1, "a"]}, {}, "the axis slope mixes 0.1 and 'a'; expected values of one"),
         ({"slope": [0.1, None]}, {}, "the axis slope mixes 0.1 and None"),
         ({"slope": [1, float("nan")]}, {}, "the axis slope has nan; expected numbers"),
-        ({"slope": [2**40]}, {}, "the axis slope has 1099511627776; expected integers of 32 bits"),
+        (
+            {"slope": [2**40]},
+            {},
+            "the axis slope has 1099511627776; expected integers from -2147483648",
+        ),
         ({"seed": [0, 0.5]}, {}, "the axis seed has 0.5; expected integers"),
-        ({"rate": [1]}, {}, r"run\(slope, offset=0.0\) does not take the axes rate"),
+        ({"rate": [1]}, {}, r"the axes are rate, but run takes \(slope, offset=0.0\)"),
         ({"offset": [1]}, {}, "missing a required argument: 'slope'"),
         ({"slope": [1]}, {"static_argnames": ["width"]}, "static_argnames has 'width'; expected"),
+        ({"slope": [np.ones(2)]}, {}, "the axis slope has arrays; expected numbers"),
+        ({"slope": [1]}, {"on_event": jt.progress()}, "on_event is a _Gener.*with jaxtrain.prog"),
         ({"slope": [1]}, {"parallel": 0}, "parallel is 0; expected an integer of at least 1"),
         (
             {"slope": [1], "offset": [1, 2]},
@@ -240,6 +293,27 @@ def test_a_number_used_as_a_shape_must_be_static() -> None:
         jt.sweep(lambda width: {"sum": jnp.ones(width).sum()}, {"width": [1, 2]})
     with pytest.raises(jt.InputError, match=r"slope.*static_argnames"):
         jt.sweep(lambda slope: {"x": slope if slope > 1 else 1}, {"slope": [1, 2]})
+    with pytest.raises(jt.InputError, match=r"by float\(\); expected operations of JAX"):
+        jt.sweep(lambda slope: {"x": float(slope)}, {"slope": [1, 2]})
+
+
+def test_a_run_that_calls_fit_is_pointed_to_train(small_state, small_classes) -> None:
+    def run(seed):
+        return jt.fit(small_state, small_classes, loss_fn=LOSS, key=jax.random.key(seed))
+
+    with pytest.raises(jt.InputError, match=r"call jaxtrain\.train"):
+        jt.sweep(run, {"seed": range(2)})
+
+
+def test_a_run_that_returns_text_is_an_error() -> None:
+    with pytest.raises(jt.InputError, match="run returns 'a'; expected arrays or numbers"):
+        jt.sweep(lambda slope: {"x": slope, "name": "a"}, {"slope": [1, 2]})
+
+
+def test_a_column_may_be_a_python_number() -> None:
+    result = jt.sweep(lambda slope: {"loss": slope, "epochs": 5}, {"slope": [1.0, 2.0]})
+    assert result.columns == ["loss", "epochs"]
+    assert result["epochs"].tolist() == [5, 5]
 
 
 def test_columns_must_not_depend_on_the_values() -> None:
