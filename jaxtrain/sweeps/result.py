@@ -185,7 +185,8 @@ class SweepResult:
 
         Returns:
           An array of shape [axes...]: the last epoch, or the best one where a run of `jt.train`
-          has stopped early.
+          has stopped early. NaN where the train loss is NaN, since metrics such as the accuracy of
+          a diverged run are numbers without a meaning.
 
         Raises:
           InputError: there is no such column, or it has more than one value per epoch.
@@ -202,7 +203,11 @@ class SweepResult:
             )
         rows = np.array(self._rows)
         rows = np.where((rows < 0) | (rows >= values.shape[-1]), values.shape[-1] - 1, rows)
-        return np.take_along_axis(values, rows.reshape(*self.shape, 1), axis=-1)[..., 0]
+        final = np.take_along_axis(values, rows.reshape(*self.shape, 1), axis=-1)[..., 0]
+        is_float = np.issubdtype(final.dtype, np.inexact)
+        if is_float and column != "train_loss" and "train_loss" in self.columns:
+            final = np.where(np.isnan(self.final("train_loss")), np.nan, final)
+        return final
 
     def run(self, index: int) -> SweepRun:
         """Returns one run.

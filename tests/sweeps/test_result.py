@@ -65,6 +65,19 @@ def test_final_is_the_best_epoch_after_early_stopping(small_state, small_classes
     np.testing.assert_array_equal(loaded.final("validation_loss"), result.final("validation_loss"))
 
 
+def test_final_metrics_of_a_diverged_run_are_nan() -> None:
+    def run(slope):
+        return {
+            "train_loss": jnp.full(2, jnp.where(slope > 1, jnp.nan, slope)),
+            "test_accuracy": jnp.array([0.2, 0.1]),
+            "epoch": jnp.array([1, 2]),
+        }
+
+    result = jt.sweep(run, {"slope": [1.0, 2.0]})
+    np.testing.assert_array_equal(result.final("test_accuracy"), np.float32([0.1, np.nan]))
+    assert result.final("epoch").tolist() == [2, 2]
+
+
 def test_best_needs_a_mode_unless_the_column_is_a_loss(result) -> None:
     best = result.best("test_loss")
     assert best.configuration == {"slope": 4.0, "seed": 0}
