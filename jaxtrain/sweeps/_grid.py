@@ -173,6 +173,7 @@ def _are_numbers(name: str, values: tuple[Any, ...]) -> bool:
                 )
             if math.isnan(value):
                 raise InputError(f"the axis {name} has {value}; expected numbers", argument="axes")
+            _check_range(name, value)
         return True
     kinds = {type(value): value for value in values}
     if len(kinds) > 1:
@@ -183,6 +184,21 @@ def _are_numbers(name: str, values: tuple[Any, ...]) -> bool:
             argument="axes",
         )
     return False
+
+
+def _check_range(name: str, value: Any) -> None:
+    """Raises InputError if a number becomes infinite or 0 in the dtype that JAX gives it."""
+    dtype = jnp.result_type(float)
+    with np.errstate(over="ignore"):
+        rounded = np.asarray(value, dtype)
+    overflows = np.isinf(rounded) and not math.isinf(value)
+    underflows = rounded == 0 and value != 0
+    if overflows or underflows:
+        raise InputError(
+            f"the axis {name} has {value}, which {dtype} cannot hold; expected numbers from "
+            f"{jnp.finfo(dtype).tiny:.2g} to {jnp.finfo(dtype).max:.2g}",
+            argument="axes",
+        )
 
 
 def _as_array(values: list[Any]) -> np.ndarray:

@@ -263,6 +263,8 @@ def test_a_run_that_alone_does_not_fit_is_an_error(monkeypatch) -> None:
             {},
             "the axis slope has 1099511627776; expected integers from -2147483648",
         ),
+        ({"slope": [1e300]}, {}, r"the axis slope has 1e\+300, which float32 cannot hold"),
+        ({"slope": [1e-60, 1.0]}, {}, "the axis slope has 1e-60, which float32 cannot hold"),
         ({"seed": [0, 0.5]}, {}, "the axis seed has 0.5; expected integers"),
         ({"rate": [1]}, {}, r"the axes are rate, but run takes \(slope, offset=0.0\)"),
         ({"offset": [1]}, {}, "missing a required argument: 'slope'"),
