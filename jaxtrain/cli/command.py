@@ -72,9 +72,10 @@ def report_errors(config_type: type | None = None) -> Iterator[None]:
     try:
         try:
             yield
-        except (InputError, NonFiniteError, OutOfMemoryError, StorageError) as error:
+        except (InputError, NonFiniteError, MemoryError, StorageError) as error:
             hint = _flag_hint(error, config_type)
-            _print_line("; ".join([f"error: {error}{hint}", *recovery_notes(error)]))
+            text = str(error) or "out of memory"  # Python's own MemoryError has no text
+            _print_line("; ".join([f"error: {text}{hint}", *recovery_notes(error)]))
             sys.exit(1)
         finally:
             sys.stdout.flush()

@@ -9,6 +9,7 @@ import numpy as np
 
 from jaxtrain import _figures
 from jaxtrain.errors import InputError
+from jaxtrain.sweeps.result import axis_names, format_value
 
 if TYPE_CHECKING:
     from jaxtrain.sweeps.result import SweepResult
@@ -27,11 +28,11 @@ _COLORS = (
 
 def line_plot(result: SweepResult, column: str, x: str | None, over: Any) -> _figures.Figure:
     """Draws the final value of a column against one axis, with a band over others."""
-    over = (over,) if isinstance(over, str) else tuple(over)
+    over = axis_names(over)
     x = x or next((name for name in result.axes if name not in over), None)
     if x is None:
         raise InputError(
-            f"over has all axes of the sweep ({', '.join(over)}); expected one to remain for x"
+            f"over has all axes of the sweep ({', '.join(over)}); expected one axis to remain for x"
         )
     _check_axes(result, (x, *over))
     rest = [name for name in result.axes if name not in (x, *over)]
@@ -49,7 +50,7 @@ def line_plot(result: SweepResult, column: str, x: str | None, over: Any) -> _fi
         deviations = np.array(
             [np.std(values, ddof=1) if len(values) > 1 else 0.0 for values in finite]
         )
-        label = ", ".join(f"{name} {_text(v)}" for name, v in zip(rest, key, strict=True))
+        label = ", ".join(f"{name} {format_value(v)}" for name, v in zip(rest, key, strict=True))
         color = _COLORS[number % len(_COLORS)]
         marker = "osDv^P"[(number + number // len(_COLORS)) % 6]  # another one for each color
         style: dict[str, Any] = {"color": color, "marker": marker, "markersize": 5}
@@ -73,7 +74,11 @@ def line_plot(result: SweepResult, column: str, x: str | None, over: Any) -> _fi
 
 def heat_map(result: SweepResult, column: str, x: str | None, y: str | None) -> _figures.Figure:
     """Draws the final value of a column over two axes, averaged over the others."""
-    if len(result.axes) < 2 or len(result.shape) < 2:
+    if len(result.axes) > len(result.shape):
+        raise InputError(
+            f"the sweep's axes {', '.join(result.axes)} are zipped; expected a product of two axes"
+        )
+    if len(result.axes) < 2:
         raise InputError(
             f"the sweep has the axis {', '.join(result.axes)}; expected two axes for a heat map; "
             "line_plot draws one"
@@ -93,8 +98,8 @@ def heat_map(result: SweepResult, column: str, x: str | None, y: str | None) -> 
     figure = _figures.Figure(figsize=size, layout="constrained")
     ax = figure.subplots()
     image = ax.imshow(grid, cmap="viridis", aspect="auto")
-    ax.set_xticks(range(columns), labels=list(map(_text, result.axes[x])))
-    ax.set_yticks(range(rows), labels=list(map(_text, result.axes[y])))
+    ax.set_xticks(range(columns), labels=list(map(format_value, result.axes[x])))
+    ax.set_yticks(range(rows), labels=list(map(format_value, result.axes[y])))
     is_fraction = _is_fraction(column)
     low, high = (0.0, 1.0) if np.isnan(grid).all() else (np.nanmin(grid), np.nanmax(grid))
     for row, column_index in np.ndindex(grid.shape):
@@ -130,13 +135,9 @@ def _check_axes(result: SweepResult, names: tuple[str, ...]) -> None:
 def _scale(values: tuple[Any, ...]) -> tuple[list[float], list[str], bool]:
     """Returns the positions of the values, their labels unless they are numbers, and the scale."""
     if not all(isinstance(value, numbers.Real) for value in values):
-        return list(range(len(values))), list(map(_text, values)), False
+        return list(range(len(values))), list(map(format_value, values)), False
     is_log = min(values) > 0 and max(values) > _LOG_SPAN * min(values)
     return list(map(float, values)), [], is_log
-
-
-def _text(value: Any) -> str:
-    return f"{value:.3g}" if isinstance(value, float) else str(value)
 
 
 def _is_fraction(column: str) -> bool:

@@ -64,10 +64,12 @@ class Program:
             if not isinstance(error, jax.errors.JAXTypeError) and "Trace" not in str(error):
                 raise
             names = ", ".join(self.group.values) or "none"
+            reason = (str(error).splitlines() or [type(error).__name__])[0].rstrip(".")
             raise InputError(
-                "run needs the value of an array while it is traced, for example as a shape, in an "
-                "if, or by float(); expected operations of JAX: return arrays as they are, and "
-                f"name an axis that is used as a Python number ({names}) among static_argnames",
+                f"run needs the value of an array while it is traced ({reason}); expected JAX "
+                "operations only: use jt.train in place of jt.fit, return arrays without float() "
+                f"or .item(), and name axes that set shapes or branches ({names}) among "
+                "static_argnames",
                 argument="static_argnames",
             ) from error
 

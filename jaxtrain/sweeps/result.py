@@ -268,9 +268,9 @@ class SweepResult:
             columns = columns or [n for n in self.columns if self[n].ndim <= len(self.shape) + 1]
         finals = {name: np.ravel(self.final(name)) for name in columns}
         groups = list(self._averaged(over))
-        headings = [name for name in self.axes if name not in _names(over)] + list(columns)
+        headings = [name for name in self.axes if name not in axis_names(over)] + list(columns)
         rows = [
-            [*map(_format, shown.values()), *(_cell(finals[n][indices]) for n in columns)]
+            [*map(format_value, shown.values()), *(_cell(finals[n][indices]) for n in columns)]
             for shown, indices in groups
         ]
         diverged = [
@@ -285,7 +285,7 @@ class SweepResult:
 
     def _averaged(self, over: Any) -> Iterator[tuple[dict[str, Any], list[int]]]:
         """Yields each configuration of the other axes, and the runs that have it."""
-        for name in _names(over):
+        for name in axis_names(over):
             if name not in self.axes:
                 raise InputError(
                     f"over has {name!r}; expected axes of the sweep: {', '.join(self.axes)}",
@@ -293,7 +293,7 @@ class SweepResult:
                 )
         found: dict[str, tuple[dict[str, Any], list[int]]] = {}
         for index, each in enumerate(self.configurations):
-            shown = {name: value for name, value in each.items() if name not in _names(over)}
+            shown = {name: value for name, value in each.items() if name not in axis_names(over)}
             found.setdefault(repr(shown), (shown, []))[1].append(index)
         yield from found.values()
 
@@ -408,7 +408,7 @@ def load_sweep(path: str | os.PathLike[str]) -> SweepResult:
         )
     except (LookupError, TypeError, AttributeError) as error:
         raise InputError(
-            f"{path} is not a saved sweep; expected a file of SweepResult.save"
+            f"{path} is not a saved sweep; expected a file written by SweepResult.save"
         ) from error
 
 
@@ -432,11 +432,12 @@ def _state(output: PyTree) -> TrainState | None:
     return output[0] if is_pair and isinstance(output[0], TrainState) else None
 
 
-def _names(over: Any) -> tuple[str, ...]:
+def axis_names(over: Any) -> tuple[str, ...]:
+    """Returns the axes to average over, given as one name or several."""
     return (over,) if isinstance(over, str) else tuple(over)
 
 
-def _format(value: Any) -> str:
+def format_value(value: Any) -> str:
     """Returns a value of an axis as text."""
     return f"{value:g}" if isinstance(value, float) else str(value)
 

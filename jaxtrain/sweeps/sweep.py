@@ -68,7 +68,7 @@ def sweep(
     Raises:
       InputError: the grid is not valid, `run` does not take its axes or returns other columns for
         other values, or the checkpoint folder belongs to another sweep.
-      MemoryError, jax.errors.JaxRuntimeError: a single run does not fit in memory.
+      MemoryError: a single run does not fit in memory.
 
     Example:
       >>> def run(learning_rate, seed):
@@ -143,15 +143,19 @@ class _Training:
         if not growing:
             size = _balanced(len(todo), size)
         while todo:
-            size = min(size, len(todo)) if growing else size
             positions = todo[:size]
             try:
                 compile_seconds = program.compile(size)
                 started = time.perf_counter()
                 leaves = program.train(positions, size)
             except (jax.errors.JaxRuntimeError, MemoryError) as error:
-                if size == 1 or not _device_memory.is_out_of_memory(error):
+                if not _device_memory.is_out_of_memory(error):
                     raise
+                if size == 1:
+                    raise MemoryError(
+                        "a single run does not fit in memory; use a smaller batch_size, a smaller "
+                        "model, or a device with more memory"
+                    ) from error
                 growing, size = False, size // 2
                 self._on_event(RunsHalved(size))
                 continue

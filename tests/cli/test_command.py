@@ -56,6 +56,7 @@ def test_the_configuration_of_checkpoints_has_the_flags_that_decide_the_result(
     [
         (jt.OutOfMemoryError(64, 32, "detail", "test_batch_size"), "(--test-batch-size 32)"),
         (jt.OutOfMemoryError(64, None, "detail"), "model"),
+        (MemoryError(), "error: out of memory"),
         (jt.DataUnavailableError("a", "b"), "(flags: --data-dir FOLDER, --dataset digits)"),
         (jt.NonFiniteError(1, 1, "loss", 1.0, 0.1), "--on-nonfinite skip)"),
         (jt.NonFiniteError(1, 1, "loss", 1.0, 0.1, "check the data"), "check the data"),

@@ -198,6 +198,35 @@ def test_a_line_plot_has_a_band_of_one_standard_deviation(result) -> None:
         result.line_plot("test_loss", x="x")
 
 
+def test_a_line_plot_is_drawn_from_left_to_right() -> None:
+    result = jt.sweep(lambda rate: {"loss": 2 * rate}, {"rate": [0.5, 0.25, 1.0]})
+    (line,) = result.line_plot("loss").axes[0].lines
+    assert line.get_xdata().tolist() == [0.25, 0.5, 1]
+    assert line.get_ydata().tolist() == [0.5, 1, 2]
+
+
+def test_no_two_lines_look_the_same() -> None:
+    result = jt.sweep(lambda a, b: {"loss": a + b}, {"a": [1.0, 2.0], "b": range(13)})
+    lines = result.line_plot("loss", x="a").axes[0].lines
+    assert len({(line.get_color(), line.get_marker()) for line in lines}) == 13
+
+
+@pytest.mark.filterwarnings("error")
+def test_a_heat_map_of_diverged_runs_is_drawn() -> None:
+    axes = {"a": [1, 2], "b": [1, 2]}
+    figure = jt.sweep(lambda a, b: {"loss": jnp.nan * (a + b)}, axes).heat_map("loss")
+    assert [text.get_text() for text in figure.axes[0].texts] == 4 * ["diverged"]
+
+
+def test_a_picture_says_which_axes_it_lacks(result) -> None:
+    with pytest.raises(jt.InputError, match=r"all axes of the sweep \(slope, seed\); expected one"):
+        result.line_plot("test_loss", over=["slope", "seed"])
+    axes = {"a": [1, 2], "b": [1, 2]}
+    zipped = jt.sweep(lambda a, b: {"loss": a + b}, axes, zipped=True)
+    with pytest.raises(jt.InputError, match="axes a, b are zipped; expected a product of two"):
+        zipped.heat_map("loss")
+
+
 def test_the_representation_names_runs_axes_and_columns(result) -> None:
     assert repr(result) == (
         "SweepResult(6 runs, slope: 2, seed: 3; epoch, test_loss, test_accuracy, step_losses)"

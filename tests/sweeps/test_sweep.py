@@ -236,12 +236,13 @@ def test_a_batch_that_does_not_fit_is_halved(monkeypatch) -> None:
     assert result["loss"][:, 0].tolist() == list(range(9))
 
 
-def test_a_run_that_alone_does_not_fit_is_an_error(monkeypatch) -> None:
+@pytest.mark.parametrize("kind", [MemoryError, jax.errors.JaxRuntimeError])
+def test_a_run_that_alone_does_not_fit_is_an_error(monkeypatch, kind) -> None:
     def full(self, positions, size):
-        raise MemoryError("RESOURCE_EXHAUSTED: out of memory")
+        raise kind("RESOURCE_EXHAUSTED: out of memory")
 
     monkeypatch.setattr(_program.Program, "train", full)
-    with pytest.raises(MemoryError):
+    with pytest.raises(MemoryError, match="a single run does not fit in memory; use a smaller"):
         jt.sweep(line, {"slope": range(4)}, parallel=2)
 
 
@@ -295,7 +296,7 @@ def test_a_number_used_as_a_shape_must_be_static() -> None:
         jt.sweep(lambda width: {"sum": jnp.ones(width).sum()}, {"width": [1, 2]})
     with pytest.raises(jt.InputError, match=r"slope.*static_argnames"):
         jt.sweep(lambda slope: {"x": slope if slope > 1 else 1}, {"slope": [1, 2]})
-    with pytest.raises(jt.InputError, match=r"by float\(\); expected operations of JAX"):
+    with pytest.raises(jt.InputError, match=r"traced \(.+\); .*jt\.train .* without float\(\)"):
         jt.sweep(lambda slope: {"x": float(slope)}, {"slope": [1, 2]})
 
 
