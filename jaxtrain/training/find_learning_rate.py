@@ -65,8 +65,8 @@ class RangeTest(NamedTuple):
             linestyle="--",
             label=f"suggestion: {self.suggestion:.2g}",
         )
-        # The last losses before the run diverged would leave no room for the others.
-        top = max(self.losses[0], self.smoothed_losses.max())
+        # A spike before the run diverged would leave no room for the other losses.
+        top = min(self.losses.max(), 2 * max(self.losses[0], self.smoothed_losses.max()))
         ax.set(xscale="log", ylim=(min(0, self.losses.min()), 1.1 * top))
         _figures.label_axes(ax, "learning rate (log scale)", "training loss")
         ax.legend(fontsize=8)
