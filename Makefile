@@ -48,7 +48,7 @@ package:  ## build the wheel, install it into an empty environment, and train a 
 	build/venv/bin/python -m pip install --quiet build/*.whl
 	cd build/folder && ../venv/bin/python $(CURDIR)/tests/own_model.py
 
-bench: $(VENV)/installed-bench  ## time ours against PyTorch and others (ARGS="--quick" in a minute)
+bench: $(VENV)/installed-bench  ## time ours against PyTorch and others (ARGS="--quick" in two minutes)
 	$(BIN)/python -m benchmarks $(ARGS)
 
 check: $(VENV)/installed-dev  ## lint, format and types

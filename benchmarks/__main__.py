@@ -48,7 +48,7 @@ class Config:
     rounds: int = 5
     """Readings of each peer, each from a process of its own (3 of torch.compile)."""
     quick: bool = False
-    """Check in about a minute that the suites run, on random images; the times are meaningless."""
+    """Check in two minutes that the suites run, on random images; the times are meaningless."""
     data_dir: Path | None = None
     """Folder of the MNIST files; by default $JAXTRAIN_DATA_DIR, the cache, or a download."""
     json: Path | None = None
