@@ -123,10 +123,11 @@ def speedrun_table(results: Results) -> Cells:
                 if any(facts["compile_seconds"])
                 else "none",
                 duration(statistics.median(facts["process_seconds"])),
+                f"{device_name(results)}, {results['machine']['cores']} cores",
             ]
         )
     headings = ["MNIST to 99 %", "test accuracy: mean (lowest)", "training", "ratio (95 %)"]
-    return Cells([*headings, "compiling", "process"], rows)
+    return Cells([*headings, "compiling", "process", "machine"], rows)
 
 
 def memory_sentence(results: Results) -> str:

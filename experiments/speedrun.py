@@ -46,7 +46,7 @@ class Config(flags.DatasetFlags, flags.ExperimentFlags):
     label_smoothing: float = 0.1
     """Part of each target that is spread over all classes."""
     parallel: int = 1
-    """Runs to train at once; more pay off on a GPU."""
+    """Runs to train at once, in one program."""
 
 
 class ConvNet(nn.Module):
