@@ -12,7 +12,7 @@ epoch is a loop of steps, a run is a loop of epochs, and a sweep is many runs at
     state, history = jt.fit(state, train, test, loss_fn=jt.losses.cross_entropy)
 """
 
-from jaxtrain import data, errors, losses, metrics, models, optimizers
+from jaxtrain import data, errors, losses, metrics, models, optimizers, parallel
 from jaxtrain.adapters import mixed_precision
 from jaxtrain.checkpoint import CheckpointOptions
 from jaxtrain.cli.progress import console as progress
@@ -23,6 +23,7 @@ from jaxtrain.errors import (
     MissingExtraError,
     NonFiniteError,
     OutOfMemoryError,
+    ProcessLostError,
     StorageError,
 )
 from jaxtrain.export import load_params, save_params
@@ -54,6 +55,7 @@ __all__ = [
     "Model",
     "NonFiniteError",
     "OutOfMemoryError",
+    "ProcessLostError",
     "RangeTest",
     "StorageError",
     "SweepResult",
@@ -78,6 +80,7 @@ __all__ = [
     "mixed_precision",
     "models",
     "optimizers",
+    "parallel",
     "predict",
     "progress",
     "save_params",

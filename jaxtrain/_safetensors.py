@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jaxtrain._placement import is_key, put, to_numpy
 from jaxtrain.errors import InputError
 
 # The format's limit for the header, which has names, element types and shapes.
@@ -21,25 +22,13 @@ DTYPES = {
 }
 
 
-def is_key(leaf: Any) -> bool:
-    """Returns whether a leaf is an array of PRNG keys."""
-    return isinstance(leaf, jax.Array) and jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key)
-
-
-def to_words(leaf: Any) -> Any:
-    """Returns an array of numbers: the array itself, or the key data of PRNG keys."""
-    if is_key(leaf):
-        return jax.random.key_data(leaf)
-    return leaf if hasattr(leaf, "dtype") else jnp.asarray(leaf)
-
-
 def to_host(leaf: Any, name: str) -> np.ndarray:
     """Returns a copy on the host that the format can store.
 
     Raises:
       InputError: the format does not support the dtype.
     """
-    array = np.array(to_words(leaf), order="C")
+    array = np.array(to_numpy(leaf), order="C")
     if array.dtype.name not in DTYPES.values():
         raise InputError(
             f"{name} has the dtype {array.dtype}, which safetensors does not support; expected one "
@@ -56,5 +45,5 @@ def place(array: np.ndarray, like: Any) -> Any:
     if is_key(like):
         value = jax.random.wrap_key_data(jnp.asarray(array), impl=jax.random.key_impl(like))
     if isinstance(like, jax.Array) and like.committed:
-        return jax.device_put(value, like.sharding)
+        return put(value, like.sharding)
     return jnp.asarray(value)

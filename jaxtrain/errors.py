@@ -85,6 +85,27 @@ class OutOfMemoryError(MemoryError):
         super().__init__(printable(f"out of memory at {argument} {batch_size} ({detail}); {hint}"))
 
 
+class ProcessLostError(RuntimeError):
+    """Another process of the cluster has ended, so that the training cannot continue.
+
+    Attributes:
+      process: the number of this process.
+      processes: how many processes there were.
+      reason: JAX's message.
+    """
+
+    def __init__(self, process: int, processes: int, reason: str) -> None:
+        self.process = process
+        self.processes = processes
+        self.reason = reason
+        super().__init__(
+            printable(
+                f"process {process} of {processes} lost another one ({reason}); start all "
+                "processes again, which resume from their checkpoint if they have one"
+            )
+        )
+
+
 class NonFiniteError(ArithmeticError):
     """A loss, a gradient or an array of the training state became NaN or infinite.
 

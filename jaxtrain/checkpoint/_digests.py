@@ -9,14 +9,14 @@ import jax
 import numpy as np
 from jaxtyping import PyTree
 
-from jaxtrain._safetensors import to_words
+from jaxtrain._placement import to_numpy
 
 
 def digest(tree: PyTree) -> str:
     """Returns a short SHA-256 of the values, dtypes and shapes of all leaves."""
     found = hashlib.sha256()
     for leaf in jax.tree.leaves(tree):
-        array = np.asarray(to_words(leaf))
+        array = to_numpy(leaf)
         found.update(f"{array.dtype}{array.shape}".encode())
         found.update(np.ascontiguousarray(array).reshape(-1).view(np.uint8).data)
     return found.hexdigest()[:16]

@@ -21,7 +21,8 @@ from jax import tree_util
 from jaxtyping import PyTree
 
 from jaxtrain._files import read_regular_file
-from jaxtrain._safetensors import DTYPES, MAX_HEADER_BYTES, is_key, place, to_host, to_words
+from jaxtrain._placement import is_key, to_words
+from jaxtrain._safetensors import DTYPES, MAX_HEADER_BYTES, place, to_host
 from jaxtrain.checkpoint._digests import digest
 from jaxtrain.errors import InputError, printable
 

@@ -19,6 +19,7 @@ from jaxtyping import PyTree
 
 from jaxtrain._arguments import check_integer
 from jaxtrain._files import PART, lock_folder, make_folder, remove, write_atomically
+from jaxtrain._processes import is_first
 from jaxtrain.checkpoint import _file
 from jaxtrain.checkpoint._file import Checkpoint, DamagedError, checkpoint_path
 from jaxtrain.errors import InputError, NonFiniteError, StorageError, add_recovery_note
@@ -112,8 +113,7 @@ class CheckpointStore:
         self._lock = lock_folder(self.path, "checkpoint folder")
         try:
             for name in filter(re.compile(_LEFT_OVER).fullmatch, _list(self.path)):
-                with contextlib.suppress(OSError):
-                    os.unlink(self.path / name)  # of a process that was killed
+                remove(self.path / name)  # of a process that was killed
             self._thread = concurrent.futures.ThreadPoolExecutor(1, "checkpoints")
         except BaseException:
             self._lock.release()
@@ -224,6 +224,8 @@ class CheckpointStore:
 
     def _set_aside(self, path: Path) -> None:
         aside = path.with_name(f"{path.name}.damaged")
+        if not is_first():
+            return
         remove(aside)
         try:
             os.replace(path, aside)
@@ -239,8 +241,7 @@ class CheckpointStore:
         except Exception as error:  # out of memory, or more names than safetensors permits
             raise StorageError(path, str(error) or type(error).__name__) from error
         for old in self.epochs[: -self._options.keep]:
-            with contextlib.suppress(OSError):  # an extra file does no harm
-                os.unlink(checkpoint_path(self.path, old))
+            remove(checkpoint_path(self.path, old))
 
     def _add_note(self, error: BaseException) -> None:
         if self.epochs and not isinstance(error, InputError):

@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING
 
 from jaxtrain._arguments import check_integer
+from jaxtrain._processes import is_first
 from jaxtrain.cli.terminal import make_console
 from jaxtrain.training.events import (
     Compiled,
@@ -37,7 +38,7 @@ def console(
     """Shows the progress of `fit` or `sweep`: a bar, and lines with losses or finished runs.
 
     In a terminal both are written to stderr; without one, only the lines. In Jupyter they are the
-    output of the cell.
+    output of the cell. Of several processes that train together, only the first shows anything.
 
     Args:
       log_interval: steps between two lines with the training loss; 0 prints nothing at all.
@@ -53,7 +54,7 @@ def console(
       ...     state, history = jt.fit(state, train, test, loss_fn=loss_fn, on_event=on_event)
     """
     check_integer(log_interval, "log_interval", minimum=0)
-    if log_interval == 0:
+    if log_interval == 0 or not is_first():
         yield lambda event: None
         return
     check_integer(epoch_interval, "epoch_interval", minimum=1)

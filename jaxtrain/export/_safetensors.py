@@ -12,7 +12,8 @@ import jax
 import numpy as np
 
 from jaxtrain._files import read_regular_file, write_atomically
-from jaxtrain._safetensors import DTYPES, MAX_HEADER_BYTES, place, to_host, to_words
+from jaxtrain._placement import to_words
+from jaxtrain._safetensors import DTYPES, MAX_HEADER_BYTES, place, to_host
 from jaxtrain.dataset import named_arrays
 from jaxtrain.errors import InputError
 from jaxtrain.training.state import TrainState

@@ -14,7 +14,7 @@ import numpy as np
 from jaxtyping import PyTree
 
 from jaxtrain import _device_memory
-from jaxtrain._safetensors import to_words
+from jaxtrain._placement import to_words
 from jaxtrain.checkpoint import digest_program
 from jaxtrain.errors import InputError
 from jaxtrain.sweeps._grid import Group

@@ -10,6 +10,7 @@ import jax
 import numpy as np
 from jaxtyping import PyTree
 
+from jaxtrain import parallel
 from jaxtrain._versions import device_name, versions
 from jaxtrain.checkpoint import digest, digest_program, digest_text, without_addresses
 from jaxtrain.errors import InputError, printable
@@ -52,7 +53,8 @@ def identify(
     data = {"training data": plan.train_data} | {
         f"{name} data": data for name, data in plan.held_out.items()
     }
-    traced = plan.abstract().trace(to_shapes(state))
+    with parallel.without_mesh():  # the run may resume on another number of devices
+        traced = plan.abstract().trace(to_shapes(state))
     return {
         "configuration": dict(configuration),
         "exact": {

@@ -7,8 +7,9 @@ from typing import Any, NoReturn
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array
+from jaxtyping import Array, PyTree
 
+from jaxtrain import parallel
 from jaxtrain.dataset import named_arrays
 from jaxtrain.errors import NonFiniteError
 from jaxtrain.optimizers import skipped_steps, stays_finite
@@ -39,7 +40,9 @@ def check_arrays(before: TrainState, after: TrainState, epoch: int) -> None:
                 )
 
 
-_stays_finite = jax.jit(stays_finite)
+@jax.jit
+def _stays_finite(before: PyTree, after: PyTree) -> Array:
+    return parallel.on_auto_axes(stays_finite, before, after)
 
 
 def hint_for(state: TrainState) -> str:

@@ -8,9 +8,11 @@ from collections.abc import Callable, Mapping
 from typing import NamedTuple
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Key, PyTree
 
+from jaxtrain import parallel
 from jaxtrain._arguments import check_integer, check_key
 from jaxtrain.dataset import Dataset
 from jaxtrain.errors import InputError
@@ -29,7 +31,30 @@ from jaxtrain.training.epoch import (
 from jaxtrain.training.state import TrainState
 from jaxtrain.training.step import MetricItems, metric_items
 
-compiled_steps = jax.jit(train_steps, static_argnames=("loss_fn", "batch_size", "measure"))
+
+@functools.partial(jax.jit, static_argnames=("loss_fn", "batch_size", "measure"))
+def compiled_steps(
+    state: TrainState,
+    dataset: Dataset,
+    order: Array,
+    loss_fn: Loss,
+    start: int | Array,
+    stop: int | Array,
+    *,
+    batch_size: int,
+    measure: str,
+) -> tuple[TrainState, tuple[Array, Array]]:
+    """Returns the same as `train_steps`, compiled."""
+
+    def run(
+        state: TrainState, dataset: Dataset, order: Array, start: Array, stop: Array
+    ) -> tuple[TrainState, tuple[Array, Array]]:
+        state, losses, norms = train_steps(
+            state, dataset, order, loss_fn, start, stop, batch_size=batch_size, measure=measure
+        )
+        return state, (losses, norms)
+
+    return parallel.on_auto_axes(run, state, dataset, order, start, stop, returns_state=True)
 
 
 class Plan(NamedTuple):
@@ -65,7 +90,9 @@ class Plan(NamedTuple):
     def order(self, epoch: int) -> Array:
         """Returns the order of the examples in an epoch."""
         key = None if self.key is None else jax.random.fold_in(self.key, epoch)
-        return epoch_order(len(self.train_data), key)
+        order = epoch_order(len(self.train_data), key)
+        mesh = parallel.current_mesh()
+        return order if mesh is None else parallel.replicate(order, mesh)
 
     def mean_step_loss(self, losses: np.ndarray, order: Array, *, skip_nonfinite: bool) -> float:
         """Returns the mean over an epoch's examples of the loss before each update."""
@@ -83,7 +110,7 @@ class Plan(NamedTuple):
     ) -> tuple[TrainState, np.ndarray, np.ndarray]:
         """Returns the state after some steps of an epoch, their losses and gradient norms."""
         with self._memory_advice(state):
-            state, losses, norms = compiled_steps(
+            state, (losses, norms) = compiled_steps(
                 state,
                 self.train_data,
                 order,
@@ -120,7 +147,12 @@ class Plan(NamedTuple):
 
     def trace_steps(self, state: TrainState) -> jax.stages.Traced:
         """Traces the training steps, for any part of an epoch."""
-        order = jax.eval_shape(functools.partial(epoch_order, len(self.train_data)), self.key)
+        examples = len(self.train_data)
+        order = jax.ShapeDtypeStruct(
+            (examples,),
+            jnp.int32,
+            sharding=parallel.replicated_like(jax.tree.leaves(self.train_data)[0]),
+        )
         return compiled_steps.trace(
             state,
             self.train_data,
@@ -219,6 +251,7 @@ def make_plan(
     if train_data is None:
         raise InputError("train_data is None; expected a jaxtrain.Dataset(inputs, targets)")
     check_line_search(state, len(train_data), batch_size)
+    parallel.check_batch_size(batch_size, len(train_data))
     return Plan(
         train_data=train_data,
         held_out=checked,

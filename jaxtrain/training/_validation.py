@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, PyTree
 
+from jaxtrain import parallel
 from jaxtrain.dataset import Dataset, check_array, check_dataset, named_arrays
 from jaxtrain.errors import InputError
 from jaxtrain.losses import LABEL_LOSSES, PROBABILITY_LOSSES, Loss, single_losses
@@ -45,10 +46,18 @@ def checked_data(data: Dataset, name: str, state: TrainState, loss_fn: Loss) -> 
                 f"{name}.weights ranges from {lowest} to {highest}; expected weights of at least "
                 "0, and some above 0"
             )
-    data = jax.tree.map(jnp.asarray, data)
+    data = placed(data)
     check_model_inputs(state, data, name)
     check_targets(state, data, loss_fn, name)
     return data
+
+
+def placed(tree: PyTree) -> PyTree:
+    """Returns arrays on the devices: on those of the current mesh, or on JAX's default device."""
+    mesh = parallel.current_mesh()
+    if mesh is None or any(isinstance(leaf, jax.core.Tracer) for leaf in jax.tree.leaves(tree)):
+        return jax.tree.map(jnp.asarray, tree)
+    return parallel.replicate(tree, mesh)
 
 
 def check_type(value: Any, name: str, expected: type) -> None:
@@ -111,6 +120,7 @@ def checked_state(state: TrainState) -> TrainState:
     state = jax.tree.map(_strongly_typed, state).replace(
         model_state=jax.tree.map(jnp.asarray, state.model_state)
     )
+    state = placed(state)
     variables = {"params": state.params, "model_state": state.model_state}
     for path, leaf in named_arrays(variables, ""):
         is_float = jnp.issubdtype(leaf.dtype, jnp.inexact)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
@@ -11,6 +11,7 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float, Int, Key, PyTree, Shaped
 
+from jaxtrain import parallel
 from jaxtrain._arguments import check_integer, check_key
 from jaxtrain.dataset import Dataset, check_dataset
 from jaxtrain.losses import Loss
@@ -68,7 +69,9 @@ def train_epoch(
         check_key(key)
     check_targets(state, dataset, loss_fn, "dataset")
     check_line_search(state, len(dataset), batch_size)
-    return _train_epoch(state, dataset, loss_fn, batch_size=batch_size, key=key)
+    with parallel.mesh_of(state, dataset):
+        parallel.check_batch_size(batch_size, len(dataset))
+        return _train_epoch(state, dataset, loss_fn, batch_size=batch_size, key=key)
 
 
 @functools.partial(jax.jit, static_argnames=("loss_fn", "batch_size"))
@@ -80,10 +83,15 @@ def _train_epoch(
     batch_size: int,
     key: Key[Array, ""] | None,
 ) -> tuple[TrainState, Array]:
-    order = epoch_order(len(dataset), key)
-    steps = num_steps(len(dataset), batch_size)
-    state, losses, _ = train_steps(state, dataset, order, loss_fn, 0, steps, batch_size=batch_size)
-    return state.replace(epoch=state.epoch + 1), losses
+    def run(state: TrainState, dataset: Dataset, key: Array | None) -> tuple[TrainState, Array]:
+        order = epoch_order(len(dataset), key)
+        steps = num_steps(len(dataset), batch_size)
+        state, losses, _ = train_steps(
+            state, dataset, order, loss_fn, 0, steps, batch_size=batch_size
+        )
+        return state.replace(epoch=state.epoch + 1), losses
+
+    return parallel.on_auto_axes(run, state, dataset, key, returns_state=True)
 
 
 def num_steps(examples: int, batch_size: int) -> int:
@@ -182,25 +190,29 @@ def mean_step_loss(
       batch_size: examples per step.
       skip_nonfinite: whether to leave out the steps whose loss is NaN or infinite.
     """
-    examples, steps = len(order), len(losses)
-    per_example = jnp.ones(examples, losses.dtype)
-    if weights is not None:
-        per_example = jnp.sum(weights.reshape(examples, -1), axis=1)[order].astype(losses.dtype)
-    padded = jnp.pad(per_example, (0, steps * batch_size - examples))
-    per_step = jnp.sum(padded.reshape(steps, batch_size), axis=1)
-    if skip_nonfinite:
-        finite = jnp.isfinite(losses)
-        losses, per_step = jnp.where(finite, losses, 0), jnp.where(finite, per_step, 0)
 
-    def add(sums: tuple[Array, Array], pair: tuple[Array, Array]) -> tuple[Any, None]:
-        loss, weight = pair
-        return (sums[0] + loss * weight, sums[1] + weight), None
+    def mean(losses: Array, weights: Array | None, order: Array) -> Array:
+        examples, steps = len(order), len(losses)
+        per_example = jnp.ones(examples, losses.dtype)
+        if weights is not None:
+            per_example = jnp.sum(weights.reshape(examples, -1), axis=1)[order].astype(losses.dtype)
+        padded = jnp.pad(per_example, (0, steps * batch_size - examples))
+        per_step = jnp.sum(padded.reshape(steps, batch_size), axis=1)
+        if skip_nonfinite:
+            finite = jnp.isfinite(losses)
+            losses, per_step = jnp.where(finite, losses, 0), jnp.where(finite, per_step, 0)
 
-    # A loop has the same bits alone, in `fit`, and inside the program of `train`. A sum has not:
-    # XLA fuses it with what surrounds it.
-    zero = jnp.zeros((), losses.dtype)
-    (loss, total), _ = lax.scan(add, (zero, zero), (losses, per_step))
-    return jnp.where(total > 0, loss / jnp.where(total > 0, total, 1), 0)
+        def add(sums: tuple[Array, Array], pair: tuple[Array, Array]) -> tuple[Any, None]:
+            loss, weight = pair
+            return (sums[0] + loss * weight, sums[1] + weight), None
+
+        # A loop has the same bits alone, in `fit`, and inside the program of `train`. A sum has
+        # not: XLA fuses it with what surrounds it.
+        zero = jnp.zeros((), losses.dtype)
+        (loss, total), _ = lax.scan(add, (zero, zero), (losses, per_step))
+        return jnp.where(total > 0, loss / jnp.where(total > 0, total, 1), 0)
+
+    return parallel.on_auto_axes(mean, losses, weights, order)
 
 
 def evaluate(
@@ -235,9 +247,9 @@ def evaluate(
     check_dataset(dataset, "dataset")
     check_integer(batch_size, "batch_size", minimum=1)
     check_targets(state, dataset, loss_fn, "dataset")
-    return compiled_evaluate(
-        state, dataset, metric_items(loss_fn, metric_fns), batch_size=batch_size
-    )
+    metrics = metric_items(loss_fn, metric_fns)
+    with parallel.mesh_of(state, dataset):
+        return compiled_evaluate(state, dataset, metrics, batch_size=batch_size)
 
 
 @functools.partial(jax.jit, static_argnames=("metrics", "batch_size"))
@@ -245,12 +257,15 @@ def compiled_evaluate(
     state: TrainState, dataset: Dataset, metrics: MetricItems, *, batch_size: int
 ) -> Metrics:
     """Returns the same as `evaluate`, compiled and without checks."""
-    full, tail = _split_batches(dataset, batch_size)
-    sums = lax.map(lambda batch: metric_sums(state, batch, metrics), full)
-    sums = jax.tree.map(lambda leaf: jnp.sum(leaf, axis=0), sums)
-    if tail is not None:
-        sums = jax.tree.map(jnp.add, sums, metric_sums(state, tail, metrics))
-    return finish_metrics(sums, metrics, len(dataset))
+
+    def sums(state: TrainState, dataset: Dataset) -> dict[str, Any]:
+        measure = functools.partial(metric_sums, state, metrics=metrics)
+        full, *rest = _map_batches(measure, dataset, batch_size)
+        full = jax.tree.map(lambda leaf: jnp.sum(leaf, axis=0), full)
+        return functools.reduce(functools.partial(jax.tree.map, jnp.add), rest, full)
+
+    found = parallel.on_auto_axes(sums, state, dataset)
+    return finish_metrics(found, metrics, len(dataset))
 
 
 def predict(state: TrainState, inputs: PyTree, *, batch_size: int = 1000) -> Any:
@@ -274,27 +289,59 @@ def predict(state: TrainState, inputs: PyTree, *, batch_size: int = 1000) -> Any
     check_state_type(state)
     check_inputs(inputs)
     check_integer(batch_size, "batch_size", minimum=1)
-    return _predict(state, inputs, batch_size=batch_size)
+    with parallel.mesh_of(state, inputs):
+        return _predict(state, inputs, batch_size=batch_size)
 
 
 @functools.partial(jax.jit, static_argnames="batch_size")
 def _predict(state: TrainState, inputs: PyTree, *, batch_size: int) -> Any:
-    full, tail = _split_batches(inputs, batch_size)
-    predictions = lax.map(lambda batch: predict_batch(state, batch), full)
-    predictions = jax.tree.map(lambda leaf: leaf.reshape(-1, *leaf.shape[2:]), predictions)
-    if tail is not None:
-        rest = predict_batch(state, tail)
-        predictions = jax.tree.map(lambda *parts: jnp.concatenate(parts), predictions, rest)
-    return predictions
+    def run(state: TrainState, inputs: PyTree) -> Any:
+        def predict(batch: PyTree) -> Any:
+            return predict_batch(state, parallel.divide(batch))
+
+        full, *rest = _map_batches(predict, inputs, batch_size)
+        return jax.tree.map(functools.partial(_in_order, examples), full, *rest)
+
+    examples = len(jax.tree.leaves(inputs)[0])
+    return parallel.on_auto_axes(run, state, inputs)
 
 
-def _split_batches(examples: PyTree, batch_size: int) -> tuple[PyTree, PyTree | None]:
-    """Returns the full batches, stacked along a new first axis, and the remaining examples."""
-    count = len(jax.tree.leaves(examples)[0])
-    batch_size = min(batch_size, count)
-    end = count // batch_size * batch_size
-    full = jax.tree.map(
-        lambda array: array[:end].reshape(-1, batch_size, *array.shape[1:]), examples
-    )
-    tail = jax.tree.map(lambda array: array[end:], examples) if end < count else None
-    return full, tail
+def _map_batches(function: Callable[[PyTree], PyTree], examples: PyTree, size: int) -> list[PyTree]:
+    """Applies a function to all examples in batches, whose order does not matter.
+
+    With n devices the examples form n equal parts, and each batch takes its examples from all of
+    them. A data set that is sharded over the devices is thus processed where it lies.
+
+    Returns:
+      The results of the full batches, [steps, ...]; then, where there are any, the result for the
+      batch of the last examples of each part, and for the examples that belong to no part.
+    """
+    count, devices = len(jax.tree.leaves(examples)[0]), parallel.axis_size()
+    part = count // devices
+    size = max(1, min(-(-size // devices), part))  # of one device
+
+    def batch(start: int | Array, size: int) -> PyTree:
+        def take(array: Array) -> Array:
+            parts = array[: devices * part].reshape(devices, part, *array.shape[1:])
+            chosen = lax.dynamic_slice_in_dim(parts, start, size, axis=1)
+            return chosen.reshape(devices * size, *array.shape[1:])
+
+        return jax.tree.map(take, examples)
+
+    steps, left = divmod(part, size)
+    results = [lax.map(lambda step: function(batch(step * size, size)), jnp.arange(steps))]
+    if left:
+        results.append(function(batch(steps * size, left)))
+    if count % devices:
+        results.append(function(jax.tree.map(lambda array: array[devices * part :], examples)))
+    return results
+
+
+def _in_order(examples: int, full: Array, *rest: Array) -> Array:
+    """Joins the arrays that `_map_batches` returns, in the order of the examples."""
+    devices, shape = parallel.axis_size(), full.shape[2:]
+    rest, last = (rest[:-1], rest[-1:]) if examples % devices else (rest, ())
+    steps = full.reshape(len(full), devices, -1, *shape)
+    parts = [jnp.swapaxes(steps, 0, 1), *rest]
+    joined = jnp.concatenate([array.reshape(devices, -1, *shape) for array in parts], axis=1)
+    return jnp.concatenate([joined.reshape(-1, *shape), *last])

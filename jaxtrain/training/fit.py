@@ -8,10 +8,13 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
+import jax
 import numpy as np
 from jaxtyping import Array, Key
 
+from jaxtrain import parallel
 from jaxtrain._arguments import check_integer
+from jaxtrain._processes import agree, check_same_epoch, lost_process_is_one_error
 from jaxtrain.checkpoint import Checkpoint, CheckpointOptions, CheckpointStore
 from jaxtrain.dataset import Dataset
 from jaxtrain.errors import InputError, NonFiniteError
@@ -55,6 +58,7 @@ def fit(
     early_stopping: EarlyStopping | None = None,
     checkpoint: CheckpointOptions | None = None,
     on_event: OnEvent | None = None,
+    mesh: jax.sharding.Mesh | None = None,
 ) -> tuple[TrainState, History]:
     """Trains for some epochs and evaluates after each.
 
@@ -85,6 +89,9 @@ def fit(
       checkpoint: where and how often to save the run; None saves nothing.
       on_event: called with `Compiled`, then `Resumed` if the run resumes, then `StepsDone` and
         `EpochDone` as they happen. Returning True at an `EpochDone` ends the run there.
+      mesh: devices with an axis "data", over which each batch is divided. State and data are
+        copied to every device, unless `jt.parallel` has sharded them. None means the mesh of
+        `jax.set_mesh` or of the data, if there is one.
 
     Returns:
       The state after the last epoch, and the history with one entry per epoch: `epoch`;
@@ -114,26 +121,27 @@ def fit(
     check_type(early_stopping, "early_stopping", EarlyStopping)
     check_type(checkpoint, "checkpoint", CheckpointOptions)
     check_not_traced(state, train_data, key)
-    state = checked_state(state)
     on_event = checked_callback(on_event)
-    plan = make_plan(
-        state,
-        {"train": train_data, "test": test_data, "validation": validation_data},
-        loss_fn=loss_fn,
-        metric_fns=metric_fns,
-        state_metrics=state_metrics,
-        batch_size=batch_size,
-        test_batch_size=test_batch_size,
-        key=key,
-        measure=steps_to_measure(state),
-    )
-    records = Records(plan.columns(state), state)
-    if early_stopping is not None:
-        early_stopping.check_columns(records.columns)
-    first, last = int(state.epoch), int(state.epoch) + epochs
-
     with contextlib.ExitStack() as stack:
+        stack.enter_context(parallel.mesh_of(state, train_data, mesh=mesh))
+        state = checked_state(state)
+        plan = make_plan(
+            state,
+            {"train": train_data, "test": test_data, "validation": validation_data},
+            loss_fn=loss_fn,
+            metric_fns=metric_fns,
+            state_metrics=state_metrics,
+            batch_size=batch_size,
+            test_batch_size=test_batch_size,
+            key=key,
+            measure=steps_to_measure(state),
+        )
+        records = Records(plan.columns(state), state)
+        if early_stopping is not None:
+            early_stopping.check_columns(records.columns)
+        first, last = int(state.epoch), int(state.epoch) + epochs
         stack.enter_context(_progress_attached(records))
+        stack.enter_context(lost_process_is_one_error())
         started = time.perf_counter()
         programs = plan.compile(state)
         store, resumed, every = None, None, 1
@@ -153,6 +161,7 @@ def fit(
                 )
             state, best_state = resumed.state, resumed.best_state
             records.restore(state, resumed.history, resumed.step_losses)
+        check_same_epoch(int(state.epoch))
         if early_stopping is not None and early_stopping.is_over(records.rows):
             last = int(state.epoch)  # early stopping ended it in an earlier call
         seconds = time.perf_counter() - started
@@ -230,6 +239,7 @@ def _train_epoch(
     while len(losses) < plan.steps:
         start = len(losses)
         stop = _next_stop(start, plan.steps, interval, seconds_per_step)
+        stop = int(agree(stop))  # all processes take the same steps at once
         chunk_started = time.perf_counter()
         before = state
         state, chunk, chunk_norms = plan.run_steps(before, order, start, stop)

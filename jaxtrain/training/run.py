@@ -11,6 +11,7 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Key
 
+from jaxtrain import parallel
 from jaxtrain._arguments import check_integer
 from jaxtrain.dataset import Dataset
 from jaxtrain.losses import Loss
@@ -93,35 +94,36 @@ def train(
     """
     check_integer(epochs, "epochs", minimum=0)
     check_type(early_stopping, "early_stopping", EarlyStopping)
-    state = checked_state(state)
-    plan = make_plan(
-        state,
-        {"train": train_data, "test": test_data, "validation": validation_data},
-        loss_fn=loss_fn,
-        metric_fns=metric_fns,
-        state_metrics=state_metrics,
-        batch_size=batch_size,
-        test_batch_size=test_batch_size,
-        key=key,
-        measure="last",
-    )
-    columns = [name for name in plan.columns(state) if name != "seconds"]
-    if early_stopping is not None:
-        early_stopping.check_columns(columns)
-    with memory_advice(plan.batch_size):
-        final, history = _train(
+    with parallel.mesh_of(state, train_data):
+        state = checked_state(state)
+        plan = make_plan(
             state,
-            plan.train_data,
-            plan.held_out,
-            plan.key,
+            {"train": train_data, "test": test_data, "validation": validation_data},
             loss_fn=loss_fn,
-            metrics=plan.metrics,
-            state_metrics=tuple(plan.state_metrics.items()),
-            epochs=epochs,
-            batch_size=plan.batch_size,
+            metric_fns=metric_fns,
+            state_metrics=state_metrics,
+            batch_size=batch_size,
             test_batch_size=test_batch_size,
-            early_stopping=early_stopping,
+            key=key,
+            measure="last",
         )
+        columns = [name for name in plan.columns(state) if name != "seconds"]
+        if early_stopping is not None:
+            early_stopping.check_columns(columns)
+        with memory_advice(plan.batch_size):
+            final, history = _train(
+                state,
+                plan.train_data,
+                plan.held_out,
+                plan.key,
+                loss_fn=loss_fn,
+                metrics=plan.metrics,
+                state_metrics=tuple(plan.state_metrics.items()),
+                epochs=epochs,
+                batch_size=plan.batch_size,
+                test_batch_size=test_batch_size,
+                early_stopping=early_stopping,
+            )
     # A dict that leaves a compiled program is sorted by name.
     return final, {name: history[name] for name in (*columns, "step_losses")}
 
@@ -139,6 +141,33 @@ def train(
     ),
 )
 def _train(
+    state: TrainState,
+    train_data: Dataset,
+    held_out: dict[str, Dataset],
+    key: Key[Array, ""] | None,
+    *,
+    loss_fn: Loss,
+    metrics: MetricItems,
+    state_metrics: StateMetrics,
+    epochs: int,
+    batch_size: int,
+    test_batch_size: int,
+    early_stopping: EarlyStopping | None,
+) -> tuple[TrainState, dict[str, Array]]:
+    run = functools.partial(
+        _run,
+        loss_fn=loss_fn,
+        metrics=metrics,
+        state_metrics=state_metrics,
+        epochs=epochs,
+        batch_size=batch_size,
+        test_batch_size=test_batch_size,
+        early_stopping=early_stopping,
+    )
+    return parallel.on_auto_axes(run, state, train_data, held_out, key, returns_state=True)
+
+
+def _run(
     state: TrainState,
     train_data: Dataset,
     held_out: dict[str, Dataset],

@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import Array, Bool, Float, PyTree
 
+from jaxtrain import parallel
 from jaxtrain.dataset import Dataset, check_dataset
 from jaxtrain.errors import InputError
 from jaxtrain.losses import Loss, at_least_float32, name_of
@@ -60,13 +61,17 @@ def train_step(state: TrainState, batch: Dataset, loss_fn: Loss) -> tuple[TrainS
     check_state_type(state)
     check_loss(loss_fn)
     check_batch(batch)
-    return _train_step(state, batch, loss_fn)
+    with parallel.mesh_of(state, batch):
+        return _train_step(state, batch, loss_fn)
 
 
 @functools.partial(jax.jit, static_argnames="loss_fn")
 def _train_step(state: TrainState, batch: Dataset, loss_fn: Loss) -> tuple[TrainState, Metrics]:
-    next_state, loss, _ = update(state, batch, loss_fn)
-    return next_state, {"loss": loss}
+    def step(state: TrainState, batch: Dataset) -> tuple[TrainState, Metrics]:
+        next_state, loss, _ = update(state, batch, loss_fn)
+        return next_state, {"loss": loss}
+
+    return parallel.on_auto_axes(step, state, batch, returns_state=True)
 
 
 def update(
@@ -130,6 +135,7 @@ def gradients(
     check_state_type(state)
     check_loss(loss_fn)
     check_dataset(batch, "batch")
+    batch = parallel.divide(batch)
     value_and_grad = jax.value_and_grad(_mean_loss, has_aux=True)
     (loss, aux), grads = value_and_grad(state.params, state, batch, loss_fn)
     return loss, grads, aux
@@ -230,13 +236,15 @@ def eval_step(
     """
     check_state_type(state)
     check_batch(batch)
-    return _eval_step(state, batch, metric_items(loss_fn, metric_fns))
+    with parallel.mesh_of(state, batch):
+        return _eval_step(state, batch, metric_items(loss_fn, metric_fns))
 
 
 @functools.partial(jax.jit, static_argnames="metrics")
 def _eval_step(state: TrainState, batch: Dataset, metrics: MetricItems) -> Metrics:
     check_dataset(batch, "batch")
-    return finish_metrics(metric_sums(state, batch, metrics), metrics, len(batch))
+    sums = functools.partial(metric_sums, metrics=metrics)
+    return finish_metrics(parallel.on_auto_axes(sums, state, batch), metrics, len(batch))
 
 
 def metric_items(loss_fn: Loss, metric_fns: Mapping[str, Metric] | None) -> MetricItems:
@@ -287,6 +295,7 @@ def check_batch(batch: Any) -> None:
 
 def metric_sums(state: TrainState, batch: Dataset, metrics: MetricItems) -> dict[str, Any]:
     """Returns the sums of each metric over a batch, for `finish_metrics`."""
+    batch = parallel.divide(batch)
     predictions = to_float32(predict_batch(state, batch.inputs))
     weights = jnp.ones(len(batch)) if batch.weights is None else batch.weights
 

@@ -1,0 +1,49 @@
+"""Arrays and PRNG keys between the host and the devices of one or several processes."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.experimental import multihost_utils
+
+
+def is_key(leaf: Any) -> bool:
+    """Returns whether a leaf is an array of PRNG keys."""
+    return isinstance(leaf, jax.Array) and jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key)
+
+
+def to_words(leaf: Any) -> Any:
+    """Returns an array of numbers: the array itself, or the key data of PRNG keys."""
+    if is_key(leaf):
+        return jax.random.key_data(leaf)
+    return leaf if hasattr(leaf, "dtype") else jnp.asarray(leaf)
+
+
+def to_numpy(leaf: Any) -> np.ndarray:
+    """Returns the complete array on the host, also if it is spread over several processes."""
+    words = to_words(leaf)
+    if isinstance(words, jax.Array) and not (
+        words.is_fully_addressable or words.is_fully_replicated
+    ):
+        return multihost_utils.process_allgather(words, tiled=True)
+    return np.asarray(words)
+
+
+def put(leaf: Any, sharding: jax.sharding.Sharding) -> Any:
+    """Returns an array with a sharding; with several processes, all of them pass the same array."""
+    if isinstance(leaf, jax.Array):
+        if leaf.sharding == sharding:
+            return leaf
+        if not leaf.is_fully_addressable:
+            return jax.device_put(leaf, sharding)
+    if sharding.is_fully_addressable:
+        return jax.device_put(leaf, sharding)
+    words = np.asarray(to_words(leaf))
+    words = words.astype(jax.dtypes.canonicalize_dtype(words.dtype), copy=False)
+    array = jax.make_array_from_callback(words.shape, sharding, lambda index: words[index])
+    if is_key(leaf):
+        return jax.random.wrap_key_data(array, impl=jax.random.key_impl(leaf))
+    return array

@@ -1,0 +1,241 @@
+"""Many devices: where state, data sets and batches lie on a mesh with the axis "data"."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
+from jaxtyping import PyTree
+
+from jaxtrain._placement import put
+from jaxtrain._processes import initialize
+from jaxtrain.dataset import Dataset, check_dataset, named_arrays
+from jaxtrain.errors import InputError
+
+__all__ = ["initialize", "replicate", "shard"]
+
+# The axis of a mesh over which batches are divided.
+AXIS = "data"
+
+Rule = Callable[[str, Any], P]
+
+
+def replicate(tree: PyTree, mesh: jax.sharding.Mesh, rule: Rule | None = None) -> PyTree:
+    """Places a state or a data set on a mesh, a complete copy on every device.
+
+    Arrays that are already divided over the devices stay so. With several processes, each passes
+    the same values.
+
+    Args:
+      tree: a `TrainState`, a `Dataset`, or any pytree of arrays.
+      mesh: the devices.
+      rule: `rule(path, leaf) -> PartitionSpec` divides some arrays over the devices instead. The
+        path is such as "params.Linear_0.kernel".
+
+    Returns:
+      The pytree on the devices of the mesh.
+
+    Raises:
+      InputError: the mesh has no axis "data", or an array cannot be divided as the rule says.
+
+    Example:
+      >>> mesh = jax.make_mesh((8,), ("data",))
+      >>> state = jt.parallel.replicate(state, mesh)
+    """
+    check_mesh(mesh)
+
+    def place(path: str, leaf: Any) -> Any:
+        spec = _spec_on(leaf, mesh) if rule is None else rule(path, leaf)
+        try:
+            return put(leaf, NamedSharding(mesh, spec))
+        except (TypeError, ValueError) as error:
+            raise InputError(
+                f"the rule divides {path}, of shape {jnp.shape(leaf)}, as {spec}, which the mesh "
+                f"{dict(mesh.shape)} does not permit; expected axes of the mesh whose sizes divide "
+                "those of the array"
+            ) from error
+
+    leaves = [place(path, leaf) for path, leaf in named_arrays(tree, "")]
+    return jax.tree.unflatten(jax.tree.structure(tree), leaves)
+
+
+def shard(dataset: Dataset, mesh: jax.sharding.Mesh) -> Dataset:
+    """Divides a data set over the devices of a mesh, each of which stores one part.
+
+    An epoch on a sharded data set takes the same batches in the same order as on one device, since
+    the shuffle is one permutation of all examples. Each step therefore exchanges its batch between
+    the devices. A replicated data set, the default of `fit`, needs no such exchange.
+
+    Args:
+      dataset: all examples, or with several processes the part of this process, for example of
+        `jt.data.load(name, shard=(jax.process_index(), jax.process_count()))`. Every process has
+        the same number of examples.
+      mesh: the devices.
+
+    Returns:
+      The examples of all processes, divided over all devices.
+
+    Raises:
+      InputError: the number of examples is not a multiple of the number of devices.
+
+    Example:
+      >>> train = jt.parallel.shard(train, jax.make_mesh((8,), ("data",)))
+    """
+    check_mesh(mesh)
+    check_dataset(dataset, "dataset")
+    devices = mesh.shape[AXIS] // jax.process_count()
+    if len(dataset) % devices:
+        fitting = len(dataset) // devices * devices
+        raise InputError(
+            f"dataset has {len(dataset)} examples for {devices} devices; expected a multiple of "
+            f"{devices}: leave out the last ones with dataset[:{fitting}], or replicate it"
+        )
+    sharding = NamedSharding(mesh, P(AXIS))
+    return jax.tree.map(
+        lambda array: jax.make_array_from_process_local_data(sharding, array), dataset
+    )
+
+
+def check_mesh(mesh: Any) -> None:
+    """Raises InputError unless `mesh` is a mesh of devices with the axis "data"."""
+    if not isinstance(mesh, jax.sharding.Mesh):
+        raise InputError(
+            f'mesh is {mesh!r}; expected a mesh, such as jax.make_mesh((8,), ("data",))',
+            argument="mesh",
+        )
+    if AXIS not in mesh.axis_names:
+        raise InputError(
+            f'mesh has the axes {mesh.axis_names}; expected one named "data", over which the '
+            "batches are divided",
+            argument="mesh",
+        )
+
+
+def check_batch_size(batch_size: int, examples: int) -> None:
+    """Raises InputError if the devices of the current mesh do not divide the batch size."""
+    devices = axis_size()
+    size = min(batch_size, examples)
+    if size % devices:
+        lower = size // devices * devices
+        nearest = [str(n) for n in (lower, lower + devices) if 0 < n <= examples]
+        raise InputError(
+            f"batch_size is {size} on {devices} devices; expected a multiple of {devices}, such "
+            f"as {' or '.join(nearest) or 'that of a larger data set'}",
+            argument="batch_size",
+        )
+
+
+@contextlib.contextmanager
+def mesh_of(*trees: PyTree, mesh: jax.sharding.Mesh | None = None) -> Iterator[None]:
+    """Makes a mesh the current one: the given one, that of `jax.set_mesh`, or that of some arrays.
+
+    The sharding of traced arrays is not known. A function of the user that is traced, and calls
+    the library, therefore needs `jax.set_mesh`.
+
+    Raises:
+      InputError: the given mesh has no axis "data".
+    """
+    if mesh is not None:
+        check_mesh(mesh)
+    elif jax.sharding.get_abstract_mesh().empty:
+        mesh = next(filter(None, map(_mesh_of_leaf, jax.tree.leaves(trees))), None)
+    with contextlib.nullcontext() if mesh is None else jax.set_mesh(mesh):
+        yield
+
+
+def current_mesh() -> jax.sharding.Mesh | None:
+    """Returns the mesh that `jax.set_mesh` has set, or None."""
+    mesh = jax.sharding.get_mesh()
+    return None if mesh.empty else mesh
+
+
+def replicated_like(leaf: Any) -> NamedSharding | None:
+    """Returns the sharding of an array that every device of the mesh of `leaf` has a copy of."""
+    mesh = _mesh_of_leaf(leaf)
+    return None if mesh is None else NamedSharding(mesh, P())
+
+
+def without_mesh() -> contextlib.AbstractContextManager[Any]:
+    """Returns a context in which programs are traced as for one device."""
+    return jax.sharding.use_abstract_mesh(jax.sharding.AbstractMesh((), ()))
+
+
+def axis_size() -> int:
+    """Returns the number of devices over which the current mesh divides a batch; 1 without one."""
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh.empty or AXIS not in mesh.axis_names:
+        return 1
+    # Inside `jax.shard_map` each device computes on its own.
+    return 1 if AXIS in mesh.manual_axes else mesh.shape[AXIS]
+
+
+def divide(batch: PyTree) -> PyTree:
+    """Divides a batch over the devices of the current mesh.
+
+    Without it, XLA may compute a batch that is taken from a sharded data set on every device. A
+    batch that the devices do not divide, such as the last one of an epoch, stays undivided.
+    """
+    devices = axis_size()
+    if devices == 1:
+        return batch
+
+    def constrain(leaf: Any) -> Any:
+        divisible = jnp.ndim(leaf) > 0 and jnp.shape(leaf)[0] % devices == 0
+        return lax.with_sharding_constraint(leaf, P(AXIS) if divisible else P())
+
+    return jax.tree.map(constrain, batch)
+
+
+def on_auto_axes(function: Callable[..., Any], *args: Any, returns_state: bool = False) -> Any:
+    """Calls a function with the axes of the mesh in JAX's mode `Auto`.
+
+    In the mode `Explicit`, the default of `jax.make_mesh`, each operation of a network would have
+    to state the sharding of its result where this is ambiguous.
+
+    Args:
+      function: a function of pytrees of arrays, called while JAX traces.
+      args: its arguments.
+      returns_state: the function returns a pair, whose first entry has the structure and the
+        shardings of the first argument. All other results are replicated.
+    """
+    shardings = [jax.typeof(leaf).sharding for leaf in jax.tree.leaves(args)]
+    meshes = [jax.sharding.get_abstract_mesh(), *(sharding.mesh for sharding in shardings)]
+    mesh = next((each for each in meshes if each.explicit_axes), None)
+    if mesh is None:
+        result = function(*args)
+        if axis_size() == 1:
+            return result
+        # Each process of several has to read the results.
+        state, rest = result if returns_state else (None, result)
+        rest = lax.with_sharding_constraint(rest, P())
+        return (state, rest) if returns_state else rest
+    out_sharding: Any = NamedSharding(mesh, P())
+    if returns_state:
+        specs = jax.tree.map(lambda leaf: jax.typeof(leaf).sharding.spec, args[0])
+        out_sharding = (jax.tree.map(functools.partial(NamedSharding, mesh), specs), out_sharding)
+    return jax.sharding.auto_axes(function, axes=mesh.explicit_axes, out_sharding=out_sharding)(
+        *args
+    )
+
+
+def _mesh_of_leaf(leaf: Any) -> jax.sharding.Mesh | None:
+    if isinstance(leaf, jax.core.Tracer) or not isinstance(leaf, jax.Array):
+        return None
+    mesh = getattr(leaf.sharding, "mesh", None)
+    is_divided = mesh is not None and AXIS in mesh.axis_names and mesh.shape[AXIS] > 1
+    return mesh if is_divided else None
+
+
+def _spec_on(leaf: Any, mesh: jax.sharding.Mesh) -> P:
+    """Returns how an array is divided over a mesh; not divided if it is on other devices."""
+    sharding = leaf.sharding if isinstance(leaf, jax.Array) else None
+    if isinstance(sharding, NamedSharding) and sharding.mesh.shape == mesh.shape:
+        return sharding.spec
+    return P()
