@@ -144,16 +144,16 @@ def mesh_of(*trees: PyTree, mesh: jax.sharding.Mesh | None = None) -> Iterator[N
     """
     if mesh is not None:
         check_mesh(mesh)
-    elif jax.sharding.get_abstract_mesh().empty:
+    elif not _is_tracing() and current_mesh() is None:
         mesh = next(filter(None, map(_mesh_of_leaf, jax.tree.leaves(trees))), None)
     with contextlib.nullcontext() if mesh is None else jax.set_mesh(mesh):
         yield
 
 
 def current_mesh() -> jax.sharding.Mesh | None:
-    """Returns the mesh that `jax.set_mesh` has set, or None."""
-    mesh = jax.sharding.get_mesh()
-    return None if mesh.empty else mesh
+    """Returns the mesh that `jax.set_mesh` has set; None without one, and in a traced function."""
+    mesh = None if _is_tracing() else jax.sharding.get_mesh()
+    return None if mesh is None or mesh.empty else mesh
 
 
 def replicated_like(leaf: Any) -> NamedSharding | None:
@@ -223,6 +223,14 @@ def on_auto_axes(function: Callable[..., Any], *args: Any, returns_state: bool =
     return jax.sharding.auto_axes(function, axes=mesh.explicit_axes, out_sharding=out_sharding)(
         *args
     )
+
+
+def _is_tracing() -> bool:
+    try:
+        jax.sharding.get_mesh()
+    except ValueError:
+        return True
+    return False
 
 
 def _mesh_of_leaf(leaf: Any) -> jax.sharding.Mesh | None:

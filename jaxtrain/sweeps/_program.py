@@ -11,14 +11,24 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
 from jaxtyping import PyTree
 
-from jaxtrain import _device_memory
-from jaxtrain._placement import to_words
+from jaxtrain import _device_memory, parallel
+from jaxtrain._placement import put, to_numpy
 from jaxtrain.checkpoint import digest_program
 from jaxtrain.errors import InputError
 from jaxtrain.sweeps._grid import Group
 from jaxtrain.sweeps.result import history_of
+
+
+_DIVIDED = P(parallel.AXIS)
+
+
+def _sharding(mesh: jax.sharding.Mesh) -> NamedSharding:
+    """Returns how the values of an axis of the sweep are divided over the devices."""
+    return NamedSharding(mesh, _DIVIDED)
 
 
 class _Compiled(NamedTuple):
@@ -31,6 +41,8 @@ class _Compiled(NamedTuple):
 
 class Program:
     """The function of a group of runs, compiled for some numbers of runs.
+
+    On a mesh, each device trains its own part of the runs, without communication.
 
     Attributes:
       group: the runs.
@@ -59,7 +71,8 @@ class Program:
             return jax.vmap(lambda each: self._run(**each), axis_size=size)(values)
 
         try:
-            return jax.jit(train).trace(self._shapes_of(size))
+            with parallel.without_mesh():  # each device trains whole runs
+                return jax.jit(train).trace(self._shapes_of(size))
         except (TypeError, ValueError, IndexError) as error:  # ConcretizationTypeError and others
             if not isinstance(error, jax.errors.JAXTypeError) and "Trace" not in str(error):
                 raise
@@ -73,9 +86,11 @@ class Program:
                 argument="static_argnames",
             ) from error
 
-    def _shapes_of(self, size: int) -> dict[str, jax.ShapeDtypeStruct]:
+    def _shapes_of(
+        self, size: int, sharding: NamedSharding | None = None
+    ) -> dict[str, jax.ShapeDtypeStruct]:
         return {
-            name: jax.ShapeDtypeStruct((size,), array.dtype)
+            name: jax.ShapeDtypeStruct((size,), array.dtype, sharding=sharding)
             for name, array in self.group.values.items()
         }
 
@@ -84,7 +99,7 @@ class Program:
         return digest_program(self._traced)
 
     def compile(self, size: int) -> float:
-        """Compiles for a number of runs; returns the seconds that this took, the first time."""
+        """Compiles for a number of runs per device; returns the seconds that this took, the first time."""
         self._compile(size)
         compiled = self._compiled[size]
         self._compiled[size] = compiled._replace(seconds=0.0)
@@ -101,12 +116,20 @@ class Program:
             def train(captured: list[Any], values: dict[str, jax.Array]) -> list[jax.Array]:
                 return jax.core.eval_jaxpr(program, captured, *jax.tree.leaves(values))
 
-            lowered = jax.jit(train).lower(captured, self._shapes_of(size))
-            compiled = lowered.compile()
+            mesh = parallel.current_mesh()
+            if mesh is None:
+                shapes = self._shapes_of(size)
+            else:
+                train = jax.shard_map(  # its in_specs: captured arrays whole, values divided
+                    train, mesh=mesh, in_specs=(P(), _DIVIDED), out_specs=_DIVIDED, check_vma=False
+                )
+                captured = parallel.replicate(captured, mesh)
+                shapes = self._shapes_of(size * parallel.axis_size(), _sharding(mesh))
+            compiled = jax.jit(train).lower(captured, shapes).compile()
             self._compiled[size] = _Compiled(compiled, captured, time.perf_counter() - started)
 
     def fits(self, size: int) -> bool:
-        """Returns whether the program for a number of runs compiles and fits in the free memory."""
+        """Returns whether the program for a number of runs per device fits in the free memory."""
         try:
             self._compile(size)
         except (jax.errors.JaxRuntimeError, MemoryError) as error:
@@ -120,17 +143,21 @@ class Program:
         """Trains the runs at these positions of the group.
 
         Args:
-          positions: which runs, at most `size`; the last one fills up the rest of the program.
-          size: the number of runs of the compiled program.
+          positions: which runs, at most `size` per device; the last one fills up the rest of the
+            program.
+          size: the number of runs per device of the compiled program.
 
         Returns:
           The leaves of what the runs return, on the host, each with a leading axis over the runs.
         """
-        padded = positions + positions[-1:] * (size - len(positions))
-        values = {name: array[padded] for name, array in self.group.values.items()}
+        padded = positions + positions[-1:] * (size * parallel.axis_size() - len(positions))
+        values: dict[str, Any] = {name: array[padded] for name, array in self.group.values.items()}
+        mesh = parallel.current_mesh()
+        if mesh is not None:
+            values = {name: put(array, _sharding(mesh)) for name, array in values.items()}
         compiled = self._compiled[size]
         leaves = compiled.program(compiled.captured, values)
-        return [np.asarray(to_words(leaf))[: len(positions)] for leaf in leaves]
+        return [to_numpy(leaf)[: len(positions)] for leaf in leaves]
 
     def assemble(self, leaves: list[np.ndarray]) -> PyTree:
         """Returns the pytree of leaves that `train` has returned, with PRNG keys as keys.

@@ -16,6 +16,7 @@ from jaxtyping import PyTree
 from jaxtrain import _device_memory
 from jaxtrain._arguments import check_integer
 from jaxtrain.errors import InputError
+from jaxtrain.parallel import axis_size, mesh_of
 from jaxtrain.sweeps._grid import Grid, make_grid
 from jaxtrain.sweeps._program import Program
 from jaxtrain.sweeps._store import Store, open_store
@@ -39,6 +40,7 @@ def sweep(
     parallel: int | Literal["auto"] = "auto",
     checkpoint: str | os.PathLike[str] | None = None,
     on_event: OnEvent | None = None,
+    mesh: jax.sharding.Mesh | None = None,
 ) -> SweepResult:
     """Calls a run for every configuration of a grid, many at once under `jax.vmap`.
 
@@ -61,6 +63,8 @@ def sweep(
       checkpoint: folder that keeps the finished runs. The same call resumes from it.
       on_event: receives `RunsRestored`, `RunsDone` and `RunsHalved`; what it returns is ignored.
         `with jt.progress() as on_event` shows a progress bar.
+      mesh: devices with an axis "data", which share the runs. None means the mesh of
+        `jax.set_mesh`, if there is one.
 
     Returns:
       The histories and states of all runs, by the axes of the grid.
@@ -88,9 +92,10 @@ def sweep(
         )
     if parallel != "auto":
         check_integer(parallel, "parallel", minimum=1)
-    programs = [Program(run, group) for group in grid.groups]
-    _check_columns(programs)
     with contextlib.ExitStack() as stack:
+        stack.enter_context(mesh_of(mesh=mesh))
+        programs = [Program(run, group) for group in grid.groups]
+        _check_columns(programs)
         store = None
         if checkpoint is not None:
             store = stack.enter_context(open_store(checkpoint, grid, programs))
@@ -135,15 +140,16 @@ class _Training:
             if any(self._done):
                 self._on_event(RunsRestored(*self._count()))
 
-    def train(self, group: int, parallel: int | Literal["auto"]) -> None:
+    def train(self, group: int, at_once: int | Literal["auto"]) -> None:
         """Trains the runs of a group that are not done yet."""
         program = self._programs[group]
         todo = [i for i in range(len(program.group.indices)) if i not in self._done[group]]
-        growing, size, fastest = parallel == "auto", 1 if parallel == "auto" else parallel, math.inf
-        if not growing:
-            size = _balanced(len(todo), size)
+        devices = axis_size()
+        growing, size, fastest = at_once == "auto", 1, math.inf  # size: runs per device
+        if at_once != "auto":
+            size = _balanced(_rounds(todo, devices), math.ceil(at_once / devices))
         while todo:
-            positions = todo[:size]
+            positions = todo[: size * devices]
             try:
                 compile_seconds = program.compile(size)
                 started = time.perf_counter()
@@ -157,17 +163,17 @@ class _Training:
                         "model, or a device with more memory"
                     ) from error
                 growing, size = False, size // 2
-                self._on_event(RunsHalved(size))
+                self._on_event(RunsHalved(size * devices))
                 continue
             seconds = time.perf_counter() - started
             self._keep(group, positions, leaves)
             if self._store is not None:
                 self._store.save(group, positions, leaves)
-            self._on_event(RunsDone(*self._count(), size, compile_seconds, seconds))
-            todo = todo[size:]
+            self._on_event(RunsDone(*self._count(), size * devices, compile_seconds, seconds))
+            todo = todo[size * devices :]
             if growing:
                 growing, size, fastest = _grow(
-                    program, size, seconds / size, fastest, compile_seconds, len(todo)
+                    program, size, seconds / size, fastest, compile_seconds, _rounds(todo, devices)
                 )
 
     def result(self) -> SweepResult:
@@ -180,6 +186,11 @@ class _Training:
         return SweepResult(self._grid.axes, self._grid.configurations, self._grid.shape, outputs)
 
 
+def _rounds(todo: list[int], devices: int) -> int:
+    """Returns the largest number of runs that one of the devices has to train."""
+    return math.ceil(len(todo) / devices)
+
+
 def _grow(
     program: Program,
     size: int,
@@ -188,10 +199,11 @@ def _grow(
     compile_seconds: float,
     remaining: int,
 ) -> tuple[bool, int, float]:
-    """Decides how many runs to train at once next.
+    """Decides how many runs per device to train at once next.
 
     Returns:
-      Whether to measure again, the number of runs, and the shortest time per run so far, in s.
+      Whether to measure again, the number of runs, and the shortest time per run of a device so
+      far, in seconds.
     """
     if per_run > _GAIN * fastest:  # the larger batch saves less than a quarter
         smaller = max(1, size // _GROWTH)
