@@ -19,7 +19,7 @@ import optax
 
 import jaxtrain as jt
 from jaxtrain._arguments import check_integer
-from jaxtrain.cli import command, flags, plots, progress, resuming, runs, tables
+from jaxtrain.cli import command, devices, flags, plots, progress, resuming, runs, tables
 from jaxtrain.cli.tables import Comparison
 from jaxtrain.optimizers import LearningRate
 from jaxtrain.training.epoch import num_steps
@@ -81,6 +81,8 @@ class Config(flags.DatasetFlags, flags.TrainingFlags):
     """Fraction of hidden units dropped in training."""
     seed: int = 42
     """Seed of the initial parameters, the order of examples and the dropout."""
+    devices: int = 1
+    """Divide each batch over this many devices; without GPUs, parts of the processor."""
     shuffle: bool = True
     """Shuffle the examples every epoch; else use their stored order."""
     log_interval: int = 100
@@ -234,6 +236,7 @@ def train(
             key=start.shuffle_key,
             early_stopping=early_stopping,
             on_event=on_event,
+            mesh=devices.make_mesh(config.devices),
             **resuming.fit_options(config, dataset=data.name),
         )
 

@@ -185,7 +185,7 @@ def run_folder(config: ExperimentFlags) -> Iterator[RunFolder]:
       InputError: JAX has no such device, or the folder cannot be written or contains a finished
         run.
     """
-    select_device(config.device)
+    select_device(config.device, getattr(config, "devices", 1))
     set_up_compilation_cache(config.compilation_cache)
     resuming = isinstance(config, TrainingFlags) and resumes(config)
     with RunFolder(

@@ -9,17 +9,26 @@ from typing import Literal
 
 import jax
 
+from jaxtrain._arguments import check_integer
 from jaxtrain.errors import InputError
+from jaxtrain.parallel import AXIS
 
 Device = Literal["auto", "cpu", "gpu"]
+_SIMULATED = "xla_force_host_platform_device_count"  # the flag's older name
 
 
-def select_device(device: Device) -> None:
+def select_device(device: Device, count: int = 1) -> None:
     """Makes JAX compute on `device` (`auto`: JAX's default); call it before the first array.
+
+    Args:
+      device: the kind of device.
+      count: how many are needed; where they are CPUs, the processor is divided into as many.
 
     Raises:
       InputError: JAX has no such device.
     """
+    if count > 1 and _SIMULATED not in os.environ.get("XLA_FLAGS", ""):
+        jax.config.update("jax_num_cpu_devices", count)
     if device == "cpu":
         jax.config.update("jax_platforms", "cpu")
     elif device == "gpu":
@@ -42,6 +51,25 @@ def select_device(device: Device) -> None:
                     "or use --device cpu"
                 ) from error
             raise InputError(f"JAX has no device here ({error}); use --device cpu") from error
+
+
+def make_mesh(count: int) -> jax.sharding.Mesh | None:
+    """Returns a mesh of the first devices, or None for a single one.
+
+    Raises:
+      InputError: JAX has fewer devices.
+    """
+    check_integer(count, "devices", minimum=1)
+    if count == 1:
+        return None
+    devices = jax.devices()
+    if count > len(devices):
+        raise InputError(
+            f"--devices is {count}, but JAX has {len(devices)} here "
+            f"({devices[0].device_kind}); expected at most {len(devices)}",
+            argument="devices",
+        )
+    return jax.make_mesh((count,), (AXIS,), devices=devices[:count])
 
 
 def missing_gpu_advice(gpu: bool, plugin: bool) -> str:

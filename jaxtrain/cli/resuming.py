@@ -24,7 +24,15 @@ from jaxtrain.errors import InputError, printable
 
 # Flags that may change when a run resumes: they do not decide what it computes.
 _FREE = {
-    *("epochs", "device", "compilation_cache", "log_interval", "output_dir", "overwrite"),
+    *(
+        "epochs",
+        "device",
+        "devices",
+        "compilation_cache",
+        "log_interval",
+        "output_dir",
+        "overwrite",
+    ),
     *("data_dir", "safety"),
 }
 

@@ -8,10 +8,12 @@ from typing import NamedTuple
 
 import jax.numpy as jnp
 
+from jaxtrain._arguments import check_integer
 from jaxtrain.data.digits import load_digits
 from jaxtrain.data.idx import Images, read_idx
 from jaxtrain.data.mnist import BUILDERS, load_mnist
 from jaxtrain.data.synthetic import line, noisy_line, points_on_line
+from jaxtrain.data.tfds import load_tfds
 from jaxtrain.dataset import Dataset
 from jaxtrain.errors import DataUnavailableError, InputError
 
@@ -27,6 +29,7 @@ __all__ = [
     "read_idx",
 ]
 
+TFDS_PREFIX = "tfds:"
 NAMES = ("auto", *BUILDERS, "digits")
 
 # Mean and standard deviation of the training pixels, scaled from 0 … 255 to 0 … 1. The values for
@@ -55,23 +58,35 @@ class Resolved(NamedTuple):
     notice: str | None
 
 
-def load(name: str, data_dir: str | os.PathLike[str] | None = None) -> tuple[Dataset, Dataset]:
-    """Loads a data set of 28 × 28 grey images in ten classes.
+def load(
+    name: str,
+    data_dir: str | os.PathLike[str] | None = None,
+    *,
+    shard: tuple[int, int] | None = None,
+) -> tuple[Dataset, Dataset]:
+    """Loads a data set: 28 × 28 grey images in ten classes, or any that TFDS has prepared.
 
     Args:
       name: `mnist`, `fashion_mnist`, `kmnist`, `digits`, or `auto`: MNIST if it is available,
-        else digits with a warning. An explicit name never falls back to another.
+        else digits with a warning. An explicit name never falls back to another. `tfds:NAME` reads
+        a data set of TensorFlow Datasets that is prepared on disk in the ArrayRecord format;
+        TensorFlow is not needed.
       data_dir: folder of the IDX files. None searches `$JAXTRAIN_DATA_DIR`, then the cache folder,
-        then downloads. Not used for digits.
+        then downloads. Not used for digits. For `tfds:NAME`, TFDS's folder, by default
+        `$TFDS_DATA_DIR` or `~/tensorflow_datasets`.
+      shard: `(index, count)` returns the part of one of several processes: the training and the
+        test examples are each cut into `count` parts of equal size, in stored order. Up to
+        `count - 1` examples at the end are left out.
 
     Returns:
-      (train, test): images uint8 [examples, 28, 28] in 0 … 255, labels int32 [examples].
+      (train, test): images uint8 [examples, 28, 28] in 0 … 255, labels int32 [examples]. Of
+      `tfds:NAME`, its inputs and targets as TFDS describes them.
 
     Raises:
-      InputError: the name is unknown, or a file is damaged.
+      InputError: the name is unknown, a file is damaged, or `shard` is out of range.
       DataUnavailableError: the files are not on disk and could not be downloaded.
-      MissingExtraError: `jaxtrain[data]` is not installed; only IDX files in `data_dir` need no
-        extra.
+      MissingExtraError: `jaxtrain[data]` is not installed (`jaxtrain[stream]` for `tfds:NAME`);
+        only IDX files in `data_dir` need no extra.
 
     Example:
       >>> train, test = jt.data.load("digits")
@@ -81,7 +96,17 @@ def load(name: str, data_dir: str | os.PathLike[str] | None = None) -> tuple[Dat
     resolved = load_resolved(name, data_dir)
     if resolved.notice is not None:
         warnings.warn(f"digits instead of MNIST: {resolved.notice}", stacklevel=2)
-    return resolved.train, resolved.test
+    if shard is None:
+        return resolved.train, resolved.test
+    return _part(resolved.train, shard), _part(resolved.test, shard)
+
+
+def _part(dataset: Dataset, shard: tuple[int, int]) -> Dataset:
+    index, count = shard
+    check_integer(count, "shard[1]", minimum=1, maximum=len(dataset))
+    check_integer(index, "shard[0]", minimum=0, maximum=count - 1)
+    size = len(dataset) // count
+    return dataset[index * size : (index + 1) * size]
 
 
 def load_resolved(name: str, data_dir: str | os.PathLike[str] | None = None) -> Resolved:
@@ -106,6 +131,9 @@ def _load_arrays(
         return load_digits()
     if name in BUILDERS:
         return load_mnist(name, data_dir)
+    if name.startswith(TFDS_PREFIX):
+        return load_tfds(name.removeprefix(TFDS_PREFIX), data_dir)
     raise InputError(
-        f"the data set is {name!r}; expected one of {', '.join(NAMES)}", argument="dataset"
+        f"the data set is {name!r}; expected one of {', '.join(NAMES)}, or tfds:NAME",
+        argument="dataset",
     )

@@ -22,7 +22,6 @@ from jaxtrain.errors import InputError
 from jaxtrain.sweeps._grid import Group
 from jaxtrain.sweeps.result import history_of
 
-
 _DIVIDED = P(parallel.AXIS)
 
 
@@ -99,7 +98,7 @@ class Program:
         return digest_program(self._traced)
 
     def compile(self, size: int) -> float:
-        """Compiles for a number of runs per device; returns the seconds that this took, the first time."""
+        """Compiles for a number of runs per device; returns the seconds, the first time."""
         self._compile(size)
         compiled = self._compiled[size]
         self._compiled[size] = compiled._replace(seconds=0.0)
