@@ -35,3 +35,17 @@ def check_key(key: Any, name: str = "key") -> None:
             f"{name} is a batch of keys of shape {key.shape}; expected a single PRNG key: "
             "use one of them, or apply jax.vmap to the function"
         )
+
+
+def check_shard(shard: Any) -> tuple[int, int]:
+    """Returns the number of a process and the number of processes.
+
+    Raises:
+      InputError: they are not such a pair.
+    """
+    if not isinstance(shard, tuple | list) or len(shard) != 2:
+        raise InputError(f"shard is {shard!r}; expected a pair (index, count)", argument="shard")
+    index, count = shard
+    check_integer(count, "shard[1]", minimum=1)
+    check_integer(index, "shard[0]", minimum=0, maximum=count - 1)
+    return index, count

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 from typing import Any, no_type_check
 
 import jax
@@ -101,6 +102,14 @@ class Dataset:
     def replace(self, **changes: Any) -> Dataset:
         """Returns a copy with some fields replaced."""
         return dataclasses.replace(self, **changes)
+
+
+@functools.partial(jax.jit, static_argnames="examples")
+def epoch_order(examples: int, key: Key[Array, ""] | None) -> Int[Array, "examples"]:
+    """Returns the order of an epoch's examples: a permutation, or as stored if key is None."""
+    if key is None:
+        return jnp.arange(examples, dtype=jnp.int32)
+    return jax.random.permutation(key, examples)
 
 
 def _describe(tree: PyTree) -> str:

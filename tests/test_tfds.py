@@ -20,6 +20,10 @@ from jaxtrain.errors import InputError, MissingExtraError
 
 COUNTS = {"train": 12, "test": 5}
 
+UNTYPED = pytest.mark.skipif(
+    hasattr(open_tfds, "__wrapped__"), reason="the type checker raises first"
+)
+
 
 def image_of(label: int) -> np.ndarray:
     """The image that belongs to a label, so that a wrong pair is seen."""
@@ -265,7 +269,7 @@ def test_a_data_set_without_a_split_to_test(tmp_path: Path) -> None:
             r"the supervised_keys are \('image', 'label', 'weight'\)",
         ),
         (None, ("image", "lable"), r"keys is \('image', 'lable'\)"),
-        (None, "label", "keys is 'label'"),
+        pytest.param(None, "label", "keys is 'label'", marks=UNTYPED),
     ],
 )
 def test_keys_must_be_two_features(tmp_path, supervised, keys, message) -> None:
@@ -318,5 +322,5 @@ def test_load_needs_numbers_of_one_shape(prepared: Path, key: str, message: str)
 @pytest.mark.parametrize("package", ["tensorflow_datasets", "array_record.python"])
 def test_a_missing_package_names_its_extra(prepared: Path, monkeypatch, package: str) -> None:
     monkeypatch.setitem(sys.modules, package, None)
-    with pytest.raises(MissingExtraError, match=r"is not installed.*'jaxtrain\[stream\]'"):
+    with pytest.raises(MissingExtraError, match=r"is not installed.*'jaxtrain\[tfds\]'"):
         open_tfds("little", data_dir=prepared)

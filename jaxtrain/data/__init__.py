@@ -1,4 +1,4 @@
-"""Data sets by name."""
+"""Data sets by name, and streams of batches from disk."""
 
 from __future__ import annotations
 
@@ -8,12 +8,13 @@ from typing import NamedTuple
 
 import jax.numpy as jnp
 
-from jaxtrain._arguments import check_integer
+from jaxtrain._arguments import check_shard
 from jaxtrain.data.digits import load_digits
 from jaxtrain.data.idx import Images, read_idx
 from jaxtrain.data.mnist import BUILDERS, load_mnist
+from jaxtrain.data.stream import Stream, stream
 from jaxtrain.data.synthetic import line, noisy_line, points_on_line
-from jaxtrain.data.tfds import load_tfds
+from jaxtrain.data.tfds import TFDS_PREFIX, load_tfds, open_tfds
 from jaxtrain.dataset import Dataset
 from jaxtrain.errors import DataUnavailableError, InputError
 
@@ -21,15 +22,17 @@ __all__ = [
     "NAMES",
     "STATISTICS",
     "Resolved",
+    "Stream",
     "line",
     "load",
     "load_resolved",
     "noisy_line",
+    "open_tfds",
     "points_on_line",
     "read_idx",
+    "stream",
 ]
 
-TFDS_PREFIX = "tfds:"
 NAMES = ("auto", *BUILDERS, "digits")
 
 # Mean and standard deviation of the training pixels, scaled from 0 … 255 to 0 … 1. The values for
@@ -85,7 +88,7 @@ def load(
     Raises:
       InputError: the name is unknown, a file is damaged, or `shard` is out of range.
       DataUnavailableError: the files are not on disk and could not be downloaded.
-      MissingExtraError: `jaxtrain[data]` is not installed (`jaxtrain[stream]` for `tfds:NAME`);
+      MissingExtraError: `jaxtrain[data]` is not installed (`jaxtrain[tfds]` for `tfds:NAME`);
         only IDX files in `data_dir` need no extra.
 
     Example:
@@ -93,24 +96,19 @@ def load(
       >>> train.inputs.shape
       (1437, 28, 28)
     """
-    resolved = load_resolved(name, data_dir)
+    resolved = load_resolved(name, data_dir, shard)
     if resolved.notice is not None:
         warnings.warn(f"digits instead of MNIST: {resolved.notice}", stacklevel=2)
-    if shard is None:
-        return resolved.train, resolved.test
-    return _part(resolved.train, shard), _part(resolved.test, shard)
+    return resolved.train, resolved.test
 
 
-def _part(dataset: Dataset, shard: tuple[int, int]) -> Dataset:
-    index, count = shard
-    check_integer(count, "shard[1]", minimum=1, maximum=len(dataset))
-    check_integer(index, "shard[0]", minimum=0, maximum=count - 1)
-    size = len(dataset) // count
-    return dataset[index * size : (index + 1) * size]
-
-
-def load_resolved(name: str, data_dir: str | os.PathLike[str] | None = None) -> Resolved:
+def load_resolved(
+    name: str,
+    data_dir: str | os.PathLike[str] | None = None,
+    shard: tuple[int, int] | None = None,
+) -> Resolved:
     """Loads as `load` does, and also returns what `auto` resolved to and why."""
+    index, count = (0, 1) if shard is None else check_shard(shard)
     notice = None
     if name == "auto":
         try:
@@ -120,8 +118,18 @@ def load_resolved(name: str, data_dir: str | os.PathLike[str] | None = None) -> 
             notice = f"{error.reason}; to train on MNIST, {error.remedy}"
     else:
         splits = _load_arrays(name, data_dir)
-    train, test = (Dataset(jnp.asarray(images), jnp.asarray(labels)) for images, labels in splits)
-    return Resolved(name, train, test, notice)
+
+    def part(arrays: Images) -> Dataset:
+        size = len(arrays[0]) // count
+        if not size:
+            raise InputError(
+                f"shard is {shard} for {len(arrays[0])} examples; expected at most as many parts",
+                argument="shard",
+            )
+        return Dataset(*(jnp.asarray(array[index * size :][:size]) for array in arrays))
+
+    train, test = splits
+    return Resolved(name, part(train), part(test), notice)
 
 
 def _load_arrays(

@@ -15,6 +15,8 @@ from jaxtrain._extras import needs_extra
 from jaxtrain.data.idx import Images
 from jaxtrain.errors import InputError
 
+# Of names that `load` and `stream` take.
+TFDS_PREFIX = "tfds:"
 # data_set/configuration:version; not a name with a namespace, which TFDS would look up online.
 _NAME = re.compile(r"(\w+)(?:/([\w+.-]+))?(?::((?:\d+|\*)(?:\.(?:\d+|\*)){2}))?")
 _VERSION = re.compile(r"\d+\.\d+\.\d+")
@@ -24,7 +26,7 @@ _BATCH = 1024  # examples that load_tfds asks for at once
 class TfdsSource:
     """Random access to the examples of one split, as (inputs, target) of NumPy values.
 
-    Scalars and arrays have the data set's dtype; texts are bytes, and nested features are what
+    Scalars and arrays have the data set's dtype; strings are `bytes`, and nested features are what
     TFDS returns. A pickled source opens its files again where it is used.
 
     Attributes:
@@ -35,11 +37,11 @@ class TfdsSource:
 
     def __init__(self, builder: Any, split: str, keys: tuple[str, str] | None = None) -> None:
         """Opens a split of a TFDS builder; see `open_tfds`."""
-        with needs_extra("stream"):
+        with needs_extra("tfds"):
             import tensorflow_datasets as tfds
-            from array_record.python import (  # type: ignore[import-untyped]
-                array_record_data_source,  # noqa: F401 TFDS imports it late, without naming an extra
-            )
+
+            # TFDS imports it late, without naming an extra.
+            from array_record.python import array_record_data_source  # noqa: F401
 
         info = builder.info
         self.name, self.split, self.keys = str(info.name), split, _check_keys(info, keys)
@@ -61,7 +63,7 @@ class TfdsSource:
                 (str(part.filename), int(part.take))
                 for part in info.splits[split].file_instructions
             ]
-        except (ValueError, KeyError, AssertionError, TypeError) as error:  # Unknown, or empty.
+        except (ValueError, KeyError, AssertionError, TypeError) as error:  # unknown, or empty
             raise InputError(
                 f"the split is {split!r}; expected one of {', '.join(info.splits)} of {self.name}, "
                 "or a part that is not empty, such as 'train[:80%]'",
@@ -76,19 +78,19 @@ class TfdsSource:
         index = self._check_index(index)
         try:
             return self._select(self._source[index])
-        except Exception as error:  # RuntimeError of a damaged file, whatever a decoder raises, …
+        except Exception as error:  # RuntimeError of a damaged file, or whatever a decoder raises
             raise InputError(
                 f"example {index} of {self.name} (split {self.split!r}, file "
                 f"{self._file(index)}) cannot be read ({_first_line(error)}); correct the cause, "
                 "or prepare the data set again"
             ) from error
 
-    def __getitems__(self, indices: Sequence[int]) -> list[tuple[Any, Any]]:
+    def __getitems__(self, indices: Sequence[int] | np.ndarray) -> list[tuple[Any, Any]]:
         """Reads a batch of examples; faster than one at a time."""
         checked = [self._check_index(index) for index in indices]
         try:
             return [self._select(example) for example in self._source.__getitems__(checked)]
-        except Exception:  # One at a time, the error names the example.
+        except Exception:  # one at a time, the error names the example
             return [self[index] for index in checked]
 
     def __repr__(self) -> str:
@@ -135,12 +137,12 @@ def open_tfds(
         `supervised_keys`.
 
     Returns:
-      the examples, in the order of the files.
+      The examples, in the order of the files.
 
     Raises:
       InputError: the data set is not in the folder, is not in the ArrayRecord format, or has no
         such split or features.
-      MissingExtraError: `jaxtrain[stream]` is not installed.
+      MissingExtraError: `jaxtrain[tfds]` is not installed.
 
     Example:
       >>> source = open_tfds("mnist", "train[:80%]")
@@ -158,18 +160,18 @@ def load_tfds(
     """Reads the splits "train" and "test" (else "validation") of a prepared data set into memory.
 
     Args:
-      name: as of `open_tfds`.
-      data_dir: as of `open_tfds`.
-      keys: as of `open_tfds`.
+      name: as in `open_tfds`.
+      data_dir: as in `open_tfds`.
+      keys: as in `open_tfds`.
 
     Returns:
       (inputs, targets) for training and for testing. Integer labels that fit are int32; other
       values have the data set's dtype.
 
     Raises:
-      InputError: as of `open_tfds`; a split is missing; a record is damaged; or the values are not
+      InputError: as in `open_tfds`; a split is missing; a record is damaged; or the values are not
         numbers of one shape.
-      MissingExtraError: `jaxtrain[stream]` is not installed.
+      MissingExtraError: `jaxtrain[tfds]` is not installed.
 
     Example:
       >>> (images, labels), test = load_tfds("mnist")
@@ -177,11 +179,11 @@ def load_tfds(
       (60000, 28, 28, 1)
     """
     builder = _open_builder(name, data_dir)
-    there = list(builder.info.splits)
-    test = "test" if "test" in there else "validation"
-    if "train" not in there or test not in there:
+    splits = list(builder.info.splits)
+    test = "test" if "test" in splits else "validation"
+    if "train" not in splits or test not in splits:
         raise InputError(
-            f"the data set {name} has the splits {', '.join(there)}; expected train and test (or "
+            f"the data set {name} has the splits {', '.join(splits)}; expected train and test (or "
             "validation); open the ones you need with open_tfds",
             argument="name",
         )
@@ -194,7 +196,7 @@ def _open_builder(name: str, data_dir: str | os.PathLike[str] | None) -> Any:
     `tfds.builder` would import the data set's code, and asks the network for its description if it
     is not prepared.
     """
-    with needs_extra("stream"):
+    with needs_extra("tfds"):
         import tensorflow_datasets as tfds
 
     match = _NAME.fullmatch(name)
@@ -205,12 +207,12 @@ def _open_builder(name: str, data_dir: str | os.PathLike[str] | None) -> Any:
             argument="name",
         )
     given = data_dir or os.environ.get("TFDS_DATA_DIR") or "~/tensorflow_datasets"
-    root = Path(given).expanduser().absolute()  # Worker processes may run in another folder.
+    root = Path(given).expanduser().absolute()  # worker processes may run in another folder.
     try:
         return tfds.builder_from_directory(_find_folder(name, root, *match.groups()))
     except InputError:
         raise
-    except Exception as error:  # Of JSON, of protobuf, of the file system, of an old format, …
+    except Exception as error:  # of JSON, of protobuf, of the file system, of an old format, …
         raise InputError(
             f"the data set {name} in {root} cannot be opened ({_first_line(error)}); correct the "
             f"cause, or {_remedy(name, root)}",
@@ -226,7 +228,7 @@ def _find_folder(
         info.parent
         for part in ([f"{config}/"] if config else ["", "*/"])
         for info in root.glob(f"{dataset}/{part}{version or '*.*.*'}/dataset_info.json")
-        if _VERSION.fullmatch(info.parent.name)  # Not one of an unfinished preparation.
+        if _VERSION.fullmatch(info.parent.name)  # not one of an unfinished preparation.
     ]
     configs = sorted({folder.parent.relative_to(root).as_posix() for folder in folders})
     if not configs:
@@ -256,7 +258,7 @@ def _first_line(error: Exception) -> str:
 
 
 def _check_keys(info: Any, keys: tuple[str, str] | None) -> tuple[str, str]:
-    features = sorted(info.features)  # Those of a file have no order.
+    features = sorted(info.features)  # those of a file have no order
     chosen = info.supervised_keys if keys is None else keys
     match chosen:
         case (str(inputs), str(target)) if inputs in features and target in features:
@@ -277,12 +279,12 @@ def _read(source: TfdsSource) -> Images:
         for index, example in zip(indices, source.__getitems__(indices), strict=True):
             for key, value in zip(source.keys, example, strict=True):
                 if not isinstance(value, np.ndarray | np.generic) or value.dtype.hasobject:
-                    raise _unfit(source, key, index, f"type {type(value).__name__}")
+                    raise _unsuitable(source, key, index, f"type {type(value).__name__}")
             columns = columns or [np.empty((len(source), *v.shape), v.dtype) for v in example]
             for key, value, column in zip(source.keys, example, columns, strict=True):
                 if value.shape != column.shape[1:]:
                     first = f", but {column.shape[1:]} in example 0"
-                    raise _unfit(source, key, index, f"shape {value.shape}{first}")
+                    raise _unsuitable(source, key, index, f"shape {value.shape}{first}")
                 column[index] = value
     inputs, targets = columns
     if targets.ndim == 1 and targets.dtype.kind in "iu":
@@ -291,7 +293,7 @@ def _read(source: TfdsSource) -> Images:
     return inputs, targets
 
 
-def _unfit(source: TfdsSource, key: str, index: int, found: str) -> InputError:
+def _unsuitable(source: TfdsSource, key: str, index: int, found: str) -> InputError:
     return InputError(
         f"the feature {key!r} in example {index} of {source.name} (split {source.split!r}) has "
         f"{found}; expected arrays of numbers of one shape; read the data set with jt.data.stream "

@@ -1,0 +1,457 @@
+"""jt.data.stream: the batches of data on disk, in order, in parts, transformed and resumed."""
+
+from __future__ import annotations
+
+import json
+import os
+import pickle
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import jaxtrain as jt
+from jaxtrain.data.stream import _Reader
+from jaxtrain.dataset import epoch_order
+from jaxtrain.errors import InputError, MissingExtraError
+from tests.test_tfds import prepare
+
+KEY = jax.random.key(3)
+INPUTS = np.random.default_rng(0).normal(size=(50, 6)).astype(np.float32)
+LABELS = np.arange(50, dtype=np.int32) % 3
+DATA = jt.Dataset(INPUTS, LABELS)
+
+
+class Examples:
+    """Random access to examples, which records what is read."""
+
+    def __init__(self, *columns: np.ndarray) -> None:
+        self.columns = columns or (INPUTS, LABELS)
+        self.read: list[int] = []
+
+    def __len__(self) -> int:
+        return len(self.columns[0])
+
+    def __getitem__(self, index: int) -> Any:
+        assert type(index) is int
+        self.read.append(index)
+        return tuple(column[index] for column in self.columns)
+
+
+class Named(Examples):
+    """Examples that are dicts with other names."""
+
+    def __getitem__(self, index: int) -> Any:
+        image, label = super().__getitem__(index)
+        return {"image": image, "label": label}
+
+
+class InBatches(Examples):
+    """Examples that are read several at a time, as those of Hugging Face and TFDS."""
+
+    def __getitem__(self, index: int) -> Any:
+        raise AssertionError("the examples are read one by one")
+
+    def __getitems__(self, indices: list[int]) -> list[Any]:
+        assert type(indices) is list
+        return [super(InBatches, self).__getitem__(index) for index in indices]
+
+
+class Damaged(Examples):
+    """Examples of which one cannot be read."""
+
+    def __getitem__(self, index: int) -> Any:
+        if index == 33:
+            raise OSError("the disk is gone\nand more lines")
+        return super().__getitem__(index)
+
+
+class DamagedInBatches(Damaged):
+    def __getitems__(self, indices: list[int]) -> list[Any]:
+        return [self[index] for index in indices]
+
+
+def add_noise(example: Any, rng: np.random.Generator) -> Any:
+    inputs, *rest = example
+    return (inputs + rng.normal(size=inputs.shape).astype(np.float32), *rest)
+
+
+def expected_batches(data: jt.Dataset, size: int, epoch: int, key: Any = KEY) -> list[Any]:
+    """The batches that `jt.fit` makes of data in memory."""
+    key = None if key is None else jax.random.fold_in(key, epoch)
+    order = np.asarray(epoch_order(len(data), key))
+    return [
+        jax.tree.map(lambda leaf, i=i: np.asarray(leaf)[order[i : i + size]], data)
+        for i in range(0, len(data), size)
+    ]
+
+
+def assert_same(ours: Any, theirs: Any) -> None:
+    ours, theirs = list(ours), list(theirs)
+    assert len(ours) == len(theirs)
+    for one, other in zip(ours, theirs, strict=True):
+        assert jax.tree.structure(one) == jax.tree.structure(other)
+        jax.tree.map(np.testing.assert_array_equal, one, other)
+
+
+def differ(ours: Any, theirs: Any) -> bool:
+    pairs = zip(ours, theirs, strict=True)
+    return all((one.inputs != other.inputs).all() for one, other in pairs)
+
+
+@pytest.fixture
+def mapped(tmp_path: Path) -> jt.Dataset:
+    """The data with inputs that stay in a file, after 5000 other bytes."""
+    path = tmp_path / "inputs.bin"
+    path.write_bytes(bytes(5000) + INPUTS.tobytes())
+    return jt.Dataset(np.memmap(path, np.float32, "r", 5000, INPUTS.shape), LABELS)
+
+
+def test_batches_are_those_of_data_in_memory_with_the_same_key() -> None:
+    stream = jt.data.stream(DATA, 16, KEY)
+    assert (len(stream), stream.examples, stream.batch_size) == (4, 50, 16)
+    for epoch in (1, 2, 7):
+        assert_same(stream.epoch(epoch), expected_batches(DATA, 16, epoch))
+    assert_same(stream, stream.epoch(1))
+    assert not (next(stream.epoch(2)).targets == next(stream.epoch(1)).targets).all()
+
+
+def test_every_example_is_used_once_in_each_epoch() -> None:
+    stream = jt.data.stream(jt.Dataset(np.arange(1000)), 64, KEY)
+    orders = [np.concatenate([batch.inputs for batch in stream.epoch(e)]) for e in (1, 2)]
+    for order in orders:
+        np.testing.assert_array_equal(np.sort(order), np.arange(1000))
+    # A shuffle of all: a tenth of the examples comes from all tenths.
+    assert len(set(orders[0][:100] // 100)) == 10
+    assert np.mean(orders[0] == orders[1]) < 0.05
+
+
+def test_the_stored_order_without_a_key_and_without_the_partial_batch() -> None:
+    batches = list(jt.data.stream(DATA, 16))
+    assert [len(batch) for batch in batches] == [16, 16, 16, 2]
+    assert_same(batches, expected_batches(DATA, 16, 1, key=None))
+    stream = jt.data.stream(DATA, 16, drop_last=True)
+    assert (len(stream), stream.examples) == (3, 48)
+    assert_same(stream, batches[:3])
+    assert_same(jt.data.stream(DATA, 64), [DATA])
+
+
+def source_of(kind: str, folder: Path) -> Any:
+    weights = np.arange(50, dtype=np.float32)
+    match kind:
+        case "arrays of NumPy":
+            return DATA, DATA
+        case "arrays of JAX":
+            return jax.tree.map(jnp.asarray, DATA), DATA
+        case "pytrees":
+            tree = {"left": INPUTS, "right": (LABELS,)}
+            return jt.Dataset(tree, LABELS, weights), jt.Dataset(tree, LABELS, weights)
+        case "mapped arrays":
+            np.save(folder / "inputs.npy", INPUTS)
+            return jt.Dataset(np.load(folder / "inputs.npy", mmap_mode="r"), LABELS), DATA
+        case "tuples":
+            return Examples(), DATA
+        case "weighted":
+            return Examples(INPUTS, LABELS, weights), DATA.replace(weights=weights)
+        case "dicts":
+            rows = zip(INPUTS, LABELS, weights, strict=True)
+            source = [{"inputs": x, "targets": y, "weights": w} for x, y, w in rows]
+            return source, DATA.replace(weights=weights)
+        case "in batches":
+            return InBatches(), DATA
+        case "Grain":
+            import grain
+
+            return grain.MapDataset.source(Examples()), DATA
+
+
+KINDS = ["arrays of NumPy", "arrays of JAX", "pytrees", "mapped arrays"]
+KINDS += ["tuples", "weighted", "dicts", "in batches", "Grain"]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_every_source_gives_the_same_batches(tmp_path: Path, kind: str) -> None:
+    source, data = source_of(kind, tmp_path)
+    stream = jt.data.stream(source, 16, KEY)
+    batches = list(stream.epoch(2))
+    assert_same(batches, expected_batches(data, 16, 2))
+    assert all(type(leaf) is np.ndarray for leaf in jax.tree.leaves(batches))
+
+
+def test_only_the_examples_of_the_batches_are_read() -> None:
+    source = Examples()
+    batches = jt.data.stream(source, 8, KEY).epoch(1)
+    assert source.read == []
+    next(batches)
+    assert sorted(source.read) == sorted(
+        np.asarray(epoch_order(50, jax.random.fold_in(KEY, 1)))[:8]
+    )
+
+
+def test_data_sets_of_tfds_are_sources(tmp_path: Path, monkeypatch) -> None:
+    import tensorflow_datasets as tfds
+
+    prepare(tmp_path)
+    monkeypatch.setenv("TFDS_DATA_DIR", str(tmp_path))
+    batches = list(jt.data.stream("tfds:little", 5, KEY))
+    assert sorted(np.concatenate([batch.targets for batch in batches])) == list(range(12))
+    assert batches[0].inputs.shape == (5, 8, 8, 1)
+    assert_same(jt.data.stream(jt.data.open_tfds("little"), 5, KEY), batches)
+    raw = tfds.data_source("little", split="train", data_dir=tmp_path)
+    with pytest.raises(InputError, match=r"example.* is a dict of .*; expected \(inputs, targets"):
+        next(iter(jt.data.stream(raw, 5)))
+    stream = jt.data.stream(raw, 5, KEY, transform=lambda each, _: (each["image"], each["label"]))
+    assert_same(stream, batches)
+
+
+@pytest.mark.parametrize("key", [KEY, None])
+def test_a_transform_depends_on_the_key_and_the_epoch_alone(key) -> None:
+    stream = jt.data.stream(DATA, 16, key, transform=add_noise)
+    first = list(stream.epoch(1))
+    assert_same(first, jt.data.stream(DATA, 16, key, transform=add_noise).epoch(1))
+    assert_same(first, jt.data.stream(Examples(), 16, key, transform=add_noise).epoch(1))
+    noises = [
+        np.concatenate([batch.inputs for batch in stream.epoch(epoch)])
+        - np.concatenate([batch.inputs for batch in expected_batches(DATA, 16, epoch, key)])
+        for epoch in (1, 2, 3)
+    ]
+    # Different for each epoch, batch, example and pixel.
+    assert len(np.unique(np.round(noises, 5))) > 0.98 * 3 * 50 * 6
+    assert 0.8 < np.std(noises) < 1.2
+
+
+def test_another_key_gives_another_transform() -> None:
+    zeros = jt.Dataset(np.zeros((16, 6), np.float32), LABELS[:16])
+    keys = [KEY, jax.random.key(4), None]
+    one, other, none = (list(jt.data.stream(zeros, 8, k, transform=add_noise)) for k in keys)
+    assert differ(one, other)
+    assert differ(one, none)
+
+
+def test_a_transform_may_change_the_form_of_an_example() -> None:
+    def crop(example: Any, rng: np.random.Generator) -> Any:
+        start = rng.integers(3)
+        return {
+            "inputs": {"part": example["image"][start : start + 4]},
+            "targets": example["label"],
+        }
+
+    (batch,) = jt.data.stream(Named(), 50, transform=crop)
+    assert batch.inputs["part"].shape == (50, 4)
+    np.testing.assert_array_equal(batch.targets, LABELS)
+    starts = [
+        list(row).index(part[0]) for row, part in zip(INPUTS, batch.inputs["part"], strict=True)
+    ]
+    assert set(starts) == {0, 1, 2}
+
+
+@pytest.mark.parametrize("fields", [1, 2, 3])
+def test_a_transform_receives_the_fields_of_a_dataset(fields: int) -> None:
+    data = jt.Dataset(*(INPUTS, LABELS, np.ones(50, np.float32))[:fields])
+
+    def check(example: Any, rng: np.random.Generator) -> Any:
+        assert len(example) == fields
+        return example[0][:2], *(example[1:] or (0,))
+
+    assert next(iter(jt.data.stream(data, 16, transform=check))).inputs.shape == (16, 2)
+
+
+@pytest.mark.parametrize("transform", [None, add_noise], ids=["as stored", "transformed"])
+@pytest.mark.parametrize("count", [2, 4])
+def test_the_parts_of_a_batch_are_the_batch(count: int, transform: Any) -> None:
+    data = DATA[:44]
+    options = {"transform": transform}
+    whole = jt.data.stream(data, 16, KEY, **options)
+    parts = [jt.data.stream(data, 16, KEY, shard=(i, count), **options) for i in range(count)]
+    assert {len(part) for part in parts} == {len(whole)}
+    for epoch in (1, 2):
+        together = [
+            jax.tree.map(lambda *leaves: np.concatenate(leaves), *batches)
+            for batches in zip(*(part.epoch(epoch) for part in parts), strict=True)
+        ]
+        assert_same(together, whole.epoch(epoch))
+
+
+def test_no_part_of_a_partial_batch_is_larger_or_empty() -> None:
+    """The sizes are equal, since the processes train on the parts at once."""
+    for examples in range(33, 49):
+        sizes = [
+            [len(batch) for batch in jt.data.stream(DATA[:examples], 16, shard=(i, 4))]
+            for i in range(4)
+        ]
+        assert sizes == [sizes[0]] * 4
+        assert min(sizes[0]) > 0, examples
+        assert 0 <= examples - 4 * sum(sizes[0]) < 4
+
+
+def test_a_worker_reads_and_transforms_the_same_batches(mapped: jt.Dataset) -> None:
+    """The file is opened again in the worker; its content is not sent."""
+    part = mapped[3:]
+    stream = jt.data.stream(part, 16, KEY, transform=add_noise, workers=1)
+    batches = stream.epoch(2)
+    first = [next(batches)]
+    position = json.loads(json.dumps(batches.get_state()))
+    expected = list(jt.data.stream(DATA[3:], 16, KEY, transform=add_noise).epoch(2))
+    assert_same(first + list(batches), expected)
+    batches.set_state(position)
+    assert_same(batches, expected[1:])
+    batches.close()
+
+
+def test_a_pickled_reader_of_a_file_is_small_and_opens_the_file(tmp_path: Path) -> None:
+    """As a worker receives it."""
+    path = tmp_path / "large.bin"
+    path.write_bytes(os.urandom(8 * 2**20))
+    array = np.memmap(path, np.uint8, "r", 4096, (100, 2**16))[7:90]
+
+    reader = _Reader(jt.Dataset(array), np.arange(83), 8, 11, (0, 1), None, 0)
+    pickled = pickle.dumps(reader)
+    assert len(pickled) < 10_000
+    opened = pickle.loads(pickled)._source.inputs
+    np.testing.assert_array_equal(opened, array)
+    assert opened.mode == "r"
+
+
+@pytest.mark.parametrize("transform", [None, add_noise], ids=["as stored", "transformed"])
+def test_a_stream_continues_at_its_position(transform: Any) -> None:
+    stream = jt.data.stream(Examples(), 16, KEY, transform=transform)
+    expected = list(stream.epoch(2))
+    for taken in range(4):
+        batches = stream.epoch(2)
+        for _ in range(taken):
+            next(batches)
+        position = json.loads(json.dumps(batches.get_state()))
+        again = jt.data.stream(Examples(), 16, KEY, transform=transform).epoch(2)
+        again.set_state(position)
+        assert_same(again, expected[taken:])
+
+
+def test_its_text_tells_what_is_read() -> None:
+    text = str(jt.data.stream(DATA, 16, KEY))
+    assert text.startswith("Stream(50 examples in batches of 16, shuffled by key ")
+    # A run may resume with another number of processes.
+    assert str(jt.data.stream(DATA, 16, KEY, shard=(1, 2))) == text
+    assert str(jt.data.stream(DATA)) == "Stream(50 examples in batches of 64, as stored)"
+    assert str(jt.data.stream(DATA, 16, KEY)) != str(jt.data.stream(DATA, 16, jax.random.key(4)))
+
+
+UNTYPED = pytest.mark.skipif(
+    hasattr(jt.init_state, "__wrapped__"), reason="the type checker raises first"
+)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message", "argument"),
+    [
+        ({"batch_size": 0}, "batch_size is 0", "batch_size"),
+        pytest.param({"batch_size": 2.5}, "batch_size is 2.5", "batch_size", marks=UNTYPED),
+        ({"workers": -1}, "workers is -1", "workers"),
+        pytest.param({"key": 3}, "key is 3; expected a PRNG key", None, marks=UNTYPED),
+        pytest.param(
+            {"source": iter([])},
+            "source is a list_iterator; expected a jaxtrain.Dataset, an object",
+            "source",
+            marks=UNTYPED,
+        ),
+        ({"source": []}, "source has 0 examples for batches of 16; expected at least 1", "source"),
+        (
+            {"source": DATA[:15], "drop_last": True},
+            "source has 15 examples for batches of 16; expected at least 16",
+            "source",
+        ),
+        ({"source": jt.Dataset(INPUTS, LABELS[:9])}, "source.inputs has 50 examples and", None),
+        ({"shard": (2, 2)}, r"shard\[0\] is 2", "shard[0]"),
+        ({"shard": (0, 0)}, r"shard\[1\] is 0", "shard[1]"),
+        pytest.param({"shard": 3}, "shard is 3", "shard", marks=UNTYPED),
+        ({"shard": (0, 3)}, "batch_size is 16 for 3 processes; expected a mult", "batch_size"),
+        ({"source": "tfds:Unknown"}, "the data set Unknown is not prepared in", "name"),
+        ({"source": "mnist"}, "source is a str|source is 'mnist'", "source"),
+    ],
+)
+def test_mistakes_are_named_when_the_stream_is_made(
+    tmp_path: Path, monkeypatch, arguments, message, argument
+) -> None:
+    monkeypatch.setenv("TFDS_DATA_DIR", str(tmp_path))
+    with pytest.raises(InputError, match=message) as raised:
+        jt.data.stream(**{"source": DATA, "batch_size": 16, **arguments})
+    assert raised.value.argument == argument
+
+
+def fail(example: Any, rng: np.random.Generator) -> Any:
+    raise KeyError("no such field")
+
+
+@pytest.mark.parametrize(
+    ("source", "transform", "message"),
+    [
+        (Damaged(), None, r"^example 33 of .* cannot be read \(OSError: the disk is gone\); fix"),
+        (DamagedInBatches(), None, r"example 33 of .* cannot be read \(OSError: the disk is gone"),
+        (Named(), None, r"an example of the source is a dict of image, label; expected \(inputs"),
+        (Examples(), lambda each, _: each[0], "is a ndarray; expected"),
+        (Examples(), lambda each, _: (*each, 1, 2), "is a tuple of 4; expected"),
+        (
+            Examples(),
+            lambda each, rng: (each[0][: rng.integers(2, 5)], each[1]),
+            "examples of one batch differ: .* pass a transform",
+        ),
+        (
+            Examples(),
+            lambda each, _: each if each[1] else (each[0], each[1], np.float32(1)),
+            "examples of one batch differ: .* pass a transform",
+        ),
+    ],
+)
+def test_examples_that_cannot_be_used_are_named(source, transform, message) -> None:
+    stream = jt.data.stream(source, 16, transform=transform)
+    with pytest.raises(InputError, match=message) as raised:
+        list(stream)
+    assert "\n" not in str(raised.value)
+    assert r"\n" not in str(raised.value)
+
+
+def test_an_error_of_a_transform_is_its_own() -> None:
+    with pytest.raises(KeyError, match="no such field"):
+        list(jt.data.stream(DATA, 16, transform=fail))
+
+
+@pytest.mark.parametrize("offset", [0, 40_960])
+def test_a_file_that_becomes_shorter_is_an_error_and_ends_no_process(
+    tmp_path: Path, offset: int
+) -> None:
+    program = f"""
+import os, numpy as np, jaxtrain as jt
+with open("data.bin", "wb") as file:
+    file.write(bytes({offset} + 8 * 4096))
+rows = np.memmap("data.bin", np.uint8, "r", {offset}, (8, 4096))
+batches = iter(jt.data.stream(jt.Dataset(rows), 1))
+print(len(next(batches)))
+os.truncate("data.bin", {offset} + 9000)
+try:
+    print(len(list(batches)))
+except jt.InputError as error:
+    print(error)
+"""
+    result = subprocess.run(
+        [sys.executable, "-c", program],
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+    )
+    first, _, rest = result.stdout.partition("\n")
+    assert (result.returncode, first) == (0, "1"), result.stderr
+    path = tmp_path / "data.bin"
+    expected = f"the file {path} has {offset + 9000} bytes, and had {offset + 8 * 4096} when it was"
+    assert rest.startswith(f"{expected} opened; expected a file that does not change")
+
+
+def test_a_missing_package_names_its_extra(monkeypatch) -> None:
+    monkeypatch.setitem(sys.modules, "grain", None)
+    with pytest.raises(MissingExtraError, match=r"grain is not installed.*'jaxtrain\[stream\]'"):
+        jt.data.stream(DATA)
