@@ -11,6 +11,8 @@ from jaxtyping import PyTree
 
 from jaxtrain._placement import to_numpy
 
+_CURRENT_MESH = re.compile(r" ctx_mesh=\w+\((?:[^()]|\([^()]*\))*\)")
+
 
 def digest(tree: PyTree) -> str:
     """Returns a short SHA-256 of the values, dtypes and shapes of all leaves."""
@@ -23,8 +25,13 @@ def digest(tree: PyTree) -> str:
 
 
 def digest_program(traced: jax.stages.Traced) -> str:
-    """Returns a digest of a traced function and of the arrays that it has captured."""
-    return digest_text(without_addresses(str(traced.jaxpr))) + digest(traced.jaxpr.consts)
+    """Returns a digest of a traced function and of the arrays that it has captured.
+
+    Without the mesh that was current when JAX first traced a function: the run may resume on
+    another number of devices.
+    """
+    text = _CURRENT_MESH.sub("", without_addresses(str(traced.jaxpr)))
+    return digest_text(text) + digest(traced.jaxpr.consts)
 
 
 def digest_text(text: str) -> str:

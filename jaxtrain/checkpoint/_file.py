@@ -32,15 +32,36 @@ _MAX_HISTORY_BYTES = 2**30
 _CHECKSUM, _ZEROS = re.compile(rb'"sha256":"([0-9a-f]{64})"'), b"0" * 64
 
 
+class PartOfEpoch(NamedTuple):
+    """What a run that is interrupted within an epoch needs to complete it.
+
+    Attributes:
+      step: steps taken in the epoch.
+      examples: examples used in the epoch.
+      weights: the total weight of the examples of each step; empty for data in memory.
+      skipped: steps that were skipped before the epoch.
+      seconds: time spent in the epoch.
+      positions: where each process is in its stream, JSON-serializable; None for data in memory.
+    """
+
+    step: int
+    examples: int
+    weights: np.ndarray
+    skipped: int
+    seconds: float
+    positions: list[Any] | None
+
+
 class Checkpoint(NamedTuple):
-    """A run after some epochs.
+    """A run after some epochs, or within one.
 
     Attributes:
       epoch: the last completed epoch.
-      state: the state after it.
-      history: the columns of the history up to it.
-      step_losses: the loss of every step up to it.
+      state: the state after it, or after `part.step` steps of the next epoch.
+      history: the columns of the history up to the last completed epoch.
+      step_losses: the loss of every step up to the state.
       best_state: the state that early stopping would return, or None.
+      part: the steps of the next epoch that are done, or None.
     """
 
     epoch: int
@@ -48,6 +69,7 @@ class Checkpoint(NamedTuple):
     history: dict[str, np.ndarray]
     step_losses: np.ndarray
     best_state: PyTree | None = None
+    part: PartOfEpoch | None = None
 
 
 class DamagedError(InputError):
@@ -58,13 +80,16 @@ def flatten(
     checkpoint: Checkpoint, metadata: Mapping[str, Any]
 ) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
     """Copies a checkpoint to the host; returns its arrays by name and a record of the rest."""
-    epoch, state, history, step_losses, best_state = checkpoint
+    epoch, state, history, step_losses, best_state, part = checkpoint
     best = "none" if best_state is None else "last" if best_state is state else "stored"
     leaves = _leaves("state", state) | _leaves("history", [{k: history[k]} for k in history])
     leaves |= _leaves("step_losses", step_losses)
     leaves |= _leaves("best_state", best_state if best == "stored" else None)
+    leaves |= _leaves("step_weights", None if part is None else part.weights)
     arrays = {name: to_host(leaf, name) for name, (_, leaf) in leaves.items()}
     record = {"format": _FORMAT, "epoch": epoch, "columns": list(history), "best": best}
+    if part is not None:
+        record["part"] = {k: v for k, v in part._asdict().items() if k != "weights"}
     specs = {name: spec for name, (spec, _) in leaves.items()}
     return arrays, record | {"leaves": specs, "metadata": dict(metadata)}
 
@@ -140,9 +165,15 @@ def read_file(
         return record | {"state_digests": digests}, arrays
 
 
-def checkpoint_path(directory: str | os.PathLike[str], epoch: int) -> Path:
-    """Returns the path of the checkpoint of an epoch."""
-    return Path(directory) / f"epoch-{epoch}.safetensors"
+def checkpoint_path(directory: str | os.PathLike[str], epoch: int, step: int = 0) -> Path:
+    """Returns the path of the checkpoint after an epoch, and some steps of the next one."""
+    return Path(directory) / f"epoch-{epoch}{f'-step-{step}' if step else ''}.safetensors"
+
+
+def step_of(record: Mapping[str, Any]) -> int:
+    """Returns how many steps of an incomplete epoch a checkpoint contains."""
+    part = record.get("part")
+    return 0 if part is None else part["step"]
 
 
 def verify(path: str | os.PathLike[str]) -> None:
@@ -198,13 +229,20 @@ def unflatten(
         vectors = [losses, *history.values()]
         if any(x.ndim != 1 for x in vectors) or len({len(x) for x in vectors[1:]}) > 1:
             raise ValueError("the columns of its history differ in length")
-        if "epoch" in history and history["epoch"][-1:].tolist() != [epoch]:
+        part = None
+        if step_of(record):
+            part = PartOfEpoch(**record["part"], weights=arrays["step_weights"].copy())
+            if part.step > len(losses) or part.weights.size not in (0, part.step):
+                raise ValueError("its incomplete epoch has another number of steps")
+        ends = history["epoch"][-1:].tolist() if "epoch" in history else [epoch]
+        # A part of the first epoch has no history yet.
+        if ends != [epoch] and (ends or part is None):
             raise ValueError("its history ends with another epoch")
     values = [[place(arrays[name].copy(), x) for name, (_, x) in tree.items()] for tree in trees]
     states = [jax.tree.unflatten(jax.tree.structure(like), leaves) for leaves in values]
     best_state = None if best == "none" else states[-1]
     history = {name: column.copy() for name, column in history.items()}
-    return Checkpoint(epoch, states[0], history, losses.copy(), best_state)
+    return Checkpoint(epoch, states[0], history, losses.copy(), best_state, part)
 
 
 @contextlib.contextmanager

@@ -19,12 +19,12 @@ from jaxtyping import PyTree
 
 from jaxtrain._arguments import check_integer
 from jaxtrain._files import PART, lock_folder, make_folder, remove, write_atomically
-from jaxtrain._processes import is_first
+from jaxtrain._processes import writes_files
 from jaxtrain.checkpoint import _file
 from jaxtrain.checkpoint._file import Checkpoint, DamagedError, checkpoint_path
 from jaxtrain.errors import InputError, NonFiniteError, StorageError, add_recovery_note
 
-_NAME = r"epoch-(0|[1-9][0-9]*)\.safetensors"
+_NAME = r"epoch-(0|[1-9][0-9]*)(?:-step-([1-9][0-9]*))?\.safetensors"
 _LEFT_OVER = rf"\.{_NAME}\.[a-z0-9_]+{re.escape(PART)}"
 
 
@@ -35,7 +35,10 @@ class CheckpointOptions:
     Attributes:
       directory: the folder of the checkpoints, used by this run only; made absolute.
       every: epochs between two checkpoints; the last epoch is always saved.
-      keep: number of checkpoints to keep, the newest ones.
+      every_steps: steps between two checkpoints within an epoch, besides those of `every`; None
+        saves after epochs only.
+      keep: number of checkpoints to keep, the newest ones, those within an epoch included; the
+        newest one of a complete epoch is always kept.
       resume: "auto" resumes if there is a checkpoint, "required" fails without one, "never" fails
         if there is one.
       configuration: settings by name, JSON-serializable values or paths; a run with other settings
@@ -54,6 +57,7 @@ class CheckpointOptions:
     keep: int = 3
     resume: Literal["auto", "required", "never"] = "auto"
     configuration: Mapping[str, Any] = field(default_factory=dict)
+    every_steps: int | None = None
 
     def __post_init__(self) -> None:
         try:
@@ -77,6 +81,8 @@ class CheckpointOptions:
             )
         check_integer(self.every, "every", minimum=1)
         check_integer(self.keep, "keep", minimum=1)
+        if self.every_steps is not None:
+            check_integer(self.every_steps, "every_steps", minimum=1)
         if self.resume not in ("auto", "required", "never"):
             raise InputError(
                 f"resume is {self.resume!r}; expected 'auto', 'required' or 'never'",
@@ -106,17 +112,19 @@ class CheckpointStore:
         """
         self.path, self._options = Path(options.directory), options
         self.metadata = _to_json(metadata, "metadata")
+        self._writes = writes_files()
         self._pending: concurrent.futures.Future[None] | None = None
         make_folder(self.path, "checkpoint folder")
 
     def __enter__(self) -> CheckpointStore:
-        self._lock = lock_folder(self.path, "checkpoint folder")
+        # Several processes that train together restore the same checkpoints; process 0 writes.
+        self._lock = lock_folder(self.path, "checkpoint folder") if self._writes else None
         try:
             for name in filter(re.compile(_LEFT_OVER).fullmatch, _list(self.path)):
-                remove(self.path / name)  # of a process that was killed
+                self._remove(self.path / name)  # of a process that was killed
             self._thread = concurrent.futures.ThreadPoolExecutor(1, "checkpoints")
         except BaseException:
-            self._lock.release()
+            self._release()
             raise
         return self
 
@@ -130,14 +138,14 @@ class CheckpointStore:
                 raise
         finally:
             self._thread.shutdown()
-            self._lock.release()
+            self._release()
             if error is not None:
                 self._add_note(error)
 
     @property
-    def epochs(self) -> list[int]:
-        """The epochs of the checkpoints in the folder, ascending."""
-        return list_epochs(self.path)
+    def found(self) -> list[tuple[int, int]]:
+        """The checkpoints in the folder, ascending: epochs, and steps of the next epoch."""
+        return list_checkpoints(self.path)
 
     def save(self, checkpoint: Checkpoint) -> None:
         """Copies a checkpoint to the host, and writes it in the background.
@@ -148,7 +156,8 @@ class CheckpointStore:
         """
         self.wait()
         arrays, record = _file.flatten(checkpoint, self.metadata)
-        self._pending = self._thread.submit(self._write, arrays, record)
+        if self._writes:
+            self._pending = self._thread.submit(self._write, arrays, record)
 
     def wait(self) -> None:
         """Waits until the last checkpoint is on disk; raises StorageError if writing it failed."""
@@ -177,26 +186,29 @@ class CheckpointStore:
             none; all checkpoints are damaged; or one belongs to another run or model, or cannot be
             read.
         """
-        epochs, resume = self.epochs, self._options.resume
-        if resume == "never" and epochs:
+        found, resume = self.found, self._options.resume
+        if resume == "never" and found:
             raise InputError(
-                f"resume is 'never', but {self.path} has checkpoints up to epoch {epochs[-1]}; "
+                f"resume is 'never', but {self.path} has checkpoints up to {_name(*found[-1])}; "
                 "delete them, use another directory, or set resume to 'auto'",
                 argument="resume",
             )
-        if resume == "required" and not epochs:
+        if resume == "required" and not found:
             raise InputError(
                 f"resume is 'required', but {self.path} has no checkpoint; check the directory, or "
                 "set resume to 'auto' to start a new run",
                 argument="resume",
             )
         damaged: dict[Path, str] = {}
-        for path in (checkpoint_path(self.path, epoch) for epoch in reversed(epochs)):
+        for path in (checkpoint_path(self.path, *at) for at in reversed(found)):
+            if not self._writes and not path.exists():
+                continue  # process 0 has renamed it
             try:
                 record, arrays = _file.read_file(path, _file.largest_size(like))
                 with _file.malformed_is_damaged(path):
-                    if path != checkpoint_path(self.path, record["epoch"]):
-                        raise ValueError(f"it is of epoch {record['epoch']}")
+                    at = record["epoch"], _file.step_of(record)
+                    if path != checkpoint_path(self.path, *at):
+                        raise ValueError(f"it is of {_name(*at)}")
                     digests = {"state_digests": record["state_digests"]}
                     check(record["metadata"] | digests, f"the checkpoint {path}")
                 checkpoint = _file.unflatten(record, arrays, like, list(columns), path)
@@ -206,11 +218,11 @@ class CheckpointStore:
                 newer = "".join(f"; {reason}" for reason in damaged.values())
                 raise InputError(f"{error}{newer}", argument=error.argument) from error
             else:
-                for bad, reason in damaged.items():
+                for bad, reason in damaged.items() if self._writes else ():
                     self._set_aside(bad)
                     warnings.warn(
                         f"a damaged checkpoint was renamed to {bad.name}.damaged ({reason}); "
-                        f"resuming after epoch {checkpoint.epoch}",
+                        f"resuming after {_name(*at)}",
                         stacklevel=3,
                     )
                 return checkpoint
@@ -224,8 +236,6 @@ class CheckpointStore:
 
     def _set_aside(self, path: Path) -> None:
         aside = path.with_name(f"{path.name}.damaged")
-        if not is_first():
-            return
         remove(aside)
         try:
             os.replace(path, aside)
@@ -233,32 +243,50 @@ class CheckpointStore:
             raise StorageError(aside, error.strerror or str(error)) from error
 
     def _write(self, arrays: dict[str, np.ndarray], record: dict[str, Any]) -> None:
-        path = checkpoint_path(self.path, record["epoch"])
+        path = checkpoint_path(self.path, record["epoch"], _file.step_of(record))
         try:
             write_atomically(path, _file.encode(arrays, record), sync_folder=True)
         except StorageError:
             raise
         except Exception as error:  # out of memory, or more names than safetensors permits
             raise StorageError(path, str(error) or type(error).__name__) from error
-        for old in self.epochs[: -self._options.keep]:
-            remove(checkpoint_path(self.path, old))
+        found = self.found
+        epochs = [at for at in found if not at[1]]
+        for old in set(found[: -self._options.keep]) - set(epochs[-1:]):
+            self._remove(checkpoint_path(self.path, *old))
+
+    def _remove(self, path: Path) -> None:
+        if self._writes:
+            with contextlib.suppress(OSError):  # an extra file does no harm
+                os.unlink(path)
+
+    def _release(self) -> None:
+        if self._lock is not None:
+            self._lock.release()
 
     def _add_note(self, error: BaseException) -> None:
-        if self.epochs and not isinstance(error, InputError):
-            last = self.epochs[-1]
-            path = checkpoint_path(self.path, last)
-            note = f"run the same again to resume after epoch {last}; its checkpoint is {path}"
+        if self.found and not isinstance(error, InputError):
+            at = self.found[-1]
+            path, last = checkpoint_path(self.path, *at), _name(*at)
+            note = f"run the same again to resume after {last}; its checkpoint is {path}"
             if isinstance(error, NonFiniteError):  # the same run would end the same way
-                note = (
-                    f"the checkpoint of epoch {last} is {path}; other settings need another folder"
-                )
+                note = f"the checkpoint of {last} is {path}; other settings need another folder"
             add_recovery_note(error, note)
 
 
-def list_epochs(directory: str | os.PathLike[str]) -> list[int]:
-    """Returns the epochs of the checkpoints in a folder, ascending; [] if there is no folder."""
+def list_checkpoints(directory: str | os.PathLike[str]) -> list[tuple[int, int]]:
+    """Returns the checkpoints in a folder, ascending: epochs, and steps of the next epoch."""
     matches = (re.fullmatch(_NAME, name) for name in _list(directory))
-    return sorted(int(match[1]) for match in matches if match)
+    return sorted((int(match[1]), int(match[2] or 0)) for match in matches if match)
+
+
+def list_epochs(directory: str | os.PathLike[str]) -> list[int]:
+    """Returns the epochs after which there are checkpoints, ascending; [] without a folder."""
+    return [epoch for epoch, step in list_checkpoints(directory) if not step]
+
+
+def _name(epoch: int, step: int) -> str:
+    return f"step {step} of epoch {epoch + 1}" if step else f"epoch {epoch}"
 
 
 def _list(directory: str | os.PathLike[str]) -> list[str]:

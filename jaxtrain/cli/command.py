@@ -27,7 +27,9 @@ from jaxtrain.errors import (
     InputError,
     NonFiniteError,
     OutOfMemoryError,
+    ProcessLostError,
     StorageError,
+    StreamError,
     printable,
     recovery_notes,
 )
@@ -35,6 +37,10 @@ from jaxtrain.training.events import Event, OnEvent, every_steps
 
 Config = TypeVar("Config")
 BROKEN_PIPE_STATUS = 128 + signal.SIGPIPE
+_EXPECTED = (
+    *(InputError, NonFiniteError, MemoryError, StorageError),
+    *(StreamError, ProcessLostError),
+)
 _OUTPUT_ERRORS = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EBADF, errno.EAGAIN}
 
 for _package in ("matplotlib", "platformdirs", "tyro"):  # which every script needs
@@ -72,7 +78,7 @@ def report_errors(config_type: type | None = None) -> Iterator[None]:
     try:
         try:
             yield
-        except (InputError, NonFiniteError, MemoryError, StorageError) as error:
+        except _EXPECTED as error:
             hint = _flag_hint(error, config_type)
             text = str(error) or "out of memory"  # Python's own MemoryError has no text
             _print_line("; ".join([f"error: {text}{hint}", *recovery_notes(error)]))

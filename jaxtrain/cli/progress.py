@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING
 
 from jaxtrain._arguments import check_integer
-from jaxtrain._processes import is_first
+from jaxtrain._processes import shows_progress
 from jaxtrain.cli.terminal import make_console
 from jaxtrain.training.events import (
     Compiled,
@@ -38,7 +38,7 @@ def console(
     """Shows the progress of `fit` or `sweep`: a bar, and lines with losses or finished runs.
 
     In a terminal both are written to stderr; without one, only the lines. In Jupyter they are the
-    output of the cell. Of several processes that train together, only the first shows anything.
+    output of the cell. With several processes, only process 0 shows it.
 
     Args:
       log_interval: steps between two lines with the training loss; 0 prints nothing at all.
@@ -54,7 +54,7 @@ def console(
       ...     state, history = jt.fit(state, train, test, loss_fn=loss_fn, on_event=on_event)
     """
     check_integer(log_interval, "log_interval", minimum=0)
-    if log_interval == 0 or not is_first():
+    if log_interval == 0 or not shows_progress():
         yield lambda event: None
         return
     check_integer(epoch_interval, "epoch_interval", minimum=1)
@@ -82,11 +82,16 @@ def console(
                     )
             elif isinstance(event, Compiled):
                 plan = event
-                bar.update(task, description="training", total=plan.epochs * plan.steps)
+                # A stream may not tell its length.
+                total = plan.epochs * plan.steps if plan.steps else None
+                bar.update(task, description="training", total=total)
                 print_line(f"compiled in {plan.seconds:.1f} s")
             elif isinstance(event, Resumed):
                 if plan.epochs:
-                    print_line(f"resuming after epoch {event.epoch}, from its checkpoint")
+                    where = f"epoch {event.epoch}"
+                    if event.step:
+                        where = f"step {event.step} of epoch {event.epoch + 1}"
+                    print_line(f"resuming after {where}, from its checkpoint")
                 else:
                     print_line(
                         f"already finished, after epoch {event.epoch}: nothing left to train"
@@ -95,12 +100,12 @@ def console(
                 first_epoch = first_epoch or event.epoch
                 done = (event.epoch - first_epoch) * plan.steps + event.step
                 bar.update(task, completed=done, loss=f"loss {event.loss:.4f}")
-                if plan.steps > 1 and event.step % log_interval == 0:
-                    fraction = event.examples_seen / plan.examples
-                    print_line(
-                        f"epoch {event.epoch}  {event.examples_seen}/{plan.examples} "
-                        f"({fraction:.0%})  loss {event.loss:.6f}"
-                    )
+                if plan.steps != 1 and event.step % log_interval == 0:
+                    seen = f"{event.examples_seen} examples"
+                    if plan.examples:
+                        fraction = event.examples_seen / plan.examples
+                        seen = f"{event.examples_seen}/{plan.examples} ({fraction:.0%})"
+                    print_line(f"epoch {event.epoch}  {seen}  loss {event.loss:.6f}")
             else:
                 is_last = event.epoch - (first_epoch or event.epoch) + 1 == plan.epochs
                 if is_last or event.epoch % epoch_interval == 0:

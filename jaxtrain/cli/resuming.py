@@ -15,7 +15,7 @@ from jaxtrain.checkpoint import (
     CheckpointOptions,
     DamagedError,
     checkpoint_path,
-    list_epochs,
+    list_checkpoints,
     read_file,
 )
 from jaxtrain.cli.flags import TrainingFlags
@@ -122,7 +122,7 @@ def _has_checkpoints(folder: Path) -> bool:
         parts = [folder, *folder.iterdir()]
     except (OSError, ValueError):  # ValueError: a null character in the name
         return False
-    return any(list_epochs(part) for part in parts)
+    return any(list_checkpoints(part) for part in parts)
 
 
 def format_differences(pairs: Mapping[str, tuple[Any, Any]]) -> str:
@@ -137,19 +137,19 @@ def _remove_other_run(folder: Path, configuration: Mapping[str, Any]) -> None:
       InputError: another run is using the folder.
       StorageError: a checkpoint cannot be removed.
     """
-    epochs = list_epochs(folder)
-    if not epochs:
+    found = list_checkpoints(folder)
+    if not found:
         return
-    for epoch in reversed(epochs):
+    for at in reversed(found):
         with contextlib.suppress(DamagedError):  # compare the previous one
-            record, _ = read_file(checkpoint_path(folder, epoch))
+            record, _ = read_file(checkpoint_path(folder, *at))
             if record["metadata"].get("configuration") == configuration:
                 return
             break
     lock = lock_folder(folder, "checkpoint folder")
     try:
-        for epoch in epochs:
-            remove_file(checkpoint_path(folder, epoch))
+        for at in found:
+            remove_file(checkpoint_path(folder, *at))
     finally:
         lock.release()
     print(printable(f"removed the checkpoints of another run in {folder}"), file=sys.stderr)

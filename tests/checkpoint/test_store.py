@@ -54,7 +54,7 @@ def test_the_newest_checkpoints_are_kept_and_the_newest_is_restored(tmp_path: Pa
         for epoch in (1, 2, 9, 10):
             store.save(make_checkpoint(epoch))
         store.wait()
-        assert store.epochs == [9, 10]
+        assert store.found == [(9, 0), (10, 0)]
     restored = restore(tmp_path)
     assert_identical(restored.state, make_state(10))
     assert restored.history["epoch"].tolist() == list(range(1, 11))
@@ -79,7 +79,7 @@ def test_saving_returns_before_the_file_is_written(tmp_path: Path, monkeypatch) 
     monkeypatch.setattr(_store, "write_atomically", wait_and_write)
     with open_store(tmp_path) as store:
         store.save(make_checkpoint(1))
-        assert store.epochs == []
+        assert store.found == []
         permit.set()
     assert list_epochs(tmp_path) == [1]
 
