@@ -25,6 +25,7 @@ from jaxtrain.errors import (
     OutOfMemoryError,
     ProcessLostError,
     StorageError,
+    StreamError,
 )
 from jaxtrain.export import load_params, save_params
 from jaxtrain.lowerings import use_cpu_lowerings
@@ -58,6 +59,7 @@ __all__ = [
     "ProcessLostError",
     "RangeTest",
     "StorageError",
+    "StreamError",
     "SweepResult",
     "SweepRun",
     "SweepTable",

@@ -12,7 +12,6 @@ import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from jaxtrain._processes import is_first
 from jaxtrain.errors import NO_SPACE, InputError, StorageError
 
 if TYPE_CHECKING:
@@ -46,8 +45,6 @@ def make_folder(path: Path, description: str) -> None:
 def lock_folder(path: Path, description: str) -> filelock.BaseFileLock:
     """Keeps other runs out of a folder, by a lock on the file `.lock` in it.
 
-    Of several processes that train together, only the first takes it.
-
     Args:
       path: the folder.
       description: what the folder is to the user.
@@ -63,8 +60,7 @@ def lock_folder(path: Path, description: str) -> filelock.BaseFileLock:
 
     lock = filelock.FileLock(path / ".lock")
     try:
-        if is_first():
-            lock.acquire(blocking=False)
+        lock.acquire(blocking=False)
     except filelock.Timeout as error:
         raise InputError(
             f"the {description} {path} is in use by another run; wait until it ends, or use "
@@ -82,8 +78,7 @@ def write_atomically(path: Path, content: bytes, *, sync_folder: bool = False) -
     """Writes a file so that a reader sees the old content or the new, never a part.
 
     The temporary file has a random name and is created exclusively, so that a link planted there
-    is never followed. A file that is replaced keeps its permissions. Of several processes that
-    train together, only the first writes.
+    is never followed. A file that is replaced keeps its permissions.
 
     Args:
       path: the file.
@@ -93,8 +88,6 @@ def write_atomically(path: Path, content: bytes, *, sync_folder: bool = False) -
     Raises:
       StorageError: the disk is full, or the file cannot be written for another reason.
     """
-    if not is_first():
-        return
     part: Path | None = None
     try:
         try:
@@ -165,12 +158,7 @@ def synchronize(path: Path) -> None:
 
 
 def remove(path: Path) -> None:
-    """Removes a file or a folder with all its content, as far as permissions allow.
-
-    Of several processes that train together, only the first removes it.
-    """
-    if not is_first():
-        return
+    """Removes a file or a folder with all its content, as far as permissions allow."""
     if path.is_dir() and not path.is_symlink():
         shutil.rmtree(path, ignore_errors=True)
     else:

@@ -100,8 +100,34 @@ class ProcessLostError(RuntimeError):
         self.reason = reason
         super().__init__(
             printable(
-                f"process {process} of {processes} lost another one ({reason}); start all "
-                "processes again, which resume from their checkpoint if they have one"
+                f"process {process} of {processes} lost the connection to another one ({reason}); "
+                "start all processes again: a run with checkpoints resumes from the newest"
+            )
+        )
+
+
+class StreamError(RuntimeError):
+    """A stream of batches raised an error.
+
+    Attributes:
+      name: what the stream is, such as "train_data".
+      epoch: the epoch in which it happened, counted from 1.
+      batch: the batch that could not be read, counted from 1 in the epoch.
+      history: the history of the completed epochs.
+      state: the state after the last completed epoch.
+    """
+
+    def __init__(self, name: str, epoch: int, batch: int, error: BaseException) -> None:
+        self.name = name
+        self.epoch = epoch
+        self.batch = batch
+        self.history: dict[str, Any] = {}
+        self.state: Any = None
+        reason = (str(error).splitlines() or [""])[0]
+        super().__init__(
+            printable(
+                f"{name} raised {type(error).__name__} at batch {batch} of epoch {epoch} "
+                f"({reason}); fix the stream and start the run again"
             )
         )
 

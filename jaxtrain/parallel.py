@@ -1,9 +1,8 @@
-"""Many devices: where state, data sets and batches lie on a mesh with the axis "data"."""
+"""Placement of states, data sets and batches on a mesh of devices with the axis "data"."""
 
 from __future__ import annotations
 
 import contextlib
-import functools
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -15,7 +14,7 @@ from jax.sharding import PartitionSpec as P
 from jaxtyping import PyTree
 
 from jaxtrain._placement import put
-from jaxtrain._processes import initialize
+from jaxtrain._processes import gather, initialize
 from jaxtrain.dataset import Dataset, check_dataset, named_arrays
 from jaxtrain.errors import InputError
 
@@ -30,14 +29,14 @@ Rule = Callable[[str, Any], P]
 def replicate(tree: PyTree, mesh: jax.sharding.Mesh, rule: Rule | None = None) -> PyTree:
     """Places a state or a data set on a mesh, a complete copy on every device.
 
-    Arrays that are already divided over the devices stay so. With several processes, each passes
-    the same values.
+    Arrays that are already sharded over this mesh keep their sharding. With several processes,
+    each passes the same values.
 
     Args:
       tree: a `TrainState`, a `Dataset`, or any pytree of arrays.
       mesh: the devices.
-      rule: `rule(path, leaf) -> PartitionSpec` divides some arrays over the devices instead. The
-        path is such as "params.Linear_0.kernel".
+      rule: `rule(path, leaf) -> PartitionSpec` shards some arrays instead; the path is, for
+        example, "params.Dense_0.kernel".
 
     Returns:
       The pytree on the devices of the mesh.
@@ -55,11 +54,11 @@ def replicate(tree: PyTree, mesh: jax.sharding.Mesh, rule: Rule | None = None) -
         spec = _spec_on(leaf, mesh) if rule is None else rule(path, leaf)
         try:
             return put(leaf, NamedSharding(mesh, spec))
-        except (TypeError, ValueError) as error:
+        except (TypeError, ValueError, AssertionError) as error:
             raise InputError(
-                f"the rule divides {path}, of shape {jnp.shape(leaf)}, as {spec}, which the mesh "
-                f"{dict(mesh.shape)} does not permit; expected axes of the mesh whose sizes divide "
-                "those of the array"
+                f"the specification of {path}, of shape {jnp.shape(leaf)}, is {spec}, which does "
+                f"not fit the mesh {dict(mesh.shape)}; expected axes of the mesh whose sizes "
+                "divide those of the array"
             ) from error
 
     leaves = [place(path, leaf) for path, leaf in named_arrays(tree, "")]
@@ -90,7 +89,15 @@ def shard(dataset: Dataset, mesh: jax.sharding.Mesh) -> Dataset:
     """
     check_mesh(mesh)
     check_dataset(dataset, "dataset")
-    devices = mesh.shape[AXIS] // jax.process_count()
+    processes = jax.process_count() if mesh.is_multi_process else 1
+    devices = mesh.shape[AXIS] // processes
+    with jax.set_mesh(mesh):
+        lengths = sorted(set(gather(str(len(dataset)))))
+    if len(lengths) > 1:
+        raise InputError(
+            f"dataset has {' and '.join(lengths)} examples on different processes; expected the "
+            "same number on each"
+        )
     if len(dataset) % devices:
         fitting = len(dataset) // devices * devices
         raise InputError(
@@ -119,25 +126,34 @@ def check_mesh(mesh: Any) -> None:
 
 
 def check_batch_size(batch_size: int, examples: int) -> None:
-    """Raises InputError if the devices of the current mesh do not divide the batch size."""
+    """Raises InputError if the devices of the current mesh do not divide the batch size.
+
+    Args:
+      batch_size: examples per step, of all devices together.
+      examples: examples of the data set; a larger batch size means all of them.
+    """
     devices = axis_size()
     size = min(batch_size, examples)
     if size % devices:
         lower = size // devices * devices
         nearest = [str(n) for n in (lower, lower + devices) if 0 < n <= examples]
+        hint = f"such as {' or '.join(nearest)}" if nearest else "or use a larger data set"
         raise InputError(
-            f"batch_size is {size} on {devices} devices; expected a multiple of {devices}, such "
-            f"as {' or '.join(nearest) or 'that of a larger data set'}",
+            f"batch_size is {size} on {devices} devices; expected a multiple of {devices}, {hint}",
             argument="batch_size",
         )
 
 
 @contextlib.contextmanager
 def mesh_of(*trees: PyTree, mesh: jax.sharding.Mesh | None = None) -> Iterator[None]:
-    """Makes a mesh the current one: the given one, that of `jax.set_mesh`, or that of some arrays.
+    """Enters a mesh: the given one, else that of `jax.set_mesh`, else that of the first array.
 
-    The sharding of traced arrays is not known. A function of the user that is traced, and calls
-    the library, therefore needs `jax.set_mesh`.
+    Traced arrays have no known mesh. A function that you trace, and that calls the library, is
+    therefore called under `jax.set_mesh`.
+
+    Args:
+      trees: pytrees of arrays.
+      mesh: the mesh, or None.
 
     Raises:
       InputError: the given mesh has no axis "data".
@@ -157,7 +173,7 @@ def current_mesh() -> jax.sharding.Mesh | None:
 
 
 def replicated_like(leaf: Any) -> NamedSharding | None:
-    """Returns the sharding of an array that every device of the mesh of `leaf` has a copy of."""
+    """Returns the sharding that copies an array to all devices of the mesh of `leaf`, or None."""
     mesh = _mesh_of_leaf(leaf)
     return None if mesh is None else NamedSharding(mesh, P())
 
@@ -187,13 +203,18 @@ def divide(batch: PyTree) -> PyTree:
         return batch
 
     def constrain(leaf: Any) -> Any:
-        divisible = jnp.ndim(leaf) > 0 and jnp.shape(leaf)[0] % devices == 0
-        return lax.with_sharding_constraint(leaf, P(AXIS) if divisible else P())
+        is_divisible = jnp.shape(leaf)[0] % devices == 0
+        return lax.with_sharding_constraint(leaf, P(AXIS) if is_divisible else P())
 
     return jax.tree.map(constrain, batch)
 
 
-def on_auto_axes(function: Callable[..., Any], *args: Any, returns_state: bool = False) -> Any:
+def first_axis(batch: PyTree) -> P:
+    """Returns the `PartitionSpec` of the first axis of a batch, as its type records it."""
+    return P(*jax.typeof(jax.tree.leaves(batch)[0]).sharding.spec[:1])
+
+
+def on_auto_axes(function: Callable[..., Any], *args: Any, like: Any = None) -> Any:
     """Calls a function with the axes of the mesh in JAX's mode `Auto`.
 
     In the mode `Explicit`, the default of `jax.make_mesh`, each operation of a network would have
@@ -202,27 +223,33 @@ def on_auto_axes(function: Callable[..., Any], *args: Any, returns_state: bool =
     Args:
       function: a function of pytrees of arrays, called while JAX traces.
       args: its arguments.
-      returns_state: the function returns a pair, whose first entry has the structure and the
-        shardings of the first argument. All other results are replicated.
+      like: the shardings of the results, as a pytree or a prefix of one: an array stands for its
+        own sharding, and None for a copy on every device, which each of several processes can read.
     """
     shardings = [jax.typeof(leaf).sharding for leaf in jax.tree.leaves(args)]
     meshes = [jax.sharding.get_abstract_mesh(), *(sharding.mesh for sharding in shardings)]
     mesh = next((each for each in meshes if each.explicit_axes), None)
-    if mesh is None:
-        result = function(*args)
-        if axis_size() == 1:
-            return result
-        # Each process of several has to read the results.
-        state, rest = result if returns_state else (None, result)
-        rest = lax.with_sharding_constraint(rest, P())
-        return (state, rest) if returns_state else rest
-    out_sharding: Any = NamedSharding(mesh, P())
-    if returns_state:
-        specs = jax.tree.map(lambda leaf: jax.typeof(leaf).sharding.spec, args[0])
-        out_sharding = (jax.tree.map(functools.partial(NamedSharding, mesh), specs), out_sharding)
-    return jax.sharding.auto_axes(function, axes=mesh.explicit_axes, out_sharding=out_sharding)(
-        *args
-    )
+    if mesh is not None:
+
+        def sharding_of(leaf: Any) -> NamedSharding:
+            spec = leaf if isinstance(leaf, P) else P()
+            is_array = leaf is not None and not isinstance(leaf, P)
+            return NamedSharding(mesh, jax.typeof(leaf).sharding.spec if is_array else spec)
+
+        out = jax.tree.map(sharding_of, like, is_leaf=_is_spec)
+        return jax.sharding.auto_axes(function, axes=mesh.explicit_axes, out_sharding=out)(*args)
+    results = function(*args)
+    if axis_size() == 1:
+        return results
+
+    def constrain(leaf: Any, results: Any) -> Any:
+        return lax.with_sharding_constraint(results, P()) if leaf is None else results
+
+    return jax.tree.map(constrain, like, results, is_leaf=_is_spec)
+
+
+def _is_spec(leaf: Any) -> bool:
+    return leaf is None or isinstance(leaf, P)
 
 
 def _is_tracing() -> bool:
@@ -242,7 +269,7 @@ def _mesh_of_leaf(leaf: Any) -> jax.sharding.Mesh | None:
 
 
 def _spec_on(leaf: Any, mesh: jax.sharding.Mesh) -> P:
-    """Returns how an array is divided over a mesh; not divided if it is on other devices."""
+    """Returns the `PartitionSpec` of an array on a mesh, which is P() if it is elsewhere."""
     sharding = leaf.sharding if isinstance(leaf, jax.Array) else None
     if isinstance(sharding, NamedSharding) and sharding.mesh.shape == mesh.shape:
         return sharding.spec

@@ -54,13 +54,14 @@ ORDER = [
         "losses",
         "metrics",
     ),
-    *("optimizers", "models", "adapters", "checkpoint", "training", "sweeps", "export"),
-    *("data", "cli"),
+    *("optimizers", "models", "adapters", "checkpoint", "data", "training", "sweeps"),
+    *("export", "cli"),
 ]
 # The same inside the package of the training loop.
 TRAINING = [
-    *("state", "step", "_validation", "epoch", "history", "early_stopping", "events", "_memory"),
-    *("_hidden", "_plan", "_nonfinite", "_identity", "run", "fit", "find_learning_rate"),
+    *("state", "step", "_validation", "history", "early_stopping", "events", "_memory"),
+    *("_hidden", "_chunk", "_programs", "_batches", "_resident", "_streamed", "_plan", "epoch"),
+    *("_nonfinite", "_identity", "_fit_epoch", "run", "fit", "find_learning_rate"),
 ]
 
 

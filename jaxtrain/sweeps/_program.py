@@ -16,7 +16,7 @@ from jax.sharding import PartitionSpec as P
 from jaxtyping import PyTree
 
 from jaxtrain import _device_memory, parallel
-from jaxtrain._placement import put, to_numpy
+from jaxtrain._placement import to_words
 from jaxtrain.checkpoint import digest_program
 from jaxtrain.errors import InputError
 from jaxtrain.sweeps._grid import Group
@@ -53,11 +53,23 @@ class Program:
         self._run = functools.partial(run, **group.static)
         self._columns: list[str] = []
         self._traced = self._trace(1)
+        self._check_captured()
         # Without the axis over the runs.
         self.shapes = jax.tree.map(
             lambda leaf: jax.ShapeDtypeStruct(leaf.shape[1:], leaf.dtype), self._traced.out_info
         )
         self._compiled: dict[int, _Compiled] = {}
+
+    def _check_captured(self) -> None:
+        """Raises InputError if the run uses arrays that are on a mesh already."""
+        for array in self._traced.jaxpr.consts:
+            if isinstance(array, jax.Array) and len(array.sharding.device_set) > 1:
+                raise InputError(
+                    f"run uses an array of shape {array.shape} that is on "
+                    f"{len(array.sharding.device_set)} devices; expected arrays on one device, "
+                    "since each device trains whole runs: load the data outside jax.set_mesh",
+                    argument="run",
+                )
 
     def _trace(self, size: int) -> jax.stages.Traced:
         def train(values: dict[str, jax.Array]) -> PyTree:
@@ -119,7 +131,7 @@ class Program:
             if mesh is None:
                 shapes = self._shapes_of(size)
             else:
-                train = jax.shard_map(  # its in_specs: captured arrays whole, values divided
+                train = jax.shard_map(  # captured arrays are replicated, values are sharded
                     train, mesh=mesh, in_specs=(P(), _DIVIDED), out_specs=_DIVIDED, check_vma=False
                 )
                 captured = parallel.replicate(captured, mesh)
@@ -142,7 +154,7 @@ class Program:
         """Trains the runs at these positions of the group.
 
         Args:
-          positions: which runs, at most `size` per device; the last one fills up the rest of the
+          positions: which runs, at most `size` per device; the last one is repeated to fill the
             program.
           size: the number of runs per device of the compiled program.
 
@@ -153,10 +165,12 @@ class Program:
         values: dict[str, Any] = {name: array[padded] for name, array in self.group.values.items()}
         mesh = parallel.current_mesh()
         if mesh is not None:
-            values = {name: put(array, _sharding(mesh)) for name, array in values.items()}
+            values = {
+                name: jax.device_put(array, _sharding(mesh)) for name, array in values.items()
+            }
         compiled = self._compiled[size]
         leaves = compiled.program(compiled.captured, values)
-        return [to_numpy(leaf)[: len(positions)] for leaf in leaves]
+        return [np.asarray(to_words(leaf))[: len(positions)] for leaf in leaves]
 
     def assemble(self, leaves: list[np.ndarray]) -> PyTree:
         """Returns the pytree of leaves that `train` has returned, with PRNG keys as keys.

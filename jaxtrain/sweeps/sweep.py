@@ -15,6 +15,7 @@ from jaxtyping import PyTree
 
 from jaxtrain import _device_memory
 from jaxtrain._arguments import check_integer
+from jaxtrain._processes import are_joined
 from jaxtrain.errors import InputError
 from jaxtrain.parallel import axis_size, mesh_of
 from jaxtrain.sweeps._grid import Grid, make_grid
@@ -63,8 +64,8 @@ def sweep(
       checkpoint: folder that keeps the finished runs. The same call resumes from it.
       on_event: receives `RunsRestored`, `RunsDone` and `RunsHalved`; what it returns is ignored.
         `with jt.progress() as on_event` shows a progress bar.
-      mesh: devices with an axis "data", which share the runs. None means the mesh of
-        `jax.set_mesh`, if there is one.
+      mesh: devices with an axis "data", over which the runs are distributed. None means the mesh
+        of `jax.set_mesh`, if there is one.
 
     Returns:
       The histories and states of all runs, by the axes of the grid.
@@ -94,6 +95,12 @@ def sweep(
         check_integer(parallel, "parallel", minimum=1)
     with contextlib.ExitStack() as stack:
         stack.enter_context(mesh_of(mesh=mesh))
+        if are_joined():
+            raise InputError(
+                f"mesh spans {jax.process_count()} processes; expected devices of this process "
+                "alone, since sweep trains in one process",
+                argument="mesh",
+            )
         programs = [Program(run, group) for group in grid.groups]
         _check_columns(programs)
         store = None

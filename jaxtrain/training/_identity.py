@@ -13,9 +13,11 @@ from jaxtyping import PyTree
 from jaxtrain import parallel
 from jaxtrain._versions import device_name, versions
 from jaxtrain.checkpoint import digest, digest_program, digest_text, without_addresses
+from jaxtrain.dataset import Dataset
 from jaxtrain.errors import InputError, printable
 from jaxtrain.losses import name_of
-from jaxtrain.training._plan import Plan, learning_rate, to_shapes
+from jaxtrain.training._plan import Plan, learning_rate
+from jaxtrain.training._resident import to_shapes
 from jaxtrain.training.early_stopping import EarlyStopping
 from jaxtrain.training.state import TrainState
 
@@ -50,20 +52,21 @@ def identify(
         "start": the digest of the state, its PRNG key and counters, and a summary of its arrays;
         "versions": of packages and device.
     """
-    data = {"training data": plan.train_data} | {
-        f"{name} data": data for name, data in plan.held_out.items()
+    held_out = {
+        f"{name} data": f"{len(data)} examples with the digest {digest(data)}"
+        if isinstance(data, Dataset)
+        else repr(data)
+        for name, data in plan.held_out.items()
     }
     with parallel.without_mesh():  # the run may resume on another number of devices
         traced = plan.abstract().trace(to_shapes(state))
     return {
         "configuration": dict(configuration),
         "exact": {
-            **{name: f"{len(d)} examples with the digest {digest(d)}" for name, d in data.items()},
-            "batch_size": plan.batch_size,
+            **plan.train.identity(),
+            **held_out,
+            "batch_size": plan.train.batch_size,
             "test_batch_size": plan.test_batch_size if plan.held_out else None,
-            "order of the examples": "as stored"
-            if plan.key is None
-            else f"by key {digest(plan.key)}",
             "columns": ", ".join(plan.columns(state)),
             "early_stopping": str(early_stopping),
         },

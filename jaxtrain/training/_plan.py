@@ -5,12 +5,10 @@ from __future__ import annotations
 import contextlib
 import functools
 from collections.abc import Callable, Mapping
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
-import jax.numpy as jnp
-import numpy as np
-from jaxtyping import Array, Key, PyTree
+from jaxtyping import Array, Key
 
 from jaxtrain import parallel
 from jaxtrain._arguments import check_integer, check_key
@@ -19,164 +17,96 @@ from jaxtrain.errors import InputError
 from jaxtrain.losses import Loss
 from jaxtrain.metrics import Metric
 from jaxtrain.optimizers import current_learning_rate, skipped_steps
+from jaxtrain.training._batches import Batches, is_stream
 from jaxtrain.training._memory import memory_advice
+from jaxtrain.training._programs import compiled_evaluate
+from jaxtrain.training._resident import Resident, to_shapes
+from jaxtrain.training._streamed import Streamed, compile_evaluation, evaluate_batches
 from jaxtrain.training._validation import check_line_search, checked_data
-from jaxtrain.training.epoch import (
-    compiled_evaluate,
-    epoch_order,
-    mean_step_loss,
-    num_steps,
-    train_steps,
-)
 from jaxtrain.training.state import TrainState
 from jaxtrain.training.step import MetricItems, metric_items
 
-
-@functools.partial(jax.jit, static_argnames=("loss_fn", "batch_size", "measure"))
-def compiled_steps(
-    state: TrainState,
-    dataset: Dataset,
-    order: Array,
-    loss_fn: Loss,
-    start: int | Array,
-    stop: int | Array,
-    *,
-    batch_size: int,
-    measure: str,
-) -> tuple[TrainState, tuple[Array, Array]]:
-    """Returns the same as `train_steps`, compiled."""
-
-    def run(
-        state: TrainState, dataset: Dataset, order: Array, start: Array, stop: Array
-    ) -> tuple[TrainState, tuple[Array, Array]]:
-        state, losses, norms = train_steps(
-            state, dataset, order, loss_fn, start, stop, batch_size=batch_size, measure=measure
-        )
-        return state, (losses, norms)
-
-    return parallel.on_auto_axes(run, state, dataset, order, start, stop, returns_state=True)
+_STEP = "training step (model, loss and optimizer)"
 
 
 class Plan(NamedTuple):
     """The data, functions and options of a run.
 
     Attributes:
-      train_data: the training data.
+      train: the training data.
       held_out: data to evaluate after each epoch, under the names "test" and "validation".
       loss_fn: per-example loss.
       metrics: the loss and the metrics by name.
       state_metrics: further columns of the history, functions of the state.
-      batch_size: examples per step.
       test_batch_size: examples at a time in evaluation.
-      key: PRNG key of the shuffle; None keeps the stored order.
-      measure: which steps' gradient norms to compute, "last" or "every".
     """
 
-    train_data: Dataset
-    held_out: dict[str, Dataset]
+    train: Resident | Streamed
+    held_out: dict[str, Dataset | Batches]
     loss_fn: Loss
     metrics: MetricItems
     state_metrics: Mapping[str, Callable[[TrainState], float]]
-    batch_size: int
     test_batch_size: int
-    key: Key[Array, ""] | None
-    measure: str
-
-    @property
-    def steps(self) -> int:
-        """Steps per epoch."""
-        return num_steps(len(self.train_data), self.batch_size)
-
-    def order(self, epoch: int) -> Array:
-        """Returns the order of the examples in an epoch."""
-        key = None if self.key is None else jax.random.fold_in(self.key, epoch)
-        order = epoch_order(len(self.train_data), key)
-        mesh = parallel.current_mesh()
-        return order if mesh is None else parallel.replicate(order, mesh)
-
-    def mean_step_loss(self, losses: np.ndarray, order: Array, *, skip_nonfinite: bool) -> float:
-        """Returns the mean over an epoch's examples of the loss before each update."""
-        mean = mean_step_loss(
-            losses,
-            self.train_data.weights,
-            order,
-            batch_size=self.batch_size,
-            skip_nonfinite=skip_nonfinite,
-        )
-        return float(mean)
-
-    def run_steps(
-        self, state: TrainState, order: Array, start: int, stop: int, measure: str | None = None
-    ) -> tuple[TrainState, np.ndarray, np.ndarray]:
-        """Returns the state after some steps of an epoch, their losses and gradient norms."""
-        with self._memory_advice(state):
-            state, (losses, norms) = compiled_steps(
-                state,
-                self.train_data,
-                order,
-                self.loss_fn,
-                start,
-                stop,
-                batch_size=self.batch_size,
-                measure=measure or self.measure,
-            )
-            return state, np.asarray(losses)[start:stop], np.asarray(norms)[start:stop]
-
-    def _memory_advice(self, state: TrainState) -> contextlib.AbstractContextManager[None]:
-        return memory_advice(self.batch_size, functools.partial(self.lower_steps, state))
 
     def trace(self, state: TrainState) -> dict[str, jax.stages.Traced]:
         """Traces the training steps and the evaluations; returns them by name."""
-        return {"training step (model, loss and optimizer)": self.trace_steps(state)} | {
-            f"{part} evaluation": self.trace_evaluation(state, part) for part in self.held_out
+        return {_STEP: self.train.trace(state)} | {
+            f"{part} evaluation": compiled_evaluate.trace(
+                state, data, self.metrics, batch_size=self.test_batch_size
+            )
+            for part, data in self.held_out.items()
+            if isinstance(data, Dataset)
         }
 
     def compile(self, state: TrainState) -> dict[str, jax.stages.Lowered]:
         """Compiles the training steps and the evaluations; returns the lowered programs by name."""
-        with self._memory_advice(state):
-            lowered = {name: program.lower() for name, program in self.trace(state).items()}
-            for program in lowered.values():
-                program.compile()
-        return lowered
+        programs = {_STEP: self.train.compile(state)}
+        for part, data in self.held_out.items():
+            if isinstance(data, Batches):
+                with memory_advice(len(data.example)):
+                    compile_evaluation(state, data, self.metrics)
+            else:
+                with self._memory_advice(state, data):
+                    programs[f"{part} evaluation"] = self._lower(state, data, self.test_batch_size)
+                    programs[f"{part} evaluation"].compile()
+        return programs
+
+    def evaluate(self, state: TrainState, part: str, epoch: int) -> dict[str, float]:
+        """Returns the mean loss and the metrics of the test or validation data."""
+        data = self.held_out[part]
+        if isinstance(data, Dataset):
+            with self._memory_advice(state, data):
+                values = compiled_evaluate(
+                    state, data, self.metrics, batch_size=self.test_batch_size
+                )
+                return {name: float(value) for name, value in values.items()}
+        values = evaluate_batches(state, data, self.metrics, epoch)
+        return {name: float(value) for name, value in values.items()}
+
+    def _memory_advice(
+        self, state: TrainState, data: Dataset
+    ) -> contextlib.AbstractContextManager[None]:
+        lower = functools.partial(self._lower, state, data)
+        return memory_advice(self.test_batch_size, lower, "test_batch_size")
+
+    def _lower(self, state: TrainState, data: Dataset, size: int) -> jax.stages.Lowered:
+        return compiled_evaluate.lower(state, data, self.metrics, batch_size=size)
 
     def abstract(self) -> Plan:
         """Returns the plan with shapes in place of data, for traces that no device affects."""
-        return self._replace(
-            train_data=to_shapes(self.train_data), held_out=to_shapes(self.held_out)
-        )
+        held_out = {
+            part: to_shapes(data) if isinstance(data, Dataset) else data
+            for part, data in self.held_out.items()
+        }
+        return self._replace(train=self.train.abstract(), held_out=held_out)
 
-    def trace_steps(self, state: TrainState) -> jax.stages.Traced:
-        """Traces the training steps, for any part of an epoch."""
-        examples = len(self.train_data)
-        order = jax.ShapeDtypeStruct(
-            (examples,),
-            jnp.int32,
-            sharding=parallel.replicated_like(jax.tree.leaves(self.train_data)[0]),
-        )
-        return compiled_steps.trace(
-            state,
-            self.train_data,
-            order,
-            self.loss_fn,
-            0,
-            self.steps,
-            batch_size=self.batch_size,
-            measure=self.measure,
-        )
-
-    def trace_evaluation(self, state: TrainState, part: str) -> jax.stages.Traced:
-        """Traces the evaluation of the test or validation data."""
-        return compiled_evaluate.trace(
-            state, self.held_out[part], self.metrics, batch_size=self.test_batch_size
-        )
-
-    def lower_steps(self, state: TrainState, batch_size: int) -> jax.stages.Lowered:
-        """Lowers the training steps at another batch size."""
-        return self._replace(batch_size=batch_size).trace_steps(state).lower()
-
-    def lower_evaluation(self, state: TrainState, part: str, size: int) -> jax.stages.Lowered:
-        """Lowers the evaluation of the test or validation data at another batch size."""
-        return self._replace(test_batch_size=size).trace_evaluation(state, part).lower()
+    def close(self) -> None:
+        """Ends the workers of the streams."""
+        if isinstance(self.train, Streamed):
+            self.train.batches.close()
+        for data in self.held_out.values():
+            if isinstance(data, Batches):
+                data.close()
 
     def columns(self, state: TrainState) -> list[str]:
         """Returns the names of the history's columns.
@@ -209,7 +139,7 @@ class Plan(NamedTuple):
 
 def make_plan(
     state: TrainState,
-    data: dict[str, Dataset | None],
+    data: dict[str, Any],
     *,
     loss_fn: Loss,
     metric_fns: Mapping[str, Metric] | None,
@@ -218,6 +148,7 @@ def make_plan(
     test_batch_size: int,
     key: Key[Array, ""] | None,
     measure: str,
+    streams: bool = False,
 ) -> Plan:
     """Returns the plan of a run, its arguments checked and its data on the device.
 
@@ -231,6 +162,7 @@ def make_plan(
       test_batch_size: examples at a time in evaluation.
       key: PRNG key of the shuffle.
       measure: which steps' gradient norms to compute, "last" or "every".
+      streams: whether the data may be streams.
 
     Raises:
       InputError: an argument is out of range, or the data do not fit the model or the loss.
@@ -241,33 +173,33 @@ def make_plan(
     if key is not None:
         check_key(key)
     metrics = metric_items(loss_fn, metric_fns)
+    if data["train"] is None:
+        raise InputError(
+            "train_data is None; expected a jaxtrain.Dataset(inputs, targets), or a stream"
+        )
+    orders = {"train": (batch_size, key)}
     with memory_advice(batch_size):  # the data are moved to the device here
-        checked = {
-            name: checked_data(part, f"{name}_data", state, loss_fn)
-            for name, part in data.items()
-            if part is not None
+        checked: dict[str, Dataset | Batches] = {
+            part: Batches(each, f"{part}_data", *orders.get(part, (test_batch_size, None)))
+            if streams and is_stream(each)
+            else checked_data(each, f"{part}_data", state, loss_fn)
+            for part, each in data.items()
+            if each is not None
         }
-    train_data = checked.pop("train", None)
-    if train_data is None:
-        raise InputError("train_data is None; expected a jaxtrain.Dataset(inputs, targets)")
-    check_line_search(state, len(train_data), batch_size)
-    parallel.check_batch_size(batch_size, len(train_data))
-    return Plan(
-        train_data=train_data,
-        held_out=checked,
-        loss_fn=loss_fn,
-        metrics=metrics,
-        state_metrics=dict(state_metrics or {}),
-        batch_size=min(batch_size, len(train_data)),
-        test_batch_size=test_batch_size,
-        key=key,
-        measure=measure,
-    )
-
-
-def to_shapes(tree: PyTree) -> PyTree:
-    """Returns shapes and dtypes in place of arrays, without their placement."""
-    return jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), tree)
+    train_data = checked.pop("train")
+    for held_out in checked.values():
+        if isinstance(held_out, Batches):
+            held_out.check_model(state, loss_fn, int(state.epoch) + 1)
+            held_out.close()  # its workers would run until the first evaluation
+    if isinstance(train_data, Batches):
+        train: Resident | Streamed = Streamed(train_data, state, loss_fn, measure)
+        check_line_search(state, train.batch_size * (train.steps or 2), train.batch_size)
+    else:
+        check_line_search(state, len(train_data), batch_size)
+        parallel.check_batch_size(batch_size, len(train_data))
+        size = min(batch_size, len(train_data))
+        train = Resident(train_data, loss_fn, size, key, measure)
+    return Plan(train, checked, loss_fn, metrics, dict(state_metrics or {}), test_batch_size)
 
 
 def learning_rate(state: TrainState) -> float | None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -152,6 +152,8 @@ def check_model_inputs(state: TrainState, data: Dataset, name: str) -> None:
     except InputError:
         raise
     except Exception as error:  # networks raise different types for a wrong shape
+        if str(error).startswith("DataLoader worker"):  # PyTorch raises it from a signal handler
+            raise
         shapes = ", ".join(
             f"{path} has {leaf.dtype}{[1, *leaf.shape[1:]]} per example"
             for path, leaf in named_arrays(data.inputs, f"{name}.inputs")
@@ -163,38 +165,62 @@ def check_model_inputs(state: TrainState, data: Dataset, name: str) -> None:
         ) from error
 
 
+class TargetLimits(NamedTuple):
+    """The values that a loss takes as targets.
+
+    Attributes:
+      low: the smallest.
+      high: the largest.
+      is_label: whether they are class labels, else probabilities.
+    """
+
+    low: int
+    high: int
+    is_label: bool
+
+
+def target_limits(state: TrainState, dataset: Dataset, loss_fn: Loss) -> TargetLimits | None:
+    """Returns the targets that the loss takes if it takes labels or probabilities, else None."""
+    targets, losses = dataset.targets, single_losses(loss_fn)
+    if not isinstance(targets, (np.ndarray, jax.Array)):
+        return None
+    # Targets of another dtype are refused by the loss itself.
+    if losses & LABEL_LOSSES and jnp.issubdtype(targets.dtype, jnp.integer):
+        outputs = _predictions_shape(state, dataset)
+        if not hasattr(outputs, "shape"):
+            return None
+        return TargetLimits(0, outputs.shape[-1] - 1, is_label=True)
+    return TargetLimits(0, 1, is_label=False) if losses & PROBABILITY_LOSSES else None
+
+
 def check_targets(state: TrainState, dataset: Dataset, loss_fn: Loss, name: str) -> None:
     """Raises InputError if the loss takes class labels or probabilities and some are not valid.
 
     JAX clamps an index out of range, so a wrong label would train silently. Examples of weight 0
     may have any label.
     """
-    targets, losses = dataset.targets, single_losses(loss_fn)
-    if not isinstance(targets, (np.ndarray, jax.Array)) or not _has_values(targets):
+    if all(map(_has_values, jax.tree.leaves((dataset.targets, dataset.weights)))):
+        check_limits(dataset, target_limits(state, dataset, loss_fn), name)
+
+
+def check_limits(dataset: Dataset, limits: TargetLimits | None, name: str) -> None:
+    """Raises InputError if a target is not within the limits; see `check_targets`."""
+    if limits is None:
         return
-    if dataset.weights is not None and not _has_values(dataset.weights):
-        return
-    integers = jnp.issubdtype(targets.dtype, jnp.integer)  # others are refused by the loss itself
-    is_labels = bool(losses & LABEL_LOSSES) and integers
-    if not is_labels and not losses & PROBABILITY_LOSSES:
-        return
-    values = np.asarray(targets)
+    values = np.asarray(dataset.targets)
     if dataset.weights is not None and np.shape(dataset.weights) == values.shape:
         values = values[np.asarray(dataset.weights) != 0]
         if not values.size:
             return
     low, high = values.min(), values.max()
-    if is_labels:
-        outputs = _predictions_shape(state, dataset)
-        if not hasattr(outputs, "shape"):
-            return
-        classes = outputs.shape[-1]
-        if low < 0 or high >= classes:
-            raise InputError(
-                f"{name}.targets holds the label {low if low < 0 else high}; expected labels from "
-                f"0 to {classes - 1}, since the model has {classes} outputs"
-            )
-    elif low < 0 or high > 1:
+    if limits.low <= low and high <= limits.high:
+        return
+    if limits.is_label:
+        raise InputError(
+            f"{name}.targets holds the label {low if low < 0 else high}; expected labels from 0 to "
+            f"{limits.high}, since the model has {limits.high + 1} outputs"
+        )
+    if low < 0 or high > 1:  # a NaN is found elsewhere
         raise InputError(
             f"{name}.targets holds the probability {low if low < 0 else high}; expected values "
             "from 0 to 1, since the loss is a cross entropy"

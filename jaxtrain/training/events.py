@@ -19,8 +19,8 @@ class Compiled(NamedTuple):
     Attributes:
       seconds: time of tracing and compiling, training and evaluation together.
       epochs: epochs that remain.
-      steps: steps per epoch.
-      examples: training examples per epoch.
+      steps: steps per epoch; 0 if unknown.
+      examples: training examples per epoch; 0 if unknown.
     """
 
     seconds: float
@@ -35,12 +35,14 @@ class Resumed(NamedTuple):
     Attributes:
       epoch: the last completed epoch.
       history: the history up to it.
-      state: the state after it.
+      state: the state after it, or after the step.
+      step: steps of the next epoch that are done; 0 if the checkpoint is of a complete epoch.
     """
 
     epoch: int
     history: History
     state: TrainState
+    step: int = 0
 
 
 class StepsDone(NamedTuple):

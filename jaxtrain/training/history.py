@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
+from jaxtrain.checkpoint import Checkpoint
 from jaxtrain.training.state import TrainState
 
 
@@ -40,14 +41,13 @@ class Records:
         self.rows.append({name: row[name] for name in self.columns})
         self._step_losses.append(step_losses)
 
-    def restore(
-        self, state: TrainState, history: dict[str, np.ndarray], step_losses: np.ndarray
-    ) -> None:
-        """Replaces everything with the content of a checkpoint."""
-        self.state = state
+    def restore(self, checkpoint: Checkpoint) -> None:
+        """Replaces everything with the completed epochs of a checkpoint."""
+        history, losses, part = checkpoint.history, checkpoint.step_losses, checkpoint.part
+        self.state = checkpoint.state
         values = zip(*(history[name].tolist() for name in self.columns), strict=True)
         self.rows = [dict(zip(self.columns, row, strict=True)) for row in values]
-        self._step_losses = [step_losses]
+        self._step_losses = [losses if part is None else losses[: len(losses) - part.step]]
 
     def history(self) -> History:
         """Returns the history so far."""

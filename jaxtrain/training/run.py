@@ -13,21 +13,22 @@ from jaxtyping import Array, Key
 
 from jaxtrain import parallel
 from jaxtrain._arguments import check_integer
-from jaxtrain.dataset import Dataset
+from jaxtrain.dataset import Dataset, epoch_order
 from jaxtrain.losses import Loss
 from jaxtrain.metrics import Metric
 from jaxtrain.optimizers import current_learning_rate, skipped_steps
 from jaxtrain.training._memory import memory_advice
 from jaxtrain.training._plan import make_plan
-from jaxtrain.training._validation import check_type, checked_state
-from jaxtrain.training.early_stopping import EarlyStopping
-from jaxtrain.training.epoch import (
+from jaxtrain.training._programs import (
     compiled_evaluate,
-    epoch_order,
     mean_step_loss,
     num_steps,
+    step_weights,
     train_steps,
 )
+from jaxtrain.training._resident import Resident
+from jaxtrain.training._validation import check_type, checked_state
+from jaxtrain.training.early_stopping import EarlyStopping
 from jaxtrain.training.state import TrainState
 from jaxtrain.training.step import MetricItems
 
@@ -107,20 +108,21 @@ def train(
             key=key,
             measure="last",
         )
+        assert isinstance(plan.train, Resident)
         columns = [name for name in plan.columns(state) if name != "seconds"]
         if early_stopping is not None:
             early_stopping.check_columns(columns)
-        with memory_advice(plan.batch_size):
+        with memory_advice(plan.train.batch_size):
             final, history = _train(
                 state,
-                plan.train_data,
+                plan.train.data,
                 plan.held_out,
-                plan.key,
+                plan.train.key,
                 loss_fn=loss_fn,
                 metrics=plan.metrics,
                 state_metrics=tuple(plan.state_metrics.items()),
                 epochs=epochs,
-                batch_size=plan.batch_size,
+                batch_size=plan.train.batch_size,
                 test_batch_size=test_batch_size,
                 early_stopping=early_stopping,
             )
@@ -164,7 +166,7 @@ def _train(
         test_batch_size=test_batch_size,
         early_stopping=early_stopping,
     )
-    return parallel.on_auto_axes(run, state, train_data, held_out, key, returns_state=True)
+    return parallel.on_auto_axes(run, state, train_data, held_out, key, like=(state, None))
 
 
 def _run(
@@ -195,9 +197,7 @@ def _run(
             "epoch": epoch,
             "train_loss": mean_step_loss(
                 losses,
-                train_data.weights,
-                order,
-                batch_size=batch_size,
+                step_weights(train_data.weights, order, batch_size=batch_size),
                 skip_nonfinite=skipped is not None,
             ),
         }

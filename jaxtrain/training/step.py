@@ -71,7 +71,7 @@ def _train_step(state: TrainState, batch: Dataset, loss_fn: Loss) -> tuple[Train
         next_state, loss, _ = update(state, batch, loss_fn)
         return next_state, {"loss": loss}
 
-    return parallel.on_auto_axes(step, state, batch, returns_state=True)
+    return parallel.on_auto_axes(step, state, batch, like=(state, None))
 
 
 def update(
@@ -101,8 +101,12 @@ def _accumulation_arguments(
     """Returns what `accumulate_gradients` needs; line searches refuse unknown arguments."""
     if not has_accumulation(state.opt_state):
         return {}
-    weight = len(batch) if batch.weights is None else jnp.sum(batch.weights)
-    return {"weight": weight, "last": last}
+    return {"weight": total_weight(batch), "last": last}
+
+
+def total_weight(batch: Dataset) -> int | Float[Array, ""]:
+    """Returns the sum of the weights of a batch: without weights, its number of examples."""
+    return len(batch) if batch.weights is None else jnp.sum(jnp.asarray(batch.weights))
 
 
 def gradients(
@@ -135,10 +139,15 @@ def gradients(
     check_state_type(state)
     check_loss(loss_fn)
     check_dataset(batch, "batch")
-    batch = parallel.divide(batch)
-    value_and_grad = jax.value_and_grad(_mean_loss, has_aux=True)
-    (loss, aux), grads = value_and_grad(state.params, state, batch, loss_fn)
-    return loss, grads, aux
+
+    def compute(state: TrainState, batch: Dataset) -> tuple[Array, PyTree, Auxiliary]:
+        value_and_grad = jax.value_and_grad(_mean_loss, has_aux=True)
+        divided = parallel.divide(batch)
+        (loss, aux), grads = value_and_grad(state.params, state, divided, loss_fn)
+        return loss, grads, aux
+
+    like = (None, state.params, Auxiliary(state.model_state, parallel.first_axis(batch)))
+    return parallel.on_auto_axes(compute, state, batch, like=like)
 
 
 def apply_gradients(
