@@ -1,0 +1,100 @@
+"""One process of a cluster that trains T2 on digits, for the tests that compare and kill it.
+
+    python -m tests.parallel.cluster_member ADDRESS PROCESSES PROCESS_ID FOLDER EPOCHS [FLAGS]
+
+Prints a digest of the final state and history, and then the files that the process wrote to the
+folder of checkpoints. `--slow` waits after each epoch, `--streamed` reads the training data as a
+stream and saves every 3 steps, `--stopped` ends within the second epoch, and `--failing` raises
+an error in process 1 after the first epoch.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+import time
+from pathlib import Path
+
+import jax
+
+import jaxtrain as jt
+from jaxtrain.checkpoint import digest
+
+SECONDS_PER_SLOW_EPOCH = 0.3
+TRAINED, TESTED, BATCH = 512, 200, 64
+
+
+def train(
+    folder: Path,
+    epochs: int,
+    *,
+    slow: bool = False,
+    streamed: bool = False,
+    stopped: bool = False,
+    failing: bool = False,
+) -> str:
+    """Trains on all devices, and returns a digest of the final state and history."""
+    train, test = jt.data.load("digits")
+    train, test = train[:TRAINED], test[:TESTED]
+    mean, std = jt.data.STATISTICS["digits"]
+    key = jax.random.key(0)
+    state = jt.init_state(
+        jt.models.FeedForward(mean=mean, std=std),
+        jt.optimizers.sgd(0.05),
+        train.inputs[:1],
+        key=key,
+    )
+    processes = jax.process_count()
+    mesh = jax.make_mesh((processes,), ("data",), devices=jax.devices()[:processes])
+    with jt.progress() as show:
+
+        def on_event(event: jt.events.Event) -> None:
+            show(event)
+            if slow and isinstance(event, jt.events.EpochDone):
+                time.sleep(SECONDS_PER_SLOW_EPOCH)
+            if failing and jax.process_index() == 1 and isinstance(event, jt.events.EpochDone):
+                raise RuntimeError("the disk is gone")
+            if stopped and isinstance(event, jt.events.StepsDone) and event[:2] >= (2, 5):
+                sys.exit("stopped")
+
+        state, history = jt.fit(
+            state,
+            jt.data.stream(train, BATCH, key) if streamed else train,
+            test,
+            loss_fn=jt.losses.cross_entropy,
+            metric_fns={"accuracy": jt.metrics.accuracy},
+            epochs=epochs,
+            batch_size=BATCH,
+            key=None if streamed else key,
+            checkpoint=jt.CheckpointOptions(folder, every_steps=3 if streamed else None),
+            on_event=jt.events.every_steps(1 if stopped else 0, on_event),
+            mesh=mesh,
+        )
+    columns = {name: values for name, values in history.items() if name != "seconds"}
+    return digest((state, columns, history.step_losses))
+
+
+def record_changes(folder: Path) -> list[str]:
+    """Returns a list that receives the name of each file in a folder that the process changes."""
+    changed: list[str] = []
+
+    def hook(event: str, arguments: tuple) -> None:
+        writes = event == "open" and arguments[2] & (os.O_WRONLY | os.O_RDWR | os.O_CREAT)
+        if writes or event in ("os.rename", "os.remove", "os.truncate"):
+            path = (
+                Path(os.fsdecode(arguments[0])) if isinstance(arguments[0], str | bytes) else None
+            )
+            if path is not None and folder in path.parents:
+                changed.append(path.name)
+
+    sys.addaudithook(hook)
+    return changed
+
+
+if __name__ == "__main__":
+    address, processes, process_id, directory, epochs = sys.argv[1:6]
+    changed = record_changes(Path(directory))
+    jt.parallel.initialize(address, int(processes), int(process_id))
+    flags = {name: f"--{name}" in sys.argv for name in ("slow", "streamed", "stopped", "failing")}
+    print(train(Path(directory), int(epochs), **flags))
+    print(*sorted(set(changed)))

@@ -1,0 +1,586 @@
+"""Training on a mesh of eight simulated devices: the numbers of one device, an eighth of its work.
+
+`test_processes.py` tests several processes.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+from collections.abc import Callable
+from pathlib import Path
+from typing import NamedTuple
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import AxisType
+from jax.sharding import PartitionSpec as P
+
+import jaxtrain as jt
+from benchmarks.communication import (
+    Collective,
+    bytes_per_step,
+    collectives,
+    compile_epoch,
+    flops_per_step,
+)
+from jaxtrain.sweeps._grid import make_grid
+from jaxtrain.sweeps._program import Program
+from jaxtrain.training._programs import compiled_evaluate
+from jaxtrain.training.events import RunsDone
+from jaxtrain.training.step import metric_items
+
+DEVICES = 8
+pytestmark = pytest.mark.skipif(jax.device_count() < DEVICES, reason="needs 8 devices")
+
+LOSS = jt.losses.cross_entropy
+METRICS = {"accuracy": jt.metrics.accuracy}
+# 333 examples: ten batches of 32, which the devices divide, and one of 13.
+EXAMPLES, BATCH_SIZE, TEST_BATCH_SIZE = 333, 32, 100
+KEY = jax.random.key(1)
+PLACES = {"copied": jt.parallel.replicate, "sharded": jt.parallel.shard}
+
+Mesh = jax.sharding.Mesh
+
+
+class Network(nn.Module):
+    """A convolution, statistics over the batch, and both kinds of dropout."""
+
+    @nn.compact
+    def __call__(self, images: jax.Array, train: bool = False) -> jax.Array:
+        x = nn.Conv(4, (3, 3), use_bias=False)(images[..., None])
+        x = nn.relu(nn.BatchNorm(use_running_average=not train, momentum=0.9)(x))
+        x = nn.Dropout(0.2, deterministic=not train)(x.reshape(len(x), -1))
+        x = nn.relu(nn.Dense(16)(x))
+        return nn.Dense(10)(jt.models.Dropout(0.2)(x, train))
+
+
+class Masks(nn.Module):
+    """Returns ones, some of them dropped: by Flax in the first half, by jaxtrain in the second."""
+
+    @nn.compact
+    def __call__(self, inputs: jax.Array, train: bool = False) -> jax.Array:
+        ones = inputs * self.param("one", nn.initializers.ones, ())
+        flax = nn.Dropout(0.5, deterministic=not train)(ones)
+        return jnp.concatenate([flax, jt.models.Dropout(0.5)(ones, train)], axis=1)
+
+
+class Alone(NamedTuple):
+    """What one device computes: the start, and the state and history at the end."""
+
+    start: jt.TrainState
+    train: jt.Dataset
+    test: jt.Dataset
+    state: jt.TrainState
+    history: jt.History
+
+
+def random_images(examples: int, size: int, seed: int = 0) -> jt.Dataset:
+    images, labels = jax.random.split(jax.random.key(seed))
+    return jt.Dataset(
+        jax.random.uniform(images, (examples, size, size)),
+        jax.random.randint(labels, (examples,), 0, 10),
+    )
+
+
+def fit(state, train, test, *, epochs=1, **options):
+    return jt.fit(
+        state,
+        train,
+        test,
+        loss_fn=LOSS,
+        metric_fns=METRICS,
+        epochs=epochs,
+        batch_size=BATCH_SIZE,
+        test_batch_size=TEST_BATCH_SIZE,
+        key=KEY,
+        **options,
+    )
+
+
+@pytest.fixture(scope="module")
+def alone() -> Alone:
+    train, test = random_images(EXAMPLES, 8), random_images(EXAMPLES, 8, seed=1)
+    start = jt.init_state(Network(), jt.optimizers.sgd(0.1), train.inputs[:1], key=KEY)
+    return Alone(start, train, test, *fit(start, train, test))
+
+
+@pytest.fixture(scope="module")
+def small() -> Alone:
+    """A network that compiles in less time, and whose optimizer has a state."""
+    train, test = random_images(128, 8), random_images(EXAMPLES, 8, seed=1)
+    model = jt.models.FeedForward(features=(16, 10), mean=0.5, std=0.3)
+    optimizer = jt.optimizers.sgd(0.05, momentum=0.9)
+    start = jt.init_state(model, optimizer, train.inputs[:1], key=KEY)
+    return Alone(start, train, test, *fit(start, train, test, epochs=3))
+
+
+@pytest.fixture(
+    params=[AxisType.Explicit, AxisType.Auto], ids=lambda axis: axis.name, scope="module"
+)
+def mesh(request) -> Mesh:
+    return jax.make_mesh((DEVICES,), ("data",), axis_types=(request.param,))
+
+
+@pytest.fixture(scope="module")
+def explicit() -> Mesh:
+    """The mesh that `jax.make_mesh` returns by default."""
+    return jax.make_mesh((DEVICES,), ("data",))
+
+
+def assert_close(found, expected, tolerance=1e-5) -> None:
+    """Compares all arrays of two pytrees, and their structure."""
+    assert jax.tree.structure(found) == jax.tree.structure(expected)
+    for one, other in zip(jax.tree.leaves(found), jax.tree.leaves(expected), strict=True):
+        np.testing.assert_allclose(one, other, rtol=0, atol=tolerance)
+
+
+def assert_same_state(found: jt.TrainState, expected: jt.TrainState, tolerance=1e-5) -> None:
+    """Compares parameters, batch statistics, optimizer state and counters."""
+    variables = ("params", "model_state", "opt_state", "step", "epoch")
+    for name in variables:
+        assert_close(getattr(found, name), getattr(expected, name), tolerance)
+
+
+def assert_same_history(found, expected) -> None:
+    assert list(found) == [name for name in expected if name in found]
+    for name in found:
+        if name != "seconds":
+            np.testing.assert_allclose(found[name], expected[name], rtol=0, atol=1e-5)
+
+
+def device_count_of(tree) -> set[int]:
+    return {len(leaf.sharding.device_set) for leaf in jax.tree.leaves(tree)}
+
+
+# The numbers of one device.
+
+
+def test_fit_gives_the_numbers_of_one_device(alone: Alone, mesh: Mesh) -> None:
+    state, history = fit(alone.start, alone.train, alone.test, mesh=mesh)
+    assert_same_state(state, alone.state)
+    assert_same_history(history, alone.history)
+    assert list(history) == list(alone.history)
+    np.testing.assert_allclose(history.step_losses, alone.history.step_losses, rtol=0, atol=1e-5)
+    assert device_count_of(state) == {DEVICES}
+    assert jax.tree.leaves(alone.state.model_state), "the network has no batch statistics"
+
+
+def test_fit_takes_the_mesh_of_set_mesh_or_of_the_data(alone: Alone, explicit: Mesh) -> None:
+    with jax.set_mesh(explicit):
+        state, _ = fit(alone.start, alone.train, alone.test)
+    assert device_count_of(state) == {DEVICES}
+    assert_same_state(state, alone.state)
+    train = jt.parallel.replicate(alone.train, explicit)
+    state, _ = fit(alone.start, train, alone.test)
+    assert device_count_of(state) == {DEVICES}
+    assert_same_state(state, alone.state)
+
+
+def test_train_gives_the_numbers_of_one_device(alone: Alone, mesh: Mesh) -> None:
+    with jax.set_mesh(mesh):
+        state, history = jt.train(
+            alone.start,
+            alone.train,
+            alone.test,
+            loss_fn=LOSS,
+            metric_fns=METRICS,
+            epochs=1,
+            batch_size=BATCH_SIZE,
+            test_batch_size=TEST_BATCH_SIZE,
+            key=KEY,
+        )
+    assert device_count_of(state) == {DEVICES}
+    assert_same_state(state, alone.state)
+    losses = history.pop("step_losses")
+    np.testing.assert_allclose(losses[0], alone.history.step_losses, rtol=0, atol=1e-5)
+    assert_same_history(history, alone.history)
+
+
+@pytest.mark.parametrize("place", PLACES)
+def test_train_epoch_gives_the_numbers_of_one_device(alone: Alone, mesh: Mesh, place: str) -> None:
+    data, key = alone.train[:64], jax.random.key(2)
+    options = {"batch_size": BATCH_SIZE, "key": key}
+    expected, expected_losses = jt.train_epoch(alone.start, data, LOSS, **options)
+    state = jt.parallel.replicate(alone.start, mesh)
+    state, losses = jt.train_epoch(state, PLACES[place](data, mesh), LOSS, **options)
+    assert device_count_of(state) == {DEVICES}
+    assert_same_state(state, expected)
+    assert_close(losses, expected_losses)
+
+
+@pytest.mark.parametrize("size", [32, 13])
+def test_a_step_gives_the_numbers_of_one_device(small: Alone, explicit: Mesh, size: int) -> None:
+    batch = small.train[:size]
+    state, copy = jt.parallel.replicate((small.start, batch), explicit)
+    found, expected = (
+        (*jt.train_step(*each, LOSS), jt.eval_step(*each, LOSS, METRICS))
+        for each in ((state, copy), (small.start, batch))
+    )
+    assert_same_state(found[0], expected[0])
+    assert_close(found[1:], expected[1:])
+
+
+def test_a_step_inside_a_function_of_the_user_gives_the_numbers_of_one_device(
+    small: Alone, mesh: Mesh
+) -> None:
+    expected = jt.train_step(small.start, small.train[:32], LOSS)
+    state, batch = jt.parallel.replicate((small.start, small.train[:32]), mesh)
+    step = jax.jit(functools.partial(jt.train_step, loss_fn=LOSS))
+    with jax.set_mesh(mesh):
+        program = step.lower(state, batch).compile()
+        found = step(state, batch)
+    assert_same_state(found[0], expected[0])
+    assert_close(found[1], expected[1])
+    assert collectives(program), "the devices did not divide the batch"
+
+
+@pytest.mark.parametrize("place", PLACES)
+def test_a_step_of_gradients_and_apply_gradients_gives_the_numbers_of_one_device(
+    small: Alone, mesh: Mesh, place: str
+) -> None:
+    @jax.jit
+    def step(state: jt.TrainState, batch: jt.Dataset) -> tuple[jt.TrainState, jax.Array]:
+        loss, grads, aux = jt.gradients(state, batch, LOSS)
+        return jt.apply_gradients(state, grads, model_state=aux.model_state), loss
+
+    batch = small.train[:32]
+    expected, _ = jt.train_step(small.start, batch, LOSS)
+    with jax.set_mesh(mesh):
+        state = jt.parallel.replicate(small.start, mesh)
+        found, _ = step(state, PLACES[place](batch, mesh))
+    assert_same_state(found, expected)
+
+
+# Batches, dropout and errors.
+
+
+def test_the_devices_draw_the_dropout_of_one_device_and_each_its_own(mesh: Mesh) -> None:
+    ones = jt.Dataset(jnp.ones((16, 50)), jnp.zeros((16, 100)))
+    start = jt.init_state(Masks(), jt.optimizers.sgd(0.1), ones.inputs, key=KEY)
+
+    def masks(state: jt.TrainState, batch: jt.Dataset) -> np.ndarray:
+        masks = jax.jit(lambda state, batch: jt.gradients(state, batch, squares)[2].predictions)
+        return np.asarray(masks(state, batch)) != 0
+
+    with jax.set_mesh(mesh):
+        found = masks(*jt.parallel.replicate((start, ones), mesh))
+    np.testing.assert_array_equal(found, masks(start, ones))
+    assert 0.4 < found[:, :50].mean() < 0.6
+    assert 0.4 < found[:, 50:].mean() < 0.6
+    # Each device has two of the examples, which are equal: no two are dropped at the same places.
+    for half in (found[:, :50], found[:, 50:]):
+        assert len(np.unique(half, axis=0)) == len(half)
+
+
+def squares(predictions: jax.Array, targets: jax.Array) -> jax.Array:
+    return jnp.mean((predictions - targets) ** 2, axis=1)
+
+
+@pytest.mark.parametrize("function", ["fit", "train", "train_epoch"])
+def test_a_batch_size_that_the_devices_do_not_divide_is_refused(
+    small: Alone, explicit: Mesh, function: str
+) -> None:
+    options = {"loss_fn": LOSS, "batch_size": 100}
+    expected = "batch_size is 100 on 8 devices; expected a multiple of 8, such as 96 or 104"
+    with jax.set_mesh(explicit), pytest.raises(jt.InputError, match=expected) as caught:
+        getattr(jt, function)(small.start, small.train, **options)
+    assert caught.value.argument == "batch_size"
+
+
+def test_a_batch_size_above_the_number_of_examples_is_that_number(
+    small: Alone, explicit: Mesh
+) -> None:
+    data = jt.parallel.replicate(small.train[:50], explicit)
+    with pytest.raises(jt.InputError, match=r"batch_size is 50 on 8 devices.* such as 48$"):
+        jt.train_epoch(small.start, data, LOSS, batch_size=64)
+    few = jt.parallel.replicate(small.train[:5], explicit)
+    with pytest.raises(jt.InputError, match="or use a larger data set"):
+        jt.train_epoch(small.start, few, LOSS, batch_size=64)
+
+
+@pytest.mark.skipif(hasattr(jt.init_state, "__wrapped__"), reason="the type checker raises first")
+def test_a_mesh_and_a_data_set_that_do_not_fit_are_refused(small: Alone, explicit: Mesh) -> None:
+    rows = jax.make_mesh((DEVICES,), ("rows",))
+    with pytest.raises(jt.InputError, match=r'axes .*rows.*; expected one named "data"'):
+        fit(small.start, small.train, small.test, mesh=rows)
+    with pytest.raises(jt.InputError, match="mesh is 8; expected a mesh"):
+        jt.parallel.replicate(small.start, 8)
+    with pytest.raises(jt.InputError, match=r"333 examples for 8 devices.*dataset\[:328\]"):
+        jt.parallel.shard(small.test, explicit)
+
+
+@pytest.mark.parametrize("spec", [P("data"), P(None, "data"), P("rows")])
+def test_a_rule_that_does_not_fit_names_the_array(small: Alone, explicit: Mesh, spec: P) -> None:
+    def rule(path: str, leaf: jax.Array) -> P:
+        return spec if path.endswith("params.Dense_1.bias") else P()
+
+    with pytest.raises(jt.InputError, match=r"params\.Dense_1\.bias, of shape \(10,\), is P"):
+        jt.parallel.replicate(small.start, explicit, rule)
+
+
+def test_initialize_after_jax_has_started_is_refused() -> None:
+    before = jax.config.jax_cpu_collectives_implementation
+    try:
+        with pytest.raises(jt.InputError, match=r"the processes could not be joined .*port 1"):
+            jt.parallel.initialize("port 1", 2)
+    finally:
+        jax.config.update("jax_cpu_collectives_implementation", before)
+
+
+# Evaluation.
+
+
+@pytest.mark.parametrize(("examples", "batch_size"), [(333, 100), (328, 100), (5, 3)])
+def test_evaluate_and_predict_agree_with_one_device_at_any_size(
+    small: Alone, explicit: Mesh, examples: int, batch_size: int
+) -> None:
+    data, options = small.test[:examples], {"batch_size": batch_size}
+    state, copy = jt.parallel.replicate((small.state, data), explicit)
+    placed = [copy] if examples % DEVICES else [copy, jt.parallel.shard(data, explicit)]
+    expected = jt.evaluate(small.state, data, LOSS, METRICS, **options)
+    predictions = jt.predict(small.state, data.inputs, **options)
+    for each in placed:
+        assert_close(jt.evaluate(state, each, LOSS, METRICS, **options), expected)
+        # In the order of the examples, whose predictions all differ.
+        assert_close(jt.predict(state, each.inputs, **options), predictions)
+    assert len(np.unique(predictions, axis=0)) == examples
+
+
+def test_weights_and_metrics_of_pairs_agree_with_one_device(small: Alone, mesh: Mesh) -> None:
+    def sums(predictions, targets, weights):
+        return jnp.sum(weights * LOSS(predictions, targets)), jnp.sum(weights)
+
+    metrics = {"perplexity": (sums, lambda sums: jnp.exp(sums[0] / sums[1]))} | METRICS
+    data = small.test.replace(weights=jnp.arange(EXAMPLES) % 3 / 2)
+    expected = jt.evaluate(small.state, data, LOSS, metrics, batch_size=TEST_BATCH_SIZE)
+    state, copy = jt.parallel.replicate((small.state, data), mesh)
+    found = jt.evaluate(state, copy, LOSS, metrics, batch_size=TEST_BATCH_SIZE)
+    assert_close(found, expected)
+    found = jt.train_step(state, copy[:32], LOSS)[0]
+    assert_same_state(found, jt.train_step(small.state, data[:32], LOSS)[0])
+
+
+# The work and the communication of T2.
+
+
+class T2(NamedTuple):
+    """T2's network on 512 random images, and the program of an epoch on one device."""
+
+    state: jt.TrainState
+    data: jt.Dataset
+    flops: float
+    evaluation_flops: float
+
+
+def compile_evaluation(state: jt.TrainState, data: jt.Dataset) -> jax.stages.Compiled:
+    metrics = metric_items(LOSS, METRICS)
+    return compiled_evaluate.lower(state, data, metrics, batch_size=128).compile()
+
+
+@pytest.fixture(scope="module")
+def t2() -> T2:
+    data = random_images(512, 28)
+    data = data.replace(inputs=(255 * data.inputs).astype(jnp.uint8))
+    state = jt.init_state(
+        jt.models.FeedForward(), jt.optimizers.sgd(0.01), data.inputs[:1], key=KEY
+    )
+    return T2(
+        state,
+        data,
+        flops_per_step(compile_epoch(state, data, 64)),
+        flops_per_step(compile_evaluation(state, data)),
+    )
+
+
+@pytest.fixture(params=PLACES, scope="module")
+def place(request) -> str:
+    return request.param
+
+
+@pytest.fixture(scope="module")
+def epoch(t2: T2, mesh: Mesh, place: str) -> jax.stages.Compiled:
+    """The program of an epoch on the mesh."""
+    with jax.set_mesh(mesh):
+        state = jt.parallel.replicate(t2.state, mesh)
+        return compile_epoch(state, PLACES[place](t2.data, mesh), 64)
+
+
+def test_each_device_does_an_eighth_of_an_epoch(t2: T2, epoch: jax.stages.Compiled) -> None:
+    assert flops_per_step(epoch) / t2.flops == pytest.approx(1 / DEVICES, rel=0.1)
+
+
+def test_each_device_does_an_eighth_of_an_evaluation(t2: T2, mesh: Mesh, place: str) -> None:
+    with jax.set_mesh(mesh):
+        state = jt.parallel.replicate(t2.state, mesh)
+        program = compile_evaluation(state, PLACES[place](t2.data, mesh))
+    assert flops_per_step(program) / t2.evaluation_flops == pytest.approx(1 / DEVICES, rel=0.1)
+    # The data stay where they are.
+    assert sum(each.bytes for each in collectives(program)) < 1000
+
+
+def test_a_step_exchanges_the_gradients_and_a_batch_of_sharded_data(
+    t2: T2, epoch: jax.stages.Compiled, place: str
+) -> None:
+    gradients = sum(leaf.nbytes for leaf in jax.tree.leaves(t2.state.params))
+    loss = 4
+    found = collectives(epoch)
+    if place == "copied":
+        assert {each.kind for each in found} == {"all-reduce"}
+        assert sum(each.bytes for each in found) == gradients + loss
+        assert bytes_per_step(epoch) == gradients + loss
+    else:
+        batch = 64 * (28 * 28 + 4)
+        assert batch <= bytes_per_step(epoch) - gradients - loss < 1.1 * batch
+
+
+def test_collectives_are_counted_in_loops_and_by_their_results(explicit: Mesh) -> None:
+    """A program whose communication is known: 3 floats once, and 5 in each of 7 steps."""
+
+    def each(rows: jax.Array, columns: jax.Array) -> tuple[jax.Array, jax.Array]:
+        def step(total: jax.Array, _: None) -> tuple[jax.Array, None]:
+            return jax.lax.psum(jnp.sin(total), "data"), None
+
+        return jax.lax.all_gather(rows, "data"), jax.lax.scan(step, columns, length=7)[0]
+
+    divided = jax.shard_map(
+        each, mesh=explicit, in_specs=(P("data"), P()), out_specs=(P(), P()), check_vma=False
+    )
+    rows = jax.device_put(jnp.ones((8, 3)), jax.NamedSharding(explicit, P("data")))
+    program = jax.jit(divided).lower(rows, jnp.ones(5)).compile()
+    assert sorted(collectives(program)) == [
+        Collective("all-gather", 8 * 3 * 4, False),
+        Collective("all-reduce", 5 * 4, True),
+    ]
+    assert bytes_per_step(program) == 5 * 4
+
+
+# A state that a rule divides.
+
+
+def by_rule(path: str, leaf: jax.Array) -> P:
+    """Divides the weights of a layer, and their momentum, over the devices."""
+    return P("data") if path.endswith("Dense_0.weight") else P()
+
+
+def divided_paths(state: jt.TrainState) -> list[str]:
+    leaves = jax.tree_util.tree_leaves_with_path(state)
+    return [
+        jax.tree_util.keystr(path) for path, leaf in leaves if leaf.sharding.spec[:1] == ("data",)
+    ]
+
+
+def test_a_state_divided_by_a_rule_stays_divided(small: Alone, explicit: Mesh) -> None:
+    start = jt.parallel.replicate(small.start, explicit, by_rule)
+    paths = divided_paths(start)
+    assert len(paths) == 2  # the weights and their momentum
+    state, found = fit(start, small.train, small.test, epochs=3, mesh=explicit)
+    assert divided_paths(state) == paths
+    assert_same_state(state, small.state)
+    assert_same_history(found, small.history)
+    copy = jt.parallel.replicate(small.train, explicit)
+    for state in (
+        jt.train_step(start, copy[:32], LOSS)[0],
+        jt.train_epoch(start, copy, LOSS, batch_size=BATCH_SIZE)[0],
+    ):
+        assert divided_paths(state) == paths
+
+
+def test_an_auto_mesh_gives_the_numbers_of_a_state_divided_by_a_rule(small: Alone) -> None:
+    auto = jax.make_mesh((DEVICES,), ("data",), axis_types=(AxisType.Auto,))
+    start = jt.parallel.replicate(small.start, auto, by_rule)
+    state, _ = fit(start, small.train, small.test, epochs=3, mesh=auto)
+    assert_same_state(state, small.state)
+
+
+# Checkpoints.
+
+
+def mesh_of(devices: int) -> Mesh | None:
+    if devices == 1:
+        return None
+    return jax.make_mesh((devices,), ("data",), devices=jax.devices()[:devices])
+
+
+@pytest.mark.parametrize(
+    ("devices", "rule"), [(8, None), (4, None), (1, None), (4, by_rule), (1, by_rule)]
+)
+def test_a_checkpoint_of_eight_devices_resumes_on_any_number(
+    small: Alone, tmp_path: Path, devices: int, rule: Callable | None
+) -> None:
+    eight, mesh = mesh_of(DEVICES), mesh_of(devices)
+    options = {"checkpoint": jt.CheckpointOptions(tmp_path / "checkpoints")}
+    start = jt.parallel.replicate(small.start, eight, rule)
+    fit(start, small.train, small.test, epochs=1, mesh=eight, **options)
+    start = small.start if mesh is None else jt.parallel.replicate(small.start, mesh, rule)
+    events: list[object] = []
+    options |= {"epochs": 3, "mesh": mesh, "on_event": events.append}
+    warned = pytest.warns(UserWarning, match=f"devices was 8 and is now {devices}")
+    with contextlib.nullcontext() if devices == DEVICES else warned:
+        state, history = fit(start, small.train, small.test, **options)
+    assert [each.epoch for each in events if isinstance(each, jt.events.Resumed)] == [1]
+    assert device_count_of(state) == {devices}
+    if rule is not None and mesh is not None:
+        assert len(divided_paths(state)) == 2
+    assert_same_state(state, small.state)
+    assert_same_history(history, small.history)
+
+
+# Sweeps.
+
+
+def run_of(data: jt.Dataset) -> Callable:
+    def run(learning_rate, seed):
+        key = jax.random.key(seed)
+        model = jt.models.FeedForward((10,), mean=0.5, std=0.3)
+        state = jt.init_state(model, jt.optimizers.sgd(learning_rate), data.inputs[:1], key=key)
+        state, history = jt.train(state, data, loss_fn=LOSS, epochs=1, batch_size=20, key=key)
+        return state.params, history
+
+    return run
+
+
+AXES = {"learning_rate": [0.01, 0.1], "seed": list(range(9))}
+
+
+@pytest.mark.parametrize("parallel", ["auto", 10])
+def test_a_sweep_spreads_its_runs_over_the_devices(small: Alone, parallel: int | str) -> None:
+    run, events = run_of(small.train[:40]), []
+    expected = jt.sweep(run, AXES, parallel=1)
+    found = jt.sweep(run, AXES, parallel=parallel, mesh=mesh_of(8), on_event=events.append)
+    done = [event for event in events if isinstance(event, RunsDone)]
+    assert done
+    assert [event.parallel % DEVICES for event in done] == [0] * len(done)
+    assert done[-1].done == done[-1].total == 18
+    assert_close(found.outputs, expected.outputs, tolerance=1e-6)
+
+
+def test_the_runs_of_a_sweep_do_not_communicate(small: Alone, explicit: Mesh) -> None:
+    run = run_of(small.train[:40])
+    grid = make_grid(run, AXES, zipped=False, static_argnames=())
+    with jax.set_mesh(explicit):
+        program = Program(run, grid.groups[0])
+        program.compile(2)
+    assert collectives(program._compiled[2].program) == []
+
+
+# Parts of a data set.
+
+
+@pytest.mark.parametrize("count", [1, 2, 5, 8])
+def test_the_parts_of_a_data_set_are_disjoint_in_order_and_of_equal_size(count: int) -> None:
+    parts = [jt.data.load("digits", shard=(index, count)) for index in range(count)]
+    for whole, pieces in zip(jt.data.load("digits"), zip(*parts, strict=True), strict=True):
+        size = len(whole) // count
+        assert {len(piece) for piece in pieces} == {size}
+        joined = jax.tree.map(lambda *arrays: np.concatenate(arrays), *pieces)
+        assert jax.tree.all(jax.tree.map(np.array_equal, joined, whole[: size * count]))
+
+
+@pytest.mark.parametrize("shard", [(2, 2), (-1, 2), (0, 0), (0, 10_000)])
+def test_a_part_out_of_range_is_refused(shard: tuple[int, int]) -> None:
+    with pytest.raises(jt.InputError, match=r"shard(\[[01]\])? is .*; expected"):
+        jt.data.load("digits", shard=shard)
