@@ -7,7 +7,7 @@ import os
 import re
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, SupportsIndex
 
 import numpy as np
 
@@ -96,7 +96,7 @@ class TfdsSource:
     def __repr__(self) -> str:
         return f"TfdsSource({self.name!r}, split={self.split!r}, {len(self)} examples)"
 
-    def _check_index(self, index: int) -> int:
+    def _check_index(self, index: SupportsIndex) -> int:
         index = operator.index(index)
         if not 0 <= index < len(self):
             raise IndexError(f"the index is {index}; expected one from 0 to {len(self) - 1}")
