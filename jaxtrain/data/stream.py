@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import copy
 import dataclasses
 import mmap
@@ -298,8 +297,12 @@ def _read(source: Any, indices: np.ndarray) -> Any:
     if isinstance(source, Dataset):
         return jax.tree.map(lambda array: _take(array, indices), source)
     if hasattr(source, "__getitems__"):
-        with contextlib.suppress(Exception):  # one by one, the error names the example
+        try:
             return list(source.__getitems__(indices.tolist()))
+        except Exception:
+            for index in indices.tolist():
+                _example(source, index)  # raises an error that names the example
+            raise
     return [_example(source, index) for index in indices.tolist()]
 
 

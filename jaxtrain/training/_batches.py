@@ -80,11 +80,11 @@ class Batches:
         self.name = name
         self.mesh = parallel.current_mesh()
         self.processes = jax.process_count() if are_joined() else 1
-        if isinstance(data, Stream) and data.shard[1] not in (1, self.processes):
+        if isinstance(data, Stream) and data.shard[1] != self.processes:
             raise InputError(
                 f"{name} reads the part of process {data.shard[0]} of {data.shard[1]}, but the "
-                f"training has {self.processes}; expected mesh=..., with the devices of all "
-                "processes, or a stream with shard=(0, 1)"
+                f"training has {self.processes}, by its mesh; expected as many: a mesh of the "
+                f"devices of all processes, or a stream with shard=(index, {self.processes})"
             )
         self.length = _length(data, name)
         self.examples = data.examples if isinstance(data, Stream) else None
