@@ -2,17 +2,39 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import contextlib
+import dataclasses
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
+import jax
 from jaxtyping import PyTree
 
-from jaxtrain.adapters._precision import MixedPrecision, cast_model, mixed_precision
-from jaxtrain.adapters._shared import describe_type
+from jaxtrain.adapters._precision import (
+    CastApply,
+    MixedPrecision,
+    cast_model,
+    mixed_precision,
+)
+from jaxtrain.adapters._recording import Call, Recorder
+from jaxtrain.adapters._shared import BatchStatistics, describe_type
+from jaxtrain.dataset import named_arrays
 from jaxtrain.errors import InputError
 from jaxtrain.model import Model
 
-__all__ = ["MixedPrecision", "adapt", "mixed_precision", "to_module"]
+__all__ = [
+    "BatchStatistics",
+    "Call",
+    "MixedPrecision",
+    "Recorder",
+    "adapt",
+    "batch_statistics",
+    "example_inputs",
+    "mixed_precision",
+    "recording",
+    "to_module",
+    "with_example",
+]
 
 _EXPECTED = "expected a Linen, NNX or Equinox module or a jaxtrain.Model(init, apply)"
 
@@ -87,6 +109,83 @@ def to_module(model: Model, params: PyTree, model_state: PyTree) -> Any:
             "model.apply(state.params, state.model_state, inputs, train=False, key=None)"
         )
     return build(params, model_state)
+
+
+def with_example(model: Model, inputs: PyTree) -> Model:
+    """Returns a Model that knows the shapes of its inputs; it is equal to the given one.
+
+    Args:
+      model: any Model; one of plain functions is returned unchanged.
+      inputs: inputs for `model.apply`.
+    """
+    shapes = jax.tree.map(_shape_of, inputs)
+
+    def replace(apply: Any) -> Any:
+        if isinstance(apply, CastApply):
+            return dataclasses.replace(apply, apply=replace(apply.apply))
+        return dataclasses.replace(apply, example=shapes) if hasattr(apply, "example") else apply
+
+    return model._replace(apply=replace(model.apply))
+
+
+def example_inputs(model: Model) -> PyTree | None:
+    """Returns the shapes of `with_example`, or None for a Model of plain functions."""
+    return getattr(getattr(model.apply, "apply", model.apply), "example", None)
+
+
+def _shape_of(leaf: Any) -> jax.ShapeDtypeStruct:
+    return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype)
+
+
+def batch_statistics(
+    model: Model, params: PyTree, model_state: PyTree
+) -> dict[str, BatchStatistics]:
+    """Returns where a model state has the running statistics of batch norm, by layer.
+
+    Args:
+      model: any Model.
+      params: its parameters.
+      model_state: its model state.
+
+    Returns:
+      The paths of the statistics, such as "model_state.batch_stats.BatchNorm_0.mean", by the path
+      of the layer among the parameters, such as "BatchNorm_0".
+    """
+    apply: Any = getattr(model.apply, "apply", model.apply)  # under mixed_precision
+    if type(apply).__module__ == "jaxtrain.adapters._equinox":
+        from jaxtrain.adapters import _equinox
+
+        return _equinox.batch_statistics(apply, params, model_state)
+    # Linen has collections of variables; NNX has the variables of a layer at its own path.
+    is_linen = type(apply).__module__ == "jaxtrain.adapters._linen"
+    found: dict[str, dict[str, str]] = {}
+    for path, _ in named_arrays(model_state, "model_state"):
+        layer, _, name = path.rpartition(".")
+        if name in ("mean", "var"):
+            layer = ".".join(layer.split(".")[2 if is_linen else 1 :])
+            found.setdefault(layer, {})[name] = path
+    return {
+        layer: BatchStatistics(pair["mean"], pair["var"])
+        for layer, pair in found.items()
+        if len(pair) == 2
+    }
+
+
+@contextlib.contextmanager
+def recording(model: Model, params: PyTree, model_state: PyTree) -> Iterator[Recorder]:
+    """Yields a recorder of the layers that `model.apply` calls while it is traced inside.
+
+    A `Model` of plain functions has no layers.
+
+    Args:
+      model: a Model that `adapt` returned.
+      params: its parameters.
+      model_state: its model state.
+    """
+    recorder = Recorder()
+    record: Callable[..., Any] | None = getattr(model.apply, "recording", None)
+    with contextlib.nullcontext() if record is None else record(recorder, params, model_state):
+        yield recorder
 
 
 def _check_model(model: Model) -> None:

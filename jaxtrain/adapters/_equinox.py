@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 from typing import Any
 
@@ -11,12 +12,23 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import PyTree
 
-from jaxtrain.adapters._shared import RefuseInit, Static, call_parameters, describe_type, to_arrays
+from jaxtrain.adapters._recording import Path, Recorder, patched_calls
+from jaxtrain.adapters._shared import (
+    BatchStatistics,
+    RefuseInit,
+    Static,
+    call_parameters,
+    describe_type,
+    to_arrays,
+)
+from jaxtrain.dataset import named_arrays
 from jaxtrain.errors import InputError
 from jaxtrain.model import Model
 
 # The axis name for layers that reduce over the batch: eqx.nn.BatchNorm(size, axis_name="batch").
 _AXIS = "batch"
+# A number of updates after which momentum^updates is 0 in float32, for every momentum in use.
+_COMPLETE = 2**20
 
 
 def adapt(model: Any) -> tuple[Model, tuple[PyTree, PyTree]]:
@@ -56,6 +68,7 @@ class Apply:
     static: Any = dataclasses.field(compare=False)
     identity: Static = dataclasses.field(repr=False)
     takes_key: bool = dataclasses.field(repr=False)
+    example: Any = dataclasses.field(default=None, compare=False, repr=False)
 
     def __call__(
         self,
@@ -95,6 +108,13 @@ class Apply:
             return outputs, model_state
         return outputs, {**model_state, "state": state}
 
+    def recording(
+        self, recorder: Recorder, params: PyTree, model_state: dict[str, Any]
+    ) -> contextlib.AbstractContextManager[None]:
+        """Records the calls of the module and its submodules, on one example."""
+        module = self._combine(params, model_state, inference=False)
+        return patched_calls(recorder, {type(node) for node, _ in _modules(module)}, _find_paths)
+
     def to_module(self, params: PyTree, model_state: dict[str, Any]) -> Any:
         """Returns the module in inference mode, as a pair with its `eqx.nn.State` if it has one."""
         module = self._combine(params, model_state, inference=True)
@@ -106,6 +126,25 @@ class Apply:
         constants = [model_state["constants"]] if "constants" in model_state else []
         module = eqx.combine(params, *constants, self.static)
         return eqx.nn.inference_mode(module, value=inference)
+
+
+def _modules(module: Any, path: Path = ()) -> list[tuple[Any, Path]]:
+    """Returns the nested modules with their paths."""
+
+    def is_nested(node: Any) -> bool:
+        return node is not module and isinstance(node, eqx.Module)
+
+    found = [(module, path)]
+    for keys, node in jax.tree_util.tree_leaves_with_path(module, is_leaf=is_nested):
+        if is_nested(node):
+            names = (jax.tree_util.keystr((key,), simple=True) for key in keys)
+            found += _modules(node, (*path, *names))
+    return found
+
+
+def _find_paths(module: Any) -> dict[int, Path]:
+    # In reverse, so that a module at several paths has the first one.
+    return {id(node): path for node, path in reversed(_modules(module))}
 
 
 def _split_state(module: Any) -> tuple[Any, Any]:
@@ -133,3 +172,36 @@ def _copy(state: Any) -> Any:
     """Returns a copy of an `eqx.nn.State`; setting a value invalidates the original."""
     leaves, structure = jax.tree.flatten(state)
     return jax.tree.unflatten(structure, leaves)
+
+
+def batch_statistics(
+    apply: Apply, params: PyTree, model_state: dict[str, Any]
+) -> dict[str, BatchStatistics]:
+    """Returns where the model state has the running mean and variance of each batch norm."""
+    if "state" not in model_state:
+        return {}
+    module = apply._combine(params, model_state, inference=True)
+    leaves = named_arrays(model_state, "model_state")
+    path_of = {id(leaf): path for path, leaf in leaves}
+    state = model_state["state"]
+    found = {}
+    for keys, layer in jax.tree_util.tree_leaves_with_path(module, is_leaf=_is_batch_norm):
+        if not _is_batch_norm(layer):
+            continue
+        if layer.mode == "ema":
+            started, (mean, var) = layer.ema_first_time_index, state.get(layer.ema_state_index)
+            scale, value = 1.0, np.asarray(False)
+        else:
+            # The statistics are divided by 1 - momentum^counter; loaded ones are complete.
+            started, (mean, var) = layer.batch_counter, state.get(layer.batch_state_index)
+            counter = int(state.get(started))
+            scale = 1.0 if counter == 0 else 1.0 - layer.momentum**counter
+            value = np.asarray(_COMPLETE)
+        found[jax.tree_util.keystr(keys, simple=True, separator=".")] = BatchStatistics(
+            path_of[id(mean)], path_of[id(var)], path_of[id(state.get(started))], value, scale
+        )
+    return found
+
+
+def _is_batch_norm(node: Any) -> bool:
+    return isinstance(node, eqx.nn.BatchNorm)

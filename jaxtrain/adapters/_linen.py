@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
 import zlib
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, NoReturn
 
 import flax.errors
@@ -14,6 +15,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import PyTree
 
+from jaxtrain.adapters._recording import Recorder
 from jaxtrain.adapters._shared import Static, call_parameters
 from jaxtrain.errors import InputError
 from jaxtrain.model import Model
@@ -68,6 +70,7 @@ class Apply:
     module: Static
     rngs: tuple[str, ...]
     takes_train: bool = dataclasses.field(repr=False)
+    example: Any = dataclasses.field(default=None, compare=False, repr=False)
 
     def __call__(
         self,
@@ -104,6 +107,17 @@ class Apply:
                 "init_state(rngs=...), and no draws in evaluation"
             ) from error
         return outputs, dict(updated)
+
+    @contextlib.contextmanager
+    def recording(self, recorder: Recorder, params: PyTree, model_state: PyTree) -> Iterator[None]:
+        """Records the calls of the module and its submodules."""
+
+        def intercept(method: Any, args: Any, kwargs: Any, context: Any) -> Any:
+            module = context.module
+            return recorder.call(module.path, type(module).__name__, method, args, kwargs)
+
+        with nn.intercept_methods(intercept):
+            yield
 
     def to_module(self, params: PyTree, model_state: PyTree) -> NoReturn:
         """Raises InputError: a Linen module holds no parameters."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 from typing import Any
 
@@ -10,6 +11,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import PyTree
 
+from jaxtrain.adapters._recording import Path, Recorder, patched_calls
 from jaxtrain.adapters._shared import RefuseInit, Static, call_parameters, describe_type, to_arrays
 from jaxtrain.errors import InputError
 from jaxtrain.model import Model
@@ -36,6 +38,7 @@ class Apply:
     graphdef: Static = dataclasses.field(repr=False)
     description: str = dataclasses.field(compare=False)
     takes_train: bool = dataclasses.field(repr=False)
+    example: Any = dataclasses.field(default=None, compare=False, repr=False)
 
     def __call__(
         self,
@@ -60,11 +63,31 @@ class Apply:
         changing = nnx.state(module, nnx.Not(nnx.Any(nnx.Param, nnx.RngState)))
         return outputs, _update(model_state, nnx.to_pure_dict(changing))
 
+    def recording(
+        self, recorder: Recorder, params: PyTree, model_state: PyTree
+    ) -> contextlib.AbstractContextManager[None]:
+        """Records the calls of the module and its submodules."""
+        module = nnx.merge(self.graphdef.value, params, model_state)
+        return patched_calls(recorder, {type(node) for _, node in _modules(module)}, _find_paths)
+
     def to_module(self, params: PyTree, model_state: PyTree) -> Any:
         """Returns a new module with these variables, in evaluation mode."""
         module = nnx.merge(self.graphdef.value, params, model_state)
         module.eval()
         return module
+
+
+def _modules(module: nnx.Module) -> list[tuple[Path, nnx.Module]]:
+    """Returns the nested modules with their paths."""
+    return [
+        (tuple(map(str, path)), node)
+        for path, node in nnx.iter_graph(module)
+        if isinstance(node, nnx.Module)
+    ]
+
+
+def _find_paths(module: nnx.Module) -> dict[int, Path]:
+    return {id(node): path for path, node in _modules(module)}
 
 
 def _reseed(module: nnx.Module, key: Any) -> None:

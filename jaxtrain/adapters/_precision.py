@@ -80,6 +80,11 @@ class CastApply:
         return _cast(outputs, "float32"), new_state
 
     @property
+    def recording(self) -> Any:
+        """The function that records the calls of the network's layers."""
+        return getattr(self.apply, "recording", None)
+
+    @property
     def to_module(self) -> Any:
         """The function that rebuilds the network's module, which computes in float32."""
         return getattr(self.apply, "to_module", None)

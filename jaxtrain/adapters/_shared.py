@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import dataclasses
 import inspect
-from typing import Any, NoReturn
+from typing import Any, NamedTuple, NoReturn
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import PyTree
 
 from jaxtrain.errors import InputError
@@ -52,6 +53,25 @@ class RefuseInit:
             "the module holds its own parameters, so Model.init cannot be called; make a new "
             "module and pass it to init_state"
         )
+
+
+class BatchStatistics(NamedTuple):
+    """Where a model state has the running statistics of a batch norm layer.
+
+    Attributes:
+      mean: path of the running mean.
+      var: path of the running variance.
+      started: path of a flag or counter that tells whether the statistics are complete; "" if the
+        library has none.
+      complete: its value for complete statistics.
+      scale: the mean and variance in use are the arrays divided by this.
+    """
+
+    mean: str
+    var: str
+    started: str = ""
+    complete: np.ndarray | None = None
+    scale: float = 1.0
 
 
 def describe_type(value: Any) -> str:

@@ -109,7 +109,7 @@ def init_state(
         model_state=model_state,
         opt_state=opt_state,
         key=state_key,
-        model=adapted,
+        model=adapters.with_example(adapted, sample_inputs),
         optimizer=optimizer,
     )
 

@@ -1,0 +1,110 @@
+"""Recorder: the layers that a network calls while JAX traces it."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import re
+import threading
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any, NamedTuple
+
+import jax
+
+Path = tuple[str, ...]
+# Held while classes are patched.
+_PATCHING = threading.Lock()
+
+
+class Call(NamedTuple):
+    """The first call of a layer.
+
+    Attributes:
+      path: attributes or names that lead from the network to the layer; () is the network itself.
+      type: name of the layer's class.
+      inputs: shapes and dtypes of the arrays among its arguments, without PRNG keys.
+      outputs: those of its results.
+    """
+
+    path: Path
+    type: str
+    inputs: tuple[jax.ShapeDtypeStruct, ...]
+    outputs: tuple[jax.ShapeDtypeStruct, ...]
+
+
+class Recorder:
+    """Records calls of layers, and names the operations of each in JAX's name stack."""
+
+    def __init__(self) -> None:
+        self._calls: dict[Path, Call] = {}
+        self._thread = threading.get_ident()
+
+    @property
+    def calls(self) -> list[Call]:
+        """The layers in the order of their first calls."""
+        return list(self._calls.values())
+
+    def call(
+        self, path: Path, kind: str, function: Callable[..., Any], args: Any, kwargs: Any
+    ) -> Any:
+        """Calls the function of a layer and records it; in another thread, only calls it."""
+        if threading.get_ident() != self._thread:
+            return function(*args, **kwargs)
+        is_first = path not in self._calls
+        if is_first:
+            self._calls[path] = Call(path, kind, _shapes((args, kwargs)), ())
+        with jax.named_scope(f"jaxtrain_layer_{list(self._calls).index(path)}"):
+            outputs = function(*args, **kwargs)
+        if is_first:
+            self._calls[path] = self._calls[path]._replace(outputs=_shapes(outputs))
+        return outputs
+
+    def layer_of(self, name_stack: str) -> int | None:
+        """Returns the index in `calls` of the innermost layer of an operation, or None."""
+        found = re.findall(r"jaxtrain_layer_(\d+)", name_stack)
+        return int(found[-1]) if found else None
+
+
+@contextlib.contextmanager
+def patched_calls(
+    recorder: Recorder, classes: Iterable[type], find_paths: Callable[[Any], dict[int, Path]]
+) -> Iterator[None]:
+    """Records the calls of all layers of a network whose framework has no hook for it.
+
+    Args:
+      recorder: receives the calls.
+      classes: the classes of the layers, whose `__call__` is replaced in the meantime.
+      find_paths: returns the path of each layer by its `id`, for the network that is called first.
+    """
+    paths: dict[int, Path] = {}
+    owners = {base for cls in classes for base in cls.__mro__ if "__call__" in vars(base)}
+
+    def wrap(original: Any) -> Callable[..., Any]:
+        @functools.wraps(original)
+        def call(self: Any, *args: Any, **kwargs: Any) -> Any:
+            if not paths:
+                paths.update(find_paths(self))
+            function, path = original.__get__(self, type(self)), paths.get(id(self))
+            if path is None:  # a layer that JAX has rebuilt, in a loop for example
+                return function(*args, **kwargs)
+            return recorder.call(path, type(self).__name__, function, args, kwargs)
+
+        return call
+
+    with _PATCHING:
+        originals = {owner: vars(owner)["__call__"] for owner in owners}
+        try:
+            for owner, original in originals.items():
+                setattr(owner, "__call__", wrap(original))  # noqa: B010
+            yield
+        finally:
+            for owner, original in originals.items():
+                setattr(owner, "__call__", original)  # noqa: B010
+
+
+def _shapes(tree: Any) -> tuple[jax.ShapeDtypeStruct, ...]:
+    return tuple(
+        jax.ShapeDtypeStruct(leaf.shape, leaf.dtype)
+        for leaf in jax.tree.leaves(tree)
+        if isinstance(leaf, jax.Array) and not jax.numpy.issubdtype(leaf.dtype, jax.dtypes.prng_key)
+    )
