@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -38,7 +38,13 @@ class Chunk(NamedTuple):
     ends_epoch: bool
 
 
-def next_multiple(start: int, *intervals: int) -> int | None:
-    """Returns the next multiple of any of some intervals after `start`; 0 is ignored."""
-    stops = [(start // interval + 1) * interval for interval in intervals if interval]
-    return min(stops, default=None)
+def next_end(start: int, intervals: Iterable[int | None], steps: Iterable[int]) -> int | None:
+    """Returns where the chunk from `start` must end at the latest, or None if anywhere.
+
+    Args:
+      start: the first step of the chunk.
+      intervals: a chunk ends at their multiples; 0 and None are ignored.
+      steps: further steps at which a chunk ends; those before are ignored.
+    """
+    ends = [(start // interval + 1) * interval for interval in intervals if interval]
+    return min([*ends, *(step for step in steps if step > start)], default=None)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import time
 import warnings
@@ -17,6 +18,7 @@ from jaxtrain.optimizers import skipped_steps
 from jaxtrain.training._chunk import CHUNK_SECONDS, Chunk
 from jaxtrain.training._nonfinite import check_arrays, hint_for, raise_for_steps
 from jaxtrain.training._plan import Plan, learning_rate
+from jaxtrain.training._profile import Profile
 from jaxtrain.training._programs import mean_step_loss
 from jaxtrain.training._resident import Resident
 from jaxtrain.training._streamed import Streamed
@@ -37,6 +39,7 @@ def run_epoch(
     losses: np.ndarray,
     every_steps: int | None,
     save: Save,
+    profile: Profile | None,
 ) -> tuple[TrainState, dict[str, float], np.ndarray]:
     """Trains one epoch and evaluates.
 
@@ -49,6 +52,7 @@ def run_epoch(
       losses: the losses of these.
       every_steps: number of steps between two saves, or None.
       save: called after each multiple of `every_steps`, except at the end of the epoch.
+      profile: traces some steps; None traces none.
 
     Returns:
       The state after the epoch, the history's row, and the losses of the epoch's steps.
@@ -64,7 +68,7 @@ def run_epoch(
 
     before = state
     state, losses, weights, norm = _train(
-        plan, state, epoch, on_event, part, losses, every_steps, save_part
+        plan, state, epoch, on_event, part, losses, every_steps, save_part, profile
     )
     check_arrays(before, state, epoch)
     skipped_after = skipped_steps(state.opt_state)
@@ -101,6 +105,7 @@ def _train(
     losses: np.ndarray,
     every_steps: int | None,
     save_part: Callable[[TrainState, np.ndarray, np.ndarray, Chunk], None],
+    profile: Profile | None,
 ) -> tuple[TrainState, np.ndarray, np.ndarray, float]:
     """Trains one epoch; returns the state, the steps' losses and weights, and the last norm."""
     weights = np.empty(0, np.float32) if part is None else part.weights
@@ -108,7 +113,8 @@ def _train(
     interval = agree(getattr(on_event, "steps_between_events", 0))
     reported, reported_at, norm = len(losses), 0.0, np.float32(np.nan)
     last: Chunk | None = None
-    chunks = plan.train.chunks(epoch, part, interval, every_steps)
+    ends = () if profile is None else profile.ends(len(losses))
+    chunks = plan.train.chunks(epoch, part, interval, every_steps, ends)
 
     def report(chunk: Chunk) -> None:
         nonlocal reported, reported_at
@@ -118,17 +124,19 @@ def _train(
     with chunks as each:
         for chunk in each:
             before = state
-            state, found, norms, totals = chunk.run(before)
+            with contextlib.nullcontext() if profile is None else profile.chunk(chunk):
+                state, found, norms, totals = chunk.run(before)
             finite = np.isfinite(found) & np.isfinite(norms)
             if not finite.all() and skipped_steps(state.opt_state) is None:
                 raise_for_steps(chunk, before, epoch, finite)
             losses, weights = np.append(losses, found), np.append(weights, totals)
             norm, last = norms[-1], chunk
             is_due = time.perf_counter() - reported_at > CHUNK_SECONDS / 2
-            if is_due or (interval and chunk.stop % interval == 0):
-                report(chunk)
             is_multiple = every_steps is not None and chunk.stop % every_steps == 0
-            if is_multiple and not chunk.ends_epoch:
+            saves = is_multiple and not chunk.ends_epoch
+            if is_due or saves or (interval and chunk.stop % interval == 0):
+                report(chunk)
+            if saves:
                 save_part(state, losses, weights, chunk)
     if last is not None and reported < len(losses):
         report(last)

@@ -19,7 +19,7 @@ from jaxtrain._processes import agree
 from jaxtrain.checkpoint import PartOfEpoch, digest
 from jaxtrain.dataset import Dataset, epoch_order
 from jaxtrain.losses import Loss
-from jaxtrain.training._chunk import CHUNK_SECONDS, Chunk, next_multiple
+from jaxtrain.training._chunk import CHUNK_SECONDS, Chunk, next_end
 from jaxtrain.training._memory import memory_advice
 from jaxtrain.training._programs import num_steps, step_weights, train_steps
 from jaxtrain.training.state import TrainState
@@ -76,7 +76,12 @@ class Resident(NamedTuple):
 
     @contextlib.contextmanager
     def chunks(
-        self, epoch: int, part: PartOfEpoch | None, interval: int, every_steps: int | None
+        self,
+        epoch: int,
+        part: PartOfEpoch | None,
+        interval: int,
+        every_steps: int | None,
+        ends: tuple[int, ...] = (),
     ) -> Iterator[Iterator[Chunk]]:
         """Yields the chunks of an epoch, as long as `CHUNK_SECONDS` allow.
 
@@ -85,11 +90,14 @@ class Resident(NamedTuple):
           part: the steps that an earlier call has taken, or None.
           interval: steps between two events, at whose multiples a chunk ends; 0 for none.
           every_steps: steps between two checkpoints, the same; None for none.
+          ends: further steps at which a chunk ends.
         """
         start = 0 if part is None else part.step
-        yield self._chunks(self.order(epoch), start, (interval, every_steps or 0))
+        yield self._chunks(self.order(epoch), start, (interval, every_steps), ends)
 
-    def _chunks(self, order: Array, start: int, intervals: tuple[int, ...]) -> Iterator[Chunk]:
+    def _chunks(
+        self, order: Array, start: int, intervals: tuple[int | None, ...], ends: tuple[int, ...]
+    ) -> Iterator[Chunk]:
         seconds = 0.0
 
         def run(
@@ -115,7 +123,8 @@ class Resident(NamedTuple):
 
         length = 1
         while start < self.steps:
-            stop = min(start + length, next_multiple(start, *intervals) or self.steps, self.steps)
+            end = next_end(start, intervals, ends) or self.steps
+            stop = min(start + length, end, self.steps)
             stop = agree(stop)  # all processes take the same steps at once
             seen = min(stop * self.batch_size, len(self.data))
             steps = functools.partial(run, start, stop)

