@@ -40,6 +40,8 @@ def test_the_readme_has_code_and_fits_on_130_lines() -> None:
 def test_code_runs_from_top_to_bottom_and_prints_what_its_comments_say(
     page: Path, tmp_path: Path, monkeypatch, capsys
 ) -> None:
+    if any("import torch" in block for block in code_blocks(page)):
+        pytest.importorskip("torch")
     monkeypatch.chdir(tmp_path)
     names: dict[str, object] = {}
     with jax.numpy_rank_promotion("allow"):  # JAX's default, unlike in the other tests

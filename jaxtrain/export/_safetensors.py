@@ -16,6 +16,7 @@ from jaxtrain._placement import to_words
 from jaxtrain._safetensors import DTYPES, MAX_HEADER_BYTES, place, to_host
 from jaxtrain.dataset import named_arrays
 from jaxtrain.errors import InputError
+from jaxtrain.optimizers import restart_average
 from jaxtrain.training.state import TrainState
 
 
@@ -56,7 +57,7 @@ def load_params(path: str | os.PathLike[str], state: TrainState) -> TrainState:
     Args:
       path: the file.
       state: a state of the same model, made by `init_state`; its optimizer state, step, epoch and
-        key are kept.
+        key are kept, except that an average of the parameters starts anew.
 
     Returns:
       The state with the parameters and model state of the file, on the devices of `state`.
@@ -92,8 +93,10 @@ def load_params(path: str | os.PathLike[str], state: TrainState) -> TrainState:
         )
     values = [_restore(found[name]["data"], leaf) for name, leaf in expected]
     count = len(jax.tree.leaves(state.params))
+    params = jax.tree.unflatten(jax.tree.structure(state.params), values[:count])
     return state.replace(
-        params=jax.tree.unflatten(jax.tree.structure(state.params), values[:count]),
+        params=params,
+        opt_state=restart_average(state.opt_state, params),
         model_state=jax.tree.unflatten(jax.tree.structure(state.model_state), values[count:]),
     )
 

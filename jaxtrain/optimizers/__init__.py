@@ -1,7 +1,7 @@
 """Optimizers with the semantics of `torch.optim`, safeguards, schedules, and `minimize`."""
 
 from jaxtrain.optimizers._accumulation import AccumulationState, accumulate_gradients
-from jaxtrain.optimizers._averaging import AverageState, average_parameters
+from jaxtrain.optimizers._averaging import AverageState, average_parameters, restart_average
 from jaxtrain.optimizers._hoist import HoistedState, hoist_tracers
 from jaxtrain.optimizers._inspect import (
     averaged_params,
@@ -39,12 +39,19 @@ from jaxtrain.optimizers._torch import (
     rprop,
     sgd,
 )
-from jaxtrain.optimizers._transforms import clip_by_global_norm, global_norm
+from jaxtrain.optimizers._transforms import (
+    AmsgradState,
+    DampedTraceState,
+    clip_by_global_norm,
+    global_norm,
+)
 
 __all__ = [
     "OPTIMIZERS",
     "AccumulationState",
+    "AmsgradState",
     "AverageState",
+    "DampedTraceState",
     "HoistedState",
     "LearningRate",
     "Minimum",
@@ -74,6 +81,7 @@ __all__ = [
     "make",
     "minimize",
     "one_cycle_lr",
+    "restart_average",
     "rmsprop",
     "rprop",
     "sgd",

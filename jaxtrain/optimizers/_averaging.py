@@ -81,3 +81,14 @@ def average_parameters(
         return updates, AverageState(inner_state, average, state.count + 1, evaluate)
 
     return optax.GradientTransformationExtraArgs(init, update)
+
+
+def restart_average(opt_state: PyTree, params: PyTree) -> PyTree:
+    """Returns an optimizer state whose average of the parameters starts anew, with `params`."""
+
+    def restart(node: Any) -> Any:
+        if not isinstance(node, AverageState):
+            return node
+        return dataclasses.replace(node, average=params, count=jnp.zeros_like(node.count))
+
+    return jax.tree.map(restart, opt_state, is_leaf=lambda node: isinstance(node, AverageState))

@@ -1,0 +1,125 @@
+"""Reads a state dict of PyTorch, from memory or from a file that cannot run code."""
+
+from __future__ import annotations
+
+import errno
+import os
+import pickle
+import warnings
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from jaxtrain._extras import needs_extra
+from jaxtrain._files import read_regular_file
+from jaxtrain._safetensors import DTYPES
+from jaxtrain.errors import InputError
+
+_SAFETENSORS, _PICKLES = (".safetensors",), (".pt", ".pth", ".bin")
+
+
+def read_state_dict(source: Any) -> dict[str, np.ndarray]:
+    """Returns the tensors of a state dict by name.
+
+    Args:
+      source: a state dict, a module of PyTorch, or a file.
+
+    Raises:
+      InputError: it is something else, or a file that cannot be read.
+      MissingExtraError: a ".pt" file is given, and PyTorch is not installed.
+    """
+    if isinstance(source, str | os.PathLike):
+        path = Path(source)
+        found = _read_file(path)
+        name = str(path)
+    else:
+        found = source.state_dict() if hasattr(source, "state_dict") else source
+        name = "state_dict"
+    if not isinstance(found, Mapping):
+        raise InputError(
+            f"{name} is a {type(found).__name__}; expected a state dict of PyTorch, as "
+            "module.state_dict() returns, or a file of one"
+        )
+    tensors: dict[str, np.ndarray] = {}
+    for key, value in found.items():
+        if not hasattr(value, "shape") or not hasattr(value, "dtype"):
+            raise InputError(
+                f"{name} has a {type(value).__name__} for {key!r}; expected a tensor for each "
+                "name: pass the entry that is the model's state dict"
+            )
+        tensors[str(key)] = to_array(value)
+    return tensors
+
+
+def to_array(tensor: Any) -> np.ndarray:
+    """Returns a tensor of PyTorch, or an array, as an array of NumPy."""
+    if not hasattr(tensor, "detach"):
+        return np.asarray(tensor)
+    tensor = tensor.detach().cpu()
+    if str(tensor.dtype) == "torch.bfloat16":
+        import ml_dtypes
+        import torch
+
+        return tensor.contiguous().view(torch.int16).numpy().view(ml_dtypes.bfloat16)
+    return tensor.numpy()
+
+
+def _read_file(path: Path) -> Any:
+    if path.suffix not in (*_SAFETENSORS, *_PICKLES):
+        raise InputError(
+            f"{path} has the suffix {path.suffix!r}; expected a file of PyTorch weights, "
+            f"{', '.join((*_SAFETENSORS, *_PICKLES))}"
+        )
+    try:
+        path = path.resolve(strict=True)
+        if path.suffix in _PICKLES:
+            with needs_extra("torch"):
+                import torch  # noqa: F401
+            read_regular_file(path, 0)  # raises for a directory, a pipe or a missing file
+    except OSError as error:
+        if error.errno != errno.EFBIG:
+            raise InputError(f"{path} cannot be read: {error.strerror or error}") from error
+    return _read_safetensors(path) if path.suffix in _SAFETENSORS else _read_pickle(path)
+
+
+def _read_safetensors(path: Path) -> dict[str, np.ndarray]:
+    import jax.numpy as jnp
+    import safetensors
+
+    try:
+        entries = dict(safetensors.deserialize(read_regular_file(path)))
+    except OSError as error:
+        raise InputError(f"{path} cannot be read: {error.strerror or error}") from error
+    except safetensors.SafetensorError as error:
+        raise InputError(
+            f"{path} is not a complete safetensors file ({error}); expected one written by "
+            "safetensors.torch.save_file: copy or download it again"
+        ) from error
+    # Sorted, since the file does not preserve the order of the state dict.
+    return {
+        name: np.frombuffer(entry["data"], jnp.dtype(DTYPES[entry["dtype"]])).reshape(
+            entry["shape"]
+        )
+        for name, entry in sorted(entries.items())
+    }
+
+
+def _read_pickle(path: Path) -> Any:
+    import torch
+
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of deprecated storage types in old files
+            return torch.load(path, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError as error:
+        raise InputError(
+            f"{path} contains objects other than tensors, which could run code, or is damaged; "
+            "expected a file written by torch.save(module.state_dict(), path)"
+        ) from error
+    except (RuntimeError, EOFError, OSError, ValueError, KeyError) as error:
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        raise InputError(
+            f"{path} is not a complete file of PyTorch ({reason}); copy or download it again"
+        ) from error

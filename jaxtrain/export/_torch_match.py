@@ -1,0 +1,295 @@
+"""Finds which layer of PyTorch is which layer of a model, by names, order and shapes."""
+
+from __future__ import annotations
+
+import itertools
+import re
+from collections import Counter
+from collections.abc import Collection, Mapping, Sequence
+from typing import NamedTuple, NoReturn, TypeVar
+
+from jaxtrain.errors import InputError
+from jaxtrain.export._torch_layers import Layer, Shape, have_order, natural
+
+# Tensors that the other libraries do not have.
+_COUNTERS = {"num_batches_tracked"}
+# Names of the tensors of layers; other tensors are single parameters of a module.
+_PARTS = {
+    *("weight", "bias", "running_mean", "running_var", "in_proj_weight", "in_proj_bias"),
+    *("weight_ih", "weight_hh", "bias_ih", "bias_hh", *_COUNTERS),
+}
+
+_Signature = tuple[tuple[str, Shape], ...]
+_AnyLayer = TypeVar("_AnyLayer")
+
+
+class TorchLayer(NamedTuple):
+    """A layer of a state dict.
+
+    Attributes:
+      name: its name, such as "layer1.0.conv1".
+      tensors: full names of its tensors, by their name within the layer.
+      shapes: their shapes.
+    """
+
+    name: str
+    tensors: dict[str, str]
+    shapes: dict[str, Shape]
+
+
+def torch_layers(shapes: Mapping[str, Shape]) -> list[TorchLayer]:
+    """Groups the tensors of a state dict by layer.
+
+    The layers of a deep LSTM are layers of their own, "lstm.l0" and "lstm.l1".
+    """
+    found: dict[str, TorchLayer] = {}
+    for full, shape in shapes.items():
+        name, part = _split(full, shapes)
+        layer = found.setdefault(name, TorchLayer(name, {}, {}))
+        layer.tensors[part] = full
+        if part not in _COUNTERS:
+            layer.shapes[part] = shape
+    return list(found.values())
+
+
+def _split(full: str, names: Collection[str]) -> tuple[str, str]:
+    """Returns the layer of a tensor and the tensor's name within the layer."""
+    name, _, part = full.rpartition(".")
+    recurrent = re.fullmatch(r"((?:weight|bias)_[ih]h)_(l\d+(?:_reverse)?)", part)
+    if recurrent is not None:
+        kind, layer = recurrent.groups()
+        first = full.removesuffix(layer) + "l0"
+        is_deep = layer != "l0" or {first[:-1] + "1", first + "_reverse"} & set(names)
+        return (f"{name}.{layer}" if is_deep else name), kind
+    outer, _, last = name.rpartition(".")
+    if last == "out_proj" and ".".join(filter(None, [outer, "in_proj_weight"])) in names:
+        return outer, f"out_proj.{part}"
+    return (name, part) if part in _PARTS else (full, "")
+
+
+def have_creation_order(tensors: Sequence[str]) -> bool:
+    """Returns whether tensors are in the order of a module, or in one that a file gave them.
+
+    A safetensors file sorts the names; once loaded, the tensors of a layer may also be apart.
+    """
+    layers = [name for name, _ in itertools.groupby(_split(full, tensors)[0] for full in tensors)]
+    return list(tensors) != sorted(tensors) and len(layers) == len(set(layers))
+
+
+def match(
+    shapes: Mapping[str, Shape],
+    ours: Sequence[Layer],
+    mapping: Mapping[str, str],
+    *,
+    is_called_in_order: bool,
+    strict: bool,
+) -> list[tuple[TorchLayer, Layer]]:
+    """Returns pairs of layers, in the order of ours.
+
+    Args:
+      shapes: shapes of the tensors of a state dict by name.
+      ours: layers of the model.
+      mapping: paths of the model by names of PyTorch, for layers that are known.
+      is_called_in_order: whether `ours` are in the order of their calls, or only of their names.
+      strict: whether every layer needs a counterpart.
+
+    Raises:
+      InputError: a layer has no counterpart, or more than one possible.
+    """
+    theirs = torch_layers(shapes)
+    pairs = _mapped(theirs, ours, mapping)
+    is_created_in_order = have_creation_order(list(shapes))
+    if not is_created_in_order:
+        theirs = sorted(theirs, key=lambda layer: natural(layer.name))
+    theirs_left = [layer for layer in theirs if layer.name not in pairs]
+    taken = {layer.path for layer in pairs.values()}
+    left = [layer for layer in ours if layer.path not in taken]
+    same = _by_name(theirs_left, left)
+    if same is not None:
+        taken = {layer.path for layer in same.values()}
+        theirs_left, left = [], [layer for layer in left if layer.path not in taken]
+        pairs |= same
+    if strict:
+        _check_counts(theirs_left, left)
+    pairs |= _by_shapes(theirs_left, left, is_created_in_order, is_called_in_order)
+    by_name = {layer.name: layer for layer in theirs}
+    names = {layer.path: name for name, layer in pairs.items()}
+    return [(by_name[names[layer.path]], layer) for layer in ours if layer.path in names]
+
+
+def _by_name(theirs: Sequence[TorchLayer], ours: Sequence[Layer]) -> dict[str, Layer] | None:
+    """Returns pairs of equal names, or None unless every layer of PyTorch has one."""
+    by_name = {_normalized(layer.path): layer for layer in ours}
+    pairs = {layer.name: by_name.get(_normalized(layer.name)) for layer in theirs}
+    found = {name: layer for name, layer in pairs.items() if layer is not None}
+    fit = all(layer.name in found and _fits(layer, found[layer.name]) for layer in theirs)
+    return found if fit else None
+
+
+def _by_shapes(
+    theirs: Sequence[TorchLayer],
+    ours: Sequence[Layer],
+    is_created_in_order: bool,
+    is_called_in_order: bool,
+) -> dict[str, Layer]:
+    """Returns pairs of equal shapes, several of which must have a known order."""
+    groups: dict[_Signature, tuple[list[TorchLayer], list[Layer]]] = {}
+    for layer in theirs:
+        groups.setdefault(_signature(layer.shapes), ([], []))[0].append(layer)
+    for own in ours:
+        groups.setdefault(_signature(own.tensors), ([], []))[1].append(own)
+    groups = {signature: group for signature, group in groups.items() if all(group)}
+
+    def order(shapes: Sequence[Mapping[str, Shape]]) -> list[_Signature]:
+        return [s for s in map(_signature, shapes) if s in groups and not _is_single(s)]
+
+    are_in_order = (is_created_in_order and is_called_in_order) and order(
+        [layer.shapes for layer in theirs]
+    ) == order([layer.tensors for layer in ours])
+    pairs: dict[str, Layer] = {}
+    for signature, (a, b) in groups.items():
+        # Single parameters of a module come before its layers, wherever they are used.
+        is_called = is_called_in_order and not _is_single(signature)
+        # If not all layers are in the same order, numbers in names may tell that of these.
+        theirs_known = have_order([x.name for x in a]) or (is_created_in_order and not is_called)
+        ours_known = have_order([x.path for x in b]) or is_called
+        is_clear = (are_in_order and is_called) or (theirs_known and ours_known)
+        if len(a) != len(b) or not (is_clear or len(a) == 1):
+            _raise_unclear(a, b, is_created_in_order)
+        pairs |= {x.name: y for x, y in zip(a, b, strict=True)}
+    return pairs
+
+
+def _is_single(signature: _Signature) -> bool:
+    return any(name == "" for name, _ in signature)
+
+
+def _raise_unclear(
+    theirs: Sequence[TorchLayer], ours: Sequence[Layer], is_created_in_order: bool
+) -> NoReturn:
+    names, paths = [layer.name for layer in theirs], [layer.path for layer in ours]
+    hint = (
+        ""
+        if is_created_in_order
+        else (", or module.state_dict() in place of a safetensors file, whose names are sorted")
+    )
+    raise InputError(
+        f"the order of the layers does not determine which of {_listed(names)} in PyTorch is which "
+        f"of {_listed(paths)} in the model; expected a mapping, such as mapping={{{names[0]!r}: "
+        f"{paths[0]!r}}}{hint}",
+        argument="mapping",
+    )
+
+
+def _mapped(
+    theirs: Sequence[TorchLayer], ours: Sequence[Layer], mapping: Mapping[str, str]
+) -> dict[str, Layer]:
+    """Returns the pairs that the user's mapping names."""
+    by_name = {layer.name: layer for layer in theirs}
+    by_path = {layer.path: layer for layer in ours}
+    for kind, given, known in (
+        ("PyTorch", mapping.keys(), by_name),
+        ("the model", mapping.values(), by_path),
+    ):
+        unknown = [name for name in given if name not in known]
+        if unknown:
+            raise InputError(
+                f"mapping has the layer {unknown[0]!r}, which {kind} does not have; expected one "
+                f"of {_listed(list(known))}",
+                argument="mapping",
+            )
+    twice = [path for path, count in Counter(mapping.values()).items() if count > 1]
+    if twice:
+        raise InputError(
+            f"mapping has two layers for {twice[0]!r}; expected each layer once", argument="mapping"
+        )
+    pairs = {name: by_path[path] for name, path in mapping.items()}
+    wrong = [
+        _difference(by_name[name], layer)
+        for name, layer in pairs.items()
+        if not _fits(by_name[name], layer)
+    ]
+    if wrong:
+        raise InputError(f"{'; '.join(wrong)}; expected layers of the same shapes in mapping")
+    return pairs
+
+
+def _check_counts(theirs: Sequence[TorchLayer], ours: Sequence[Layer]) -> None:
+    """Raises InputError, naming all tensors that differ, unless there are as many of each shape."""
+    counts_ours = Counter(_signature(layer.tensors) for layer in ours)
+    counts_theirs = Counter(_signature(layer.shapes) for layer in theirs)
+    extra = _left_over([(_signature(layer.shapes), layer) for layer in theirs], counts_ours)
+    missing = _left_over([(_signature(layer.tensors), layer) for layer in ours], counts_theirs)
+    if not extra and not missing:
+        return
+    if len(extra) == len(missing):
+        texts = [_difference(a, b) for a, b in zip(extra, missing, strict=True)]
+    else:
+        texts = [
+            f"{full} {list(layer.shapes[part])} has no counterpart in the model"
+            for layer in extra
+            for part, full in layer.tensors.items()
+            if part in layer.shapes
+        ]
+        texts += [
+            f"{layer.path or 'the model'} needs {_needs(layer)}, which the state dict does not have"
+            for layer in missing
+        ]
+    raise InputError(
+        f"{'; '.join(texts)}; expected a state dict of the same network (mapping= names layers, "
+        "strict=False leaves out those without a counterpart)"
+    )
+
+
+def _left_over(
+    layers: Sequence[tuple[_Signature, _AnyLayer]], counts: Mapping[_Signature, int]
+) -> list[_AnyLayer]:
+    """Returns the layers beyond the number that the other side has of their shapes."""
+    left, found = Counter(counts), []
+    for signature, layer in layers:
+        if left[signature] > 0:
+            left[signature] -= 1
+        else:
+            found.append(layer)
+    return found
+
+
+def _difference(theirs: TorchLayer, ours: Layer) -> str:
+    """Describes how a layer of PyTorch differs from the one that should be the same."""
+    texts = []
+    where = f"for {ours.path}" if ours.path else "for the model"
+    for part, shape in ours.tensors.items():
+        full = theirs.tensors.get(part, ".".join(filter(None, [theirs.name, part])))
+        found = theirs.shapes.get(part)
+        if found is None:
+            texts.append(f"{full} {list(shape)} is missing {where}")
+        elif found != shape:
+            hint = " (it looks transposed)" if found == shape[::-1] else ""
+            texts.append(f"{full} has the shape {list(found)}, not {list(shape)} {where}{hint}")
+    texts += [
+        f"{theirs.tensors[part]} {list(shape)} is not used by {ours.path or 'the model'}"
+        for part, shape in theirs.shapes.items()
+        if part not in ours.tensors
+    ]
+    return "; ".join(texts)
+
+
+def _needs(layer: Layer) -> str:
+    return ", ".join(f"{name or 'a tensor'} {list(shape)}" for name, shape in layer.tensors.items())
+
+
+def _fits(theirs: TorchLayer, ours: Layer) -> bool:
+    return _signature(theirs.shapes) == _signature(ours.tensors)
+
+
+def _signature(shapes: Mapping[str, Shape]) -> _Signature:
+    return tuple(sorted(shapes.items()))
+
+
+def _normalized(name: str) -> str:
+    return name.lower().replace(".", "_")
+
+
+def _listed(names: Sequence[str], most: int = 8) -> str:
+    more = f" and {len(names) - most} more" if len(names) > most else ""
+    return ", ".join(names[:most]) + more
