@@ -254,10 +254,13 @@ def compiled_predict(state: TrainState, inputs: PyTree, *, batch_size: int) -> A
         def predict(batch: PyTree) -> Any:
             return predict_batch(state, parallel.divide(batch))
 
+        # In `jax.export`, the number of examples may be symbolic; then they are one batch.
+        if not isinstance(examples, int):
+            return predict(inputs)
         full, *rest = _map_batches(predict, inputs, batch_size)
         return jax.tree.map(functools.partial(_in_order, examples), full, *rest)
 
-    examples = len(jax.tree.leaves(inputs)[0])
+    examples = jax.tree.leaves(inputs)[0].shape[0]
     return parallel.on_auto_axes(run, state, inputs)
 
 

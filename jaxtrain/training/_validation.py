@@ -25,13 +25,14 @@ def check_inputs(inputs: PyTree) -> None:
     arrays = named_arrays(inputs, "inputs")
     for path, array in arrays:
         check_array(array, path)
-    if not arrays or any(array.ndim == 0 or len(array) == 0 for _, array in arrays):
+    # Not `len`, since the number of examples may be symbolic in `jax.export`.
+    if not arrays or any(array.ndim == 0 or array.shape[0] == 0 for _, array in arrays):
         shapes = ", ".join(str(array.shape) for _, array in arrays)
         raise InputError(
             f"inputs has the shape {shapes}; expected at least one example along the first axis"
         )
-    if len({len(array) for _, array in arrays}) > 1:
-        lengths = ", ".join(f"{path} has {len(array)}" for path, array in arrays)
+    if len({array.shape[0] for _, array in arrays}) > 1:
+        lengths = ", ".join(f"{path} has {array.shape[0]}" for path, array in arrays)
         raise InputError(f"{lengths} examples; expected the same number along the first axis")
 
 

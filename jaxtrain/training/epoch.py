@@ -21,7 +21,8 @@ from jaxtrain.training._batches import Batches, is_stream
 from jaxtrain.training._programs import compiled_epoch, compiled_evaluate, compiled_predict
 from jaxtrain.training._programs import num_steps as num_steps
 from jaxtrain.training._streamed import Streamed, evaluate_batches
-from jaxtrain.training._validation import check_inputs, check_line_search, check_targets
+from jaxtrain.training._validation import check_inputs as check_inputs
+from jaxtrain.training._validation import check_line_search, check_targets
 from jaxtrain.training.state import TrainState, check_state_type
 from jaxtrain.training.step import Metrics, check_loss, metric_items
 
@@ -142,6 +143,9 @@ def evaluate(
 
 def predict(state: TrainState, inputs: PyTree, *, batch_size: int = 1000) -> Any:
     """Returns the model's outputs for many inputs, in evaluation mode.
+
+    May be called under `jax.jit`, and in `jax.export` with a symbolic number of examples, which
+    are then evaluated in one batch.
 
     Args:
       state: the parameters to predict with.

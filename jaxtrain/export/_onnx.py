@@ -1,0 +1,180 @@
+"""Saves a trained model as an ONNX file, by jax2onnx."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import itertools
+import logging
+import math
+import os
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+from jax.extend.core import Literal
+from jax.interpreters.partial_eval import dce_jaxpr
+from jaxtyping import PyTree
+
+from jaxtrain._extras import needs_extra
+from jaxtrain._files import write_atomically
+from jaxtrain.errors import InputError
+from jaxtrain.export._prediction import (
+    export_error,
+    prediction_function,
+    symbolic_inputs,
+    without_mesh,
+)
+from jaxtrain.training.state import TrainState
+
+# Each element of a window is an operation of the file.
+MAX_WINDOW = 64
+HINT = "use jaxtrain.export.stablehlo, which takes every model"
+
+
+def onnx(
+    state: TrainState,
+    path: str | os.PathLike[str],
+    inputs: PyTree,
+    *,
+    preprocess: Callable[[PyTree], PyTree] | None = None,
+    postprocess: Callable[[Any], Any] | None = None,
+) -> None:
+    """Writes a model to an ONNX file that takes any number of examples.
+
+    The conversion is that of jax2onnx, which does not know all operations of JAX. Before the file
+    is written, onnxruntime runs it, and its outputs are compared with those of JAX.
+
+    Args:
+      state: the trained state.
+      path: the file, such as "model.onnx"; it is written completely or not at all.
+      inputs: array, or pytree of arrays whose leaves become the inputs of the file in the order
+        of `jax.tree.leaves`, [examples, ...]. One example is enough; the values are used for the
+        comparison only.
+      preprocess: function in JAX from these inputs to those of the model, such as a normalization.
+      postprocess: function in JAX of the outputs, such as `jax.nn.softmax`.
+
+    Raises:
+      MissingExtraError: jax2onnx or onnxruntime is not installed.
+      InputError: the model does not take the inputs or only a fixed number of examples; or
+        jax2onnx cannot convert it.
+      StorageError: the file cannot be written.
+
+    Example:
+      >>> jt.export.onnx(state, "model.onnx", test.inputs[:1], postprocess=jax.nn.softmax)
+    """
+    predict = prediction_function(state, preprocess, postprocess)
+    specs = symbolic_inputs(inputs, "B")
+    with needs_extra("onnx"), _quiet():
+        import onnxruntime
+        from jax2onnx import to_onnx
+    try:
+        with without_mesh():
+            # Traced here, since jax2onnx replaces functions of Flax and Equinox while it traces,
+            # and some of the replacements do not take all arguments.
+            closed = jax.make_jaxpr(predict)(specs)
+    except InputError:
+        raise
+    except Exception as error:  # models raise different types
+        raise export_error(specs, error) from error
+
+    # Without operations whose results are not used, such as the random initial carry of an LSTM.
+    jaxpr, _ = dce_jaxpr(closed.jaxpr, [True] * len(closed.out_avals), instantiate=True)
+
+    def evaluate(*leaves: Any) -> Any:
+        return _evaluate(jaxpr, closed.consts, *leaves)
+
+    samples = [
+        np.repeat(np.asarray(leaf[:1], spec.dtype), 2, axis=0)
+        for leaf, spec in zip(jax.tree.leaves(inputs), jax.tree.leaves(specs), strict=True)
+    ]
+    try:
+        with _quiet(), without_mesh():
+            content = to_onnx(evaluate, jax.tree.leaves(specs)).SerializeToString()
+            options = onnxruntime.SessionOptions()
+            options.log_severity_level = 4  # errors are raised
+            session = onnxruntime.InferenceSession(content, options)
+            names = [each.name for each in session.get_inputs()]
+            found = session.run(None, dict(zip(names, samples, strict=True)))
+    except Exception as error:  # jax2onnx and onnxruntime raise different types
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        raise InputError(f"jax2onnx cannot convert the model: {reason}; {HINT}") from error
+    sample = jax.tree.unflatten(jax.tree.structure(inputs), samples)
+    wanted = jax.tree.leaves(jax.jit(predict)(sample))
+    for ours, theirs in zip(wanted, found, strict=True):
+        if not np.allclose(ours, theirs, rtol=1e-4, atol=1e-5):
+            difference = np.max(np.abs(np.asarray(ours) - theirs))
+            raise InputError(
+                f"the ONNX model differs from that in JAX by {difference:g}; expected at most "
+                f"1e-5: {HINT}"
+            )
+    write_atomically(Path(path), content)
+
+
+def _evaluate(jaxpr: Any, constants: Sequence[Any], *inputs: Any) -> list[Any]:
+    """Evaluates a jaxpr by operations that jax2onnx converts correctly.
+
+    Calls are inlined, since jax2onnx 0.17 does not convert those of JAX 0.12; and max pooling is a
+    maximum of slices, since onnxruntime does not run what jax2onnx makes of channels-last windows.
+    """
+    values = dict(zip((*jaxpr.constvars, *jaxpr.invars), (*constants, *inputs), strict=True))
+
+    def read(variable: Any) -> Any:
+        return variable.val if isinstance(variable, Literal) else values[variable]
+
+    for equation in jaxpr.eqns:
+        name, params = equation.primitive.name, equation.params
+        operands = [read(variable) for variable in equation.invars]
+        inner = params.get("jaxpr") if name in ("jit", "pjit") else params.get("call_jaxpr")
+        if inner is not None:
+            results = _evaluate(inner.jaxpr, inner.consts, *operands)
+        elif name == "reduce_window_max" and _is_pooling(**params):
+            results = [_max_pool(*operands, shape=equation.outvars[0].aval.shape, **params)]
+        else:
+            params = equation.primitive.get_bind_params(params)
+            results = equation.primitive.bind(*operands, **params)
+            results = results if equation.primitive.multiple_results else [results]
+        values.update(zip(equation.outvars, results, strict=True))
+    return [read(variable) for variable in jaxpr.outvars]
+
+
+def _is_pooling(
+    window_dimensions: Any, base_dilation: Any, window_dilation: Any, padding: Any, **_: Any
+) -> bool:
+    plain = {*base_dilation, *window_dilation} == {1} and not any(map(any, padding))
+    return plain and math.prod(window_dimensions) <= MAX_WINDOW
+
+
+def _max_pool(x: Any, *, shape: Any, window_dimensions: Any, window_strides: Any, **_: Any) -> Any:
+    slices = [
+        lax.slice(
+            x,
+            tap,
+            [t + (n - 1) * s + 1 for t, n, s in zip(tap, shape, window_strides, strict=True)],
+            window_strides,
+        )
+        for tap in itertools.product(*map(range, window_dimensions))
+    ]
+    return functools.reduce(jnp.maximum, slices)
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Hides the warnings and log messages of jax2onnx, and keeps the settings of `logging`."""
+    root, disabled = logging.getLogger(), logging.root.manager.disable
+    handlers, level = list(root.handlers), root.level
+    logging.disable(logging.WARNING)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logging.disable(disabled)
+        # `logging.info`, which jax2onnx calls, adds a handler.
+        root.handlers[:] = handlers
+        root.setLevel(level)

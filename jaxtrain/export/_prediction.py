@@ -1,0 +1,105 @@
+"""A trained model as a function of any number of examples, for files that contain a program."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import numpy as np
+from jaxtyping import PyTree
+
+from jaxtrain._placement import is_key, to_numpy
+from jaxtrain.dataset import named_arrays
+from jaxtrain.errors import InputError
+from jaxtrain.optimizers import evaluation_params
+from jaxtrain.training.epoch import check_inputs
+from jaxtrain.training.state import TrainState, check_state_type
+from jaxtrain.training.step import predict_batch
+
+
+def prediction_function(
+    state: TrainState,
+    preprocess: Callable[[PyTree], PyTree] | None,
+    postprocess: Callable[[Any], Any] | None,
+) -> Callable[[PyTree], Any]:
+    """Returns the function of one batch that computes what `predict` does.
+
+    Args:
+      state: the parameters to predict with, which become constants.
+      preprocess: applied to the inputs first, or None.
+      postprocess: applied to the outputs, or None.
+
+    Raises:
+      InputError: the state is not a TrainState, or a function cannot be called.
+    """
+    check_state_type(state)
+    for name, function in (("preprocess", preprocess), ("postprocess", postprocess)):
+        if function is not None and not callable(function):
+            raise InputError(f"{name} is {function!r}; expected a function or None", argument=name)
+
+    def on_host(tree: PyTree) -> PyTree:
+        # A file does not depend on the devices that the state lies on.
+        return jax.tree.map(lambda leaf: leaf if is_key(leaf) else to_numpy(leaf), tree)
+
+    constants = state.replace(
+        step=np.zeros((), np.int32),
+        epoch=np.zeros((), np.int32),
+        params=on_host(evaluation_params(state.opt_state, state.params)),
+        model_state=on_host(state.model_state),
+        opt_state=(),
+        key=None,
+    )
+
+    def predict(inputs: PyTree) -> Any:
+        # Arrays rather than NumPy's, which indexing by a traced array would fail on.
+        arrays = jax.tree.map(jax.numpy.asarray, constants)
+        outputs = predict_batch(arrays, inputs if preprocess is None else preprocess(inputs))
+        return outputs if postprocess is None else postprocess(outputs)
+
+    return predict
+
+
+def symbolic_inputs(inputs: PyTree, name: str) -> PyTree:
+    """Returns the shapes and dtypes of inputs, with a symbolic number of examples.
+
+    Args:
+      inputs: array or pytree of arrays, [examples, ...].
+      name: the name of the number of examples.
+
+    Raises:
+      InputError: the inputs are not arrays, or there are none.
+    """
+    from jax import export
+
+    check_inputs(inputs)
+    (examples,) = export.symbolic_shape(name)
+    return jax.tree.map(
+        lambda leaf: jax.ShapeDtypeStruct(
+            (examples, *leaf.shape[1:]), jax.dtypes.canonicalize_dtype(leaf.dtype)
+        ),
+        inputs,
+    )
+
+
+def without_mesh() -> contextlib.AbstractContextManager[Any]:
+    """Returns a context in which programs are for one device, whatever mesh the user has set."""
+    return jax.set_mesh(jax.sharding.Mesh(np.empty((), object), ()))
+
+
+def export_error(inputs: PyTree, error: Exception) -> InputError:
+    """Returns the error for a model that cannot be traced for symbolic inputs."""
+    shapes = ", ".join(
+        f"{path} has {describe(leaf)}" for path, leaf in named_arrays(inputs, "inputs")
+    )
+    reason = (str(error).splitlines() or [type(error).__name__])[0]
+    return InputError(
+        f"the model cannot be exported ({shapes}): {reason}; expected inputs as of init_state, and "
+        "a model that takes any number of examples"
+    )
+
+
+def describe(leaf: Any) -> str:
+    """Returns the dtype and shape of an array, such as uint8[batch,28,28]."""
+    return f"{np.dtype(leaf.dtype).name}[{','.join(map(str, leaf.shape))}]"

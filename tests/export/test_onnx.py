@@ -1,0 +1,106 @@
+"""A model as an ONNX file gives the outputs of `predict` in onnxruntime."""
+
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import jaxtrain as jt
+
+onnxruntime = pytest.importorskip("onnxruntime")
+pytest.importorskip("jax2onnx")
+
+IMAGES = np.random.default_rng(0).integers(0, 256, (1000, 28, 28), dtype=np.uint8)
+
+
+def state_of(model) -> jt.TrainState:
+    return jt.init_state(model, jt.optimizers.adam(0.01), IMAGES[:1], key=jax.random.key(0))
+
+
+def run(path: Path, images: np.ndarray) -> np.ndarray:
+    session = onnxruntime.InferenceSession(path)
+    (inputs,) = session.get_inputs()
+    assert (inputs.type, inputs.shape) == ("tensor(uint8)", ["B", 28, 28])
+    return session.run(None, {inputs.name: images})[0]
+
+
+class Convolutions(nn.Module):
+    """Has strides, batch statistics and both kinds of pooling."""
+
+    @nn.compact
+    def __call__(self, images, train: bool = False):
+        x = nn.Conv(4, (3, 3), strides=2)(images[..., None].astype(jnp.float32) / 255)
+        x = nn.relu(nn.BatchNorm(use_running_average=not train)(x))
+        x = nn.max_pool(x, (3, 3), (2, 2))
+        x = nn.avg_pool(nn.relu(nn.Conv(6, (3, 3))(x)), (2, 2), (2, 2))
+        return nn.Dense(10)(x.reshape(x.shape[0], -1))
+
+
+class Recurrent(nn.Module):
+    """Reads an image row by row."""
+
+    @nn.compact
+    def __call__(self, images):
+        return nn.Dense(10)(nn.RNN(nn.LSTMCell(5))(images.astype(jnp.float32) / 255)[:, -1])
+
+
+MODELS = {"T2": jt.models.FeedForward(), "CNN": Convolutions(), "LSTM": Recurrent()}
+
+
+@pytest.mark.parametrize("model", MODELS.values(), ids=MODELS)
+def test_onnxruntime_gives_the_outputs_of_predict(tmp_path: Path, model) -> None:
+    data = jt.Dataset(IMAGES[:100], np.arange(100) % 10)
+    state, _ = jt.train_epoch(state_of(model), data, jt.losses.cross_entropy)
+    jt.export.onnx(state, tmp_path / "model.onnx", IMAGES[:1])
+    assert [path.name for path in tmp_path.iterdir()] == ["model.onnx"]
+    for count in (1, 7, 1000):
+        found = run(tmp_path / "model.onnx", IMAGES[:count])
+        np.testing.assert_allclose(found, jt.predict(state, IMAGES[:count]), atol=1e-5, rtol=1e-5)
+
+
+def test_processing_before_and_after_the_model_is_in_the_file(tmp_path: Path) -> None:
+    state = state_of(jt.models.FeedForward((8, 3)))
+    jt.export.onnx(
+        state,
+        tmp_path / "model.onnx",
+        IMAGES[:1],
+        preprocess=lambda images: 255 - images,
+        postprocess=jax.nn.softmax,
+    )
+    expected = jax.nn.softmax(jt.predict(state, 255 - IMAGES[:7]))
+    np.testing.assert_allclose(run(tmp_path / "model.onnx", IMAGES[:7]), expected, atol=1e-5)
+
+
+class Noisy(nn.Module):
+    """Draws random numbers, which jax2onnx does not convert."""
+
+    @nn.compact
+    def __call__(self, images):
+        noise = jax.random.normal(jax.random.key(0), (1, *images.shape[1:]))
+        return nn.Dense(3)((images + noise).reshape(images.shape[0], -1))
+
+
+def test_a_model_that_cannot_be_converted_is_one_sentence(tmp_path: Path) -> None:
+    path = tmp_path / "model.onnx"
+    with pytest.raises(jt.InputError, match=r"jax2onnx cannot convert the model: .*; use jaxtrain"):
+        jt.export.onnx(state_of(Noisy()), path, IMAGES[:1])
+    state = state_of(jt.models.FeedForward((8, 3)))
+    with pytest.raises(jt.InputError, match=r"inputs.0 is a str; expected a NumPy or JAX array"):
+        jt.export.onnx(state, path, ["image.png"])
+    with pytest.raises(jt.InputError, match=r"cannot be exported \(inputs has uint8\[B,5\]\): "):
+        jt.export.onnx(state, path, IMAGES[:1, 0, :5])
+    assert not list(tmp_path.iterdir())
+
+
+def test_nothing_is_printed_and_logging_stays_as_it_is(tmp_path: Path, capfd) -> None:
+    root = logging.getLogger()
+    before = (list(root.handlers), root.level, root.manager.disable)
+    jt.export.onnx(state_of(jt.models.FeedForward((8, 3))), tmp_path / "model.onnx", IMAGES[:1])
+    assert capfd.readouterr() == ("", "")
+    assert (list(root.handlers), root.level, root.manager.disable) == before
