@@ -104,7 +104,11 @@ def descend(
         key=jax.random.key(0),  # the start is set below: nothing is random
     ).replace(params={"weight": jnp.array([[START]])})
     with command.reporting(
-        folder, config.log_interval, epoch_interval=config.log_interval, batch_size=batch_size
+        folder,
+        config.log_interval,
+        epoch_interval=config.log_interval,
+        part=name,
+        batch_size=batch_size,
     ) as on_event:
         _, history = jt.fit(
             state,

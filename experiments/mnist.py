@@ -86,6 +86,8 @@ class Config(flags.DatasetFlags, flags.TrainingFlags):
     shuffle: bool = True
     """Shuffle the examples every epoch; else use their stored order."""
     log_interval: int = 100
+    profile: Path | None = None
+    """Trace some steps into this folder, for Perfetto and TensorBoard."""
 
 
 def run(config: Config) -> dict[str, Any]:
@@ -236,6 +238,7 @@ def train(
             key=start.shuffle_key,
             early_stopping=early_stopping,
             on_event=on_event,
+            profile=config.profile,
             mesh=devices.make_mesh(config.devices),
             **resuming.fit_options(config, dataset=data.name),
         )

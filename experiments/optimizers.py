@@ -174,7 +174,7 @@ def train(
     """Returns the history, and the seconds of training without compiling."""
 
     def on_event(event: Event) -> None:
-        folder.record(event, solver=name)
+        folder.record(event, part=name, solver=name)
 
     _, history = jt.fit(
         start(name, rate, config, data.name, train_data),

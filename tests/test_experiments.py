@@ -19,6 +19,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 import jaxtrain as jt
 from experiments import (
@@ -594,3 +595,124 @@ def test_a_cache_folder_that_cannot_be_written_is_not_used(environment, tmp_path
     flags = ("--epochs", 5, "--log-interval", 0, "--output-dir", tmp_path / "out")
     result = run(environment, "linear_regression", *flags)
     assert (result.returncode, result.stderr) == (0, "")
+
+
+LOG_FILES = {"log.csv", "steps.csv", "log.jsonl", "tensorboard"}
+
+
+def read_events(folder: Path) -> EventAccumulator:
+    return EventAccumulator(str(folder), size_guidance={"scalars": 0, "images": 0}).Reload()
+
+
+def read_lines(path: Path) -> list[dict[str, object]]:
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def test_log_adds_files_with_losses_metrics_and_pictures(environment, tmp_path: Path) -> None:
+    flags = ("--epochs", 4, "--log-interval", 0, "--output-dir", tmp_path)
+    logs = ("--log", "tensorboard", "csv", "jsonl", "--log-histograms")
+    result = run(environment, "linear_regression", *flags, *logs)
+    assert (result.returncode, result.stderr) == (0, "")
+    assert {path.name for path in tmp_path.iterdir()} >= LOG_FILES
+    history = read_history(tmp_path)
+    with (tmp_path / "log.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    assert [{n: v for n, v in row.items() if n != "step"} for row in rows] == history
+    assert (tmp_path / "steps.csv").read_text().count("\n") == 5
+    assert [row["step"] for row in read_lines(tmp_path / "log.jsonl")] == [1, 1, 2, 2, 3, 3, 4, 4]
+    events = read_events(tmp_path / "tensorboard")
+    assert [event.step for event in events.Scalars("step_loss")] == [1, 2, 3, 4]
+    assert set(events.Tags()["histograms"]) == {"params.weight", "params.bias"}
+    pictures = json.loads((tmp_path / "summary.json").read_text())["pictures"]
+    assert set(events.Tags()["images"]) == {Path(name).stem for name in pictures}
+    (image,) = events.Images("fit")
+    assert image.step == 4
+    assert image.encoded_image_string == (tmp_path / "fit.png").read_bytes()
+
+    result = run(environment, "linear_regression", *flags, "--epochs", 2, "--overwrite")
+    assert result.returncode == 0, result.stderr
+    left = {path.name for path in tmp_path.rglob("*") if path.is_file()}
+    assert not [name for name in left if name in LOG_FILES or "tfevents" in name]
+
+
+def test_each_run_of_an_experiment_has_its_own_logs(tmp_path: Path) -> None:
+    names = ("jsonl", "tensorboard")
+    config = gradient_descent.Config(output_dir=tmp_path, epochs=2, log_interval=0, log=names)
+    gradient_descent.run(config)
+    assert len(read_lines(tmp_path / "log_batch.jsonl")) == 4
+    assert len(read_lines(tmp_path / "log_stochastic.jsonl")) == 8
+    for part, steps in (("batch", [1, 2]), ("stochastic", [1, 2, 3, 4, 5, 6])):
+        events = read_events(tmp_path / "tensorboard" / part)
+        assert [event.step for event in events.Scalars("step_loss")] == steps
+    assert read_events(tmp_path / "tensorboard").Tags()["images"] == [
+        "descent",
+        "descent_on_surface",
+    ]
+    again = dataclasses.replace(config, log=("csv",), overwrite=True)
+    gradient_descent.run(again)
+    assert not list(tmp_path.glob("*.jsonl"))
+    assert not list(tmp_path.rglob("*tfevents*"))
+    assert (tmp_path / "steps_stochastic.csv").read_text().count("\n") == 7
+
+
+def test_a_resumed_run_continues_its_logs_and_may_have_other_ones(tmp_path: Path) -> None:
+    config = minibatch_regression.Config(
+        output_dir=tmp_path / "out",
+        log_interval=0,
+        epochs=2,
+        log=("tensorboard", "jsonl"),
+        safety=Safety(checkpoint_dir=tmp_path / "checkpoints"),
+    )
+    minibatch_regression.run(config)
+    (tmp_path / "out" / "summary.json").unlink()  # as if it had been interrupted
+    minibatch_regression.run(
+        dataclasses.replace(config, epochs=3, log=("tensorboard", "jsonl", "csv"))
+    )
+    rows = read_lines(tmp_path / "out" / "log.jsonl")
+    assert [row["step"] for row in rows if row["event"] == "step"] == list(range(1, 25))
+    assert [row["epoch"] for row in rows if row["event"] == "epoch"] == [1, 2, 3]
+    losses = read_events(tmp_path / "out" / "tensorboard").Scalars("step_loss")
+    assert [event.step for event in losses] == list(range(1, 25))
+    assert (tmp_path / "out" / "log.csv").read_text().count("\n") == 2  # the third epoch
+
+
+def test_log_files_of_the_user_are_not_removed(tmp_path: Path) -> None:
+    """Without an earlier run that wrote logs; and whatever its configuration was edited to."""
+    mine = [tmp_path / "log.csv", tmp_path / "log_2024.jsonl"]
+    config = linear_regression.Config(output_dir=tmp_path, epochs=1, log_interval=0, overwrite=True)
+    for log in ([], 5, {"csv": 1}, "jsonl", None):
+        for path in mine:
+            path.write_text("mine")
+        (tmp_path / "config.json").write_text(json.dumps({"log": log}))
+        linear_regression.run(config)
+        assert [path.read_text() for path in mine] == ["mine", "mine"], log
+
+
+@pytest.mark.parametrize(("log", "package"), [("tensorboard", "tensorboardX"), ("wandb", "wandb")])
+def test_a_logger_without_its_extra_ends_with_one_sentence(
+    environment, tmp_path: Path, log: str, package: str
+) -> None:
+    program = (
+        f"import runpy, sys; sys.modules[{package!r}] = None\n"
+        f"sys.argv = ['mnist', '--log', {log!r}, '--output-dir', {str(tmp_path / 'out')!r}]\n"
+        f"runpy.run_path({str(ROOT / 'experiments/mnist.py')!r}, run_name='__main__')"
+    )
+    result = subprocess.run(
+        [sys.executable, "-c", program],
+        env={**environment, "PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+    )
+    assert (result.returncode, result.stdout) == (1, "")
+    assert result.stderr == (
+        f"error: the package {package} is not installed; install it with "
+        f"pip install 'jaxtrain[{log}]'\n"
+    )
+    assert not (tmp_path / "out").exists()
+
+
+def test_an_unknown_log_is_one_sentence(environment, tmp_path: Path) -> None:
+    result = run(environment, "mnist", "--log", "tensorbord", "--output-dir", tmp_path / "out")
+    assert_one_line_error(result, "--log is 'tensorbord'", "tensorboard", "jsonl")

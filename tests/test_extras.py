@@ -18,7 +18,7 @@ ROOT = Path(__file__).parents[1]
 HIDE = "import sys; sys.modules.update(dict.fromkeys({hidden}))\n"
 EXTRAS = {
     *("sklearn", "tensorflow_datasets", "importlib_resources", "platformdirs", "requests"),
-    *("urllib3", "tyro", "matplotlib"),
+    *("urllib3", "tyro", "matplotlib", "tensorboardX", "wandb"),
 }
 
 
@@ -52,6 +52,12 @@ def test_training_with_checkpoints_and_progress_needs_no_extra(tmp_path: Path) -
         ),
         ("requests", "jt.data.load('mnist')", "requests .*'jaxtrain\\[data\\]'"),
         ("urllib3", "jt.data.load('mnist')", "urllib3 .*'jaxtrain\\[data\\]'"),
+        (
+            "tensorboardX",
+            "jt.loggers.tensorboard('a')",
+            "tensorboardX .*'jaxtrain\\[tensorboard\\]'",
+        ),
+        ("wandb", "jt.loggers.wandb('a')", "wandb .*'jaxtrain\\[wandb\\]'"),
         ("matplotlib", "import jaxtrain.cli.plots", "matplotlib .*'jaxtrain\\[experiments\\]'"),
     ],
 )

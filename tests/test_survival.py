@@ -406,6 +406,41 @@ def test_a_full_disk_for_the_results_names_the_file(environment, tmp_path: Path)
     )
 
 
+@pytest.mark.skipif(not HAS_NAMESPACES, reason="may not mount a small disk (unshare -rm)")
+def test_a_full_disk_ends_the_logs_and_not_the_run(environment, tmp_path: Path) -> None:
+    """Each log of 1,000 epochs is larger than the disk."""
+    disk = tmp_path / "disk"
+    program = """
+import sys, jax, jax.numpy as jnp, jaxtrain as jt
+from pathlib import Path
+data, folder = jt.Dataset(jnp.ones((2, 1)), jnp.ones((2, 1))), Path(sys.argv[1])
+model = jt.models.LinearRegression()
+state = jt.init_state(model, jt.optimizers.sgd(0.01), data.inputs[:1], key=jax.random.key(0))
+with (
+    jt.loggers.csv(folder / "log.csv", steps=folder / "steps.csv") as a,
+    jt.loggers.json_lines(folder / "log.jsonl") as b,
+    jt.loggers.tensorboard(folder / "tensorboard") as c,
+):
+    log = jt.loggers.combine(a, b, c)
+    _, history = jt.fit(
+        state, data, loss_fn=jt.losses.mean_squared_error, epochs=1000, on_event=log
+    )
+print(len(history["epoch"]))
+"""
+    (tmp_path / "program.py").write_text(program)
+    command = f"PYTHONPATH={ROOT} {sys.executable} {tmp_path}/program.py {disk}; echo status $?"
+    stdout, stderr = run_with_a_disk(environment, "64k", disk, command)
+    assert stdout.split() == ["1000", "status", "0"], stderr
+    warned = [line for line in stderr.splitlines() if "UserWarning" in line]
+    assert len(warned) == 3, stderr
+    for line in warned:
+        assert re.search(
+            rf"the (CSV|JSON lines|TensorBoard) logger cannot write to {disk}\S* \((No|no) space "
+            r"left on .*\); it stops logging, and training continues",
+            line,
+        )
+
+
 @pytest.mark.skipif(jax.default_backend() == "gpu", reason="limits the memory of a CPU")
 def test_out_of_memory_names_a_batch_size_that_fits(environment, tmp_path: Path) -> None:
     """A network whose hidden layer is 16 MiB per example, with 3 GiB to work in."""

@@ -16,6 +16,7 @@ from typing import Any, NoReturn, TypeVar
 from jaxtrain.cli.compilation_cache import set_up_compilation_cache
 from jaxtrain.cli.devices import select_device
 from jaxtrain.cli.flags import DatasetFlags, ExperimentFlags, TrainingFlags, flag_of
+from jaxtrain.cli.logs import Logs
 from jaxtrain.cli.parsing import parse
 from jaxtrain.cli.progress import console
 from jaxtrain.cli.resuming import resumes
@@ -190,12 +191,16 @@ def run_folder(config: ExperimentFlags) -> Iterator[RunFolder]:
     Raises:
       InputError: JAX has no such device, or the folder cannot be written or contains a finished
         run.
+      MissingExtraError: a package that --log needs is not installed.
     """
     select_device(config.device, getattr(config, "devices", 1))
     set_up_compilation_cache(config.compilation_cache)
     resuming = isinstance(config, TrainingFlags) and resumes(config)
+    logs = None
+    if isinstance(config, TrainingFlags) and config.log:
+        logs = Logs(config.output_dir, config.log, histograms=config.log_histograms)
     with RunFolder(
-        config.output_dir, config, overwrite=config.overwrite, resuming=resuming
+        config.output_dir, config, overwrite=config.overwrite, resuming=resuming, logs=logs
     ) as folder:
         yield folder
 
@@ -207,15 +212,17 @@ def reporting(
     *,
     epoch_interval: int = 1,
     test_examples: int | None = None,
+    part: str = "",
     **columns: float | str,
 ) -> Iterator[OnEvent]:
-    """Yields a callback for `fit` that writes the history to the folder and shows progress.
+    """Yields a callback for `fit` that writes history and logs to the folder and shows progress.
 
     Args:
       folder: the output folder.
       log_interval: as in `progress.console`.
       epoch_interval: the same.
       test_examples: the same.
+      part: name of the run, in an experiment of several.
       columns: additional columns of `history.csv`.
     """
     with console(
@@ -223,7 +230,7 @@ def reporting(
     ) as show:
 
         def on_event(event: Event) -> None:
-            folder.record(event, **columns)
+            folder.record(event, part=part, **columns)
             show(event)
 
         yield every_steps(log_interval, on_event)

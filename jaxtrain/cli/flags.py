@@ -12,6 +12,7 @@ from jaxtyping import Array, Key
 
 from jaxtrain._arguments import check_integer
 from jaxtrain.cli.devices import Device
+from jaxtrain.cli.logs import LogName
 from jaxtrain.cli.parsing import flag_types
 from jaxtrain.optimizers import clip_gradients, make, skip_nonfinite
 
@@ -79,6 +80,10 @@ class TrainingFlags(ExperimentFlags):
     """Replace the results of a finished run in that folder, and the checkpoints of another run."""
     log_interval: int = 1
     """Steps between two lines of progress; 0 prints nothing."""
+    log: tuple[LogName, ...] = ()
+    """Also log losses, metrics and pictures in these formats, in the output folder."""
+    log_histograms: bool = False
+    """With --log tensorboard or wandb: histograms of the parameters after each epoch."""
     safety: Safety = Safety()
     """Checkpoints and safeguards."""
 

@@ -29,11 +29,13 @@ _FREE = {
         "device",
         "devices",
         "compilation_cache",
+        "log",
+        "log_histograms",
         "log_interval",
         "output_dir",
         "overwrite",
     ),
-    *("data_dir", "safety"),
+    *("data_dir", "safety", "profile"),
 }
 
 

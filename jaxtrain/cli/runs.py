@@ -19,6 +19,7 @@ import numpy as np
 
 from jaxtrain._files import PART, lock_folder, make_folder, read_regular_file, write_atomically
 from jaxtrain._versions import device_name, versions
+from jaxtrain.cli.logs import Logs, earlier_logs
 from jaxtrain.cli.tables import Comparison
 from jaxtrain.errors import InputError, StorageError, add_recovery_note
 from jaxtrain.export import save_params
@@ -59,6 +60,7 @@ class RunFolder:
         *,
         overwrite: bool = False,
         resuming: bool = False,
+        logs: Logs | None = None,
     ) -> None:
         """Makes the folder, so that one that cannot be written is noticed before training.
 
@@ -70,6 +72,7 @@ class RunFolder:
           config: the experiment's configuration, a dataclass.
           overwrite: replace the results of a finished run.
           resuming: the run resumes from checkpoints, so results in the folder are its own.
+          logs: further files that events and pictures are written to.
 
         Raises:
           InputError: the folder cannot be made or written, or contains a finished run. (Entering
@@ -85,6 +88,7 @@ class RunFolder:
         self._epochs: list[dict[str, Any]] = []
         self._history_written = 0.0
         self._resuming = resuming
+        self._logs = logs
         self._keeps_results = not (overwrite or resuming)
         make_folder(self.path, _DESCRIPTION)
         self._check_unfinished()
@@ -122,7 +126,11 @@ class RunFolder:
             if error is None:
                 raise
         finally:
-            self._lock.release()
+            try:
+                if self._logs is not None:
+                    self._logs.close()
+            finally:
+                self._lock.release()
 
     def start(self) -> None:
         """Removes the results of an earlier run and writes `config.json`.
@@ -135,17 +143,22 @@ class RunFolder:
         self._has_started = True
         if not self._resuming:
             pictures = self._earlier_pictures()
-            for name in ("summary.json", "history.csv", _MODEL, *pictures):
+            logs = earlier_logs(self.path, read_json(self.path / "config.json"))
+            for name in ("summary.json", "history.csv", _MODEL, *pictures, *logs):
                 remove_file(self.path / name)
-        self._write_json("config.json", dataclasses.asdict(self.config))
+        config = dataclasses.asdict(self.config)
+        self._write_json("config.json", config)
+        if self._logs is not None:
+            self._logs.config = to_json(config)
 
-    def record(self, event: Event, **extra: float | str) -> None:
+    def record(self, event: Event, *, part: str = "", **extra: float | str) -> None:
         """Records what `fit` or `sweep` reports.
 
         Args:
           event: `Compiled`, and the first event of a sweep, call `start`; completed epochs, also
             those of a checkpoint, become rows of `history.csv`, which is written at most once per
-            second. The times of `RunsDone` are added to the summary.
+            second. The times of `RunsDone` are added to the summary. All events are logged.
+          part: name of the run, in an experiment of several; it has its own logs.
           extra: additional columns of these rows.
         """
         if isinstance(event, Compiled | RunsDone | RunsRestored) and not self._has_started:
@@ -164,6 +177,8 @@ class RunFolder:
             self._epochs.append({**event.metrics, **extra})
             if time.perf_counter() - self._history_written > 1:
                 self._write_history()
+        if self._logs is not None:
+            self._logs.record(event, part)
 
     def write_summary(
         self, *, figures: Iterable[Comparison] | None = None, **summary: Any
@@ -207,11 +222,13 @@ class RunFolder:
         save_params(self.path / _MODEL, state)
 
     def write_picture(self, name: str, figure: Figure) -> None:
-        """Writes a figure as a PNG file."""
+        """Writes a figure as a PNG file, and to the logs."""
         image = io.BytesIO()
         figure.savefig(image, format="png", dpi=_PICTURE_DPI)
         write_atomically(self.path / name, image.getvalue())
         self._pictures.append(name)
+        if self._logs is not None:
+            self._logs.picture(Path(name).stem, image.getvalue())
 
     def _earlier_pictures(self) -> list[str]:
         """Returns the pictures that an earlier run's summary lists, and no other file.

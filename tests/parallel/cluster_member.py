@@ -5,11 +5,12 @@
 Prints a digest of the final state and history, and then the files that the process wrote to the
 folder of checkpoints. `--slow` waits after each epoch, `--streamed` reads the training data as a
 stream and saves every 3 steps, `--stopped` ends within the second epoch, and `--failing` raises
-an error in process 1 after the first epoch.
+an error in process 1 after the first epoch. `--logged` also logs to the folder.
 """
 
 from __future__ import annotations
 
+import contextlib
 import os
 import sys
 import time
@@ -32,6 +33,7 @@ def train(
     streamed: bool = False,
     stopped: bool = False,
     failing: bool = False,
+    logged: bool = False,
 ) -> str:
     """Trains on all devices, and returns a digest of the final state and history."""
     train, test = jt.data.load("digits")
@@ -46,7 +48,11 @@ def train(
     )
     processes = jax.process_count()
     mesh = jax.make_mesh((processes,), ("data",), devices=jax.devices()[:processes])
-    with jt.progress() as show:
+    logs = [jt.loggers.csv(folder / "log.csv"), jt.loggers.json_lines(folder / "log.jsonl")]
+    with contextlib.ExitStack() as stack:
+        show = stack.enter_context(jt.progress())
+        if logged:
+            show = jt.loggers.combine(show, *map(stack.enter_context, logs))
 
         def on_event(event: jt.events.Event) -> None:
             show(event)
@@ -95,6 +101,9 @@ if __name__ == "__main__":
     address, processes, process_id, directory, epochs = sys.argv[1:6]
     changed = record_changes(Path(directory))
     jt.parallel.initialize(address, int(processes), int(process_id))
-    flags = {name: f"--{name}" in sys.argv for name in ("slow", "streamed", "stopped", "failing")}
+    flags = {
+        name: f"--{name}" in sys.argv
+        for name in ("slow", "streamed", "stopped", "failing", "logged")
+    }
     print(train(Path(directory), int(epochs), **flags))
     print(*sorted(set(changed)))

@@ -147,6 +147,16 @@ def test_only_the_first_process_writes_checkpoints_and_shows_progress(trained: T
     assert second.err == ""
 
 
+def test_only_the_first_process_writes_logs(tmp_path: Path) -> None:
+    with cluster(*MEMBER, arguments=(tmp_path / "run", 1, "--logged")) as running:
+        first, second = running.results()
+    assert {"log.csv", "log.jsonl"} <= set(first.out.splitlines()[1].split())
+    assert second.out.splitlines()[1:] == [""]
+    assert (tmp_path / "run" / "log.csv").read_text().count("\n") == 2
+    steps = cluster_member.TRAINED // cluster_member.BATCH
+    assert (tmp_path / "run" / "log.jsonl").read_text().count("\n") == steps + 1
+
+
 class Killed(NamedTuple):
     """A run whose processes were killed in turn.
 

@@ -1,0 +1,134 @@
+"""csv: one row per epoch, and in a second file one per step."""
+
+from __future__ import annotations
+
+import io
+import os
+from collections.abc import Iterable
+from contextlib import AbstractContextManager
+from csv import DictReader, DictWriter
+from pathlib import Path
+from typing import Any, TextIO
+
+from jaxtrain._files import read_regular_file, write_atomically
+from jaxtrain.errors import InputError
+from jaxtrain.loggers._logger import Logger, Writer, checked_file, open_logger
+from jaxtrain.training.events import EpochDone, StepsDone
+
+
+def csv(
+    path: str | os.PathLike[str], *, steps: str | os.PathLike[str] | None = None
+) -> AbstractContextManager[Logger]:
+    """Writes the columns of the history, one row per epoch.
+
+    The first columns are `epoch` and `step`, the number of steps of all epochs so far.
+
+    Args:
+      path: the file; its folder is made if it is missing. Rows of steps that the run repeats are
+        removed, so a run that starts at step 0 replaces the file.
+      steps: a second file, with the columns `step`, `epoch` and `loss` and one row per step; None
+        writes none.
+
+    Returns:
+      A context manager; its value is the function to pass as `on_event`.
+
+    Raises:
+      InputError: a path is a folder, its folder cannot be written, or both are the same.
+
+    Example:
+      >>> with jt.loggers.csv("epochs.csv", steps="steps.csv") as log:
+      ...     state, history = jt.fit(..., on_event=log)
+    """
+    epochs_file = checked_file(path, "path")
+    steps_file = None if steps is None else checked_file(steps, "steps")
+    if steps_file is not None and steps_file.resolve() == epochs_file.resolve():
+        raise InputError(
+            f"path and steps are both {epochs_file}; expected two files", argument="steps"
+        )
+    return open_logger("CSV", epochs_file, _Csv(epochs_file, steps_file))
+
+
+class _Csv(Writer):
+    def __init__(self, epochs: Path, steps: Path | None) -> None:
+        self._epochs = _Table(epochs)
+        self._steps = None if steps is None else _Table(steps)
+
+    def start(self, step: int) -> None:
+        self._epochs.start(step)
+        if self._steps is not None:
+            self._steps.start(step)
+
+    def steps(self, event: StepsDone, first: int) -> None:
+        if self._steps is not None:
+            self._steps.append(
+                {"step": step, "epoch": event.epoch, "loss": loss}
+                for step, loss in enumerate(event.losses.tolist(), first)
+            )
+
+    def epoch(self, event: EpochDone, step: int) -> None:
+        start = {"epoch": event.epoch, "step": step}
+        self._epochs.append([start | {**event.metrics, **start}])
+
+    def close(self) -> None:
+        self._epochs.close()
+        if self._steps is not None:
+            self._steps.close()
+
+
+class _Table:
+    """A CSV file with a column `step` to which rows are appended."""
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        self._columns: list[str] = []
+        self._file: TextIO | None = None
+
+    def start(self, step: int) -> None:
+        """Removes the rows after a step, and incomplete ones."""
+        self.close()
+        rows = [row for row in self._read() if 0 < _step_of(row) <= step]
+        self._columns = list(rows[0]) if rows else []
+        self._rewrite(rows)
+
+    def append(self, rows: Iterable[dict[str, Any]]) -> None:
+        """Adds rows with the same columns."""
+        rows = list(rows)
+        new = [name for name in rows[0] if name not in self._columns]
+        if new:
+            self.close()
+            earlier = self._read()
+            self._columns += new
+            self._rewrite(earlier)
+        assert self._file is not None
+        self._file.write(_to_text(self._columns, rows))
+        self._file.flush()
+
+    def close(self) -> None:
+        if self._file is not None:
+            self._file.close()
+
+    def _read(self) -> list[dict[str, str]]:
+        try:
+            text = read_regular_file(self._path).decode(errors="replace")
+        except FileNotFoundError:
+            return []
+        complete = text[: text.rfind("\n") + 1]  # a killed run may leave a part of a line
+        return list(DictReader(io.StringIO(complete, newline="")))
+
+    def _rewrite(self, rows: list[dict[str, str]]) -> None:
+        header = dict(zip(self._columns, self._columns, strict=True))
+        text = _to_text(self._columns, [header, *rows]) if self._columns else ""
+        write_atomically(self._path, text.encode())
+        self._file = self._path.open("a", encoding="utf-8", newline="")
+
+
+def _to_text(columns: list[str], rows: Iterable[dict[str, Any]]) -> str:
+    text = io.StringIO(newline="")
+    DictWriter(text, columns, restval="", lineterminator="\n").writerows(rows)
+    return text.getvalue()
+
+
+def _step_of(row: dict[Any, Any]) -> int:
+    """Returns the step of a row, or 0 if it is incomplete or not one of ours."""
+    is_complete = None not in row and None not in row.values()
+    return int(row["step"]) if is_complete and row.get("step", "").isdecimal() else 0
