@@ -12,7 +12,17 @@ epoch is a loop of steps, a run is a loop of epochs, and a sweep is many runs at
     state, history = jt.fit(state, train, test, loss_fn=jt.losses.cross_entropy)
 """
 
-from jaxtrain import data, errors, losses, metrics, models, optimizers, parallel
+from jaxtrain import (
+    data,
+    errors,
+    export,
+    loggers,
+    losses,
+    metrics,
+    models,
+    optimizers,
+    parallel,
+)
 from jaxtrain.adapters import mixed_precision
 from jaxtrain.checkpoint import CheckpointOptions
 from jaxtrain.cli.progress import console as progress
@@ -41,6 +51,7 @@ from jaxtrain.training.history import History
 from jaxtrain.training.run import train
 from jaxtrain.training.state import TrainState, init_state, to_module, with_optimizer
 from jaxtrain.training.step import apply_gradients, eval_step, gradients, train_step
+from jaxtrain.training.summary import Summary, summary
 
 __version__ = "0.2.0"
 
@@ -60,6 +71,7 @@ __all__ = [
     "RangeTest",
     "StorageError",
     "StreamError",
+    "Summary",
     "SweepResult",
     "SweepRun",
     "SweepTable",
@@ -70,12 +82,14 @@ __all__ = [
     "eval_step",
     "evaluate",
     "events",
+    "export",
     "find_learning_rate",
     "fit",
     "gradients",
     "init_state",
     "load_params",
     "load_sweep",
+    "loggers",
     "losses",
     "metrics",
     "minimize",
@@ -86,6 +100,7 @@ __all__ = [
     "predict",
     "progress",
     "save_params",
+    "summary",
     "sweep",
     "to_module",
     "train",

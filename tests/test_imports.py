@@ -12,7 +12,7 @@ PACKAGE = Path(__file__).parents[1] / "jaxtrain"
 HEAVY = {
     *("matplotlib", "sklearn", "tensorflow_datasets", "tensorflow", "requests", "platformdirs"),
     *("tyro", "torch", "beartype", "pytest", "hypothesis", "pandas", "rich", "equinox"),
-    *("orbax", "safetensors", "filelock", "IPython"),
+    *("orbax", "safetensors", "filelock", "IPython", "tensorboardX", "tensorboard", "wandb"),
 }
 
 
@@ -54,13 +54,25 @@ ORDER = [
         "losses",
         "metrics",
     ),
-    *("optimizers", "models", "adapters", "checkpoint", "data", "training", "sweeps"),
+    *("optimizers", "models", "adapters", "checkpoint", "data", "training", "loggers", "sweeps"),
     *("export", "cli"),
 ]
 # The same inside the package of the training loop.
 TRAINING = [
     *("state", "step", "_validation", "history", "early_stopping", "events", "_memory"),
-    *("_hidden", "_chunk", "_programs", "_batches", "_resident", "_streamed", "_plan", "epoch"),
+    *(
+        "_flops",
+        "summary",
+        "_hidden",
+        "_chunk",
+        "_profile",
+        "_programs",
+        "_batches",
+        "_resident",
+        "_streamed",
+        "_plan",
+        "epoch",
+    ),
     *("_nonfinite", "_identity", "_fit_epoch", "run", "fit", "find_learning_rate"),
 ]
 
