@@ -3,22 +3,19 @@
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
-import jax
 from jaxtyping import PyTree
 
-from jaxtrain.adapters._precision import (
-    CastApply,
-    MixedPrecision,
-    cast_model,
-    mixed_precision,
-)
+from jaxtrain.adapters._precision import MixedPrecision, cast_model, mixed_precision
 from jaxtrain.adapters._recording import Call, Recorder
-from jaxtrain.adapters._shared import BatchStatistics, describe_type
-from jaxtrain.dataset import named_arrays
+from jaxtrain.adapters._shared import (
+    AdaptedApply,
+    BatchStatistics,
+    describe_type,
+    named_statistics,
+)
 from jaxtrain.errors import InputError
 from jaxtrain.model import Model
 
@@ -118,23 +115,14 @@ def with_example(model: Model, inputs: PyTree) -> Model:
       model: any Model; one of plain functions is returned unchanged.
       inputs: inputs for `model.apply`.
     """
-    shapes = jax.tree.map(_shape_of, inputs)
-
-    def replace(apply: Any) -> Any:
-        if isinstance(apply, CastApply):
-            return dataclasses.replace(apply, apply=replace(apply.apply))
-        return dataclasses.replace(apply, example=shapes) if hasattr(apply, "example") else apply
-
-    return model._replace(apply=replace(model.apply))
+    if not isinstance(model.apply, AdaptedApply):
+        return model
+    return model._replace(apply=model.apply.with_example(inputs))
 
 
 def example_inputs(model: Model) -> PyTree | None:
     """Returns the shapes of `with_example`, or None for a Model of plain functions."""
-    return getattr(getattr(model.apply, "apply", model.apply), "example", None)
-
-
-def _shape_of(leaf: Any) -> jax.ShapeDtypeStruct:
-    return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype)
+    return model.apply.example if isinstance(model.apply, AdaptedApply) else None
 
 
 def batch_statistics(
@@ -143,7 +131,7 @@ def batch_statistics(
     """Returns where a model state has the running statistics of batch norm, by layer.
 
     Args:
-      model: any Model.
+      model: any Model; one of plain functions has them at the paths of the layers.
       params: its parameters.
       model_state: its model state.
 
@@ -151,24 +139,9 @@ def batch_statistics(
       The paths of the statistics, such as "model_state.batch_stats.BatchNorm_0.mean", by the path
       of the layer among the parameters, such as "BatchNorm_0".
     """
-    apply: Any = getattr(model.apply, "apply", model.apply)  # under mixed_precision
-    if type(apply).__module__ == "jaxtrain.adapters._equinox":
-        from jaxtrain.adapters import _equinox
-
-        return _equinox.batch_statistics(apply, params, model_state)
-    # Linen has collections of variables; NNX has the variables of a layer at its own path.
-    is_linen = type(apply).__module__ == "jaxtrain.adapters._linen"
-    found: dict[str, dict[str, str]] = {}
-    for path, _ in named_arrays(model_state, "model_state"):
-        layer, _, name = path.rpartition(".")
-        if name in ("mean", "var"):
-            layer = ".".join(layer.split(".")[2 if is_linen else 1 :])
-            found.setdefault(layer, {})[name] = path
-    return {
-        layer: BatchStatistics(pair["mean"], pair["var"])
-        for layer, pair in found.items()
-        if len(pair) == 2
-    }
+    if not isinstance(model.apply, AdaptedApply):
+        return named_statistics(model_state, skip=0)
+    return model.apply.batch_statistics(params, model_state)
 
 
 @contextlib.contextmanager

@@ -14,6 +14,7 @@ from jaxtyping import PyTree
 
 from jaxtrain.adapters._recording import Path, Recorder, patched_calls
 from jaxtrain.adapters._shared import (
+    AdaptedApply,
     BatchStatistics,
     RefuseInit,
     Static,
@@ -27,8 +28,8 @@ from jaxtrain.model import Model
 
 # The axis name for layers that reduce over the batch: eqx.nn.BatchNorm(size, axis_name="batch").
 _AXIS = "batch"
-# A number of updates after which momentum^updates is 0 in float32, for every momentum in use.
-_COMPLETE = 2**20
+# Batch norm divides its statistics by 1 - momentum^updates, which is 1 after so many.
+_MANY_UPDATES = 2**20
 
 
 def adapt(model: Any) -> tuple[Model, tuple[PyTree, PyTree]]:
@@ -61,14 +62,13 @@ def adapt(model: Any) -> tuple[Model, tuple[PyTree, PyTree]]:
 
 
 @dataclasses.dataclass(frozen=True)
-class Apply:
+class Apply(AdaptedApply):
     """`Model.apply` of an Equinox module."""
 
     # The module without its arrays, and a hashable form of it for comparisons.
     static: Any = dataclasses.field(compare=False)
     identity: Static = dataclasses.field(repr=False)
     takes_key: bool = dataclasses.field(repr=False)
-    example: Any = dataclasses.field(default=None, compare=False, repr=False)
 
     def __call__(
         self,
@@ -114,6 +114,31 @@ class Apply:
         """Records the calls of the module and its submodules, on one example."""
         module = self._combine(params, model_state, inference=False)
         return patched_calls(recorder, {type(node) for node, _ in _modules(module)}, _find_paths)
+
+    def batch_statistics(
+        self, params: PyTree, model_state: dict[str, Any]
+    ) -> dict[str, BatchStatistics]:
+        """Returns the statistics by layer; they are in the `eqx.nn.State`."""
+        if "state" not in model_state:
+            return {}
+        module, state = self._combine(params, model_state, inference=True), model_state["state"]
+        path_of = {id(leaf): path for path, leaf in named_arrays(model_state, "model_state")}
+        found = {}
+        for keys, layer in jax.tree_util.tree_leaves_with_path(module, is_leaf=_is_batch_norm):
+            if not _is_batch_norm(layer):
+                continue
+            if layer.mode == "ema":
+                counter, (mean, var) = layer.ema_first_time_index, state.get(layer.ema_state_index)
+                scale, final_count = 1.0, np.asarray(False)
+            else:
+                counter, (mean, var) = layer.batch_counter, state.get(layer.batch_state_index)
+                count = int(state.get(counter))
+                scale = 1.0 - layer.momentum**count if count else 1.0
+                final_count = np.asarray(_MANY_UPDATES)
+            paths = [path_of[id(leaf)] for leaf in (mean, var, state.get(counter))]
+            name = jax.tree_util.keystr(keys, simple=True, separator=".")
+            found[name] = BatchStatistics(paths[0], paths[1], paths[2], final_count, scale)
+        return found
 
     def to_module(self, params: PyTree, model_state: dict[str, Any]) -> Any:
         """Returns the module in inference mode, as a pair with its `eqx.nn.State` if it has one."""
@@ -172,35 +197,6 @@ def _copy(state: Any) -> Any:
     """Returns a copy of an `eqx.nn.State`; setting a value invalidates the original."""
     leaves, structure = jax.tree.flatten(state)
     return jax.tree.unflatten(structure, leaves)
-
-
-def batch_statistics(
-    apply: Apply, params: PyTree, model_state: dict[str, Any]
-) -> dict[str, BatchStatistics]:
-    """Returns where the model state has the running mean and variance of each batch norm."""
-    if "state" not in model_state:
-        return {}
-    module = apply._combine(params, model_state, inference=True)
-    leaves = named_arrays(model_state, "model_state")
-    path_of = {id(leaf): path for path, leaf in leaves}
-    state = model_state["state"]
-    found = {}
-    for keys, layer in jax.tree_util.tree_leaves_with_path(module, is_leaf=_is_batch_norm):
-        if not _is_batch_norm(layer):
-            continue
-        if layer.mode == "ema":
-            started, (mean, var) = layer.ema_first_time_index, state.get(layer.ema_state_index)
-            scale, value = 1.0, np.asarray(False)
-        else:
-            # The statistics are divided by 1 - momentum^counter; loaded ones are complete.
-            started, (mean, var) = layer.batch_counter, state.get(layer.batch_state_index)
-            counter = int(state.get(started))
-            scale = 1.0 if counter == 0 else 1.0 - layer.momentum**counter
-            value = np.asarray(_COMPLETE)
-        found[jax.tree_util.keystr(keys, simple=True, separator=".")] = BatchStatistics(
-            path_of[id(mean)], path_of[id(var)], path_of[id(state.get(started))], value, scale
-        )
-    return found
 
 
 def _is_batch_norm(node: Any) -> bool:

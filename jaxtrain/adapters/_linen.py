@@ -16,7 +16,13 @@ import jax.numpy as jnp
 from jaxtyping import PyTree
 
 from jaxtrain.adapters._recording import Recorder
-from jaxtrain.adapters._shared import Static, call_parameters
+from jaxtrain.adapters._shared import (
+    AdaptedApply,
+    BatchStatistics,
+    Static,
+    call_parameters,
+    named_statistics,
+)
 from jaxtrain.errors import InputError
 from jaxtrain.model import Model
 
@@ -64,13 +70,12 @@ class Init:
 
 
 @dataclasses.dataclass(frozen=True)
-class Apply:
+class Apply(AdaptedApply):
     """`Model.apply` of a Linen module."""
 
     module: Static
     rngs: tuple[str, ...]
     takes_train: bool = dataclasses.field(repr=False)
-    example: Any = dataclasses.field(default=None, compare=False, repr=False)
 
     def __call__(
         self,
@@ -114,10 +119,16 @@ class Apply:
 
         def intercept(method: Any, args: Any, kwargs: Any, context: Any) -> Any:
             module = context.module
+            if context.method_name == "setup":  # runs before the first call, without inputs
+                return method(*args, **kwargs)
             return recorder.call(module.path, type(module).__name__, method, args, kwargs)
 
         with nn.intercept_methods(intercept):
             yield
+
+    def batch_statistics(self, params: PyTree, model_state: PyTree) -> dict[str, BatchStatistics]:
+        """Returns the statistics by layer; the first name is that of the collection."""
+        return named_statistics(model_state, skip=1)
 
     def to_module(self, params: PyTree, model_state: PyTree) -> NoReturn:
         """Raises InputError: a Linen module holds no parameters."""

@@ -12,7 +12,16 @@ from flax import nnx
 from jaxtyping import PyTree
 
 from jaxtrain.adapters._recording import Path, Recorder, patched_calls
-from jaxtrain.adapters._shared import RefuseInit, Static, call_parameters, describe_type, to_arrays
+from jaxtrain.adapters._shared import (
+    AdaptedApply,
+    BatchStatistics,
+    RefuseInit,
+    Static,
+    call_parameters,
+    describe_type,
+    named_statistics,
+    to_arrays,
+)
 from jaxtrain.errors import InputError
 from jaxtrain.model import Model
 
@@ -32,13 +41,12 @@ def adapt(module: Any) -> tuple[Model, tuple[PyTree, PyTree]]:
 
 
 @dataclasses.dataclass(frozen=True)
-class Apply:
+class Apply(AdaptedApply):
     """`Model.apply` of an NNX module."""
 
     graphdef: Static = dataclasses.field(repr=False)
     description: str = dataclasses.field(compare=False)
     takes_train: bool = dataclasses.field(repr=False)
-    example: Any = dataclasses.field(default=None, compare=False, repr=False)
 
     def __call__(
         self,
@@ -69,6 +77,10 @@ class Apply:
         """Records the calls of the module and its submodules."""
         module = nnx.merge(self.graphdef.value, params, model_state)
         return patched_calls(recorder, {type(node) for _, node in _modules(module)}, _find_paths)
+
+    def batch_statistics(self, params: PyTree, model_state: PyTree) -> dict[str, BatchStatistics]:
+        """Returns the statistics by layer; they have the path of their layer."""
+        return named_statistics(model_state, skip=0)
 
     def to_module(self, params: PyTree, model_state: PyTree) -> Any:
         """Returns a new module with these variables, in evaluation mode."""

@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import PyTree
 
+from jaxtrain.adapters._shared import AdaptedApply, BatchStatistics
 from jaxtrain.errors import InputError
 from jaxtrain.model import Model
 
@@ -52,7 +53,7 @@ def mixed_precision(model: Any, dtype: Any = "bfloat16") -> MixedPrecision:
 
 
 @dataclasses.dataclass(frozen=True)
-class CastApply:
+class CastApply(AdaptedApply):
     """`Model.apply` on parameters and inputs that are cast to a dtype.
 
     Attributes:
@@ -78,6 +79,12 @@ class CastApply:
             model_state,
         )
         return _cast(outputs, "float32"), new_state
+
+    def batch_statistics(self, params: PyTree, model_state: PyTree) -> dict[str, BatchStatistics]:
+        """Returns those of the network."""
+        if isinstance(self.apply, AdaptedApply):
+            return self.apply.batch_statistics(params, model_state)
+        return {}
 
     @property
     def recording(self) -> Any:

@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import PyTree
 
+from jaxtrain.dataset import named_arrays
 from jaxtrain.errors import InputError
 
 
@@ -43,6 +44,64 @@ class Static:
         return repr(self.value)
 
 
+class BatchStatistics(NamedTuple):
+    """Where a model state has the running statistics of a batch norm layer.
+
+    Attributes:
+      mean: path of the running mean.
+      var: path of the running variance.
+      counter: path of the number of updates, or of a flag that there has been one; "" if the
+        library has none.
+      final_count: the counter after many updates.
+      scale: the mean and variance in use are the arrays divided by this.
+    """
+
+    mean: str
+    var: str
+    counter: str = ""
+    final_count: np.ndarray | None = None
+    scale: float = 1.0
+
+
+@dataclasses.dataclass(frozen=True)
+class AdaptedApply:
+    """Base of the `Model.apply` of modules.
+
+    Attributes:
+      example: shapes of the inputs; states of equal modules compare equal whatever it is.
+    """
+
+    example: PyTree = dataclasses.field(default=None, kw_only=True, compare=False, repr=False)
+
+    def with_example(self, inputs: PyTree) -> Any:
+        """Returns the same function with the shapes of some inputs."""
+        shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), inputs)
+        return dataclasses.replace(self, example=shapes)
+
+    def batch_statistics(self, params: PyTree, model_state: PyTree) -> dict[str, BatchStatistics]:
+        """Returns where the model state has the running statistics of batch norm, by layer."""
+        return {}
+
+
+def named_statistics(model_state: PyTree, skip: int) -> dict[str, BatchStatistics]:
+    """Returns the pairs of leaves named "mean" and "var" in a model state, by layer.
+
+    Args:
+      model_state: a pytree of dicts.
+      skip: number of names in front of the path of a layer.
+    """
+    found: dict[str, dict[str, str]] = {}
+    for path, _ in named_arrays(model_state, "model_state"):
+        layer, _, name = path.rpartition(".")
+        if name in ("mean", "var"):
+            found.setdefault(".".join(layer.split(".")[1 + skip :]), {})[name] = path
+    return {
+        layer: BatchStatistics(pair["mean"], pair["var"])
+        for layer, pair in found.items()
+        if len(pair) == 2
+    }
+
+
 @dataclasses.dataclass(frozen=True)
 class RefuseInit:
     """`Model.init` of a module that holds its own parameters."""
@@ -53,25 +112,6 @@ class RefuseInit:
             "the module holds its own parameters, so Model.init cannot be called; make a new "
             "module and pass it to init_state"
         )
-
-
-class BatchStatistics(NamedTuple):
-    """Where a model state has the running statistics of a batch norm layer.
-
-    Attributes:
-      mean: path of the running mean.
-      var: path of the running variance.
-      started: path of a flag or counter that tells whether the statistics are complete; "" if the
-        library has none.
-      complete: its value for complete statistics.
-      scale: the mean and variance in use are the arrays divided by this.
-    """
-
-    mean: str
-    var: str
-    started: str = ""
-    complete: np.ndarray | None = None
-    scale: float = 1.0
 
 
 def describe_type(value: Any) -> str:

@@ -73,6 +73,12 @@ def load_params(path: str | os.PathLike[str], state: TrainState) -> TrainState:
     expected = _named(state)
     path = Path(path)
     found = _read(path, sum(to_words(leaf).nbytes for _, leaf in expected))
+    if found and not found.keys() & {name for name, _ in expected}:
+        raise InputError(
+            f"{path} has none of the names of the model, such as {expected[0][0]}, but "
+            f"{min(found)}; expected a file of save_params: jaxtrain.export.load_torch loads "
+            "weights of PyTorch"
+        )
     # All names and shapes are checked before any array is created.
     for name, leaf in expected:
         like = to_words(leaf)

@@ -1,4 +1,4 @@
-"""load_torch and to_torch: the weights of a PyTorch model here, and ours in PyTorch."""
+"""load_torch and to_torch: weights from PyTorch to a state, and from a state to PyTorch."""
 
 from __future__ import annotations
 
@@ -8,7 +8,6 @@ from typing import Any
 
 import numpy as np
 
-from jaxtrain import adapters
 from jaxtrain._extras import needs_extra
 from jaxtrain._placement import to_numpy
 from jaxtrain.dataset import named_arrays
@@ -17,7 +16,8 @@ from jaxtrain.export._torch_files import read_state_dict
 from jaxtrain.export._torch_layers import Layer, convert, layers_of, with_arrays
 from jaxtrain.export._torch_match import TorchLayer, match
 from jaxtrain.export._torch_optimizer import load_optimizer
-from jaxtrain.optimizers import restart_average
+from jaxtrain.export._torch_trace import Uses, trace_uses
+from jaxtrain.optimizers import evaluation_params, restart_average
 from jaxtrain.training.state import TrainState, check_state_type
 
 Pairs = list[tuple[TorchLayer, Layer]]
@@ -34,29 +34,31 @@ def load_torch(
 ) -> TrainState:
     """Returns a state with the weights of a PyTorch model.
 
-    Layers are matched by their names if all are equal, else by their shapes; those of equal shapes
-    by order: PyTorch's module creates them in the order in which our network calls them. If that
-    is not the case for all layers, an error asks for `mapping`. Compare the outputs of both models
-    once, since two layers of equal shapes that are created in another order are not noticed.
+    Layers are matched by name if one side has all names of the other, else by shape. Layers of
+    equal shapes are matched by order, on the assumption that PyTorch's module creates its layers in
+    the order in which the network of `state` uses them. If the two orders differ anywhere, an error
+    asks for `mapping`. Compare the outputs of both models once: a module that creates two layers of
+    equal shapes in another order than it uses them cannot be noticed.
 
-    Converted are dense, embedding and convolution layers, batch, layer and group norm, LSTM cells,
-    multi-head attention, and single parameters of equal shape. After convolutions in Flax's
-    layout, the first dense layer is reordered, since PyTorch flattens [channels, height, width] and
-    Flax [height, width, channels].
+    The function converts dense, embedding and convolution layers, batch, layer and group norm, LSTM
+    cells, multi-head attention, and single parameters of equal shape. A dense layer that flattens
+    the features of a Flax convolution is reordered, since PyTorch flattens [channels, height,
+    width] and Flax [height, width, channels].
 
     Args:
       state: a state of the same network, made by `init_state`.
-      state_dict: `module.state_dict()`, or a file: ".safetensors", or ".pt" or ".pth", which is
-        read with `weights_only=True`, so that it cannot run code.
+      state_dict: `module.state_dict()`; or a file: ".safetensors", ".pt", ".pth" or ".bin". The
+        last three are read with `weights_only=True`, so that they cannot run code.
       mapping: paths in the model by names of layers in PyTorch, such as {"fc1": "Dense_0"}, where
         order and shapes do not determine them.
       strict: False keeps the layers of both sides that have no counterpart as they are, such as a
         new last layer.
       channels: by name of a dense layer in PyTorch, the number of channels of the features that it
-        flattens, 1 for none; by default those of the convolution before it.
+        flattens, 1 for none. By default it is found by tracing the network; a `Model` of functions
+        with convolutions needs it.
       optimizer: `optimizer.state_dict()` of `torch.optim.SGD`, `Adam` or `AdamW`. The momentum, the
-        step count and the learning rate are loaded into the optimizer of `state`, which must have
-        the same options.
+        step count and the learning rate are loaded into the optimizer of `state`. Other options,
+        such as betas and weight decay, are not compared: pass the same to both.
 
     Returns:
       The state with these parameters and running statistics; its step, epoch and key are kept. An
@@ -72,10 +74,9 @@ def load_torch(
       >>> state = jt.export.load_torch(state, torch_model.state_dict())
     """
     check_state_type(state)
-    tensors = read_state_dict(state_dict)
-    pairs = _match(tensors, state, mapping, strict)
+    tensors, _ = read_state_dict(state_dict)
+    pairs, sizes = _match(tensors, state, mapping, channels, strict)
     _check_dtypes(tensors, pairs, _leaves(state))
-    sizes = _flattened_channels(pairs, channels or {})
     found: dict[str, np.ndarray] = {}
     for theirs, ours in pairs:
         parts = {part: tensors[full] for part, full in theirs.tensors.items()}
@@ -96,6 +97,7 @@ def to_torch(
     like: Any = None,
     *,
     mapping: Mapping[str, str] | None = None,
+    strict: bool = True,
     channels: Mapping[str, int] | None = None,
 ) -> dict[str, Any]:
     """Returns the weights as a state dict of PyTorch.
@@ -105,12 +107,13 @@ def to_torch(
       like: the PyTorch module, or its state dict, whose names and order are used; layers are
         matched as by `load_torch`. None names the tensors by our paths, such as "Dense_0.weight".
       mapping: as in `load_torch`.
+      strict: False keeps the tensors of `like` that have no counterpart, such as further buffers.
       channels: as in `load_torch`; without `like`, by our paths.
 
     Returns:
-      Tensors on the CPU by name, for `module.load_state_dict`. They are those of `state.params`,
-      not their average. Of the two biases of an LSTM, the first is 0 and the second is ours.
-      `num_batches_tracked` is the number of steps.
+      Tensors on the CPU by name, for `module.load_state_dict`: the parameters that `predict` uses,
+      which are the average if the optimizer keeps one. Of the two biases of an LSTM, the first is
+      0. `num_batches_tracked` is that of `like`.
 
     Raises:
       InputError: a layer has no counterpart in `like`, or more than one.
@@ -121,17 +124,17 @@ def to_torch(
     """
     check_state_type(state)
     with needs_extra("torch"):
-        import torch
+        import torch  # noqa: F401
+    tied: Mapping[str, str] = {}
     if like is None:
-        pairs = [(_named_by_us(layer), layer) for layer in layers_of(state)]
-        order = [full for theirs, _ in pairs for full in theirs.tensors.values()]
+        uses = trace_uses(state)
+        pairs = [(_named_by_us(layer), layer) for layer in layers_of(state, uses)]
+        found, sizes = {}, _flattened_channels(pairs, uses, channels or {})
     else:
-        tensors = read_state_dict(like)
-        order = list(tensors)
-        pairs = _match(tensors, state, mapping, strict=True)
-    sizes = _flattened_channels(pairs, channels or {})
-    leaves = _leaves(state)
-    found: dict[str, Any] = {}
+        tensors, tied = read_state_dict(like)
+        found = {} if strict else {full: _to_tensor(tensor) for full, tensor in tensors.items()}
+        pairs, sizes = _match(tensors, state, mapping, channels, strict)
+    leaves = _leaves(state.replace(params=evaluation_params(state.opt_state, state.params)))
     for theirs, ours in pairs:
         for entry in ours.entries:
             arrays = [to_numpy(leaves[path]) for path in entry.paths]
@@ -140,23 +143,40 @@ def to_torch(
                 found[theirs.tensors[part]] = _to_tensor(value)
         for part, full in theirs.tensors.items():
             if part not in theirs.shapes:  # num_batches_tracked
-                found[full] = torch.tensor(int(state.step))
-    return {full: found[full] for full in order}
+                found[full] = _to_tensor(tensors[full])
+    return found | {full: found[first] for full, first in tied.items() if first in found}
 
 
 def _match(
     tensors: Mapping[str, np.ndarray],
     state: TrainState,
     mapping: Mapping[str, str] | None,
+    channels: Mapping[str, int] | None,
     strict: bool,
-) -> Pairs:
-    return match(
+) -> tuple[Pairs, dict[str, int]]:
+    """Returns pairs of layers, and the channels that each dense layer of PyTorch flattens."""
+    _check_names(mapping, "mapping", str, "paths of layers", "{'fc1': 'Dense_0'}")
+    _check_names(channels, "channels", int, "numbers of channels", "{'fc1': 64}")
+    uses = trace_uses(state)
+    pairs = match(
         {full: tensor.shape for full, tensor in tensors.items()},
-        layers_of(state),
+        layers_of(state, uses),
         mapping or {},
-        is_called_in_order=adapters.example_inputs(state.model) is not None,
+        is_called_in_order=uses is not None,
         strict=strict,
     )
+    return pairs, _flattened_channels(pairs, uses, channels or {})
+
+
+def _check_names(value: Any, argument: str, kind: type, what: str, example: str) -> None:
+    is_mapping = isinstance(value, Mapping) and all(
+        isinstance(name, str) and isinstance(entry, kind) for name, entry in value.items()
+    )
+    if value is not None and not is_mapping:
+        raise InputError(
+            f"{argument} is {value!r}; expected {what} by names of layers, such as {example}",
+            argument=argument,
+        )
 
 
 def _named_by_us(layer: Layer) -> TorchLayer:
@@ -174,44 +194,57 @@ def _leaves(state: TrainState) -> dict[str, Any]:
 def _check_dtypes(
     tensors: Mapping[str, np.ndarray], pairs: Pairs, leaves: Mapping[str, Any]
 ) -> None:
-    wrong = []
+    wrong: dict[tuple[str, str], list[str]] = {}
     for theirs, ours in pairs:
         for entry in ours.entries:
             expected = leaves[entry.paths[0]].dtype.name
-            for part in entry.tensors:
-                full = theirs.tensors[part]
+            for full in (theirs.tensors[part] for part in entry.tensors):
                 if tensors[full].dtype.name != expected:
-                    wrong.append(f"{full} has the dtype {tensors[full].dtype.name}, not {expected}")
+                    wrong.setdefault((tensors[full].dtype.name, expected), []).append(full)
     if wrong:
+        texts = [
+            f"the dtype is {found}, where the model has {expected}, for {', '.join(names)}"
+            for (found, expected), names in wrong.items()
+        ]
         raise InputError(
-            f"{'; '.join(wrong)}; expected the dtypes of the model: convert the tensors, for "
+            f"{'; '.join(texts)}; expected the dtypes of the model: convert the tensors, for "
             "example by {name: tensor.float() for name, tensor in state_dict.items()}"
         )
 
 
-def _flattened_channels(pairs: Pairs, channels: Mapping[str, int]) -> dict[str, int]:
+def _flattened_channels(
+    pairs: Pairs, uses: Uses | None, channels: Mapping[str, int]
+) -> dict[str, int]:
     """Returns, by layer of PyTorch, the channels of the features that a dense layer flattens."""
-    unknown = channels.keys() - {theirs.name for theirs, _ in pairs}
+    dense = {theirs.name: ours for theirs, ours in pairs if ours.kind == "dense"}
+    unknown = channels.keys() - dense.keys()
     if unknown:
         raise InputError(
-            f"channels has the layer {min(unknown)!r}, which the state dict does not have; "
-            "expected the name of a dense layer",
+            f"channels has the layer {min(unknown)!r}; expected one of the dense layers with a "
+            f"kernel of Flax, {', '.join(dense) or 'of which there is none'}",
             argument="channels",
         )
     found: dict[str, int] = {}
-    latest = 1
-    for theirs, ours in pairs:
-        if ours.channels is not None:
-            latest = ours.channels
-        if ours.features is not None:
-            size = channels.get(theirs.name, latest if ours.features % latest == 0 else 1)
-            if size < 1 or ours.features % size:
-                raise InputError(
-                    f"channels has {size} for {theirs.name}, which has {ours.features} inputs; "
-                    "expected a divisor",
-                    argument="channels",
-                )
-            found[theirs.name], latest = size, 1
+    has_convolutions = any(ours.kind == "convolution" for _, ours in pairs)
+    for name, ours in dense.items():
+        (kernel,), inputs = ours.entries[0].paths, ours.entries[0].tensors["weight"][1]
+        if name in channels:
+            found[name] = channels[name]
+        elif uses is not None:
+            found[name] = uses.flattened.get(kernel, 1)
+        elif has_convolutions:
+            raise InputError(
+                f"{ours.path} may flatten the features of a convolution, which a Model of "
+                f"functions does not tell; expected their number of channels, or 1 for none: "
+                f"channels={{{name!r}: 1}}",
+                argument="channels",
+            )
+        if inputs % max(found.get(name, 1), 1) or found.get(name, 1) < 1:
+            raise InputError(
+                f"channels has {found[name]} for {name}, which has {inputs} inputs; expected a "
+                "divisor",
+                argument="channels",
+            )
     return found
 
 

@@ -8,7 +8,7 @@ import pickle
 import warnings
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -20,7 +20,19 @@ from jaxtrain.errors import InputError
 _SAFETENSORS, _PICKLES = (".safetensors",), (".pt", ".pth", ".bin")
 
 
-def read_state_dict(source: Any) -> dict[str, np.ndarray]:
+class StateDict(NamedTuple):
+    """The tensors of a state dict.
+
+    Attributes:
+      tensors: by name.
+      tied: names of further tensors that share the memory of another, with the name of that one.
+    """
+
+    tensors: dict[str, np.ndarray]
+    tied: dict[str, str]
+
+
+def read_state_dict(source: Any) -> StateDict:
     """Returns the tensors of a state dict by name.
 
     Args:
@@ -35,22 +47,51 @@ def read_state_dict(source: Any) -> dict[str, np.ndarray]:
         found = _read_file(path)
         name = str(path)
     else:
-        found = source.state_dict() if hasattr(source, "state_dict") else source
+        is_module = hasattr(source, "state_dict") and not isinstance(source, type)
+        found = source.state_dict() if is_module else source
         name = "state_dict"
+    if isinstance(found, Mapping) and any(str(key).startswith("params.") for key in found):
+        raise InputError(
+            f"{name} has the names of a model of jaxtrain; expected a state dict of PyTorch: load "
+            "a file of save_params by jaxtrain.load_params"
+        )
     if not isinstance(found, Mapping):
         raise InputError(
             f"{name} is a {type(found).__name__}; expected a state dict of PyTorch, as "
             "module.state_dict() returns, or a file of one"
         )
     tensors: dict[str, np.ndarray] = {}
+    tied: dict[str, str] = {}
+    memory: dict[Any, str] = {}
     for key, value in found.items():
         if not hasattr(value, "shape") or not hasattr(value, "dtype"):
             raise InputError(
-                f"{name} has a {type(value).__name__} for {key!r}; expected a tensor for each "
-                "name: pass the entry that is the model's state dict"
+                f"{name} has a value of type {type(value).__name__} for {key!r}; expected a tensor "
+                "for each name: pass the entry that is the model's state dict"
             )
-        tensors[str(key)] = to_array(value)
-    return tensors
+        address = _address(value)
+        first = memory.setdefault(address, str(key)) if address else str(key)
+        if first != str(key):
+            tied[str(key)] = first
+            continue
+        try:
+            tensors[str(key)] = to_array(value)
+        except (TypeError, ValueError, RuntimeError, NotImplementedError) as error:
+            reason = (str(error).splitlines() or [type(error).__name__])[0]
+            raise InputError(
+                f"{key} of {name} cannot be read ({reason}); expected a dense tensor of a dtype of "
+                "NumPy, or bfloat16"
+            ) from error
+    return StateDict(tensors, tied)
+
+
+def _address(tensor: Any) -> Any:
+    """Returns what two tensors of PyTorch with the same memory have in common, else None."""
+    try:
+        pointer = tensor.data_ptr()
+    except (AttributeError, RuntimeError, NotImplementedError):  # an array; no dense tensor
+        return None
+    return (pointer, tensor.shape, tensor.stride(), tensor.dtype) if pointer else None
 
 
 def to_array(tensor: Any) -> np.ndarray:
@@ -78,9 +119,10 @@ def _read_file(path: Path) -> Any:
             with needs_extra("torch"):
                 import torch  # noqa: F401
             read_regular_file(path, 0)  # raises for a directory, a pipe or a missing file
-    except OSError as error:
-        if error.errno != errno.EFBIG:
-            raise InputError(f"{path} cannot be read: {error.strerror or error}") from error
+    except (OSError, ValueError, RuntimeError) as error:  # a null character, or a loop of links
+        if getattr(error, "errno", None) != errno.EFBIG:
+            reason = getattr(error, "strerror", None) or error
+            raise InputError(f"{path} cannot be read: {reason}") from error
     return _read_safetensors(path) if path.suffix in _SAFETENSORS else _read_pickle(path)
 
 

@@ -9,7 +9,8 @@ from collections.abc import Collection, Mapping, Sequence
 from typing import NamedTuple, NoReturn, TypeVar
 
 from jaxtrain.errors import InputError
-from jaxtrain.export._torch_layers import Layer, Shape, have_order, natural
+from jaxtrain.export._torch_layers import Layer
+from jaxtrain.export._torch_layouts import Shape
 
 # Tensors that the other libraries do not have.
 _COUNTERS = {"num_batches_tracked"}
@@ -100,30 +101,61 @@ def match(
     pairs = _mapped(theirs, ours, mapping)
     is_created_in_order = have_creation_order(list(shapes))
     if not is_created_in_order:
-        theirs = sorted(theirs, key=lambda layer: natural(layer.name))
+        theirs = sorted(theirs, key=lambda layer: natural_sort_key(layer.name))
+    if not is_called_in_order:
+        ours = sorted(ours, key=lambda layer: natural_sort_key(layer.path))
     theirs_left = [layer for layer in theirs if layer.name not in pairs]
     taken = {layer.path for layer in pairs.values()}
     left = [layer for layer in ours if layer.path not in taken]
-    same = _by_name(theirs_left, left)
-    if same is not None:
-        taken = {layer.path for layer in same.values()}
-        theirs_left, left = [], [layer for layer in left if layer.path not in taken]
-        pairs |= same
+    same, misfits = _by_name(theirs_left, left)
+    if strict and misfits:
+        _raise_misfits([_difference(a, b) for a, b in misfits])
+    pairs |= same
+    taken = {layer.path for layer in same.values()}
+    theirs_left = [layer for layer in theirs_left if layer.name not in same]
+    left = [layer for layer in left if layer.path not in taken]
     if strict:
         _check_counts(theirs_left, left)
     pairs |= _by_shapes(theirs_left, left, is_created_in_order, is_called_in_order)
+    if not pairs:
+        raise InputError(
+            "no layer of the state dict has a counterpart in the model; expected a state dict of a "
+            "similar network"
+        )
     by_name = {layer.name: layer for layer in theirs}
     names = {layer.path: name for name, layer in pairs.items()}
     return [(by_name[names[layer.path]], layer) for layer in ours if layer.path in names]
 
 
-def _by_name(theirs: Sequence[TorchLayer], ours: Sequence[Layer]) -> dict[str, Layer] | None:
-    """Returns pairs of equal names, or None unless every layer of PyTorch has one."""
-    by_name = {_normalized(layer.path): layer for layer in ours}
-    pairs = {layer.name: by_name.get(_normalized(layer.name)) for layer in theirs}
-    found = {name: layer for name, layer in pairs.items() if layer is not None}
-    fit = all(layer.name in found and _fits(layer, found[layer.name]) for layer in theirs)
-    return found if fit else None
+def _by_name(
+    theirs: Sequence[TorchLayer], ours: Sequence[Layer]
+) -> tuple[dict[str, Layer], list[tuple[TorchLayer, Layer]]]:
+    """Returns pairs of equal names, and those of them whose tensors differ.
+
+    Names count only if one side has all names of the other. Otherwise a few may be equal by chance,
+    such as the numbers of two sequences of which one also counts activations.
+    """
+    by_name = dict(zip(_short([layer.name for layer in theirs]), theirs, strict=True))
+    by_path = dict(zip(_short([layer.path for layer in ours]), ours, strict=True))
+    are_distinct = len(by_name) == len(theirs) and len(by_path) == len(ours)
+    if not are_distinct or not (
+        by_name.keys() <= by_path.keys() or by_path.keys() <= by_name.keys()
+    ):
+        return {}, []
+    pairs = [(by_name[name], by_path[name]) for name in by_name if name in by_path]
+    fit = {a.name: b for a, b in pairs if _fits(a, b)}
+    return fit, [(a, b) for a, b in pairs if a.name not in fit]
+
+
+def _short(names: Sequence[str]) -> list[str]:
+    """Returns names in lower case, with "_" for ".", without the modules that contain all layers.
+
+    Such are the wrappers `_orig_mod` of `torch.compile` and `module` of `DataParallel`.
+    """
+    parents = [name.split(".")[:-1] for name in names] or [[]]
+    ends = zip(min(parents), max(parents), strict=False)
+    shared = len(list(itertools.takewhile(lambda pair: pair[0] == pair[1], ends)))
+    return ["_".join(name.split(".")[shared:]).lower() for name in names]
 
 
 def _by_shapes(
@@ -140,23 +172,34 @@ def _by_shapes(
         groups.setdefault(_signature(own.tensors), ([], []))[1].append(own)
     groups = {signature: group for signature, group in groups.items() if all(group)}
 
-    def order(shapes: Sequence[Mapping[str, Shape]]) -> list[_Signature]:
-        return [s for s in map(_signature, shapes) if s in groups and not _is_single(s)]
+    def is_in_sequence(shapes: Mapping[str, Shape]) -> bool:
+        signature = _signature(shapes)
+        return signature in groups and not _is_single(signature)
 
-    are_in_order = (is_created_in_order and is_called_in_order) and order(
-        [layer.shapes for layer in theirs]
-    ) == order([layer.tensors for layer in ours])
+    where = ""
+    are_in_order = is_created_in_order and is_called_in_order
+    if are_in_order:
+        created = [layer for layer in theirs if is_in_sequence(layer.shapes)]
+        called = [layer for layer in ours if is_in_sequence(layer.tensors)]
+        different = [pair for pair in zip(created, called, strict=False) if not _fits(*pair)]
+        are_in_order = not different and len(created) == len(called)
+        if different:
+            where = (
+                f" (the orders first differ at {different[0][0].name} and {different[0][1].path})"
+            )
     pairs: dict[str, Layer] = {}
-    for signature, (a, b) in groups.items():
+    for signature, (some, own_some) in groups.items():
         # Single parameters of a module come before its layers, wherever they are used.
         is_called = is_called_in_order and not _is_single(signature)
         # If not all layers are in the same order, numbers in names may tell that of these.
-        theirs_known = have_order([x.name for x in a]) or (is_created_in_order and not is_called)
-        ours_known = have_order([x.path for x in b]) or is_called
-        is_clear = (are_in_order and is_called) or (theirs_known and ours_known)
-        if len(a) != len(b) or not (is_clear or len(a) == 1):
-            _raise_unclear(a, b, is_created_in_order)
-        pairs |= {x.name: y for x, y in zip(a, b, strict=True)}
+        names_known = numbers_give_order([layer.name for layer in some])
+        paths_known = numbers_give_order([layer.path for layer in own_some])
+        is_clear = (are_in_order and is_called) or (
+            (names_known or (is_created_in_order and not is_called)) and (paths_known or is_called)
+        )
+        if len(some) != len(own_some) or not (is_clear or len(some) == 1):
+            _raise_unclear(some, own_some, where, is_created_in_order)
+        pairs |= {layer.name: own for layer, own in zip(some, own_some, strict=True)}
     return pairs
 
 
@@ -165,7 +208,7 @@ def _is_single(signature: _Signature) -> bool:
 
 
 def _raise_unclear(
-    theirs: Sequence[TorchLayer], ours: Sequence[Layer], is_created_in_order: bool
+    theirs: Sequence[TorchLayer], ours: Sequence[Layer], where: str, is_created_in_order: bool
 ) -> NoReturn:
     names, paths = [layer.name for layer in theirs], [layer.path for layer in ours]
     hint = (
@@ -175,8 +218,8 @@ def _raise_unclear(
     )
     raise InputError(
         f"the order of the layers does not determine which of {_listed(names)} in PyTorch is which "
-        f"of {_listed(paths)} in the model; expected a mapping, such as mapping={{{names[0]!r}: "
-        f"{paths[0]!r}}}{hint}",
+        f"of {_listed(paths)} in the model{where}; expected a mapping, such as "
+        f"mapping={{{names[0]!r}: {paths[0]!r}}}{hint}",
         argument="mapping",
     )
 
@@ -235,6 +278,10 @@ def _check_counts(theirs: Sequence[TorchLayer], ours: Sequence[Layer]) -> None:
             f"{layer.path or 'the model'} needs {_needs(layer)}, which the state dict does not have"
             for layer in missing
         ]
+    _raise_misfits(texts)
+
+
+def _raise_misfits(texts: Sequence[str]) -> NoReturn:
     raise InputError(
         f"{'; '.join(texts)}; expected a state dict of the same network (mapping= names layers, "
         "strict=False leaves out those without a counterpart)"
@@ -286,8 +333,21 @@ def _signature(shapes: Mapping[str, Shape]) -> _Signature:
     return tuple(sorted(shapes.items()))
 
 
-def _normalized(name: str) -> str:
-    return name.lower().replace(".", "_")
+def natural_sort_key(name: str) -> list[tuple[int, int | str]]:
+    """Returns a key that sorts numbers in names by their value."""
+    parts = re.split(r"(\d+)", name)
+    return [(0, int(part)) if part.isdigit() else (1, part) for part in parts]
+
+
+def numbers_give_order(names: Sequence[str]) -> bool:
+    """Returns whether the numbers in some dotted names tell their order."""
+    paths = [name.split(".") for name in names]
+    for a in paths:
+        for b in paths:
+            first = next(((x, y) for x, y in zip(a, b, strict=False) if x != y), None)
+            if first is not None and len({re.sub(r"\d+$", "", part) for part in first}) > 1:
+                return False
+    return True
 
 
 def _listed(names: Sequence[str], most: int = 8) -> str:

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import optax
 from jaxtyping import PyTree
@@ -48,48 +50,90 @@ def load_optimizer(
       InputError: it is not the state of such an optimizer, has other arrays than the optimizer of
         `state`, or belongs to other parameters.
     """
-    if not isinstance(state_dict, Mapping) or {"state", "param_groups"} - state_dict.keys():
+    groups = _checked_groups(state_dict)
+    theirs = {slot for group in groups for slot in _slots_of(group)}
+    nodes = [
+        node for node in jax.tree.leaves(state.opt_state, is_leaf=_has_slots) if _has_slots(node)
+    ]
+    ours = {slot for node in nodes for slot in _SLOTS[type(node)].values()}
+    if len(nodes) > 1 or theirs != ours:
+        raise InputError(
+            f"the PyTorch optimizer has {_listed(theirs)} for each parameter, where the optimizer "
+            f"of the state has {_listed(ours)}; expected the same kind of optimizer with the same "
+            "options",
+            argument="optimizer",
+        )
+    slots = _slots_by_name(state_dict, tensors, pairs)
+    started = {name for name, values in slots.items() if theirs <= values.keys()}
+    steps = {int(to_array(slots[name]["step"])) for name in started if "step" in slots[name]}
+    if started not in (set(), set(slots)) or len(steps) > 1:
+        raise InputError(
+            f"the PyTorch optimizer has updated {len(started)} of {len(slots)} parameters, or "
+            "some of them more often than others; expected one that has updated all of them",
+            argument="optimizer",
+        )
+
+    def load(node: Any) -> Any:
+        if not _has_slots(node):
+            return node
+        changes = {
+            field: _loaded(getattr(node, field), slot, slots, pairs, channels)
+            if started
+            else jax.tree.map(jnp.zeros_like, getattr(node, field))
+            for field, slot in _SLOTS[type(node)].items()
+        }
+        if isinstance(node, DampedTraceState):
+            changes["started"] = jnp.full_like(node.started, bool(started))
+        return node._replace(**changes)
+
+    opt_state = jax.tree.map(load, state.opt_state, is_leaf=_has_slots)
+    is_adam = "betas" in groups[0]
+    step = max(steps, default=0) if is_adam else None  # SGD does not count
+    return _with_counts(opt_state, float(groups[0]["lr"]), step)
+
+
+def _checked_groups(state_dict: Any) -> list[Mapping[str, Any]]:
+    """Returns the parameter groups of an optimizer that can be loaded."""
+    groups = state_dict.get("param_groups") if isinstance(state_dict, Mapping) else None
+    if (
+        not isinstance(groups, list)
+        or not isinstance(state_dict.get("state"), Mapping)
+        or not groups
+    ):
         raise InputError(
             f"optimizer is a {type(state_dict).__name__}; expected optimizer.state_dict() of "
             "PyTorch, with 'state' and 'param_groups'",
             argument="optimizer",
         )
-    slots = _slots_by_name(state_dict, tensors, pairs)
-    found = {slot for values in slots.values() for slot in values} - {"step"}
-    nodes = [
-        node for node in jax.tree.leaves(state.opt_state, is_leaf=_has_slots) if _has_slots(node)
-    ]
-    expected = {slot for node in nodes for slot in _SLOTS[type(node)].values()}
-    if len(nodes) > 1 or (found and found != expected):
-        raise InputError(
-            f"the PyTorch optimizer has {_listed(found)} for each parameter, where the optimizer "
-            f"of the state has {_listed(expected)}; expected the same kind of optimizer with the "
-            "same options",
-            argument="optimizer",
-        )
-    rates = {float(group["lr"]) for group in state_dict["param_groups"]}
+    for group in groups:
+        is_adam = {"betas", "amsgrad"} <= group.keys()
+        if not is_adam and not {"momentum", "dampening"} <= group.keys():
+            options = ", ".join(sorted(group.keys() - {"params", "param_names"}))
+            raise InputError(
+                f"the PyTorch optimizer has the options {options}; expected those of SGD, Adam or "
+                "AdamW, whose state can be loaded",
+                argument="optimizer",
+            )
+        if group.get("maximize"):
+            raise InputError(
+                "the PyTorch optimizer has maximize=True; expected one that minimizes",
+                argument="optimizer",
+            )
+    rates = {float(group["lr"]) for group in groups}
     if len(rates) > 1:
         raise InputError(
             f"the PyTorch optimizer has the learning rates {sorted(rates)}; expected one for all "
             "parameters",
             argument="optimizer",
         )
-    steps = {int(to_array(values["step"])) for values in slots.values() if "step" in values}
-    step = max(steps, default=None)
+    return groups
 
-    def load(node: Any) -> Any:
-        if not _has_slots(node) or not found:
-            return node
-        changes = {
-            field: _loaded(getattr(node, field), slot, slots, pairs, channels)
-            for field, slot in _SLOTS[type(node)].items()
-        }
-        if isinstance(node, DampedTraceState):
-            changes["started"] = jax.numpy.ones_like(node.started)
-        return node._replace(**changes)
 
-    opt_state = jax.tree.map(load, state.opt_state, is_leaf=_has_slots)
-    return _with_counts(opt_state, rates.pop(), step)
+def _slots_of(group: Mapping[str, Any]) -> set[str]:
+    """Returns the names of the arrays that an optimizer keeps for each parameter of a group."""
+    if "betas" in group:
+        return {"exp_avg", "exp_avg_sq", *(["max_exp_avg_sq"] if group["amsgrad"] else [])}
+    return {"momentum_buffer"} if group["momentum"] else set()
 
 
 def _slots_by_name(
@@ -179,6 +223,12 @@ def _with_counts(opt_state: PyTree, rate: float, step: int | None) -> PyTree:
     leaves = jax.tree_util.tree_leaves_with_path(opt_state)
     paths = [jax.tree_util.keystr(path, simple=True, separator=".") for path, _ in leaves]
     scheduled = any("hyperparams_states.learning_rate" in path for path in paths)
+    if not any(path.endswith("hyperparams.learning_rate") for path in paths):
+        warnings.warn(
+            f"the optimizer of the state does not record its learning rate, so PyTorch's {rate:g} "
+            "is not loaded; make it with this rate, or use jaxtrain.optimizers",
+            stacklevel=4,
+        )
     found: dict[str, np.ndarray] = {}
     for path in paths:
         if path.endswith("hyperparams.learning_rate") and not scheduled:
