@@ -1,7 +1,9 @@
-"""Checks of scalar arguments and PRNG keys, on the host, before anything compiles."""
+"""Checks of scalar arguments, paths and PRNG keys, on the host, before anything compiles."""
 
 from __future__ import annotations
 
+import os
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -35,6 +37,17 @@ def check_key(key: Any, name: str = "key") -> None:
             f"{name} is a batch of keys of shape {key.shape}; expected a single PRNG key: "
             "use one of them, or apply jax.vmap to the function"
         )
+
+
+def checked_path(path: Any, name: str) -> Path:
+    """Returns the path of a file or a folder.
+
+    Raises:
+      InputError: it is not a path, or contains a null character.
+    """
+    if not isinstance(path, (str, os.PathLike)) or "\0" in os.fsdecode(path):
+        raise InputError(f"{name} is {path!r}; expected a path", argument=name)
+    return Path(os.fsdecode(path))
 
 
 def check_shard(shard: Any) -> tuple[int, int]:

@@ -6,7 +6,9 @@ readers can tell apart; line styles and markers also differ, for printing in gre
 
 from __future__ import annotations
 
+import io
 import os
+from typing import Any
 
 from jaxtrain._extras import needs_extra
 
@@ -22,6 +24,7 @@ finally:
     if _backend is not None:
         os.environ["MPLBACKEND"] = _backend
 
+_DPI = 120
 BLUE, VERMILION, GREEN, GREY = "#0072B2", "#D55E00", "#009E73", "#999999"
 ORANGE, SKY, PURPLE, YELLOW = "#E69F00", "#56B4E9", "#CC79A7", "#F0E442"
 
@@ -32,3 +35,10 @@ def label_axes(ax: Axes, x: str, y: str, grid: bool = True) -> None:
     if grid:
         ax.grid(alpha=0.3, linewidth=0.6)
         ax.spines[["top", "right"]].set_visible(False)
+
+
+def to_png(figure: Any) -> bytes:
+    """Returns a figure as the content of a PNG file."""
+    image = io.BytesIO()
+    figure.savefig(image, format="png", dpi=_DPI)
+    return image.getvalue()

@@ -116,11 +116,14 @@ def _describe(tree: PyTree) -> str:
     """Returns a pytree as text, with dtypes and shapes in place of the values of arrays."""
 
     def describe(leaf: Any) -> str:
-        if not hasattr(leaf, "shape"):
-            return str(leaf)
-        return f"{leaf.dtype}[{','.join(map(str, leaf.shape))}]"
+        return describe_array(leaf) if hasattr(leaf, "shape") else str(leaf)
 
     return str(jax.tree.map(describe, tree)).replace("'", "")
+
+
+def describe_array(array: Any) -> str:
+    """Returns the dtype and shape of an array, such as uint8[32,28,28]."""
+    return f"{array.dtype}[{','.join(map(str, array.shape))}]"
 
 
 def check_dataset(dataset: Any, name: str) -> None:
@@ -145,6 +148,24 @@ def check_dataset(dataset: Any, name: str) -> None:
             )
     if length == 0:
         raise InputError(f"{name} is empty; expected at least one example")
+
+
+def check_inputs(inputs: PyTree) -> None:
+    """Raises InputError unless there is at least one example."""
+    if isinstance(inputs, Dataset):
+        raise InputError("inputs is a Dataset; expected its inputs, dataset.inputs")
+    arrays = named_arrays(inputs, "inputs")
+    for path, array in arrays:
+        check_array(array, path)
+    # Not `len`, since the number of examples may be symbolic in `jax.export`.
+    if not arrays or any(array.ndim == 0 or array.shape[0] == 0 for _, array in arrays):
+        shapes = ", ".join(str(array.shape) for _, array in arrays)
+        raise InputError(
+            f"inputs has the shape {shapes}; expected at least one example along the first axis"
+        )
+    if len({array.shape[0] for _, array in arrays}) > 1:
+        lengths = ", ".join(f"{path} has {array.shape[0]}" for path, array in arrays)
+        raise InputError(f"{lengths} examples; expected the same number along the first axis")
 
 
 def check_array(array: Any, path: str) -> None:

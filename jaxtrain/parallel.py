@@ -8,6 +8,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
@@ -179,8 +180,12 @@ def replicated_like(leaf: Any) -> NamedSharding | None:
 
 
 def without_mesh() -> contextlib.AbstractContextManager[Any]:
-    """Returns a context in which programs are traced as for one device."""
-    return jax.sharding.use_abstract_mesh(jax.sharding.AbstractMesh((), ()))
+    """Returns a context in which programs are for one device, whatever mesh the user has set.
+
+    It cannot be entered while JAX traces. An empty abstract mesh would not do: programs would be
+    compiled and exported for the devices of the user's mesh.
+    """
+    return jax.set_mesh(jax.sharding.Mesh(np.empty((), object), ()))
 
 
 def axis_size() -> int:

@@ -648,9 +648,19 @@ def test_each_run_of_an_experiment_has_its_own_logs(tmp_path: Path) -> None:
         "descent",
         "descent_on_surface",
     ]
+    listed = json.loads((tmp_path / "summary.json").read_text())["logs"]
+    assert set(listed) == {
+        str(path.relative_to(tmp_path))
+        for pattern in ("*.jsonl", "*tfevents*")
+        for path in tmp_path.rglob(pattern)
+    }
+    assert len(listed) == 5
+    notes = tmp_path / "log_notes.jsonl"
+    notes.write_text("mine")
+    (tmp_path / "log_link.jsonl").symlink_to(notes)
     again = dataclasses.replace(config, log=("csv",), overwrite=True)
     gradient_descent.run(again)
-    assert not list(tmp_path.glob("*.jsonl"))
+    assert {path.name for path in tmp_path.glob("*.jsonl")} == {notes.name, "log_link.jsonl"}
     assert not list(tmp_path.rglob("*tfevents*"))
     assert (tmp_path / "steps_stochastic.csv").read_text().count("\n") == 7
 
@@ -677,15 +687,22 @@ def test_a_resumed_run_continues_its_logs_and_may_have_other_ones(tmp_path: Path
 
 
 def test_log_files_of_the_user_are_not_removed(tmp_path: Path) -> None:
-    """Without an earlier run that wrote logs; and whatever its configuration was edited to."""
-    mine = [tmp_path / "log.csv", tmp_path / "log_2024.jsonl"]
-    config = linear_regression.Config(output_dir=tmp_path, epochs=1, log_interval=0, overwrite=True)
-    for log in ([], 5, {"csv": 1}, "jsonl", None):
+    """Beside those of a run that wrote logs; and without, whatever its files were edited to."""
+    mine = [tmp_path / "log_notes.csv", tmp_path / "log_2024.jsonl"]
+    config = linear_regression.Config(
+        output_dir=tmp_path, epochs=1, log_interval=0, log=("csv",), overwrite=True
+    )
+    linear_regression.run(config)
+    config = dataclasses.replace(config, log=())
+    for log in (None, [], 5, {"csv": 1}, "jsonl", ["csv", "jsonl"], ["../a", [], "\0"]):
         for path in mine:
             path.write_text("mine")
-        (tmp_path / "config.json").write_text(json.dumps({"log": log}))
+        if log is not None:
+            for name, key in (("config.json", "log"), ("summary.json", "logs")):
+                (tmp_path / name).write_text(json.dumps({key: log}))
         linear_regression.run(config)
         assert [path.read_text() for path in mine] == ["mine", "mine"], log
+        assert not (tmp_path / "log.csv").exists()
 
 
 @pytest.mark.parametrize(("log", "package"), [("tensorboard", "tensorboardX"), ("wandb", "wandb")])

@@ -37,6 +37,7 @@ class Recorder:
 
     def __init__(self) -> None:
         self._calls: dict[Path, Call] = {}
+        self._indices: dict[Path, int] = {}
         self._thread = threading.get_ident()
 
     @property
@@ -44,16 +45,22 @@ class Recorder:
         """The layers in the order of their first calls."""
         return list(self._calls.values())
 
+    @property
+    def is_of_this_thread(self) -> bool:
+        """Whether the current thread made the recorder; calls in others are not recorded."""
+        return threading.get_ident() == self._thread
+
     def call(
         self, path: Path, kind: str, function: Callable[..., Any], args: Any, kwargs: Any
     ) -> Any:
         """Calls the function of a layer and records it; in another thread, only calls it."""
-        if threading.get_ident() != self._thread:
+        if not self.is_of_this_thread:
             return function(*args, **kwargs)
         is_first = path not in self._calls
         if is_first:
+            self._indices[path] = len(self._calls)
             self._calls[path] = Call(path, kind, _shapes((args, kwargs)), ())
-        with jax.named_scope(f"jaxtrain_layer_{list(self._calls).index(path)}"):
+        with jax.named_scope(f"jaxtrain_layer_{self._indices[path]}"):
             outputs = function(*args, **kwargs)
         if is_first:
             self._calls[path] = self._calls[path]._replace(outputs=_shapes(outputs))
@@ -82,9 +89,12 @@ def patched_calls(
     def wrap(original: Any) -> Callable[..., Any]:
         @functools.wraps(original)
         def call(self: Any, *args: Any, **kwargs: Any) -> Any:
+            function = original.__get__(self, type(self))
+            if not recorder.is_of_this_thread:  # perhaps of another network
+                return function(*args, **kwargs)
             if not paths:
                 paths.update(find_paths(self))
-            function, path = original.__get__(self, type(self)), paths.get(id(self))
+            path = paths.get(id(self))
             if path is None:  # a layer that JAX has rebuilt, in a loop for example
                 return function(*args, **kwargs)
             return recorder.call(path, type(self).__name__, function, args, kwargs)
@@ -103,8 +113,13 @@ def patched_calls(
 
 
 def _shapes(tree: Any) -> tuple[jax.ShapeDtypeStruct, ...]:
+    """Returns the arrays among some values, without PRNG keys and the state of Equinox's layers."""
     return tuple(
         jax.ShapeDtypeStruct(leaf.shape, leaf.dtype)
-        for leaf in jax.tree.leaves(tree)
+        for leaf in jax.tree.leaves(tree, is_leaf=_is_state)
         if isinstance(leaf, jax.Array) and not jax.numpy.issubdtype(leaf.dtype, jax.dtypes.prng_key)
     )
+
+
+def _is_state(node: Any) -> bool:
+    return type(node).__module__.startswith("equinox.") and type(node).__name__ == "State"

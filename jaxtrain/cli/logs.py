@@ -14,12 +14,12 @@ from jaxtrain.training.events import Event
 LogName = Literal["tensorboard", "csv", "jsonl", "wandb"]
 
 _PROJECT = "jaxtrain"  # of Weights & Biases
-# Files of each log, in the output folder; those of Weights & Biases have unique names and stay.
-_PATTERNS = {
-    "tensorboard": ["tensorboard/**/events.out.tfevents.*.jaxtrain"],
-    "csv": ["log.csv", "log_*.csv", "steps.csv", "steps_*.csv"],
-    "jsonl": ["log.jsonl", "log_*.jsonl"],
-}
+_EVENT_FILES = "events.out.tfevents.*.jaxtrain"
+# Names of log files in the output folder.
+_PATTERNS = (
+    f"tensorboard/**/{_EVENT_FILES}",
+    *("log.csv", "log_*.csv", "steps.csv", "steps_*.csv", "log.jsonl", "log_*.jsonl"),
+)
 
 
 class Logs:
@@ -70,6 +70,23 @@ class Logs:
         """Closes all files."""
         self._stack.close()
 
+    def files(self) -> list[str]:
+        """Returns the files written, as paths in the folder.
+
+        Those of Weights & Biases are left out: their names are unique, and no later run removes
+        them.
+        """
+        found: list[Path] = []
+        for part in self._opened:
+            suffix = f"_{part}" if part else ""
+            if "tensorboard" in self._names:
+                found += (self._folder / "tensorboard" / part).glob(_EVENT_FILES)
+            if "csv" in self._names:
+                found += [self._folder / f"log{suffix}.csv", self._folder / f"steps{suffix}.csv"]
+            if "jsonl" in self._names:
+                found.append(self._folder / f"log{suffix}.jsonl")
+        return [str(path.relative_to(self._folder)) for path in found if path.is_file()]
+
     def _loggers(self, part: str) -> list[loggers.Logger]:
         if part not in self._opened:
             self._opened[part] = [
@@ -95,16 +112,17 @@ class Logs:
         )
 
 
-def earlier_logs(folder: Path, config: Any) -> list[str]:
-    """Returns the files that the `--log` of an earlier run has written, as paths in its folder.
+def earlier_logs(folder: Path, summary: Any) -> list[str]:
+    """Returns the log files that the summary of an earlier run lists, as paths in its folder.
 
     Args:
       folder: the output folder.
-      config: the content of its `config.json`, which may have been edited.
+      summary: the content of its `summary.json`. It may have been edited: it can name nothing but
+        files with the names of logs.
     """
-    names = config.get("log") if isinstance(config, dict) else None
-    if not isinstance(names, list):
+    listed = summary.get("logs") if isinstance(summary, dict) else None
+    if not isinstance(listed, list):
         return []
-    patterns = [pattern for name in _PATTERNS if name in names for pattern in _PATTERNS[name]]
-    found = [path for pattern in patterns for path in folder.glob(pattern)]
-    return [str(path.relative_to(folder)) for path in found if path.is_file()]
+    found = [path for pattern in _PATTERNS for path in folder.glob(pattern)]
+    names = [str(path.relative_to(folder)) for path in found]
+    return [name for name in names if name in listed]

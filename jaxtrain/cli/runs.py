@@ -36,7 +36,6 @@ from jaxtrain.training.state import TrainState
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-_PICTURE_DPI = 120
 _MODEL = "model.safetensors"
 _DESCRIPTION = "output folder"
 # A larger summary or configuration was not written by a run.
@@ -142,9 +141,8 @@ class RunFolder:
         """
         self._has_started = True
         if not self._resuming:
-            pictures = self._earlier_pictures()
-            logs = earlier_logs(self.path, read_json(self.path / "config.json"))
-            for name in ("summary.json", "history.csv", _MODEL, *pictures, *logs):
+            earlier = (*self._earlier_pictures(), *self._earlier_logs())
+            for name in ("summary.json", "history.csv", _MODEL, *earlier):
                 remove_file(self.path / name)
         config = dataclasses.asdict(self.config)
         self._write_json("config.json", config)
@@ -183,7 +181,7 @@ class RunFolder:
     def write_summary(
         self, *, figures: Iterable[Comparison] | None = None, **summary: Any
     ) -> dict[str, Any]:
-        """Writes `summary.json`.
+        """Writes `summary.json`, and closes the logs.
 
         Args:
           figures: the original's figures beside ours, if there are any.
@@ -194,6 +192,10 @@ class RunFolder:
         """
         if figures is not None:
             summary["figures"] = [figure._asdict() for figure in figures]
+        logs = set(self._earlier_logs())  # of a run that resumes
+        if self._logs is not None:
+            self._logs.close()
+            logs |= set(self._logs.files())
         entries = {
             **summary,
             "device": device_name(),
@@ -201,6 +203,7 @@ class RunFolder:
             "train_seconds": self._sweep_seconds + sum(row["seconds"] for row in self._epochs),
             "total_seconds": time.perf_counter() - self._created,
             "pictures": self._pictures,
+            "logs": sorted(logs),
             "versions": versions(),
         }
         outdated = set(self._earlier_pictures()) - set(self._pictures)
@@ -223,12 +226,13 @@ class RunFolder:
 
     def write_picture(self, name: str, figure: Figure) -> None:
         """Writes a figure as a PNG file, and to the logs."""
-        image = io.BytesIO()
-        figure.savefig(image, format="png", dpi=_PICTURE_DPI)
-        write_atomically(self.path / name, image.getvalue())
+        from jaxtrain._figures import to_png  # matplotlib
+
+        image = to_png(figure)
+        write_atomically(self.path / name, image)
         self._pictures.append(name)
         if self._logs is not None:
-            self._logs.picture(Path(name).stem, image.getvalue())
+            self._logs.picture(Path(name).stem, image)
 
     def _earlier_pictures(self) -> list[str]:
         """Returns the pictures that an earlier run's summary lists, and no other file.
@@ -240,6 +244,10 @@ class RunFolder:
         if not isinstance(listed, list):
             return []
         names = [name for name in listed if isinstance(name, str) and _is_picture(name)]
+        return [name for name in names if _is_regular_file(self.path / name)]
+
+    def _earlier_logs(self) -> list[str]:
+        names = earlier_logs(self.path, read_json(self.path / "summary.json"))
         return [name for name in names if _is_regular_file(self.path / name)]
 
     def _write_history(self) -> None:

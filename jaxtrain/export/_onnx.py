@@ -10,7 +10,6 @@ import math
 import os
 import warnings
 from collections.abc import Callable, Iterator, Sequence
-from pathlib import Path
 from typing import Any
 
 import jax
@@ -21,6 +20,8 @@ from jax.extend.core import Literal
 from jax.interpreters.partial_eval import dce_jaxpr
 from jaxtyping import PyTree
 
+from jaxtrain import parallel
+from jaxtrain._arguments import checked_path
 from jaxtrain._extras import needs_extra
 from jaxtrain._files import write_atomically
 from jaxtrain.errors import InputError
@@ -28,12 +29,13 @@ from jaxtrain.export._prediction import (
     export_error,
     prediction_function,
     symbolic_inputs,
-    without_mesh,
 )
 from jaxtrain.training.state import TrainState
 
 # Each element of a window is an operation of the file.
 MAX_WINDOW = 64
+# Examples of the comparison.
+MAX_SAMPLES = 16
 HINT = "use jaxtrain.export.stablehlo, which takes every model"
 
 
@@ -54,27 +56,28 @@ def onnx(
       state: the trained state.
       path: the file, such as "model.onnx"; it is written completely or not at all.
       inputs: array, or pytree of arrays whose leaves become the inputs of the file in the order
-        of `jax.tree.leaves`, [examples, ...]. One example is enough; the values are used for the
-        comparison only.
+        of `jax.tree.leaves`, [examples, ...]. One example is enough; the values, of at most 16
+        examples, are used for the comparison only.
       preprocess: function in JAX from these inputs to those of the model, such as a normalization.
       postprocess: function in JAX of the outputs, such as `jax.nn.softmax`.
 
     Raises:
       MissingExtraError: jax2onnx or onnxruntime is not installed.
-      InputError: the model does not take the inputs or only a fixed number of examples; or
-        jax2onnx cannot convert it.
+      InputError: the model does not take the inputs or only a fixed number of examples, jax2onnx
+        cannot convert it, or `path` is not a path.
       StorageError: the file cannot be written.
 
     Example:
       >>> jt.export.onnx(state, "model.onnx", test.inputs[:1], postprocess=jax.nn.softmax)
     """
+    file = checked_path(path, "path")
     predict = prediction_function(state, preprocess, postprocess)
     specs = symbolic_inputs(inputs, "B")
     with needs_extra("onnx"), _quiet():
         import onnxruntime
         from jax2onnx import to_onnx
     try:
-        with without_mesh():
+        with parallel.without_mesh():
             # Traced here, since jax2onnx replaces functions of Flax and Equinox while it traces,
             # and some of the replacements do not take all arguments.
             closed = jax.make_jaxpr(predict)(specs)
@@ -90,11 +93,12 @@ def onnx(
         return _evaluate(jaxpr, closed.consts, *leaves)
 
     samples = [
-        np.repeat(np.asarray(leaf[:1], spec.dtype), 2, axis=0)
+        # At least two, since the file takes any number.
+        np.repeat(np.asarray(leaf[:MAX_SAMPLES], spec.dtype), 2 if len(leaf) == 1 else 1, axis=0)
         for leaf, spec in zip(jax.tree.leaves(inputs), jax.tree.leaves(specs), strict=True)
     ]
     try:
-        with _quiet(), without_mesh():
+        with _quiet(), parallel.without_mesh():
             content = to_onnx(evaluate, jax.tree.leaves(specs)).SerializeToString()
             options = onnxruntime.SessionOptions()
             options.log_severity_level = 4  # errors are raised
@@ -106,14 +110,15 @@ def onnx(
         raise InputError(f"jax2onnx cannot convert the model: {reason}; {HINT}") from error
     sample = jax.tree.unflatten(jax.tree.structure(inputs), samples)
     wanted = jax.tree.leaves(jax.jit(predict)(sample))
-    for ours, theirs in zip(wanted, found, strict=True):
-        if not np.allclose(ours, theirs, rtol=1e-4, atol=1e-5):
-            difference = np.max(np.abs(np.asarray(ours) - theirs))
+    for ours, theirs in zip(map(np.asarray, wanted), found, strict=True):
+        differs = ~np.isclose(ours, theirs, rtol=1e-4, atol=1e-5, equal_nan=True)
+        if np.any(differs):
+            difference = np.max(np.abs(ours[differs].astype(float) - theirs[differs]))
             raise InputError(
                 f"the ONNX model differs from that in JAX by {difference:g}; expected at most "
                 f"1e-5: {HINT}"
             )
-    write_atomically(Path(path), content)
+    write_atomically(file, content)
 
 
 def _evaluate(jaxpr: Any, constants: Sequence[Any], *inputs: Any) -> list[Any]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 from collections.abc import Callable
 from typing import Any
 
@@ -11,10 +10,9 @@ import numpy as np
 from jaxtyping import PyTree
 
 from jaxtrain._placement import is_key, to_numpy
-from jaxtrain.dataset import named_arrays
+from jaxtrain.dataset import check_inputs, describe_array, named_arrays
 from jaxtrain.errors import InputError
 from jaxtrain.optimizers import evaluation_params
-from jaxtrain.training.epoch import check_inputs
 from jaxtrain.training.state import TrainState, check_state_type
 from jaxtrain.training.step import predict_batch
 
@@ -83,23 +81,13 @@ def symbolic_inputs(inputs: PyTree, name: str) -> PyTree:
     )
 
 
-def without_mesh() -> contextlib.AbstractContextManager[Any]:
-    """Returns a context in which programs are for one device, whatever mesh the user has set."""
-    return jax.set_mesh(jax.sharding.Mesh(np.empty((), object), ()))
-
-
 def export_error(inputs: PyTree, error: Exception) -> InputError:
     """Returns the error for a model that cannot be traced for symbolic inputs."""
     shapes = ", ".join(
-        f"{path} has {describe(leaf)}" for path, leaf in named_arrays(inputs, "inputs")
+        f"{path} has {describe_array(leaf)}" for path, leaf in named_arrays(inputs, "inputs")
     )
     reason = (str(error).splitlines() or [type(error).__name__])[0]
     return InputError(
         f"the model cannot be exported ({shapes}): {reason}; expected inputs as of init_state, and "
         "a model that takes any number of examples"
     )
-
-
-def describe(leaf: Any) -> str:
-    """Returns the dtype and shape of an array, such as uint8[batch,28,28]."""
-    return f"{np.dtype(leaf.dtype).name}[{','.join(map(str, leaf.shape))}]"

@@ -12,18 +12,17 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import PyTree
 
+from jaxtrain import parallel
+from jaxtrain._arguments import checked_path
 from jaxtrain._files import read_regular_file, write_atomically
 from jaxtrain._versions import current_device
-from jaxtrain.dataset import named_arrays
+from jaxtrain.dataset import check_inputs, describe_array, named_arrays
 from jaxtrain.errors import InputError
 from jaxtrain.export._prediction import (
-    describe,
     export_error,
     prediction_function,
     symbolic_inputs,
-    without_mesh,
 )
-from jaxtrain.training.epoch import check_inputs
 from jaxtrain.training.state import TrainState
 
 # A SHA-256 at the end of the file, which `jax.export.deserialize` does not read. Without it, most
@@ -59,8 +58,8 @@ def stablehlo(
       platforms: where the file can run, of "cpu", "cuda", "rocm" and "tpu".
 
     Raises:
-      InputError: the model does not take the inputs or only a fixed number of examples, or a
-        platform is unknown.
+      InputError: the model does not take the inputs or only a fixed number of examples, a platform
+        is unknown, or `path` is not a path.
       StorageError: the file cannot be written.
 
     Example:
@@ -69,16 +68,18 @@ def stablehlo(
     from jax import export
 
     known = ("cpu", "cuda", "rocm", "tpu")
-    platforms = (platforms,) if isinstance(platforms, str) else tuple(platforms)
-    if not platforms or not set(platforms) <= set(known):
+    platforms = (platforms,) if isinstance(platforms, str) else platforms
+    is_sequence = isinstance(platforms, Sequence) and len(platforms) > 0
+    if not is_sequence or not all(each in known for each in platforms):
         raise InputError(
             f"platforms is {platforms!r}; expected some of {', '.join(known)}",
             argument="platforms",
         )
+    file = checked_path(path, "path")
     predict = prediction_function(state, preprocess, postprocess)
     specs = symbolic_inputs(inputs, "batch")
     try:
-        with without_mesh():
+        with parallel.without_mesh():
             exported = export.export(jax.jit(predict), platforms=platforms)(specs)
         content = bytes(exported.serialize())
     except InputError:
@@ -89,10 +90,11 @@ def stablehlo(
     for aval in exported.out_avals:
         if aval.shape[:1] != (examples,):
             raise InputError(
-                f"the model returns {describe(aval)} for {describe(exported.in_avals[0])}; "
-                "expected one output per example, for any number of examples"
+                f"the model returns {describe_array(aval)} for "
+                f"{describe_array(exported.in_avals[0])}; expected one output per example, for any "
+                "number of examples"
             )
-    write_atomically(Path(path), content + hashlib.sha256(content).digest())
+    write_atomically(file, content + hashlib.sha256(content).digest())
 
 
 def load_stablehlo(path: str | os.PathLike[str]) -> Callable[[PyTree], Any]:
@@ -176,7 +178,7 @@ def _check_like(inputs: PyTree, expected: PyTree, path: Path) -> None:
     for (name, leaf), aval in pairs:
         if leaf.shape[1:] != aval.shape[1:] or jnp.result_type(leaf) != aval.dtype:
             raise InputError(
-                f"{name} has {describe(leaf)}, where {path} takes {describe(aval)}; expected the "
-                "shape and dtype that the model was exported with",
+                f"{name} has {describe_array(leaf)}, where {path} takes {describe_array(aval)}; "
+                "expected the shape and dtype that the model was exported with",
                 argument="inputs",
             )

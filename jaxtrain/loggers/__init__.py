@@ -6,11 +6,11 @@ A logger that cannot write warns once, and training continues. With several proc
 0 writes.
 """
 
-from jaxtrain.loggers._combine import combine
+from jaxtrain.loggers._combine import Combined, combine
 from jaxtrain.loggers._csv import csv
 from jaxtrain.loggers._json_lines import json_lines
 from jaxtrain.loggers._logger import Logger
 from jaxtrain.loggers._tensorboard import tensorboard
 from jaxtrain.loggers._wandb import wandb
 
-__all__ = ["Logger", "combine", "csv", "json_lines", "tensorboard", "wandb"]
+__all__ = ["Combined", "Logger", "combine", "csv", "json_lines", "tensorboard", "wandb"]

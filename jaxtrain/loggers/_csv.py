@@ -33,14 +33,15 @@ def csv(
       A context manager; its value is the function to pass as `on_event`.
 
     Raises:
-      InputError: a path is a folder, its folder cannot be written, or both are the same.
+      InputError: a path is a folder or a file of other content, its folder cannot be written, or
+        both are the same.
 
     Example:
       >>> with jt.loggers.csv("epochs.csv", steps="steps.csv") as log:
       ...     state, history = jt.fit(..., on_event=log)
     """
-    epochs_file = checked_file(path, "path")
-    steps_file = None if steps is None else checked_file(steps, "steps")
+    epochs_file = checked_file(path, "path", _is_header)
+    steps_file = None if steps is None else checked_file(steps, "steps", _is_header)
     if steps_file is not None and steps_file.resolve() == epochs_file.resolve():
         raise InputError(
             f"path and steps are both {epochs_file}; expected two files", argument="steps"
@@ -120,6 +121,10 @@ class _Table:
         text = _to_text(self._columns, [header, *rows]) if self._columns else ""
         write_atomically(self._path, text.encode())
         self._file = self._path.open("a", encoding="utf-8", newline="")
+
+
+def _is_header(line: bytes) -> bool:
+    return {b"epoch", b"step"} <= set(line.rstrip(b"\r").split(b","))
 
 
 def _to_text(columns: list[str], rows: Iterable[dict[str, Any]]) -> str:

@@ -13,6 +13,8 @@ from jaxtrain._files import read_regular_file, write_atomically
 from jaxtrain.loggers._logger import Logger, Writer, checked_file, learning_rate, open_logger
 from jaxtrain.training.events import EpochDone, StepsDone
 
+_START = b'{"event": '
+
 
 def json_lines(path: str | os.PathLike[str]) -> AbstractContextManager[Logger]:
     r"""Writes a JSON object for each epoch and each step, at once, so that `tail -F` shows them.
@@ -29,7 +31,7 @@ def json_lines(path: str | os.PathLike[str]) -> AbstractContextManager[Logger]:
       A context manager; its value is the function to pass as `on_event`.
 
     Raises:
-      InputError: the path is a folder, or its folder cannot be written.
+      InputError: the path is a folder or a file of other content, or its folder cannot be written.
 
     Example:
       >>> with jt.loggers.json_lines("log.jsonl") as log:
@@ -37,7 +39,7 @@ def json_lines(path: str | os.PathLike[str]) -> AbstractContextManager[Logger]:
       >>> open("log.jsonl").readline()
       '{"event": "step", "step": 1, "epoch": 1, "loss": 2.302}\n'
     """
-    file = checked_file(path, "path")
+    file = checked_file(path, "path", _is_record)
     return open_logger("JSON lines", file, _JsonLines(file))
 
 
@@ -79,6 +81,11 @@ class _JsonLines(Writer):
         assert self._file is not None
         self._file.writelines(json.dumps(_finite(row), allow_nan=False) + "\n" for row in rows)
         self._file.flush()
+
+
+def _is_record(line: bytes) -> bool:
+    # A killed run may leave a part of a line.
+    return line != b"" and _START.startswith(line[: len(_START)])
 
 
 def _finite(row: dict[str, Any]) -> dict[str, Any]:

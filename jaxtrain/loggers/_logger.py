@@ -3,21 +3,23 @@
 from __future__ import annotations
 
 import contextlib
-import io
 import os
+import re
 import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-from jaxtrain._files import make_folder
+from jaxtrain._arguments import checked_path
+from jaxtrain._files import make_folder, read_regular_file
 from jaxtrain._processes import shows_progress
 from jaxtrain.errors import InputError, StorageError, printable
 from jaxtrain.optimizers import current_learning_rate
 from jaxtrain.training.events import EpochDone, Event, Resumed, StepsDone
 from jaxtrain.training.state import TrainState
 
-_PICTURE_DPI = 120
+# The signature of a PNG file, and its first chunk up to the width and the height.
+_PNG = re.compile(rb"\x89PNG\r\n\x1a\n.{4}IHDR.{8}", re.DOTALL)
 
 
 class Writer:
@@ -31,6 +33,9 @@ class Writer:
 
     def start(self, step: int) -> None:
         """Opens the files, and drops what they contain about steps after `step`."""
+
+    def start_without_run(self) -> None:
+        """Opens the files and keeps what they contain: only pictures follow."""
 
     def steps(self, event: StepsDone, first: int) -> None:
         """Writes the losses of some steps, of which `first` is the number of the first."""
@@ -64,6 +69,7 @@ class Logger:
         self._place = place
         self._writer = writer
         self._step: int | None = None  # the last one written; None before the start
+        self._pictures: list[tuple[str, bytes]] = []  # before the first event, which has the step
         self._is_closed = False
 
     def __call__(self, event: Event) -> None:
@@ -83,6 +89,8 @@ class Logger:
     def picture(self, name: str, picture: Any) -> None:
         """Logs a picture at the latest step; loggers of text files ignore it.
 
+        A picture before the first event is written with that event, or when the logger is closed.
+
         Args:
           name: its name.
           picture: a matplotlib figure, or the content of a PNG file.
@@ -90,23 +98,26 @@ class Logger:
         Raises:
           InputError: it is something else.
         """
-        if not isinstance(picture, bytes) and not hasattr(picture, "savefig"):
-            raise InputError(
-                f"picture is a {type(picture).__name__}; expected a matplotlib figure, or the "
-                "bytes of a PNG file"
-            )
+        check_picture(picture)
 
         def write(writer: Writer) -> None:
             if writer.takes_pictures:
-                self._start_after(writer, self._step or 0)
-                writer.picture(name, _to_png(picture), self._step or 0)
+                self._pictures.append((name, _to_png(picture)))
+                if self._step is not None:
+                    self._write_pictures(writer, self._step)
 
         self._attempt(write)
 
     def close(self) -> None:
         """Closes the files; later events are an error."""
-        self._attempt(lambda writer: writer.close())
+        self._attempt(self._finish)
         self._writer, self._is_closed = None, True
+
+    def _finish(self, writer: Writer) -> None:
+        if self._pictures:
+            writer.start_without_run()
+            self._write_pictures(writer, 0)
+        writer.close()
 
     def _write(self, writer: Writer, event: Resumed | StepsDone | EpochDone) -> None:
         step = int(event.state.step)
@@ -125,6 +136,12 @@ class Logger:
         if self._step != step:
             writer.start(step)
             self._step = step
+            self._write_pictures(writer, step)
+
+    def _write_pictures(self, writer: Writer, step: int) -> None:
+        for name, png in self._pictures:
+            writer.picture(name, png, step)
+        self._pictures.clear()
 
     def _attempt(self, action: Callable[[Writer], None]) -> None:
         """Calls a function of the writer; if it fails, warns and gives the writer up."""
@@ -156,6 +173,18 @@ def open_logger(name: str, place: Path, writer: Writer) -> Iterator[Logger]:
         logger.close()
 
 
+def check_picture(picture: Any) -> None:
+    """Raises InputError unless it is a matplotlib figure or the content of a PNG file."""
+    if hasattr(picture, "savefig") or (isinstance(picture, bytes) and _PNG.match(picture)):
+        return
+    is_bytes = isinstance(picture, bytes)
+    found = f"{picture[:8]!r}..." if is_bytes else f"a {type(picture).__name__}"
+    raise InputError(
+        f"picture is {found}; expected a matplotlib figure, or the bytes of a PNG file",
+        argument="picture",
+    )
+
+
 def describe_error(error: Exception) -> str:
     """Returns an error in a few words, for a warning."""
     if isinstance(error, StorageError):
@@ -166,14 +195,21 @@ def describe_error(error: Exception) -> str:
     return f"{type(error).__name__}: {first_line}" if first_line else type(error).__name__
 
 
-def checked_file(path: str | os.PathLike[str], argument: str) -> Path:
+def checked_file(
+    path: str | os.PathLike[str], argument: str, is_log: Callable[[bytes], bool]
+) -> Path:
     """Returns the path of a file to write, and makes its folder.
 
+    Args:
+      path: the file.
+      argument: the name of the argument.
+      is_log: returns whether the first line of a file, without its end, is that of a log.
+
     Raises:
-      InputError: it is a folder or another thing that is no regular file, or the folder cannot be
-        made or written.
+      InputError: it is a folder or another thing that is no regular file, it has content that is
+        not a log, or the folder cannot be made or written.
     """
-    found = _checked_path(path, argument)
+    found = checked_path(path, argument)
     if found.is_symlink() or (found.exists() and not found.is_file()):
         raise InputError(
             f"{argument} is {found}, which is not a regular file; expected the name of a file",
@@ -181,6 +217,15 @@ def checked_file(path: str | os.PathLike[str], argument: str) -> Path:
         )
     if shows_progress():
         make_folder(found.parent, "folder of the log")
+        with contextlib.suppress(OSError):  # is missing, or a warning when writing starts
+            content = read_regular_file(found)
+            first = content.partition(b"\n")[0]
+            if content and not is_log(first):
+                raise InputError(
+                    f"{argument} is {found}, which contains something else than a log "
+                    f"({first[:40]!r}); expected a new file, or one by this logger",
+                    argument=argument,
+                )
     return found
 
 
@@ -190,16 +235,10 @@ def checked_folder(path: str | os.PathLike[str], argument: str) -> Path:
     Raises:
       InputError: it cannot be made or written.
     """
-    found = _checked_path(path, argument)
+    found = checked_path(path, argument)
     if shows_progress():
         make_folder(found, "folder of the log")
     return found
-
-
-def _checked_path(path: Any, argument: str) -> Path:
-    if not isinstance(path, (str, os.PathLike)) or "\0" in os.fsdecode(path):
-        raise InputError(f"{argument} is {path!r}; expected a path", argument=argument)
-    return Path(os.fsdecode(path))
 
 
 def learning_rate(state: TrainState) -> float | None:
@@ -212,6 +251,6 @@ def learning_rate(state: TrainState) -> float | None:
 def _to_png(picture: Any) -> bytes:
     if isinstance(picture, bytes):
         return picture
-    image = io.BytesIO()
-    picture.savefig(image, format="png", dpi=_PICTURE_DPI)
-    return image.getvalue()
+    from jaxtrain._figures import to_png  # matplotlib, which has made the figure
+
+    return to_png(picture)

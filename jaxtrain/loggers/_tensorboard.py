@@ -73,17 +73,20 @@ class _TensorBoard(Writer):
     def start(self, step: int) -> None:
         from tensorboardX.proto.event_pb2 import SessionLog
 
-        self.close()
-        self._folder.mkdir(parents=True, exist_ok=True)
         if step == 0:
             for earlier in self._folder.glob(EVENT_FILES):
                 earlier.unlink(missing_ok=True)
+        self.start_without_run()
+        # TensorBoard drops what other files have from this step on.
+        self._write(step=step + 1, session_log=SessionLog(status=SessionLog.START))
+
+    def start_without_run(self) -> None:
+        self.close()
+        self._folder.mkdir(parents=True, exist_ok=True)
         # TensorBoard reads the files in the order of their names.
         name = EVENT_FILES.replace("*", f"{time.time():.6f}.{socket.gethostname()}.{os.getpid()}")
         self._file = (self._folder / name).open("xb")
         self._write(file_version="brain.Event:2")
-        # TensorBoard drops what other files have from this step on.
-        self._write(step=step + 1, session_log=SessionLog(status=SessionLog.START))
 
     def steps(self, event: StepsDone, first: int) -> None:
         for step, loss in enumerate(event.losses.tolist(), first):

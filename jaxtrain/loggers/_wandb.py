@@ -70,6 +70,9 @@ class _Wandb(Writer):
         self._run: Any = None
 
     def start(self, step: int) -> None:
+        self.start_without_run()
+
+    def start_without_run(self) -> None:
         self.close()  # steps of a run cannot be repeated
         self._run = self._package.init(**self._options)
 

@@ -24,12 +24,12 @@ class Profile:
     """Traces the steps `first` to `last - 1` of a call of `fit`, counted from 0.
 
     Attributes:
-      taken: steps that the call has taken.
+      steps_taken: steps that the call has taken.
     """
 
     def __init__(self, folder: Path, first: int, last: int) -> None:
         self._folder, self._first, self._last = folder, first, last
-        self.taken = 0
+        self.steps_taken = 0
         self._trace = contextlib.ExitStack()
         self._temporary: Path | None = None  # while tracing
 
@@ -39,19 +39,20 @@ class Profile:
         Args:
           step: the next step of the epoch.
         """
-        offset = step - self.taken
+        offset = step - self.steps_taken
         return self._first + offset, self._last + offset
 
     @contextlib.contextmanager
     def chunk(self, chunk: Chunk) -> Iterator[None]:
         """Traces the body, which takes the steps of a chunk, if they are in the range."""
         steps = chunk.stop - chunk.start
-        if self.taken == self._first:
+        if self.steps_taken == self._first:
             self._temporary = self._trace.enter_context(_temporary_trace(self._folder))
-        with jax.profiler.TraceAnnotation(f"train steps {self.taken} to {self.taken + steps - 1}"):
+        end = self.steps_taken + steps
+        with jax.profiler.TraceAnnotation(f"train steps {self.steps_taken} to {end - 1}"):
             yield  # returns after the device is done, since the host reads the losses
-        self.taken += steps
-        if self.taken == self._last:
+        self.steps_taken = end
+        if self.steps_taken == self._last:
             self._stop()
 
     @contextlib.contextmanager
@@ -64,10 +65,10 @@ class Profile:
                 self._stop()
             raise
         self._stop()
-        if self.taken <= self._first:
+        if self.steps_taken <= self._first:
             warnings.warn(
                 f"profile_steps is ({self._first}, {self._last}), but this call of fit took "
-                f"{self.taken} steps, so no trace was written; choose steps that it takes",
+                f"{self.steps_taken} steps, so no trace was written; choose steps that it takes",
                 stacklevel=5,
             )
 

@@ -10,30 +10,12 @@ import numpy as np
 from jaxtyping import Array, PyTree
 
 from jaxtrain import parallel
-from jaxtrain.dataset import Dataset, check_array, check_dataset, named_arrays
+from jaxtrain.dataset import Dataset, check_dataset, named_arrays
 from jaxtrain.errors import InputError
 from jaxtrain.losses import LABEL_LOSSES, PROBABILITY_LOSSES, Loss, single_losses
 from jaxtrain.optimizers import has_clipping, has_line_search
 from jaxtrain.training.state import TrainState, check_state_type
 from jaxtrain.training.step import predict_batch
-
-
-def check_inputs(inputs: PyTree) -> None:
-    """Raises InputError unless there is at least one example."""
-    if isinstance(inputs, Dataset):
-        raise InputError("inputs is a Dataset; expected its inputs, dataset.inputs")
-    arrays = named_arrays(inputs, "inputs")
-    for path, array in arrays:
-        check_array(array, path)
-    # Not `len`, since the number of examples may be symbolic in `jax.export`.
-    if not arrays or any(array.ndim == 0 or array.shape[0] == 0 for _, array in arrays):
-        shapes = ", ".join(str(array.shape) for _, array in arrays)
-        raise InputError(
-            f"inputs has the shape {shapes}; expected at least one example along the first axis"
-        )
-    if len({array.shape[0] for _, array in arrays}) > 1:
-        lengths = ", ".join(f"{path} has {array.shape[0]}" for path, array in arrays)
-        raise InputError(f"{lengths} examples; expected the same number along the first axis")
 
 
 def checked_data(data: Dataset, name: str, state: TrainState, loss_fn: Loss) -> Dataset:

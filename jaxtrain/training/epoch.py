@@ -14,14 +14,13 @@ from jaxtyping import Array, Float, Key, PyTree
 from jaxtrain import parallel
 from jaxtrain._arguments import check_integer, check_key
 from jaxtrain.data.stream import Source
-from jaxtrain.dataset import Dataset, check_dataset
+from jaxtrain.dataset import Dataset, check_dataset, check_inputs
 from jaxtrain.losses import Loss
 from jaxtrain.metrics import Metric
 from jaxtrain.training._batches import Batches, is_stream
 from jaxtrain.training._programs import compiled_epoch, compiled_evaluate, compiled_predict
 from jaxtrain.training._programs import num_steps as num_steps
 from jaxtrain.training._streamed import Streamed, evaluate_batches
-from jaxtrain.training._validation import check_inputs as check_inputs
 from jaxtrain.training._validation import check_line_search, check_targets
 from jaxtrain.training.state import TrainState, check_state_type
 from jaxtrain.training.step import Metrics, check_loss, metric_items

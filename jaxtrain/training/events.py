@@ -130,7 +130,9 @@ OnEvent = Callable[[Event], bool | None]
 
 
 @dataclasses.dataclass(frozen=True)
-class _EverySteps:
+class EverySteps:
+    """A callback with the steps between two `StepsDone`, as `every_steps` returns it."""
+
     steps_between_events: int
     on_event: OnEvent
 
@@ -151,9 +153,9 @@ def every_steps(steps: int, on_event: OnEvent) -> OnEvent:
       >>> jt.fit(..., on_event=jt.events.every_steps(100, print))
     """
     check_integer(steps, "steps", minimum=0)
-    return _EverySteps(steps, on_event) if steps else on_event
+    return EverySteps(steps, on_event) if steps else on_event
 
 
-def is_true(result: Any) -> bool:
+def returned_true(result: Any) -> bool:
     """Returns whether a callback returned True, as a bool of Python, NumPy or JAX."""
     return np.ndim(result) == 0 and np.asarray(result).dtype == bool and bool(result)

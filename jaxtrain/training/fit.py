@@ -34,7 +34,7 @@ from jaxtrain.training._validation import (
     checked_state,
 )
 from jaxtrain.training.early_stopping import EarlyStopping
-from jaxtrain.training.events import Compiled, EpochDone, OnEvent, Resumed, is_true
+from jaxtrain.training.events import Compiled, EpochDone, OnEvent, Resumed, returned_true
 from jaxtrain.training.history import History, Records
 from jaxtrain.training.state import TrainState
 
@@ -217,7 +217,7 @@ def fit(
             )
             part, taken = None, _NO_LOSSES
             records.append(state, row, losses)
-            stop = is_true(on_event(EpochDone(epoch, dict(records.rows[-1]), state)))
+            stop = returned_true(on_event(EpochDone(epoch, dict(records.rows[-1]), state)))
             if early_stopping is not None:
                 if early_stopping.best_row(records.rows) == len(records.rows) - 1:
                     best_state = state

@@ -15,11 +15,16 @@ import numpy as np
 from jaxtyping import Array, Float, PyTree
 
 from jaxtrain import adapters, parallel
-from jaxtrain.dataset import Dataset, check_dataset, named_arrays
+from jaxtrain.dataset import (
+    Dataset,
+    check_dataset,
+    check_inputs,
+    describe_array,
+    named_arrays,
+)
 from jaxtrain.errors import InputError
 from jaxtrain.losses import Loss
 from jaxtrain.training._flops import count_flops
-from jaxtrain.training._validation import check_inputs
 from jaxtrain.training.state import TrainState, check_state_type
 from jaxtrain.training.step import check_loss, update
 
@@ -198,7 +203,7 @@ def _layers(state: TrainState, abstract: TrainState, inputs: PyTree) -> tuple[La
             raise
         except Exception as error:  # networks raise different types for a wrong shape
             found = ", ".join(
-                f"{path} is {_shapes([x])}" for path, x in named_arrays(inputs, "inputs")
+                f"{path} is {describe_array(x)}" for path, x in named_arrays(inputs, "inputs")
             )
             reason = (str(error).splitlines() or [type(error).__name__])[0]
             raise InputError(
@@ -226,7 +231,13 @@ def _layers(state: TrainState, abstract: TrainState, inputs: PyTree) -> tuple[La
 
 def _mean_output(predictions: PyTree, targets: PyTree) -> Float[Array, "batch"]:
     """Returns the mean of the outputs of each example."""
-    floats = [x for x in jax.tree.leaves(predictions) if jnp.issubdtype(x.dtype, jnp.floating)]
+    leaves = jax.tree.leaves(predictions)
+    floats = [x for x in leaves if jnp.issubdtype(x.dtype, jnp.floating)]
+    if not floats:
+        raise InputError(
+            f"the outputs of the model are {_shapes(leaves) or 'empty'}; expected floating-point "
+            "outputs, or the loss of the model as loss_fn"
+        )
     return sum((jnp.mean(x.reshape(len(x), -1), axis=1) for x in floats), jnp.zeros(()))
 
 
@@ -284,7 +295,7 @@ def _nbytes(tree: PyTree) -> int:
 
 
 def _shapes(leaves: Iterable[Any]) -> str:
-    return ", ".join(f"{leaf.dtype}[{','.join(map(str, leaf.shape))}]" for leaf in leaves)
+    return ", ".join(map(describe_array, leaves))
 
 
 def _si(value: int | None) -> str:

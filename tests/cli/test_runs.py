@@ -190,6 +190,7 @@ TAMPERED = {
             ]
         }
     ),
+    "logs of all kinds": json.dumps({"logs": ["notes.txt", "../precious.png", "log_link.csv", {}]}),
     "not UTF-8": "\udcff",
     "nested too deeply": "[" * 100_000,
     "a huge number": '{"pictures": ' + "9" * 10_000 + "}",
@@ -205,7 +206,8 @@ def test_a_tampered_summary_makes_no_run_delete_files_of_the_user(
     (out / "sub").mkdir()
     for file in ("notes.txt", "sub/a.png", "folder.png/b.png", "../precious.png"):
         (out / file).write_text("mine")
-    (out / "link.png").symlink_to(tmp_path / "precious.png")
+    for link in ("link.png", "log_link.csv"):
+        (out / link).symlink_to(tmp_path / "precious.png")
     (out / "summary.json").write_text(TAMPERED[kind], errors="surrogateescape")
     before = {path for path in tmp_path.rglob("*") if path.name != "summary.json"}
     with RunFolder(out, Config(), overwrite=True) as folder:

@@ -77,6 +77,28 @@ def test_processing_before_and_after_the_model_is_in_the_file(tmp_path: Path) ->
     np.testing.assert_allclose(run(tmp_path / "model.onnx", IMAGES[:7]), expected, atol=1e-5)
 
 
+def test_outputs_may_be_nan_where_those_of_jax_are(tmp_path: Path) -> None:
+    state = state_of(jt.models.FeedForward((8, 3)))
+    path = tmp_path / "model.onnx"
+    jt.export.onnx(state, path, IMAGES[:1], postprocess=lambda x: jnp.log(-1 - jnp.abs(x)))
+    assert np.isnan(run(path, IMAGES[:3])).all()
+
+
+def test_a_conversion_that_mixes_up_examples_is_refused(tmp_path: Path, monkeypatch) -> None:
+    import jax2onnx
+
+    convert = jax2onnx.to_onnx
+    monkeypatch.setattr(
+        jax2onnx,
+        "to_onnx",
+        lambda f, specs: convert(lambda *x: [y + 0 * jnp.sum(y) - y + y[:1] for y in f(*x)], specs),
+    )
+    state = state_of(jt.models.FeedForward((8, 3)))
+    with pytest.raises(jt.InputError, match=r"the ONNX model differs from that in JAX by 0\.\d+; "):
+        jt.export.onnx(state, tmp_path / "model.onnx", IMAGES[:3])
+    assert not list(tmp_path.iterdir())
+
+
 class Noisy(nn.Module):
     """Draws random numbers, which jax2onnx does not convert."""
 
@@ -104,3 +126,13 @@ def test_nothing_is_printed_and_logging_stays_as_it_is(tmp_path: Path, capfd) ->
     jt.export.onnx(state_of(jt.models.FeedForward((8, 3))), tmp_path / "model.onnx", IMAGES[:1])
     assert capfd.readouterr() == ("", "")
     assert (list(root.handlers), root.level, root.manager.disable) == before
+
+
+@pytest.mark.skipif(hasattr(jt.init_state, "__wrapped__"), reason="types are checked before")
+def test_a_path_that_is_not_one_is_named_before_the_model_is_traced() -> None:
+    def fail(images: object) -> None:
+        raise AssertionError("traced")
+
+    state = state_of(jt.models.FeedForward((8, 3)))
+    with pytest.raises(jt.InputError, match="path is 3; expected a path"):
+        jt.export.onnx(state, 3, IMAGES[:1], preprocess=fail)

@@ -76,10 +76,6 @@ def post(address: str, body: bytes) -> object:
         return json.load(response)
 
 
-def test_the_server_has_20_lines() -> None:
-    assert len([line for line in program("server.py").splitlines() if line]) == 20
-
-
 def test_the_server_answers_with_probabilities(state, address: str) -> None:
     expected = np.asarray(jax.nn.softmax(jt.predict(state, IMAGES)))
     np.testing.assert_allclose(post(address, IMAGES.tobytes()), expected, atol=1e-6)

@@ -248,3 +248,19 @@ def test_a_model_that_cannot_be_exported_is_one_sentence(tmp_path: Path) -> None
     with pytest.raises(jt.InputError, match=r"inputs.0 is a str; expected a NumPy or JAX array"):
         jt.export.stablehlo(state, path, ["image.png"])
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.skipif(hasattr(jt.init_state, "__wrapped__"), reason="types are checked before")
+def test_wrong_arguments_are_named_before_the_model_is_traced(tmp_path: Path) -> None:
+    def fail(images: object) -> None:
+        raise AssertionError("traced")
+
+    state = trained(jt.models.FeedForward((8, 3)))
+    for platforms in (3, None, [["cpu"]], [], ["cpu", 3]):
+        with pytest.raises(jt.InputError, match=r"platforms is .*; expected some of cpu, cuda"):
+            jt.export.stablehlo(
+                state, tmp_path / "m", IMAGES[:1], platforms=platforms, preprocess=fail
+            )
+    for path in (None, 3, "a\0b"):
+        with pytest.raises(jt.InputError, match=r"path is .*; expected a path"):
+            jt.export.stablehlo(state, path, IMAGES[:1], preprocess=fail)

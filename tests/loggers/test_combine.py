@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import typing
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+from matplotlib.figure import Figure
 
 import jaxtrain as jt
 from jaxtrain.training.events import Compiled, EpochDone, StepsDone
@@ -79,6 +81,19 @@ def test_a_callback_that_fails_is_not_called_again_and_training_continues(
     assert len(calls) == 1
     assert len(history["epoch"]) == 2
     assert (tmp_path / "log.csv").read_text().count("\n") == 3
+
+
+def test_a_picture_is_checked_and_reaches_every_logger(tmp_path: Path) -> None:
+    pytest.importorskip("tensorboardX")
+    with jt.loggers.tensorboard(tmp_path) as log:
+        inner = jt.loggers.combine(jt.events.every_steps(3, log))
+        combined = jt.loggers.combine(print_nothing, jt.events.every_steps(2, inner))
+        combined.picture("picture", Figure(figsize=(2, 1)))
+        with pytest.raises(jt.InputError, match="picture is a int; expected a matplotlib figure"):
+            jt.loggers.combine(print_nothing).picture("number", 3)
+    (file,) = tmp_path.iterdir()
+    assert b"PNG" in file.read_bytes()
+    assert isinstance(combined, typing.get_type_hints(jt.loggers.combine)["return"])
 
 
 @pytest.mark.parametrize("error", [KeyboardInterrupt, SystemExit])

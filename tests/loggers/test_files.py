@@ -172,6 +172,15 @@ def test_incomplete_lines_of_a_killed_run_are_removed(tmp_path: Path) -> None:
     assert len(read_lines(tmp_path / "log.jsonl")) == 12
 
 
+def test_a_part_of_the_first_line_is_not_other_content(tmp_path: Path) -> None:
+    path = tmp_path / "log.jsonl"
+    for part in ("{", '{"event": "st'):
+        path.write_text(part)
+        with jt.loggers.json_lines(path) as log:
+            fit(log, 1)
+        assert len(read_lines(path)) == STEPS + 1
+
+
 def test_a_new_column_is_added_when_a_run_continues(tmp_path: Path) -> None:
     def logged(state: jt.TrainState | None, **options: Any) -> jt.TrainState:
         with jt.loggers.csv(tmp_path / "log.csv") as log:
@@ -199,6 +208,21 @@ def test_wrong_arguments_are_refused_before_anything_is_written(tmp_path: Path) 
     with pytest.raises(jt.InputError, match=r"path is '.*'; expected a path"):
         jt.loggers.csv("a\0b")
     assert {path.name for path in tmp_path.iterdir()} == {"file", "link.csv"}
+
+
+@pytest.mark.parametrize("content", ["name,grade\nMia,1\n", '{"name": "Mia"}\n', "a text", "\n\0"])
+def test_a_file_of_other_content_is_refused_and_kept(tmp_path: Path, content: str) -> None:
+    mine = tmp_path / "mine"
+    mine.write_text(content)
+    for make in (
+        jt.loggers.csv,
+        jt.loggers.json_lines,
+        lambda path: jt.loggers.csv(tmp_path / "log.csv", steps=path),
+    ):
+        with pytest.raises(jt.InputError, match=r"is .*mine, which contains something else than"):
+            make(mine)
+    assert mine.read_text() == content
+    assert list(tmp_path.iterdir()) == [mine]
 
 
 def test_a_closed_logger_says_so(tmp_path: Path) -> None:

@@ -78,11 +78,18 @@ def test_pictures_are_at_the_latest_step(tmp_path: Path) -> None:
     png = io.BytesIO()
     Image.new("RGB", (7, 5), "red").save(png, "png")
     with jt.loggers.tensorboard(tmp_path) as log:
-        fit(log)
+        state, _ = fit(log)
         jt.loggers.combine(print, log).picture("curves", figure)
         log.picture("red", png.getvalue())
         with pytest.raises(jt.InputError, match="picture is a str; expected a matplotlib figure"):
             log.picture("text", "red")
+        with pytest.raises(
+            jt.InputError, match=r"picture is b'not a PN'\.\.\.; expected a matplot"
+        ):
+            log.picture("bytes", b"not a PNG file")
+        with pytest.raises(jt.InputError, match=r"picture is b'.*PNG.*; expected a matplotlib"):
+            log.picture("cut short", png.getvalue()[:20])
+        fit(log, 1, state)
     found = read(tmp_path)
     assert found.Tags()["images"] == ["curves", "red"]
     (curves,), (red,) = found.Images("curves"), found.Images("red")
@@ -90,6 +97,23 @@ def test_pictures_are_at_the_latest_step(tmp_path: Path) -> None:
     assert (red.step, red.width, red.height) == (10, 7, 5)
     assert red.encoded_image_string == png.getvalue()
     assert Image.open(io.BytesIO(curves.encoded_image_string)).size == (240, 120)
+    assert list(scalars(tmp_path, "step_loss")) == list(range(1, 16))  # it still logs
+
+
+def test_a_picture_before_the_first_event_keeps_what_an_earlier_run_wrote(tmp_path: Path) -> None:
+    figure = Figure(figsize=(2, 1))
+    with jt.loggers.tensorboard(tmp_path) as log:
+        log.picture("first", figure)
+        state, _ = fit(log)
+    with jt.loggers.tensorboard(tmp_path) as log:  # resumes
+        log.picture("second", figure)
+        fit(log, 1, state)
+    with jt.loggers.tensorboard(tmp_path) as log:  # without a run
+        log.picture("third", figure)
+    found = read(tmp_path)
+    assert list(scalars(tmp_path, "step_loss")) == list(range(1, 3 * STEPS + 1))
+    steps = {name: [event.step for event in found.Images(name)] for name in found.Tags()["images"]}
+    assert steps == {"first": [0], "second": [10], "third": [0]}
 
 
 @pytest.mark.parametrize("stop", [(2, 3), (3, 1)])

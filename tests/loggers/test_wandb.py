@@ -70,10 +70,12 @@ def wait_for_end(path: Path) -> list[Any]:
 def test_a_run_has_the_history_and_the_loss_of_every_step(tmp_path: Path, capfd) -> None:
     figure = Figure(figsize=(2, 1))
     with jt.loggers.wandb("test", folder=tmp_path, histograms=True, config={"rate": 1}) as log:
+        log.picture("before", figure)
         state, history = fit(log, epochs=3)
         log.picture("curves", figure)
     assert capfd.readouterr() == ("", "")
     rows = history_of(tmp_path)
+    assert any("before" in name for name in rows.pop(0))
     assert list(rows) == list(range(1, 3 * STEPS + 1))
     assert [row["step_loss"] for row in rows.values()] == history.step_losses.tolist()
     epochs = [row for row in rows.values() if "epoch" in row]

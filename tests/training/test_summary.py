@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from typing import Any
 
 import flax.linen as nn
@@ -14,6 +15,8 @@ from flax import nnx
 
 import jaxtrain as jt
 from benchmarks.flops import step_work
+from jaxtrain import adapters
+from jaxtrain.training._flops import count_flops
 
 eqx = pytest.importorskip("equinox")
 
@@ -101,13 +104,22 @@ CONV_FLOPS = {
 CNN_PARAMETERS = {"first": 80, "norm": 16, "second": 1168, "drop": 0, "head": 27050}
 
 
-def check_totals(state: jt.TrainState, found: jt.Summary) -> None:
+def traced_flops(state: jt.TrainState, inputs: Any) -> float:
+    """Counts the forward pass as one program, without layers."""
+    program = jax.make_jaxpr(
+        lambda params, x: state.model.apply(params, state.model_state, x, train=True, key=KEY)
+    )(state.params, inputs)
+    return sum(count_flops(program).values())
+
+
+def check_totals(state: jt.TrainState, inputs: Any, found: jt.Summary) -> None:
     """The columns add up to the totals, and memory covers the parameters."""
     leaves = jax.tree.leaves(state.params)
     assert found.parameters == sum(leaf.size for leaf in leaves)
     assert found.parameters == sum(layer.parameters for layer in found.layers)
     assert found.parameter_bytes == sum(leaf.nbytes for leaf in leaves)
     assert found.forward_flops == sum(layer.flops for layer in found.layers)
+    assert found.forward_flops == traced_flops(state, inputs)
     assert found.step_flops > 1.5 * found.forward_flops
     assert found.memory is not None
     assert found.memory.arguments >= found.parameter_bytes
@@ -122,7 +134,7 @@ def test_the_feed_forward_network_has_the_counts_of_its_formula(half: bool) -> N
     model: Any = jt.models.FeedForward()
     state = state_of(jt.mixed_precision(model) if half else model, IMAGES)
     found = jt.summary(state, IMAGES)
-    check_totals(state, found)
+    check_totals(state, IMAGES, found)
     assert found.parameters == 242_762
     widths = {"Dense_0": (784, 256), "Dense_1": (256, 128), "Dense_2": (128, 64)}
     layers = {layer.path: layer for layer in found.layers}
@@ -157,7 +169,7 @@ def test_a_cnn_has_the_counts_of_its_formula(framework: str) -> None:
     }[framework]()
     state = state_of(model, images)
     found = jt.summary(state, images)
-    check_totals(state, found)
+    check_totals(state, images, found)
     root, *layers = found.layers
     assert root.path == ""
     assert root.parameters == 0
@@ -185,7 +197,7 @@ def test_the_gradients_of_convolutions_cost_twice_the_forward_pass() -> None:
 def test_an_lstm_counts_every_step_of_its_loop() -> None:
     state = state_of(Lstm(), IMAGES)
     found = jt.summary(state, IMAGES)
-    check_totals(state, found)
+    check_totals(state, IMAGES, found)
     assert found.parameters == (28 + 16 + 1) * 4 * 16 + 170
     products = 28 * 2 * BATCH * (28 + 16) * 4 * 16
     inside = sum(layer.flops for layer in found.layers if "LSTM" in layer.path)
@@ -203,7 +215,7 @@ def test_an_nnx_loop_is_part_of_the_layer_around_it() -> None:
 
     state = state_of(Rows(nnx.Rngs(0)), IMAGES)
     found = jt.summary(state, IMAGES)
-    check_totals(state, found)
+    check_totals(state, IMAGES, found)
     assert [(layer.path, layer.parameters) for layer in found.layers] == [
         *(("", 0), ("rnn", (28 + 16 + 1) * 4 * 16), ("head", 170))
     ]
@@ -233,6 +245,75 @@ def test_a_shared_layer_is_one_row_that_counts_both_calls() -> None:
         assert found.layers[1].flops == 2 * dense_flops(6, 6)
 
 
+class Encoder(nn.Module):
+    """Makes its layers in `setup`; only its method `encode` is called."""
+
+    def setup(self) -> None:
+        self.dense = nn.Dense(5)
+
+    def encode(self, x: Any) -> Any:
+        return nn.relu(self.dense(x))
+
+
+class Classifier(nn.Module):
+    """Makes its layers in `setup`."""
+
+    def setup(self) -> None:
+        self.encoder = Encoder()
+        self.head = nn.Dense(3)
+
+    def __call__(self, x: Any) -> Any:
+        return self.head(self.encoder.encode(x))
+
+
+def test_linen_layers_made_in_setup_have_their_inputs_and_outputs() -> None:
+    inputs = np.zeros((BATCH, 6), np.float32)
+    found = jt.summary(state_of(Classifier(), inputs), inputs)
+    assert [
+        (layer.path, layer.type, layer.inputs[0].shape[1], layer.outputs[0].shape[1])
+        for layer in found.layers
+    ] == [
+        ("", "Classifier", 6, 3),
+        ("encoder", "Encoder", 6, 5),
+        ("encoder/dense", "Dense", 6, 5),
+        ("head", "Dense", 5, 3),
+    ]
+    assert found.layers[2].flops == dense_flops(6, 5)
+
+
+@pytest.mark.parametrize("framework", ["linen", "nnx", "equinox"])
+def test_a_network_that_runs_in_another_thread_is_not_recorded(framework: str) -> None:
+    model: Any = {
+        "linen": lambda: nn.Sequential([nn.Dense(5), nn.Dense(3)]),
+        "nnx": lambda: nnx.Sequential(
+            nnx.Linear(6, 5, rngs=nnx.Rngs(0)), nnx.Linear(5, 3, rngs=nnx.Rngs(0))
+        ),
+        "equinox": lambda: eqx.nn.MLP(6, 3, 5, 1, key=KEY),
+    }[framework]()
+    inputs = np.zeros((BATCH, 6), np.float32)
+    state = state_of(model, inputs)
+
+    def run() -> None:
+        state.model.apply(state.params, state.model_state, inputs, train=False, key=None)
+
+    with adapters.recording(state.model, state.params, state.model_state) as recorder:
+        thread = threading.Thread(target=run)
+        thread.start()
+        thread.join()
+        assert recorder.calls == []
+        run()
+    assert len(recorder.calls) == 3
+
+
+def test_the_state_of_equinox_layers_is_not_an_input() -> None:
+    images = IMAGES.transpose(0, 3, 1, 2)
+    state = jt.init_state(
+        eqx.nn.make_with_state(EqxCnn)(KEY), jt.optimizers.sgd(0.1), images[:1], key=KEY
+    )
+    norm = next(layer for layer in jt.summary(state, images).layers if layer.type == "BatchNorm")
+    assert (len(norm.inputs), len(norm.outputs)) == (1, 1)
+
+
 def test_nested_equinox_layers_have_their_paths() -> None:
     inputs = np.zeros((BATCH, 6), np.float32)
     found = jt.summary(state_of(eqx.nn.MLP(6, 3, 5, 1, key=KEY), inputs), inputs)
@@ -251,7 +332,7 @@ def test_plain_functions_are_one_row() -> None:
     )
     inputs = np.zeros((BATCH, 4), np.float32)
     found = jt.summary(state_of(model, inputs), inputs)
-    check_totals(state_of(model, inputs), found)
+    check_totals(state_of(model, inputs), inputs, found)
     assert [(layer.type, layer.parameters) for layer in found.layers] == [("Model", 10)]
     assert found.forward_flops == dense_flops(4, 2)
 
@@ -331,6 +412,21 @@ def test_wrong_arguments_are_named() -> None:
         jt.summary(state, np.zeros((0, 28, 28), np.float32))
     with pytest.raises(jt.InputError, match="targets is given without loss_fn"):
         jt.summary(state, IMAGES, np.zeros(BATCH, np.int32))
+
+
+def test_outputs_that_are_not_floats_need_a_loss() -> None:
+    model = jt.Model(
+        lambda key, x: (jnp.ones((1, 4)), {}),
+        lambda params, state, x, *, train, key: (jnp.argmax(x * params, -1), state),
+    )
+    inputs = np.zeros((BATCH, 4), np.float32)
+    state = state_of(model, inputs)
+    with pytest.raises(jt.InputError) as raised:
+        jt.summary(state, inputs)
+    assert str(raised.value) == (
+        "the outputs of the model are int32[32]; expected floating-point outputs, or the loss of "
+        "the model as loss_fn"
+    )
 
 
 @pytest.mark.skipif(
