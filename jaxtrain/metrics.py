@@ -13,9 +13,11 @@ from jax import lax
 from jaxtyping import Array, Float, Int, Integer, PyTree, Shaped
 
 from jaxtrain._arguments import check_integer
+from jaxtrain.errors import InputError
 
 AnyArray: TypeAlias = Array | np.ndarray
 PerExampleMetric: TypeAlias = Callable[[Any, Any], Array]
+"""A function `metric(predictions, targets) -> [batch]`, whose weighted mean is reported."""
 
 
 class AccumulatedMetric(NamedTuple):
@@ -30,20 +32,22 @@ class AccumulatedMetric(NamedTuple):
 
     Example:
       >>> def sums(predictions, targets, weights):
-      ...     return jnp.sum(weights), jnp.sum(weights * (predictions - targets) ** 2)
+      ...     errors = jnp.mean((predictions - targets) ** 2, axis=-1)
+      ...     return jnp.sum(weights), jnp.sum(weights * errors)
       >>> rmse = jt.metrics.AccumulatedMetric(sums, lambda s: jnp.sqrt(s[1] / s[0]))
-      >>> jt.evaluate(state, data, loss_fn, {"rmse": rmse})
+      >>> train, test = jt.data.line()
+      >>> state = jt.init_state(jt.models.LinearRegression(), optimizer, test.inputs[:1], key=key)
+      >>> metrics = jt.evaluate(state, test, jt.losses.mean_squared_error, {"rmse": rmse})
     """
 
     sums: Callable[[Any, Any, Any], PyTree]
     finish: Callable[[Any], Array]
 
 
-# A function (predictions, targets) -> [batch], whose weighted mean is reported, or a pair
-# (sums, finish).
 Metric: TypeAlias = (
     PerExampleMetric | tuple[Callable[[Any, Any, Any], PyTree], Callable[[Any], Array]]
 )
+"""What `evaluate` takes as a metric, a `PerExampleMetric` or an `AccumulatedMetric`."""
 
 
 def accuracy(
@@ -57,7 +61,22 @@ def accuracy(
 
     Returns:
       One value per label.
+
+    Raises:
+      InputError: there is one logit per label, or only one class.
+
+    Example:
+      >>> logits = jnp.array([[2.0, 1.0], [2.0, 1.0]])
+      >>> jt.metrics.accuracy(logits, jnp.array([0, 1]))
+      Array([1., 0.], dtype=float32)
+      >>> metrics = jt.evaluate(state, test, loss_fn, {"accuracy": jt.metrics.accuracy})
     """
+    if predictions.ndim <= jnp.ndim(targets) or predictions.shape[-1] == 1:
+        raise InputError(
+            f"accuracy received predictions of shape {predictions.shape}; expected logits of two "
+            "or more classes along the last axis: for one logit per example, pass a metric such as "
+            "lambda logits, targets: ((logits > 0) == targets).astype(float)"
+        )
     return (jnp.argmax(predictions, axis=-1) == targets).astype(jnp.float32)
 
 
@@ -90,6 +109,14 @@ balanced_accuracy = AccumulatedMetric(_recall_sums, _mean_recall)
 
 Each class counts equally, however many examples it has; classes without examples are left out
 (`sklearn.metrics.balanced_accuracy_score`). The last axis of the logits is the number of classes.
+
+Example:
+  >>> metric_fns = {"balanced_accuracy": jt.metrics.balanced_accuracy}
+  >>> metrics = jt.evaluate(state, test, loss_fn, metric_fns)
+  >>> sums, finish = jt.metrics.balanced_accuracy  # on arrays, without a model
+  >>> logits = jnp.array([[2.0, 1.0], [2.0, 1.0], [2.0, 1.0], [1.0, 2.0]])
+  >>> finish(sums(logits, jnp.array([0, 0, 1, 1])))  # (1 + 1/2) / 2
+  Array(0.75, dtype=float32)
 """
 
 
@@ -105,7 +132,9 @@ def top_k_accuracy(k: int) -> PerExampleMetric:
       InputError: k is below 1.
 
     Example:
-      >>> metric_fns = {"top_5": jt.metrics.top_k_accuracy(5)}
+      >>> metric_fns = {"top_2": jt.metrics.top_k_accuracy(2)}
+      >>> metric_fns["top_2"](jnp.array([[3.0, 2.0, 1.0], [3.0, 2.0, 1.0]]), jnp.array([1, 2]))
+      Array([1., 0.], dtype=float32)
     """
     check_integer(k, "k", minimum=1)
     return functools.partial(_is_in_top, k=k)
@@ -146,6 +175,13 @@ macro_f1 = AccumulatedMetric(_f1_sums, _macro_f1)
 
 Same as `sklearn.metrics.f1_score(average="macro")`. Classes that are neither labelled nor predicted
 are left out. The last axis of the logits is the number of classes.
+
+Example:
+  >>> metrics = jt.evaluate(state, test, loss_fn, {"macro_f1": jt.metrics.macro_f1})
+  >>> sums, finish = jt.metrics.macro_f1  # on arrays, without a model
+  >>> logits = jnp.array([[2.0, 1.0], [2.0, 1.0], [2.0, 1.0], [1.0, 2.0]])
+  >>> finish(sums(logits, jnp.array([0, 0, 1, 1])))  # (4/5 + 2/3) / 2
+  Array(0.733..., dtype=float32)
 """
 
 # The scores are counted by the first bits of their float32: the sign, 8 of the exponent and 5 of
@@ -187,6 +223,13 @@ The area under the ROC curve (`sklearn.metrics.roc_auc_score`), for one logit or
 example, [batch] or [batch, 1], and targets 0 or 1. Scores that differ by less than 3 % may count as
 equal, which changes the area by about 1e-3 at most in practice. NaN without positive or negative
 examples.
+
+Example:
+  >>> metric_fns = {"roc_auc": jt.metrics.roc_auc}
+  >>> sums, finish = jt.metrics.roc_auc  # on arrays, without a model
+  >>> scores, targets = jnp.array([0.1, 0.4, 0.35, 0.8]), jnp.array([0, 0, 1, 1])
+  >>> finish(sums(scores, targets))  # 3 of the 4 pairs are in the right order
+  Array(0.75, dtype=float32)
 """
 
 
@@ -222,6 +265,13 @@ r2 = AccumulatedMetric(_r2_sums, _r2)
 
 Computed from sums in float32: subtract the mean from targets whose mean is more than a hundred
 times their standard deviation.
+
+Example:
+  >>> metric_fns = {"r2": jt.metrics.r2}
+  >>> sums, finish = jt.metrics.r2  # on arrays, without a model
+  >>> predictions, targets = jnp.array([[1.0], [2.0], [4.0]]), jnp.array([[1.0], [2.0], [3.0]])
+  >>> finish(sums(predictions, targets))  # 1 − 1/2
+  Array(0.5, dtype=float32)
 """
 
 
@@ -233,6 +283,15 @@ def confusion_matrix(
     Args:
       predictions: logits [examples, classes].
       targets: integer labels [examples].
+
+    Returns:
+      Counts [classes, classes].
+
+    Example:
+      >>> logits = jnp.array([[2.0, 1.0], [2.0, 1.0], [2.0, 1.0], [1.0, 2.0]])
+      >>> jt.metrics.confusion_matrix(logits, jnp.array([0, 0, 1, 1]))
+      Array([[2, 0],
+             [1, 1]], dtype=int32)
     """
     classes = predictions.shape[-1]
     pairs = targets.astype(jnp.int32) * classes + jnp.argmax(predictions, axis=-1)

@@ -36,6 +36,13 @@ def test_confusion_matrix_counts_labels_in_rows() -> None:
     np.testing.assert_array_equal(jt.metrics.confusion_matrix(LOGITS, LABELS), expected)
 
 
+@pytest.mark.parametrize("shape", [(4,), (4, 1)])
+def test_accuracy_of_one_logit_per_example_is_refused(shape: tuple[int, ...]) -> None:
+    message = r"accuracy received predictions of shape .*; expected logits of two or more classes"
+    with pytest.raises(jt.InputError, match=message):
+        jt.metrics.accuracy(jnp.zeros(shape), jnp.zeros(4, int))
+
+
 def test_accuracy_of_sequences_is_per_token() -> None:
     values = jt.metrics.accuracy(jnp.stack([LOGITS, LOGITS]), jnp.stack([LABELS, 0 * LABELS]))
     np.testing.assert_array_equal(values, [[1, 1, 0, 1], [1, 0, 0, 0]])
