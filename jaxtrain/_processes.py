@@ -48,9 +48,9 @@ def initialize(
       InputError: the arguments are incomplete or out of range, or JAX was used before.
 
     Example:
-      >>> jt.parallel.initialize("10.0.0.1:1234", 2, process_id)
+      >>> jt.parallel.initialize("10.0.0.1:1234", 2, process_id)  # doctest: +SKIP
       >>> mesh = jax.make_mesh((jax.device_count(),), ("data",))
-      >>> state, history = jt.fit(..., mesh=mesh)
+      >>> state, history = jt.fit(state, train, loss_fn=loss_fn, mesh=mesh)
     """
     options.setdefault("heartbeat_timeout_seconds", _HEARTBEAT_SECONDS)
     # Ignored where there are GPUs.

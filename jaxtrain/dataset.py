@@ -33,8 +33,10 @@ class Dataset:
         weights all equally.
 
     Example:
-      >>> data = jt.Dataset(jnp.ones((100, 3)), jnp.zeros(100, jnp.int32))
-      >>> data[:32]
+      >>> dataset = jt.Dataset(jnp.ones((100, 3)), jnp.zeros(100, jnp.int32))
+      >>> len(dataset)
+      100
+      >>> dataset[:32]
       Dataset(inputs=float32[32,3], targets=int32[32])
     """
 
@@ -63,6 +65,10 @@ class Dataset:
 
         Args:
           indices: positions of examples; not checked to be in range.
+
+        Example:
+          >>> train.take(jnp.array([5, 0, 7]))
+          Dataset(inputs=float32[3,8,8], targets=int32[3])
         """
         return jax.tree.map(lambda array: jnp.asarray(array)[indices], self)
 
@@ -81,7 +87,9 @@ class Dataset:
           InputError: one of the parts would be empty, or the arrays differ in length.
 
         Example:
-          >>> train, validation = train.split(0.1, jax.random.key(0))
+          >>> rest, validation = train.split(0.25, jax.random.key(0))
+          >>> len(rest), len(validation)
+          (48, 16)
         """
         check_dataset(self, "dataset")
         check_key(key)
@@ -100,7 +108,12 @@ class Dataset:
         )
 
     def replace(self, **changes: Any) -> Dataset:
-        """Returns a copy with some fields replaced."""
+        """Returns a copy with some fields replaced.
+
+        Example:
+          >>> train.replace(weights=jnp.ones(len(train)))
+          Dataset(inputs=float32[64,8,8], targets=int32[64], weights=float32[64])
+        """
         return dataclasses.replace(self, **changes)
 
 

@@ -29,6 +29,10 @@ from jaxtrain.errors import InputError
 
 AnyArray: TypeAlias = Array | np.ndarray
 Loss: TypeAlias = Callable[[Any, Any], Array]
+"""A function `loss(predictions, targets) -> [batch]`, with one value per example.
+
+A value per token, [batch, time], is also accepted. Predictions and targets may be pytrees.
+"""
 
 
 def mean_absolute_error(
@@ -42,6 +46,11 @@ def mean_absolute_error(
 
     Raises:
       InputError: the shapes differ (they would broadcast).
+
+    Example:
+      >>> predictions, targets = jnp.array([[1.0, 2.0]]), jnp.array([[0.0, 4.0]])
+      >>> jt.losses.mean_absolute_error(predictions, targets)  # (1 + 2) / 2
+      Array([1.5], dtype=float32)
     """
     predictions, targets = _check_and_promote(predictions, targets)
     error = predictions - targets
@@ -60,6 +69,11 @@ def mean_squared_error(
 
     Raises:
       InputError: the shapes differ (they would broadcast).
+
+    Example:
+      >>> predictions, targets = jnp.array([[1.0, 2.0]]), jnp.array([[0.0, 4.0]])
+      >>> jt.losses.mean_squared_error(predictions, targets)  # (1 + 4) / 2
+      Array([2.5], dtype=float32)
     """
     predictions, targets = _check_and_promote(predictions, targets)
     return _mean_over_example(jnp.square(predictions - targets))
@@ -76,6 +90,11 @@ def squared_error_sum(
 
     Raises:
       InputError: the shapes differ (they would broadcast).
+
+    Example:
+      >>> predictions, targets = jnp.array([[1.0, 2.0]]), jnp.array([[0.0, 4.0]])
+      >>> jt.losses.squared_error_sum(predictions, targets)  # 1 + 4
+      Array([5.], dtype=float32)
     """
     predictions, targets = _check_and_promote(predictions, targets)
     return _sum_over_example(jnp.square(predictions - targets))
@@ -94,6 +113,10 @@ def euclidean_distance(
 
     Raises:
       InputError: the shapes differ (they would broadcast).
+
+    Example:
+      >>> jt.losses.euclidean_distance(jnp.array([[3.0, 4.0]]), jnp.array([[0.0, 0.0]]))
+      Array([5.], dtype=float32)
     """
     predictions, targets = _check_and_promote(predictions, targets)
     return _norm(_as_vectors(predictions - targets))
@@ -119,6 +142,9 @@ def huber(
       InputError: the shapes differ (they would broadcast), or delta is not positive.
 
     Example:
+      >>> predictions, targets = jnp.array([[1.0, 2.0]]), jnp.array([[0.0, 4.0]])
+      >>> jt.losses.huber(predictions, targets)  # (0.5 + 1.5) / 2
+      Array([1.], dtype=float32)
       >>> loss_fn = functools.partial(jt.losses.huber, delta=0.5)
     """
     if not delta > 0:
@@ -150,6 +176,12 @@ def smooth_l1(
 
     Raises:
       InputError: the shapes differ (they would broadcast), or beta is negative.
+
+    Example:
+      >>> predictions, targets = jnp.array([[1.0, 2.0]]), jnp.array([[0.0, 4.0]])
+      >>> jt.losses.smooth_l1(predictions, targets, beta=0.5)  # (0.75 + 1.75) / 2
+      Array([1.25], dtype=float32)
+      >>> loss_fn = functools.partial(jt.losses.smooth_l1, beta=0.5)
     """
     if not beta >= 0:
         raise InputError(f"beta is {beta}; expected a number of at least 0", argument="beta")
@@ -172,6 +204,11 @@ def cosine_distance(
 
     Raises:
       InputError: the shapes differ (they would broadcast).
+
+    Example:
+      >>> predictions = jnp.array([[1.0, 0.0], [1.0, 0.0]])
+      >>> jt.losses.cosine_distance(predictions, jnp.array([[0.0, 2.0], [-1.0, 0.0]]))
+      Array([1., 2.], dtype=float32)
     """
     predictions, targets = _check_and_promote(predictions, targets)
     pair = _as_vectors(predictions), _as_vectors(targets).astype(predictions.dtype)
@@ -206,6 +243,8 @@ def cross_entropy(
         is out of range.
 
     Example:
+      >>> jt.losses.cross_entropy(jnp.array([[0.0, 0.0]]), jnp.array([1]))  # log 2
+      Array([0.693...], dtype=float32)
       >>> loss_fn = functools.partial(jt.losses.cross_entropy, label_smoothing=0.1)
     """
     if targets is None:
@@ -256,6 +295,10 @@ def soft_cross_entropy(
 
     Raises:
       InputError: the shapes differ.
+
+    Example:
+      >>> jt.losses.soft_cross_entropy(jnp.array([[0.0, 0.0]]), jnp.array([[0.1, 0.9]]))  # log 2
+      Array([0.693...], dtype=float32)
     """
     predictions, targets = _check_and_promote(predictions, targets)
     return optax.softmax_cross_entropy(predictions, targets)
@@ -275,6 +318,10 @@ def binary_cross_entropy(
 
     Raises:
       InputError: the shapes differ (they would broadcast).
+
+    Example:
+      >>> jt.losses.binary_cross_entropy(jnp.array([[0.5]]), jnp.array([[1]]))  # log 2
+      Array([0.693...], dtype=float32)
     """
     predictions, targets = _check_and_promote(predictions, targets)
     return _mean_over_example(_clamped_bce(predictions, targets.astype(predictions.dtype)))
@@ -293,6 +340,10 @@ def sigmoid_binary_cross_entropy(
 
     Raises:
       InputError: the shapes differ (they would broadcast).
+
+    Example:
+      >>> jt.losses.sigmoid_binary_cross_entropy(jnp.array([[0.0]]), jnp.array([[1]]))  # log 2
+      Array([0.693...], dtype=float32)
     """
     predictions, targets = _check_and_promote(predictions, targets)
     targets = targets.astype(predictions.dtype)
@@ -330,6 +381,13 @@ def weighted_sum(*terms: tuple[float, Loss]) -> Loss:
 
     Raises:
       InputError: there are no terms, or a weight is not finite.
+
+    Example:
+      >>> loss_fn = jt.losses.weighted_sum(
+      ...     (1.0, jt.losses.mean_squared_error), (0.1, jt.losses.mean_absolute_error)
+      ... )
+      >>> loss_fn(jnp.array([[1.0, 2.0]]), jnp.array([[0.0, 4.0]]))  # 2.5 + 0.1 · 1.5
+      Array([2.65], dtype=float32)
     """
     if not terms:
         raise InputError("weighted_sum has no terms; expected (weight, loss) pairs")

@@ -24,10 +24,12 @@ class Model(NamedTuple):
 
     Example:
       >>> def init(key, inputs):
-      ...     return {"weight": jnp.zeros(inputs.shape[1:])}, {}
+      ...     return {"weight": jnp.zeros((inputs.shape[-1], 1))}, {}
       >>> def apply(params, model_state, inputs, *, train, key):
       ...     return inputs @ params["weight"], model_state
-      >>> model = jt.Model(init, apply)
+      >>> data = jt.data.points_on_line()
+      >>> state = jt.init_state(jt.Model(init, apply), optimizer, data.inputs, key=key)
+      >>> state, losses = jt.train_epoch(state, data, jt.losses.mean_squared_error)
     """
 
     init: Callable[..., tuple[PyTree, PyTree]]

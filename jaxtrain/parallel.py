@@ -46,7 +46,7 @@ def replicate(tree: PyTree, mesh: jax.sharding.Mesh, rule: Rule | None = None) -
       InputError: the mesh has no axis "data", or an array cannot be divided as the rule says.
 
     Example:
-      >>> mesh = jax.make_mesh((8,), ("data",))
+      >>> mesh = jax.make_mesh((jax.device_count(),), ("data",))
       >>> state = jt.parallel.replicate(state, mesh)
     """
     check_mesh(mesh)
@@ -86,7 +86,9 @@ def shard(dataset: Dataset, mesh: jax.sharding.Mesh) -> Dataset:
       InputError: the number of examples is not a multiple of the number of devices.
 
     Example:
-      >>> train = jt.parallel.shard(train, jax.make_mesh((8,), ("data",)))
+      >>> mesh = jax.make_mesh((jax.device_count(),), ("data",))
+      >>> train = jt.parallel.shard(train, mesh)
+      >>> state, history = jt.fit(state, train, loss_fn=loss_fn)
     """
     check_mesh(mesh)
     check_dataset(dataset, "dataset")

@@ -43,8 +43,10 @@ def mixed_precision(model: Any, dtype: Any = "bfloat16") -> MixedPrecision:
       InputError: the dtype is another one.
 
     Example:
-      >>> model = jt.mixed_precision(jt.models.FeedForward(), "bfloat16")
-      >>> state = jt.init_state(model, optimizer, train.inputs[:1], key=key)
+      >>> network = jt.mixed_precision(model, "bfloat16")
+      >>> state = jt.init_state(network, optimizer, train.inputs[:1], key=key)
+      >>> jt.predict(state, test.inputs).dtype
+      dtype('float32')
     """
     name = dtype if isinstance(dtype, str) else jnp.dtype(dtype).name
     if name not in ("bfloat16", "float16"):

@@ -49,7 +49,9 @@ class CheckpointOptions:
 
     Example:
       >>> checkpoint = jt.CheckpointOptions("checkpoints", every=5)
-      >>> state, history = jt.fit(..., checkpoint=checkpoint)  # the same call resumes
+      >>> trained, history = jt.fit(state, train, loss_fn=loss_fn, epochs=5, checkpoint=checkpoint)
+      >>> # The same call resumes; here, after the last of 5 epochs:
+      >>> trained, history = jt.fit(state, train, loss_fn=loss_fn, epochs=5, checkpoint=checkpoint)
     """
 
     directory: str | os.PathLike[str]

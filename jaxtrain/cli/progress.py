@@ -51,7 +51,7 @@ def console(
 
     Example:
       >>> with jt.progress() as on_event:
-      ...     state, history = jt.fit(state, train, test, loss_fn=loss_fn, on_event=on_event)
+      ...     state, history = jt.fit(state, train, loss_fn=loss_fn, on_event=on_event)
     """
     check_integer(log_interval, "log_interval", minimum=0)
     if log_interval == 0 or not shows_progress():

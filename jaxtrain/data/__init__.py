@@ -34,15 +34,22 @@ __all__ = [
 ]
 
 NAMES = ("auto", *BUILDERS, "digits")
+"""The names that `load` accepts, besides those of TensorFlow Datasets."""
 
-# Mean and standard deviation of the training pixels, scaled from 0 … 255 to 0 … 1. The values for
-# MNIST are those of tutorial T2; the others were computed from the training images.
 STATISTICS = {
     "mnist": (0.1307, 0.3081),
     "fashion_mnist": (0.2860, 0.3530),
     "kmnist": (0.1918, 0.3483),
     "digits": (0.2244, 0.3493),
 }
+"""Mean and standard deviation of the training pixels by data set, scaled from 0 … 255 to 0 … 1.
+
+The values for MNIST are those of tutorial T2; the others were computed from the training images.
+
+Example:
+  >>> mean, std = jt.data.STATISTICS["fashion_mnist"]
+  >>> model = jt.models.FeedForward(mean=mean, std=std)
+"""
 
 
 class Resolved(NamedTuple):
@@ -107,7 +114,23 @@ def load_resolved(
     data_dir: str | os.PathLike[str] | None = None,
     shard: tuple[int, int] | None = None,
 ) -> Resolved:
-    """Loads as `load` does, and also returns what `auto` resolved to and why."""
+    """Loads as `load` does, and also returns what `auto` resolved to and why.
+
+    Args:
+      name: as in `load`.
+      data_dir: as in `load`.
+      shard: as in `load`.
+
+    Raises:
+      InputError: as in `load`.
+      DataUnavailableError: as in `load`.
+      MissingExtraError: as in `load`.
+
+    Example:
+      >>> resolved = jt.data.load_resolved("digits")
+      >>> resolved.name, len(resolved.train), len(resolved.test)
+      ('digits', 1437, 360)
+    """
     index, count = (0, 1) if shard is None else check_shard(shard)
     notice = None
     if name == "auto":

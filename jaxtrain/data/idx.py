@@ -40,6 +40,13 @@ def read_idx(path: str | os.PathLike[str]) -> np.ndarray:
 
     Raises:
       InputError: the file is missing, not a file, or not exactly one complete IDX array.
+
+    Example:
+      >>> content = bytes([0, 0, 8, 1, 0, 0, 0, 3, 5, 0, 4])  # 1 axis of 3 bytes: 5, 0, 4
+      >>> with open("labels-idx1-ubyte", "wb") as file:
+      ...     size = file.write(content)
+      >>> jt.data.read_idx("labels-idx1-ubyte")
+      array([5, 0, 4], dtype=uint8)
     """
     path = Path(path)
     if path.is_dir():

@@ -47,6 +47,13 @@ class Stream:
       batch_size: examples per batch, of all processes.
       examples: examples per epoch, of all processes.
       shard: the number of this process, and the number of processes.
+
+    Example:
+      >>> stream = jt.data.stream(train, batch_size=16, key=jax.random.key(0))
+      >>> len(stream)
+      4
+      >>> for batch in stream.epoch(2):
+      ...     state, metrics = jt.train_step(state, batch, loss_fn)
     """
 
     def __init__(
@@ -159,9 +166,10 @@ def stream(
       MissingExtraError: `jaxtrain[stream]` is not installed.
 
     Example:
-      >>> images = np.memmap("images.bin", np.uint8, mode="r", shape=(60_000, 28, 28))
-      >>> train = jt.data.stream(jt.Dataset(images, labels), 64, jax.random.key(0))
-      >>> state, history = jt.fit(state, train, loss_fn=jt.losses.cross_entropy)
+      >>> np.asarray(images).tofile("images.bin")
+      >>> mapped = np.memmap("images.bin", np.float32, mode="r", shape=(80, 8, 8))
+      >>> train = jt.data.stream(jt.Dataset(mapped, labels), batch_size=16, key=jax.random.key(0))
+      >>> state, history = jt.fit(state, train, loss_fn=loss_fn)
     """
     if isinstance(source, str) and source.startswith(TFDS_PREFIX):
         source = open_tfds(source.removeprefix(TFDS_PREFIX))

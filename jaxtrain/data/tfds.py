@@ -145,8 +145,9 @@ def open_tfds(
       MissingExtraError: `jaxtrain[tfds]` is not installed.
 
     Example:
-      >>> source = open_tfds("mnist", "train[:80%]")
+      >>> source = jt.data.open_tfds("mnist", "train[:80%]")
       >>> image, label = source[0]
+      >>> stream = jt.data.stream(source, batch_size=16, key=jax.random.key(0))
     """
     return TfdsSource(_open_builder(name, data_dir), split, keys)
 

@@ -67,7 +67,8 @@ def load_params(path: str | os.PathLike[str], state: TrainState) -> TrainState:
         shapes or dtypes differ from those of the model; the first difference is named.
 
     Example:
-      >>> state = jt.init_state(model, optimizer, train.inputs[:1], key=jax.random.key(0))
+      >>> jt.save_params("model.safetensors", state)
+      >>> state = jt.init_state(model, optimizer, train.inputs[:1], key=jax.random.key(1))
       >>> state = jt.load_params("model.safetensors", state)
     """
     expected = _named(state)

@@ -41,12 +41,8 @@ def stablehlo(
 ) -> None:
     """Writes a model to one file that runs with JAX alone, on any number of examples.
 
-    The file contains the program of `predict` with the parameters as constants. A process without
-    jaxtrain, Flax and the code of the model runs it by
-
-        with open("model.stablehlo", "rb") as file:
-            exported = jax.export.deserialize(bytearray(file.read()))
-        outputs = exported.call(inputs)
+    The file contains the program of `predict` with the parameters as constants. `load_stablehlo`
+    reads it, and so does `jax.export` in a process without jaxtrain, Flax and the model's code.
 
     Args:
       state: the trained state.
@@ -63,7 +59,15 @@ def stablehlo(
       StorageError: the file cannot be written.
 
     Example:
-      >>> jt.export.stablehlo(state, "model.stablehlo", test.inputs[:1])
+      >>> jt.export.stablehlo(state, "model.stablehlo", test.inputs[:1], postprocess=jax.nn.softmax)
+
+      In another process, without jaxtrain:
+
+      >>> from jax import export
+      >>> with open("model.stablehlo", "rb") as file:
+      ...     exported = export.deserialize(bytearray(file.read()))
+      >>> exported.call(test.inputs).shape
+      (16, 10)
     """
     from jax import export
 
@@ -114,8 +118,10 @@ def load_stablehlo(path: str | os.PathLike[str]) -> Callable[[PyTree], Any]:
       InputError: the file cannot be read, is incomplete or damaged, or is not for this platform.
 
     Example:
+      >>> jt.export.stablehlo(state, "model.stablehlo", test.inputs[:1])
       >>> predict = jt.export.load_stablehlo("model.stablehlo")
-      >>> logits = predict(test.inputs[:7])
+      >>> predict(test.inputs[:7]).shape
+      (7, 10)
     """
     from jax import export
 

@@ -70,8 +70,11 @@ def load_torch(
       MissingExtraError: the file is a ".pt" file, and PyTorch is not installed.
 
     Example:
-      >>> state = jt.init_state(model, jt.optimizers.adam(1e-3), train.inputs[:1], key=key)
-      >>> state = jt.export.load_torch(state, torch_model.state_dict())
+      >>> import torch
+      >>> module = torch.nn.Sequential(
+      ...     torch.nn.Flatten(), torch.nn.Linear(64, 8), torch.nn.ReLU(), torch.nn.Linear(8, 10)
+      ... )
+      >>> state = jt.export.load_torch(state, module.state_dict())
     """
     check_state_type(state)
     tensors, _ = read_state_dict(state_dict)
@@ -120,7 +123,12 @@ def to_torch(
       MissingExtraError: PyTorch is not installed.
 
     Example:
-      >>> torch_model.load_state_dict(jt.export.to_torch(state, torch_model))
+      >>> import torch
+      >>> module = torch.nn.Sequential(
+      ...     torch.nn.Flatten(), torch.nn.Linear(64, 8), torch.nn.ReLU(), torch.nn.Linear(8, 10)
+      ... )
+      >>> module.load_state_dict(jt.export.to_torch(state, module))
+      <All keys matched successfully>
     """
     check_state_type(state)
     with needs_extra("torch"):

@@ -76,7 +76,8 @@ def combine(*on_events: OnEvent) -> Combined:
 
     Example:
       >>> with jt.progress() as bar, jt.loggers.csv("log.csv") as log:
-      ...     state, history = jt.fit(..., on_event=jt.loggers.combine(bar, log))
+      ...     on_event = jt.loggers.combine(bar, log)
+      ...     state, history = jt.fit(state, train, loss_fn=loss_fn, on_event=on_event)
     """
     for on_event in on_events:
         if hasattr(on_event, "__enter__") or not callable(on_event):

@@ -38,7 +38,10 @@ def csv(
 
     Example:
       >>> with jt.loggers.csv("epochs.csv", steps="steps.csv") as log:
-      ...     state, history = jt.fit(..., on_event=log)
+      ...     state, history = jt.fit(state, train, loss_fn=loss_fn, on_event=log)
+      >>> with open("steps.csv") as file:
+      ...     print(file.readline().strip())
+      step,epoch,loss
     """
     epochs_file = checked_file(path, "path", _is_header)
     steps_file = None if steps is None else checked_file(steps, "steps", _is_header)

@@ -35,9 +35,10 @@ def json_lines(path: str | os.PathLike[str]) -> AbstractContextManager[Logger]:
 
     Example:
       >>> with jt.loggers.json_lines("log.jsonl") as log:
-      ...     state, history = jt.fit(..., on_event=log)
-      >>> open("log.jsonl").readline()
-      '{"event": "step", "step": 1, "epoch": 1, "loss": 2.302}\n'
+      ...     state, history = jt.fit(state, train, loss_fn=loss_fn, on_event=log)
+      >>> with open("log.jsonl") as file:
+      ...     print(file.readline().strip())
+      {"event": "step", "step": 1, "epoch": 1, "loss": ...}
     """
     file = checked_file(path, "path", _is_record)
     return open_logger("JSON lines", file, _JsonLines(file))

@@ -55,6 +55,14 @@ class Logger:
 
     Steps are counted over all epochs, from 1: `state.step` after the step. If writing fails, the
     logger warns once and is silent from then on; training continues.
+
+    Example:
+      >>> from matplotlib.figure import Figure
+      >>> figure = Figure()
+      >>> lines = figure.subplots().plot(train.targets)
+      >>> with jt.loggers.tensorboard("tensorboard") as log:
+      ...     state, history = jt.fit(state, train, loss_fn=loss_fn, on_event=log)
+      ...     log.picture("labels", figure)
     """
 
     def __init__(self, name: str, place: Path, writer: Writer | None) -> None:

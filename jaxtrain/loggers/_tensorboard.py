@@ -47,9 +47,8 @@ def tensorboard(
       InputError: the folder cannot be made or written.
 
     Example:
-      >>> with jt.loggers.tensorboard("runs/a/tensorboard") as log:
-      ...     state, history = jt.fit(..., on_event=log)
-      ...     log.picture("losses", figure)
+      >>> with jt.loggers.tensorboard("runs/a/tensorboard", histograms=True) as log:
+      ...     state, history = jt.fit(state, train, loss_fn=loss_fn, on_event=log)
     """
     with needs_extra("tensorboard"):
         import tensorboardX.record_writer  # noqa: F401

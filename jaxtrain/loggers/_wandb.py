@@ -47,7 +47,7 @@ def wandb(
 
     Example:
       >>> with jt.loggers.wandb("digits", config={"learning_rate": 0.01}) as log:
-      ...     state, history = jt.fit(..., on_event=log)
+      ...     state, history = jt.fit(state, train, loss_fn=loss_fn, on_event=log)
     """
     with needs_extra("wandb"):
         import wandb as package

@@ -36,6 +36,7 @@ def use_cpu_lowerings(enabled: bool) -> None:
 
     Example:
       >>> jt.use_cpu_lowerings(False)  # XLA's own convolutions
+      >>> jt.use_cpu_lowerings(True)
     """
     global _enabled
     _enabled = enabled

@@ -36,7 +36,9 @@ def dropout(inputs: Float[Array, "..."], rate: float, key: Key[Array, ""]) -> Fl
       InputError: the rate is not in [0, 1), or `key` is not a key.
 
     Example:
-      >>> x = jt.models.dropout(x, 0.2, jax.random.key(0))
+      >>> outputs = jt.models.dropout(jnp.ones(1000), 0.2, key)
+      >>> jnp.unique(outputs)
+      Array([0.  , 1.25], dtype=float32)
     """
     check_rate(rate)
     check_key(key)
@@ -69,7 +71,12 @@ class Dropout(nn.Module):
       rate: probability of each element to become 0, in [0, 1).
 
     Example:
-      >>> x = jt.models.Dropout(0.2)(x, train=train)  # in a Linen module
+      >>> class Network(nn.Module):
+      ...     @nn.compact
+      ...     def __call__(self, images, train: bool):
+      ...         x = nn.relu(nn.Dense(8)(images.reshape(len(images), -1)))
+      ...         return nn.Dense(10)(jt.models.Dropout(0.2)(x, train))
+      >>> state = jt.init_state(Network(), optimizer, train.inputs[:1], key=key)
     """
 
     rate: float

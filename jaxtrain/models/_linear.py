@@ -17,6 +17,13 @@ def uniform_fan_in(fan_in: int) -> nn.initializers.Initializer:
     """Returns the initializer of weight and bias in `torch.nn.Linear`: uniform in ±1/√fan_in.
 
     (PyTorch calls `kaiming_uniform_` with a = √5, which has the same bound.)
+
+    Args:
+      fan_in: inputs of the layer.
+
+    Example:
+      >>> init = jt.models.uniform_fan_in(64)  # uniform in ±1/8
+      >>> dense = nn.Dense(10, kernel_init=init, bias_init=init)
     """
     bound = 1 / math.sqrt(fan_in)
 
@@ -36,7 +43,12 @@ class Linear(nn.Module):
       features: outputs per example.
 
     Example:
-      >>> x = jt.models.Linear(128)(x)  # in a Linen module
+      >>> linear = jt.models.Linear(10)
+      >>> variables = linear.init(key, jnp.ones((1, 64)))
+      >>> jax.tree.map(jnp.shape, variables["params"])
+      {'bias': (10,), 'weight': (10, 64)}
+      >>> linear.apply(variables, jnp.ones((32, 64))).shape
+      (32, 10)
     """
 
     features: int

@@ -19,6 +19,11 @@ class LinearRegression(nn.Module):
     Attributes:
       features: outputs per example.
       use_bias: whether to add a bias; without it, the line passes through the origin (T3).
+
+    Example:
+      >>> train, test = jt.data.line()
+      >>> state = jt.init_state(jt.models.LinearRegression(), optimizer, train.inputs[:1], key=key)
+      >>> state, losses = jt.train_epoch(state, train, jt.losses.mean_squared_error)
     """
 
     features: int = 1
@@ -48,6 +53,12 @@ class FeedForward(nn.Module):
       mean: subtracted from the inputs, which are then divided by `std`. Integer inputs are pixels
         and divided by 255 first; floating inputs are not. The default is the mean of MNIST.
       std: see `mean`.
+
+    Example:
+      >>> model = jt.models.FeedForward((32, 10), dropout_rate=0.1, mean=0.5, std=0.3)
+      >>> state = jt.init_state(model, optimizer, train.inputs[:1], key=key)
+      >>> jt.predict(state, test.inputs).shape
+      (16, 10)
     """
 
     features: Sequence[int] = (256, 128, 64, 10)

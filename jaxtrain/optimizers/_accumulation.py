@@ -53,7 +53,8 @@ def accumulate_gradients(
 
     Example:
       >>> optimizer = jt.optimizers.accumulate_gradients(jt.optimizers.adam(1e-3), 4)
-      >>> state, losses = jt.train_epoch(state, train, loss_fn, batch_size=16)  # updates of 64
+      >>> state = jt.init_state(model, optimizer, train.inputs[:1], key=key)
+      >>> state, losses = jt.train_epoch(state, train, loss_fn, batch_size=16)  # one update, of 64
     """
     check_integer(steps, "steps", minimum=1)
     inner = optax.with_extra_args_support(optimizer)

@@ -55,7 +55,9 @@ def average_parameters(
 
     Example:
       >>> optimizer = jt.optimizers.average_parameters(jt.optimizers.adam(1e-3), 0.99)
-      >>> state, history = jt.fit(jt.init_state(model, optimizer, ...), ...)
+      >>> state = jt.init_state(model, optimizer, train.inputs[:1], key=key)
+      >>> state, losses = jt.train_epoch(state, train, loss_fn)
+      >>> metrics = jt.evaluate(state, test, loss_fn)  # of the average
       >>> params = jt.optimizers.averaged_params(state.opt_state)
     """
     check_number("decay", decay, lambda number: 0 <= number <= 1, "from 0 to 1")
@@ -84,7 +86,18 @@ def average_parameters(
 
 
 def restart_average(opt_state: PyTree, params: PyTree) -> PyTree:
-    """Returns an optimizer state whose average of the parameters starts anew, with `params`."""
+    """Returns an optimizer state whose average of the parameters starts anew, with `params`.
+
+    Args:
+      opt_state: `state.opt_state`; without `average_parameters`, it is returned unchanged.
+      params: where the average starts.
+
+    Example:
+      >>> optimizer = jt.optimizers.average_parameters(jt.optimizers.adam(1e-3), 0.99)
+      >>> state = jt.init_state(model, optimizer, train.inputs[:1], key=key)
+      >>> opt_state = jt.optimizers.restart_average(state.opt_state, state.params)
+      >>> state = state.replace(opt_state=opt_state)
+    """
 
     def restart(node: Any) -> Any:
         if not isinstance(node, AverageState):

@@ -17,7 +17,15 @@ from jaxtrain.optimizers._inspect import has_line_search
 
 
 class Stop(enum.IntEnum):
-    """Why a descent ended; `Stop(result.stop).message` is the reason as text."""
+    """Why a descent ended; `Stop(result.stop).message` is the reason as text.
+
+    Example:
+      >>> jt.optimizers.Stop.STEP_LIMIT.message
+      'step limit'
+      >>> result = jt.minimize(lambda x: x**2, jnp.array(1.0), optax.sgd(0.1), max_steps=3)
+      >>> jt.optimizers.Stop(result.stop)
+      <Stop.STEP_LIMIT: 0>
+    """
 
     STEP_LIMIT = 0
     LOSS_THRESHOLD = 1
@@ -107,8 +115,11 @@ def minimize(
       InputError: max_steps is not an integer of at least 0, or is 2³¹ − 1 or more.
 
     Example:
-      >>> result = jt.minimize(lambda x: (x - 3) ** 2, jnp.array(0.0), optax.sgd(0.25),
-      ...                      max_steps=100, loss_threshold=1e-6)
+      >>> def loss_fn(x):
+      ...     return (x - 3) ** 2
+      >>> result = jt.minimize(
+      ...     loss_fn, jnp.array(0.0), optax.sgd(0.25), max_steps=100, loss_threshold=1e-6
+      ... )
       >>> jt.optimizers.Stop(result.stop).message
       'loss below the threshold'
     """

@@ -87,8 +87,10 @@ def skip_nonfinite(
 
     Example:
       >>> optimizer = jt.optimizers.skip_nonfinite(jt.optimizers.adam(1e-3))
-      >>> state, history = jt.fit(jt.init_state(model, optimizer, ...), ...)
+      >>> state = jt.init_state(model, optimizer, train.inputs[:1], key=key)
+      >>> state, history = jt.fit(state, train, loss_fn=loss_fn, epochs=3)
       >>> history["skipped_steps"]
+      array([0, 0, 0])
     """
     if not isinstance(optimizer, optax.GradientTransformation):
         raise InputError(
@@ -134,7 +136,16 @@ def all_finite(tree: PyTree) -> Bool[Array, ""]:
 
 
 def stays_finite(before: PyTree, after: PyTree) -> Bool[Array, ""]:
-    """Returns whether all numbers that are finite in `before` are finite in `after`."""
+    """Returns whether all numbers that are finite in `before` are finite in `after`.
+
+    Args:
+      before: pytree of arrays.
+      after: pytree of the same structure.
+
+    Example:
+      >>> jt.optimizers.stays_finite({"a": jnp.ones(2)}, {"a": jnp.array([1.0, jnp.nan])})
+      Array(False, dtype=bool)
+    """
     pairs = zip(jax.tree.leaves(before), jax.tree.leaves(after), strict=True)
     return _all(jnp.isfinite(new) | ~jnp.isfinite(old) for old, new in pairs if _is_inexact(new))
 

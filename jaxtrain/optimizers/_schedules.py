@@ -33,7 +33,9 @@ def step_lr(
       InputError: an argument is out of range.
 
     Example:
-      >>> schedule = jt.optimizers.step_lr(1.0, step_size=1, gamma=0.7, steps_per_epoch=938)
+      >>> schedule = jt.optimizers.step_lr(1.0, step_size=2, gamma=0.5)
+      >>> [float(schedule(step)) for step in range(5)]
+      [1.0, 1.0, 0.5, 0.5, 0.25]
       >>> optimizer = jt.optimizers.adadelta(schedule)
     """
     check_learning_rate(learning_rate)
@@ -70,7 +72,9 @@ def cosine_annealing_lr(
       InputError: an argument is out of range.
 
     Example:
-      >>> schedule = jt.optimizers.cosine_annealing_lr(0.1, t_max=10 * 938)
+      >>> schedule = jt.optimizers.cosine_annealing_lr(1.0, t_max=100)
+      >>> [round(float(schedule(step)), 3) for step in (0, 25, 50, 75, 100)]
+      [1.0, 0.854, 0.5, 0.146, 0.0]
       >>> optimizer = jt.optimizers.sgd(schedule, momentum=0.9)
     """
     check_learning_rate(learning_rate)
@@ -113,9 +117,11 @@ def linear_lr(
       InputError: an argument is out of range.
 
     Example:
-      >>> warmup = jt.optimizers.linear_lr(0.1, 0.01, total_iters=500)
-      >>> decay = jt.optimizers.cosine_annealing_lr(0.1, t_max=5000)
-      >>> schedule = optax.join_schedules([warmup, decay], [500])
+      >>> warmup = jt.optimizers.linear_lr(1.0, 0.25, total_iters=3)
+      >>> [float(warmup(step)) for step in range(5)]
+      [0.25, 0.5, 0.75, 1.0, 1.0]
+      >>> decay = jt.optimizers.cosine_annealing_lr(1.0, t_max=100)
+      >>> schedule = optax.join_schedules([warmup, decay], [3])
     """
     check_learning_rate(learning_rate)
     check_not_negative(start_factor=start_factor, end_factor=end_factor)
@@ -162,7 +168,10 @@ def one_cycle_lr(
       InputError: an argument is out of range.
 
     Example:
-      >>> optimizer = jt.optimizers.adam(jt.optimizers.one_cycle_lr(0.01, total_steps=5 * 938))
+      >>> schedule = jt.optimizers.one_cycle_lr(1.0, total_steps=101, pct_start=0.3)
+      >>> [round(float(schedule(step)), 3) for step in (0, 15, 30, 100)]
+      [0.04, 0.538, 1.0, 0.0]
+      >>> optimizer = jt.optimizers.adam(schedule)
     """
     check_learning_rate(max_lr)
     check_integer(total_steps, "total_steps", minimum=1)

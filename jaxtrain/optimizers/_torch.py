@@ -55,6 +55,11 @@ def sgd(
     Raises:
       InputError: an argument is negative or not finite, or Nesterov is used without momentum or
         with dampening.
+
+    Example:
+      >>> optimizer = jt.optimizers.sgd(0.1, momentum=0.9, nesterov=True)
+      >>> state = jt.init_state(model, optimizer, train.inputs[:1], key=key)
+      >>> state, metrics = jt.train_step(state, batch, loss_fn)
     """
     check_learning_rate(learning_rate)
     check_not_negative(momentum=momentum, dampening=dampening)
@@ -92,6 +97,9 @@ def adam(
 
     Raises:
       InputError: an argument is negative or not finite, or a beta is outside [0, 1).
+
+    Example:
+      >>> optimizer = jt.optimizers.adam(1e-3)
     """
     return optax.chain(
         *_l2(weight_decay),
@@ -121,6 +129,9 @@ def adamw(
 
     Raises:
       InputError: an argument is negative or not finite, or a beta is outside [0, 1).
+
+    Example:
+      >>> optimizer = jt.optimizers.adamw(1e-3, weight_decay=0.1)
     """
     check_not_negative(weight_decay=weight_decay)
     return optax.chain(
@@ -153,6 +164,9 @@ def rmsprop(
 
     Raises:
       InputError: an argument is negative or not finite, or alpha is outside [0, 1).
+
+    Example:
+      >>> optimizer = jt.optimizers.rmsprop(1e-3, momentum=0.9)
     """
     check_learning_rate(learning_rate)
     check_not_negative(eps=eps, momentum=momentum)
@@ -187,6 +201,11 @@ def rprop(
     Raises:
       InputError: an argument is negative or not finite, or etas or step_sizes are in the wrong
         order.
+
+    Example:
+      >>> optimizer = jt.optimizers.rprop(1e-2)
+      >>> state = jt.init_state(model, optimizer, train.inputs[:1], key=key)
+      >>> state, losses = jt.train_epoch(state, train, loss_fn, batch_size=len(train))
     """
     if callable(learning_rate):
         raise InputError(
@@ -229,6 +248,9 @@ def adagrad(
 
     Raises:
       InputError: an argument is negative or not finite.
+
+    Example:
+      >>> optimizer = jt.optimizers.adagrad(1e-2)
     """
     check_learning_rate(learning_rate)
     check_not_negative(
@@ -266,6 +288,9 @@ def adadelta(
 
     Raises:
       InputError: an argument is negative or not finite, or rho is outside [0, 1).
+
+    Example:
+      >>> optimizer = jt.optimizers.adadelta(1.0)
     """
     check_learning_rate(learning_rate)
     check_not_negative(eps=eps)
@@ -293,6 +318,16 @@ def lbfgs(
 
     Raises:
       InputError: the rate is negative or not finite, or the history below 1.
+
+    Example:
+      >>> def rosenbrock(x):
+      ...     return (1 - x[0]) ** 2 + 100 * (x[1] - x[0] ** 2) ** 2
+      >>> optimizer = jt.optimizers.lbfgs()
+      >>> result = jt.minimize(
+      ...     rosenbrock, jnp.zeros(2), optimizer, max_steps=100, gradient_tolerance=1e-3
+      ... )
+      >>> jnp.round(result.params, 2)
+      Array([1., 1.], dtype=float32)
     """
     check_learning_rate(learning_rate)
     check_integer(history_size, "history_size", minimum=1)
@@ -328,6 +363,10 @@ def make(name: str, learning_rate: LearningRate, **options: Any) -> optax.Gradie
 
     Raises:
       InputError: the name is unknown, or the optimizer lacks an option that is not 0.
+
+    Example:
+      >>> optimizer = jt.optimizers.make("sgd", 0.1, momentum=0.9)
+      >>> optimizer = jt.optimizers.make("adam", 0.1, momentum=0.0)  # adam has no momentum
     """
     if name not in OPTIMIZERS:
         raise InputError(f"the optimizer is {name!r}; expected one of {', '.join(OPTIMIZERS)}")

@@ -13,7 +13,15 @@ from jaxtrain.optimizers._numbers import Number
 
 
 def global_norm(tree: PyTree) -> Float[Array, ""]:
-    """Returns the Euclidean norm of all leaves together, in float32 or wider."""
+    """Returns the Euclidean norm of all leaves together, in float32 or wider.
+
+    Args:
+      tree: pytree of arrays, such as gradients.
+
+    Example:
+      >>> jt.optimizers.global_norm({"weight": jnp.array([3.0]), "bias": jnp.array([4.0])})
+      Array(5., dtype=float32)
+    """
 
     def sum_of_squares(leaf: Array) -> Array:
         # Cast first: half precision overflows at 256 squared.
@@ -37,6 +45,9 @@ def clip_by_global_norm(max_norm: Number) -> optax.GradientTransformation:
 
     Args:
       max_norm: maximum of the Euclidean norm over all parameters.
+
+    Example:
+      >>> optimizer = optax.chain(jt.optimizers.clip_by_global_norm(1.0), optax.adam(1e-3))
     """
 
     def update(

@@ -77,11 +77,20 @@ class SweepResult:
       shape: the lengths of the axes, or the number of runs where the axes are zipped.
 
     Example:
-      >>> result = jt.sweep(run, {"learning_rate": [0.01, 0.1], "seed": range(5)})
-      >>> result["test_accuracy"].shape
-      (2, 5, 10)
+      >>> def run(learning_rate, seed):
+      ...     optimizer = jt.optimizers.sgd(learning_rate)
+      ...     state = jt.init_state(model, optimizer, train.inputs[:1], key=jax.random.key(seed))
+      ...     return jt.train(state, train, test, loss_fn=loss_fn, metric_fns=metric_fns, epochs=5)
+      >>> result = jt.sweep(run, {"learning_rate": [0.01, 0.1], "seed": range(3)})
+      >>> result["test_accuracy"].shape  # of each epoch
+      (2, 3, 5)
+      >>> result.final("test_accuracy").shape
+      (2, 3)
       >>> best = result.best("test_accuracy", mode="max")
-      >>> print(result.table(over="seed"))
+      >>> metrics = jt.evaluate(best.state, test, loss_fn)
+      >>> table = result.table(over="seed")  # print(table) shows it
+      >>> result.line_plot("test_loss", over="seed").savefig("losses.png")
+      >>> result.to_csv("runs.csv")
     """
 
     def __init__(
@@ -328,7 +337,7 @@ class SweepResult:
         """Writes the axes and the histories to one file, for `load_sweep`.
 
         The states are not written. `sweep(..., checkpoint=folder)` keeps them in a folder, and
-        `jt.save_params(path, result.best(...).state.params)` writes those of one run.
+        `jt.save_params(path, result.best(...).state)` writes that of one run.
 
         Args:
           path: the file, by convention with the suffix .safetensors; replaced if it exists.
@@ -391,6 +400,12 @@ def load_sweep(path: str | os.PathLike[str]) -> SweepResult:
 
     Raises:
       InputError: the file is missing, damaged, or not a saved sweep.
+
+    Example:
+      >>> result = jt.sweep(lambda x: {"loss": (x - 1) ** 2}, {"x": [0.0, 1.0, 3.0]})
+      >>> result.save("parabola.safetensors")
+      >>> jt.load_sweep("parabola.safetensors")["loss"]
+      array([1., 0., 4.], dtype=float32)
     """
     arrays, metadata = read_arrays(Path(path))
     try:

@@ -79,10 +79,12 @@ def sweep(
       >>> def run(learning_rate, seed):
       ...     key = jax.random.key(seed)
       ...     optimizer = jt.optimizers.sgd(learning_rate)
-      ...     state = jt.init_state(jt.models.FeedForward(), optimizer, train.inputs[:1], key=key)
-      ...     return jt.train(state, train, test, loss_fn=jt.losses.cross_entropy, key=key)
-      >>> result = jt.sweep(run, {"learning_rate": [0.01, 0.03, 0.1], "seed": range(5)})
-      >>> print(result.table(over="seed"))
+      ...     state = jt.init_state(model, optimizer, train.inputs[:1], key=key)
+      ...     return jt.train(state, train, test, loss_fn=loss_fn, epochs=5, key=key)
+      >>> result = jt.sweep(run, {"learning_rate": [0.01, 0.03, 0.1], "seed": range(2)})
+      >>> result["test_loss"].shape
+      (3, 2, 5)
+      >>> table = result.table(over="seed")  # print(table) shows it
     """
     grid = make_grid(run, axes, zipped=zipped, static_argnames=static_argnames)
     if on_event is not None and (hasattr(on_event, "__enter__") or not callable(on_event)):

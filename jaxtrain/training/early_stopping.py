@@ -22,8 +22,11 @@ class EarlyStopping:
 
     Example:
       >>> early_stopping = jt.EarlyStopping(3, monitor="validation_accuracy", mode="max")
-      >>> train, validation = train.split(0.1, jax.random.key(0))
-      >>> jt.fit(..., validation_data=validation, early_stopping=early_stopping)
+      >>> rest, validation = train.split(0.25, jax.random.key(0))
+      >>> state, history = jt.fit(
+      ...     state, rest, validation_data=validation, loss_fn=loss_fn, metric_fns=metric_fns,
+      ...     epochs=20, early_stopping=early_stopping,
+      ... )
     """
 
     patience: int

@@ -126,7 +126,17 @@ class RunsHalved(NamedTuple):
 
 
 Event = Compiled | Resumed | StepsDone | EpochDone | RunsDone | RunsRestored | RunsHalved
+"""What a callback receives; `isinstance` tells which event it is."""
+
 OnEvent = Callable[[Event], bool | None]
+"""A callback for `fit` or `sweep`; returning True at an `EpochDone` ends a call of `fit`.
+
+Example:
+  >>> def on_event(event):
+  ...     if isinstance(event, jt.events.EpochDone):
+  ...         return event.metrics["train_loss"] < 1e-3
+  >>> state, history = jt.fit(state, train, loss_fn=loss_fn, on_event=on_event)
+"""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -150,7 +160,16 @@ def every_steps(steps: int, on_event: OnEvent) -> OnEvent:
       on_event: the callback.
 
     Example:
-      >>> jt.fit(..., on_event=jt.events.every_steps(100, print))
+      >>> steps = []
+      >>> def on_event(event):
+      ...     if isinstance(event, jt.events.StepsDone) and event.step % 2 == 0:
+      ...         steps.append(event.step)
+      >>> on_event = jt.events.every_steps(2, on_event)
+      >>> state, history = jt.fit(
+      ...     state, train, loss_fn=loss_fn, epochs=1, batch_size=16, on_event=on_event
+      ... )
+      >>> steps
+      [2, 4]
     """
     check_integer(steps, "steps", minimum=0)
     return EverySteps(steps, on_event) if steps else on_event

@@ -111,9 +111,11 @@ def find_learning_rate(
       InputError: an argument is out of range, or the loss falls at no rate.
 
     Example:
-      >>> test = jt.find_learning_rate(state, train, jt.optimizers.adam, loss_fn=loss_fn)
-      >>> state = jt.with_optimizer(state, jt.optimizers.adam(test.suggestion))
-      >>> test.plot().savefig("learning_rates.png")
+      >>> range_test = jt.find_learning_rate(
+      ...     state, train, jt.optimizers.adam, loss_fn=loss_fn, steps=100, batch_size=16
+      ... )
+      >>> state = jt.with_optimizer(state, jt.optimizers.adam(range_test.suggestion))
+      >>> range_test.plot().savefig("learning_rates.png")
     """
     check_integer(steps, "steps", minimum=20)
     check_integer(batch_size, "batch_size", minimum=1)

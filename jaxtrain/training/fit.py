@@ -128,9 +128,11 @@ def fit(
 
     Example:
       >>> state, history = jt.fit(
-      ...     state, train, test, loss_fn=jt.losses.cross_entropy, key=jax.random.key(0)
+      ...     state, train, test, loss_fn=loss_fn, metric_fns={"accuracy": jt.metrics.accuracy},
+      ...     epochs=10, batch_size=16, key=jax.random.key(0),
       ... )
-      >>> history["test_loss"][-1]
+      >>> history["test_accuracy"].shape
+      (10,)
     """
     check_integer(epochs, "epochs", minimum=0)
     check_type(early_stopping, "early_stopping", EarlyStopping)

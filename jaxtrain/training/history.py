@@ -13,6 +13,13 @@ class History(dict[str, np.ndarray]):
 
     Attributes:
       step_losses: the loss of every step before its update, [steps].
+
+    Example:
+      >>> state, history = jt.fit(state, train, test, loss_fn=loss_fn, epochs=3, batch_size=16)
+      >>> history["epoch"]
+      array([1, 2, 3])
+      >>> history["test_loss"].shape, history.step_losses.shape
+      ((3,), (12,))
     """
 
     def __init__(self, columns: dict[str, np.ndarray], step_losses: np.ndarray) -> None:

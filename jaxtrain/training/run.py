@@ -87,11 +87,11 @@ def train(
     Example:
       >>> def run(seed):
       ...     key = jax.random.key(seed)
-      ...     state = jt.init_state(model, jt.optimizers.sgd(0.01), train.inputs[:1], key=key)
-      ...     return jt.train(state, train, test, loss_fn=jt.losses.cross_entropy, key=key)
-      >>> states, history = jax.vmap(run)(jnp.arange(5))
+      ...     state = jt.init_state(model, optimizer, train.inputs[:1], key=key)
+      ...     return jt.train(state, train, test, loss_fn=loss_fn, epochs=5, key=key)
+      >>> states, history = jax.jit(jax.vmap(run))(jnp.arange(3))
       >>> history["test_loss"].shape
-      (5, 5)
+      (3, 5)
     """
     check_integer(epochs, "epochs", minimum=0)
     check_type(early_stopping, "early_stopping", EarlyStopping)

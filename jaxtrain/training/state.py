@@ -37,6 +37,14 @@ class TrainState:
       key: PRNG key. Step t draws from `fold_in(key, t)`, so a resumed run draws the same numbers.
       model: the network (static).
       optimizer: the optax transformation (static); `with_optimizer` sets another one.
+
+    Example:
+      >>> state, metrics = jt.train_step(state, batch, loss_fn)
+      >>> state.step
+      Array(1, dtype=int32)
+      >>> jax.tree.map(jnp.shape, state.params)
+      {'Dense_0': {'bias': (8,), 'weight': (8, 64)}, 'Dense_1': {'bias': (10,), 'weight': (10, 8)}}
+      >>> state = state.replace(key=jax.random.key(1))
     """
 
     step: Int[Array, ""]
@@ -86,9 +94,7 @@ def init_state(
       InputError: an argument has the wrong type.
 
     Example:
-      >>> state = jt.init_state(
-      ...     jt.models.FeedForward(), optax.adam(1e-3), train.inputs[:1], key=jax.random.key(0)
-      ... )
+      >>> state = jt.init_state(model, optax.adam(1e-3), train.inputs[:1], key=jax.random.key(0))
     """
     check_key(key)
     _check_optimizer(optimizer)
@@ -146,9 +152,14 @@ def to_module(state: TrainState) -> Any:
       InputError: the model is a Linen module or a `Model`, whose parameters are `state.params`.
 
     Example:
-      >>> state = jt.init_state(eqx.nn.MLP(64, 10, 128, 1, key=key), optimizer, inputs, key=key)
-      >>> state, history = jt.fit(state, train, loss_fn=jt.losses.cross_entropy)
-      >>> mlp = jt.to_module(state)
+      >>> from flax import nnx
+      >>> train, test = jt.data.line()
+      >>> module = nnx.Linear(1, 1, rngs=nnx.Rngs(0))
+      >>> state = jt.init_state(module, optimizer, train.inputs[:1], key=key)
+      >>> state, losses = jt.train_epoch(state, train, jt.losses.mean_squared_error)
+      >>> trained = jt.to_module(state)
+      >>> trained(test.inputs).shape
+      (10, 1)
     """
     check_state_type(state)
     return adapters.to_module(state.model, state.params, state.model_state)

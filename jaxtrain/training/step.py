@@ -56,7 +56,9 @@ def train_step(state: TrainState, batch: Dataset, loss_fn: Loss) -> tuple[TrainS
         example.
 
     Example:
-      >>> state, metrics = jt.train_step(state, train[:64], jt.losses.cross_entropy)
+      >>> state, metrics = jt.train_step(state, train[:32], loss_fn)
+      >>> metrics["loss"].shape
+      ()
     """
     check_state_type(state)
     check_loss(loss_fn)
@@ -135,6 +137,7 @@ def gradients(
       ...     loss, grads, aux = jt.gradients(state, batch, loss_fn)
       ...     grads = jax.tree.map(jnp.sign, grads)
       ...     return jt.apply_gradients(state, grads, model_state=aux.model_state), loss
+      >>> state, loss = step(state, batch)
     """
     check_state_type(state)
     check_loss(loss_fn)
@@ -241,7 +244,9 @@ def eval_step(
       InputError: `batch` is not a valid Dataset, or a metric is not one value per example.
 
     Example:
-      >>> jt.eval_step(state, test[:64], jt.losses.cross_entropy, {"accuracy": jt.metrics.accuracy})
+      >>> metrics = jt.eval_step(state, batch, loss_fn, {"accuracy": jt.metrics.accuracy})
+      >>> sorted(metrics)
+      ['accuracy', 'loss']
     """
     check_state_type(state)
     check_batch(batch)

@@ -154,7 +154,7 @@ def summary(
     Args:
       state: the network and its optimizer, as `init_state` returns them.
       inputs: a batch as in training, [batch, ...]; its values are not used, and
-        `jax.ShapeDtypeStruct`s are accepted.
+        objects of `jax.ShapeDtypeStruct` are accepted.
       targets: the targets of the batch, as `loss_fn` takes them.
       loss_fn: per-example loss; None takes the mean of the outputs, which costs about as much.
 
@@ -162,7 +162,10 @@ def summary(
       InputError: an argument has the wrong type, or the network does not take the inputs.
 
     Example:
-      >>> print(jt.summary(state, train.inputs[:64]))
+      >>> summary = jt.summary(state, train.inputs[:32])
+      >>> summary.parameters  # 64 · 8 + 8 + 8 · 10 + 10
+      610
+      >>> table = str(summary)  # print(summary) shows it
     """
     check_state_type(state)
     check_loss(_mean_output if loss_fn is None else loss_fn)
