@@ -23,6 +23,7 @@ from benchmarks.tables import (
     markdown,
     memory_sentence,
     number,
+    slower_table,
     speedrun_table,
     suite_table,
     summary_table,
@@ -67,6 +68,9 @@ def benchmarks_page(machines: dict[str, Results]) -> str:
             for figure, text in FIGURES.items()
             if rows_of(results, FIGURE_SUITES[figure])
         ]
+        slower = slower_table(results)
+        if slower.rows:
+            parts += ["### Where another library is faster", ranking(results), markdown(slower)]
         for suite in dict.fromkeys(row["suite"] for row in results["rows"]):
             parts += [f"### Suite `{suite}`", markdown(suite_table(results, suite))]
         if rows_of(results, "step"):

@@ -19,6 +19,7 @@ from benchmarks.readings import (
     readings,
     relative_flop_times,
     rows_of,
+    slowdowns,
     steps_per_epoch,
 )
 from benchmarks.speedrun import EXAMPLE, RECIPE
@@ -191,6 +192,20 @@ def suite_table(results: Results, suite: str) -> Cells:
         rows.append([case, label(name), as_text(median), quartiles, ratio, over, notes])
     headings = ["case", "peer", "median", "quartiles"]
     return Cells([*headings, "ratio to jaxtrain (95 %)", "ratio to matrix products", "notes"], rows)
+
+
+def slower_table(results: Results) -> Cells:
+    """Returns the cases of `step` and `models` in which another library is the fastest."""
+    rows = []
+    for name, (_, fastest) in slowdowns(results).items():
+        suite, _, case = name.partition(": ")
+        ours, theirs = (readings(results, suite, case, peer) for peer in (OURS, fastest))
+        if fastest != OURS and ours is not None and theirs is not None:
+            medians = (duration(statistics.median(seconds)) for seconds in (ours, theirs))
+            ratio = with_interval(speedup(ours, theirs), "×")
+            rows.append([suite, case, label(fastest), *medians, ratio])
+    headings = ["suite", "case", "fastest library", "jaxtrain", "fastest library's median"]
+    return Cells([*headings, "ratio to jaxtrain (95 %)"], rows)
 
 
 def work_table(results: Results) -> Cells:

@@ -435,7 +435,7 @@ def test_sweeps_are_compared_with_the_fastest_way_in_pytorch() -> None:
     ]
 
 
-def test_ranking_counts_wins_and_names_the_worst_case() -> None:
+def test_ranking_counts_wins_and_the_lost_cases_are_listed() -> None:
     seconds = {
         "T2, batch 1": {"jaxtrain": 1.0, "keras": 2.0, "matrix products, XLA": 0.1},
         "T2, batch 16": {"jaxtrain": 3.0, "keras": 2.0, "jax-scan": 0.5},
@@ -456,6 +456,10 @@ def test_ranking_counts_wins_and_names_the_worst_case() -> None:
     assert "jaxtrain is the fastest library in 1 of 3 cases of `step` and `models`" in text
     assert text.endswith("; in the worst, `step: T2, batch 64`, Equinox is 2.5 × as fast.")
     assert report.ranking({"rows": rows[:2]}).endswith("in 1 of 1 cases of `step` and `models`.")
+    assert tables.slower_table({"rows": rows}).rows == [
+        ["step", "T2, batch 16", "Keras 3 on JAX", "3 s", "2 s", "0.667 ×"],
+        ["step", "T2, batch 64", "Equinox", "5 s", "2 s", "0.4 ×"],
+    ]
 
 
 def test_flags_list_every_peer_and_suite() -> None:
