@@ -5,7 +5,8 @@ BIN := $(VENV)/bin
 # Processes that run the tests; 0 runs them in this one, to debug.
 WORKERS ?= 2
 
-.PHONY: help linear mnist sweep speedrun tutorials test test-without-torch package bench check format clean
+.PHONY: help linear mnist sweep speedrun tutorials test test-without-torch package docs test-docs
+.PHONY: bench check format clean
 
 help:  ## list the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 20
@@ -27,8 +28,8 @@ tutorials: $(VENV)/installed  ## all tutorials, and one table of their figures b
 
 # With TYPES=1, shapes and types are checked at run time, in all tests but those that run scripts
 # in other processes, which the type checker does not reach.
-IN_PROCESSES := test_experiments.py test_survival.py test_benchmarks.py test_extras.py
-IN_PROCESSES += cli/test_environment.py cli/test_progress.py cli/test_signals.py
+IN_PROCESSES := test_experiments.py test_survival.py test_benchmarks.py test_extras.py test_user_types.py
+IN_PROCESSES += cli/test_environment.py cli/test_progress.py cli/test_signals.py docs
 TYPES_1 := --jaxtyping-packages=jaxtrain,tests.checked $(addprefix --ignore=tests/,$(IN_PROCESSES))
 PYTEST := -m pytest --numprocesses $(WORKERS) --dist worksteal $(TYPES_$(TYPES))
 
@@ -41,43 +42,69 @@ test-without-torch:  ## run the tests that need no PyTorch (PYTHON=python3.13 pi
 	.venv-without-torch/bin/python -m pip install --quiet --editable '.[test]'
 	.venv-without-torch/bin/python $(PYTEST) $(ARGS)
 
-package:  ## build the wheel, install it into an empty environment, and train a model in a folder there
-	rm -rf build && mkdir -p build/folder
+# The sdist's tests of what can differ from a clone: files that it lacks, and the package as installed.
+SDIST_TESTS := $(addprefix tests/,test_packaging.py test_user_types.py test_imports.py test_faults.py)
+SDIST_TESTS += tests/export/test_export.py tests/export/test_stablehlo.py tests/models/test_models.py
+
+package:  ## build the wheel and the sdist, install the wheel, train a model in a folder, test the sdist
+	rm -rf build && mkdir -p build/folder build/sdist
+	$(PYTHON) -m venv build/tools
+	build/tools/bin/python -m pip install --quiet build
+	build/tools/bin/python -m build --outdir build/dist .
 	$(PYTHON) -m venv build/venv
-	build/venv/bin/python -m pip wheel --quiet --no-deps --wheel-dir build .
-	build/venv/bin/python -m pip install --quiet build/*.whl
+	build/venv/bin/python -m pip install --quiet build/dist/*.whl
 	cd build/folder && ../venv/bin/python $(CURDIR)/tests/own_model.py
+	tar -xzf build/dist/*.tar.gz -C build/sdist --strip-components 1
+	build/venv/bin/python -m pip install --quiet "$$(echo build/dist/*.whl)[test,types]"
+	cd build/sdist && ../venv/bin/python -m pytest --quiet --numprocesses $(WORKERS) $(SDIST_TESTS)
+
+docs: $(VENV)/installed-docs  ## build the site in docs/_build/html; every tutorial is executed
+	rm -rf docs/_build
+	$(BIN)/python -m sphinx --fail-on-warning --keep-going --nitpicky -b html -d docs/_build/doctrees \
+		docs docs/_build/html
+
+test-docs: docs $(VENV)/installed-test  ## build the site, and test its links and pages in Chromium
+	OMP_NUM_THREADS=1 JAXTRAIN_REQUIRE_SITE=1 $(BIN)/python $(PYTEST) tests/docs $(ARGS)
 
 bench: $(VENV)/installed-bench  ## time ours against PyTorch and others (ARGS="--quick" in two minutes)
 	$(BIN)/python -m benchmarks $(ARGS)
 
-check: $(VENV)/installed-dev  ## lint, format and types
+check: $(VENV)/installed-dev  ## lint, format and types, also those that a user's program sees
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+	$(BIN)/python -m pytest --quiet tests/test_user_types.py
 
 format: $(VENV)/installed-dev  ## format, and fix what ruff can fix
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
 clean:  ## remove the virtual environment and caches, keep results in runs/
-	rm -rf $(VENV) .venv-without-torch build .pytest_cache .mypy_cache .ruff_cache .jax_cache .hypothesis
+	rm -rf $(VENV) .venv-without-torch build dist docs/_build
+	rm -rf .pytest_cache .mypy_cache .ruff_cache .jax_cache .hypothesis
+
+# What the metadata of the installed package is made from: the second file states the version.
+METADATA := pyproject.toml jaxtrain/__init__.py
 
 $(BIN)/python:
 	$(PYTHON) -m venv $(VENV)
 
-$(VENV)/installed: pyproject.toml | $(BIN)/python
+$(VENV)/installed: $(METADATA) | $(BIN)/python
 	$(BIN)/python -m pip install --quiet --editable '.[experiments]'
 	touch $@
 
-$(VENV)/installed-test: pyproject.toml | $(BIN)/python
+$(VENV)/installed-test: $(METADATA) | $(BIN)/python
 	$(BIN)/python -m pip install --quiet --editable '.[test,torch]'
 	touch $@ $(VENV)/installed
 
-$(VENV)/installed-bench: pyproject.toml | $(BIN)/python
+$(VENV)/installed-bench: $(METADATA) | $(BIN)/python
 	$(BIN)/python -m pip install --quiet --editable '.[bench]'
 	touch $@ $(VENV)/installed
 
-$(VENV)/installed-dev: pyproject.toml | $(BIN)/python
+$(VENV)/installed-docs: $(METADATA) | $(BIN)/python
+	$(BIN)/python -m pip install --quiet --editable '.[docs]'
+	touch $@ $(VENV)/installed
+
+$(VENV)/installed-dev: $(METADATA) | $(BIN)/python
 	$(BIN)/python -m pip install --quiet --editable '.[dev]'
 	touch $@ $(VENV)/installed-test $(VENV)/installed-bench $(VENV)/installed

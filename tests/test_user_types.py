@@ -1,0 +1,171 @@
+"""mypy and pyright check a user's program against the installed package."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+# The first line makes a package without py.typed an error in pyright, as it is in mypy.
+PROGRAM = """# pyright: reportMissingTypeStubs=true
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import linen as nn
+
+import jaxtrain as jt
+
+
+class Network(nn.Module):
+    features: int = 8
+
+    @nn.compact
+    def __call__(self, inputs: jax.Array, train: bool = False) -> jax.Array:
+        x = nn.relu(nn.Dense(self.features)(inputs))
+        return nn.Dense(1)(nn.Dropout(0.1, deterministic=not train)(x))
+
+
+def cubic_error(predictions: jax.Array, targets: jax.Array) -> jax.Array:
+    return jnp.mean(jnp.abs(predictions - targets) ** 3, axis=-1)
+
+
+def within(predictions: jax.Array, targets: jax.Array) -> jax.Array:
+    return jnp.mean(jnp.abs(predictions - targets) < 0.1, axis=-1)
+
+
+def report(event: jt.events.Event) -> bool | None:
+    if isinstance(event, jt.events.EpochDone):
+        loss: float = event.metrics["train_loss"]
+        print(event.epoch, loss)
+        return loss < 1e-6
+    return None
+
+
+inputs = np.linspace(-1, 1, 64, dtype=np.float32)[:, None]
+key = jax.random.key(0)
+train, test = jt.Dataset(inputs, 2 * inputs).split(0.25, key)
+state = jt.init_state(Network(), jt.optimizers.adam(1e-2), train.inputs[:1], key=key)
+
+state, metrics = jt.train_step(state, train[:8], cubic_error)
+state, losses = jt.train_epoch(state, train, cubic_error, batch_size=8, key=key)
+values: list[float] = [float(metrics["loss"]), float(losses[-1])]
+loss, grads, aux = jt.gradients(state, train[:8], cubic_error)
+state = jt.apply_gradients(state, grads, model_state=aux.model_state)
+
+state, history = jt.fit(
+    state,
+    train,
+    [test[:8], test[8:]],
+    validation_data=test,
+    loss_fn=cubic_error,
+    metric_fns={"within": within, "r2": jt.metrics.r2},
+    state_metrics={"steps": lambda state: float(state.step)},
+    epochs=2,
+    batch_size=8,
+    key=key,
+    early_stopping=jt.EarlyStopping(3),
+    checkpoint=jt.CheckpointOptions(Path("checkpoints")),
+    on_event=report,
+)
+with jt.progress() as bar:
+    state, history = jt.fit(state, train, loss_fn=cubic_error, epochs=1, on_event=bar)
+last: float = float(history["train_loss"][-1])
+evaluated: dict[str, jax.Array] = jt.evaluate(state, test, cubic_error, {"within": within})
+predictions = jt.predict(state, test.inputs)
+
+
+def run(learning_rate: float, seed: int) -> tuple[jt.TrainState, dict[str, jax.Array]]:
+    optimizer = jt.optimizers.sgd(learning_rate, momentum=0.9)
+    state = jt.init_state(Network(), optimizer, train.inputs[:1], key=jax.random.key(seed))
+    return jt.train(state, train, test, loss_fn=cubic_error, epochs=2, batch_size=8)
+
+
+result = jt.sweep(run, {"learning_rate": [1e-3, 1e-2], "seed": range(2)})
+print(result["test_loss"].shape, result.table(over="seed"))
+best: jt.SweepRun = result.best("test_loss")
+jt.save_params("model.safetensors", state)
+state = jt.load_params("model.safetensors", state)
+"""
+
+# Each line with a comment is one mistake.
+WRONG = """
+import jax
+import numpy as np
+from flax import linen as nn
+
+import jaxtrain as jt
+
+data = jt.Dataset(np.ones((8, 4), np.float32), np.zeros(8, np.int32))
+state = jt.init_state(nn.Dense(3), jt.optimizers.sgd(0.1), data.inputs, key=jax.random.key(0))
+jt.fit(state, data, loss_fn=jt.losses.cross_entropy, batch_size="64")  # not a number
+jt.fit(state, data, epochs=1)  # no loss
+jt.fit(state, data, loss_fn=jt.losses.cross_entropy, epoch=1)  # another name
+jt.fit(state, data, loss_fn=jt.losses.cross_entropy, on_event=lambda: None)  # takes no event
+jt.train_step(data, state, jt.losses.cross_entropy)  # swapped
+jt.init_state(nn.Dense(3), jt.optimizers.sgd(0.1), data.inputs)  # no key
+jt.losses.crossentropy  # misspelled
+"""
+
+Errors = dict[int, str]  # by line
+
+
+def run(*command: str, folder: Path) -> str:
+    """Returns what a type checker prints; it exits with status 0 or 1."""
+    pytest.importorskip(command[0], reason=f"needs {command[0]}")
+    result = subprocess.run(
+        [sys.executable, "-m", *command], cwd=folder, capture_output=True, text=True, check=False
+    )
+    assert result.returncode in (0, 1), result.stdout + result.stderr
+    return result.stdout
+
+
+def mypy(file: Path) -> Errors:
+    """Returns the errors of `mypy --strict`, without a configuration file."""
+    cache = f"--cache-dir={file.parent.parent / 'mypy_cache'}"  # of this session
+    command = ("mypy", "--strict", "--config-file=", cache, "--output=json", file.name)
+    lines = run(*command, folder=file.parent).splitlines()
+    found = [json.loads(line) for line in lines if line]
+    return {each["line"]: each["message"] for each in found if each["severity"] == "error"}
+
+
+def pyright(file: Path) -> Errors:
+    """Returns the errors of pyright, which would look online for updates if it wrote text."""
+    command = ("pyright", "--pythonpath", sys.executable, "--outputjson", file.name)
+    found = json.loads(run(*command, folder=file.parent))["generalDiagnostics"]
+    errors = [each for each in found if each["severity"] == "error"]
+    return {each["range"]["start"]["line"] + 1: each["message"] for each in errors}
+
+
+@pytest.fixture
+def program(tmp_path: Path) -> Path:
+    file = tmp_path / "program.py"
+    file.write_text(PROGRAM)
+    return file
+
+
+def test_the_program_runs(program: Path) -> None:
+    result = subprocess.run(
+        [sys.executable, program], cwd=program.parent, capture_output=True, text=True, check=False
+    )
+    assert result.returncode == 0, result.stderr
+
+
+@pytest.mark.parametrize("check", [mypy, pyright])
+def test_a_correct_program_has_no_errors(check: Callable[[Path], Errors], program: Path) -> None:
+    assert check(program) == {}
+
+
+@pytest.mark.parametrize("check", [mypy, pyright])
+def test_every_mistake_is_an_error_on_its_line(
+    check: Callable[[Path], Errors], tmp_path: Path
+) -> None:
+    file = tmp_path / "wrong.py"
+    file.write_text(WRONG)
+    mistakes = [number for number, line in enumerate(WRONG.splitlines(), 1) if "  # " in line]
+    assert sorted(check(file)) == mistakes
