@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import PyTree
 
-from jaxtrain.adapters._shared import AdaptedApply, BatchStatistics
+from jaxtrain.adapters._shared import AdaptedApply, BatchStatistics, named_statistics
 from jaxtrain.errors import InputError
 from jaxtrain.model import Model
 
@@ -86,7 +86,7 @@ class CastApply(AdaptedApply):
         """Returns those of the network."""
         if isinstance(self.apply, AdaptedApply):
             return self.apply.batch_statistics(params, model_state)
-        return {}
+        return named_statistics(model_state, skip=0)
 
     @property
     def recording(self) -> Any:

@@ -26,7 +26,7 @@ _SLOTS: dict[type, dict[str, str]] = {
     optax.ScaleByAdamState: {"mu": "exp_avg", "nu": "exp_avg_sq"},
     AmsgradState: {"mu": "exp_avg", "nu": "exp_avg_sq", "nu_max": "max_exp_avg_sq"},
 }
-# Our names of the number of steps, and of the flag that there has been one.
+# Our names of the number of steps.
 _COUNTS = {"count", "step"}
 
 

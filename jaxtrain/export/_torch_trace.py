@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -17,7 +17,10 @@ from jaxtrain.dataset import named_arrays
 from jaxtrain.training.state import TrainState
 
 # Operations whose results are no longer the features of the convolution before them.
-_ENDS_FEATURES = {"dot_general", "reshape", "transpose", "gather", "scan", "while", "cond"}
+_ENDS_FEATURES = {
+    *("conv_general_dilated", "dot_general", "reshape", "transpose", "gather"),
+    *("scan", "while", "cond"),
+}
 
 
 class Uses(NamedTuple):
@@ -112,8 +115,9 @@ def _note(
     name: str, options: dict[str, Any], operands: list[_Value], paths: frozenset[str], uses: Uses
 ) -> None:
     """Notes an operation on the inputs and these parameters."""
+    position = len(uses.order)  # the same for parameters of one operation, such as a loop
     for path in paths:
-        uses.order.setdefault(path, len(uses.order))
+        uses.order.setdefault(path, position)
     if len(paths) != 1:
         return
     (path,) = paths
@@ -125,35 +129,34 @@ def _note(
             uses.flattened[path] = channels
 
 
-def _flattened_channels(features: _Value) -> int | None:
+def _flattened_channels(inputs: _Value) -> int | None:
     """Returns the channels of the convolution whose features were flattened; None if none were."""
-    waiting, seen = [features], set[int]()
-    while waiting:
-        value = waiting.pop()
-        if id(value) in seen:
-            continue
-        seen.add(id(value))
+    for value in _sources(inputs):
         if value.operation == "reshape":
             source = value.operands[0]
-            if len(source.shape) > 2 and math.prod(source.shape[1:]) == features.shape[-1]:
+            if len(source.shape) > 2 and math.prod(source.shape[1:]) == inputs.shape[-1]:
                 return source.shape[-1] if _are_of_convolution(source) else None
-        elif value.operation not in _ENDS_FEATURES:
-            waiting += [x for x in value.operands if x.parameters is None and x.shape]
     return None
 
 
 def _are_of_convolution(features: _Value) -> bool:
     """Returns whether features [..., channels] are those of a convolution."""
-    waiting, seen = [features], set[int]()
+    return any(
+        value.operation == "conv_general_dilated"
+        and value.options["dimension_numbers"].out_spec[1] == len(value.shape) - 1
+        and value.shape[-1] == features.shape[-1]
+        for value in _sources(features)
+    )
+
+
+def _sources(value: _Value) -> Iterator[_Value]:
+    """Yields a value and what it is computed from, up to the operations that end features."""
+    waiting, seen = [value], set[int]()
     while waiting:
         value = waiting.pop()
         if id(value) in seen:
             continue
         seen.add(id(value))
-        if value.operation == "conv_general_dilated":
-            axis = value.options["dimension_numbers"].out_spec[1]
-            if axis == len(value.shape) - 1 and value.shape[-1] == features.shape[-1]:
-                return True
-        elif value.operation not in _ENDS_FEATURES:
+        yield value
+        if value.operation not in _ENDS_FEATURES:
             waiting += [x for x in value.operands if x.parameters is None and x.shape]
-    return False

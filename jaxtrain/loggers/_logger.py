@@ -214,7 +214,7 @@ def checked_file(
       is_log: returns whether the first line of a file, without its end, is that of a log.
 
     Raises:
-      InputError: it is a folder or another thing that is no regular file, it has content that is
+      InputError: it is not a regular file, it has content that is
         not a log, or the folder cannot be made or written.
     """
     found = checked_path(path, argument)

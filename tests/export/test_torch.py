@@ -479,6 +479,30 @@ def test_features_that_are_transposed_before_the_flatten_are_not_reordered() -> 
     np.testing.assert_allclose(jt.predict(loaded, SMALL_IMAGES), expected, atol=1e-5)
 
 
+def test_cells_in_one_loop_are_in_the_order_of_their_names() -> None:
+    class Stacked(nn.Module):
+        """Two cells in one loop over the rows of an image."""
+
+        def setup(self):
+            self.cells = [nn.OptimizedLSTMCell(8) for _ in range(2)]
+
+        def __call__(self, images):
+            def step(module, carry, outputs):
+                carry = list(carry)
+                for index, cell in enumerate(module.cells):
+                    carry[index], outputs = cell(carry[index], outputs)
+                return tuple(carry), outputs
+
+            start = ((jnp.zeros((len(images), 8)),) * 2,) * 2
+            options = {"variable_broadcast": "params", "split_rngs": {"params": False}}
+            _, outputs = nn.scan(step, in_axes=1, out_axes=1, **options)(self, start, images)
+            return outputs[:, -1]
+
+    module = torch.nn.ModuleList([torch.nn.LSTM(8, 8, num_layers=2, batch_first=True)])
+    module.forward = lambda images: module[0](images)[0][:, -1]
+    assert_same_model(randomize(module), state_of(Stacked(), SMALL_IMAGES), SMALL_IMAGES)
+
+
 def test_a_dense_layer_after_a_recurrent_one_is_not_reordered() -> None:
     class Recurrent(nn.Module):
         @nn.compact
