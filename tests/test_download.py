@@ -108,7 +108,7 @@ def half(handler: http.server.BaseHTTPRequestHandler) -> None:
 def silent(handler: http.server.BaseHTTPRequestHandler) -> None:
     head(handler)
     handler.wfile.write(CONTENT[:1000])
-    time.sleep(3)
+    time.sleep(30)
 
 
 def endless(handler: http.server.BaseHTTPRequestHandler) -> None:
@@ -154,7 +154,7 @@ def redirecting_with_an_endless_body(handler: http.server.BaseHTTPRequestHandler
 def dripping_headers(handler: http.server.BaseHTTPRequestHandler) -> None:
     handler.send_response(200)
     handler.flush_headers()
-    for _ in range(40):
+    for _ in range(300):
         handler.wfile.write(b"X")
         time.sleep(0.1)
 
@@ -163,6 +163,8 @@ def malformed(handler: http.server.BaseHTTPRequestHandler) -> None:
     handler.wfile.write(b"\x00\xff" * 1000 + b"\r\n\r\n")
 
 
+# The messages of slow answers name the time limit: without it, the answers would end with other
+# messages, or never.
 FAULTS = [
     (cut, "the connection was lost"),
     (cut_without_length, "disconnected after 1000 of 262144 bytes"),
@@ -197,10 +199,8 @@ def test_a_fault_of_the_server_is_named_in_time_and_leaves_no_file(
 ) -> None:
     url, answers = mirror
     answers.append(answer)
-    started = time.monotonic()
     with pytest.raises(DownloadError, match=message) as raised:
         fetch(url, tmp_path / "file", len(CONTENT), CHECKSUM)
-    assert time.monotonic() - started < 6
     assert str(raised.value).startswith(url)
     assert "\n" not in str(raised.value)
     assert not list(tmp_path.iterdir())

@@ -5,7 +5,6 @@ from __future__ import annotations
 import gzip
 import http.server
 import threading
-import time
 from collections.abc import Iterator
 from hashlib import sha256
 from pathlib import Path
@@ -14,6 +13,7 @@ import numpy as np
 import pytest
 
 import jaxtrain as jt
+from jaxtrain.data import download
 from jaxtrain.data.mnist import FILES, cache_dir
 from tests.test_idx import encode
 
@@ -222,10 +222,9 @@ def test_a_data_folder_that_cannot_be_read_is_named(folder: str) -> None:
 def test_without_files_and_network_the_error_lists_the_alternatives(
     tmp_path: Path, dead_server
 ) -> None:
-    started = time.monotonic()
-    with pytest.raises(jt.DataUnavailableError) as raised:
+    # The refused connection is reported at the first attempt, not after a time limit.
+    with pytest.raises(jt.DataUnavailableError, match=r"downloaded: .*: ConnectionError") as raised:
         jt.data.load("mnist", tmp_path)
-    assert time.monotonic() - started < 10
     message = str(raised.value)
     for part in ("data_dir", "$JAXTRAIN_DATA_DIR", "digits", str(tmp_path), *CONTENTS):
         assert part in message
@@ -239,14 +238,13 @@ def test_a_server_that_never_answers_times_out(
 
     from tensorflow_datasets.image_classification import mnist
 
+    monkeypatch.setattr(download, "ANSWER_SECONDS", 0.5)
     with socket.socket() as silent:
         silent.bind(("127.0.0.1", 0))
         silent.listen()
         monkeypatch.setattr(mnist.MNIST, "URL", f"http://127.0.0.1:{silent.getsockname()[1]}/")
-        started = time.monotonic()
-        with pytest.raises(jt.DataUnavailableError):
+        with pytest.raises(jt.DataUnavailableError, match="no answer in"):
             jt.data.load("mnist")
-        assert time.monotonic() - started < 10
 
 
 def test_auto_warns_that_digits_are_not_mnist(dead_server) -> None:
