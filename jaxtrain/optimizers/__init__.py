@@ -1,26 +1,11 @@
 """Optimizers with the semantics of `torch.optim`, safeguards, schedules, and `minimize`."""
 
-from jaxtrain.optimizers._accumulation import AccumulationState, accumulate_gradients
-from jaxtrain.optimizers._averaging import AverageState, average_parameters, restart_average
-from jaxtrain.optimizers._hoist import HoistedState, hoist_tracers
-from jaxtrain.optimizers._inspect import (
-    averaged_params,
-    current_learning_rate,
-    evaluation_params,
-    has_accumulation,
-    has_clipping,
-    has_line_search,
-    last_step_finite,
-    skipped_steps,
-)
+from jaxtrain.optimizers._accumulation import accumulate_gradients
+from jaxtrain.optimizers._averaging import average_parameters
+from jaxtrain.optimizers._inspect import averaged_params
 from jaxtrain.optimizers._minimize import Minimum, Stop, minimize
-from jaxtrain.optimizers._numbers import LearningRate, Number
-from jaxtrain.optimizers._safeguards import (
-    SkipNonfiniteState,
-    clip_gradients,
-    skip_nonfinite,
-    stays_finite,
-)
+from jaxtrain.optimizers._records import Record, record_gradient_norm, records
+from jaxtrain.optimizers._safeguards import clip_gradients, skip_nonfinite
 from jaxtrain.optimizers._schedules import (
     cosine_annealing_lr,
     linear_lr,
@@ -28,7 +13,6 @@ from jaxtrain.optimizers._schedules import (
     step_lr,
 )
 from jaxtrain.optimizers._torch import (
-    OPTIMIZERS,
     adadelta,
     adagrad,
     adam,
@@ -39,24 +23,10 @@ from jaxtrain.optimizers._torch import (
     rprop,
     sgd,
 )
-from jaxtrain.optimizers._transforms import (
-    AmsgradState,
-    DampedTraceState,
-    clip_by_global_norm,
-    global_norm,
-)
 
 __all__ = [
-    "OPTIMIZERS",
-    "AccumulationState",
-    "AmsgradState",
-    "AverageState",
-    "DampedTraceState",
-    "HoistedState",
-    "LearningRate",
     "Minimum",
-    "Number",
-    "SkipNonfiniteState",
+    "Record",
     "Stop",
     "accumulate_gradients",
     "adadelta",
@@ -65,28 +35,18 @@ __all__ = [
     "adamw",
     "average_parameters",
     "averaged_params",
-    "clip_by_global_norm",
     "clip_gradients",
     "cosine_annealing_lr",
-    "current_learning_rate",
-    "evaluation_params",
-    "global_norm",
-    "has_accumulation",
-    "has_clipping",
-    "has_line_search",
-    "hoist_tracers",
-    "last_step_finite",
     "lbfgs",
     "linear_lr",
     "make",
     "minimize",
     "one_cycle_lr",
-    "restart_average",
+    "record_gradient_norm",
+    "records",
     "rmsprop",
     "rprop",
     "sgd",
     "skip_nonfinite",
-    "skipped_steps",
-    "stays_finite",
     "step_lr",
 ]

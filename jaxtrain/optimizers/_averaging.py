@@ -47,8 +47,9 @@ def average_parameters(
     Args:
       optimizer: any optax transformation.
       decay: the part of the average that remains in each step, 0 … 1.
-      evaluate: whether `evaluate`, `predict` and the evaluations of `fit` and `train` use the
-        average in place of the parameters. Batch statistics are those of training.
+      evaluate: whether `evaluate`, `predict`, the evaluations of `fit` and `train`, `save`,
+        `to_module` and all exports use the average in place of the parameters. Batch statistics are
+        those of training.
 
     Raises:
       InputError: the decay is not in 0 … 1.
@@ -91,12 +92,6 @@ def restart_average(opt_state: PyTree, params: PyTree) -> PyTree:
     Args:
       opt_state: `state.opt_state`; without `average_parameters`, it is returned unchanged.
       params: where the average starts.
-
-    Example:
-      >>> optimizer = jt.optimizers.average_parameters(jt.optimizers.adam(1e-3), 0.99)
-      >>> state = jt.init_state(model, optimizer, train.inputs[:1], key=key)
-      >>> opt_state = jt.optimizers.restart_average(state.opt_state, state.params)
-      >>> state = state.replace(opt_state=opt_state)
     """
 
     def restart(node: Any) -> Any:

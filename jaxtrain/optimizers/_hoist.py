@@ -56,15 +56,6 @@ def hoist_tracers(
       An optimizer and its initial state. If the given optimizer closes over tracers, an equivalent
       one whose state, a `HoistedState`, contains their values; it can update, but not
       initialize again. Otherwise the given optimizer itself.
-
-    Example:
-      >>> @jax.vmap
-      ... def init(learning_rate):
-      ...     optimizer = optax.sgd(learning_rate)
-      ...     optimizer, opt_state = jt.optimizers.hoist_tracers(optimizer, state.params)
-      ...     return opt_state
-      >>> init(jnp.array([0.1, 0.2])).values  # optax.sgd closes over the negative rate
-      (Array([-0.1, -0.2], dtype=float32),)
     """
     # Compiled as one program: run eagerly, each operation would be compiled separately.
     opt_state = jax.jit(optimizer.init)(params)

@@ -5,13 +5,12 @@ from __future__ import annotations
 import functools
 from typing import Any
 
-import jax
 import jax.numpy as jnp
-import optax
 from jaxtyping import Array, Bool, Float, Int, PyTree
 
 from jaxtrain.optimizers._accumulation import AccumulationState
 from jaxtrain.optimizers._averaging import AverageState
+from jaxtrain.optimizers._records import LINE_SEARCHES, find_nodes, records
 from jaxtrain.optimizers._safeguards import SkipNonfiniteState
 from jaxtrain.optimizers._transforms import ClippingState
 
@@ -24,18 +23,9 @@ def current_learning_rate(opt_state: Any) -> Float[Array, "..."] | None:
 
     Args:
       opt_state: `state.opt_state`.
-
-    Example:
-      >>> state = jt.with_optimizer(state, jt.optimizers.sgd(0.5))
-      >>> jt.optimizers.current_learning_rate(state.opt_state)
-      Array(0.5, dtype=float32)
     """
-    if has_line_search(opt_state):
-        return None
-    found = optax.tree_utils.tree_get_all_with_path(
-        opt_state, "learning_rate", filtering=lambda path, value: hasattr(value, "dtype")
-    )
-    return found[0][1] if len(found) == 1 else None
+    record = records(opt_state).get("learning_rate")
+    return None if record is None else record.value
 
 
 def has_line_search(opt_state: Any) -> bool:
@@ -43,15 +33,8 @@ def has_line_search(opt_state: Any) -> bool:
 
     Args:
       opt_state: `state.opt_state`.
-
-    Example:
-      >>> state = jt.with_optimizer(state, jt.optimizers.lbfgs())
-      >>> jt.optimizers.has_line_search(state.opt_state)
-      True
     """
-    return bool(
-        _find(opt_state, optax.ScaleByZoomLinesearchState, optax.ScaleByBacktrackingLinesearchState)
-    )
+    return bool(find_nodes(opt_state, *LINE_SEARCHES))
 
 
 def has_accumulation(opt_state: Any) -> bool:
@@ -59,13 +42,8 @@ def has_accumulation(opt_state: Any) -> bool:
 
     Args:
       opt_state: `state.opt_state`.
-
-    Example:
-      >>> optimizer = jt.optimizers.accumulate_gradients(jt.optimizers.adam(1e-3), 4)
-      >>> jt.optimizers.has_accumulation(optimizer.init(state.params))
-      True
     """
-    return bool(_find(opt_state, AccumulationState))
+    return bool(find_nodes(opt_state, AccumulationState))
 
 
 def has_clipping(opt_state: Any) -> bool:
@@ -73,13 +51,8 @@ def has_clipping(opt_state: Any) -> bool:
 
     Args:
       opt_state: `state.opt_state`.
-
-    Example:
-      >>> optimizer = jt.optimizers.clip_gradients(jt.optimizers.adam(1e-3), 1.0)
-      >>> jt.optimizers.has_clipping(optimizer.init(state.params))
-      True
     """
-    return bool(_find(opt_state, ClippingState))
+    return bool(find_nodes(opt_state, ClippingState))
 
 
 def skipped_steps(opt_state: Any) -> Int[Array, "..."] | None:
@@ -87,17 +60,9 @@ def skipped_steps(opt_state: Any) -> Int[Array, "..."] | None:
 
     Args:
       opt_state: `state.opt_state`.
-
-    Example:
-      >>> optimizer = jt.optimizers.skip_nonfinite(jt.optimizers.adam(1e-3))
-      >>> state = jt.init_state(model, optimizer, train.inputs[:1], key=key)
-      >>> bad_batch = batch.replace(inputs=batch.inputs * jnp.nan)
-      >>> state, metrics = jt.train_step(state, bad_batch, loss_fn)
-      >>> jt.optimizers.skipped_steps(state.opt_state)
-      Array(1, dtype=int32)
     """
-    states = _find(opt_state, SkipNonfiniteState)
-    return functools.reduce(jnp.maximum, [state.skipped for state in states]) if states else None
+    record = records(opt_state).get("skipped_steps")
+    return None if record is None else record.value
 
 
 def last_step_finite(opt_state: Any) -> Bool[Array, "..."] | None:
@@ -105,16 +70,8 @@ def last_step_finite(opt_state: Any) -> Bool[Array, "..."] | None:
 
     Args:
       opt_state: `state.opt_state`.
-
-    Example:
-      >>> optimizer = jt.optimizers.skip_nonfinite(jt.optimizers.adam(1e-3))
-      >>> state = jt.init_state(model, optimizer, train.inputs[:1], key=key)
-      >>> bad_batch = batch.replace(inputs=batch.inputs * jnp.nan)
-      >>> state, metrics = jt.train_step(state, bad_batch, loss_fn)
-      >>> jt.optimizers.last_step_finite(state.opt_state)
-      Array(False, dtype=bool)
     """
-    states = _find(opt_state, SkipNonfiniteState)
+    states = find_nodes(opt_state, SkipNonfiniteState)
     return functools.reduce(jnp.logical_and, [state.finite for state in states]) if states else None
 
 
@@ -127,10 +84,12 @@ def averaged_params(opt_state: Any) -> PyTree | None:
     Example:
       >>> optimizer = jt.optimizers.average_parameters(jt.optimizers.adam(1e-3), 0.99)
       >>> state = jt.init_state(model, optimizer, train.inputs[:1], key=key)
+      >>> state, losses = jt.train_epoch(state, train, loss_fn)
       >>> params = jt.optimizers.averaged_params(state.opt_state)
-      >>> jt.save_params("average.safetensors", state.replace(params=params))
+      >>> jax.tree.structure(params) == jax.tree.structure(state.params)
+      True
     """
-    states = _find(opt_state, AverageState)
+    states = find_nodes(opt_state, AverageState)
     return states[0].average if states else None
 
 
@@ -140,16 +99,6 @@ def evaluation_params(opt_state: Any, params: PyTree) -> PyTree:
     Args:
       opt_state: `state.opt_state`.
       params: `state.params`, returned if the optimizer keeps no average or `evaluate` is False.
-
-    Example:
-      >>> params = jt.optimizers.evaluation_params(state.opt_state, state.params)
-      >>> params is state.params  # the optimizer keeps no average
-      True
     """
-    states = [state for state in _find(opt_state, AverageState) if state.evaluate]
+    states = [state for state in find_nodes(opt_state, AverageState) if state.evaluate]
     return states[0].average if states else params
-
-
-def _find(opt_state: Any, *kinds: type) -> list[Any]:
-    leaves = jax.tree.leaves(opt_state, is_leaf=lambda node: isinstance(node, kinds))
-    return [leaf for leaf in leaves if isinstance(leaf, kinds)]

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import optax
-from jaxtyping import Array, Bool, Int, PyTree
+from jaxtyping import Array, Bool, PyTree
 
 from jaxtrain.errors import InputError
 from jaxtrain.optimizers._numbers import Number, check_number
+from jaxtrain.optimizers._records import Record
 from jaxtrain.optimizers._transforms import clip_by_global_norm
 
 
@@ -51,12 +53,12 @@ class SkipNonfiniteState(NamedTuple):
 
     Attributes:
       inner: state of the wrapped optimizer.
-      skipped: steps skipped so far, int32.
+      skipped: steps skipped so far, int32; recorded as "skipped_steps".
       finite: whether the last step was taken.
     """
 
     inner: PyTree
-    skipped: Int[Array, ""]
+    skipped: Record
     finite: Bool[Array, ""]
 
 
@@ -100,7 +102,8 @@ def skip_nonfinite(
     inner = optax.with_extra_args_support(optimizer)
 
     def init(params: PyTree) -> SkipNonfiniteState:
-        return SkipNonfiniteState(inner.init(params), jnp.zeros((), jnp.int32), jnp.ones((), bool))
+        skipped = Record("skipped_steps", jnp.zeros((), jnp.int32), counts=True)
+        return SkipNonfiniteState(inner.init(params), skipped, jnp.ones((), bool))
 
     def update(
         updates: PyTree,
@@ -122,7 +125,7 @@ def skip_nonfinite(
             jax.tree.map(lambda leaf: jnp.where(finite, leaf, jnp.zeros_like(leaf)), new_updates),
             SkipNonfiniteState(
                 jax.tree.map(lambda new, old: jnp.where(finite, new, old), new_inner, state.inner),
-                state.skipped + ~finite,
+                dataclasses.replace(state.skipped, value=state.skipped.value + ~finite),
                 finite,
             ),
         )
@@ -138,16 +141,19 @@ def all_finite(tree: PyTree) -> Bool[Array, ""]:
 def stays_finite(before: PyTree, after: PyTree) -> Bool[Array, ""]:
     """Returns whether all numbers that are finite in `before` are finite in `after`.
 
+    Each `Record` is ignored, because training does not depend on it.
+
     Args:
       before: pytree of arrays.
       after: pytree of the same structure.
-
-    Example:
-      >>> jt.optimizers.stays_finite({"a": jnp.ones(2)}, {"a": jnp.array([1.0, jnp.nan])})
-      Array(False, dtype=bool)
     """
-    pairs = zip(jax.tree.leaves(before), jax.tree.leaves(after), strict=True)
+    pairs = zip(_without_records(before), _without_records(after), strict=True)
     return _all(jnp.isfinite(new) | ~jnp.isfinite(old) for old, new in pairs if _is_inexact(new))
+
+
+def _without_records(tree: PyTree) -> list[Any]:
+    leaves = jax.tree.leaves(tree, is_leaf=lambda node: isinstance(node, Record))
+    return [leaf for leaf in leaves if not isinstance(leaf, Record)]
 
 
 def _is_inexact(leaf: Any) -> bool:

@@ -2,7 +2,7 @@
 
 Those with a learning rate end in `optax.scale_by_learning_rate`, wrapped in
 `optax.inject_hyperparams`, so that the current rate can be read from the optimizer state (see
-`current_learning_rate`).
+`records`).
 """
 
 from __future__ import annotations
@@ -356,7 +356,7 @@ def make(name: str, learning_rate: LearningRate, **options: Any) -> optax.Gradie
     """Returns the optimizer with a given name.
 
     Args:
-      name: a key of `OPTIMIZERS`.
+      name: name of an optimizer of this module, such as "sgd".
       learning_rate: a number, or a schedule if the optimizer accepts one.
       **options: further arguments, such as momentum. One that the optimizer does not have must
         be 0.

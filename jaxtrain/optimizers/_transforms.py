@@ -17,10 +17,6 @@ def global_norm(tree: PyTree) -> Float[Array, ""]:
 
     Args:
       tree: pytree of arrays, such as gradients.
-
-    Example:
-      >>> jt.optimizers.global_norm({"weight": jnp.array([3.0]), "bias": jnp.array([4.0])})
-      Array(5., dtype=float32)
     """
 
     def sum_of_squares(leaf: Array) -> Array:
@@ -45,9 +41,6 @@ def clip_by_global_norm(max_norm: Number) -> optax.GradientTransformation:
 
     Args:
       max_norm: maximum of the Euclidean norm over all parameters.
-
-    Example:
-      >>> optimizer = optax.chain(jt.optimizers.clip_by_global_norm(1.0), optax.adam(1e-3))
     """
 
     def update(

@@ -12,7 +12,8 @@ import optax
 import pytest
 
 import jaxtrain as jt
-from jaxtrain.optimizers import HoistedState, hoist_tracers
+from jaxtrain.optimizers._hoist import HoistedState, hoist_tracers
+from jaxtrain.optimizers._inspect import current_learning_rate
 
 PARAMS = {"w": jnp.array([1.0, -2.0]), "b": jnp.array(0.5)}
 VALUES = jnp.array([0.1, 0.3, 0.01])
@@ -189,10 +190,12 @@ def test_recursive_functions_and_shared_variables_are_copied_consistently() -> N
 
 def test_init_of_a_hoisted_optimizer_is_refused() -> None:
     _, optimizer = sweep_init(optax.sgd)
-    with pytest.raises(jt.InputError, match=r"built with a traced argument.*build a new optimizer"):
+    with pytest.raises(
+        jt.errors.InputError, match=r"built with a traced argument.*build a new optimizer"
+    ):
         optimizer.init(PARAMS)
 
 
 def test_the_learning_rate_of_a_swept_state_can_be_read() -> None:
     states, _ = sweep_init(jt.optimizers.sgd)
-    np.testing.assert_array_equal(jt.optimizers.current_learning_rate(states), VALUES)
+    np.testing.assert_array_equal(current_learning_rate(states), VALUES)

@@ -104,7 +104,7 @@ def test_every_reason_to_stop_has_a_message() -> None:
 
 
 def test_a_negative_step_limit_is_refused() -> None:
-    with pytest.raises(jt.InputError, match="max_steps is -1"):
+    with pytest.raises(jt.errors.InputError, match="max_steps is -1"):
         jt.minimize(parabola, jnp.array(0.0), optax.sgd(0.1), max_steps=-1)
 
 
@@ -118,7 +118,7 @@ def test_line_searches_refuse_mini_batches(small_state, small_classes) -> None:
         lambda size: jt.train_epoch(state, small_classes, loss_fn, batch_size=size),
         lambda size: jt.fit(state, small_classes, loss_fn=loss_fn, batch_size=size, epochs=3),
     ):
-        with pytest.raises(jt.InputError, match=r"batch_size is 16 of 50 .* line search"):
+        with pytest.raises(jt.errors.InputError, match=r"batch_size is 16 of 50 .* line search"):
             train(16)
         after, _ = train(50)
         start = jt.evaluate(state, small_classes, loss_fn)["loss"]

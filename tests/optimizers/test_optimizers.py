@@ -9,14 +9,17 @@ import optax
 import pytest
 
 import jaxtrain as jt
-from jaxtrain.optimizers import current_learning_rate
+from jaxtrain.optimizers._inspect import current_learning_rate
+from jaxtrain.optimizers._torch import OPTIMIZERS
 
 
-@pytest.mark.parametrize("name", jt.optimizers.OPTIMIZERS)
+@pytest.mark.parametrize("name", OPTIMIZERS)
 @pytest.mark.parametrize("value", [-0.1, float("nan"), float("inf"), -1, jnp.float32(jnp.nan)])
 def test_an_invalid_learning_rate_is_refused(name: str, value) -> None:
-    with pytest.raises(jt.InputError, match=r"learning_rate is .*; expected a number that is"):
-        jt.optimizers.OPTIMIZERS[name](value)
+    with pytest.raises(
+        jt.errors.InputError, match=r"learning_rate is .*; expected a number that is"
+    ):
+        OPTIMIZERS[name](value)
 
 
 @pytest.mark.parametrize(
@@ -38,8 +41,8 @@ def test_an_invalid_learning_rate_is_refused(name: str, value) -> None:
     ],
 )
 def test_other_arguments_out_of_range_are_refused(name, options, message) -> None:
-    with pytest.raises(jt.InputError, match=message):
-        jt.optimizers.OPTIMIZERS[name](0.1, **options)
+    with pytest.raises(jt.errors.InputError, match=message):
+        OPTIMIZERS[name](0.1, **options)
 
 
 def test_step_lr_changes_every_step_size_epochs() -> None:
@@ -51,7 +54,7 @@ def test_step_lr_changes_every_step_size_epochs() -> None:
 
 @pytest.mark.parametrize("options", [{"step_size": 0}, {"step_size": 1, "steps_per_epoch": 0}])
 def test_step_lr_refuses_sizes_below_1(options) -> None:
-    with pytest.raises(jt.InputError, match="at least 1"):
+    with pytest.raises(jt.errors.InputError, match="at least 1"):
         jt.optimizers.step_lr(0.1, **options)
 
 
@@ -75,7 +78,7 @@ def test_vmap_sweeps_over_any_argument() -> None:
 
 
 def test_rprop_refuses_a_schedule() -> None:
-    with pytest.raises(jt.InputError, match="learning rate of rprop is a schedule"):
+    with pytest.raises(jt.errors.InputError, match="learning rate of rprop is a schedule"):
         jt.optimizers.make("rprop", jt.optimizers.step_lr(0.1, 1))
 
 
@@ -95,9 +98,9 @@ def test_any_schedule_of_optax_is_a_learning_rate(name: str) -> None:
 
 
 def test_make_refuses_arguments_that_an_optimizer_lacks_and_unknown_names() -> None:
-    with pytest.raises(jt.InputError, match=r"momentum is 0\.9 with the optimizer adam"):
+    with pytest.raises(jt.errors.InputError, match=r"momentum is 0\.9 with the optimizer adam"):
         jt.optimizers.make("adam", 0.1, momentum=0.9)
-    with pytest.raises(jt.InputError, match="'sdg'; expected one of sgd, adam"):
+    with pytest.raises(jt.errors.InputError, match="'sdg'; expected one of sgd, adam"):
         jt.optimizers.make("sdg", 0.1)
     jt.optimizers.make("adam", 0.1, momentum=0.0)
 

@@ -17,6 +17,7 @@ from hypothesis.extra import numpy as hnp
 
 import jaxtrain as jt
 from jaxtrain.optimizers import Stop
+from jaxtrain.optimizers._torch import OPTIMIZERS
 
 torch = pytest.importorskip("torch")
 
@@ -95,7 +96,7 @@ def assert_same_training(
     start = flat(state.params)
     model = torch_reference.feed_forward(FEATURES, 8, dropout_rate=0.0)
     model.to(getattr(torch, dtype))
-    torch_reference.load_params(model, state.params)
+    torch_reference.load(model, state.params)
     optimizer = make_theirs(model.parameters())
     scheduler = make_scheduler(optimizer) if make_scheduler else None
 
@@ -128,7 +129,7 @@ def test_200_steps_match_pytorch(name: str, options: dict, data: jt.Dataset) -> 
     with jax.enable_x64(dtype == "float64"):
         assert_same_training(
             data,
-            jt.optimizers.OPTIMIZERS[name](**ours),
+            OPTIMIZERS[name](**ours),
             lambda params: TORCH[name](params, **options),
             dtype=dtype,
         )
@@ -175,7 +176,7 @@ def test_step_lr_matches_pytorch(name: str, rate: float, data: jt.Dataset) -> No
     schedule = jt.optimizers.step_lr(rate, step_size=2, gamma=0.8, steps_per_epoch=STEPS_PER_EPOCH)
     assert_same_training(
         data,
-        jt.optimizers.OPTIMIZERS[name](schedule),
+        OPTIMIZERS[name](schedule),
         lambda params: TORCH[name](params, rate),
         lambda optimizer: torch.optim.lr_scheduler.StepLR(optimizer, step_size=2, gamma=0.8),
     )
@@ -187,9 +188,9 @@ def test_names_and_defaults_match_torch_optim(name: str) -> None:
         ("learning_rate" if key == "lr" else key): parameter.default
         for key, parameter in inspect.signature(TORCH[name]).parameters.items()
     }
-    for key, parameter in inspect.signature(jt.optimizers.OPTIMIZERS[name]).parameters.items():
+    for key, parameter in inspect.signature(OPTIMIZERS[name]).parameters.items():
         assert parameter.default == expected[key], key
-    assert jt.optimizers.OPTIMIZERS.keys() == TORCH.keys()
+    assert OPTIMIZERS.keys() == TORCH.keys()
 
 
 fractions = st.floats(0.0, 0.99)
@@ -227,7 +228,7 @@ def test_steps_match_pytorch_for_any_gradients_and_options(name: str, drawn: st.
     theirs = torch.nn.Parameter(torch.tensor(start))
     optimizer = TORCH[name]([theirs], lr=rate, **options)
     with jax.enable_x64(True):
-        ours = jt.optimizers.OPTIMIZERS[name](rate, **options)
+        ours = OPTIMIZERS[name](rate, **options)
         params = jnp.asarray(start)
         state = ours.init(params)
         for gradient in gradients:
