@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
-from jaxtyping import Array, Float, Int, Integer, PyTree, Shaped
+from jaxtyping import Array, Float, Integer, PyTree, Shaped
 
 from jaxtrain._arguments import check_integer
 from jaxtrain.errors import InputError
@@ -28,7 +28,8 @@ class AccumulatedMetric(NamedTuple):
     Attributes:
       sums: `sums(predictions, targets, weights)` returns a pytree of arrays, summed over a batch.
         `weights` are those of the examples, 1 where the data set has none.
-      finish: `finish(sums)` returns the metric, a scalar, from these summed over all batches.
+      finish: `finish(sums)` returns the metric, an array of any shape, from these summed over all
+        batches.
 
     Example:
       >>> def sums(predictions, targets, weights):
@@ -40,7 +41,7 @@ class AccumulatedMetric(NamedTuple):
       >>> metrics = jt.evaluate(state, test, jt.losses.mean_squared_error, {"rmse": rmse})
     """
 
-    sums: Callable[[Any, Any, Any], PyTree]
+    sums: Callable[..., PyTree]
     finish: Callable[[Any], Array]
 
 
@@ -71,23 +72,42 @@ def accuracy(
       Array([1., 0.], dtype=float32)
       >>> metrics = jt.evaluate(state, test, loss_fn, {"accuracy": jt.metrics.accuracy})
     """
+    hint = (
+        ": for one logit per example, pass a metric such as "
+        "lambda logits, targets: ((logits > 0) == targets).astype(float)"
+    )
+    _check_classes(predictions, targets, "accuracy", hint)
+    return (jnp.argmax(predictions, axis=-1) == targets).astype(jnp.float32)
+
+
+def _check_classes(predictions: AnyArray, targets: AnyArray, name: str, hint: str = "") -> None:
+    """Raises InputError unless each label has logits of two or more classes."""
     if predictions.ndim <= jnp.ndim(targets) or predictions.shape[-1] == 1:
         raise InputError(
-            f"accuracy received predictions of shape {predictions.shape}; expected logits of two "
-            "or more classes along the last axis: for one logit per example, pass a metric such as "
-            "lambda logits, targets: ((logits > 0) == targets).astype(float)"
+            f"{name} received predictions of shape {predictions.shape}; expected logits of two "
+            f"or more classes along the last axis{hint}"
         )
-    return (jnp.argmax(predictions, axis=-1) == targets).astype(jnp.float32)
+
+
+def _label_weights(
+    targets: Integer[AnyArray, "*batch"], weights: Shaped[AnyArray, "..."] | None
+) -> Float[Array, "labels"]:
+    """Returns one weight per label: 1 without weights, and that of the example for its tokens."""
+    if weights is None:
+        return jnp.ones(targets.size)
+    weights = weights.astype(jnp.promote_types(weights.dtype, jnp.float32))
+    axes = range(weights.ndim, targets.ndim)
+    return jnp.broadcast_to(jnp.expand_dims(weights, tuple(axes)), targets.shape).ravel()
 
 
 def _recall_sums(
     predictions: Float[AnyArray, "*batch classes"],
     targets: Integer[AnyArray, "*batch"],
-    weights: Float[Array, "*batch"] | None = None,
+    weights: Shaped[AnyArray, "..."] | None = None,
 ) -> tuple[Float[Array, "classes"], Float[Array, "classes"]]:
     """Returns the weight of each class's examples: all, and those predicted correctly."""
     labels = targets.ravel().astype(jnp.int32)
-    all_weights = jnp.ones(labels.shape) if weights is None else jnp.ravel(weights)
+    all_weights = _label_weights(targets, weights)
     correct = accuracy(predictions, targets).ravel()
 
     def per_class(values: Array) -> Array:
@@ -117,6 +137,31 @@ Example:
   >>> logits = jnp.array([[2.0, 1.0], [2.0, 1.0], [2.0, 1.0], [1.0, 2.0]])
   >>> finish(sums(logits, jnp.array([0, 0, 1, 1])))  # (1 + 1/2) / 2
   Array(0.75, dtype=float32)
+"""
+
+
+def _recall(sums: tuple[Array, Array]) -> Float[Array, "classes"]:
+    total, correct = sums
+    present = total > 0
+    return jnp.where(present, correct / jnp.where(present, total, 1), jnp.nan)
+
+
+per_class_accuracy = AccumulatedMetric(_recall_sums, _recall)
+"""The recall of each class, the fraction of its examples that is predicted correctly: [classes].
+
+Same as `sklearn.metrics.recall_score(average=None)`, but NaN for a class without examples. Targets
+are labels [batch], or [batch, time] for a label per token. The last axis of the logits is the
+number of classes.
+
+Example:
+  >>> metric_fns = {"recall": jt.metrics.per_class_accuracy}
+  >>> metrics = jt.evaluate(state, test, loss_fn, metric_fns)
+  >>> metrics["recall"].shape
+  (10,)
+  >>> sums, finish = jt.metrics.per_class_accuracy  # on arrays, without a model
+  >>> logits = jnp.array([[2.0, 1.0], [2.0, 1.0], [2.0, 1.0], [1.0, 2.0]])
+  >>> finish(sums(logits, jnp.array([0, 0, 1, 1])))
+  Array([1. , 0.5], dtype=float32)
 """
 
 
@@ -151,13 +196,12 @@ def _is_in_top(
 def _f1_sums(
     predictions: Float[AnyArray, "*batch classes"],
     targets: Integer[AnyArray, "*batch"],
-    weights: Float[Array, "*batch"] | None = None,
+    weights: Shaped[AnyArray, "..."] | None = None,
 ) -> tuple[Float[Array, "classes"], Float[Array, "classes"], Float[Array, "classes"]]:
     """Returns the weight of each class's examples: labelled, predicted, and both."""
     total, correct = _recall_sums(predictions, targets, weights)
     chosen = jnp.argmax(predictions, axis=-1).ravel()
-    all_weights = jnp.ones(chosen.shape) if weights is None else jnp.ravel(weights)
-    predicted = jax.ops.segment_sum(all_weights, chosen, predictions.shape[-1])
+    predicted = jax.ops.segment_sum(_label_weights(targets, weights), chosen, predictions.shape[-1])
     return total, predicted, correct
 
 
@@ -275,24 +319,40 @@ Example:
 """
 
 
-def confusion_matrix(
-    predictions: Float[AnyArray, "examples classes"], targets: Integer[AnyArray, "examples"]
-) -> Int[Array, "classes classes"]:
-    """Returns how often each label (row) was predicted as each class (column).
-
-    Args:
-      predictions: logits [examples, classes].
-      targets: integer labels [examples].
-
-    Returns:
-      Counts [classes, classes].
-
-    Example:
-      >>> logits = jnp.array([[2.0, 1.0], [2.0, 1.0], [2.0, 1.0], [1.0, 2.0]])
-      >>> jt.metrics.confusion_matrix(logits, jnp.array([0, 0, 1, 1]))
-      Array([[2, 0],
-             [1, 1]], dtype=int32)
-    """
+def _confusion_sums(
+    predictions: Float[AnyArray, "*batch classes"],
+    targets: Integer[AnyArray, "*batch"],
+    weights: Shaped[AnyArray, "..."] | None = None,
+) -> Float[Array, "classes classes"]:
+    """Returns the weight of the examples of each pair of label and predicted class."""
+    _check_classes(predictions, targets, "confusion_matrix")
     classes = predictions.shape[-1]
-    pairs = targets.astype(jnp.int32) * classes + jnp.argmax(predictions, axis=-1)
-    return jnp.bincount(pairs, length=classes * classes).reshape(classes, classes)
+    chosen = jnp.argmax(predictions, axis=-1).ravel()
+    pairs = targets.ravel().astype(jnp.int32) * classes + chosen
+    sums = jax.ops.segment_sum(_label_weights(targets, weights), pairs, classes * classes)
+    return sums.reshape(classes, classes)
+
+
+def _identity(sums: Any) -> Any:
+    return sums
+
+
+confusion_matrix = AccumulatedMetric(_confusion_sums, _identity)
+"""How often each label (row) is predicted as each class (column): [classes, classes].
+
+The sums of weights, or without weights the counts (`sklearn.metrics.confusion_matrix`), in float32:
+exact up to 2**24. Targets are labels [batch], or [batch, time] for a label per token. Labels
+outside the classes, such as −1 for padding, are left out. The last axis of the logits is the number
+of classes.
+
+Example:
+  >>> metric_fns = {"confusion": jt.metrics.confusion_matrix}
+  >>> metrics = jt.evaluate(state, test, loss_fn, metric_fns)
+  >>> metrics["confusion"].shape
+  (10, 10)
+  >>> sums, finish = jt.metrics.confusion_matrix  # on arrays, without a model
+  >>> logits = jnp.array([[2.0, 1.0], [2.0, 1.0], [2.0, 1.0], [1.0, 2.0]])
+  >>> finish(sums(logits, jnp.array([0, 0, 1, 1])))
+  Array([[2., 0.],
+         [1., 1.]], dtype=float32)
+"""
