@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import os
 import pickle
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -331,6 +333,48 @@ def test_a_stream_continues_at_its_position(transform: Any) -> None:
         assert_same(again, expected[taken:])
 
 
+@pytest.mark.parametrize("workers", [0, 2])
+def test_an_epoch_starts_at_any_batch(workers: int) -> None:
+    def epoch(workers: int, shard: Any, start: int = 0) -> Any:
+        options = {"transform": add_noise, "workers": workers, "shard": shard}
+        return jt.data.stream(DATA, 16, KEY, **options).epoch(2, start)
+
+    for shard, starts in [((0, 1), (1,)), ((1, 2), (3,))]:
+        expected = list(epoch(0, shard))
+        for start in starts if workers else range(len(expected) + 1):
+            assert_same(epoch(workers, shard, start), expected[start:])
+
+
+def test_the_batches_before_the_start_are_not_read() -> None:
+    source = Examples()
+    stream = jt.data.stream(source, 16, KEY)
+    order = np.asarray(epoch_order(50, jax.random.fold_in(KEY, 2)))
+    list(stream.epoch(2, start=2))
+    assert source.read == order[32:].tolist()
+    source.read.clear()
+    assert list(stream.epoch(2, start=len(stream))) == source.read == []
+
+
+@pytest.mark.parametrize("start", [-1, 5])
+def test_a_start_outside_the_epoch_is_named(start: int) -> None:
+    message = f"start is {start}; expected an integer of at least 0 and at most 4"
+    with pytest.raises(InputError, match=message):
+        jt.data.stream(DATA, 16).epoch(1, start)
+
+
+def shift(example: Any, rng: np.random.Generator, size: float) -> Any:
+    return (example[0] + size * rng.normal(), *example[1:])
+
+
+def test_its_text_tells_what_the_transform_computes() -> None:
+    one, same, other = (
+        str(jt.data.stream(DATA, 16, KEY, transform=functools.partial(shift, size=size)))
+        for size in (0.1, 0.1, 0.3)
+    )
+    assert one == same != other
+    assert re.search(r", transformed by shift \([0-9a-f]{16}\)\)$", one)
+
+
 def test_its_text_tells_what_is_read() -> None:
     text = str(jt.data.stream(DATA, 16, KEY))
     assert text.startswith("Stream(50 examples in batches of 16, shuffled by key ")
@@ -433,7 +477,7 @@ print(len(next(batches)))
 os.truncate("data.bin", {offset} + 9000)
 try:
     print(len(list(batches)))
-except jt.InputError as error:
+except jt.errors.InputError as error:
     print(error)
 """
     result = subprocess.run(

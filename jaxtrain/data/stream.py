@@ -15,11 +15,10 @@ from jaxtyping import Array, Key
 
 from jaxtrain._arguments import check_integer, check_key, check_shard
 from jaxtrain._extras import needs_extra
-from jaxtrain.checkpoint import digest
+from jaxtrain.checkpoint import describe_function, digest
 from jaxtrain.data.tfds import TFDS_PREFIX, open_tfds
 from jaxtrain.dataset import Dataset, check_dataset, epoch_order
 from jaxtrain.errors import InputError
-from jaxtrain.losses import name_of
 
 
 @runtime_checkable
@@ -85,7 +84,7 @@ class Stream:
         # Without the shard: several processes train on the same batches as one.
         order = "as stored" if self._key is None else f"shuffled by key {digest(self._key)}"
         if self._transform is not None:
-            order += f", transformed by {name_of(self._transform)}"
+            order += f", transformed by {describe_function(self._transform)}"
         return f"Stream({self.examples} examples in batches of {self.batch_size}, {order})"
 
     def __iter__(self) -> Iterator[Dataset]:
@@ -97,13 +96,19 @@ class Stream:
         other._folds_epoch = False
         return other
 
-    def epoch(self, number: int) -> Iterator[Dataset]:
+    def epoch(self, number: int, start: int = 0) -> Iterator[Dataset]:
         """Returns the batches of an epoch, as an iterator of Grain with its position.
 
         Args:
           number: the epoch, counted from 1. Its order is that of `jt.fit` on a data set in memory
             with the same key.
+          start: number of batches to leave out at the beginning of the epoch, without reading
+            them. The others are the same for every start and every number of workers.
+
+        Raises:
+          InputError: `start` is negative or larger than the number of batches.
         """
+        check_integer(start, "start", minimum=0, maximum=len(self))
         with needs_extra("stream"):
             import grain
             from absl import flags
@@ -116,7 +121,7 @@ class Stream:
         reader = _Reader(
             self._source, order, self.batch_size, len(self), self.shard, self._transform, seed
         )
-        batches = grain.MapDataset.source(reader)
+        batches = grain.MapDataset.source(reader)[start:]
         # `fit` reads ahead in a thread of its own.
         here = grain.ReadOptions(num_threads=0, prefetch_buffer_size=0)
         if not self._workers:
@@ -220,7 +225,7 @@ def to_batch(batch: Any, name: str) -> Dataset:
 
     Args:
       batch: a `Dataset`, a tuple or list of two or three, or a dict with the same names.
-      name: what it is to the user, such as "batch 3 of train_data".
+      name: name used in error messages, such as "batch 3 of train".
 
     Raises:
       InputError: it is something else.
