@@ -1,13 +1,16 @@
-"""What a program needs of the device's memory, and what is free."""
+"""What a program needs of the device's memory, what is free, and advice when it is too little."""
 
 from __future__ import annotations
 
+import contextlib
 import os
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import jax
 
 from jaxtrain._versions import current_device
+from jaxtrain.errors import OutOfMemoryError
 
 # The fraction of free memory that an estimate may use: matrix products need workspace.
 USABLE_FRACTION = 0.5
@@ -44,3 +47,47 @@ def free_bytes() -> int:
     if limit != resource.RLIM_INFINITY and size.exists():
         free = min(free, limit - page * int(size.read_text().split()[0]))
     return max(free, 0)
+
+
+@contextlib.contextmanager
+def memory_advice(
+    batch_size: int,
+    lower: Callable[[int], jax.stages.Lowered] | None = None,
+    argument: str = "batch_size",
+) -> Iterator[None]:
+    """Turns the device's "out of memory" into an error that names a batch size that fits.
+
+    Args:
+      batch_size: examples per step.
+      lower: lowers the run's steps at a given batch size, to estimate the memory of the compiled
+        program without running it; None if the memory does not depend on the batch size.
+      argument: the argument that sets the batch size.
+
+    Raises:
+      OutOfMemoryError: the body needs more memory than is available.
+    """
+    try:
+        yield
+    except (jax.errors.JaxRuntimeError, MemoryError) as error:
+        if isinstance(error, OutOfMemoryError) or not is_out_of_memory(error):
+            raise
+        message = str(error) or type(error).__name__
+        fitting = None
+        if lower is not None:
+            with contextlib.suppress(Exception):  # better no estimate than another error
+                fitting = _fitting_batch_size(batch_size, lower, free_bytes())
+        explained = OutOfMemoryError(batch_size, fitting, message.splitlines()[0], argument)
+        explained.__notes__ = getattr(error, "__notes__", [])
+        raise explained from error
+
+
+def _fitting_batch_size(
+    batch_size: int, lower: Callable[[int], jax.stages.Lowered], free: int
+) -> int | None:
+    """Returns the largest of batch_size / 2, / 4, ... at which the steps fit in `free` bytes."""
+    while batch_size > 1:
+        batch_size //= 2
+        needed = working_bytes(lower(batch_size).compile())
+        if needed <= USABLE_FRACTION * free:
+            return batch_size
+    return None

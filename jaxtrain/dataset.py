@@ -139,11 +139,23 @@ def describe_array(array: Any) -> str:
     return f"{array.dtype}[{','.join(map(str, array.shape))}]"
 
 
+def as_dataset(data: Any, name: str) -> Dataset:
+    """Returns a `Dataset`, or a tuple (inputs, targets[, weights]) as one, checked."""
+    if isinstance(data, tuple) and len(data) in (2, 3):
+        data = Dataset(*data)
+    check_dataset(data, name)
+    return data
+
+
 def check_dataset(dataset: Any, name: str) -> None:
     """Raises InputError unless all arrays of a Dataset have the same, positive, length."""
     if not isinstance(dataset, Dataset):
+        found = f"a {type(dataset).__name__}"
+        if isinstance(dataset, tuple):
+            found += f" of {len(dataset)}"
         raise InputError(
-            f"{name} is a {type(dataset).__name__}; expected a jaxtrain.Dataset(inputs, targets)"
+            f"{name} is {found}; expected a jaxtrain.Dataset(inputs, targets), or a tuple "
+            "(inputs, targets)"
         )
     arrays = named_arrays(dataset, name)
     for path, array in arrays:

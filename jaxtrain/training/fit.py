@@ -1,130 +1,258 @@
-"""fit: the loop over epochs on the host, which reports, evaluates, saves and stops."""
+"""fit: the loop over epochs on the host, and the run as its callbacks see it."""
 
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import functools
-import os
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from typing import Any
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any, TypeVar
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Key
 
 from jaxtrain import parallel
 from jaxtrain._arguments import check_integer
+from jaxtrain._compile_time import CompileTime
+from jaxtrain._device_memory import memory_advice
 from jaxtrain._processes import agree, check_same_start, process_lost_errors
-from jaxtrain.checkpoint import Checkpoint, CheckpointOptions, CheckpointStore, PartOfEpoch
+from jaxtrain.callbacks import Callback
+from jaxtrain.callbacks.progress import default_callbacks
+from jaxtrain.checkpoint import digest_program, identify
 from jaxtrain.data.stream import Source
 from jaxtrain.dataset import Dataset
 from jaxtrain.errors import InputError
-from jaxtrain.losses import Loss
+from jaxtrain.losses import Loss, name_of
 from jaxtrain.metrics import Metric
-from jaxtrain.training._fit_epoch import run_epoch, steps_between_saves
-from jaxtrain.training._hidden import steps_to_measure
-from jaxtrain.training._identity import check_same_run, identify
-from jaxtrain.training._plan import make_plan
-from jaxtrain.training._profile import make_profile
-from jaxtrain.training._validation import (
+from jaxtrain.training.checks import (
+    check_epoch,
     check_not_traced,
-    check_type,
-    checked_callback,
-    checked_state,
+    check_step_count,
+    check_steps,
+    rounded,
 )
-from jaxtrain.training.early_stopping import EarlyStopping
-from jaxtrain.training.events import Compiled, EpochDone, OnEvent, Resumed, returned_true
-from jaxtrain.training.history import History, Records
-from jaxtrain.training.state import TrainState
+from jaxtrain.training.loop import (
+    StepLog,
+    compiled_evaluate,
+    compiled_steps,
+    copied,
+    evaluate_source,
+    first_log,
+)
+from jaxtrain.training.run import history_row, prepare
+from jaxtrain.training.sources import InMemory, Segment, Streamed, segments_in_order
+from jaxtrain.training.state import counters, recorded, to_shapes, with_epoch
+from jaxtrain.training.step import MetricItems, StepFn, take_step
 
+# Target duration of one compiled call, between which Ctrl-C is handled; and the minimum time
+# between two calls of `on_steps` that no callback asks for.
+_CALL_SECONDS, _REPORT_SECONDS = 1.0, 0.5
 _NO_LOSSES = np.empty(0, np.float32)
+
+State = TypeVar("State")
+AnyData = Dataset | tuple[Any, ...] | Iterable[Any] | Source
+
+
+class History(dict[str, np.ndarray]):
+    """Arrays by column name with one entry per epoch, [epochs, ...].
+
+    `pandas.DataFrame(history)` works if each column has one number per epoch.
+
+    Attributes:
+      step_losses: the loss of every step before its update, [steps].
+
+    Example:
+      >>> state, history = jt.fit(state, train, test, loss_fn=loss_fn, epochs=3, batch_size=16)
+      >>> history["epoch"]
+      array([1, 2, 3])
+      >>> history["test_loss"].shape, history.step_losses.shape
+      ((3,), (12,))
+    """
+
+    def __init__(self, columns: dict[str, np.ndarray], step_losses: np.ndarray) -> None:
+        super().__init__(columns)
+        self.step_losses = step_losses
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Run:
+    """The progress of one call of `fit`, passed to callbacks; `replace` returns a changed copy.
+
+    Attributes:
+      state: the current state. Within an epoch its arrays are valid during the callback only.
+      epoch: epochs completed.
+      last_epoch: the epoch after which the run ends.
+      columns: names of the history's columns, in order.
+      rows: the history of the completed epochs, one dict per epoch by column name.
+      step_losses: the losses of the steps of the completed epochs, arrays to concatenate.
+      step: steps taken in the epoch in progress; 0 between epochs.
+      examples: examples used in the epoch in progress.
+      losses: the losses of the steps since the previous `on_steps`.
+      log: the epoch in progress: the loss and the weight of each step, the sums of the metrics, and
+        what the optimizer recorded in the latest step.
+      counts: the counters of the optimizer at the start of the epoch in progress.
+      position: where the training stream resumes; None for data in memory.
+      seconds: time spent in the epoch in progress, without compiling.
+      compile_seconds: time of tracing and compiling so far.
+      steps_per_epoch: 0 if unknown.
+      examples_per_epoch: 0 if unknown.
+      test_examples: examples of the test data; 0 if unknown.
+      monitor: the column of the history by which a callback judges an epoch, or None.
+      best: the best state so far, if a callback keeps it; `fit` returns it.
+      is_over: whether the run ends after this epoch.
+      resumed: whether the run was restored from a checkpoint.
+      describe: in `on_start`, returns the metadata that a checkpoint compares before a run resumes.
+    """
+
+    state: Any
+    epoch: int
+    last_epoch: int
+    columns: tuple[str, ...]
+    log: StepLog
+    rows: tuple[dict[str, Any], ...] = ()
+    step_losses: tuple[np.ndarray, ...] = ()
+    step: int = 0
+    examples: int = 0
+    losses: np.ndarray = dataclasses.field(default_factory=lambda: _NO_LOSSES)
+    counts: dict[str, int] = dataclasses.field(default_factory=dict)
+    position: Any = None
+    seconds: float = 0.0
+    compile_seconds: float = 0.0
+    steps_per_epoch: int = 0
+    examples_per_epoch: int = 0
+    test_examples: int = 0
+    monitor: str | None = None
+    best: Any = None
+    is_over: bool = False
+    resumed: bool = False
+    describe: Callable[[], dict[str, Any]] = dict
+
+    def replace(self, **changes: Any) -> Run:
+        """Returns a copy with some fields replaced."""
+        return Run(**(vars(self) | changes))  # faster than `dataclasses.replace`
+
+    @property
+    def history(self) -> History:
+        """The history of the completed epochs."""
+        columns = {name: np.asarray([row[name] for row in self.rows]) for name in self.columns}
+        return History(columns, np.concatenate([_NO_LOSSES, *self.step_losses]))
+
+    def after_steps(self, state: Any, segment: Segment, stop: int, log: StepLog) -> Run:
+        """Returns the run after the steps of a segment up to `stop`."""
+        first = max(0, self.step - segment.start)
+        losses, weights = (np.asarray(x)[first:stop] for x in (log.loss, log.weight))
+        return self.replace(
+            state=state,
+            step=segment.start + stop,
+            examples=self.examples + (stop - first) * segment.batch_size,
+            losses=np.append(self.losses, losses),
+            position=segment.position,
+            log=StepLog(
+                np.append(self.log.loss, losses),
+                np.append(self.log.weight, weights),
+                jax.tree.map(np.asarray, log.sums),
+                {name: np.asarray(values)[stop - 1] for name, values in log.recorded.items()},
+            ),
+        )
+
+    def after_epoch(self, state: Any, row: dict[str, Any], compile_seconds: float) -> Run:
+        """Returns the run after an epoch and its evaluation."""
+        return self.replace(
+            state=state,
+            epoch=self.epoch + 1,
+            compile_seconds=compile_seconds,
+            counts={name: self.log.recorded[name] for name in self.counts},
+            rows=(*self.rows, {name: row[name] for name in self.columns}),
+            step_losses=(*self.step_losses, self.log.loss),
+            step=0,
+            examples=0,
+            losses=_NO_LOSSES,
+            position=None,
+            seconds=0.0,
+            log=StepLog(
+                self.log.loss[:0], self.log.weight[:0], jax.tree.map(np.zeros_like, self.log.sums)
+            ),
+        )
 
 
 def fit(
-    state: TrainState,
-    train_data: Dataset | Iterable[Any] | Source,
-    test_data: Dataset | Iterable[Any] | Source | None = None,
+    state: State,
+    train: AnyData,
+    test: AnyData | None = None,
     *,
-    validation_data: Dataset | Iterable[Any] | Source | None = None,
-    loss_fn: Loss,
+    loss_fn: Loss | None = None,
     metric_fns: Mapping[str, Metric] | None = None,
-    state_metrics: Mapping[str, Callable[[TrainState], float]] | None = None,
     epochs: int = 5,
     batch_size: int = 64,
     test_batch_size: int = 1000,
     key: Key[Array, ""] | None = None,
-    early_stopping: EarlyStopping | None = None,
-    checkpoint: CheckpointOptions | None = None,
-    on_event: OnEvent | None = None,
-    profile: str | os.PathLike[str] | None = None,
-    profile_steps: tuple[int, int] = (10, 20),
+    validation: AnyData | None = None,
+    callbacks: Sequence[Callback | Callable[[Run], Any]] | None = None,
     mesh: jax.sharding.Mesh | None = None,
-) -> tuple[TrainState, History]:
+    step_fn: StepFn | None = None,
+) -> tuple[State, History]:
     """Trains for some epochs and evaluates after each.
 
     Calling it again with the returned state and the same data continues the run: 2 epochs and then
-    3 give exactly the results of 5 in one call. With `checkpoint`, the same call resumes an
-    interrupted run from its newest checkpoint. On the same CPU with the same versions, the results
-    are bit-identical to those of an uninterrupted run.
+    3 give exactly the results of 5 in one call. With `jt.callbacks.checkpoint`, the same call
+    resumes an interrupted run from its newest checkpoint. On the same CPU with the same versions,
+    the results are bit-identical to those of an uninterrupted run.
 
-    A NaN or infinity in a loss, a gradient or the state ends the run before the epoch is reported
-    or saved; `optimizers.skip_nonfinite` leaves out the steps of a few bad batches instead.
+    A NaN or infinity in a loss or the state ends the run before the epoch is reported or saved;
+    `optimizers.skip_nonfinite` leaves out the steps of a few bad batches instead.
 
     Args:
       state: where to start; not modified.
-      train_data: inputs and targets with leading axis [examples]; or a stream, such as
-        `jt.data.stream`, a Grain or PyTorch loader, any iterable of batches, or an object with
-        `len(train_data)` and `train_data[index]`. A `Dataset` with `np.memmap` arrays is read as a
+      train: inputs and targets with leading axis [examples], a `Dataset` or a tuple; or a stream,
+        such as `jt.data.stream`, a Grain or PyTorch loader, any iterable of batches, or an object
+        with `len(train)` and `train[index]`. A `Dataset` with `np.memmap` arrays is read as a
         stream.
-      test_data: evaluated after each epoch; may be a stream; None skips it.
-      validation_data: evaluated after each epoch, for early stopping.
-      loss_fn: per-example loss.
-      metric_fns: metrics to evaluate on test and validation data, by name.
-      state_metrics: further columns of the history by name, functions of the state after an epoch.
-      epochs: passes over `train_data` after `state`. Epochs restored from a checkpoint count, so a
+      test: evaluated after each epoch; may be a stream; None skips it.
+      loss_fn: per-example loss; may be left out with `step_fn` and without evaluations.
+      metric_fns: metrics by name, of the training, test and validation data.
+      epochs: passes over `train` after `state`. Epochs restored from a checkpoint count, so a
         resumed run trains only the remaining ones.
       batch_size: examples per step, of all devices together; a stream of batches has its own.
       test_batch_size: examples at a time in evaluation.
       key: PRNG key of the shuffle; epoch e is shuffled with `fold_in(key, e)`. None keeps the
         stored order.
-      early_stopping: ends the run when a column of the history no longer improves, and returns the
-        best state; None trains all epochs and returns the last state.
-      checkpoint: where and how often to save the run; None saves nothing.
-      on_event: called with `Compiled`, then `Resumed` if the run resumes, then `StepsDone` and
-        `EpochDone` as they happen. Returning True at an `EpochDone` ends the run there; with
-        several processes, that of process 0 decides.
-      profile: folder of a trace that Perfetto and TensorBoard open; None records none. Each process
-        of several writes the trace of its own devices, to a subfolder.
-      profile_steps: first step of the trace, and the step after its last one, counted from 0 over
-        the steps that this call takes. A range that includes the end of an epoch also traces the
-        evaluation.
+      validation: evaluated after each epoch, for early stopping.
+      callbacks: what `jt.callbacks` has, your own `Callback`, or functions `callback(run)`, called
+        after each epoch, of which one that returns True ends the run. None shows progress in a
+        terminal or a notebook, and nothing elsewhere; [] is silent.
       mesh: devices with an axis "data", over which each batch is divided. State and data are
         copied to every device, unless `jt.parallel` has sharded them. None means the mesh of
         `jax.set_mesh` or of the data, if there is one.
+      step_fn: a step of your own, `step_fn(state, batch) -> (state, {"loss": ...})`, in place of
+        `train_step`. It must increase `state.step` by one; other scalars that it returns become
+        columns `train_NAME`. The state may then be any pytree with `step`, `epoch` and `key`;
+        evaluation needs a `TrainState`.
 
     Returns:
-      The state after the last epoch, and the history with one entry per epoch: `epoch`;
-      `train_loss`, the mean over the epoch's examples of the loss before each update; `test_loss`,
-      `test_NAME` for each metric, and the same for validation; the state metrics; `gradient_norm`,
-      of the epoch's last step, before any clipping; `skipped_steps`, with `skip_nonfinite`;
-      `learning_rate`, of the last step, if the optimizer records it; `seconds`, of training and
-      evaluation without compiling. `history.step_losses` has one entry per step.
+      The state after the last epoch, or the best one if a callback keeps it; and the history with
+      one entry per epoch: `epoch`; `train_loss` and `train_NAME` for each metric, over the epoch's
+      own predictions before each update; `test_loss`, `test_NAME`, and the same for validation;
+      what the optimizer records: `skipped_steps`, `learning_rate` of the last step,
+      `gradient_norm`; and `seconds`, of training and evaluation without compiling.
+      `history.step_losses` has one entry per step.
 
     Raises:
       InputError: an argument is out of range; the data are not finite, or do not fit the model or
-        the loss; the checkpoints belong to another run, are in use, or are all damaged; another
-        trace is running.
-      NonFiniteError: a loss, gradient or array of the state became NaN or infinite.
+        the loss; a callback cannot start, for example because the checkpoints belong to another
+        run.
+      NonFiniteError: a loss or an array of the state became NaN or infinite.
       OutOfMemoryError: the device has too little memory.
-      StorageError: a checkpoint could not be written, and earlier ones are intact; or a trace.
+      StorageError: a checkpoint could not be written, and earlier ones are intact.
       StreamError: a stream raised an error.
       MissingExtraError: data are on disk, and `jaxtrain[stream]` is not installed.
       ProcessLostError: another process of the cluster ended.
 
     After the arguments are checked, any exception, KeyboardInterrupt included, has the attributes
-    `state` and `history` of the last completed epoch. In an epoch that was resumed within, `state`
-    is the one that was restored.
+    `state` and `history` of the last completed epoch. If the run resumed within an epoch, `state`
+    is the restored state until that epoch is complete.
 
     Example:
       >>> state, history = jt.fit(
@@ -135,109 +263,249 @@ def fit(
       (10,)
     """
     check_integer(epochs, "epochs", minimum=0)
-    check_type(early_stopping, "early_stopping", EarlyStopping)
-    check_type(checkpoint, "checkpoint", CheckpointOptions)
-    resident = train_data if isinstance(train_data, Dataset) else None
-    check_not_traced(state, resident, key)
-    on_event = checked_callback(on_event)
+    called = _checked_callbacks(callbacks)
     with contextlib.ExitStack() as stack:
-        stack.enter_context(parallel.mesh_of(state, resident, mesh=mesh))
-        tracing = make_profile(profile, profile_steps)
-        state = checked_state(state)
-        plan = make_plan(
-            state,
-            {"train": train_data, "test": test_data, "validation": validation_data},
-            loss_fn=loss_fn,
-            metric_fns=metric_fns,
-            state_metrics=state_metrics,
-            batch_size=batch_size,
-            test_batch_size=test_batch_size,
-            key=key,
-            measure=steps_to_measure(state),
-            streams=True,
+        in_memory = train if isinstance(train, Dataset | tuple) else None
+        check_not_traced(state, in_memory, key)
+        stack.enter_context(parallel.mesh_of(state, in_memory, mesh=mesh))
+        held_out = {"test": test, "validation": validation}
+        sizes = (batch_size, test_batch_size)
+        start, sources, metrics, columns = prepare(
+            state, train, held_out, loss_fn, metric_fns, step_fn, sizes, key, stack
         )
-        stack.callback(plan.close)
-        records = Records(plan.columns(state), state)
-        if early_stopping is not None:
-            early_stopping.check_columns(records.columns)
-        first, last = int(state.epoch), int(state.epoch) + epochs
-        stack.enter_context(_progress_attached(records))
-        if tracing is not None:
-            stack.enter_context(tracing.attached())
+        trained = metrics if step_fn is None else ()
+        run = completed = Run(
+            state=start,
+            epoch=int(start.epoch),
+            last_epoch=int(start.epoch) + epochs,
+            columns=(*columns, "seconds"),
+            log=first_log(start, sources["train"].batch_shapes(), trained, step_fn),
+            steps_per_epoch=sources["train"].steps,
+            examples_per_epoch=sources["train"].examples,
+            test_examples=sources["test"].examples if "test" in sources else 0,
+            monitor=next((each.monitor for each in called if each.monitor is not None), None),
+            describe=functools.partial(_describe, start, sources, metrics, step_fn, columns),
+        )
+        del start  # which on a mesh is a copy of the state
+
+        def ending(function: Callable[[Run, BaseException | None], None]) -> Any:
+            def end(kind: object, error: BaseException | None, trace: object) -> None:
+                function(completed, error)
+
+            return end
+
+        stack.push(ending(_attach))
         stack.enter_context(process_lost_errors())
-        started = time.perf_counter()
-        programs = plan.compile(state)
-        store, resumed, every, every_steps = None, None, 1, None
-        if checkpoint is not None:
-            run = identify(plan, state, early_stopping, programs, checkpoint.configuration)
-            store = stack.enter_context(CheckpointStore(checkpoint, run))
-            every = checkpoint.every
-            every_steps = steps_between_saves(plan, checkpoint.every_steps)
-            resumed = store.restore(state, records.columns, functools.partial(check_same_run, run))
-            store.metadata = run  # `check_same_run` may have replaced its "start"
-        best_state: TrainState | None = None
-        part: PartOfEpoch | None = None
-        taken = _NO_LOSSES  # the losses of a part of an epoch
-        if resumed is not None:
-            begun = resumed.epoch + (resumed.part is not None)
-            if begun > last:
-                raise InputError(
-                    f"epochs is {epochs}, but the checkpoint directory holds epoch {begun}; "
-                    f"expected at least {begun - first}, or another directory",
-                    argument="epochs",
-                )
-            state, best_state, part = resumed.state, resumed.best_state, resumed.part
-            records.restore(resumed)
-            if part is not None:
-                taken = resumed.step_losses[len(resumed.step_losses) - part.step :]
-        check_same_start(int(state.epoch), 0 if part is None else part.step)
-        if early_stopping is not None and early_stopping.is_over(records.rows):
-            last = int(state.epoch)  # early stopping ended it in an earlier call
-        seconds = time.perf_counter() - started
-        on_event(Compiled(seconds, last - int(state.epoch), plan.train.steps, plan.train.examples))
-        if resumed is not None:
-            step = 0 if part is None else part.step
-            on_event(Resumed(resumed.epoch, records.history(), state, step))
+        timer = stack.enter_context(CompileTime())
+        for callback in sorted(called, key=lambda each: not each.saves):
+            stack.push(ending(callback.on_end))
+            run = completed = callback.on_start(run) or run
+        check_same_start(run.epoch, run.step)
+        trainer = _Trainer(sources["train"], trained, step_fn, called, timer)
+        counts = {name: int(value) for name, value in counters(run.state).items()}
+        run = run.replace(counts=run.counts if run.step else counts, describe=dict)
+        while run.epoch < run.last_epoch and not run.is_over:
+            before, begun = run, timer.clock() - run.seconds
+            run = trainer(run)
+            after = with_epoch(run.state, before.state.epoch + 1)
+            values = _evaluate(after, sources, metrics, run.epoch + 1)
+            row = history_row(run.counts, run.log, trained, values)
+            row = _to_host({"epoch": run.epoch + 1, **row})
+            check_epoch(before.state, after, run.log.loss, row, run.epoch + 1)
+            row["seconds"] = agree(timer.clock() - begun)
+            run = completed = run.after_epoch(after, row, timer.seconds)
+            for callback in called:
+                run = _agreed(run) if callback.saves else run
+                run = _replaced(run, callback.on_epoch(run))
+            run = completed = _agreed(run)
+    return (run.state if run.best is None else run.best), run.history
 
-        def save_part(state: TrainState, losses: np.ndarray, part: PartOfEpoch) -> None:
-            assert store is not None  # since `every_steps` is not None
-            history, epoch = records.history(), int(records.state.epoch)
-            step_losses = np.append(history.step_losses, losses)
-            store.save(Checkpoint(epoch, state, history, step_losses, best_state, part))
 
-        for epoch in range(int(state.epoch) + 1, last + 1):
-            state, row, losses = run_epoch(
-                plan,
-                state,
-                epoch,
-                on_event,
-                part=part,
-                losses=taken,
-                every_steps=every_steps,
-                save=save_part,
-                profile=tracing,
+@dataclasses.dataclass
+class _Trainer:
+    """Takes the steps of an epoch that are left, in calls of about a second.
+
+    Attributes:
+      source: the training data.
+      metrics: the loss and the metrics by name.
+      step_fn: a step of the user's own, or None.
+      callbacks: called after blocks of steps.
+      timer: measures the time of compiling.
+      seconds_per_step: of the latest call; 0 until one was taken without compiling.
+      reported: when `on_steps` was last called.
+    """
+
+    source: InMemory | Streamed
+    metrics: MetricItems
+    step_fn: StepFn | None
+    callbacks: list[Callback]
+    timer: CompileTime
+    seconds_per_step: float = 0.0
+    reported: float = 0.0
+
+    def __call__(self, run: Run) -> Run:
+        """Returns the run after the last step of the epoch."""
+        begun, before = self.timer.clock() - run.seconds, run.state
+        start = run.step
+        run = run.replace(state=copied(before))
+        segments = self.source.segments(run.epoch + 1, start, run.position)
+        advice = memory_advice(self.source.batch_size, functools.partial(self._lower, before))
+        with advice, contextlib.closing(segments):
+            for segment in segments:
+                while run.step < segment.start + segment.steps:
+                    pauses = [each.next_pause(run) or 0 for each in self.callbacks]
+                    pause = min((step for step in pauses if step > run.step), default=None)
+                    run = self._take_steps(run, segment, pause)
+                    is_due = segment.last == run.step - segment.start - 1 or run.step == pause
+                    now = time.perf_counter()
+                    if agree(is_due or now - self.reported > _REPORT_SECONDS):
+                        run, self.reported = self._report(run, begun), now
+        if self.step_fn is not None:
+            check_step_count(before, run.state, run.step - start)
+        if run.step == start:  # the run resumed after the last step of an epoch of unknown length
+            run = run.replace(log=run.log._replace(recorded=recorded(run.state)))
+        return run
+
+    def _take_steps(self, run: Run, segment: Segment, pause: int | None) -> Run:
+        """Returns the run after one call, at the latest at the step `pause` of the epoch."""
+        first = max(0, run.step - segment.start)
+        steps = int(_CALL_SECONDS / self.seconds_per_step) if self.seconds_per_step else 1
+        stop = min(
+            first + max(1, steps),
+            segment.steps,
+            segment.steps if pause is None else pause - segment.start,
+        )
+        stop = agree(stop)  # all processes take the same steps at once
+        started, compiled = time.perf_counter(), self.timer.seconds
+        options = (self.metrics, self.step_fn)
+        state, log = compiled_steps(run.state, run.log.sums, segment, first, stop, *options)
+        run = run.after_steps(state, segment, stop, log)
+        check_steps(log, segment, state, run.epoch + 1, self.source.batch_at)
+        if self.timer.seconds == compiled:
+            self.seconds_per_step = (time.perf_counter() - started) / (stop - first)
+        return run
+
+    def _report(self, run: Run, begun: float) -> Run:
+        """Calls `on_steps`."""
+        run = run.replace(seconds=self.timer.clock() - begun, compile_seconds=self.timer.seconds)
+        for callback in self.callbacks:
+            callback.on_steps(run)
+        return run.replace(losses=_NO_LOSSES)
+
+    def _lower(self, state: Any, batch_size: int) -> jax.stages.Lowered:
+        """Lowers the training steps at another batch size."""
+        data = self.source.sample
+        segment = segments_in_order(data, jnp.arange(len(data)), batch_size)[0]
+        return compiled_steps.lower(state, None, segment, 0, 1, self.metrics, self.step_fn)
+
+
+def _agreed(run: Run) -> Run:
+    """Returns the run with the decision of process 0 whether it ends; callbacks may differ."""
+    is_over = agree(run.is_over)
+    return run if is_over == run.is_over else run.replace(is_over=is_over)
+
+
+def _replaced(run: Run, result: Any) -> Run:
+    """Applies the return value of `on_epoch`: a changed run, or True to end the run."""
+    if isinstance(result, Run):
+        return result
+    ends = np.ndim(result) == 0 and np.asarray(result).dtype == bool and bool(result)
+    return run.replace(is_over=run.is_over or ends)
+
+
+def _attach(completed: Run, error: BaseException | None) -> None:
+    """Attaches the state and the history of the last completed epoch to an error."""
+    if error is not None:
+        error.state, error.history = completed.state, completed.history  # type: ignore[attr-defined]
+
+
+def _evaluate(
+    state: Any, sources: Mapping[str, InMemory | Streamed], metrics: MetricItems, epoch: int
+) -> dict[str, dict[str, Any]]:
+    """Returns the loss and the metrics of each held-out data set."""
+    found = {}
+    for name, source in sources.items():
+        if name != "train":
+
+            def lower(batch_size: int, data: Any = source.sample) -> jax.stages.Lowered:
+                return compiled_evaluate.lower(state, data, metrics, batch_size=batch_size)
+
+            with memory_advice(source.batch_size, lower, "test_batch_size"):
+                found[name] = jax.device_get(evaluate_source(state, source, metrics, epoch))
+    return found
+
+
+def _to_host(row: dict[str, Any]) -> dict[str, Any]:
+    """Returns a row of the history as Python numbers, and arrays of NumPy."""
+    values = {name: np.asarray(value) for name, value in row.items()}
+    numbers = {name: x.item() if x.ndim == 0 else x for name, x in values.items()}
+    if "learning_rate" in numbers:
+        numbers["learning_rate"] = rounded(numbers["learning_rate"])
+    return numbers
+
+
+class _Function(Callback):
+    """A function as a callback."""
+
+    def __init__(self, function: Callable[[Run], Any]) -> None:
+        self.on_epoch = function  # type: ignore[assignment, method-assign]
+
+
+def _checked_callbacks(callbacks: Any) -> list[Callback]:
+    """Returns the callbacks in the order in which they are called: those that save are last."""
+    if callbacks is None:
+        callbacks = default_callbacks()
+    if isinstance(callbacks, Callback) or not isinstance(callbacks, Iterable):
+        raise InputError(
+            f"callbacks is {callbacks!r}; expected a list, such as [jaxtrain.callbacks.progress()]",
+            argument="callbacks",
+        )
+    found = []
+    for each in callbacks:
+        if isinstance(each, type) or not (isinstance(each, Callback) or callable(each)):
+            raise InputError(
+                f"callbacks has {each!r}; expected what jaxtrain.callbacks returns, or a function "
+                "of the run",
+                argument="callbacks",
             )
-            part, taken = None, _NO_LOSSES
-            records.append(state, row, losses)
-            stop = returned_true(on_event(EpochDone(epoch, dict(records.rows[-1]), state)))
-            if early_stopping is not None:
-                if early_stopping.best_row(records.rows) == len(records.rows) - 1:
-                    best_state = state
-                stop = stop or early_stopping.is_over(records.rows)
-            stop = agree(stop)  # callbacks and times differ between processes
-            if store is not None and (stop or epoch == last or epoch % every == 0):
-                history = records.history()
-                store.save(Checkpoint(epoch, state, history, history.step_losses, best_state))
-            if stop:
-                break
-    return (state if best_state is None else best_state), records.history()
+        found.append(each if isinstance(each, Callback) else _Function(each))
+    monitored = sorted({each.monitor for each in found if each.monitor is not None})
+    if len(monitored) > 1:
+        raise InputError(
+            f"the callbacks judge epochs by {' and '.join(monitored)}; expected one column, since "
+            "fit returns one best state",
+            argument="callbacks",
+        )
+    return sorted(found, key=lambda each: each.saves)
 
 
-@contextlib.contextmanager
-def _progress_attached(records: Records) -> Iterator[None]:
-    """Attaches the last completed epoch's state and history to an error that ends the run."""
-    try:
-        yield
-    except BaseException as error:
-        error.state, error.history = records.state, records.history()  # type: ignore[attr-defined]
-        raise
+def _describe(
+    state: Any,
+    sources: Mapping[str, InMemory | Streamed],
+    metrics: MetricItems,
+    step_fn: StepFn | None,
+    columns: tuple[str, ...],
+) -> dict[str, Any]:
+    """Returns what identifies a run, by which a checkpoint decides whether it may resume."""
+    source = sources["train"]
+    step = functools.partial(take_step, metrics=metrics, step_fn=step_fn, last=False)
+    with parallel.without_mesh():  # the run may resume on other devices
+        program = jax.jit(step).trace(to_shapes(state), source.batch_shapes())
+    rate = recorded(state).get("learning_rate")
+    return identify(
+        state,
+        settings={f"{name} data": each.describe() for name, each in sources.items()}
+        | {f"{name} batch size": each.batch_size for name, each in sources.items()}
+        | {"columns": ", ".join(columns)},
+        program=digest_program(program),
+        descriptions={
+            "model": repr(getattr(state, "model", None)),
+            "loss": name_of(step_fn or metrics[0][1]),
+            "metrics": ", ".join(
+                "+".join(map(name_of, each if isinstance(each, tuple) else (each,)))
+                for _, each in metrics[1:]
+            ),
+            "learning rate": "unknown" if rate is None else f"{rounded(rate):g}",
+        },
+        seekable=source.is_seekable,
+    )

@@ -2,54 +2,50 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, TypeVar
 
 import jax
 import jax.numpy as jnp
 from jax import lax
-from jaxtyping import Array, Key
+from jaxtyping import Array, Float, Key
 
 from jaxtrain import parallel
-from jaxtrain._arguments import check_integer
+from jaxtrain._arguments import check_integer, check_key
+from jaxtrain._device_memory import memory_advice
+from jaxtrain.callbacks.early_stopping import EarlyStopping
 from jaxtrain.dataset import Dataset, epoch_order
+from jaxtrain.errors import InputError
 from jaxtrain.losses import Loss
 from jaxtrain.metrics import Metric
-from jaxtrain.optimizers import current_learning_rate, skipped_steps
-from jaxtrain.training._memory import memory_advice
-from jaxtrain.training._plan import make_plan
-from jaxtrain.training._programs import (
-    compiled_evaluate,
-    mean_step_loss,
-    num_steps,
-    step_weights,
-    train_steps,
-)
-from jaxtrain.training._resident import Resident
-from jaxtrain.training._validation import check_type, checked_state
-from jaxtrain.training.early_stopping import EarlyStopping
-from jaxtrain.training.state import TrainState
-from jaxtrain.training.step import MetricItems
+from jaxtrain.training.checks import check_run, checked_state
+from jaxtrain.training.loop import StepLog, compiled_evaluate, train_in_order
+from jaxtrain.training.sources import InMemory, Streamed, make_source
+from jaxtrain.training.state import counters, next_epoch, recorded, with_epoch
+from jaxtrain.training.step import MetricItems, Metrics, StepFn, finish_metrics, metric_items
 
-StateMetrics = tuple[tuple[str, Callable[[TrainState], Any]], ...]
+State = TypeVar("State")
+StateMetrics = tuple[tuple[str, Callable[[Any], Any]], ...]
 
 
 def train(
-    state: TrainState,
-    train_data: Dataset,
-    test_data: Dataset | None = None,
+    state: State,
+    train: Dataset | tuple[Any, ...],
+    test: Dataset | tuple[Any, ...] | None = None,
     *,
-    validation_data: Dataset | None = None,
-    loss_fn: Loss,
+    loss_fn: Loss | None = None,
     metric_fns: Mapping[str, Metric] | None = None,
-    state_metrics: Mapping[str, Callable[[TrainState], Any]] | None = None,
+    state_metrics: Mapping[str, Callable[[Any], Any]] | None = None,
     epochs: int = 5,
     batch_size: int = 64,
     test_batch_size: int = 1000,
     key: Key[Array, ""] | None = None,
+    validation: Dataset | tuple[Any, ...] | None = None,
     early_stopping: EarlyStopping | None = None,
-) -> tuple[TrainState, dict[str, Array]]:
+    step_fn: StepFn | None = None,
+) -> tuple[State, dict[str, Array]]:
     """Trains for some epochs and evaluates after each, in one compiled program.
 
     The function computes what `fit` computes from the same arguments. It does not return to the
@@ -59,25 +55,27 @@ def train(
 
     Args:
       state: where to start; not modified.
-      train_data: inputs and targets with leading axis [examples].
-      test_data: evaluated after each epoch; None skips it.
-      validation_data: evaluated after each epoch, for early stopping.
-      loss_fn: per-example loss.
-      metric_fns: metrics to evaluate on test and validation data, by name.
+      train: inputs and targets with leading axis [examples], a `Dataset` or a tuple.
+      test: evaluated after each epoch; None skips it.
+      loss_fn: per-example loss; may be left out with `step_fn` and without evaluations.
+      metric_fns: metrics by name, of the training, test and validation data.
       state_metrics: further columns of the history by name, functions of the state after an epoch,
         written in JAX.
-      epochs: passes over `train_data`.
+      epochs: passes over `train`.
       batch_size: examples per step.
       test_batch_size: examples at a time in evaluation.
       key: PRNG key of the shuffle; epoch e is shuffled with `fold_in(key, e)`. None keeps the
         stored order.
-      early_stopping: stops training when a column of the history no longer improves, and returns
-        the best state. The rows of the remaining epochs are NaN, with 0 in the column `epoch`.
-        Under `vmap`, a run that has stopped takes as long as the longest one.
+      validation: evaluated after each epoch, for early stopping.
+      early_stopping: `jt.callbacks.early_stopping(...)` stops training when a column of the
+        history no longer improves, and returns the best state. The rows of the remaining epochs are
+        NaN, with 0 in the column `epoch`. Under `vmap`, a run that has stopped takes as long as the
+        longest one.
+      step_fn: a step of your own, as for `fit`.
 
     Returns:
       The state after the last epoch, and the history: the columns of `fit` except `seconds`, each
-      with one entry per epoch, [epochs], and `step_losses`, [epochs, steps].
+      with one entry per epoch, [epochs, ...], and `step_losses`, [epochs, steps].
 
     Raises:
       InputError: an argument is out of range; the data are not finite, or do not fit the model or
@@ -94,35 +92,33 @@ def train(
       (3, 5)
     """
     check_integer(epochs, "epochs", minimum=0)
-    check_type(early_stopping, "early_stopping", EarlyStopping)
-    with parallel.mesh_of(state, train_data):
-        state = checked_state(state)
-        plan = make_plan(
-            state,
-            {"train": train_data, "test": test_data, "validation": validation_data},
-            loss_fn=loss_fn,
-            metric_fns=metric_fns,
-            state_metrics=state_metrics,
-            batch_size=batch_size,
-            test_batch_size=test_batch_size,
-            key=key,
-            measure="last",
+    if early_stopping is not None and not isinstance(early_stopping, EarlyStopping):
+        raise InputError(
+            f"early_stopping is {early_stopping!r}; expected None or "
+            "jaxtrain.callbacks.early_stopping(...)",
+            argument="early_stopping",
         )
-        assert isinstance(plan.train, Resident)
-        columns = [name for name in plan.columns(state) if name != "seconds"]
+    held_out = {"test": test, "validation": validation}
+    sizes = (batch_size, test_batch_size)
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(parallel.mesh_of(state, train))
+        state, sources, metrics, columns = prepare(
+            state, train, held_out, loss_fn, metric_fns, step_fn, sizes, key, stack, state_metrics
+        )
+        data = {name: _in_memory(source, name) for name, source in sources.items()}
         if early_stopping is not None:
             early_stopping.check_columns(columns)
-        with memory_advice(plan.train.batch_size):
+        with memory_advice(batch_size):
             final, history = _train(
                 state,
-                plan.train.data,
-                plan.held_out,
-                plan.train.key,
-                loss_fn=loss_fn,
-                metrics=plan.metrics,
-                state_metrics=tuple(plan.state_metrics.items()),
+                data.pop("train"),
+                data,
+                key,
+                metrics=metrics,
+                step_fn=step_fn,
+                state_metrics=tuple((state_metrics or {}).items()),
                 epochs=epochs,
-                batch_size=plan.train.batch_size,
+                batch_size=batch_size,
                 test_batch_size=test_batch_size,
                 early_stopping=early_stopping,
             )
@@ -130,11 +126,150 @@ def train(
     return final, {name: history[name] for name in (*columns, "step_losses")}
 
 
+def _in_memory(source: InMemory | Streamed, name: str) -> Dataset:
+    if isinstance(source, InMemory):
+        return source.sample
+    raise InputError(
+        f"{name} is a stream; expected a jaxtrain.Dataset, or a tuple (inputs, targets): "
+        "jaxtrain.fit trains on streams"
+    )
+
+
+def prepare(
+    state: Any,
+    train: Any,
+    held_out: Mapping[str, Any],
+    loss_fn: Loss | None,
+    metric_fns: Mapping[str, Metric] | None,
+    step_fn: StepFn | None,
+    batch_sizes: tuple[int, int],
+    key: Key[Array, ""] | None,
+    stack: contextlib.ExitStack,
+    state_metrics: Mapping[str, Any] | None = None,
+) -> tuple[Any, dict[str, InMemory | Streamed], MetricItems, tuple[str, ...]]:
+    """Checks the arguments of `train` or `fit`, and moves the data to the device.
+
+    `held_out` has the test and the validation data, or None, by name; `stack` closes the streams.
+
+    Returns:
+      The state on the device; the sources by the names "train", "test" and "validation"; the loss
+      and the metrics by name; and the names of the history's columns except `seconds`.
+    """
+    check_integer(batch_sizes[0], "batch_size", minimum=1)
+    check_integer(batch_sizes[1], "test_batch_size", minimum=1)
+    if key is not None:
+        check_key(key)
+    state = checked_state(state, step_fn)
+    held_out = {name: data for name, data in held_out.items() if data is not None}
+    metrics: MetricItems = ()
+    if loss_fn is not None or step_fn is None:
+        metrics = metric_items(loss_fn, metric_fns)  # type: ignore[arg-type]  # refuses None
+    elif held_out or metric_fns:
+        raise InputError(
+            "loss_fn is None with data or metrics to evaluate; expected a loss, or step_fn alone",
+            argument="loss_fn",
+        )
+    epoch = next_epoch(state)
+    with memory_advice(batch_sizes[0]):
+        sources = {"train": make_source(train, "train", batch_sizes[0], key, epoch, stack)}
+        for name, data in held_out.items():
+            sources[name] = make_source(data, name, batch_sizes[1], None, epoch, stack)
+            sources[name].close()  # workers would run until the first evaluation
+    own = check_run(state, sources, loss_fn, step_fn)
+    if step_fn is None:
+        own = tuple(name for name, _ in metrics[1:])
+    return state, sources, metrics, _columns(recorded(state), metrics, own, held_out, state_metrics)
+
+
+def _columns(
+    values: Mapping[str, Any],
+    metrics: MetricItems,
+    own: tuple[str, ...],
+    held_out: Mapping[str, Any],
+    state_metrics: Mapping[str, Any] | None = None,
+) -> tuple[str, ...]:
+    """Returns the names of the history's columns except `seconds`, in order.
+
+    Raises:
+      InputError: two columns would have the same name.
+    """
+    names = [name for name, _ in metrics]
+    columns = [
+        *("epoch", "train_loss"),
+        *(f"train_{name}" for name in own),
+        *(f"{part}_{name}" for part in held_out for name in names),
+        *(state_metrics or {}),
+        *values,
+    ]
+    for name, metric in (state_metrics or {}).items():
+        if not callable(metric):
+            raise InputError(
+                f"the state metric {name} is {metric!r}; expected a function of the state"
+            )
+    for name in columns:
+        if columns.count(name) > 1 or name in ("step_losses", "seconds"):
+            raise InputError(
+                f"the history would have two columns named {name!r}; rename one of the metrics"
+            )
+    return tuple(columns)
+
+
+def history_row(
+    before: Mapping[str, Any],
+    log: StepLog,
+    metrics: MetricItems,
+    evaluations: Mapping[str, Metrics],
+) -> dict[str, Any]:
+    """Returns the history's row for an epoch.
+
+    Args:
+      before: the counters of the optimizer before the epoch, by name.
+      log: the log of its steps, with what the optimizer recorded in the last one.
+      metrics: the loss and the metrics of the training data by name; () with a `step_fn`.
+      evaluations: the loss and the metrics of each held-out data set, by its name.
+    """
+    skips = "skipped_steps" in log.recorded
+    row = {"train_loss": mean_step_loss(log.loss, log.weight, skip_nonfinite=skips)}
+    row |= {f"train_{name}": value for name, value in finish_metrics(log.sums, metrics).items()}
+    for part, values in evaluations.items():
+        row |= {f"{part}_{name}": value for name, value in values.items()}
+    for name, value in log.recorded.items():
+        row[name] = value - before[name] if name in before else value
+    return row
+
+
+@functools.partial(jax.jit, static_argnames="skip_nonfinite")
+def mean_step_loss(
+    losses: Float[Array, "steps"], per_step: Float[Array, "steps"], *, skip_nonfinite: bool
+) -> Float[Array, ""]:
+    """Returns the mean over an epoch's examples of the loss before each update.
+
+    Args:
+      losses: the loss of each step.
+      per_step: the total weight of its examples.
+      skip_nonfinite: whether to leave out the steps whose loss is NaN or infinite.
+    """
+    per_step = per_step.astype(losses.dtype)
+    if skip_nonfinite:
+        finite = jnp.isfinite(losses)
+        losses, per_step = jnp.where(finite, losses, 0), jnp.where(finite, per_step, 0)
+
+    def add(sums: tuple[Array, Array], pair: tuple[Array, Array]) -> tuple[Any, None]:
+        loss, weight = pair
+        return (sums[0] + loss * weight, sums[1] + weight), None
+
+    # A scan gives the same bits alone, in `fit`, and inside the program of `train`; a sum does not,
+    # since XLA fuses it with the operations around it.
+    zero = jnp.zeros((), losses.dtype)
+    (loss, total), _ = lax.scan(add, (zero, zero), (losses, per_step))
+    return jnp.where(total > 0, loss / jnp.where(total > 0, total, 1), 0)
+
+
 @functools.partial(
     jax.jit,
     static_argnames=(
-        "loss_fn",
         "metrics",
+        "step_fn",
         "state_metrics",
         "epochs",
         "batch_size",
@@ -143,87 +278,61 @@ def train(
     ),
 )
 def _train(
-    state: TrainState,
+    state: Any,
     train_data: Dataset,
     held_out: dict[str, Dataset],
     key: Key[Array, ""] | None,
     *,
-    loss_fn: Loss,
     metrics: MetricItems,
+    step_fn: StepFn | None,
     state_metrics: StateMetrics,
     epochs: int,
     batch_size: int,
     test_batch_size: int,
     early_stopping: EarlyStopping | None,
-) -> tuple[TrainState, dict[str, Array]]:
-    run = functools.partial(
-        _run,
-        loss_fn=loss_fn,
-        metrics=metrics,
-        state_metrics=state_metrics,
-        epochs=epochs,
-        batch_size=batch_size,
-        test_batch_size=test_batch_size,
-        early_stopping=early_stopping,
-    )
+) -> tuple[Any, dict[str, Array]]:
+    def run(
+        state: Any, train_data: Dataset, held_out: dict[str, Dataset], key: Array | None
+    ) -> tuple[Any, dict[str, Array]]:
+        trained = metrics if step_fn is None else ()
+
+        def one_epoch(state: Any) -> tuple[Any, dict[str, Array]]:
+            epoch, before = state.epoch + 1, counters(state)
+            epoch_key = None if key is None else jax.random.fold_in(key, epoch)
+            order = epoch_order(len(train_data), epoch_key)
+            state, log = train_in_order(state, train_data, order, trained, step_fn, batch_size)
+            state = with_epoch(state, epoch)
+            evaluations = {
+                part: compiled_evaluate(state, data, metrics, batch_size=test_batch_size)
+                for part, data in held_out.items()
+            }
+            log = log._replace(recorded=recorded(state))
+            row = history_row(before, log, trained, evaluations)
+            row |= {"epoch": epoch, "step_losses": log.loss}
+            row |= {name: metric(state) for name, metric in state_metrics}
+            return state, jax.tree.map(jnp.asarray, row)
+
+        if early_stopping is None:
+            return lax.scan(lambda state, _: one_epoch(state), state, length=epochs)
+        return _scan_until_stopped(one_epoch, state, epochs, early_stopping)
+
     return parallel.on_auto_axes(run, state, train_data, held_out, key, like=(state, None))
 
 
-def _run(
-    state: TrainState,
-    train_data: Dataset,
-    held_out: dict[str, Dataset],
-    key: Key[Array, ""] | None,
-    *,
-    loss_fn: Loss,
-    metrics: MetricItems,
-    state_metrics: StateMetrics,
+def _scan_until_stopped(
+    one_epoch: Callable[[Any], tuple[Any, dict[str, Array]]],
+    state: Any,
     epochs: int,
-    batch_size: int,
-    test_batch_size: int,
-    early_stopping: EarlyStopping | None,
-) -> tuple[TrainState, dict[str, Array]]:
-    examples = len(train_data)
-    steps = num_steps(examples, batch_size)
-
-    def run_epoch(state: TrainState) -> tuple[TrainState, dict[str, Array]]:
-        epoch = state.epoch + 1
-        order = epoch_order(examples, None if key is None else jax.random.fold_in(key, epoch))
-        new, losses, norms = train_steps(
-            state, train_data, order, loss_fn, 0, steps, batch_size=batch_size, measure="last"
-        )
-        skipped, rate = _skipped_since(state, new), current_learning_rate(new.opt_state)
-        row = {
-            "epoch": epoch,
-            "train_loss": mean_step_loss(
-                losses,
-                step_weights(train_data.weights, order, batch_size=batch_size),
-                skip_nonfinite=skipped is not None,
-            ),
-        }
-        for part, data in held_out.items():
-            values = compiled_evaluate(new, data, metrics, batch_size=test_batch_size)
-            row |= {f"{part}_{name}": value for name, value in values.items()}
-        row |= {name: jnp.asarray(metric(new)) for name, metric in state_metrics}
-        row["gradient_norm"] = norms[-1]
-        if skipped is not None:
-            row["skipped_steps"] = skipped
-        if rate is not None:
-            row["learning_rate"] = rate
-        row["step_losses"] = losses
-        return new.replace(epoch=epoch), row
-
-    if early_stopping is None:
-        return lax.scan(lambda state, _: run_epoch(state), state, length=epochs)
-
-    sign = 1 if early_stopping.mode == "min" else -1
-    no_row = jax.tree.map(_missing, jax.eval_shape(run_epoch, state)[1])
+    early_stopping: EarlyStopping,
+) -> tuple[Any, dict[str, Array]]:
+    """Returns the best state and the history; epochs after the end are not trained."""
+    no_row = jax.tree.map(_missing, jax.eval_shape(one_epoch, state)[1])
 
     def run_unless_stopped(carry: Any, first: Array) -> tuple[Any, dict[str, Array]]:
         state, best_state, best, waited = carry
         stopped = waited >= early_stopping.patience
-        state, row = lax.cond(stopped, lambda state: (state, no_row), run_epoch, state)
-        value = jnp.asarray(sign * row[early_stopping.monitor], best.dtype)
+        state, row = lax.cond(stopped, lambda state: (state, no_row), one_epoch, state)
+        value = jnp.asarray(early_stopping.sign * row[early_stopping.monitor], best.dtype)
         better = (value < best) | (jnp.isnan(best) & ~jnp.isnan(value))  # NaN is the worst
         better = first | (better & ~stopped)
         best_state = jax.tree.map(lambda new, old: jnp.where(better, new, old), state, best_state)
@@ -234,11 +343,6 @@ def _run(
     carry = (state, state, nothing, jnp.array(0))
     carry, history = lax.scan(run_unless_stopped, carry, jnp.arange(epochs) == 0)
     return carry[1], history
-
-
-def _skipped_since(before: TrainState, after: TrainState) -> Array | None:
-    then, now = skipped_steps(before.opt_state), skipped_steps(after.opt_state)
-    return None if then is None or now is None else jnp.asarray(now - then)
 
 
 def _missing(leaf: jax.ShapeDtypeStruct) -> Array:

@@ -17,7 +17,9 @@ from jaxtrain._arguments import check_key
 from jaxtrain.dataset import Dataset, check_array, named_arrays
 from jaxtrain.errors import InputError
 from jaxtrain.model import Model
-from jaxtrain.optimizers import hoist_tracers
+from jaxtrain.optimizers._hoist import hoist_tracers
+from jaxtrain.optimizers._inspect import evaluation_params
+from jaxtrain.optimizers._records import records
 
 
 # Not type-checked at run time: JAX rebuilds pytrees with placeholders for their leaves.
@@ -55,6 +57,14 @@ class TrainState:
     key: Key[Array, ""]
     model: Model = dataclasses.field(metadata={"static": True})
     optimizer: optax.GradientTransformation = dataclasses.field(metadata={"static": True})
+
+    @property
+    def evaluation_params(self) -> PyTree:
+        """The parameters that are evaluated, saved and exported.
+
+        The average, if the optimizer keeps one (`average_parameters`), else `params`.
+        """
+        return evaluation_params(self.opt_state, self.params)
 
     def replace(self, **changes: Any) -> TrainState:
         """Returns a copy with some fields replaced."""
@@ -140,7 +150,7 @@ def with_optimizer(state: TrainState, optimizer: optax.GradientTransformation) -
 
 
 def to_module(state: TrainState) -> Any:
-    """Returns the trained NNX or Equinox module.
+    """Returns the trained NNX or Equinox module, with averaged parameters if evaluation uses them.
 
     Args:
       state: a state that `init_state` made from such a module.
@@ -162,12 +172,50 @@ def to_module(state: TrainState) -> Any:
       (10, 1)
     """
     check_state_type(state)
-    return adapters.to_module(state.model, state.params, state.model_state)
+    return adapters.to_module(state.model, state.evaluation_params, state.model_state)
 
 
-def check_state_type(state: Any) -> None:
-    """Raises InputError unless `state` is a TrainState."""
-    if not isinstance(state, TrainState):
+def to_shapes(tree: Any) -> Any:
+    """Returns shapes and dtypes in place of arrays, without their placement."""
+    return jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), tree)
+
+
+def recorded(state: Any) -> dict[str, Array]:
+    """Returns what the optimizer records, by name; {} for a state without one."""
+    found = records(getattr(state, "opt_state", ()))
+    return {name: record.value for name, record in found.items()}
+
+
+def counters(state: Any) -> dict[str, Array]:
+    """Returns the counters among what the optimizer records, by name."""
+    found = records(getattr(state, "opt_state", ()))
+    return {name: record.value for name, record in found.items() if record.counts}
+
+
+def next_epoch(state: Any) -> int:
+    """Returns the epoch that comes next, counted from 1; 1 if the state is traced."""
+    return 1 if isinstance(state.epoch, jax.core.Tracer) else int(state.epoch) + 1
+
+
+def with_epoch(state: Any, epoch: Array) -> Any:
+    """Returns the state with another number of epochs, also of a user's own pytree."""
+    if hasattr(state, "_replace"):  # a NamedTuple
+        return state._replace(epoch=epoch)
+    if hasattr(state, "replace"):
+        return state.replace(epoch=epoch)
+    return dataclasses.replace(state, epoch=epoch)
+
+
+def check_state_type(state: Any, step_fn: Any = None) -> None:
+    """Raises InputError unless `state` is a TrainState, or what a `step_fn` needs."""
+    if step_fn is not None and not isinstance(state, TrainState):
+        for name in ("step", "epoch", "key"):
+            if not hasattr(state, name):
+                raise InputError(
+                    f"state is a {type(state).__name__} without {name}; expected a jaxtrain."
+                    "TrainState, or a pytree with the fields step, epoch and key"
+                )
+    elif not isinstance(state, TrainState):
         kind = f"{type(state).__module__}.{type(state).__name__}"
         raise InputError(
             f"state is a {kind}; expected a jaxtrain.TrainState, as returned by "

@@ -1,9 +1,9 @@
-"""train_step and eval_step, each one compiled program for one batch, and their parts."""
+"""train_step and eval_step, each one compiled program for one batch, and what they consist of."""
 
 from __future__ import annotations
 
 import functools
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import jax
@@ -12,14 +12,18 @@ import optax
 from jaxtyping import Array, Bool, Float, PyTree
 
 from jaxtrain import parallel
-from jaxtrain.dataset import Dataset, check_dataset
+from jaxtrain.dataset import Dataset, as_dataset, check_dataset, named_arrays
 from jaxtrain.errors import InputError
 from jaxtrain.losses import Loss, at_least_float32, name_of
-from jaxtrain.metrics import Metric
-from jaxtrain.optimizers import evaluation_params, has_accumulation, last_step_finite
+from jaxtrain.metrics import AnyArray, Metric
+from jaxtrain.optimizers._inspect import has_accumulation, last_step_finite
 from jaxtrain.training.state import TrainState, check_state_type
 
-Metrics = dict[str, Float[Array, ""]]
+Metrics = dict[str, Float[Array, "..."]]
+Batch = Dataset | tuple[Any, ...]
+"""What a step takes: a `Dataset`, or a tuple (inputs, targets) or (inputs, targets, weights)."""
+StepFn = Callable[[Any, Dataset], tuple[Any, dict[str, Any]]]
+"""A step of your own: `step_fn(state, batch) -> (state, {"loss": ...})`."""
 # The loss and the metrics by name, hashable as `jax.jit` requires of static arguments.
 MetricItems = tuple[tuple[str, Metric], ...]
 
@@ -36,14 +40,14 @@ class Auxiliary(NamedTuple):
     predictions: PyTree
 
 
-def train_step(state: TrainState, batch: Dataset, loss_fn: Loss) -> tuple[TrainState, Metrics]:
+def train_step(state: TrainState, batch: Batch, loss_fn: Loss) -> tuple[TrainState, Metrics]:
     """Takes one gradient step on one batch.
 
-    Jitted; `gradients` and `apply_gradients` are its two halves, for steps of your own.
+    Jitted; it consists of `gradients` and `apply_gradients`, for steps of your own.
 
     Args:
       state: parameters, optimizer state and PRNG key; not modified.
-      batch: inputs and targets with leading axis [batch].
+      batch: inputs and targets with leading axis [batch], a `Dataset` or a tuple.
       loss_fn: per-example loss; its (weighted) mean over the batch is minimized. Pass the same
         function object each time: a new one, such as a lambda created in the loop, triggers a
         recompilation.
@@ -52,8 +56,7 @@ def train_step(state: TrainState, batch: Dataset, loss_fn: Loss) -> tuple[TrainS
       The next state, and {"loss": mean loss before the update}.
 
     Raises:
-      InputError: `batch` is not a valid Dataset, or the loss does not return one value per
-        example.
+      InputError: `batch` is not a valid batch, or the loss does not return one value per example.
 
     Example:
       >>> state, metrics = jt.train_step(state, train[:32], loss_fn)
@@ -62,9 +65,18 @@ def train_step(state: TrainState, batch: Dataset, loss_fn: Loss) -> tuple[TrainS
     """
     check_state_type(state)
     check_loss(loss_fn)
-    check_batch(batch)
+    batch = _as_batch(batch)
     with parallel.mesh_of(state, batch):
         return _train_step(state, batch, loss_fn)
+
+
+def _as_batch(batch: Any) -> Dataset:
+    """Returns a batch as a `Dataset`; arrays of JAX are checked when the step is traced."""
+    if isinstance(batch, Dataset) and all(
+        isinstance(leaf, jax.Array) for leaf in jax.tree.leaves(batch)
+    ):
+        return batch
+    return as_dataset(batch, "batch")
 
 
 @functools.partial(jax.jit, static_argnames="loss_fn")
@@ -76,14 +88,51 @@ def _train_step(state: TrainState, batch: Dataset, loss_fn: Loss) -> tuple[Train
     return parallel.on_auto_axes(step, state, batch, like=(state, None))
 
 
+def take_step(
+    state: Any,
+    batch: Dataset,
+    metrics: MetricItems,
+    step_fn: StepFn | None,
+    last: bool | Bool[Array, ""],
+) -> tuple[Any, Float[Array, ""], dict[str, Any]]:
+    """Takes one step inside a larger program, and measures its predictions.
+
+    Args:
+      state: where to start.
+      batch: inputs and targets with leading axis [batch].
+      metrics: the loss and the metrics by name.
+      step_fn: a step of the user's own; None minimizes the loss.
+      last: whether the step ends an epoch, for `accumulate_gradients`.
+
+    Returns:
+      The next state, the loss, and the sums of the metrics for `finish_metrics`: those of
+      `metrics` without the loss, or with `step_fn` those of its other values. With
+      `skip_nonfinite`, a step whose loss is not finite has sums of 0.
+    """
+    if step_fn is not None:
+        state, values = step_fn(state, batch)
+        weight = jnp.asarray(total_weight(batch), jnp.float32)
+        means = {name: at_least_float32(jnp.asarray(x, float)) for name, x in values.items()}
+        loss = means.pop("loss")
+        sums: Any = {name: (mean * weight, weight) for name, mean in means.items()}
+    else:
+        loss_fn: Any = metrics[0][1]
+        state, loss, aux = update(state, batch, loss_fn, last=last)
+        sums = metric_sums(aux.predictions, batch, metrics[1:])
+    if last_step_finite(getattr(state, "opt_state", ())) is not None:
+        finite = jnp.isfinite(loss)  # as in `mean_step_loss`
+        sums = jax.tree.map(lambda leaf: jnp.where(finite, leaf, 0), sums)
+    return state, loss, sums
+
+
 def update(
     state: TrainState, batch: Dataset, loss_fn: Loss, *, last: bool | Bool[Array, ""] = False
-) -> tuple[TrainState, Float[Array, ""], PyTree]:
-    """Returns the next state, the loss and its gradients; for use inside a larger program.
-
-    `last` says whether the step ends an epoch, for `accumulate_gradients`.
-    """
-    loss, grads, aux = gradients(state, batch, loss_fn)
+) -> tuple[TrainState, Float[Array, ""], Auxiliary]:
+    """Returns the next state, the loss before the update and the auxiliary outputs."""
+    (loss, aux), grads = gradients(state, batch, loss_fn)
+    extra_args: dict[str, Any] = {}
+    if has_accumulation(state.opt_state):  # other optimizers may refuse unknown arguments
+        extra_args = {"weight": total_weight(batch), "last": last}
     next_state = apply_gradients(
         state,
         grads,
@@ -92,18 +141,9 @@ def update(
         value=loss,
         grad=grads,
         value_fn=lambda params: _mean_loss(params, state, batch, loss_fn)[0],
-        **_accumulation_arguments(state, batch, last),
+        **extra_args,
     )
-    return next_state, loss, grads
-
-
-def _accumulation_arguments(
-    state: TrainState, batch: Dataset, last: bool | Bool[Array, ""]
-) -> dict[str, Any]:
-    """Returns what `accumulate_gradients` needs; line searches refuse unknown arguments."""
-    if not has_accumulation(state.opt_state):
-        return {}
-    return {"weight": total_weight(batch), "last": last}
+    return next_state, loss, aux
 
 
 def total_weight(batch: Dataset) -> int | Float[Array, ""]:
@@ -112,44 +152,44 @@ def total_weight(batch: Dataset) -> int | Float[Array, ""]:
 
 
 def gradients(
-    state: TrainState, batch: Dataset, loss_fn: Loss
-) -> tuple[Float[Array, ""], PyTree, Auxiliary]:
-    """Returns the mean loss of a batch, its gradients and the auxiliary outputs.
+    state: TrainState, batch: Batch, loss_fn: Loss
+) -> tuple[tuple[Float[Array, ""], Auxiliary], PyTree]:
+    """Returns the mean loss of a batch with auxiliary outputs, and its gradients.
 
-    Not jitted: call it from a jitted step of your own, with `apply_gradients`.
+    The order is that of `jax.value_and_grad(..., has_aux=True)`. Not jitted: call it from a jitted
+    step of your own, with `apply_gradients`.
 
     Args:
       state: parameters and PRNG key.
-      batch: inputs and targets with leading axis [batch].
+      batch: inputs and targets with leading axis [batch], a `Dataset` or a tuple.
       loss_fn: per-example loss `loss(predictions, targets) -> [batch]`.
 
     Returns:
-      The (weighted) mean loss, its gradients with respect to `state.params`, and an `Auxiliary`
-      with the new model state and the predictions.
+      The (weighted) mean loss and an `Auxiliary` with the new model state and the predictions; and
+      the gradients of the loss with respect to `state.params`.
 
     Raises:
-      InputError: `batch` is not a valid Dataset, or the loss does not return one value per
-        example.
+      InputError: `batch` is not a valid batch, or the loss does not return one value per example.
 
     Example:
       >>> @jax.jit
       ... def step(state, batch):
-      ...     loss, grads, aux = jt.gradients(state, batch, loss_fn)
+      ...     (loss, aux), grads = jt.gradients(state, batch, loss_fn)
       ...     grads = jax.tree.map(jnp.sign, grads)
-      ...     return jt.apply_gradients(state, grads, model_state=aux.model_state), loss
-      >>> state, loss = step(state, batch)
+      ...     state = jt.apply_gradients(state, grads, model_state=aux.model_state)
+      ...     return state, {"loss": loss}
+      >>> state, metrics = step(state, batch)
     """
     check_state_type(state)
     check_loss(loss_fn)
-    check_dataset(batch, "batch")
+    batch = as_dataset(batch, "batch")
 
-    def compute(state: TrainState, batch: Dataset) -> tuple[Array, PyTree, Auxiliary]:
+    def compute(state: TrainState, batch: Dataset) -> tuple[tuple[Array, Auxiliary], PyTree]:
         value_and_grad = jax.value_and_grad(_mean_loss, has_aux=True)
-        divided = parallel.divide(batch)
-        (loss, aux), grads = value_and_grad(state.params, state, divided, loss_fn)
-        return loss, grads, aux
+        return value_and_grad(state.params, state, parallel.divide(batch), loss_fn)
 
-    like = (None, state.params, Auxiliary(state.model_state, parallel.first_axis(batch)))
+    auxiliary = Auxiliary(state.model_state, parallel.first_axis(batch))
+    like = ((None, auxiliary), state.params)
     return parallel.on_auto_axes(compute, state, batch, like=like)
 
 
@@ -160,9 +200,9 @@ def apply_gradients(
 
     Args:
       state: the state at which the gradients were computed.
-      grads: gradients with the structure of `state.params`.
-      model_state: the model state after the batch, `aux.model_state` of `gradients`; None keeps
-        the current one.
+      grads: gradients with the structure and the shapes of `state.params`.
+      model_state: the model state after the batch, `aux.model_state` of `gradients`. It may be left
+        out for a model without one.
       **extra_args: passed on to optimizers that take them, such as `value` for
         `optax.contrib.reduce_on_plateau`.
 
@@ -170,18 +210,22 @@ def apply_gradients(
       The next state, with its step incremented.
 
     Raises:
-      InputError: `grads` has another structure than `state.params`.
+      InputError: `grads` has another structure or other shapes than `state.params`, or the model
+        has a state and `model_state` is missing.
 
     Example:
-      >>> loss, grads, aux = jt.gradients(state, batch, loss_fn)
+      >>> (loss, aux), grads = jt.gradients(state, batch, loss_fn)
       >>> state = jt.apply_gradients(state, grads, model_state=aux.model_state)
     """
+    _check_gradients(grads, state.params)
     if model_state is None:
+        if jax.tree.leaves(state.model_state):
+            raise InputError(
+                "model_state is missing, and the model has one, such as batch statistics; expected "
+                "model_state=aux.model_state, with aux as gradients returns it",
+                argument="model_state",
+            )
         model_state = state.model_state
-    ours: Any = jax.tree.structure(state.params)
-    theirs: Any = jax.tree.structure(grads)
-    if ours != theirs:
-        raise InputError(f"grads has the structure {theirs}; expected that of state.params, {ours}")
     skips = last_step_finite(state.opt_state) is not None  # the optimizer has `skip_nonfinite`
     if skips:
         extra_args["model_states"] = (state.model_state, model_state)
@@ -201,6 +245,21 @@ def apply_gradients(
         opt_state=opt_state,
         model_state=model_state,
     )
+
+
+def _check_gradients(grads: PyTree, params: PyTree) -> None:
+    ours: Any = jax.tree.structure(params)
+    theirs: Any = jax.tree.structure(grads)
+    if ours != theirs:
+        raise InputError(f"grads has the structure {theirs}; expected that of state.params, {ours}")
+    for (path, grad), param in zip(
+        named_arrays(grads, "grads"), jax.tree.leaves(params), strict=True
+    ):
+        if jnp.shape(grad) != jnp.shape(param):
+            raise InputError(
+                f"{path} has the shape {jnp.shape(grad)}; expected that of the parameter, "
+                f"{jnp.shape(param)}"
+            )
 
 
 def _mean_loss(
@@ -225,7 +284,7 @@ def _mean_loss(
 
 def eval_step(
     state: TrainState,
-    batch: Dataset,
+    batch: Batch,
     loss_fn: Loss,
     metric_fns: Mapping[str, Metric] | None = None,
 ) -> Metrics:
@@ -233,7 +292,7 @@ def eval_step(
 
     Args:
       state: the parameters to evaluate.
-      batch: inputs and targets with leading axis [batch].
+      batch: inputs and targets with leading axis [batch], a `Dataset` or a tuple.
       loss_fn: per-example loss.
       metric_fns: metrics by name, such as {"accuracy": metrics.accuracy}.
 
@@ -241,7 +300,7 @@ def eval_step(
       {"loss": mean loss, and each metric by its name}.
 
     Raises:
-      InputError: `batch` is not a valid Dataset, or a metric is not one value per example.
+      InputError: `batch` is not a valid batch, or a metric is not one value per example.
 
     Example:
       >>> metrics = jt.eval_step(state, batch, loss_fn, {"accuracy": jt.metrics.accuracy})
@@ -249,7 +308,7 @@ def eval_step(
       ['accuracy', 'loss']
     """
     check_state_type(state)
-    check_batch(batch)
+    batch = _as_batch(batch)
     with parallel.mesh_of(state, batch):
         return _eval_step(state, batch, metric_items(loss_fn, metric_fns))
 
@@ -257,8 +316,8 @@ def eval_step(
 @functools.partial(jax.jit, static_argnames="metrics")
 def _eval_step(state: TrainState, batch: Dataset, metrics: MetricItems) -> Metrics:
     check_dataset(batch, "batch")
-    sums = functools.partial(metric_sums, metrics=metrics)
-    return finish_metrics(parallel.on_auto_axes(sums, state, batch), metrics, len(batch))
+    sums = functools.partial(evaluation_sums, metrics=metrics)
+    return finish_metrics(parallel.on_auto_axes(sums, state, batch), metrics)
 
 
 def metric_items(loss_fn: Loss, metric_fns: Mapping[str, Metric] | None) -> MetricItems:
@@ -301,17 +360,16 @@ def check_loss(loss_fn: Any) -> None:
         ) from error
 
 
-def check_batch(batch: Any) -> None:
-    """Raises InputError for a batch that `jax.jit` would reject before the step can check it."""
-    if not all(isinstance(leaf, jax.Array) for leaf in jax.tree.leaves(batch)):
-        check_dataset(batch, "batch")
-
-
-def metric_sums(state: TrainState, batch: Dataset, metrics: MetricItems) -> dict[str, Any]:
-    """Returns the sums of each metric over a batch, for `finish_metrics`."""
+def evaluation_sums(state: TrainState, batch: Dataset, metrics: MetricItems) -> dict[str, Any]:
+    """Returns the sums of each metric over a batch, with the model in evaluation mode."""
     batch = parallel.divide(batch)
-    predictions = to_float32(predict_batch(state, batch.inputs))
-    weights = jnp.ones(len(batch)) if batch.weights is None else batch.weights
+    return metric_sums(predict_batch(state, batch.inputs), batch, metrics)
+
+
+def metric_sums(predictions: Any, batch: Dataset, metrics: MetricItems) -> dict[str, Any]:
+    """Returns the sums of each metric over the predictions of a batch, for `finish_metrics`."""
+    predictions = to_float32(predictions)
+    weights = jnp.ones(len(batch)) if batch.weights is None else jnp.asarray(batch.weights)
 
     def sums(metric: Metric) -> Any:
         if isinstance(metric, tuple):
@@ -320,28 +378,26 @@ def metric_sums(state: TrainState, batch: Dataset, metrics: MetricItems) -> dict
         # In float32 at least: half precision overflows within a few hundred examples.
         dtype = jnp.promote_types(values.dtype, jnp.float32)
         if batch.weights is None:
-            return vector_sum(values.astype(dtype))
+            return vector_sum(values.astype(dtype)), jnp.asarray(len(batch), dtype)
         return jnp.sum(weighted(values, batch), dtype=dtype), jnp.sum(weights)
 
     return {name: sums(metric) for name, metric in metrics}
 
 
-def finish_metrics(sums: dict[str, Any], metrics: MetricItems, examples: int) -> Metrics:
+def finish_metrics(sums: dict[str, Any], metrics: MetricItems = ()) -> Metrics:
     """Returns each metric from its sums: a (weighted) mean, or the result of its `finish`."""
-
-    def finish(metric: Metric, found: Any) -> Array:
-        if isinstance(metric, tuple):
-            return metric[1](found)
-        # The number of examples is a Python integer, so that XLA divides exactly.
-        return safe_divide(*found) if isinstance(found, tuple) else found / examples
-
-    return {name: finish(metric, sums[name]) for name, metric in metrics}
+    pairs = {name: metric[1] for name, metric in metrics if isinstance(metric, tuple)}
+    return {
+        name: pairs[name](found) if name in pairs else safe_divide(*found)
+        for name, found in sums.items()
+    }
 
 
 def predict_batch(state: TrainState, inputs: PyTree) -> Any:
     """Returns the model's outputs for one batch, in evaluation mode."""
-    params = evaluation_params(state.opt_state, state.params)
-    return state.model.apply(params, state.model_state, inputs, train=False, key=None)[0]
+    return state.model.apply(
+        state.evaluation_params, state.model_state, inputs, train=False, key=None
+    )[0]
 
 
 def per_example(fn: Any, predictions: Any, batch: Dataset) -> Float[Array, "batch ..."]:
@@ -393,6 +449,6 @@ def vector_sum(values: Array) -> Array:
     return jnp.dot(values, jnp.ones_like(values), precision=jax.lax.Precision.HIGHEST)
 
 
-def safe_divide(total: Array, weight: Array) -> Array:
+def safe_divide(total: AnyArray, weight: AnyArray) -> Array:
     """Returns total / weight, or 0 if the weight is 0 because the batch is entirely masked."""
     return jnp.where(weight == 0, 0.0, total / jnp.where(weight == 0, 1, weight))

@@ -1,6 +1,8 @@
-"""Custom steps of `gradients` and `apply_gradients`: a GAN, several optimizers, extra arguments."""
+"""Steps of the user's own: a GAN, several optimizers, extra arguments, and in `fit` and `train`."""
 
 from __future__ import annotations
+
+from typing import Any, NamedTuple
 
 import flax.linen as nn
 import jax
@@ -17,7 +19,7 @@ LOSS = jt.losses.cross_entropy
 def test_train_step_is_gradients_then_apply_gradients(small_state, small_classes) -> None:
     @jax.jit
     def step(state, batch):
-        loss, grads, aux = jt.gradients(state, batch, LOSS)
+        (loss, aux), grads = jt.gradients(state, batch, LOSS)
         return jt.apply_gradients(state, grads, model_state=aux.model_state), loss, aux
 
     ours, loss, aux = step(small_state, small_classes)
@@ -55,13 +57,13 @@ def test_a_gan_learns_the_mean_of_its_data() -> None:
         noise, real = jax.random.normal(key, (2, 64, 1))
         fake = jt.predict(generator, noise)
         both = jt.Dataset(jnp.concatenate([real + 3, fake]), jnp.concatenate([ones, zeros]))
-        _, grads, _ = jt.gradients(critic, both, bce)
+        _, grads = jt.gradients(critic, both, bce)
         critic = jt.apply_gradients(critic, grads)
 
         def fools(fake, targets):
             return bce(jt.predict(critic, fake), targets)
 
-        _, grads, _ = jt.gradients(generator, jt.Dataset(noise, ones), fools)
+        _, grads = jt.gradients(generator, jt.Dataset(noise, ones), fools)
         return jt.apply_gradients(generator, grads), critic
 
     for key in jax.random.split(keys[2], 400):
@@ -89,7 +91,7 @@ def test_extra_arguments_reach_the_optimizer(small_state, small_classes) -> None
         optax.sgd(1.0), optax.contrib.reduce_on_plateau(factor=0.5, patience=1, cooldown=0)
     )
     state = jt.with_optimizer(small_state, optimizer)
-    _, grads, _ = jt.gradients(state, small_classes, LOSS)
+    _, grads = jt.gradients(state, small_classes, LOSS)
     for _ in range(4):
         state = jt.apply_gradients(state, grads, value=jnp.float32(1.0))
     scale = optax.tree_utils.tree_get(state.opt_state, "scale")
@@ -127,3 +129,240 @@ def test_a_variational_autoencoder_trains() -> None:
     assert (kernel[0] != kernel[2]).any()
     _, history = jt.fit(state, data, loss_fn=negative_elbo, epochs=150, batch_size=20)
     assert history["train_loss"][-1] < 0.5 * history["train_loss"][0]
+
+
+def test_gradients_of_another_structure_or_shape_are_refused(small_state, small_classes) -> None:
+    _, grads = jt.gradients(small_state, small_classes, LOSS)
+    with pytest.raises(jt.errors.InputError, match="grads has the structure"):
+        jt.apply_gradients(small_state, {"Dense_0": grads["Dense_0"]})
+    wide = jax.tree.map(lambda leaf: leaf[None], grads)
+    message = r"grads\.Dense_0\.bias has the shape \(1, 8\); expected that of the parameter, \(8,\)"
+    with pytest.raises(jt.errors.InputError, match=message):
+        jt.apply_gradients(small_state, wide)
+
+
+def test_a_model_with_a_state_needs_the_next_one(small_classes) -> None:
+    class Network(nn.Module):
+        @nn.compact
+        def __call__(self, inputs, train: bool = False):
+            return nn.Dense(3)(nn.BatchNorm(use_running_average=not train)(inputs))
+
+    state = jt.init_state(Network(), optax.sgd(0.1), small_classes.inputs, key=jax.random.key(0))
+    (_, aux), grads = jt.gradients(state, small_classes, LOSS)
+    with pytest.raises(jt.errors.InputError, match="model_state is missing, and the model has one"):
+        jt.apply_gradients(state, grads)
+    after = jt.apply_gradients(state, grads, model_state=aux.model_state)
+    expected, _ = jt.train_step(state, small_classes, LOSS)
+    jax.tree.map(np.testing.assert_allclose, after.model_state, expected.model_state)
+
+
+def test_a_batch_may_be_a_tuple(small_state, small_classes) -> None:
+    pair = (small_classes.inputs, small_classes.targets)
+    triple = (*pair, jnp.linspace(0, 1, 50))
+    options = {"loss_fn": LOSS, "epochs": 1, "batch_size": 16}
+    calls = (
+        lambda data: jt.train_step(small_state, data, LOSS)[1],
+        lambda data: jt.gradients(small_state, data, LOSS)[1],
+        lambda data: jt.eval_step(small_state, data, LOSS),
+        lambda data: jt.train_epoch(small_state, data, LOSS, batch_size=16)[1],
+        lambda data: jt.evaluate(small_state, data, LOSS),
+        lambda data: jt.train(small_state, data, data, **options)[1],
+        lambda data: jt.fit(small_state, data, data, **options)[1].step_losses,
+    )
+    for batch in (pair, triple, tuple(map(np.asarray, triple))):
+        for call in calls:
+            expected = call(jt.Dataset(*batch))
+            jax.tree.map(np.testing.assert_array_equal, call(batch), expected)
+    with pytest.raises(jt.errors.InputError, match="batch is a tuple of 4; expected a jaxtrain"):
+        jt.train_step(small_state, (*triple, 1), LOSS)
+
+
+def own_step(state, batch):
+    """What `train_step` does, with the norm of the predictions beside the loss."""
+    (loss, aux), grads = jt.gradients(state, batch, LOSS)
+    state = jt.apply_gradients(state, grads, model_state=aux.model_state)
+    return state, {"loss": loss, "size": jnp.mean(jnp.abs(aux.predictions))}
+
+
+def test_a_step_of_ones_own_trains_as_train_step(small_state, small_classes) -> None:
+    """In all loops, in memory and on a stream, with evaluation."""
+    batches = [small_classes[start : start + 16] for start in range(0, 50, 16)]
+    options = {"loss_fn": LOSS, "metric_fns": {"accuracy": jt.metrics.accuracy}, "epochs": 2}
+    expected, history = jt.fit(small_state, small_classes, small_classes, batch_size=16, **options)
+    for function, data in ((jt.fit, small_classes), (jt.fit, batches), (jt.train, small_classes)):
+        state, found = function(
+            small_state, data, small_classes, step_fn=own_step, batch_size=16, **options
+        )
+        jax.tree.map(np.testing.assert_array_equal, state.params, expected.params)
+        for name in ("train_loss", "test_loss", "test_accuracy"):
+            np.testing.assert_allclose(found[name], history[name], rtol=1e-6)
+        assert "train_accuracy" not in found  # the step returns no predictions
+        assert np.shape(found["train_size"]) == (2,)
+    epoch, losses = jt.train_epoch(small_state, small_classes, step_fn=own_step, batch_size=16)
+    np.testing.assert_array_equal(losses, history.step_losses[:4])
+    on_stream, losses = jt.train_epoch(small_state, batches, step_fn=own_step)
+    np.testing.assert_array_equal(losses, history.step_losses[:4])
+    jax.tree.map(np.testing.assert_array_equal, on_stream.params, epoch.params)
+    assert epoch.epoch == 1
+
+
+def test_values_of_a_step_are_means_over_the_examples(small_state, small_classes) -> None:
+    """Three batches of 16 examples and one of 2, of which each returns its first input."""
+
+    def step(state, batch):
+        return state.replace(step=state.step + 1), {"loss": 0.0, "first": batch.inputs[0, 0]}
+
+    _, history = jt.fit(small_state, small_classes, step_fn=step, epochs=1, batch_size=16)
+    firsts = np.asarray(small_classes.inputs[::16, 0])
+    expected = np.average(firsts, weights=[16, 16, 16, 2])
+    np.testing.assert_allclose(history["train_first"], [expected], rtol=1e-6)
+
+
+class Gan(NamedTuple):
+    """Two networks as one state."""
+
+    step: Any
+    epoch: Any
+    key: Any
+    generator: jt.TrainState
+    critic: jt.TrainState
+
+
+def gan_step(gan: Gan, batch: jt.Dataset) -> tuple[Gan, dict[str, Any]]:
+    ones, zeros = jnp.ones(len(batch)), jnp.zeros(len(batch))
+    bce = jt.losses.sigmoid_binary_cross_entropy
+    noise = jax.random.normal(jax.random.fold_in(gan.key, gan.step), batch.inputs.shape)
+    fake = jt.predict(gan.generator, noise)
+    both = (jnp.concatenate([batch.inputs, fake]), jnp.concatenate([ones, zeros]))
+    (critic_loss, _), grads = jt.gradients(gan.critic, both, bce)
+    critic = jt.apply_gradients(gan.critic, grads)
+
+    def fools(fake, targets):
+        return bce(jt.predict(critic, fake), targets)
+
+    (loss, _), grads = jt.gradients(gan.generator, (noise, ones), fools)
+    generator = jt.apply_gradients(gan.generator, grads)
+    gan = gan._replace(step=gan.step + 1, generator=generator, critic=critic)
+    return gan, {"loss": loss, "critic_loss": critic_loss}
+
+
+def make_gan() -> Gan:
+    class Generator(nn.Module):
+        @nn.compact
+        def __call__(self, noise, train: bool = False):
+            return noise + self.param("shift", nn.initializers.zeros, (1, 1))
+
+    class Critic(nn.Module):
+        @nn.compact
+        def __call__(self, inputs, train: bool = False):
+            return nn.Dense(1)(nn.relu(nn.Dense(16)(inputs)))[:, 0]
+
+    keys, one = jax.random.split(jax.random.key(0), 3), jnp.ones((1, 1))
+    return Gan(
+        jnp.zeros((), jnp.int32),
+        jnp.zeros((), jnp.int32),
+        keys[2],
+        jt.init_state(Generator(), optax.adam(0.03), one, key=keys[0]),
+        jt.init_state(Critic(), optax.adam(0.01), one, key=keys[1]),
+    )
+
+
+def test_a_gan_trains_in_fit_and_resumes(tmp_path) -> None:
+    """The generator shifts noise around 0 to data around 3."""
+    real = jax.random.normal(jax.random.key(1), (640, 1)) + 3
+    options = {"step_fn": gan_step, "key": jax.random.key(2)}
+    gan, history = jt.fit(make_gan(), jt.Dataset(real), epochs=40, **options)
+    assert float(gan.generator.params["shift"][0, 0]) == pytest.approx(3.0, abs=0.7)
+    assert (gan.step, gan.epoch, history["epoch"][-1]) == (400, 40, 40)
+    assert history["train_critic_loss"].shape == (40,)
+    checkpoint = jt.callbacks.checkpoint(tmp_path)
+    jt.fit(make_gan(), jt.Dataset(real), epochs=3, callbacks=[checkpoint], **options)
+    resumed, again = jt.fit(
+        make_gan(), jt.Dataset(real), epochs=40, callbacks=[checkpoint], **options
+    )
+    np.testing.assert_array_equal(resumed.generator.params["shift"], gan.generator.params["shift"])
+    np.testing.assert_array_equal(again["train_loss"], history["train_loss"])
+    traced, _ = jt.train(make_gan(), jt.Dataset(real), epochs=2, **options)
+    assert traced.step == 20
+
+
+def test_a_step_that_returns_the_loss_alone_has_no_training_metrics(
+    small_state, small_classes
+) -> None:
+    def step(state, batch):
+        state, values = own_step(state, batch)
+        return state, {"loss": values["loss"].astype(jnp.bfloat16)}
+
+    options = {"loss_fn": LOSS, "metric_fns": {"accuracy": jt.metrics.accuracy}, "epochs": 1}
+    for function in (jt.fit, jt.train):
+        _, history = function(small_state, small_classes, small_classes, step_fn=step, **options)
+        assert "test_accuracy" in history
+        assert "train_accuracy" not in history
+        assert np.asarray(history["train_loss"]).dtype != jnp.bfloat16
+
+
+def test_an_end_that_returns_true_hides_no_error(small_state, small_classes) -> None:
+    class Greedy(jt.callbacks.Callback):
+        def on_epoch(self, run):
+            raise RuntimeError("broken")
+
+        def on_end(self, run, error):
+            return True
+
+    with pytest.raises(RuntimeError, match="broken") as raised:
+        jt.fit(small_state, small_classes, loss_fn=LOSS, callbacks=[Greedy()])
+    assert raised.value.state.epoch == 1  # it is complete
+
+
+def test_a_nan_in_a_step_of_ones_own_is_named(small_state, small_classes) -> None:
+    def step(state, batch):
+        loss = jnp.where(state.step == 5, jnp.nan, 1.0)
+        return state.replace(step=state.step + 1), {"loss": loss}
+
+    message = "training loss became nan in epoch 2, step 2"
+    with pytest.raises(jt.errors.NonFiniteError, match=message):
+        jt.fit(small_state, small_classes, step_fn=step, batch_size=16)
+
+
+BAD_STEPS = {
+    "not a function": (3, "step_fn is 3; expected a function"),
+    "only a state": (lambda state, batch: state, "step_fn returned a TrainState; expected the ne"),
+    "a number": (lambda state, batch: (state, 1.0), "step_fn returned an array; expected"),
+    "no loss": (lambda state, batch: (state, {"cost": 1.0}), r"returned cost of shape \(\); exp"),
+    "a vector": (
+        lambda state, batch: (state, {"loss": batch.inputs[:, 0]}),
+        r"returned loss of shape \(50,\); expected scalars",
+    ),
+    "another dtype": (
+        lambda state, batch: (state.replace(step=state.step + 1.0), {"loss": 1.0}),
+        r"returned state\.step as float32\[\]; expected int32\[\]",
+    ),
+    "another structure": (
+        lambda state, batch: (state.replace(params={}), {"loss": 1.0}),
+        "returned a state of another structure",
+    ),
+    "no step taken": (
+        lambda state, batch: (state, {"loss": 1.0}),
+        r"state\.step is 0 after 1 step.*expected step_fn to increase it by one",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", BAD_STEPS)
+def test_a_step_of_another_form_is_refused(small_state, small_classes, case: str) -> None:
+    step_fn, message = BAD_STEPS[case]
+    with pytest.raises(jt.errors.InputError, match=message):
+        jt.fit(small_state, small_classes, step_fn=step_fn)
+
+
+def test_evaluation_needs_a_model_and_a_loss(small_state, small_classes) -> None:
+    with pytest.raises(
+        jt.errors.InputError, match="test is given, but state is a Gan, which has no"
+    ):
+        jt.fit(make_gan(), small_classes, small_classes, loss_fn=LOSS, step_fn=gan_step)
+    with pytest.raises(jt.errors.InputError, match="loss_fn is None with data or metrics"):
+        jt.fit(small_state, small_classes, small_classes, step_fn=own_step)
+    with pytest.raises(jt.errors.InputError, match="loss_fn is a NoneType; expected a function"):
+        jt.fit(small_state, small_classes)
+    with pytest.raises(jt.errors.InputError, match="state is a dict without step; expected"):
+        jt.fit({"weights": jnp.ones(3)}, small_classes, step_fn=own_step)

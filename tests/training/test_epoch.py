@@ -169,7 +169,7 @@ def bad(inputs=(50, 6), targets=(50,), dtype=jnp.int32, fill=0):
 )
 @pytest.mark.parametrize("function", [jt.train_epoch, jt.evaluate])
 def test_invalid_arguments_are_named(small_state, function, data, options, message) -> None:
-    with pytest.raises(jt.InputError, match=message):
+    with pytest.raises(jt.errors.InputError, match=message):
         function(small_state, data, LOSS, **options)
 
 

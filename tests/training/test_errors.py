@@ -24,7 +24,7 @@ pytestmark = pytest.mark.skipif(
 
 
 def refused(message: str):
-    return pytest.raises(jt.InputError, match=message)
+    return pytest.raises(jt.errors.InputError, match=message)
 
 
 @pytest.mark.parametrize(
@@ -39,7 +39,7 @@ def refused(message: str):
 )
 def test_unsupported_arrays_are_refused(small_state, inputs, message) -> None:
     labels = np.zeros(4, np.int32)
-    with refused("train_data." + message):
+    with refused("train." + message):
         jt.fit(small_state, jt.Dataset(inputs, labels), loss_fn=LOSS)
     with refused("sample_" + message):
         model = jt.models.FeedForward((3,))
@@ -89,8 +89,8 @@ def test_a_loss_given_by_name_is_refused(small_state, small_classes) -> None:
 
 def test_validation_data_of_another_width_are_refused(small_state, small_classes) -> None:
     wide = small_classes.replace(inputs=jnp.ones((50, 7)))
-    with refused(r"does not take the inputs of validation_data \(.*float32\[1, 7\] per example"):
-        jt.fit(small_state, small_classes, validation_data=wide, loss_fn=LOSS)
+    with refused(r"does not take the inputs of validation \(.*float32\[1, 7\] per example"):
+        jt.fit(small_state, small_classes, validation=wide, loss_fn=LOSS)
 
 
 def test_labels_of_wrapped_losses_are_checked(small_state, small_classes) -> None:
@@ -100,10 +100,10 @@ def test_labels_of_wrapped_losses_are_checked(small_state, small_classes) -> Non
 
     wrong = small_classes.replace(targets=small_classes.targets + 1)
     for loss_fn in (wrapped, functools.partial(LOSS), jt.losses.weighted_sum((0.5, LOSS))):
-        with refused(r"train_data\.targets holds the label 3"):
+        with refused(r"train\.targets holds the label 3"):
             jt.fit(small_state, wrong, loss_fn=loss_fn)
     weighted = wrong.replace(weights=jnp.ones(50))
-    with refused(r"train_data\.targets holds the label 3"):
+    with refused(r"train\.targets holds the label 3"):
         jt.fit(small_state, weighted, loss_fn=LOSS)
 
 
@@ -127,7 +127,7 @@ def test_objects_other_than_models_are_refused() -> None:
 def test_pytorch_tensors_and_modules_are_refused(small_state) -> None:
     torch = pytest.importorskip("torch")
     batch = jt.Dataset(torch.ones(4, 6), np.zeros(4, np.int32))
-    with refused(r"train_data\.inputs is a torch\.Tensor; .*tensor\.numpy\(\)"):
+    with refused(r"train\.inputs is a torch\.Tensor; .*tensor\.numpy\(\)"):
         jt.fit(small_state, batch, loss_fn=LOSS)
     with refused(r"sample_inputs is a torch\.Tensor; .*tensor\.numpy\(\)"):
         jt.init_state(
@@ -192,15 +192,13 @@ def test_invalid_streams_and_state_metrics_are_refused(small_state, small_classe
             rngs=None,
         )
     with refused("the state metric x is 3; expected a function of the state"):
-        jt.fit(small_state, small_classes, loss_fn=LOSS, state_metrics={"x": 3})
+        jt.train(small_state, small_classes, loss_fn=LOSS, state_metrics={"x": 3})
 
 
 def test_arguments_of_another_type_are_refused(small_state, small_classes) -> None:
-    with refused(r"checkpoint is 'folder'; expected None or jaxtrain\.CheckpointOptions"):
-        jt.fit(small_state, small_classes, loss_fn=LOSS, checkpoint="folder")
-    with refused(r"early_stopping is 3; expected None or jaxtrain\.EarlyStopping"):
-        jt.fit(small_state, small_classes, loss_fn=LOSS, early_stopping=3)
-    with refused("train_data is None; expected a jaxtrain"):
+    with refused(r"early_stopping is 3; expected None or jaxtrain\.callbacks\.early_stopping"):
+        jt.train(small_state, small_classes, loss_fn=LOSS, early_stopping=3)
+    with refused("train is a NoneType; expected a jaxtrain"):
         jt.fit(small_state, None, loss_fn=LOSS)
     with refused("optimizer is an optax.MultiSteps; expected its gradient_transformation"):
         multi = optax.MultiSteps(optax.sgd(0.1), 2)
@@ -215,7 +213,7 @@ def test_arguments_of_another_type_are_refused(small_state, small_classes) -> No
 
 @pytest.mark.parametrize("weights", [-jnp.ones(50), jnp.zeros(50)])
 def test_negative_or_all_zero_weights_are_refused(small_state, small_classes, weights) -> None:
-    with refused(r"train_data\.weights ranges from .*; expected weights of at least 0"):
+    with refused(r"train\.weights ranges from .*; expected weights of at least 0"):
         jt.fit(small_state, small_classes.replace(weights=weights), loss_fn=LOSS)
 
 

@@ -1,17 +1,18 @@
-"""fit: reproducible runs, their history and events, early stopping, and runs that diverge."""
+"""fit: reproducible runs, their history and callbacks, and runs that diverge."""
 
 from __future__ import annotations
 
+import importlib
 import inspect
 
 import jax
 import jax.monitoring
+import jax.numpy as jnp
 import numpy as np
 import pandas
 import pytest
 
 import jaxtrain as jt
-from jaxtrain.training.events import Compiled, EpochDone, StepsDone
 
 LOSS = jt.losses.cross_entropy
 METRICS = {"accuracy": jt.metrics.accuracy}
@@ -19,7 +20,41 @@ METRICS = {"accuracy": jt.metrics.accuracy}
 
 def fit(state, data, **options):
     defaults = {"loss_fn": LOSS, "metric_fns": METRICS, "batch_size": 16, "key": jax.random.key(3)}
-    return jt.fit(state, data, data, **{**defaults, **options})
+    return jt.fit(state, data, data, **{**defaults, "callbacks": [], **options})
+
+
+class Recorder(jt.callbacks.Callback):
+    """Keeps the runs that it is called with, and may raise an error or ask for pauses."""
+
+    def __init__(self, interval: int = 0, raises: BaseException | None = None, at: int = 0) -> None:
+        self.interval, self.raises, self.at = interval, raises, at
+        self.calls: list[str] = []
+        self.steps: list[jt.Run] = []
+        self.epochs: list[jt.Run] = []
+
+    def on_start(self, run: jt.Run) -> None:
+        self.calls.append("start")
+
+    def next_pause(self, run: jt.Run) -> int | None:
+        return (run.step // self.interval + 1) * self.interval if self.interval else None
+
+    def on_steps(self, run: jt.Run) -> None:
+        self.calls.append("steps")
+        self.steps.append(run)
+        if self.raises is not None and run.epoch == self.at:
+            raise self.raises
+
+    def on_epoch(self, run: jt.Run) -> None:
+        self.calls.append("epoch")
+        self.epochs.append(run)
+
+    def on_end(self, run: jt.Run, error: BaseException | None) -> None:
+        self.calls.append(f"end {type(error).__name__}")
+
+
+def margin(logits, labels):
+    """The lead of the largest logit over the mean."""
+    return logits.max(axis=-1) - logits.mean(axis=-1) + 0 * labels
 
 
 def assert_identical(ours, theirs) -> None:
@@ -82,40 +117,101 @@ def test_an_epoch_of_fit_equals_train_epoch(small_state, small_classes) -> None:
 
 
 @pytest.mark.parametrize("interval", [1, 3, 100])
-def test_more_frequent_events_do_not_change_the_run(small_state, small_classes, interval) -> None:
-    events = []
-    expected = fit(small_state, small_classes, epochs=3)
-    on_event = jt.events.every_steps(interval, events.append)
-    state, history = fit(small_state, small_classes, epochs=3, on_event=on_event)
+def test_more_frequent_reports_do_not_change_the_run(small_state, small_classes, interval) -> None:
+    """Not even the last bit of a metric that is a sum of fractions."""
+    options = {"epochs": 3, "metric_fns": {"margin": margin}}
+    expected = fit(small_state, small_classes, **options)
+    recorder = Recorder(interval)
+    state, history = fit(small_state, small_classes, callbacks=[recorder], **options)
     assert_identical(state.params, expected[0].params)
     assert_identical(without_clock(history), without_clock(expected[1]))
 
-    assert isinstance(events[0], Compiled)
-    assert events[0][1:] == (3, 4, 50)
-    steps = [event for event in events if isinstance(event, StepsDone)]
-    reached = {(event.epoch, event.step) for event in steps}
-    assert reached >= {(epoch, 4) for epoch in (1, 2, 3)}
-    assert reached >= {(epoch, s) for epoch in (1, 2, 3) for s in range(interval, 4, 4)}
-    for event in steps:
-        assert event.examples_seen == min(16 * event.step, 50)
-        expected_loss = history.step_losses.reshape(3, 4)[event.epoch - 1, event.step - 1]
-        assert event.loss == expected_loss
-    ends = [event for event in events if isinstance(event, EpochDone)]
-    assert [event.epoch for event in ends] == [1, 2, 3]
-    assert_identical(ends[-1].state.params, state.params)
+    assert recorder.calls[0] == "start"
+    assert recorder.calls[-1] == "end NoneType"
+    reached = {(run.epoch, run.step) for run in recorder.steps}
+    assert reached >= {(epoch, 4) for epoch in (0, 1, 2)}
+    assert reached >= {(epoch, s) for epoch in (0, 1, 2) for s in range(interval, 4, interval)}
+    for run in recorder.steps:
+        assert (run.last_epoch, run.steps_per_epoch, run.examples_per_epoch) == (3, 4, 50)
+        assert run.examples == min(16 * run.step, 50)
+        before = history.step_losses[run.epoch * 4 :][: run.step]
+        np.testing.assert_array_equal(run.losses, before[-len(run.losses) :])
+        np.testing.assert_array_equal(run.log.loss, before)
+    losses = np.concatenate([run.losses for run in recorder.steps])
+    np.testing.assert_array_equal(losses, history.step_losses)
+    assert [run.epoch for run in recorder.epochs] == [1, 2, 3]
+    assert_identical(recorder.epochs[-1].state.params, state.params)
+    assert recorder.epochs[1].history["test_loss"].tolist() == history["test_loss"][:2].tolist()
 
 
 def test_slow_steps_are_reported_one_by_one(small_state, small_classes, monkeypatch) -> None:
-    """With a time limit of 0 for a chunk of steps, each step is a chunk."""
+    """Without time for more than one step per call, each is reported."""
     expected = fit(small_state, small_classes, epochs=2)
     # `jaxtrain.training.fit` is also the name of a function.
-    for module in ("_resident", "_fit_epoch"):
-        monkeypatch.setattr(f"jaxtrain.training.{module}.CHUNK_SECONDS", 0.0)
-    events = []
-    state, _ = fit(small_state, small_classes, epochs=2, on_event=events.append)
-    steps = [event.step for event in events if isinstance(event, StepsDone)]
-    assert steps == [1, 2, 3, 4] * 2
+    module = importlib.import_module("jaxtrain.training.fit")
+    monkeypatch.setattr(module, "_CALL_SECONDS", 0.0)
+    monkeypatch.setattr(module, "_REPORT_SECONDS", 0.0)
+    recorder = Recorder()
+    state, _ = fit(small_state, small_classes, epochs=2, callbacks=[recorder])
+    assert [run.step for run in recorder.steps] == [1, 2, 3, 4] * 2
     assert_identical(state.params, expected[0].params)
+
+
+def test_the_training_metrics_are_those_of_the_steps_own_predictions(
+    small_state, small_classes
+) -> None:
+    """Each batch is predicted in training mode, with dropout, before its update."""
+    _, history = fit(small_state, small_classes, epochs=1, key=None)
+    state, correct = small_state, 0.0
+    for start in range(0, 50, 16):
+        batch = small_classes[start : start + 16]
+        (_, aux), grads = jt.gradients(state, batch, LOSS)
+        state = jt.apply_gradients(state, grads)
+        correct += float(jt.metrics.accuracy(aux.predictions, batch.targets).sum())
+    assert history["train_accuracy"] == pytest.approx([correct / 50])
+
+
+def test_arrays_may_be_columns_of_the_history(small_state, small_classes) -> None:
+    metric_fns = {
+        "confusion": jt.metrics.confusion_matrix,
+        "recall": jt.metrics.per_class_accuracy,
+        "accuracy": jt.metrics.accuracy,
+    }
+    options = {"metric_fns": metric_fns, "epochs": 2}
+    _, history = fit(small_state, small_classes, **options)
+    for part in ("train", "test"):
+        confusion = history[f"{part}_confusion"]
+        assert confusion.shape == (2, 3, 3)
+        np.testing.assert_array_equal(confusion.sum(axis=2), [[17, 17, 16]] * 2)
+        correct = np.trace(confusion, axis1=1, axis2=2)
+        np.testing.assert_allclose(history[f"{part}_accuracy"], correct / 50, rtol=1e-6)
+        recall = np.diagonal(confusion, axis1=1, axis2=2) / [17, 17, 16]
+        np.testing.assert_allclose(history[f"{part}_recall"], recall, rtol=1e-6)
+    _, traced = jt.train(
+        small_state,
+        small_classes,
+        small_classes,
+        loss_fn=LOSS,
+        batch_size=16,
+        key=jax.random.key(3),
+        **options,
+    )
+    np.testing.assert_array_equal(traced["train_confusion"], history["train_confusion"])
+
+
+def test_weighted_training_metrics_are_weighted_means(small_state, small_classes) -> None:
+    """Examples of weight 0 do not count, in whatever batch they are."""
+    weights = jnp.arange(50) % 2 * 2.0
+    data = small_classes.replace(weights=weights)
+    _, history = fit(small_state, data, epochs=1, key=None)
+    state, correct = small_state, 0.0
+    for start in range(0, 50, 16):
+        batch = data[start : start + 16]
+        (_, aux), grads = jt.gradients(state, batch, LOSS)
+        state = jt.apply_gradients(state, grads)
+        right = jt.metrics.accuracy(aux.predictions, batch.targets)
+        correct += float((right * batch.weights).sum())
+    assert history["train_accuracy"] == pytest.approx([correct / 50])
 
 
 def test_two_epochs_and_then_three_equal_five(small_state, small_classes) -> None:
@@ -152,60 +248,22 @@ def test_training_and_evaluation_compile_once_each(digits: jt.data.Resolved) -> 
             epochs=5,
             key=jax.random.key(0),
             test_batch_size=100,
-            on_event=jt.events.every_steps(7, lambda event: None),
+            callbacks=[jt.callbacks.every_steps(7, lambda run: None)],
         )
     finally:
         jax.monitoring.unregister_event_duration_listener(listen)
     assert len(history.step_losses) == 5 * 23
-    assert compiled.count("jit(compiled_steps)") == 1
+    # The partial last batch is a segment, and so a program, of its own.
+    assert compiled.count("jit(compiled_steps)") == 2
     assert compiled.count("jit(compiled_evaluate)") == 1
     assert not any("train" in name for name in compiled)
-
-
-def test_early_stopping_returns_the_best_epoch(small_state, small_classes) -> None:
-    """The validation labels contradict the training labels, so that training raises their loss."""
-    contrary = small_classes.replace(targets=(small_classes.targets + 1) % 3)
-    states = []
-
-    def on_event(event) -> None:
-        if isinstance(event, EpochDone):
-            states.append(event.state)
-
-    options = {"loss_fn": LOSS, "metric_fns": METRICS, "batch_size": 16, "epochs": 30}
-    state, history = jt.fit(
-        small_state,
-        small_classes,
-        validation_data=contrary,
-        early_stopping=jt.EarlyStopping(3),
-        on_event=on_event,
-        **options,
-    )
-    losses = history["validation_loss"]
-    best = int(losses.argmin())
-    assert len(losses) == best + 1 + 3 < 30
-    assert_identical(state.params, states[best].params)
-    assert "validation_accuracy" in history
-    assert "test_loss" not in history
-    # Early stopping does not change the training itself.
-    _, unwatched = jt.fit(small_state, small_classes, **{**options, "epochs": len(losses)})
-    np.testing.assert_array_equal(history["train_loss"], unwatched["train_loss"])
-
-
-def test_early_stopping_needs_a_column_to_monitor(small_state, small_classes) -> None:
-    with pytest.raises(jt.InputError, match=r"monitors 'validation_loss', but the history has"):
-        fit(small_state, small_classes, early_stopping=jt.EarlyStopping(3))
-    with pytest.raises(jt.InputError, match="patience is 0"):
-        jt.EarlyStopping(0)
-    if not hasattr(jt.init_state, "__wrapped__"):  # the type checker of `TYPES=1` raises first
-        with pytest.raises(jt.InputError, match="mode is 'best'; expected 'min' or 'max'"):
-            jt.EarlyStopping(1, mode="best")
 
 
 def test_epochs_and_test_data_may_be_absent(small_state, small_classes) -> None:
     state, history = fit(small_state, small_classes, epochs=0)
     assert_identical(state.params, small_state.params)
-    columns = ["epoch", "train_loss", "test_loss", "test_accuracy"]
-    columns += ["gradient_norm", "learning_rate", "seconds"]
+    columns = ["epoch", "train_loss", "train_accuracy", "test_loss", "test_accuracy"]
+    columns += ["learning_rate", "seconds"]
     assert list(history) == columns
     assert not any(len(values) for values in history.values())
     assert not len(history.step_losses)
@@ -222,7 +280,7 @@ def test_a_nonfinite_loss_stops_the_run_and_names_epoch_and_step(small_classes) 
         data.inputs[:1],
         key=jax.random.key(0),
     )
-    with pytest.raises(jt.NonFiniteError) as raised:
+    with pytest.raises(jt.errors.NonFiniteError) as raised:
         jt.fit(state, data, loss_fn=jt.losses.mean_squared_error, epochs=20, batch_size=25)
     error = raised.value
     finished = error.history["train_loss"]
@@ -248,7 +306,7 @@ def test_the_error_has_the_learning_rate_of_the_step_that_diverged(small_classes
     state = jt.init_state(
         jt.models.LinearRegression(), optimizer, data.inputs[:1], key=jax.random.key(0)
     )
-    with pytest.raises(jt.NonFiniteError) as raised:
+    with pytest.raises(jt.errors.NonFiniteError) as raised:
         jt.fit(state, data, loss_fn=jt.losses.mean_squared_error, batch_size=2)
     assert raised.value.learning_rate == pytest.approx(1e-3 * 10 ** (raised.value.step - 1))
 
@@ -260,7 +318,7 @@ def test_a_nonfinite_test_loss_stops_the_run(small_classes) -> None:
         jt.models.LinearRegression(), jt.optimizers.sgd(0.1), data.inputs[:1], key=jax.random.key(0)
     )
     far = data.replace(targets=data.targets.at[7].set(1e30))
-    with pytest.raises(jt.NonFiniteError, match="test loss became inf after epoch 1"):
+    with pytest.raises(jt.errors.NonFiniteError, match="test loss became inf after epoch 1"):
         jt.fit(state, data, far, loss_fn=jt.losses.mean_squared_error, epochs=3)
 
 
@@ -273,36 +331,22 @@ def test_a_nonfinite_test_loss_stops_the_run(small_classes) -> None:
     ],
 )
 def test_invalid_arguments_are_named(small_state, small_classes, options, message) -> None:
-    with pytest.raises(jt.InputError, match=message):
+    with pytest.raises(jt.errors.InputError, match=message):
         fit(small_state, small_classes, **options)
-
-
-@pytest.mark.parametrize(
-    "name",
-    [
-        *("epoch", "train_loss", "test_accuracy", "seconds"),
-        *("step_losses", "skipped_steps", "learning_rate"),
-    ],
-)
-def test_a_state_metric_cannot_take_the_name_of_another_column(
-    small_state, small_classes, name
-) -> None:
-    with pytest.raises(jt.InputError, match=f"state_metrics has a metric named '{name}'"):
-        fit(small_state, small_classes, state_metrics={name: lambda state: 7.0})
 
 
 def test_training_and_test_labels_are_checked(small_state, small_classes) -> None:
     wrong = small_classes.replace(targets=small_classes.targets + 1)
-    with pytest.raises(jt.InputError, match=r"test_data\.targets holds the label 3"):
+    with pytest.raises(jt.errors.InputError, match=r"test\.targets holds the label 3"):
         jt.fit(small_state, small_classes, wrong, loss_fn=LOSS)
-    with pytest.raises(jt.InputError, match=r"train_data\.targets holds the label 3"):
+    with pytest.raises(jt.errors.InputError, match=r"train\.targets holds the label 3"):
         jt.fit(small_state, wrong, small_classes, loss_fn=LOSS)
 
 
 def test_the_labels_of_a_nested_weighted_sum_are_checked(small_state, small_classes) -> None:
     wrong = small_classes.replace(targets=small_classes.targets + 1)
     mixed = jt.losses.weighted_sum((0.5, jt.losses.weighted_sum((2.0, LOSS))), (0.1, LOSS))
-    with pytest.raises(jt.InputError, match=r"train_data\.targets holds the label 3"):
+    with pytest.raises(jt.errors.InputError, match=r"train\.targets holds the label 3"):
         jt.fit(small_state, wrong, loss_fn=mixed)
     jt.fit(small_state, small_classes, loss_fn=mixed, epochs=1)
 
@@ -315,7 +359,9 @@ def test_probabilities_outside_0_to_1_are_refused(small_state, small_classes, na
     loss_fn = getattr(jt.losses, name)
     jt.fit(small_state, data, loss_fn=loss_fn, epochs=1)
     wrong = data.replace(targets=probabilities.at[7, 1].set(value))
-    with pytest.raises(jt.InputError, match=rf"targets holds the probability {value}; expected"):
+    with pytest.raises(
+        jt.errors.InputError, match=rf"targets holds the probability {value}; expected"
+    ):
         jt.fit(small_state, wrong, loss_fn=loss_fn)
 
 
@@ -326,51 +372,97 @@ def test_numpy_data_give_the_losses_of_jax_data(small_state, small_classes) -> N
     np.testing.assert_array_equal(ours.step_losses, expected.step_losses)
 
 
-def test_a_callback_may_end_the_run(small_state, small_classes) -> None:
-    def at_target(event) -> bool:
-        return isinstance(event, EpochDone) and np.float32(event.metrics["test_accuracy"]) > 0.8
+def test_a_function_is_called_after_each_epoch_and_may_end_the_run(
+    small_state, small_classes
+) -> None:
+    def at_target(run: jt.Run) -> bool:
+        return np.float32(run.rows[-1]["test_accuracy"]) > 0.8
 
-    state, history = fit(small_state, small_classes, epochs=60, on_event=at_target)
+    state, history = fit(small_state, small_classes, epochs=60, callbacks=[at_target])
     accuracy = history["test_accuracy"]
     assert len(accuracy) == state.epoch < 60
     assert accuracy[-1] > 0.8 >= accuracy[:-1].max()
 
 
-def test_early_stopping_monitors_any_column(small_state, small_classes) -> None:
-    contrary = small_classes.replace(targets=(small_classes.targets + 1) % 3)
-    state, history = fit(
-        small_state,
-        small_classes,
-        epochs=30,
-        validation_data=contrary,
-        early_stopping=jt.EarlyStopping(4, monitor="validation_accuracy", mode="max"),
-    )
-    best = int(np.argmax(history["validation_accuracy"]))
-    assert state.epoch == best + 1
-    assert len(history["epoch"]) == best + 1 + 4 < 30
+def test_a_callback_may_replace_the_state(small_state, small_classes) -> None:
+    """Training continues from the replaced state: here, with other parameters each epoch."""
+    zeros = jax.tree.map(jnp.zeros_like, small_state.params)
+
+    def reset(run: jt.Run) -> jt.Run:
+        return run.replace(state=run.state.replace(params=zeros))
+
+    state, history = fit(small_state, small_classes, epochs=2, callbacks=[reset])
+    assert_identical(state.params, zeros)
+    np.testing.assert_allclose(history.step_losses[4], np.log(3), rtol=1e-6)
 
 
-def test_early_stopping_returns_the_first_of_equal_minima() -> None:
-    rows = [{"loss": value} for value in (3.0, 1.0, 2.0, 1.0, 1.0)]
-    stopping = jt.EarlyStopping(3, monitor="loss")
-    assert stopping.best_row(rows) == 1
-    assert stopping.is_over(rows)
-    assert not stopping.is_over(rows[:4])
-    assert jt.EarlyStopping(3, monitor="loss", mode="max").best_row(rows) == 0
-    rows = [{"loss": value} for value in (float("nan"), 2.0, float("nan"))]
-    assert stopping.best_row(rows) == 1
+def test_the_best_state_of_a_run_is_returned(small_state, small_classes) -> None:
+    def keep_first(run: jt.Run) -> jt.Run | None:
+        return run.replace(best=run.state) if run.epoch == 1 else None
+
+    state, history = fit(small_state, small_classes, epochs=3, callbacks=[keep_first])
+    expected, _ = fit(small_state, small_classes, epochs=1)
+    assert_identical(state.params, expected.params)
+    assert len(history["epoch"]) == 3
+
+
+def test_callbacks_that_save_start_first_and_are_called_last(small_state, small_classes) -> None:
+    order: list[str] = []
+
+    class Named(jt.callbacks.Callback):
+        def __init__(self, name: str, saves: bool) -> None:
+            self.name, self.saves = name, saves
+
+        def on_start(self, run: jt.Run) -> None:
+            order.append(f"start {self.name}")
+
+        def on_epoch(self, run: jt.Run) -> None:
+            order.append(self.name)
+
+        def on_end(self, run: jt.Run, error: BaseException | None) -> None:
+            order.append(f"end {self.name}")
+
+    callbacks = [Named("store", True), Named("first", False), Named("second", False)]
+    fit(small_state, small_classes, epochs=1, callbacks=callbacks)
+    assert order[:3] == ["start store", "start first", "start second"]
+    assert order[3:6] == ["first", "second", "store"]
+    assert order[-1] == "end store"
+
+
+def test_the_end_is_called_for_all_callbacks_that_were_started(small_state, small_classes) -> None:
+    class Refusing(jt.callbacks.Callback):
+        def on_start(self, run: jt.Run) -> None:
+            raise OSError("no space")
+
+    first, last = Recorder(), Recorder()
+    with pytest.raises(OSError, match="no space") as raised:
+        fit(small_state, small_classes, callbacks=[first, Refusing(), last])
+    assert first.calls == ["start", "end OSError"]
+    assert last.calls == []
+    assert raised.value.state.epoch == 0
+
+
+@pytest.mark.parametrize(
+    ("callbacks", "message"),
+    [
+        (jt.callbacks.early_stopping(3), r"callbacks is .*; expected a list"),
+        ([3], "callbacks has 3; expected what jaxtrain.callbacks returns"),
+        ([jt.callbacks.Callback], "callbacks has <class"),
+    ],
+)
+def test_what_is_no_callback_is_refused(small_state, small_classes, callbacks, message) -> None:
+    with pytest.raises(jt.errors.InputError, match=message):
+        fit(small_state, small_classes, epochs=1, callbacks=callbacks)
 
 
 @pytest.mark.parametrize("kind", [KeyboardInterrupt, RuntimeError])
 def test_an_exception_carries_the_state_and_history_of_the_completed_epochs(
     small_state, small_classes, kind
 ) -> None:
-    def interrupt(event) -> None:
-        if isinstance(event, StepsDone) and event.epoch == 3:
-            raise kind
-
+    recorder = Recorder(1, raises=kind(), at=2)
     with pytest.raises(kind) as raised:
-        fit(small_state, small_classes, epochs=9, on_event=interrupt)
+        fit(small_state, small_classes, epochs=9, callbacks=[recorder])
+    assert recorder.calls[-1] == f"end {kind.__name__}"
     expected, history = fit(small_state, small_classes, epochs=2)
     assert_identical(raised.value.state.params, expected.params)
     assert_identical(without_clock(raised.value.history), without_clock(history))
@@ -383,29 +475,26 @@ def test_a_history_converts_to_a_data_frame(small_state, small_classes) -> None:
     assert len(frame) == 3
 
 
-def test_fit_takes_at_most_15_parameters() -> None:
-    assert len(inspect.signature(jt.fit).parameters) <= 17
+def test_fit_takes_at_most_13_parameters() -> None:
+    assert len(inspect.signature(jt.fit).parameters) <= 13
 
 
-def test_an_exception_in_the_first_epoch_carries_the_initial_state(
-    small_state, small_classes
-) -> None:
-    def interrupt(event) -> None:
-        raise KeyboardInterrupt
-
-    with pytest.raises(KeyboardInterrupt) as raised:
-        fit(small_state, small_classes, on_event=interrupt)
-    assert raised.value.state.epoch == 0
-    assert len(raised.value.history["epoch"]) == 0
+def test_the_state_of_the_caller_stays_usable(small_state, small_classes) -> None:
+    """The memory of the state is reused from call to call, but not that of the caller's."""
+    before = jax.tree.map(np.asarray, small_state.params)
+    recorder = Recorder(1)
+    fit(small_state, small_classes, epochs=2, callbacks=[recorder])
+    assert_identical(small_state.params, before)
+    for run in recorder.epochs:  # the state after an epoch stays, too
+        assert np.isfinite(np.asarray(jax.tree.leaves(run.state.params)[0])).all()
 
 
 def test_only_true_ends_the_run(small_state, small_classes) -> None:
-    """Other return values are ignored, and so are changes to the metrics of an event."""
-
-    def on_event(event) -> object:
-        if isinstance(event, EpochDone):
-            event.metrics.clear()
-        return event
-
-    _, history = fit(small_state, small_classes, epochs=3, on_event=on_event)
-    assert history["epoch"].tolist() == [1, 2, 3]
+    """Other values that a callback returns are ignored."""
+    returned = [1, "yes", np.ones(2, bool), {"stop": True}, None, False]
+    for value in returned:
+        _, history = fit(small_state, small_classes, epochs=2, callbacks=[lambda run, v=value: v])
+        assert history["epoch"].tolist() == [1, 2]
+    for value in (True, np.bool_(True), jnp.asarray(True)):
+        _, history = fit(small_state, small_classes, epochs=2, callbacks=[lambda run, v=value: v])
+        assert history["epoch"].tolist() == [1]

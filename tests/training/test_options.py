@@ -79,7 +79,7 @@ def test_the_average_equals_that_of_pytorch(small_classes) -> None:
 
     state = make_state(averaged(), small_classes)
     model = torch_reference.feed_forward((8, 3), 6, dropout_rate=0.0)
-    torch_reference.load_params(model, state.params)
+    torch_reference.load(model, state.params)
     average = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(0.9))
     optimizer = torch.optim.SGD(model.parameters(), 0.1, momentum=0.9)
     inputs = torch.tensor(np.array(small_classes.inputs))
@@ -180,11 +180,15 @@ def test_an_average_of_accumulated_gradients_and_skipped_steps_composes(small_cl
 
 
 def test_bad_options_are_named() -> None:
-    with pytest.raises(jt.InputError, match=r"decay is 1\.5; expected a number that is from 0"):
+    with pytest.raises(
+        jt.errors.InputError, match=r"decay is 1\.5; expected a number that is from 0"
+    ):
         jt.optimizers.average_parameters(jt.optimizers.sgd(0.1), 1.5)
-    with pytest.raises(jt.InputError, match="steps is 0; expected an integer of at least 1"):
+    with pytest.raises(jt.errors.InputError, match="steps is 0; expected an integer of at least 1"):
         jt.optimizers.accumulate_gradients(jt.optimizers.sgd(0.1), 0)
-    with pytest.raises(jt.InputError, match="dtype is 'int8'; expected 'bfloat16' or 'float16'"):
+    with pytest.raises(
+        jt.errors.InputError, match="dtype is 'int8'; expected 'bfloat16' or 'float16'"
+    ):
         jt.mixed_precision(jt.models.FeedForward(), "int8")
 
 

@@ -51,7 +51,7 @@ def test_every_function_takes_pytrees(data: jt.Dataset) -> None:
         state,
         data,
         data[:20],
-        validation_data=data[20:],
+        validation=data[20:],
         loss_fn=two_losses,
         metric_fns=metric_fns,
         epochs=30,
@@ -72,10 +72,10 @@ def test_every_function_takes_pytrees(data: jt.Dataset) -> None:
 def test_errors_name_the_path_in_a_pytree(data: jt.Dataset) -> None:
     state = jt.init_state(TwoHeads(), optax.sgd(0.1), data.inputs, key=jax.random.key(0))
     short = data.replace(targets={**data.targets, "value": data.targets["value"][:40]})
-    with pytest.raises(jt.InputError, match=r"train_data\.targets\.value has 40"):
+    with pytest.raises(jt.errors.InputError, match=r"train\.targets\.value has 40"):
         jt.fit(state, short, loss_fn=two_losses)
     ages = data.inputs["age"].at[7, 0].set(jnp.nan)
-    with pytest.raises(jt.InputError, match=r"train_data\.inputs\.age holds nan at \[7, 0\]"):
+    with pytest.raises(jt.errors.InputError, match=r"train\.inputs\.age holds nan at \[7, 0\]"):
         jt.fit(state, data.replace(inputs={**data.inputs, "age": ages}), loss_fn=two_losses)
 
 
@@ -176,7 +176,9 @@ def test_weights_per_token_train_a_sequence_model() -> None:
     expected = losses[np.asarray(mask)].mean()
     assert history["test_loss"][-1] == pytest.approx(expected, rel=1e-5)
     wrong = data.replace(targets=data.targets.at[3, 0].set(3))
-    with pytest.raises(jt.InputError, match="holds the label 3; expected labels from 0 to 2"):
+    with pytest.raises(
+        jt.errors.InputError, match="holds the label 3; expected labels from 0 to 2"
+    ):
         jt.fit(state, wrong, loss_fn=LOSS)
 
 

@@ -29,12 +29,17 @@ def assert_same_state(ours: jt.TrainState, theirs: jt.TrainState) -> None:
 
 def assert_same_as_fit(state, train, validation, **options) -> dict[str, jax.Array]:
     options = {**OPTIONS, **options}
-    ours, found = jt.train(state, train, validation_data=validation, **options)
-    theirs, history = jt.fit(state, train, validation_data=validation, **options)
+    ours, found = jt.train(state, train, validation=validation, **options)
+    options["callbacks"] = [options.pop("early_stopping")] if "early_stopping" in options else []
+    state_metrics = options.pop("state_metrics", {})
+    theirs, history = jt.fit(state, train, validation=validation, **options)
     assert_same_state(ours, theirs)
-    assert list(found) == [*(name for name in history if name != "seconds"), "step_losses"]
+    columns = [name for name in found if name not in (*state_metrics, "step_losses")]
+    assert columns == [name for name in history if name != "seconds"]
     rows = len(history["epoch"])
     for name, values in found.items():
+        if name in state_metrics:
+            continue
         expected = history.step_losses if name == "step_losses" else history[name]
         values = np.ravel(values[:rows])
         if name == "learning_rate":  # fit rounds it to seven digits
@@ -53,6 +58,7 @@ def test_a_run_has_the_bits_of_fit(small_state, small_classes, weighted: bool) -
         small_state, train, validation, epochs=4, state_metrics={"step": lambda state: state.step}
     )
     assert found["step_losses"].shape == (4, 3)
+    assert found["step"].tolist() == [3, 6, 9, 12]
 
 
 def test_digits_have_the_bits_of_fit(digits: jt.data.Resolved) -> None:
@@ -79,7 +85,7 @@ def test_early_stopping_returns_the_best_state_of_fit(
 ) -> None:
     train, validation = small_classes.split(0.2, jax.random.key(0))
     state = jt.with_optimizer(small_state, jt.optimizers.sgd(3.0))
-    early_stopping = jt.EarlyStopping(2, monitor=f"validation_{monitor}", mode=mode)
+    early_stopping = jt.callbacks.early_stopping(2, monitor=f"validation_{monitor}", mode=mode)
     found = assert_same_as_fit(state, train, validation, epochs=30, early_stopping=early_stopping)
     trained = int(np.count_nonzero(found["epoch"]))
     assert 2 < trained < 30
@@ -95,9 +101,9 @@ def test_vmapped_runs_stop_early_on_their_own(small_state, small_classes) -> Non
         return jt.train(
             state,
             train,
-            validation_data=validation,
+            validation=validation,
             epochs=30,
-            early_stopping=jt.EarlyStopping(2),
+            early_stopping=jt.callbacks.early_stopping(2),
             **{**OPTIONS, "key": jax.random.key(seed)},
         )
 
@@ -166,8 +172,8 @@ def test_a_nonfinite_loss_is_left_out_of_the_mean_only_where_its_step_is_skipped
 
 
 def test_a_column_that_only_fit_has_cannot_be_monitored(small_state, small_classes) -> None:
-    early_stopping = jt.EarlyStopping(1, monitor="seconds")
-    with pytest.raises(jt.InputError, match="early_stopping monitors 'seconds'"):
+    early_stopping = jt.callbacks.early_stopping(1, monitor="seconds")
+    with pytest.raises(jt.errors.InputError, match="early_stopping monitors 'seconds'"):
         jt.train(small_state, small_classes, early_stopping=early_stopping, **OPTIONS)
 
 
@@ -176,5 +182,21 @@ def test_a_run_that_does_not_fit_is_an_error(small_state, small_classes, monkeyp
         raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: out of memory")
 
     monkeypatch.setattr("jaxtrain.training.run._train", out_of_memory)
-    with pytest.raises(jt.OutOfMemoryError, match="out of memory at batch_size 16"):
+    with pytest.raises(jt.errors.OutOfMemoryError, match="out of memory at batch_size 16"):
         jt.train(small_state, small_classes, epochs=1, **OPTIONS)
+
+
+@pytest.mark.parametrize(
+    "name", ["epoch", "train_loss", "test_accuracy", "seconds", "step_losses", "learning_rate"]
+)
+def test_a_state_metric_cannot_take_the_name_of_another_column(
+    small_state, small_classes, name
+) -> None:
+    with pytest.raises(jt.errors.InputError, match=f"two columns named '{name}'"):
+        jt.train(
+            small_state,
+            small_classes,
+            small_classes,
+            state_metrics={name: lambda state: 7.0},
+            **OPTIONS,
+        )

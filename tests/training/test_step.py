@@ -104,7 +104,7 @@ def test_a_loss_must_return_one_value_per_example(small_state, small_classes) ->
     def mean_loss(predictions, targets):
         return jt.losses.cross_entropy(predictions, targets).mean()
 
-    with pytest.raises(jt.InputError, match=r"mean_loss returned the shape \(\).*\(50,\)"):
+    with pytest.raises(jt.errors.InputError, match=r"mean_loss returned the shape \(\).*\(50,\)"):
         jt.train_step(small_state, small_classes, mean_loss)
 
 
@@ -122,13 +122,13 @@ def test_a_batch_of_unequal_lengths_is_refused(small_state, small_classes) -> No
     batch = small_classes.replace(targets=small_classes.targets[:-1])
     for step in (jt.train_step, jt.eval_step):
         with pytest.raises(
-            jt.InputError, match=r"batch\.inputs has 50 examples and batch\.targets has 49"
+            jt.errors.InputError, match=r"batch\.inputs has 50 examples and batch\.targets has 49"
         ):
             step(small_state, batch, jt.losses.cross_entropy)
 
 
 def test_a_metric_named_loss_is_refused(small_state, small_classes) -> None:
-    with pytest.raises(jt.InputError, match="named 'loss'"):
+    with pytest.raises(jt.errors.InputError, match="named 'loss'"):
         jt.eval_step(
             small_state, small_classes, jt.losses.cross_entropy, {"loss": jt.metrics.accuracy}
         )

@@ -1,0 +1,445 @@
+"""Checks of data, state and results, on the host: before anything compiles, and of each call."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, PyTree
+
+from jaxtrain import parallel
+from jaxtrain._placement import to_numpy
+from jaxtrain.dataset import Dataset, as_dataset, describe_array, named_arrays
+from jaxtrain.errors import InputError, NonFiniteError
+from jaxtrain.losses import LABEL_LOSSES, PROBABILITY_LOSSES, Loss, single_losses
+from jaxtrain.optimizers._inspect import has_clipping, has_line_search
+from jaxtrain.optimizers._safeguards import stays_finite
+from jaxtrain.training.state import TrainState, check_state_type
+from jaxtrain.training.step import predict_batch
+
+
+def checked_data(data: Any, name: str) -> Dataset:
+    """Returns a checked data set on the device, so that it is transferred once, not per epoch.
+
+    Args:
+      data: a `Dataset`, or a tuple (inputs, targets).
+      name: name used in error messages.
+    """
+    data = as_dataset(data, name)
+    check_values(data, name)
+    if data.weights is not None and _has_values(data.weights):
+        lowest, highest = np.min(data.weights), np.max(data.weights)
+        if lowest < 0 or highest == 0:
+            raise InputError(
+                f"{name}.weights ranges from {lowest} to {highest}; expected weights of at least "
+                "0, and some above 0"
+            )
+    return placed(data)
+
+
+def placed(tree: PyTree) -> PyTree:
+    """Returns arrays on the devices: on those of the current mesh, or on JAX's default device."""
+    mesh = parallel.current_mesh()
+    if mesh is None or any(isinstance(leaf, jax.core.Tracer) for leaf in jax.tree.leaves(tree)):
+        return jax.tree.map(jnp.asarray, tree)
+    return parallel.replicate(tree, mesh)
+
+
+def check_not_traced(*arguments: Any) -> None:
+    """Raises InputError if `fit` is called where its arguments have no values."""
+    if any(isinstance(leaf, jax.core.Tracer) for leaf in jax.tree.leaves(arguments)):
+        raise InputError(
+            "fit is called inside a function that JAX traces, such as one under jit or in sweep; "
+            "expected arrays with values: call jaxtrain.train, which computes the same"
+        )
+
+
+def check_values(dataset: Dataset, name: str) -> None:
+    """Raises InputError unless all values are finite in the dtypes that JAX gives them.
+
+    By default JAX converts 64-bit values to 32 bits: 1e300 would become infinite, and the label
+    2³² + 1 would become 1. Arrays whose values are not available are skipped: those that are
+    traced or spread over several hosts.
+    """
+    for path, array in named_arrays(dataset, name):
+        dtype = array.dtype
+        target = jax.dtypes.canonicalize_dtype(dtype)
+        floating = jnp.issubdtype(dtype, jnp.floating)
+        if not _has_values(array) or not (floating or target != dtype):
+            continue
+        # With NumPy nothing is compiled, and on a CPU nothing is copied.
+        values = np.asarray(array)
+        limits = jnp.finfo(target) if floating else jnp.iinfo(target)
+        with np.errstate(invalid="ignore"):  # comparing NaN may warn
+            # NaN propagates to both. Two passes, but no temporary copy of the data.
+            low, high = values.min(), values.max()
+            if limits.min <= low and high <= limits.max:
+                continue
+            wrong = ~((values >= limits.min) & (values <= limits.max))
+        position = np.unravel_index(int(np.argmax(wrong)), values.shape)
+        index = ", ".join(map(str, position))
+        kind = "finite numbers" if floating else "integers"
+        raise InputError(
+            f"{path} holds {values[position]} at [{index}]; expected {kind} that {target} can "
+            "hold: fix or drop such examples"
+        )
+
+
+def checked_state(state: Any, step_fn: Any = None) -> Any:
+    """Returns the state without weak types, which would trigger a recompilation in the second step.
+
+    Args:
+      state: a TrainState; with `step_fn`, any pytree.
+      step_fn: a step of the user's own, or None.
+
+    Raises:
+      InputError: it is not a TrainState, or a variable of the model is NaN and would stay NaN.
+    """
+    check_state_type(state, step_fn)
+    if not isinstance(state, TrainState):
+        return placed(jax.tree.map(_strongly_typed, state))
+    # The model state keeps weak types: an `eqx.nn.State` refuses values of another type.
+    typed = jax.tree.map(_strongly_typed, state)
+    state = placed(typed.replace(model_state=jax.tree.map(jnp.asarray, state.model_state)))
+    variables = {"params": state.params, "model_state": state.model_state}
+    for path, leaf in named_arrays(variables, ""):
+        is_float = jnp.issubdtype(leaf.dtype, jnp.inexact)
+        if is_float and _has_values(leaf) and np.isnan(np.asarray(leaf)).any():
+            raise InputError(
+                f"state holds NaN in {path}; expected numbers: start from init_state or from an "
+                "earlier state"
+            )
+    return state
+
+
+def check_run(
+    state: Any, sources: Mapping[str, Any], loss_fn: Loss | None, step_fn: Any
+) -> tuple[str, ...]:
+    """Raises InputError unless state, data, loss and step of a run fit together.
+
+    Args:
+      state: the state.
+      sources: the data, as `InMemory` or `Streamed`, by the names "train", "test", "validation".
+      loss_fn: per-example loss, or None.
+      step_fn: a step of the user's own, or None.
+
+    Returns:
+      The names of the values that `step_fn` returns besides the loss.
+    """
+    train = sources["train"]
+    if len(sources) > 1 and not isinstance(state, TrainState):
+        raise InputError(
+            f"{list(sources)[1]} is given, but state is a {type(state).__name__}, which has no "
+            "model to evaluate; expected a TrainState, or a callback that evaluates"
+        )
+    for source in sources.values():
+        if source is not train or step_fn is None:
+            source.limits = check_data(state, source.sample, loss_fn, source.name)
+    train.check_division()
+    if step_fn is not None:
+        return check_step_fn(step_fn, state, train.batch_shapes())
+    examples = train.examples or train.batch_size * (train.steps or 2)  # unknown: more than one
+    check_line_search(state, examples, train.batch_size)
+    return ()
+
+
+def check_step_fn(step_fn: Any, state: Any, batch: Dataset) -> tuple[str, ...]:
+    """Returns the names of the values that a step of the user's own returns besides the loss.
+
+    Args:
+      step_fn: `step_fn(state, batch) -> (state, {"loss": ...})`.
+      state: the state, a pytree with `step`, `epoch` and `key`.
+      batch: a batch, or its shapes.
+
+    Raises:
+      InputError: the step or the state is not of this form, or the step changes the structure, a
+        shape or a dtype of the state.
+    """
+    if not callable(step_fn):
+        raise InputError(
+            f"step_fn is {step_fn!r}; expected a function step_fn(state, batch) that returns the "
+            'next state and {"loss": loss}',
+            argument="step_fn",
+        )
+    result = jax.eval_shape(step_fn, state, batch)
+    if not (isinstance(result, tuple) and len(result) == 2 and isinstance(result[1], dict)):
+        found = result[1] if isinstance(result, tuple) and len(result) == 2 else result
+        kind = "an array" if hasattr(found, "dtype") else f"a {type(found).__name__}"
+        raise InputError(
+            f'step_fn returned {kind}; expected the next state and a dict such as {{"loss": loss}}',
+            argument="step_fn",
+        )
+    after, values = result
+    scalars = {name for name, value in values.items() if jnp.shape(value) == ()}
+    if "loss" not in scalars or len(scalars) < len(values):
+        shapes = ", ".join(f"{name} of shape {jnp.shape(x)}" for name, x in values.items())
+        raise InputError(
+            f"step_fn returned {shapes or 'an empty dict'}; expected scalars, one of them named "
+            "loss",
+            argument="step_fn",
+        )
+    ours: Any = jax.tree.structure(state)
+    if jax.tree.structure(after) != ours:
+        raise InputError(
+            "step_fn returned a state of another structure; expected that of the state it is given",
+            argument="step_fn",
+        )
+    before = jax.eval_shape(lambda: state)
+    for (path, new), old in zip(named_arrays(after, "state"), jax.tree.leaves(before), strict=True):
+        if (new.shape, new.dtype) != (old.shape, old.dtype):
+            raise InputError(
+                f"step_fn returned {path} as {describe_array(new)}; expected "
+                f"{describe_array(old)}, as in the state it is given",
+                argument="step_fn",
+            )
+    return tuple(name for name in values if name != "loss")
+
+
+def check_step_count(before: Any, after: Any, steps: int) -> None:
+    """Raises InputError unless a step of the user's own has counted its steps."""
+    if int(after.step) - int(before.step) != steps:
+        raise InputError(
+            f"state.step is {int(after.step)} after {steps} step{'s' * (steps != 1)} from "
+            f"{int(before.step)}; expected step_fn to increase it by one",
+            argument="step_fn",
+        )
+
+
+class TargetLimits(NamedTuple):
+    """The values that a loss takes as targets.
+
+    Attributes:
+      low: the smallest.
+      high: the largest.
+      is_label: whether they are class labels, else probabilities.
+    """
+
+    low: int
+    high: int
+    is_label: bool
+
+
+def check_data(
+    state: TrainState, data: Dataset, loss_fn: Loss | None, name: str
+) -> TargetLimits | None:
+    """Raises InputError unless the model takes the inputs and the loss takes the targets.
+
+    JAX clamps an index out of range, so a wrong label would train silently. Examples of weight 0
+    may have any label.
+
+    Args:
+      state: the model.
+      data: a data set, or the first batch of a stream.
+      loss_fn: the loss, or None to check the inputs alone.
+      name: name used in error messages.
+
+    Returns:
+      The values that the loss takes as targets, for further batches; None if it takes any.
+    """
+    outputs, limits = _outputs(state, data, name), None
+    targets, losses = data.targets, set() if loss_fn is None else single_losses(loss_fn)
+    if isinstance(targets, (np.ndarray, jax.Array)):
+        # Targets of another dtype are refused by the loss itself.
+        if losses & LABEL_LOSSES and jnp.issubdtype(targets.dtype, jnp.integer):
+            if hasattr(outputs, "shape"):
+                limits = TargetLimits(0, outputs.shape[-1] - 1, is_label=True)
+        elif losses & PROBABILITY_LOSSES:
+            limits = TargetLimits(0, 1, is_label=False)
+    if all(map(_has_values, jax.tree.leaves((targets, data.weights)))):
+        check_limits(data, limits, name)
+    return limits
+
+
+def _outputs(state: TrainState, data: Dataset, name: str) -> Any:
+    """Returns the shapes of the model's outputs for one example."""
+
+    def shape(leaf: Any) -> jax.ShapeDtypeStruct:
+        return jax.ShapeDtypeStruct((1, *leaf.shape[1:]), jnp.result_type(leaf))
+
+    try:
+        return jax.eval_shape(predict_batch, state, jax.tree.map(shape, data.inputs))
+    except InputError:
+        raise
+    except Exception as error:  # networks raise different types for a wrong shape
+        if str(error).startswith("DataLoader worker"):  # PyTorch raises it from a signal handler
+            raise
+        shapes = ", ".join(
+            f"{path} has {leaf.dtype}{[1, *leaf.shape[1:]]} per example"
+            for path, leaf in named_arrays(data.inputs, f"{name}.inputs")
+        )
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        raise InputError(
+            f"the model does not take the inputs of {name} ({shapes}): {reason}; expected the "
+            "shapes and dtypes that init_state was given"
+        ) from error
+
+
+def check_limits(dataset: Dataset, limits: TargetLimits | None, name: str) -> None:
+    """Raises InputError if a target is not within the limits; see `check_data`."""
+    if limits is None:
+        return
+    values = np.asarray(dataset.targets)
+    if dataset.weights is not None and np.shape(dataset.weights) == values.shape:
+        values = values[np.asarray(dataset.weights) != 0]
+        if not values.size:
+            return
+    low, high = values.min(), values.max()
+    if limits.low <= low and high <= limits.high:
+        return
+    if limits.is_label:
+        raise InputError(
+            f"{name}.targets holds the label {low if low < 0 else high}; expected labels from 0 to "
+            f"{limits.high}, since the model has {limits.high + 1} outputs"
+        )
+    if low < 0 or high > 1:  # a NaN is found elsewhere
+        raise InputError(
+            f"{name}.targets holds the probability {low if low < 0 else high}; expected values "
+            "from 0 to 1, since the loss is a cross entropy"
+        )
+
+
+def check_line_search(state: TrainState, examples: int, batch_size: int) -> None:
+    """Raises InputError if a line search (L-BFGS) is used with mini-batches or clipping.
+
+    Args:
+      state: the state, whose optimizer may have a line search.
+      examples: examples per epoch; more than `batch_size` if their number is unknown.
+      batch_size: examples per step.
+    """
+    if not has_line_search(state.opt_state):
+        return
+    if batch_size < examples:
+        raise InputError(
+            f"batch_size is {batch_size} of {examples} examples, but the optimizer has a line "
+            "search (L-BFGS); expected all examples in one batch, since the search compares losses "
+            "of the same function",
+            argument="batch_size",
+        )
+    if has_clipping(state.opt_state):
+        raise InputError(
+            "the optimizer clips gradients and has a line search (L-BFGS); expected one or the "
+            "other, since the search chooses the length of each step"
+        )
+
+
+def check_steps(
+    log: Any,
+    segment: Any,
+    state: Any,
+    epoch: int,
+    batch_at: Callable[[Any, int], tuple[Dataset, Callable[[int], str]]],
+) -> None:
+    """Raises NonFiniteError at the first step whose loss or recorded value is not finite.
+
+    Recorded values are those of the optimizer, such as the norm of the gradient.
+
+    Args:
+      log: the `StepLog` of the call, in which steps that were not taken have zeros.
+      segment: the `Segment` of the steps.
+      state: the state after them.
+      epoch: the epoch, counted from 1.
+      batch_at: returns the batch of a step of a segment, and a function that names its examples.
+    """
+    if "skipped_steps" in log.recorded:
+        return
+    values = {"training loss": np.asarray(log.loss)}
+    values |= {name.replace("_", " "): np.asarray(x) for name, x in log.recorded.items()}
+    first = {name: int(np.argmin(np.isfinite(x))) for name, x in values.items() if x.ndim == 1}
+    wrong = {name: at for name, at in first.items() if not np.isfinite(values[name][at])}
+    if not wrong:
+        return
+    quantity = min(wrong, key=lambda name: wrong[name])  # of several, the loss
+    step = wrong[quantity]
+    value, rate = float(values[quantity][step]), values.get("learning rate")
+    hint = _label_hint(state, *batch_at(segment, step)) if np.isnan(value) else ""
+    raise NonFiniteError(
+        *(epoch, segment.start + step + 1, quantity, value),
+        None if rate is None else rounded(rate[step]),
+        hint,
+    )
+
+
+def check_epoch(
+    before: Any, after: Any, losses: np.ndarray, row: Mapping[str, Any], epoch: int
+) -> None:
+    """Raises NonFiniteError if an epoch produces a NaN or an infinity in the state or the results.
+
+    Values of the state that were infinite before are allowed: a running minimum may start at
+    infinity.
+
+    Args:
+      before: the state before the epoch, or before its part that was trained.
+      after: the state after it.
+      losses: the loss of each step of the epoch.
+      row: the history's row.
+      epoch: the epoch, counted from 1.
+    """
+    skipped, rate, hint = row.get("skipped_steps"), row.get("learning_rate"), ""
+    if skipped is not None:
+        hint = "try a smaller learning rate, gradient clipping or scaled inputs"
+    if not _stays_finite(before, after):
+        leaves = jax.tree.leaves(before)
+        for (path, new), old in zip(named_arrays(after, ""), leaves, strict=True):
+            if jnp.issubdtype(new.dtype, jnp.inexact):
+                now = to_numpy(new)
+                wrong = np.isfinite(to_numpy(old)) & ~np.isfinite(now)
+                if wrong.any():
+                    value = float(now[wrong][0].real)
+                    raise NonFiniteError(epoch, len(losses), path, value, rate, hint)
+    if skipped == len(losses):  # further epochs would change nothing
+        quantity, value = "training loss or gradient of every step", float(losses[0])
+        hint = "check the data, or try a smaller learning rate"
+        raise NonFiniteError(epoch, None, quantity, value, rate, hint)
+    for name in ("test_loss", "validation_loss"):
+        if not np.isfinite(row.get(name, 0)):
+            raise NonFiniteError(epoch, None, name.replace("_", " "), row[name], rate, hint)
+
+
+@jax.jit
+def _stays_finite(before: PyTree, after: PyTree) -> Array:
+    return parallel.on_auto_axes(stays_finite, before, after)
+
+
+def rounded(rate: Any) -> float:
+    """Returns a float32 with its seven digits: 0.01, not 0.009999999776."""
+    return float(f"{float(rate):.7g}")
+
+
+def _label_hint(state: Any, batch: Dataset, name_of: Callable[[int], str]) -> str:
+    """Explains a NaN by a class label out of range, if the step's batch has one."""
+    if not isinstance(state, TrainState):
+        return ""
+    labels: Any = batch.targets
+    outputs = _outputs(state, batch, "train")
+    if not (hasattr(labels, "dtype") and hasattr(outputs, "shape") and outputs.shape):
+        return ""
+    if not jnp.issubdtype(labels.dtype, jnp.integer) or labels.ndim != len(outputs.shape) - 1:
+        return ""
+    classes = outputs.shape[-1]
+    values = np.asarray(labels).reshape(len(batch), -1)
+    wrong = (values < 0) | (values >= classes)
+    if batch.weights is not None and np.shape(batch.weights) == labels.shape:
+        wrong &= np.asarray(batch.weights).reshape(values.shape) != 0
+    if classes == 1 or not wrong.any():
+        return ""
+    row, column = np.argwhere(wrong)[0]
+    return (
+        f"train.targets holds the label {values[row, column]} at {name_of(row)}; "
+        f"expected labels from 0 to {classes - 1}, since the model has {classes} outputs"
+    )
+
+
+def _strongly_typed(leaf: Any) -> Array:
+    array = jnp.asarray(leaf)
+    if jnp.issubdtype(array.dtype, jax.dtypes.prng_key) or not array.weak_type:
+        return array
+    return jax.lax.convert_element_type(array, array.dtype)
+
+
+def _has_values(array: Any) -> bool:
+    if isinstance(array, jax.core.Tracer):  # under jax.jit, `is_fully_addressable` raises
+        return False
+    return getattr(array, "is_fully_addressable", True) and array.size > 0

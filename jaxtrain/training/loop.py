@@ -1,0 +1,470 @@
+"""The compiled loops: training steps, evaluation and prediction on many examples."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any, NamedTuple, TypeVar
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+from jaxtyping import Array, Float, Key, PyTree
+
+from jaxtrain import parallel
+from jaxtrain._arguments import check_integer, check_key
+from jaxtrain.data.stream import Source
+from jaxtrain.dataset import Dataset, check_inputs, epoch_order
+from jaxtrain.losses import Loss
+from jaxtrain.metrics import Metric
+from jaxtrain.training.checks import check_data, check_run
+from jaxtrain.training.sources import InMemory, Segment, Streamed, make_source, segments_in_order
+from jaxtrain.training.state import (
+    TrainState,
+    check_state_type,
+    next_epoch,
+    recorded,
+    to_shapes,
+    with_epoch,
+)
+from jaxtrain.training.step import (
+    MetricItems,
+    Metrics,
+    StepFn,
+    check_loss,
+    evaluation_sums,
+    finish_metrics,
+    metric_items,
+    predict_batch,
+    take_step,
+    total_weight,
+)
+
+State = TypeVar("State")
+
+
+class StepLog(NamedTuple):
+    """What some steps of an epoch report.
+
+    Attributes:
+      loss: the loss of each step before its update, [steps].
+      weight: the total weight of the examples of each step, [steps].
+      sums: sums over all steps of the metrics of their own predictions, for `finish_metrics`.
+      recorded: what the optimizer records in each step, by name, [steps]; not kept in a `Run`.
+    """
+
+    loss: Any
+    weight: Any
+    sums: dict[str, Any]
+    recorded: dict[str, Any] = {}  # noqa: RUF012
+
+
+def train_steps(
+    state: Any,
+    sums: dict[str, Any] | None,
+    segment: Segment,
+    first: int | Array,
+    stop: int | Array,
+    metrics: MetricItems,
+    step_fn: StepFn | None,
+) -> tuple[Any, StepLog]:
+    """Takes the steps `first` to `stop - 1` of a segment.
+
+    Python integers for `first` and `stop` give a scan. Traced ones give one program for any part of
+    a segment, so that `fit` can return to the host between steps without recompiling.
+
+    Args:
+      state: where to start.
+      sums: sums of the metrics over the earlier steps of the epoch, so that they do not depend on
+        how an epoch is divided into calls; None for the first steps.
+      segment: the data.
+      first: the first step to take, counted from 0 in the segment.
+      stop: the step to stop before.
+      metrics: the loss and the metrics by name.
+      step_fn: a step of the user's own; None minimizes the loss.
+
+    Returns:
+      The state after them, and their log, in which steps that are not taken are 0, with the sums
+      over the epoch so far.
+    """
+
+    def step(index: Any, carry: tuple[Any, StepLog]) -> tuple[Any, StepLog]:
+        state, log = carry
+        batch = segment.batch(index)
+        state, loss, sums = take_step(state, batch, metrics, step_fn, index == segment.last)
+        return state, StepLog(
+            log.loss.at[index].set(loss),
+            log.weight.at[index].set(total_weight(batch)),
+            jax.tree.map(jnp.add, log.sums, sums),
+            jax.tree.map(
+                lambda values, new: values.at[index].set(new), log.recorded, recorded(state)
+            ),
+        )
+
+    log = empty_log(state, segment.batch, metrics, step_fn, segment.capacity)
+    log = log if sums is None else log._replace(sums=sums)
+    return lax.fori_loop(first, stop, step, (state, log))
+
+
+def empty_log(
+    state: Any,
+    batch: Callable[[int], Dataset],
+    metrics: MetricItems,
+    step_fn: StepFn | None,
+    steps: int,
+) -> StepLog:
+    """Returns the log of no steps, with entries for `steps`."""
+
+    def step(state: Any) -> Any:
+        state, loss, sums = take_step(state, batch(0), metrics, step_fn, last=False)
+        return loss, sums, recorded(state)
+
+    def zeros(leaf: Any, length: tuple[int, ...] = ()) -> Array:
+        return jnp.zeros((*length, *leaf.shape), leaf.dtype)
+
+    loss, sums, values = jax.eval_shape(step, state)
+    return StepLog(
+        zeros(loss, (steps,)),
+        jnp.zeros(steps),
+        jax.tree.map(zeros, sums),
+        jax.tree.map(lambda leaf: zeros(leaf, (steps,)), values),
+    )
+
+
+def first_log(state: Any, batch: Dataset, metrics: MetricItems, step_fn: StepFn | None) -> StepLog:
+    """Returns the log of no steps on the host, for batches of the shapes of `batch`."""
+
+    def log(state: Any, batch: Dataset) -> StepLog:
+        return empty_log(state, lambda index: batch, metrics, step_fn, 0)
+
+    with parallel.without_mesh():
+        shapes = jax.eval_shape(log, to_shapes(state), batch)._replace(recorded={})
+    return jax.tree.map(lambda leaf: np.zeros(leaf.shape, leaf.dtype), shapes)
+
+
+@functools.partial(jax.jit, static_argnames=("metrics", "step_fn"), donate_argnames="state")
+def compiled_steps(
+    state: Any,
+    sums: dict[str, Any] | None,
+    segment: Segment,
+    first: int | Array,
+    stop: int | Array,
+    metrics: MetricItems,
+    step_fn: StepFn | None,
+) -> tuple[Any, StepLog]:
+    """Returns the same as `train_steps`, compiled; donates `state`."""
+    steps = functools.partial(train_steps, metrics=metrics, step_fn=step_fn)
+    return parallel.on_auto_axes(steps, state, sums, segment, first, stop, like=(state, None))
+
+
+@jax.jit
+def copied(state: Any) -> Any:
+    """Returns a copy of the state, which `compiled_steps` may donate."""
+    copy = functools.partial(jax.tree.map, jnp.copy)
+    return parallel.on_auto_axes(copy, state, like=state)
+
+
+def train_epoch(
+    state: State,
+    dataset: Dataset | tuple[Any, ...] | Iterable[Any] | Source,
+    loss_fn: Loss | None = None,
+    *,
+    batch_size: int = 64,
+    key: Key[Array, ""] | None = None,
+    step_fn: StepFn | None = None,
+) -> tuple[State, Float[Array, "steps"]]:
+    """Trains on every example once.
+
+    A partial last batch is averaged over its own examples. On a data set in memory the function is
+    one compiled program, which may be called under `jit`, scanned over epochs, and vmapped over
+    states.
+
+    Args:
+      state: where to start; not modified.
+      dataset: inputs and targets with leading axis [examples], a `Dataset` or a tuple; or a stream,
+        as for `fit`.
+      loss_fn: per-example loss; may be left out with `step_fn`.
+      batch_size: examples per step; if larger than the data set, all examples are one batch.
+      key: PRNG key of the shuffle; None keeps the stored order.
+      step_fn: a step of your own, `step_fn(state, batch) -> (state, {"loss": ...})`, as for `fit`.
+
+    Returns:
+      The state after the epoch, and the loss of each step before its update, [steps].
+
+    Raises:
+      InputError: an argument is out of range; targets are not the labels or probabilities that
+        the loss takes.
+      StreamError: a stream raised an error.
+
+    Example:
+      >>> state, losses = jt.train_epoch(state, train, loss_fn, batch_size=16, key=key)
+      >>> losses.shape
+      (4,)
+    """
+    check_integer(batch_size, "batch_size", minimum=1)
+    if key is not None:
+        check_key(key)
+    if step_fn is None:
+        check_loss(loss_fn)
+    check_state_type(state, step_fn)
+    metrics: MetricItems = () if loss_fn is None else (("loss", loss_fn),)
+    in_memory = dataset if isinstance(dataset, Dataset | tuple) else None
+    with parallel.mesh_of(state, in_memory), contextlib.ExitStack() as stack:
+        source = make_source(
+            dataset, "dataset", batch_size, key, next_epoch(state), stack, one_pass=True
+        )
+        check_run(state, {"train": source}, loss_fn, step_fn)
+        if isinstance(source, Streamed):
+            return _train_on_stream(state, source, metrics, step_fn)
+        return _compiled_epoch(state, source.sample, key, metrics, step_fn, source.batch_size)
+
+
+@functools.partial(jax.jit, static_argnames=("metrics", "step_fn", "batch_size"))
+def _compiled_epoch(
+    state: Any,
+    dataset: Dataset,
+    key: Key[Array, ""] | None,
+    metrics: MetricItems,
+    step_fn: StepFn | None,
+    batch_size: int,
+) -> tuple[Any, Array]:
+    def run(state: Any, dataset: Dataset, key: Array | None) -> tuple[Any, Array]:
+        order = epoch_order(len(dataset), key)
+        state, log = train_in_order(state, dataset, order, metrics, step_fn, batch_size)
+        return with_epoch(state, state.epoch + 1), log.loss
+
+    return parallel.on_auto_axes(run, state, dataset, key, like=(state, None))
+
+
+def train_in_order(
+    state: Any,
+    dataset: Dataset,
+    order: Array,
+    metrics: MetricItems,
+    step_fn: StepFn | None,
+    batch_size: int,
+) -> tuple[Any, StepLog]:
+    """Trains on every example of a data set in memory; for use inside a larger program."""
+    logs: list[StepLog] = []
+    for segment in segments_in_order(dataset, order, batch_size):
+        sums = logs[-1].sums if logs else None
+        state, log = train_steps(state, sums, segment, 0, segment.steps, metrics, step_fn)
+        logs.append(log)
+    loss = jnp.concatenate([log.loss for log in logs])
+    weight = jnp.concatenate([log.weight for log in logs])
+    return state, StepLog(loss, weight, logs[-1].sums)
+
+
+def _train_on_stream(
+    state: Any, source: Streamed, metrics: MetricItems, step_fn: StepFn | None
+) -> tuple[Any, Array]:
+    state = copied(state)
+    logs: list[StepLog] = []
+    counts: list[int] = []
+    with contextlib.closing(source.segments(next_epoch(state))) as segments:
+        for segment in segments:
+            # At most two segments are in flight, since they take memory.
+            jax.block_until_ready(logs[-2:-1])
+            state, log = compiled_steps(state, None, segment, 0, segment.steps, metrics, step_fn)
+            logs.append(log)
+            counts.append(segment.steps)
+    losses = [np.asarray(log.loss)[:count] for log, count in zip(logs, counts, strict=True)]
+    return with_epoch(state, state.epoch + 1), jnp.asarray(np.concatenate(losses))
+
+
+def evaluate(
+    state: TrainState,
+    dataset: Dataset | tuple[Any, ...] | Iterable[Any] | Source,
+    loss_fn: Loss,
+    metric_fns: Mapping[str, Metric] | None = None,
+    *,
+    batch_size: int = 1000,
+) -> Metrics:
+    """Returns the mean loss and the metrics of a data set, with the model in evaluation mode.
+
+    Args:
+      state: the parameters to evaluate.
+      dataset: inputs and targets with leading axis [examples], a `Dataset` or a tuple; or a stream,
+        as for `fit`.
+      loss_fn: per-example loss.
+      metric_fns: metrics by name.
+      batch_size: examples at a time; changes memory and speed, not the result.
+
+    Returns:
+      {"loss": (weighted) mean loss over all examples, and each metric by its name}.
+
+    Raises:
+      InputError: an argument is out of range; targets are not the labels or probabilities that
+        the loss takes.
+      StreamError: a stream raised an error.
+
+    Example:
+      >>> metrics = jt.evaluate(state, test, loss_fn, {"accuracy": jt.metrics.accuracy})
+      >>> sorted(metrics)
+      ['accuracy', 'loss']
+    """
+    check_state_type(state)
+    check_integer(batch_size, "batch_size", minimum=1)
+    metrics = metric_items(loss_fn, metric_fns)
+    in_memory = dataset if isinstance(dataset, Dataset | tuple) else None
+    with parallel.mesh_of(state, in_memory), contextlib.ExitStack() as stack:
+        source = make_source(dataset, "dataset", batch_size, None, 1, stack, one_pass=True)
+        source.limits = check_data(state, source.sample, loss_fn, "dataset")
+        return evaluate_source(state, source, metrics)
+
+
+def evaluate_source(
+    state: TrainState, source: InMemory | Streamed, metrics: MetricItems, epoch: int = 1
+) -> Metrics:
+    """Returns the mean loss and the metrics of a source; see `evaluate`."""
+    if isinstance(source, InMemory):
+        return compiled_evaluate(state, source.sample, metrics, batch_size=source.batch_size)
+    of_batch = functools.partial(evaluation_sums, metrics=metrics)
+    with parallel.without_mesh():
+        shapes = jax.eval_shape(of_batch, to_shapes(state), source.batch_shapes())
+    sums: Any = jax.tree.map(lambda leaf: np.zeros(leaf.shape, leaf.dtype), shapes)
+    with contextlib.closing(source.segments(epoch)) as segments:
+        for segment in segments:
+            sums = _compiled_sums(state, sums, segment, segment.steps, metrics)
+    return finish_metrics(sums, metrics)
+
+
+@functools.partial(jax.jit, static_argnames=("metrics", "batch_size"))
+def compiled_evaluate(
+    state: TrainState, dataset: Dataset, metrics: MetricItems, *, batch_size: int
+) -> Metrics:
+    """Returns the same as `evaluate` on data in memory, compiled and without checks."""
+
+    def sums(state: TrainState, dataset: Dataset) -> dict[str, Any]:
+        total = None
+        for segment in _batched(dataset, batch_size):
+            total = eval_steps(state, total, segment, segment.steps, metrics)
+        assert total is not None  # a data set has at least one example
+        return total
+
+    return finish_metrics(parallel.on_auto_axes(sums, state, dataset), metrics)
+
+
+@functools.partial(jax.jit, static_argnames="metrics")
+def _compiled_sums(
+    state: TrainState, sums: dict[str, Any], segment: Segment, stop: Array, metrics: MetricItems
+) -> dict[str, Any]:
+    steps = functools.partial(eval_steps, metrics=metrics)
+    return parallel.on_auto_axes(steps, state, sums, segment, stop)
+
+
+def eval_steps(
+    state: TrainState,
+    sums: dict[str, Any] | None,
+    segment: Segment,
+    stop: int | Array,
+    metrics: MetricItems,
+) -> dict[str, Any]:
+    """Adds the sums of the metrics over the first `stop` batches of a segment to earlier sums."""
+    of_batch = functools.partial(evaluation_sums, state, metrics=metrics)
+    if sums is None:
+        shapes = jax.eval_shape(lambda: of_batch(segment.batch(0)))
+        sums = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), shapes)
+
+    def add(index: Any, total: dict[str, Any]) -> dict[str, Any]:
+        return jax.tree.map(jnp.add, total, of_batch(segment.batch(index)))
+
+    return lax.fori_loop(0, stop, add, sums)
+
+
+def predict(state: TrainState, inputs: PyTree, *, batch_size: int = 1000) -> Any:
+    """Returns the model's outputs for many inputs, in evaluation mode.
+
+    May be called under `jax.jit`, and in `jax.export` with a symbolic number of examples, which
+    are then evaluated in one batch.
+
+    Args:
+      state: the parameters to predict with.
+      inputs: array or pytree of arrays, [examples, ...].
+      batch_size: examples at a time; changes memory and speed, not the result.
+
+    Returns:
+      Predictions [examples, ...].
+
+    Raises:
+      InputError: there are no inputs, or the batch size is below 1.
+
+    Example:
+      >>> logits = jt.predict(state, test.inputs)
+      >>> labels = jnp.argmax(logits, axis=-1)
+      >>> labels.shape
+      (16,)
+    """
+    check_state_type(state)
+    check_inputs(inputs)
+    check_integer(batch_size, "batch_size", minimum=1)
+    with parallel.mesh_of(state, inputs):
+        return _compiled_predict(state, inputs, batch_size=batch_size)
+
+
+@functools.partial(jax.jit, static_argnames="batch_size")
+def _compiled_predict(state: TrainState, inputs: PyTree, *, batch_size: int) -> Any:
+    def run(state: TrainState, inputs: PyTree) -> Any:
+        # In `jax.export`, the number of examples may be symbolic; then they are one batch.
+        if not isinstance(examples, int):
+            return predict_batch(state, inputs)
+        found = [
+            lax.map(
+                lambda index, segment=segment: predict_batch(
+                    state, parallel.divide(segment.batch(index).inputs)
+                ),
+                jnp.arange(segment.steps),
+            )
+            for segment in _batched(Dataset(inputs), batch_size)
+        ]
+        return jax.tree.map(functools.partial(_unbatched, examples), *found)
+
+    examples = jax.tree.leaves(inputs)[0].shape[0]
+    return parallel.on_auto_axes(run, state, inputs)
+
+
+def _batched(dataset: Dataset, batch_size: int) -> list[Segment]:
+    """Returns all examples as batches, for evaluation.
+
+    With n devices the examples form n equal parts, and each batch takes its examples from all of
+    them, so that a sharded data set need not be moved. The last examples of each part, and those
+    that n does not divide, are segments of one batch each.
+    """
+    examples = len(dataset)
+    devices = _parts(examples)
+    part = examples // devices
+    size = max(1, min(-(-batch_size // devices), part))  # of one device
+    steps, rest = divmod(part, size)
+
+    def parts(array: Array) -> Array:
+        return array[: devices * part].reshape(devices, part, *array.shape[1:])
+
+    data = jax.tree.map(parts, dataset)
+    segments = [Segment(data, None, -1, devices * size, steps=steps)]
+    if rest:
+        ends = jax.tree.map(lambda array: array[:, steps * size :], data)
+        segments.append(Segment(ends, None, -1, devices * rest, steps=1))
+    if left := examples % devices:
+        ends = jax.tree.map(lambda array: array[None, devices * part :], dataset)
+        segments.append(Segment(ends, None, -1, left, steps=1))
+    return segments
+
+
+def _parts(examples: int) -> int:
+    """Returns how many parts `_batched` forms: one per device, or one for few examples."""
+    devices = parallel.axis_size()
+    return devices if examples >= devices else 1
+
+
+def _unbatched(examples: int, *arrays: Array) -> Array:
+    """Joins the results for the segments of `_batched`, in the order of the examples."""
+    devices, shape = _parts(examples), arrays[0].shape[2:]
+    arrays, left = (arrays[:-1], arrays[-1:]) if examples % devices else (arrays, ())
+    parts = [
+        array.reshape(len(array), devices, -1, *shape).swapaxes(0, 1).reshape(devices, -1, *shape)
+        for array in arrays
+    ]
+    joined = jnp.concatenate(parts, axis=1).reshape(-1, *shape)
+    return jnp.concatenate([joined, *(array.reshape(-1, *shape) for array in left)])

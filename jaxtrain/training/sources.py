@@ -1,0 +1,357 @@
+"""Sources: data in memory and streams, as segments, which the compiled loops take."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import math
+import time
+from collections.abc import Callable, Generator, Iterator
+from typing import Any, no_type_check
+
+import jax
+import numpy as np
+from jax import lax
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
+from jaxtyping import Array, Int, Key
+
+from jaxtrain import parallel
+from jaxtrain._placement import to_numpy
+from jaxtrain._processes import are_joined
+from jaxtrain.checkpoint import digest
+from jaxtrain.data.batches import Batches, Epoch, is_stream, read_ahead
+from jaxtrain.data.stream import Stream
+from jaxtrain.dataset import Dataset, as_dataset, epoch_order
+from jaxtrain.errors import InputError
+from jaxtrain.training.checks import TargetLimits, check_limits, checked_data
+
+# A segment of a stream has at most this memory in bytes and this many steps. It ends early after
+# this many seconds of reading, so that training does not wait for a slow stream.
+_SEGMENT_BYTES, _SEGMENT_STEPS, _SEGMENT_SECONDS = 2**23, 512, 1.0
+# Bytes at whose multiples an array starts that XLA uses without copying it.
+_ALIGNMENT = 64
+Segments = Generator["Segment", None, None]
+
+
+# Not type-checked at run time: JAX rebuilds pytrees with placeholders for their leaves.
+@no_type_check
+@dataclasses.dataclass(frozen=True, eq=False)
+class Segment:
+    """Consecutive steps of an epoch whose data are on the device; a pytree.
+
+    Attributes:
+      data: all examples of a data set in memory, [examples, ...]; or, without `order`, consecutive
+        batches, [parts, steps · batch / parts, ...], of which there may be more than are used. Each
+        device of a mesh stores one part, with its examples of every batch.
+      order: the examples of the steps, [steps · batch]; None if `data` are batches.
+      last: index in this segment of the epoch's last step; -1 if that is in another segment.
+      batch_size: examples per step (static).
+      start: the epoch's step that is the first of this segment, counted from 0 (host only).
+      steps: number of steps (host only).
+      position: where the stream resumes at or before this segment (host only); see `Streamed`.
+    """
+
+    data: Dataset
+    order: Int[Array, "examples"] | None
+    last: Any
+    batch_size: int
+    start: int = 0
+    steps: int = 0
+    position: Any = None
+
+    def batch(self, index: Any) -> Dataset:
+        """Returns the batch of a step, counted from 0 in the segment."""
+        if self.order is not None:
+            rows = lax.dynamic_slice_in_dim(self.order, index * self.batch_size, self.batch_size)
+            return self.data.take(rows)
+
+        def take(leaf: Array) -> Array:
+            size = self.batch_size // len(leaf)
+            rows = lax.dynamic_slice_in_dim(leaf, index * size, size, axis=1)
+            return rows.reshape(self.batch_size, *leaf.shape[2:])
+
+        return jax.tree.map(take, self.data)
+
+    @property
+    def capacity(self) -> int:
+        """The number of batches in `data`, at least `steps`."""
+        if self.order is not None:
+            return len(self.order) // self.batch_size
+        parts, examples = jax.tree.leaves(self.data)[0].shape[:2]
+        return parts * examples // self.batch_size
+
+
+jax.tree_util.register_dataclass(
+    Segment,
+    data_fields=("data", "order", "last"),
+    meta_fields=("batch_size",),
+    drop_fields=("start", "steps", "position"),
+)
+
+
+def num_steps(examples: int, batch_size: int) -> int:
+    """Returns the number of steps per epoch, a partial last batch included."""
+    return -(-examples // batch_size)
+
+
+def segments_in_order(
+    dataset: Dataset, order: Int[Array, "examples"], batch_size: int
+) -> list[Segment]:
+    """Returns an epoch of a data set in memory: one segment, and one for a partial last batch."""
+    examples = len(dataset)
+    batch_size = min(batch_size, examples)
+    steps, rest = divmod(examples, batch_size)
+    if not rest:
+        return [Segment(dataset, order, steps - 1, batch_size, 0, steps)]
+    return [
+        Segment(dataset, order[:-rest], -1, batch_size, 0, steps),
+        Segment(dataset, order[-rest:], 0, rest, steps, 1),
+    ]
+
+
+class InMemory:
+    """A data set in the memory of the device.
+
+    Attributes:
+      name: name used in error messages.
+      sample: the examples.
+      batch_size: examples per step.
+      steps: steps per epoch.
+      examples: examples per epoch.
+      is_seekable: whether a run can resume within an epoch.
+    """
+
+    is_seekable = True
+    limits: TargetLimits | None = None
+
+    def __init__(self, data: Dataset, name: str, batch_size: int, key: Key[Array, ""] | None):
+        self.name, self.sample, self._key = name, data, key
+        self.batch_size = min(batch_size, len(data))
+        self.examples = len(data)
+        self.steps = num_steps(len(data), self.batch_size)
+
+    def segments(self, epoch: int, skip: int = 0, position: Any = None) -> Segments:
+        """Yields the segments of an epoch that have steps after the first `skip`."""
+        del position
+        order = self._order(epoch)
+        for segment in segments_in_order(self.sample, order, self.batch_size):
+            if segment.start + segment.steps > skip:
+                yield segment
+
+    def _order(self, epoch: int) -> Array:
+        key = None if self._key is None else jax.random.fold_in(self._key, epoch)
+        order = epoch_order(self.examples, key)
+        mesh = parallel.current_mesh()
+        return order if mesh is None else parallel.replicate(order, mesh)
+
+    def check_division(self) -> None:
+        """Raises InputError if the devices of the mesh do not divide the batches."""
+        parallel.check_batch_size(self.batch_size, self.examples)
+
+    def batch_shapes(self) -> Dataset:
+        """Returns the shapes and dtypes of a batch."""
+        return _shapes(self.sample, self.batch_size)
+
+    def describe(self) -> str:
+        """Returns what must be the same for a run to resume: the data and their order."""
+        order = "as stored" if self._key is None else f"shuffled by key {digest(self._key)}"
+        return f"{self.examples} examples with the digest {digest(self.sample)}, {order}"
+
+    def batch_at(self, segment: Segment, step: int) -> tuple[Dataset, Callable[[int], str]]:
+        """Returns a batch on the host, and a function that names its examples."""
+        rows = np.asarray(segment.order)[step * segment.batch_size :][: segment.batch_size]
+        return (
+            jax.tree.map(lambda leaf: to_numpy(leaf)[rows], self.sample),
+            lambda row: f"example {rows[row]}",
+        )
+
+    def close(self) -> None:
+        """Does nothing: no stream is open."""
+
+
+class Streamed:
+    """A stream of batches, which a thread reads and stacks while the device trains.
+
+    Attributes:
+      name: name used in error messages.
+      sample: the first batch, of this process.
+      batch_size: examples per step, of all processes.
+      steps: steps per epoch; 0 if unknown.
+      examples: examples per epoch, of all processes; 0 if unknown.
+      is_seekable: whether a run can resume within an epoch.
+      limits: the values that the loss takes as targets; each batch is checked.
+    """
+
+    limits: TargetLimits | None = None
+
+    def __init__(self, batches: Batches) -> None:
+        self._batches, self.name = batches, batches.name
+        self.sample, self.steps, self.examples = batches.first, batches.steps, batches.examples
+        self.is_seekable = batches.is_seekable
+        self._mesh = parallel.current_mesh()
+        self._processes = jax.process_count() if are_joined() else 1
+        self.batch_size = len(self.sample) * self._processes
+        shape = {} if self._mesh is None else self._mesh.shape
+        self._devices = shape.get(parallel.AXIS, 1) // self._processes  # of this process
+        data, processes = batches.data, self._processes
+        if isinstance(data, Stream) and data.shard[1] != processes:
+            raise InputError(
+                f"{self.name} reads the part of process {data.shard[0]} of {data.shard[1]}, but "
+                f"the training has {processes}, by its mesh; expected as many: a mesh of the "
+                f"devices of all processes, or a stream with shard=(index, {processes})"
+            )
+
+    def check_division(self) -> None:
+        """Raises InputError if the devices of the mesh do not divide the batches."""
+        if self._mesh is None:
+            return
+        parallel.check_batch_size(self.batch_size, self.batch_size)
+        data, processes = self._batches.data, self._processes
+        if isinstance(data, Stream) and processes > 1:
+            rows, devices = data.examples % data.batch_size // processes, self._devices
+            if rows % devices:
+                raise InputError(
+                    f"the last batch of {self.name} has {rows} examples on each process, for its "
+                    f"{devices} devices; expected a multiple of {devices}: pass drop_last=True to "
+                    "jaxtrain.data.stream"
+                )
+
+    def batch_shapes(self) -> Dataset:
+        """Returns the shapes and dtypes of a batch of all processes."""
+        return _shapes(self.sample, self.batch_size)
+
+    def describe(self) -> str:
+        """Returns what must be the same for a run to resume."""
+        return repr(self._batches)
+
+    def batch_at(self, segment: Segment, step: int) -> tuple[Dataset, Callable[[int], str]]:
+        """Returns a batch on the host, and a function that names its examples."""
+        on_host = dataclasses.replace(segment, data=jax.tree.map(to_numpy, segment.data))
+        batch = jax.tree.map(np.asarray, on_host.batch(step))
+        return batch, lambda row: f"row {row} of batch {segment.start + step + 1}"
+
+    def close(self) -> None:
+        """Ends the workers of the stream, unless `segments` reads from it."""
+        self._batches.close()
+
+    def segments(self, epoch: int, skip: int = 0, position: Any = None) -> Segments:
+        """Yields the segments of an epoch after its first `skip` steps.
+
+        Args:
+          epoch: the epoch, counted from 1.
+          skip: steps that an earlier run has taken.
+          position: the position that the earlier run recorded for these, or None.
+
+        Raises:
+          InputError: a batch differs from the first one, or the number of batches from `len`.
+          StreamError: the stream raised an error.
+        """
+        opened = self._batches.open(epoch, skip, position)
+        with read_ahead(self._stacked(opened), opened.close) as segments:
+            yield from segments
+
+    def _stacked(self, epoch: Epoch) -> Iterator[Segment]:
+        """Yields segments of consecutive batches of the same size."""
+        position, batch = epoch.position(), epoch.read()
+        while batch is not None:
+            size, start = len(batch), epoch.count - 1
+            parts = self._devices if size % self._devices == 0 else 1
+            if parts == 1 < self._devices and self._processes > 1:
+                raise InputError(
+                    f"batch {start + 1} of {self.name} has {size} examples on each process, for "
+                    f"its {self._devices} devices; expected a multiple of {self._devices}"
+                )
+            leaves, structure = jax.tree.flatten(batch)
+            # A batch of another size, such as a partial last one, is a segment of its own.
+            capacity = self._capacity(leaves) if size == len(self.sample) else 1
+            shapes = [(parts, capacity, size // parts, *leaf.shape[1:]) for leaf in leaves]
+            buffers = [_aligned(s, leaf.dtype) for s, leaf in zip(shapes, leaves, strict=True)]
+            next_position, count, started = position, 0, time.monotonic()
+            while batch is not None and len(batch) == size and count < capacity:
+                for buffer, leaf in zip(buffers, jax.tree.leaves(batch), strict=True):
+                    buffer[:, count] = leaf.reshape(parts, -1, *leaf.shape[1:])
+                count += 1
+                # Several processes must read the same number of batches, however long it takes.
+                is_late = time.monotonic() - started > _SEGMENT_SECONDS and self._processes == 1
+                if is_late or count == capacity:
+                    next_position = epoch.position()
+                batch = epoch.read()  # one ahead, to know whether the epoch ends here
+                if is_late:
+                    break
+            for buffer in buffers:
+                buffer[:, count:] = 0  # not used; converting arbitrary bytes may warn
+            stacked = jax.tree.unflatten(structure, buffers)
+            check_limits(_joined(stacked, count), self.limits, self.name)
+            last = count - 1 if batch is None else -1
+            placed = jax.tree.map(self._place, stacked)
+            yield Segment(placed, None, last, size * self._processes, start, count, position)
+            position = next_position
+
+    def _capacity(self, leaves: list[np.ndarray]) -> int:
+        size = sum(leaf.nbytes for leaf in leaves)
+        most = min(_SEGMENT_STEPS, _SEGMENT_BYTES // max(1, size))
+        return max(1, min(most, self.steps or most))
+
+    def _place(self, buffer: np.ndarray) -> Array:
+        """Moves batches, [parts, steps, batch / parts, ...], to the devices."""
+        parts, _, _, *shape = buffer.shape
+        flat = buffer.reshape(parts, -1, *shape)
+        if self._mesh is None:
+            return jax.device_put(flat)
+        is_divided = parts == self._devices and parallel.AXIS in self._mesh.axis_names
+        spec = P(parallel.AXIS) if is_divided else P()
+        return jax.make_array_from_process_local_data(NamedSharding(self._mesh, spec), flat)
+
+
+def make_source(
+    data: Any,
+    name: str,
+    batch_size: int,
+    key: Key[Array, ""] | None,
+    epoch: int,
+    stack: contextlib.ExitStack,
+    *,
+    one_pass: bool = False,
+) -> InMemory | Streamed:
+    """Returns data as a source.
+
+    Args:
+      data: a `Dataset`, a tuple (inputs, targets), or a stream.
+      name: name used in error messages.
+      batch_size: examples per step.
+      key: PRNG key of the shuffle; None keeps the stored order.
+      epoch: the first epoch that is read of a stream.
+      stack: closes a stream.
+      one_pass: for `train_epoch` and `evaluate`: data in memory are used where they are, without
+        a check of all values; examples on disk have the order of `train_epoch`, the same in each
+        epoch.
+    """
+    if is_stream(data):
+        batches = Batches(data, name, batch_size, key, epoch, same_each_epoch=one_pass)
+        stack.callback(batches.close)
+        return Streamed(batches)
+    data = as_dataset(data, name) if one_pass else checked_data(data, name)
+    return InMemory(data, name, batch_size, key)
+
+
+def _shapes(examples: Dataset, batch_size: int) -> Dataset:
+    return jax.tree.map(
+        lambda leaf: jax.ShapeDtypeStruct(
+            (batch_size, *leaf.shape[1:]), jax.dtypes.canonicalize_dtype(leaf.dtype)
+        ),
+        examples,
+    )
+
+
+def _joined(stacked: Dataset, count: int) -> Dataset:
+    """Returns the examples of the first batches, in any order."""
+    return jax.tree.map(lambda leaf: leaf[:, :count].reshape(-1, *leaf.shape[3:]), stacked)
+
+
+def _aligned(shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
+    """Returns an uninitialized array that JAX uses on a CPU without copying it."""
+    size = math.prod(shape) * dtype.itemsize
+    content = np.empty(size + _ALIGNMENT, np.uint8)
+    start = -content.ctypes.data % _ALIGNMENT
+    return content[start : start + size].view(dtype).reshape(shape)
