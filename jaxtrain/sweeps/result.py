@@ -337,7 +337,7 @@ class SweepResult:
         """Writes the axes and the histories to one file, for `load_sweep`.
 
         The states are not written. `sweep(..., checkpoint=folder)` keeps them in a folder, and
-        `jt.save_params(path, result.best(...).state)` writes that of one run.
+        `jt.save(path, result.best(...).state)` writes that of one run.
 
         Args:
           path: the file, by convention with the suffix .safetensors; replaced if it exists.

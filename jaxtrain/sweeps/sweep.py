@@ -6,7 +6,7 @@ import contextlib
 import math
 import os
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, Literal
 
 import jax
@@ -16,13 +16,14 @@ from jaxtyping import PyTree
 from jaxtrain import _device_memory
 from jaxtrain._arguments import check_integer
 from jaxtrain._processes import are_joined
+from jaxtrain.callbacks import Callback, SweepProgress
+from jaxtrain.callbacks.progress import default_callbacks
 from jaxtrain.errors import InputError
 from jaxtrain.parallel import axis_size, mesh_of
 from jaxtrain.sweeps._grid import Grid, make_grid
 from jaxtrain.sweeps._program import Program
 from jaxtrain.sweeps._store import Store, open_store
 from jaxtrain.sweeps.result import SweepResult, history_of
-from jaxtrain.training.events import OnEvent, RunsDone, RunsHalved, RunsRestored
 
 # "auto" multiplies the number of runs at once by this, as long as the time per run falls below
 # this part of the time before.
@@ -38,9 +39,9 @@ def sweep(
     *,
     zipped: bool = False,
     static_argnames: Sequence[str] = (),
-    parallel: int | Literal["auto"] = "auto",
+    at_once: int | Literal["auto"] = "auto",
     checkpoint: str | os.PathLike[str] | None = None,
-    on_event: OnEvent | None = None,
+    callbacks: Sequence[Callback | Callable[[SweepProgress], Any]] | None = None,
     mesh: jax.sharding.Mesh | None = None,
 ) -> SweepResult:
     """Calls a run for every configuration of a grid, many at once under `jax.vmap`.
@@ -58,12 +59,14 @@ def sweep(
         configurations are the product of the axes.
       static_argnames: axes of numbers to compile for each value of, since these change shapes:
         batch sizes, widths, depths, epochs. Their values arrive as they are.
-      parallel: how many runs to train at once. "auto" trains one run, then 8, 64, ... at once,
+      at_once: how many runs to train at once. "auto" trains one run, then 8, 64, ... at once,
         as long as this takes at least a quarter less time per run and at most half of the free
         memory. On CPUs, a large network alone may occupy all cores, so that "auto" returns to 1.
       checkpoint: folder that keeps the finished runs. The same call resumes from it.
-      on_event: receives `RunsRestored`, `RunsDone` and `RunsHalved`; what it returns is ignored.
-        `with jt.progress() as on_event` shows a progress bar.
+      callbacks: called with a `SweepProgress` as the sweep starts and after each batch of runs:
+        functions, whose results are ignored, and the `on_runs` of callbacks such as
+        `jt.callbacks.progress()`. None shows progress in a terminal or a notebook, and nothing
+        elsewhere.
       mesh: devices with an axis "data", over which the runs are distributed. None means the mesh
         of `jax.set_mesh`, if there is one.
 
@@ -87,14 +90,9 @@ def sweep(
       >>> table = result.table(over="seed")  # print(table) shows it
     """
     grid = make_grid(run, axes, zipped=zipped, static_argnames=static_argnames)
-    if on_event is not None and (hasattr(on_event, "__enter__") or not callable(on_event)):
-        raise InputError(
-            f"on_event is a {type(on_event).__name__}; expected a function of one event, such as "
-            "what `with jaxtrain.progress() as on_event` yields",
-            argument="on_event",
-        )
-    if parallel != "auto":
-        check_integer(parallel, "parallel", minimum=1)
+    callbacks = _checked_callbacks(callbacks)
+    if at_once != "auto":
+        check_integer(at_once, "at_once", minimum=1)
     with contextlib.ExitStack() as stack:
         stack.enter_context(mesh_of(mesh=mesh))
         if are_joined():
@@ -108,10 +106,11 @@ def sweep(
         store = None
         if checkpoint is not None:
             store = stack.enter_context(open_store(checkpoint, grid, programs))
-        training = _Training(grid, programs, store, on_event or (lambda event: None))
+        report = stack.enter_context(_reporting(callbacks))
+        training = _Training(grid, programs, store, report)
         training.restore()
         for index in range(len(programs)):
-            training.train(index, parallel)
+            training.train(index, at_once)
     return training.result()
 
 
@@ -126,12 +125,12 @@ class _Training:
         grid: Grid,
         programs: list[Program],
         store: Store | None,
-        on_event: OnEvent,
+        report: Callable[[SweepProgress], None],
     ) -> None:
         self._grid = grid
         self._programs = programs
         self._store = store
-        self._on_event = on_event
+        self._report = report
         self._done: list[dict[int, list[np.ndarray]]] = [{} for _ in programs]
 
     def _count(self) -> tuple[int, int]:
@@ -146,8 +145,7 @@ class _Training:
         if self._store is not None:
             for group, positions, leaves in self._store.restore():
                 self._keep(group, positions, leaves)
-            if any(self._done):
-                self._on_event(RunsRestored(*self._count()))
+        self._report(SweepProgress(*self._count(), kind="started"))
 
     def train(self, group: int, at_once: int | Literal["auto"]) -> None:
         """Trains the runs of a group that are not done yet."""
@@ -172,13 +170,13 @@ class _Training:
                         "model, or a device with more memory"
                     ) from error
                 growing, size = False, size // 2
-                self._on_event(RunsHalved(size * devices))
+                self._report(SweepProgress(*self._count(), size * devices, kind="halved"))
                 continue
             seconds = time.perf_counter() - started
             self._keep(group, positions, leaves)
             if self._store is not None:
                 self._store.save(group, positions, leaves)
-            self._on_event(RunsDone(*self._count(), size * devices, compile_seconds, seconds))
+            self._report(SweepProgress(*self._count(), size * devices, compile_seconds, seconds))
             todo = todo[size * devices :]
             if growing:
                 growing, size, fastest = _grow(
@@ -193,6 +191,53 @@ class _Training:
             leaves = [np.stack(leaf) for leaf in zip(*rows, strict=True)]
             outputs.append((program.group.indices, program.assemble(leaves)))
         return SweepResult(self._grid.axes, self._grid.configurations, self._grid.shape, outputs)
+
+
+def _checked_callbacks(
+    callbacks: Sequence[Callback | Callable[[SweepProgress], Any]] | None,
+) -> list[Callback]:
+    """Returns the callbacks, functions as callbacks, or the default ones for None."""
+    if callbacks is None:
+        return default_callbacks()
+    if isinstance(callbacks, Callback) or not isinstance(callbacks, Sequence):
+        raise InputError(
+            f"callbacks is a {type(callbacks).__name__}; expected a list", argument="callbacks"
+        )
+    for each in callbacks:
+        if not isinstance(each, Callback) and not callable(each):
+            raise InputError(
+                f"callbacks has {each!r}; expected callbacks such as "
+                "jaxtrain.callbacks.progress(), or functions of a SweepProgress",
+                argument="callbacks",
+            )
+    return [each if isinstance(each, Callback) else _Function(each) for each in callbacks]
+
+
+class _Function(Callback):
+    def __init__(self, function: Callable[[SweepProgress], Any]) -> None:
+        self._function = function
+
+    def on_runs(self, progress: SweepProgress) -> None:
+        self._function(progress)
+
+
+@contextlib.contextmanager
+def _reporting(callbacks: list[Callback]) -> Iterator[Callable[[SweepProgress], None]]:
+    """Yields the function that reports to all callbacks; tells them of the end."""
+
+    def report(progress: SweepProgress) -> None:
+        for callback in callbacks:
+            callback.on_runs(progress)
+
+    failure: BaseException | None = None
+    try:
+        yield report
+    except BaseException as error:
+        failure = error
+        raise
+    finally:
+        for callback in callbacks:
+            callback.on_runs_end(failure)
 
 
 def _rounds(todo: list[int], devices: int) -> int:

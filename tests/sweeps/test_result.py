@@ -46,14 +46,14 @@ def test_final_is_the_best_epoch_after_early_stopping(small_state, small_classes
         return jt.train(
             state,
             train,
-            validation_data=validation,
+            validation=validation,
             loss_fn=jt.losses.cross_entropy,
             epochs=30,
             batch_size=16,
-            early_stopping=jt.EarlyStopping(2),
+            early_stopping=jt.callbacks.early_stopping(2),
         )
 
-    result = jt.sweep(run, {"learning_rate": [1.0, 3.0]}, parallel=2)
+    result = jt.sweep(run, {"learning_rate": [1.0, 3.0]}, at_once=2)
     losses = result["validation_loss"]
     assert np.isnan(losses).any()
     np.testing.assert_array_equal(result.final("validation_loss"), np.nanmin(losses, axis=1))
@@ -85,26 +85,30 @@ def test_best_needs_a_mode_unless_the_column_is_a_loss(result) -> None:
     assert best.state is None
     assert result.best("test_accuracy", mode="max").configuration == best.configuration
     assert result.best("test_accuracy", mode="min").configuration == {"slope": 8.0, "seed": 2}
-    with pytest.raises(jt.InputError, match="mode is None; expected 'min' or 'max'"):
+    with pytest.raises(jt.errors.InputError, match="mode is None; expected 'min' or 'max'"):
         result.best("test_accuracy")
 
 
 def test_best_skips_diverged_runs_unless_all_have_diverged(diverged) -> None:
     assert diverged.best("test_accuracy", mode="min").configuration == {"slope": 4.0, "seed": 2}
     nan = jt.sweep(run, {"slope": [9.0], "seed": [0, 1]})
-    with pytest.raises(jt.InputError, match="test_loss is NaN in all 2 runs"):
+    with pytest.raises(jt.errors.InputError, match="test_loss is NaN in all 2 runs"):
         nan.best("test_loss")
 
 
 def test_a_missing_column_is_named(result) -> None:
     with pytest.raises(
-        jt.InputError,
+        jt.errors.InputError,
         match="no column 'loss'; expected one of epoch, test_loss, test_accuracy, step_losses",
     ):
         result["loss"]
-    with pytest.raises(jt.InputError, match=r"'step_losses' has the shape \[4, 2\] in each run"):
+    with pytest.raises(
+        jt.errors.InputError, match=r"'step_losses' has the shape \[4, 2\] in each run"
+    ):
         result.final("step_losses")
-    with pytest.raises(jt.InputError, match="no column 'x', since its runs return no history"):
+    with pytest.raises(
+        jt.errors.InputError, match="no column 'x', since its runs return no history"
+    ):
         jt.sweep(lambda seed: seed, {"seed": [1]})["x"]
 
 
@@ -116,7 +120,7 @@ def test_the_table_shows_mean_and_sample_standard_deviation(result) -> None:
     assert len(result.table().rows) == 6
     assert result.table(["test_loss"], over=["slope", "seed"]).rows == [["2.5 ± 1"]]
     with pytest.raises(
-        jt.InputError, match="over has 'x'; expected axes of the sweep: slope, seed"
+        jt.errors.InputError, match="over has 'x'; expected axes of the sweep: slope, seed"
     ):
         result.table(over="x")
 
@@ -166,10 +170,10 @@ def test_a_saved_sweep_is_read_back(tmp_path) -> None:
 
 
 def test_another_file_is_no_sweep(small_state, tmp_path) -> None:
-    jt.save_params(tmp_path / "params.safetensors", small_state)
-    with pytest.raises(jt.InputError, match=r"params\.safetensors"):
+    jt.save(tmp_path / "params.safetensors", small_state)
+    with pytest.raises(jt.errors.InputError, match=r"params\.safetensors"):
         jt.load_sweep(tmp_path / "params.safetensors")
-    with pytest.raises(jt.InputError, match="cannot be read"):
+    with pytest.raises(jt.errors.InputError, match="cannot be read"):
         jt.load_sweep(tmp_path / "missing")
 
 
@@ -181,7 +185,7 @@ def test_a_heat_map_shows_the_mean_over_the_other_axes() -> None:
     figure = result.heat_map("loss", x="b", y="a")
     image = figure.axes[0].images[0].get_array()
     assert np.asarray(image).tolist() == [[102, 112, 122], [202, 212, 222]]
-    with pytest.raises(jt.InputError, match="expected two axes for a heat map"):
+    with pytest.raises(jt.errors.InputError, match="expected two axes for a heat map"):
         jt.sweep(lambda a: {"loss": a}, {"a": [1, 2]}).heat_map("loss")
 
 
@@ -194,7 +198,7 @@ def test_a_line_plot_has_a_band_of_one_standard_deviation(result) -> None:
     assert {tuple(each) for each in vertices.tolist()} == {(4, 1), (4, 3), (8, 2), (8, 4)}
     lines = result.line_plot("test_loss", x="seed").axes[0].lines
     assert [each.get_label() for each in lines] == ["slope 4", "slope 8"]
-    with pytest.raises(jt.InputError, match="the sweep has no axis 'x'"):
+    with pytest.raises(jt.errors.InputError, match="the sweep has no axis 'x'"):
         result.line_plot("test_loss", x="x")
 
 
@@ -219,11 +223,15 @@ def test_a_heat_map_of_diverged_runs_is_drawn() -> None:
 
 
 def test_a_picture_says_which_axes_it_lacks(result) -> None:
-    with pytest.raises(jt.InputError, match=r"all axes of the sweep \(slope, seed\); expected one"):
+    with pytest.raises(
+        jt.errors.InputError, match=r"all axes of the sweep \(slope, seed\); expected one"
+    ):
         result.line_plot("test_loss", over=["slope", "seed"])
     axes = {"a": [1, 2], "b": [1, 2]}
     zipped = jt.sweep(lambda a, b: {"loss": a + b}, axes, zipped=True)
-    with pytest.raises(jt.InputError, match="axes a, b are zipped; expected a product of two"):
+    with pytest.raises(
+        jt.errors.InputError, match="axes a, b are zipped; expected a product of two"
+    ):
         zipped.heat_map("loss")
 
 

@@ -11,7 +11,6 @@ import pytest
 
 import jaxtrain as jt
 from jaxtrain.sweeps import _program
-from jaxtrain.training.events import RunsDone, RunsHalved
 
 LOSS = jt.losses.cross_entropy
 # The type checker of `make test TYPES=1` raises before these checks do.
@@ -43,9 +42,9 @@ def line(slope, offset=0.0):
 AXES = {"learning_rate": [0.01, 0.1, 0.3], "seed": range(4)}
 
 
-@pytest.mark.parametrize("parallel", ["auto", 1, 5, 100])
-def test_every_run_equals_the_run_alone(run, parallel) -> None:
-    result = jt.sweep(run, AXES, parallel=parallel)
+@pytest.mark.parametrize("at_once", ["auto", 1, 5, 100])
+def test_every_run_equals_the_run_alone(run, at_once) -> None:
+    result = jt.sweep(run, AXES, at_once=at_once)
     assert result["test_loss"].shape == (3, 4, 3)
     assert result["step_losses"].shape == (3, 4, 3, 3)
     for i, rate in enumerate(AXES["learning_rate"]):
@@ -79,7 +78,7 @@ def test_the_state_of_a_run_trains_on(run, small_classes) -> None:
 
 def test_a_diverged_run_is_nan_in_its_own_row(run) -> None:
     axes = {"learning_rate": [0.1, float("inf"), 0.2], "seed": [0]}
-    result = jt.sweep(run, axes, parallel=3)
+    result = jt.sweep(run, axes, at_once=3)
     finite = np.isfinite(result["test_loss"]).all(axis=(1, 2))
     assert finite.tolist() == [True, False, True]
     alone = jt.sweep(run, {"learning_rate": [0.2], "seed": [0]})
@@ -95,7 +94,7 @@ def test_axes_that_are_no_numbers_compile_once_for_each_value() -> None:
         return {"total": ones.sum() * scale}
 
     axes = {"width": [2, 3], "kind": ["ones", "range"], "scale": [1.0, 10.0]}
-    result = jt.sweep(run, axes, static_argnames=["width"], parallel=2)
+    result = jt.sweep(run, axes, static_argnames=["width"], at_once=2)
     assert set(traced) == {(2, "ones"), (2, "range"), (3, "ones"), (3, "range")}
     assert result["total"].tolist() == [[[2, 20], [1, 10]], [[3, 30], [3, 30]]]
 
@@ -130,15 +129,15 @@ def test_numbers_beyond_the_axes_keep_their_types() -> None:
 
 
 def sizes(events: list) -> list[int]:
-    return [event.parallel for event in events if isinstance(event, RunsDone)]
+    return [event.at_once for event in events if event.kind == "trained"]
 
 
 @pytest.mark.parametrize(
-    ("parallel", "expected"), [(1, [1] * 10), (4, [4, 4, 4]), (5, [5, 5]), (100, [10])]
+    ("at_once", "expected"), [(1, [1] * 10), (4, [4, 4, 4]), (5, [5, 5]), (100, [10])]
 )
-def test_runs_are_trained_in_batches_of_equal_size(parallel, expected) -> None:
+def test_runs_are_trained_in_batches_of_equal_size(at_once, expected) -> None:
     events = []
-    jt.sweep(line, {"slope": range(10)}, parallel=parallel, on_event=events.append)
+    jt.sweep(line, {"slope": range(10)}, at_once=at_once, callbacks=[events.append])
     assert sizes(events) == expected
     assert (events[-1].done, events[-1].total) == (10, 10)
 
@@ -155,7 +154,7 @@ def test_auto_stops_growing_when_a_larger_batch_saves_no_time(monkeypatch) -> No
     monkeypatch.setattr(_program.Program, "train", slow)
     monkeypatch.setattr("time.perf_counter", lambda: clock[0])
     events = []
-    jt.sweep(line, {"slope": range(97)}, on_event=events.append)
+    jt.sweep(line, {"slope": range(97)}, callbacks=[events.append])
     assert sizes(events) == [1, 8, 64, 8, 8, 8]
 
 
@@ -180,14 +179,14 @@ def test_auto_compiles_for_the_rest_only_where_that_pays(monkeypatch) -> None:
     for compile_seconds, expected in ((6.0, [1, 8, 5, 5]), (24.0, [1, 8, 8, 8])):
         monkeypatch.setattr(_program.Program, "compile", compile_in(compile_seconds))
         events = []
-        jt.sweep(line, {"slope": range(18)}, on_event=events.append)
+        jt.sweep(line, {"slope": range(18)}, callbacks=[events.append])
         assert sizes(events) == expected
 
 
 def test_auto_does_not_try_more_where_little_work_is_left(monkeypatch) -> None:
     monkeypatch.setattr(_program.Program, "compile", lambda self, size: self._compile(size) or 99.0)
     events = []
-    jt.sweep(line, {"slope": range(4)}, on_event=events.append)
+    jt.sweep(line, {"slope": range(4)}, callbacks=[events.append])
     assert sizes(events) == [1, 1, 1, 1]
 
 
@@ -201,7 +200,7 @@ def test_auto_takes_only_what_fits_in_memory(monkeypatch) -> None:
     monkeypatch.setattr(_program.Program, "fits", fits_8)
     monkeypatch.setattr("time.perf_counter", itertools.count().__next__)  # a second per call
     events = []
-    jt.sweep(line, {"slope": range(73)}, on_event=events.append)
+    jt.sweep(line, {"slope": range(73)}, callbacks=[events.append])
     assert fits == [8, 64]
     assert sizes(events) == [1] + 9 * [8]
 
@@ -217,8 +216,31 @@ def test_auto_keeps_its_size_where_a_larger_one_does_not_compile(monkeypatch) ->
     monkeypatch.setattr(_program.Program, "_compile", limited)
     monkeypatch.setattr("time.perf_counter", itertools.count().__next__)  # a second per call
     events = []
-    jt.sweep(line, {"slope": range(73)}, on_event=events.append)
+    jt.sweep(line, {"slope": range(73)}, callbacks=[events.append])
     assert sizes(events) == [1] + 9 * [8]
+
+
+def test_callbacks_are_told_of_the_start_and_of_the_end() -> None:
+    calls = []
+
+    class Recorder(jt.callbacks.Callback):
+        def on_runs(self, progress):
+            calls.append(progress)
+
+        def on_runs_end(self, error):
+            calls.append(error)
+
+    jt.sweep(line, {"slope": range(3)}, at_once=2, callbacks=[Recorder()])
+    assert calls[0] == jt.callbacks.SweepProgress(0, 3, kind="started")
+    assert [(each.done, each.at_once) for each in calls[1:-1]] == [(2, 2), (3, 2)]
+    assert calls[-1] is None
+
+    def stop(progress):
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        jt.sweep(line, {"slope": range(3)}, callbacks=[Recorder(), stop])
+    assert isinstance(calls[-1], KeyboardInterrupt)
 
 
 def test_a_batch_that_does_not_fit_is_halved(monkeypatch) -> None:
@@ -231,8 +253,8 @@ def test_a_batch_that_does_not_fit_is_halved(monkeypatch) -> None:
 
     monkeypatch.setattr(_program.Program, "train", limited)
     events = []
-    result = jt.sweep(line, {"slope": range(9)}, parallel=9, on_event=events.append)
-    assert [e.parallel for e in events if isinstance(e, RunsHalved)] == [4, 2]
+    result = jt.sweep(line, {"slope": range(9)}, at_once=9, callbacks=[events.append])
+    assert [event.at_once for event in events if event.kind == "halved"] == [4, 2]
     assert result["loss"][:, 0].tolist() == list(range(9))
 
 
@@ -243,7 +265,7 @@ def test_a_run_that_alone_does_not_fit_is_an_error(monkeypatch, kind) -> None:
 
     monkeypatch.setattr(_program.Program, "train", full)
     with pytest.raises(MemoryError, match="a single run does not fit in memory; use a smaller"):
-        jt.sweep(line, {"slope": range(4)}, parallel=2)
+        jt.sweep(line, {"slope": range(4)}, at_once=2)
 
 
 @wrong_types
@@ -271,8 +293,9 @@ def test_a_run_that_alone_does_not_fit_is_an_error(monkeypatch, kind) -> None:
         ({"offset": [1]}, {}, "missing a required argument: 'slope'"),
         ({"slope": [1]}, {"static_argnames": ["width"]}, "static_argnames has 'width'; expected"),
         ({"slope": [np.ones(2)]}, {}, "the axis slope has arrays; expected numbers"),
-        ({"slope": [1]}, {"on_event": jt.progress()}, "on_event is a _Gener.*with jaxtrain.prog"),
-        ({"slope": [1]}, {"parallel": 0}, "parallel is 0; expected an integer of at least 1"),
+        ({"slope": [1]}, {"callbacks": [3]}, r"callbacks has 3; expected callbacks such as"),
+        ({"slope": [1]}, {"callbacks": print}, "callbacks is a builtin_.*; expected a list"),
+        ({"slope": [1]}, {"at_once": 0}, "at_once is 0; expected an integer of at least 1"),
         (
             {"slope": [1], "offset": [1, 2]},
             {"zipped": True},
@@ -281,22 +304,24 @@ def test_a_run_that_alone_does_not_fit_is_an_error(monkeypatch, kind) -> None:
     ],
 )
 def test_bad_grids_are_named(axes, options, message) -> None:
-    with pytest.raises(jt.InputError, match=message):
+    with pytest.raises(jt.errors.InputError, match=message):
         jt.sweep(line, axes, **options)
 
 
 @wrong_types
 def test_a_run_must_be_a_function() -> None:
-    with pytest.raises(jt.InputError, match=r"run is 3; expected a function, run\(slope\)"):
+    with pytest.raises(jt.errors.InputError, match=r"run is 3; expected a function, run\(slope\)"):
         jt.sweep(3, {"slope": [1]})
 
 
 def test_a_number_used_as_a_shape_must_be_static() -> None:
-    with pytest.raises(jt.InputError, match=r"width.*static_argnames"):
+    with pytest.raises(jt.errors.InputError, match=r"width.*static_argnames"):
         jt.sweep(lambda width: {"sum": jnp.ones(width).sum()}, {"width": [1, 2]})
-    with pytest.raises(jt.InputError, match=r"slope.*static_argnames"):
+    with pytest.raises(jt.errors.InputError, match=r"slope.*static_argnames"):
         jt.sweep(lambda slope: {"x": slope if slope > 1 else 1}, {"slope": [1, 2]})
-    with pytest.raises(jt.InputError, match=r"traced \(.+\); .*jt\.train .* without float\(\)"):
+    with pytest.raises(
+        jt.errors.InputError, match=r"traced \(.+\); .*jt\.train .* without float\(\)"
+    ):
         jt.sweep(lambda slope: {"x": float(slope)}, {"slope": [1, 2]})
 
 
@@ -304,12 +329,12 @@ def test_a_run_that_calls_fit_is_pointed_to_train(small_state, small_classes) ->
     def run(seed):
         return jt.fit(small_state, small_classes, loss_fn=LOSS, key=jax.random.key(seed))
 
-    with pytest.raises(jt.InputError, match=r"call jaxtrain\.train"):
+    with pytest.raises(jt.errors.InputError, match=r"call jaxtrain\.train"):
         jt.sweep(run, {"seed": range(2)})
 
 
 def test_a_run_that_returns_text_is_an_error() -> None:
-    with pytest.raises(jt.InputError, match="run returns 'a'; expected arrays or numbers"):
+    with pytest.raises(jt.errors.InputError, match="run returns 'a'; expected arrays or numbers"):
         jt.sweep(lambda slope: {"x": slope, "name": "a"}, {"slope": [1, 2]})
 
 
@@ -320,7 +345,9 @@ def test_a_column_may_be_a_python_number() -> None:
 
 
 def test_columns_must_not_depend_on_the_values() -> None:
-    with pytest.raises(jt.InputError, match=r"run returns the columns b with .*'b'.*, but .* a"):
+    with pytest.raises(
+        jt.errors.InputError, match=r"run returns the columns b with .*'b'.*, but .* a"
+    ):
         jt.sweep(lambda name: {name: 1.0}, {"name": ["a", "b"]})
 
 
@@ -331,5 +358,7 @@ def test_a_column_of_different_shapes_is_refused_when_it_is_read() -> None:
         static_argnames="width",
     )
     assert result["sum"].tolist() == [1, 2]
-    with pytest.raises(jt.InputError, match=r"'all' has the shapes \(1,\), \(2,\) in different"):
+    with pytest.raises(
+        jt.errors.InputError, match=r"'all' has the shapes \(1,\), \(2,\) in different"
+    ):
         result["all"]

@@ -1,0 +1,126 @@
+"""Counts the floating-point operations of a program that JAX has traced.
+
+XLA's own count takes the body of a loop once, so that an LSTM over 28 steps would count as one
+step, and depends on the backend. Here a loop of known length counts all its steps.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import defaultdict
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import jax.numpy as jnp
+from jax.extend import core as jex
+
+# One operation per element of the result.
+_ELEMENTWISE = frozenset(
+    [
+        *("abs", "acos", "acosh", "add", "add_any", "asin", "asinh", "atan", "atan2", "atanh"),
+        *("cbrt", "ceil", "clamp", "cos", "cosh", "cumlogsumexp", "cummax", "cummin", "cumprod"),
+        *("cumsum", "digamma", "div", "erf", "erf_inv", "erfc", "exp", "exp2", "expm1", "floor"),
+        *("integer_pow", "lgamma", "log", "log1p", "logistic", "max", "min", "mul", "neg", "pow"),
+        *("rem", "round", "rsqrt", "sign", "sin", "sinh", "sqrt", "square", "sub", "tan", "tanh"),
+    ]
+)
+_REDUCTIONS = frozenset(("reduce", "reduce_max", "reduce_min", "reduce_prod", "reduce_sum"))
+# Their operations depend on the implementation.
+_UNKNOWN = frozenset(
+    [
+        *("cholesky", "custom_call", "eig", "eigh", "fft", "ffi_call", "householder_product"),
+        *("lu", "pallas_call", "qr", "ragged_dot_general", "schur", "svd", "triangular_solve"),
+        "tridiagonal_solve",
+    ]
+)
+
+Flops = dict[Any, float]
+
+
+def count_flops(
+    program: jex.ClosedJaxpr, layer_of: Callable[[str], Any] = lambda stack: None
+) -> dict[Any, float]:
+    """Returns the floating-point operations of a program, by layer.
+
+    A multiplication and an addition count as two; the padding of a convolution counts, the zeros
+    between dilated elements do not. Integer operations and copies do not count. A loop counts as
+    often as it runs, and of the branches of a condition, the largest counts.
+
+    Args:
+      program: the program.
+      layer_of: returns the layer of an operation from its name stack.
+
+    Returns:
+      The operations; NaN where they are not known, as in a loop whose length depends on data.
+    """
+    return _count(program.jaxpr, "", layer_of)
+
+
+def _count(jaxpr: Any, outer: str, layer_of: Callable[[str], Any]) -> Flops:
+    total: Flops = defaultdict(float)
+    for equation in jaxpr.eqns:
+        stack = f"{outer}/{equation.source_info.name_stack}"
+        name, params = str(equation.primitive), equation.params
+        if _is_counted(name):
+            total[layer_of(stack)] += _own_flops(equation)
+            continue
+        parts = [_count(inner, stack, layer_of) for inner in _inner_jaxprs(params)]
+        if name == "cond":
+            parts = [max(parts, key=_total)]
+        factor = params["length"] if name == "scan" else math.nan if name == "while" else 1
+        for part in parts:
+            for layer, flops in part.items():
+                if flops:  # a loop of unknown length over integers has none
+                    total[layer] += flops * factor
+    return total
+
+
+def _total(flops: Flops) -> float:
+    found = sum(flops.values())
+    return math.inf if math.isnan(found) else found
+
+
+def _inner_jaxprs(params: dict[str, Any]) -> Iterator[Any]:
+    for value in params.values():
+        for each in value if isinstance(value, tuple | list) else (value,):
+            if isinstance(each, jex.ClosedJaxpr):
+                yield each.jaxpr
+            elif isinstance(each, jex.Jaxpr):
+                yield each
+
+
+def _is_counted(name: str) -> bool:
+    return (
+        name in _ELEMENTWISE
+        or name in _REDUCTIONS
+        or name in _UNKNOWN
+        or name in ("dot_general", "conv_general_dilated")
+        or name.startswith(("reduce_window", "select_and_scatter_add", "scatter"))
+    )
+
+
+def _own_flops(equation: Any) -> float:
+    name, params = str(equation.primitive), equation.params
+    operands = [each.aval for each in equation.invars]
+    result = equation.outvars[0].aval
+    if not jnp.issubdtype(result.dtype, jnp.inexact):
+        return 0
+    if name in _UNKNOWN:
+        return math.nan
+    if name == "dot_general":
+        (contracted, _), _ = params["dimension_numbers"]
+        return 2 * result.size * math.prod(operands[0].shape[axis] for axis in contracted)
+    if name == "conv_general_dilated":
+        # The kernel has the input channels of one group.
+        features = operands[1].shape[params["dimension_numbers"].rhs_spec[0]]
+        taps = operands[1].size / features / math.prod(params["lhs_dilation"])
+        return 2 * result.size * taps
+    if name in _REDUCTIONS:
+        return operands[0].size - result.size
+    if name.startswith("reduce_window"):
+        return result.size * (math.prod(params["window_dimensions"]) - 1)
+    if name.startswith("select_and_scatter_add"):
+        return operands[0].size * math.prod(params["window_dimensions"])
+    if name.startswith("scatter"):
+        return operands[2].size if name != "scatter" else 0
+    return result.size
