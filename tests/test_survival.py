@@ -22,11 +22,11 @@ import pytest
 import jaxtrain as jt
 from experiments import gradient_descent, linear_regression, optimizers
 from jaxtrain._files import PART, lock_folder
-from jaxtrain.checkpoint import checkpoint_path, list_epochs, verify
+from jaxtrain.checkpoint import checkpoint_path, list_checkpoints, list_epochs, verify
 from jaxtrain.cli.flags import Safety
-from jaxtrain.cli.resuming import fit_options, resumes
+from jaxtrain.cli.resuming import checkpoint_callbacks, resumes
 from jaxtrain.cli.runs import RunFolder
-from jaxtrain.errors import recovery_notes
+from jaxtrain.errors import InputError, NonFiniteError, recovery_notes
 
 ROOT = Path(__file__).parents[1]
 DIGITS = ("--dataset", "digits")
@@ -50,7 +50,14 @@ def start(environment, *command: object) -> subprocess.Popen[str]:
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
+        start_new_session=True,
     )
+
+
+def kill_with_workers(process: subprocess.Popen[str]) -> None:
+    """Kills a process and those that it has started, which would keep its pipes open."""
+    os.killpg(process.pid, signal.SIGKILL)
+    process.communicate()
 
 
 def run(environment, *command: object, expect: int = 0) -> tuple[str, str]:
@@ -84,33 +91,43 @@ def unfinished(folder: Path) -> list[Path]:
     return list(folder.glob(f".epoch-*{PART}"))
 
 
-def test_a_run_killed_20_times_ends_in_the_same_bits(environment, tmp_path: Path) -> None:
-    """SIGKILL at random moments, every second time while a checkpoint is being written."""
+@pytest.mark.parametrize(
+    ("flags", "more"),
+    [
+        pytest.param((), 20, id="in memory, with averaged parameters"),
+        pytest.param(("--streamed",), 1, id="stream with workers, accumulated gradients"),
+    ],
+)
+def test_a_run_killed_20_times_ends_in_the_same_bits(environment, tmp_path, flags, more) -> None:
+    """SIGKILL at random moments, every second time while a checkpoint is being written.
+
+    The stream is read by another process every second time.
+    """
     moments = random.Random(0)
     folder = tmp_path / "checkpoints"
     while_writing = 0
     for kill in range(20):
-        before = list_epochs(folder)
+        before = list_checkpoints(folder)
         for leftover in unfinished(folder):  # the run removes it too, but later
             leftover.unlink()
-        process = start(environment, "-m", "tests.survivor", folder, 1_000_000)
+        worker = ["--worker"] * (bool(flags) and kill % 4 > 1)
+        process = start(environment, "-m", "tests.survivor", folder, 1_000_000, *flags, *worker)
         if kill % 2:
             wait_for(lambda: unfinished(folder), process, interval=0)
             time.sleep(moments.uniform(0, 0.002))
         else:
-            wait_for(lambda before=before: list_epochs(folder) != before, process)
+            wait_for(lambda before=before: list_checkpoints(folder) != before, process)
             time.sleep(moments.uniform(0, 0.3))
-        process.kill()
-        process.communicate()
+        kill_with_workers(process)
         assert process.returncode == -signal.SIGKILL
         while_writing += bool(unfinished(folder))
-        for epoch in list_epochs(folder):
-            verify(checkpoint_path(folder, epoch))
+        for found in list_checkpoints(folder):
+            verify(checkpoint_path(folder, *found))
     assert while_writing >= 5
-    epochs = list_epochs(folder)[-1] + 20
-    resumed, _ = run(environment, "-m", "tests.survivor", folder, epochs)
+    epochs = list_checkpoints(folder)[-1][0] + more
+    resumed, _ = run(environment, "-m", "tests.survivor", folder, epochs, *flags)
     assert not unfinished(folder)
-    straight, _ = run(environment, "-m", "tests.survivor", "nowhere", epochs, "--plain")
+    straight, _ = run(environment, "-m", "tests.survivor", "nowhere", epochs, "--plain", *flags)
     assert resumed == straight
 
 
@@ -134,7 +151,7 @@ def test_an_interrupted_run_says_how_to_resume(environment, tmp_path: Path, numb
     assert finished >= epoch
     word = {signal.SIGTERM: "terminated", signal.SIGINT: "interrupted"}[number]
     assert last_line(err) == (
-        f"{word}; run the same again to resume after epoch {epoch}; its checkpoint is "
+        f"{word}; rerun the same command to resume after epoch {epoch}; its checkpoint is "
         f"{folder}/epoch-{epoch}.safetensors; the completed epochs ({finished}) are in "
         f"{out}/history.csv"
     )
@@ -272,7 +289,7 @@ def test_checkpoints_that_another_run_is_using_are_not_removed(tmp_path: Path) -
     linear_regression.run(config(0.01))
     lock = lock_folder(tmp_path / "c", "checkpoint folder")
     try:
-        with pytest.raises(jt.InputError, match="in use by another run"):
+        with pytest.raises(InputError, match="in use by another run"):
             linear_regression.run(config(0.1))
     finally:
         lock.release()
@@ -292,7 +309,7 @@ def test_results_of_another_run_are_recognized(tmp_path: Path) -> None:
     linear_regression.run(config(tmp_path / "checkpoints", learning_rate=0.1))
     assert resumes(config(tmp_path / "checkpoints", learning_rate=0.1))
     assert resumes(config(tmp_path / "out" / ".." / "checkpoints", learning_rate=0.1))
-    with pytest.raises(jt.InputError, match=r"another run: learning_rate was 0\.1 and is now 0\.2"):
+    with pytest.raises(InputError, match=r"another run: learning_rate was 0\.1 and is now 0\.2"):
         resumes(config(tmp_path / "checkpoints", learning_rate=0.2))
 
 
@@ -300,10 +317,10 @@ def test_required_applies_to_all_parts_together(tmp_path: Path) -> None:
     """Interrupted in the first of two descents, a run has no checkpoint of the second yet."""
     safety = Safety(checkpoint_dir=tmp_path / "c", resume="required")
     config = gradient_descent.Config(epochs=2, log_interval=0, output_dir=tmp_path, safety=safety)
-    assert fit_options(config, part="batch")["checkpoint"].resume == "required"
+    assert checkpoint_callbacks(config, part="batch")[0].resume == "required"
     (tmp_path / "c" / "batch").mkdir(parents=True)
     checkpoint_path(tmp_path / "c" / "batch", 1).touch()
-    assert fit_options(config, part="stochastic")["checkpoint"].resume == "auto"
+    assert checkpoint_callbacks(config, part="stochastic")[0].resume == "auto"
 
 
 def test_a_second_process_is_refused(environment, tmp_path: Path) -> None:
@@ -386,8 +403,8 @@ def test_a_full_disk_leaves_the_earlier_checkpoints_intact(environment, tmp_path
     lost = max(kept) + 1
     assert line.startswith(
         f"error: {disk}/checkpoints/epoch-{lost}.safetensors could not be written (no space left "
-        "on the disk); free some space and start the run again; run the same again to resume after "
-        f"epoch {lost - 1}"
+        "on the disk); free some space and start the run again; rerun the same command to resume "
+        f"after epoch {lost - 1}"
     )
     assert len(read_history(out)) >= lost
 
@@ -416,15 +433,14 @@ from pathlib import Path
 data, folder = jt.Dataset(jnp.ones((2, 1)), jnp.ones((2, 1))), Path(sys.argv[1])
 model = jt.models.LinearRegression()
 state = jt.init_state(model, jt.optimizers.sgd(0.01), data.inputs[:1], key=jax.random.key(0))
-with (
-    jt.loggers.csv(folder / "log.csv", steps=folder / "steps.csv") as a,
-    jt.loggers.json_lines(folder / "log.jsonl") as b,
-    jt.loggers.tensorboard(folder / "tensorboard") as c,
-):
-    log = jt.loggers.combine(a, b, c)
-    _, history = jt.fit(
-        state, data, loss_fn=jt.losses.mean_squared_error, epochs=1000, on_event=log
-    )
+logs = [
+    jt.callbacks.csv(folder / "log.csv", steps=folder / "steps.csv"),
+    jt.callbacks.json_lines(folder / "log.jsonl"),
+    jt.callbacks.tensorboard(folder / "tensorboard"),
+]
+_, history = jt.fit(
+    state, data, loss_fn=jt.losses.mean_squared_error, epochs=1000, callbacks=logs
+)
 print(len(history["epoch"]))
 """
     (tmp_path / "program.py").write_text(program)
@@ -458,7 +474,7 @@ try:
     jt.fit(state, data.take(jnp.arange(batch_size)), data.take(jnp.arange(test_batch_size)),
            loss_fn=jt.losses.cross_entropy, epochs=1, batch_size=batch_size,
            test_batch_size=test_batch_size)
-except jt.OutOfMemoryError as error:
+except jt.errors.OutOfMemoryError as error:
     print(error)
     print(error.fitting)
 else:
@@ -491,7 +507,7 @@ now = int(open("/proc/self/statm").read().split()[0]) * resource.getpagesize()
 resource.setrlimit(resource.RLIMIT_AS, (now + 100 * 2**20,) * 2)
 try:
     jt.fit(state, data, loss_fn=jt.losses.cross_entropy, epochs=1)
-except jt.OutOfMemoryError as error:
+except jt.errors.OutOfMemoryError as error:
     print(error)
 """
     out, _ = run(environment, "-c", program)
@@ -502,7 +518,7 @@ except jt.OutOfMemoryError as error:
 
 def test_a_thousand_epochs_leak_no_memory_threads_or_files(environment, tmp_path: Path) -> None:
     """With a checkpoint after every fifth."""
-    out, _ = run(environment, "-m", "tests.survivor", tmp_path, 1000, "--watch")
+    out, _ = run(environment, "-m", "tests.survivor", tmp_path, 1000, "--watched")
     readings = np.array([line.split() for line in out.strip().splitlines()[:-1]], int)
     epochs, kib, threads, files = readings.T
     assert list(epochs) == list(range(50, 1001, 50))
@@ -544,7 +560,7 @@ def test_solvers_with_another_budget_are_other_runs(
             optimizers.train("sgd", 0.1, config, digits, digits.test, folder)
 
     train(1)
-    with pytest.raises(jt.InputError, match="epochs was 1 and is now 2"):
+    with pytest.raises(InputError, match="epochs was 1 and is now 2"):
         train(2)
 
 
@@ -565,13 +581,13 @@ def test_a_run_that_diverges_keeps_its_checkpoints(tmp_path: Path) -> None:
         data.inputs[:1],
         key=jax.random.key(0),
     )
-    with pytest.raises(jt.NonFiniteError) as raised:
+    with pytest.raises(NonFiniteError) as raised:
         jt.fit(
             state,
             data,
             loss_fn=jt.losses.mean_squared_error,
             epochs=99,
-            checkpoint=jt.CheckpointOptions(tmp_path, keep=2),
+            callbacks=[jt.callbacks.checkpoint(tmp_path, keep=2)],
         )
     assert list_epochs(tmp_path) == [raised.value.epoch - 2, raised.value.epoch - 1]
     for epoch in list_epochs(tmp_path):

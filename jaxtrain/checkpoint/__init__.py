@@ -1,26 +1,38 @@
-"""Checkpoints: a run saved to disk, from which the same call of `fit` resumes."""
+"""Checkpoints on disk: the file format, the folder, and what identifies a run (private)."""
 
-from jaxtrain.checkpoint._digests import digest, digest_program, digest_text, without_addresses
+from jaxtrain.checkpoint._digests import (
+    digest,
+    digest_program,
+    digest_text,
+    without_addresses,
+)
 from jaxtrain.checkpoint._file import (
-    Checkpoint,
     DamagedError,
     PartOfEpoch,
+    Snapshot,
     checkpoint_path,
     encode_arrays,
     read_arrays,
     read_file,
     verify,
 )
-from jaxtrain.checkpoint._store import (
-    CheckpointOptions,
-    CheckpointStore,
-    list_checkpoints,
-    list_epochs,
-)
+from jaxtrain.checkpoint._functions import describe_function
+from jaxtrain.checkpoint._identity import check_same_run, identify
+from jaxtrain.checkpoint._store import CheckpointStore, list_checkpoints, list_epochs
 
-__all__ = ["Checkpoint", "CheckpointOptions", "CheckpointStore", "DamagedError", "digest"]
-__all__ += ["PartOfEpoch", "checkpoint_path", "digest_program", "digest_text", "encode_arrays"]
-__all__ += [
+__all__ = [
+    "CheckpointStore",
+    "DamagedError",
+    "PartOfEpoch",
+    "Snapshot",
+    "check_same_run",
+    "checkpoint_path",
+    "describe_function",
+    "digest",
+    "digest_program",
+    "digest_text",
+    "encode_arrays",
+    "identify",
     "list_checkpoints",
     "list_epochs",
     "read_arrays",

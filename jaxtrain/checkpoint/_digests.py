@@ -41,4 +41,4 @@ def digest_text(text: str) -> str:
 
 def without_addresses(text: str) -> str:
     """Drops memory addresses, which differ from process to process, and line breaks."""
-    return " ".join(re.sub(r" at 0x[0-9a-f]+|# attributes ", "", text).split())
+    return re.sub(r" at 0x[0-9a-fA-F]+|# attributes ", "", " ".join(text.split()))

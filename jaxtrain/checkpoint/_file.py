@@ -23,11 +23,9 @@ from jaxtyping import PyTree
 from jaxtrain._files import read_regular_file
 from jaxtrain._placement import is_key, to_words
 from jaxtrain._safetensors import DTYPES, MAX_HEADER_BYTES, place, to_host
-from jaxtrain.checkpoint._digests import digest
 from jaxtrain.errors import InputError, printable
 
-_FORMAT = 2
-_ROOTS = ("state", "best_state")
+_FORMAT = 3
 _MAX_HISTORY_BYTES = 2**30
 _CHECKSUM, _ZEROS = re.compile(rb'"sha256":"([0-9a-f]{64})"'), b"0" * 64
 
@@ -38,29 +36,34 @@ class PartOfEpoch(NamedTuple):
     Attributes:
       step: steps taken in the epoch.
       examples: examples used in the epoch.
-      weights: the total weight of the examples of each step; empty for data in memory.
-      skipped: steps that were skipped before the epoch.
+      loss: the loss of each step.
+      weight: the total weight of the examples of each step.
+      sums: the sums of the metrics of the steps' own predictions, a pytree.
+      counts: counters of the optimizer, such as skipped steps, at the start of the epoch.
       seconds: time spent in the epoch.
-      positions: where each process is in its stream, JSON-serializable; None for data in memory.
+      positions: where each process is in its stream, as JSON; None for data in memory.
     """
 
     step: int
     examples: int
-    weights: np.ndarray
-    skipped: int
+    loss: np.ndarray
+    weight: np.ndarray
+    sums: PyTree
+    counts: dict[str, int]
     seconds: float
-    positions: list[Any] | None
+    positions: list[str] | None
 
 
-class Checkpoint(NamedTuple):
-    """A run after some epochs, or within one.
+class Snapshot(NamedTuple):
+    """The content of a checkpoint: a run after some epochs, or within one.
 
     Attributes:
       epoch: the last completed epoch.
       state: the state after it, or after `part.step` steps of the next epoch.
-      history: the columns of the history up to the last completed epoch.
-      step_losses: the loss of every step up to the state.
-      best_state: the state that early stopping would return, or None.
+      history: the columns of the history up to the last completed epoch, [epochs, ...].
+      step_losses: the losses of the steps of the completed epochs.
+      best: the best state so far, or None.
+      monitor: the column by which it is the best, or None.
       part: the steps of the next epoch that are done, or None.
     """
 
@@ -68,7 +71,8 @@ class Checkpoint(NamedTuple):
     state: PyTree
     history: dict[str, np.ndarray]
     step_losses: np.ndarray
-    best_state: PyTree | None = None
+    best: PyTree | None = None
+    monitor: str | None = None
     part: PartOfEpoch | None = None
 
 
@@ -77,19 +81,24 @@ class DamagedError(InputError):
 
 
 def flatten(
-    checkpoint: Checkpoint, metadata: Mapping[str, Any]
+    snapshot: Snapshot, metadata: Mapping[str, Any]
 ) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
-    """Copies a checkpoint to the host; returns its arrays by name and a record of the rest."""
-    epoch, state, history, step_losses, best_state, part = checkpoint
-    best = "none" if best_state is None else "last" if best_state is state else "stored"
-    leaves = _leaves("state", state) | _leaves("history", [{k: history[k]} for k in history])
-    leaves |= _leaves("step_losses", step_losses)
-    leaves |= _leaves("best_state", best_state if best == "stored" else None)
-    leaves |= _leaves("step_weights", None if part is None else part.weights)
-    arrays = {name: to_host(leaf, name) for name, (_, leaf) in leaves.items()}
-    record = {"format": _FORMAT, "epoch": epoch, "columns": list(history), "best": best}
+    """Copies a snapshot to the host; returns its arrays by name and a record of the rest."""
+    epoch, state, history, step_losses, best, monitor, part = snapshot
+    kind = "none" if best is None else "last" if best is state else "stored"
+    trees = {
+        "state": state,
+        "best": best if kind == "stored" else None,
+        "history": [{name: column} for name, column in history.items()],
+        "step_losses": step_losses,
+    }
+    record: dict[str, Any] = {"format": _FORMAT, "epoch": epoch, "columns": list(history)}
+    record |= {"best": kind, "monitor": monitor}
     if part is not None:
-        record["part"] = {k: v for k, v in part._asdict().items() if k != "weights"}
+        record["part"] = part._asdict()
+        trees |= {name: record["part"].pop(name) for name in ("loss", "weight", "sums")}
+    leaves = {name: each for root in trees for name, each in _leaves(root, trees[root]).items()}
+    arrays = {name: to_host(leaf, name) for name, (_, leaf) in leaves.items()}
     specs = {name: spec for name, (spec, _) in leaves.items()}
     return arrays, record | {"leaves": specs, "metadata": dict(metadata)}
 
@@ -125,7 +134,7 @@ def read_arrays(path: Path) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
 def read_file(
     path: Path, maximum: int | None = None
 ) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
-    """Returns the record of a checkpoint, with state digests, and its arrays as views of the file.
+    """Returns the record of a checkpoint, and its arrays as views of the file.
 
     Args:
       path: the file.
@@ -160,9 +169,7 @@ def read_file(
                 f"reads {_FORMAT}; use the version that wrote it, or another directory"
             )
         arrays = {name: _view(content, start, entry) for name, entry in header.items()}
-        names = [[n for n in record["leaves"] if n.split(".")[0] == root] for root in _ROOTS]
-        digests = [digest([arrays[name] for name in tree]) for tree in names if tree]
-        return record | {"state_digests": digests}, arrays
+        return record, arrays
 
 
 def checkpoint_path(directory: str | os.PathLike[str], epoch: int, step: int = 0) -> Path:
@@ -196,53 +203,82 @@ def unflatten(
     record: dict[str, Any],
     arrays: dict[str, np.ndarray],
     like: PyTree,
+    sums: PyTree,
     columns: list[str],
     path: Path,
-) -> Checkpoint:
-    """Returns the checkpoint of a file, with the structure and the placement of `like`.
+) -> Snapshot:
+    """Returns the snapshot in a file.
 
     All paths, shapes and dtypes are compared before anything is copied.
 
+    Args:
+      record: what `read_file` has returned.
+      arrays: the same.
+      like: a state with the structure, shapes, dtypes and placement to restore.
+      sums: the same for the sums of an epoch in progress.
+      columns: the names of the history's columns.
+      path: the file.
+
     Raises:
-      DamagedError: the file contradicts itself, or its history has other columns.
-      InputError: the state has another structure than `like`.
+      DamagedError: the file contradicts itself.
+      InputError: the state has another structure than `like`, or the sums than `sums`; or the
+        history has other columns.
     """
     with malformed_is_damaged(path):
-        epoch, best, specs = record["epoch"], record["best"], record["leaves"]
-        trees = [_leaves(root, like) for root in _ROOTS[: 1 + (best == "stored")]]
-        expected = {name: pair for tree in trees for name, pair in tree.items()}
-        found = [spec for name, spec in specs.items() if name.split(".")[0] in _ROOTS]
+        epoch, specs, step = record["epoch"], record["leaves"], step_of(record)
+        likes = {"state": like}
+        likes |= {"best": like} if record["best"] == "stored" else {}
+        likes |= {"sums": sums} if step else {}
+        trees = {root: _leaves(root, tree) for root, tree in likes.items()}
+        expected = {name: pair for tree in trees.values() for name, pair in tree.items()}
+        found = [s for name, s in specs.items() if name.split(".")[0] in ("state", "best", "sums")]
         for theirs, ours in zip_longest(found, [spec for spec, _ in expected.values()]):
             if theirs != ours:
                 raise InputError(
-                    f"{path} has {theirs or 'nothing more'} where the model and optimizer have "
-                    f"{ours or 'nothing more'}; expected the same model and optimizer"
+                    f"{path} has {theirs or 'nothing more'} where this run has "
+                    f"{ours or 'nothing more'}; expected the same model, optimizer and metrics"
                 )
         for name, words in ((name, to_words(leaf)) for name, (_, leaf) in expected.items()):
             if (arrays[name].dtype.name, arrays[name].shape) != (words.dtype.name, words.shape):
                 raise ValueError(f"{name} is not as recorded")
+        if record["columns"] != columns:
+            raise InputError(
+                f"{path} belongs to another run: its history has the columns "
+                f"{', '.join(record['columns'])}, and that of this run {', '.join(columns)}; use "
+                "the same metrics and optimizer, or another checkpoint directory"
+            )
         names = _leaves("history", [{column: 0} for column in columns])
         history = {column: arrays[name] for column, name in zip(columns, names, strict=True)}
-        losses = arrays["step_losses"]
-        if record["columns"] != columns:
-            raise ValueError(f"its history has the columns {record['columns']}")
-        vectors = [losses, *history.values()]
-        if any(x.ndim != 1 for x in vectors) or len({len(x) for x in vectors[1:]}) > 1:
+        # In a part of the first epoch, the history is empty.
+        if len({len(x) for x in history.values()}) > 1:
             raise ValueError("the columns of its history differ in length")
-        part = None
-        if step_of(record):
-            part = PartOfEpoch(**record["part"], weights=arrays["step_weights"].copy())
-            if part.step > len(losses) or part.weights.size not in (0, part.step):
-                raise ValueError("its incomplete epoch has another number of steps")
         ends = history["epoch"][-1:].tolist() if "epoch" in history else [epoch]
-        # A part of the first epoch has no history yet.
-        if ends != [epoch] and (ends or part is None):
+        if ends != [epoch] and (ends or not step):
             raise ValueError("its history ends with another epoch")
-    values = [[place(arrays[name].copy(), x) for name, (_, x) in tree.items()] for tree in trees]
-    states = [jax.tree.unflatten(jax.tree.structure(like), leaves) for leaves in values]
-    best_state = None if best == "none" else states[-1]
-    history = {name: column.copy() for name, column in history.items()}
-    return Checkpoint(epoch, states[0], history, losses.copy(), best_state, part)
+        vectors = [arrays[name] for name in ("step_losses", *(("loss", "weight") if step else ()))]
+        if any(x.ndim != 1 for x in vectors) or any(len(x) != step for x in vectors[1:]):
+            raise ValueError("its losses are not one number per step")
+        part = None
+        if step:
+            loss, weight = (arrays[name].copy() for name in ("loss", "weight"))
+            part = PartOfEpoch(**record["part"], loss=loss, weight=weight, sums=None)
+        best, monitor = record["best"], record["monitor"]
+    values = {
+        root: jax.tree.unflatten(
+            jax.tree.structure(likes[root]),
+            [place(arrays[name].copy(), leaf) for name, (_, leaf) in tree.items()],
+        )
+        for root, tree in trees.items()
+    }
+    return Snapshot(
+        epoch,
+        values["state"],
+        {name: column.copy() for name, column in history.items()},
+        arrays["step_losses"].copy(),
+        values["state"] if best == "last" else values.get("best"),
+        monitor,
+        None if part is None else part._replace(sums=values["sums"]),
+    )
 
 
 @contextlib.contextmanager

@@ -4,133 +4,73 @@ from __future__ import annotations
 
 import concurrent.futures
 import contextlib
-import json
 import os
 import re
-import reprlib
 import warnings
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 from jaxtyping import PyTree
 
-from jaxtrain._arguments import check_integer
 from jaxtrain._files import PART, lock_folder, make_folder, remove, write_atomically
 from jaxtrain._processes import writes_files
 from jaxtrain.checkpoint import _file
-from jaxtrain.checkpoint._file import Checkpoint, DamagedError, checkpoint_path
+from jaxtrain.checkpoint._file import DamagedError, Snapshot, checkpoint_path
 from jaxtrain.errors import InputError, NonFiniteError, StorageError, add_recovery_note
 
 _NAME = r"epoch-(0|[1-9][0-9]*)(?:-step-([1-9][0-9]*))?\.safetensors"
+# The number of calls from `restore` to the caller of `fit`, whose line a warning shows.
+_FIT = 4
 _LEFT_OVER = rf"\.{_NAME}\.[a-z0-9_]+{re.escape(PART)}"
 
 
-@dataclass(frozen=True)
-class CheckpointOptions:
-    """Where and how often `fit` saves a run, and whether it resumes from existing checkpoints.
-
-    Attributes:
-      directory: the folder of the checkpoints, used by this run only; made absolute.
-      every: epochs between two checkpoints; the last epoch is always saved.
-      every_steps: steps between two checkpoints within an epoch, besides those of `every`; None
-        saves after epochs only.
-      keep: number of checkpoints to keep, the newest ones, those within an epoch included; the
-        newest one of a complete epoch is always kept.
-      resume: "auto" resumes if there is a checkpoint, "required" fails without one, "never" fails
-        if there is one.
-      configuration: settings by name, JSON-serializable values or paths; a run with other settings
-        does not resume.
-
-    Raises:
-      InputError: a value is out of range or not JSON-serializable.
-
-    Example:
-      >>> checkpoint = jt.CheckpointOptions("checkpoints", every=5)
-      >>> trained, history = jt.fit(state, train, loss_fn=loss_fn, epochs=5, checkpoint=checkpoint)
-      >>> # The same call resumes; here, after the last of 5 epochs:
-      >>> trained, history = jt.fit(state, train, loss_fn=loss_fn, epochs=5, checkpoint=checkpoint)
-    """
-
-    directory: str | os.PathLike[str]
-    every: int = 1
-    keep: int = 3
-    resume: Literal["auto", "required", "never"] = "auto"
-    configuration: Mapping[str, Any] = field(default_factory=dict)
-    every_steps: int | None = None
-
-    def __post_init__(self) -> None:
-        try:
-            path = Path(self.directory)
-            absolute = path.absolute()  # the program may change its directory
-        except TypeError as error:
-            raise InputError(
-                f"directory is {self.directory!r}; expected a path", argument="directory"
-            ) from error
-        except OSError as error:
-            raise InputError(
-                f"directory is {str(self.directory)!r}, relative to a current folder that was "
-                "removed; expected an absolute path",
-                argument="directory",
-            ) from error
-        if path == Path():
-            raise InputError(
-                f"directory is {str(self.directory)!r}, the current folder; expected a folder for "
-                "the checkpoints alone, such as 'checkpoints'",
-                argument="directory",
-            )
-        check_integer(self.every, "every", minimum=1)
-        check_integer(self.keep, "keep", minimum=1)
-        if self.every_steps is not None:
-            check_integer(self.every_steps, "every_steps", minimum=1)
-        if self.resume not in ("auto", "required", "never"):
-            raise InputError(
-                f"resume is {self.resume!r}; expected 'auto', 'required' or 'never'",
-                argument="resume",
-            )
-        object.__setattr__(self, "directory", absolute)
-        object.__setattr__(self, "configuration", _to_json(self.configuration, "configuration"))
-
-
 class CheckpointStore:
-    """The checkpoints of one run, such as `epoch-5.safetensors`; a context manager.
+    """The checkpoints of one run, such as `epoch-5.safetensors`.
 
     A file appears complete or not at all. Nothing in it is executed: it contains only arrays and
-    JSON. A thread writes it in the background; leaving the context waits for the thread, also on
-    Ctrl-C.
+    JSON. A thread writes it in the background.
 
     Attributes:
       path: the folder.
       metadata: the identity of the run, stored in each checkpoint; JSON-serializable.
     """
 
-    def __init__(self, options: CheckpointOptions, metadata: Mapping[str, Any]) -> None:
-        """Creates the folder; entering the context locks it.
+    def __init__(self, path: Path, metadata: Mapping[str, Any], keep: int = 3) -> None:
+        """Creates the folder and locks it, until `close`.
+
+        Args:
+          path: the folder.
+          metadata: the identity of the run.
+          keep: number of checkpoints to keep, the newest ones.
 
         Raises:
-          InputError: the folder cannot be written, or the metadata is not JSON-serializable.
+          InputError: the folder cannot be written, or another run uses it.
         """
-        self.path, self._options = Path(options.directory), options
-        self.metadata = _to_json(metadata, "metadata")
+        self.path, self.metadata, self._keep = path, metadata, keep
         self._writes = writes_files()
         self._pending: concurrent.futures.Future[None] | None = None
-        make_folder(self.path, "checkpoint folder")
-
-    def __enter__(self) -> CheckpointStore:
+        make_folder(path, "checkpoint folder")
         # Several processes that train together restore the same checkpoints; process 0 writes.
-        self._lock = lock_folder(self.path, "checkpoint folder") if self._writes else None
+        self._lock = lock_folder(path, "checkpoint folder") if self._writes else None
         try:
-            for name in filter(re.compile(_LEFT_OVER).fullmatch, _list(self.path)):
-                self._remove(self.path / name)  # of a process that was killed
+            for name in filter(re.compile(_LEFT_OVER).fullmatch, _list(path)):
+                self._remove(path / name)  # of a process that was killed
             self._thread = concurrent.futures.ThreadPoolExecutor(1, "checkpoints")
         except BaseException:
             self._release()
             raise
-        return self
 
-    def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
+    def close(self, error: BaseException | None = None) -> None:
+        """Waits for the checkpoint that is being written, also on Ctrl-C, and releases the folder.
+
+        Args:
+          error: what ended the run, or None; receives a note that says how to resume.
+
+        Raises:
+          StorageError: the last checkpoint could not be written, and no other error ended the run.
+        """
         try:
             self.wait()
         except BaseException as failure:
@@ -149,15 +89,15 @@ class CheckpointStore:
         """The checkpoints in the folder, ascending: epochs, and steps of the next epoch."""
         return list_checkpoints(self.path)
 
-    def save(self, checkpoint: Checkpoint) -> None:
-        """Copies a checkpoint to the host, and writes it in the background.
+    def save(self, snapshot: Snapshot) -> None:
+        """Copies a snapshot to the host, and writes it in the background.
 
         Raises:
           InputError: safetensors lacks the dtype of an array.
           StorageError: the previous checkpoint could not be written.
         """
         self.wait()
-        arrays, record = _file.flatten(checkpoint, self.metadata)
+        arrays, record = _file.flatten(snapshot, self.metadata)
         if self._writes:
             self._pending = self._thread.submit(self._write, arrays, record)
 
@@ -165,7 +105,7 @@ class CheckpointStore:
         """Waits until the last checkpoint is on disk; raises StorageError if writing it failed."""
         if self._pending is not None:
             concurrent.futures.wait([self._pending])
-            # Not before the wait: if Ctrl-C interrupts it, `__exit__` waits again.
+            # Not before the wait: if Ctrl-C interrupts it, `close` waits again.
             pending, self._pending = self._pending, None
             pending.result()
 
@@ -173,22 +113,27 @@ class CheckpointStore:
         self,
         like: PyTree,
         columns: Sequence[str],
-        check: Callable[[dict[str, Any], str], None],
-    ) -> Checkpoint | None:
+        check: Callable[[dict[str, Any], str], Sequence[str]],
+        *,
+        sums: PyTree = (),
+        resume: str = "auto",
+    ) -> Snapshot | None:
         """Returns the newest intact checkpoint, if any, and renames newer damaged ones.
 
         Args:
           like: a state of the structure, shapes, dtypes and placement to restore.
           columns: the names of the history's columns, in order.
-          check: called with the recorded metadata, "state_digests" included, and a description of
-            the checkpoint; raises InputError if it belongs to another run.
+          check: called with the recorded metadata and a description of the checkpoint; returns
+            warnings, and raises InputError if it belongs to another run.
+          sums: as `like`, for the sums of the metrics in a checkpoint within an epoch.
+          resume: "auto", "required" or "never".
 
         Raises:
           InputError: `resume` is "never" and there are checkpoints, or "required" and there are
             none; all checkpoints are damaged; or one belongs to another run or model, or cannot be
             read.
         """
-        found, resume = self.found, self._options.resume
+        found = self.found
         if resume == "never" and found:
             raise InputError(
                 f"resume is 'never', but {self.path} has checkpoints up to {_name(*found[-1])}; "
@@ -211,9 +156,8 @@ class CheckpointStore:
                     at = record["epoch"], _file.step_of(record)
                     if path != checkpoint_path(self.path, *at):
                         raise ValueError(f"it is of {_name(*at)}")
-                    digests = {"state_digests": record["state_digests"]}
-                    check(record["metadata"] | digests, f"the checkpoint {path}")
-                checkpoint = _file.unflatten(record, arrays, like, list(columns), path)
+                    warned = check(record["metadata"], f"the checkpoint {path}")
+                snapshot = _file.unflatten(record, arrays, like, sums, list(columns), path)
             except DamagedError as error:
                 damaged[path] = str(error)
             except InputError as error:
@@ -225,9 +169,11 @@ class CheckpointStore:
                     warnings.warn(
                         f"a damaged checkpoint was renamed to {bad.name}.damaged ({reason}); "
                         f"resuming after {_name(*at)}",
-                        stacklevel=3,
+                        stacklevel=_FIT,
                     )
-                return checkpoint
+                for message in warned:
+                    warnings.warn(message, stacklevel=_FIT)
+                return snapshot
         if damaged:
             raise InputError(
                 f"{self.path} has no intact checkpoint ({'; '.join(damaged.values())}); delete the "
@@ -254,7 +200,7 @@ class CheckpointStore:
             raise StorageError(path, str(error) or type(error).__name__) from error
         found = self.found
         epochs = [at for at in found if not at[1]]
-        for old in set(found[: -self._options.keep]) - set(epochs[-1:]):
+        for old in set(found[: -self._keep]) - set(epochs[-1:]):
             self._remove(checkpoint_path(self.path, *old))
 
     def _remove(self, path: Path) -> None:
@@ -270,7 +216,7 @@ class CheckpointStore:
         if self.found and not isinstance(error, InputError):
             at = self.found[-1]
             path, last = checkpoint_path(self.path, *at), _name(*at)
-            note = f"run the same again to resume after {last}; its checkpoint is {path}"
+            note = f"rerun the same command to resume after {last}; its checkpoint is {path}"
             if isinstance(error, NonFiniteError):  # the same run would end the same way
                 note = f"the checkpoint of {last} is {path}; other settings need another folder"
             add_recovery_note(error, note)
@@ -295,14 +241,3 @@ def _list(directory: str | os.PathLike[str]) -> list[str]:
     with contextlib.suppress(OSError, ValueError):  # ValueError: a null character in the path
         return os.listdir(directory)
     return []
-
-
-def _to_json(values: Mapping[str, Any], name: str) -> dict[str, Any]:
-    """Returns values converted to JSON and back; paths become strings."""
-    try:
-        return json.loads(json.dumps(dict(values), default=os.fspath, allow_nan=False))
-    except (TypeError, ValueError, RecursionError) as error:
-        raise InputError(
-            f"{name} is {reprlib.repr(values)}, which JSON cannot represent ({error}); expected "
-            "finite numbers, strings, paths, and lists or dicts of them"
-        ) from error

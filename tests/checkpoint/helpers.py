@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -13,24 +14,36 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxtrain.checkpoint import Checkpoint, CheckpointOptions, CheckpointStore
+from jaxtrain.checkpoint import CheckpointStore, Snapshot
 
 COLUMNS = ["epoch", "train_loss"]
 METADATA = {"run": "a"}
 
 
-def accept(recorded: dict[str, Any], where: str) -> None:
+def accept(recorded: dict[str, Any], where: str) -> list[str]:
     """A check that accepts every run."""
+    return []
 
 
-def open_store(path: Path, metadata: dict[str, Any] | None = None, **options: Any):
-    return CheckpointStore(CheckpointOptions(path, **options), metadata or METADATA)
+@contextlib.contextmanager
+def open_store(
+    path: Path, metadata: dict[str, Any] | None = None, **options: Any
+) -> Iterator[CheckpointStore]:
+    """A store that is closed at the end, as `fit` closes it."""
+    store = CheckpointStore(path, metadata or METADATA, **options)
+    try:
+        yield store
+    except BaseException as error:
+        store.close(error)
+        raise
+    store.close()
 
 
-def make_checkpoint(epoch: int, state: Any = None, best_state: Any = None) -> Checkpoint:
+def make_snapshot(epoch: int, state: Any = None, best: Any = None, **fields: Any) -> Snapshot:
     history = {"epoch": np.arange(1, epoch + 1), "train_loss": np.linspace(2, 1, epoch)}
     state = make_state(epoch) if state is None else state
-    return Checkpoint(epoch, state, history, np.zeros(4 * epoch, np.float32), best_state)
+    losses = np.zeros(4 * epoch, np.float32)
+    return Snapshot(epoch, state, history, losses, best, **fields)
 
 
 def make_state(seed: int = 0) -> dict[str, Any]:
@@ -42,7 +55,7 @@ def write_three(path: Path) -> None:
     """Writes the checkpoints of epochs 1, 2 and 3."""
     with open_store(path) as store:
         for epoch in (1, 2, 3):
-            store.save(make_checkpoint(epoch))
+            store.save(make_snapshot(epoch))
 
 
 def assert_identical(ours: Any, theirs: Any) -> None:

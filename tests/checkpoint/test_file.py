@@ -22,14 +22,21 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
-import jaxtrain as jt
-from jaxtrain.checkpoint import Checkpoint, DamagedError, checkpoint_path, digest, verify
+from jaxtrain.checkpoint import (
+    DamagedError,
+    PartOfEpoch,
+    Snapshot,
+    checkpoint_path,
+    digest,
+    verify,
+)
+from jaxtrain.errors import InputError
 from tests.checkpoint.helpers import (
     COLUMNS,
     accept,
     assert_identical,
     forge,
-    make_checkpoint,
+    make_snapshot,
     make_state,
     open_store,
     read_header,
@@ -81,8 +88,9 @@ trees = st.recursive(
 @given(state=trees, other=st.booleans(), best=st.booleans(), data=st.data())
 def test_any_state_is_restored(tmp_path_factory, state, other, best, data) -> None:
     length = data.draw(st.integers(0, 3))
-    columns = st.sampled_from([np.float64, np.int64, np.float32]).flatmap(
-        lambda dtype: hnp.arrays(dtype, length)
+    shapes = st.sampled_from([(length,), (length, 2), (length, 3, 1)])
+    columns = st.tuples(st.sampled_from([np.float64, np.int64, np.float32]), shapes).flatmap(
+        lambda pair: hnp.arrays(*pair)
     )
     history = data.draw(st.dictionaries(names.filter(lambda n: n != "epoch"), columns, max_size=3))
     losses = data.draw(hnp.arrays(np.float32, st.integers(0, 3)))
@@ -90,7 +98,7 @@ def test_any_state_is_restored(tmp_path_factory, state, other, best, data) -> No
     state = {"tree": state}
     best_state = (dict(state) if other else state) if best else None
     with open_store(folder) as store:
-        store.save(Checkpoint(7, state, history, losses, best_state))
+        store.save(Snapshot(7, state, history, losses, best_state, "train_loss"))
         store.wait()
         restored = store.restore(state, list(history), accept)
     assert restored is not None
@@ -99,15 +107,59 @@ def test_any_state_is_restored(tmp_path_factory, state, other, best, data) -> No
     assert list(restored.history) == list(history)
     assert_identical(restored.history, history)
     assert_identical(restored.step_losses, losses)
-    assert (restored.best_state is None) == (not best)
+    assert (restored.best is None) == (not best)
     if best:
-        assert_identical(restored.best_state, state)
+        assert_identical(restored.best, state)
+    assert restored.monitor == "train_loss"
+    assert restored.part is None
     verify(checkpoint_path(folder, 7))
+
+
+PART = PartOfEpoch(
+    step=2,
+    examples=32,
+    loss=np.float32([0.5, np.nan]),
+    weight=np.float32([16, 16]),
+    sums={"accuracy": np.float32(3), "confusion": np.arange(4).reshape(2, 2)},
+    counts={"skipped_steps": 1},
+    seconds=0.1,
+    positions=['{"json": 3}'],
+)
+
+
+@pytest.mark.parametrize("epoch", [0, 3])
+def test_a_part_of_an_epoch_is_restored(tmp_path: Path, epoch: int) -> None:
+    """Also one of the first epoch, where the history is empty."""
+    with open_store(tmp_path) as store:
+        store.save(make_snapshot(epoch, make_state(), part=PART))
+        store.wait()
+        sums = jax.tree.map(np.zeros_like, PART.sums)
+        restored = store.restore(make_state(), COLUMNS, accept, sums=sums)
+        with pytest.raises(InputError, match=r"\['confusion'\] of int64\[2, 2\] where .* nothing"):
+            store.restore(make_state(), COLUMNS, accept, sums={"accuracy": sums["accuracy"]})
+    assert checkpoint_path(tmp_path, epoch, 2).exists()
+    assert restored.epoch == epoch
+    arrays = {"loss", "weight", "sums"}
+    for name, value in PART._asdict().items():
+        found = getattr(restored.part, name)
+        assert name in arrays or found == value
+        if name in arrays:
+            assert_identical(found, value)
+    assert_identical(restored.step_losses, np.zeros(4 * epoch, np.float32))
+
+
+def test_a_part_of_an_epoch_with_another_number_of_losses_is_damaged(tmp_path: Path) -> None:
+    with open_store(tmp_path) as store:
+        store.save(make_snapshot(2))
+        store.save(make_snapshot(2, part=PART._replace(step=3)))
+        store.wait()
+        with pytest.warns(UserWarning, match="losses are not one number per step"):
+            assert store.restore(make_state(), COLUMNS, accept, sums=PART.sums).part is None
 
 
 def save_and_restore(path: Path, state, like=None, **options):
     with open_store(path, **options) as store:
-        store.save(make_checkpoint(1, state))
+        store.save(make_snapshot(1, state))
         store.wait()
         return store.restore(state if like is None else like, COLUMNS, accept)
 
@@ -117,13 +169,13 @@ def test_a_best_state_that_is_the_last_state_is_stored_once(tmp_path: Path) -> N
     sizes = []
     for number, best in enumerate([None, state, other]):
         with open_store(tmp_path / str(number)) as store:
-            store.save(make_checkpoint(1, state, best))
+            store.save(make_snapshot(1, state, best))
             store.wait()
             restored = store.restore(state, COLUMNS, accept)
-        assert (restored.best_state is restored.state) == (best is state)
+        assert (restored.best is restored.state) == (best is state)
         sizes.append(checkpoint_path(tmp_path / str(number), 1).stat().st_size)
     assert abs(sizes[0] - sizes[1]) < 100 < 4000 < sizes[2] - sizes[1]
-    assert_identical(restored.best_state, other)
+    assert_identical(restored.best, other)
 
 
 @pytest.mark.parametrize("impl", ["threefry2x32", "rbg", "unsafe_rbg"])
@@ -137,25 +189,25 @@ def test_the_implementation_of_a_key_is_restored(tmp_path: Path, impl: str) -> N
 def test_a_key_of_another_implementation_is_refused(tmp_path: Path) -> None:
     """The data of rbg and unsafe_rbg keys have the same shape."""
     one, other = ({"key": jax.random.key(3, impl=impl)} for impl in ("rbg", "unsafe_rbg"))
-    message = r"has \['key'\] of key<rbg>\[\] where .* have \['key'\] of key<unsafe_rbg>\[\]"
-    with pytest.raises(jt.InputError, match=message):
+    message = r"has \['key'\] of key<rbg>\[\] where this run has \['key'\] of key<unsafe_rbg>\[\]"
+    with pytest.raises(InputError, match=message):
         save_and_restore(tmp_path, one, other)
 
 
 @pytest.mark.parametrize("value", [np.complex128(1), np.longdouble(1), jnp.zeros(2, "int4")])
 def test_a_dtype_that_the_format_does_not_support_is_named(tmp_path: Path, value) -> None:
-    with pytest.raises(jt.InputError, match=r"state\.deep\.w has the dtype .* expected one of"):
+    with pytest.raises(InputError, match=r"state\.deep\.w has the dtype .* expected one of"):
         save_and_restore(tmp_path, {"deep": {"w": value}})
 
 
 def test_arrays_can_be_modified_after_save(tmp_path: Path) -> None:
     """The thread that writes has its own copy of NumPy arrays."""
     state = {"w": np.zeros(1_000_000, np.float32)}
-    checkpoint = make_checkpoint(1, state)
+    snapshot = make_snapshot(1, state)
     with open_store(tmp_path) as store:
-        store.save(checkpoint)
+        store.save(snapshot)
         state["w"][:] = 1
-        checkpoint.history["train_loss"][:] = 7
+        snapshot.history["train_loss"][:] = 7
         store.wait()
         restored = store.restore(state, COLUMNS, accept)
     assert not restored.state["w"].any()
@@ -184,12 +236,12 @@ def test_digests_differ_with_values_dtypes_and_shapes() -> None:
         ({"w": jnp.zeros((2, 3))}, r"has .*\['w'\] of float32\[3, 2\] where .* float32\[2, 3\]"),
         ({"w": jnp.zeros((3, 2), "int32")}, r"of float32\[3, 2\] where .* of int32\[3, 2\]"),
         ({"v": jnp.zeros((3, 2))}, r"\['w'\] of .* where .* \['v'\] of"),
-        ({}, r"has \['w'\] of .* where the model and optimizer have nothing more"),
+        ({}, r"has \['w'\] of .* where this run has nothing more"),
         ({"w": jnp.zeros((3, 2)), "x": jnp.zeros(1)}, r"has nothing more where .* \['x'\]"),
     ],
 )
 def test_another_structure_is_refused(tmp_path: Path, like, message: str) -> None:
-    with pytest.raises(jt.InputError, match=message) as error:
+    with pytest.raises(InputError, match=message) as error:
         save_and_restore(tmp_path, {"w": jnp.ones((3, 2))}, like)
     assert not isinstance(error.value, DamagedError)
 
@@ -273,7 +325,7 @@ def test_nothing_in_a_checkpoint_is_executed(tmp_path: Path) -> None:
         alone.mkdir()
         checkpoint_path(alone, 3).write_bytes(original)
         forge(checkpoint_path(alone, 3), change)
-        with open_store(alone) as store, pytest.raises(jt.InputError, match="epoch-3"):
+        with open_store(alone) as store, pytest.raises(InputError, match="epoch-3"):
             store.restore(make_state(), COLUMNS, accept)
     assert not trace.exists()
     pickle.loads(pickle.dumps(Bomb(trace)))  # the pickle does execute code
@@ -285,7 +337,7 @@ import sys
 from pathlib import Path
 import jax, jax.numpy as jnp, numpy as np
 from jax.sharding import NamedSharding, PartitionSpec as P
-from tests.checkpoint.helpers import COLUMNS, accept, make_checkpoint, open_store
+from tests.checkpoint.helpers import COLUMNS, accept, make_snapshot, open_store
 
 count, save = int(sys.argv[2]), sys.argv[3] == "save"
 assert jax.device_count() == count
@@ -301,7 +353,7 @@ state = {
 }
 with open_store(Path(sys.argv[1])) as store:
     if save:
-        store.save(make_checkpoint(1, state))
+        store.save(make_snapshot(1, state))
         store.wait()
     found = store.restore(state, COLUMNS, accept).state
 for name, like in state.items():

@@ -14,8 +14,8 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-import jaxtrain as jt
 from jaxtrain.checkpoint import DamagedError, checkpoint_path, verify
+from jaxtrain.errors import InputError
 from tests.checkpoint.helpers import (
     COLUMNS,
     accept,
@@ -106,7 +106,7 @@ def test_forged_files_are_restored_or_refused(
     with open_store(tmp_path) as store:
         try:
             restored = store.restore(like, COLUMNS, accept)
-        except jt.InputError:
+        except InputError:
             return
     assert restored is not None
     assert restored.epoch == 3
@@ -123,6 +123,6 @@ def test_files_of_any_bytes_are_refused(tmp_path: Path, content: bytes) -> None:
     with (
         warnings.catch_warnings(action="error"),
         open_store(tmp_path) as store,
-        pytest.raises(jt.InputError, match="no intact checkpoint"),
+        pytest.raises(InputError, match="no intact checkpoint"),
     ):
         store.restore(make_state(), COLUMNS, accept)

@@ -10,31 +10,27 @@ import subprocess
 import sys
 import threading
 import time
-import warnings
 from pathlib import Path
 
 import jax.numpy as jnp
-import numpy as np
 import pytest
 
-import jaxtrain as jt
 from jaxtrain.checkpoint import (
-    CheckpointOptions,
-    CheckpointStore,
     DamagedError,
     _store,
     checkpoint_path,
     list_epochs,
+    read_file,
     verify,
 )
-from jaxtrain.errors import recovery_notes
+from jaxtrain.errors import InputError, NonFiniteError, StorageError, recovery_notes
 from tests.checkpoint.helpers import (
     COLUMNS,
     METADATA,
     accept,
     assert_identical,
     forge,
-    make_checkpoint,
+    make_snapshot,
     make_state,
     open_store,
     write_three,
@@ -44,15 +40,15 @@ ROOT = Path(__file__).parents[2]
 
 
 def restore(path: Path, like=None, columns=COLUMNS, check=accept, **options):
-    with open_store(path, **options) as store:
-        return store.restore(make_state() if like is None else like, columns, check)
+    with open_store(path) as store:
+        return store.restore(make_state() if like is None else like, columns, check, **options)
 
 
 def test_the_newest_checkpoints_are_kept_and_the_newest_is_restored(tmp_path: Path) -> None:
     with open_store(tmp_path, keep=2) as store:
         assert store.restore(make_state(), COLUMNS, accept) is None
         for epoch in (1, 2, 9, 10):
-            store.save(make_checkpoint(epoch))
+            store.save(make_snapshot(epoch))
         store.wait()
         assert store.found == [(9, 0), (10, 0)]
     restored = restore(tmp_path)
@@ -63,8 +59,8 @@ def test_the_newest_checkpoints_are_kept_and_the_newest_is_restored(tmp_path: Pa
 def test_an_old_checkpoint_that_cannot_be_deleted_is_ignored(tmp_path: Path) -> None:
     (tmp_path / "epoch-1.safetensors").mkdir()
     with open_store(tmp_path, keep=1) as store:
-        store.save(make_checkpoint(2))
-        store.save(make_checkpoint(3))
+        store.save(make_snapshot(2))
+        store.save(make_snapshot(3))
     assert list_epochs(tmp_path) == [1, 3]
 
 
@@ -78,7 +74,7 @@ def test_saving_returns_before_the_file_is_written(tmp_path: Path, monkeypatch) 
 
     monkeypatch.setattr(_store, "write_atomically", wait_and_write)
     with open_store(tmp_path) as store:
-        store.save(make_checkpoint(1))
+        store.save(make_snapshot(1))
         assert store.found == []
         permit.set()
     assert list_epochs(tmp_path) == [1]
@@ -95,20 +91,20 @@ def test_ctrl_c_completes_the_checkpoint_being_written(tmp_path: Path, monkeypat
 
     def run() -> None:
         with open_store(tmp_path) as store:
-            store.save(make_checkpoint(4))
+            store.save(make_snapshot(4))
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt) as error:
         run()
     path = checkpoint_path(tmp_path, 4)
     verify(path)
-    note = f"run the same again to resume after epoch 4; its checkpoint is {path}"
+    note = f"rerun the same command to resume after epoch 4; its checkpoint is {path}"
     assert recovery_notes(error.value) == [note]
 
 
 def test_ctrl_c_while_waiting_still_waits_for_the_write(tmp_path: Path, monkeypatch) -> None:
-    """On exit, the store waits again for the write whose wait was interrupted."""
-    store = open_store(tmp_path)
+    """When it is closed, the store waits again for the write whose wait was interrupted."""
+    opened = open_store(tmp_path)
     wait = _store.concurrent.futures.wait
 
     def interrupt(pending) -> None:
@@ -116,21 +112,20 @@ def test_ctrl_c_while_waiting_still_waits_for_the_write(tmp_path: Path, monkeypa
         raise KeyboardInterrupt
 
     def run() -> None:
-        with store:
-            store.save(make_checkpoint(1))
+        with opened as store:
+            store.save(make_snapshot(1))
             monkeypatch.setattr(_store.concurrent.futures, "wait", interrupt)
             store.wait()
 
     with pytest.raises(KeyboardInterrupt):
         run()
-    assert store._pending is None
     assert list_epochs(tmp_path) == [1]
 
 
 def test_a_run_that_diverged_is_not_advised_to_resume(tmp_path: Path) -> None:
     def run(error: BaseException) -> None:
         with open_store(tmp_path) as store:
-            store.save(make_checkpoint(2))
+            store.save(make_snapshot(2))
             raise error
 
     def diverge(error: BaseException) -> list[str]:
@@ -138,39 +133,39 @@ def test_a_run_that_diverged_is_not_advised_to_resume(tmp_path: Path) -> None:
             run(error)
         return recovery_notes(error)
 
-    (note,) = diverge(jt.NonFiniteError(3, 1, "training loss", float("nan"), 0.1))
+    (note,) = diverge(NonFiniteError(3, 1, "training loss", float("nan"), 0.1))
     assert note.startswith(f"the checkpoint of epoch 2 is {checkpoint_path(tmp_path, 2)}")
     assert "again" not in note
-    assert diverge(jt.InputError("a wrong argument")) == []
+    assert diverge(InputError("a wrong argument")) == []
 
 
 def test_a_renamed_folder_stops_the_run(tmp_path: Path) -> None:
     folder = tmp_path / "checkpoints"
     with open_store(folder) as store:
-        store.save(make_checkpoint(1))
+        store.save(make_snapshot(1))
         store.wait()
         os.rename(folder, tmp_path / "elsewhere")
-        store.save(make_checkpoint(2))
+        store.save(make_snapshot(2))
         message = r"epoch-2.* could not be written \(No such"
-        with pytest.raises(jt.StorageError, match=message) as error:
-            store.save(make_checkpoint(3))
+        with pytest.raises(StorageError, match=message) as error:
+            store.save(make_snapshot(3))
     assert "\n" not in str(error.value)
 
 
-def test_a_failed_write_is_raised_on_exit_with_a_recovery_note(tmp_path, monkeypatch) -> None:
+def test_a_failed_write_is_raised_at_the_end_with_a_recovery_note(tmp_path, monkeypatch) -> None:
     def fail(path: Path, *arguments, **options) -> None:
-        raise jt.StorageError(path, "no space left on the disk")
+        raise StorageError(path, "no space left on the disk")
 
     def run(error: BaseException | None) -> None:
         with open_store(tmp_path) as store:
-            store.save(make_checkpoint(2))
+            store.save(make_snapshot(2))
             if error is not None:
                 raise error
 
     with open_store(tmp_path) as store:
-        store.save(make_checkpoint(1))
+        store.save(make_snapshot(1))
     monkeypatch.setattr(_store, "write_atomically", fail)
-    with pytest.raises(jt.StorageError, match="epoch-2") as error:
+    with pytest.raises(StorageError, match="epoch-2") as error:
         run(None)
     (note,) = recovery_notes(error.value)
     assert "after epoch 1;" in note
@@ -183,8 +178,8 @@ def test_other_failures_of_a_write_are_storage_errors(tmp_path: Path, monkeypatc
         raise MemoryError
 
     monkeypatch.setattr(_store._file, "encode", fail)
-    with pytest.raises(jt.StorageError, match=r"epoch-1.*MemoryError"), open_store(tmp_path) as s:
-        s.save(make_checkpoint(1))
+    with pytest.raises(StorageError, match=r"epoch-1.*MemoryError"), open_store(tmp_path) as s:
+        s.save(make_snapshot(1))
 
 
 def test_a_checkpoint_survives_a_power_failure(tmp_path: Path, monkeypatch) -> None:
@@ -205,12 +200,12 @@ def test_a_checkpoint_survives_a_power_failure(tmp_path: Path, monkeypatch) -> N
     with open_store(tmp_path) as store:
         monkeypatch.setattr(os, "fsync", record_fsync)
         monkeypatch.setattr(os, "replace", record_replace)
-        store.save(make_checkpoint(1))
+        store.save(make_snapshot(1))
     assert calls == ["file", "replace", "folder"]
 
 
 def test_a_folder_is_used_by_one_process_at_a_time(tmp_path: Path) -> None:
-    """The other process must neither enter nor wait for the lock."""
+    """The other process must neither open it nor wait for the lock."""
     program = (
         "import sys; from tests.checkpoint.helpers import open_store; from pathlib import Path\n"
         "with open_store(Path(sys.argv[1])): print('entered')"
@@ -224,12 +219,12 @@ def test_a_folder_is_used_by_one_process_at_a_time(tmp_path: Path) -> None:
         other = run()
         assert other.returncode == 1
         assert "is in use by another run" in other.stderr
-        with pytest.raises(jt.InputError, match="in use by another run"):
+        with pytest.raises(InputError, match="in use by another run"):
             open_store(tmp_path).__enter__()
     assert run().stdout == "entered\n"
 
 
-def test_a_failed_enter_releases_the_folder(tmp_path: Path, monkeypatch) -> None:
+def test_a_failed_start_releases_the_folder(tmp_path: Path, monkeypatch) -> None:
     def interrupt(path: Path) -> None:
         raise KeyboardInterrupt
 
@@ -259,7 +254,7 @@ def test_only_temporary_files_of_checkpoints_are_removed(tmp_path: Path) -> None
     assert list_epochs(tmp_path) == []
     with open_store(tmp_path, keep=1) as store:
         for epoch in (1, 2, 3):
-            store.save(make_checkpoint(epoch))
+            store.save(make_snapshot(epoch))
     names = {path.name for path in tmp_path.iterdir()}
     assert names - {".lock"} == {*others, "epoch-3.safetensors"}
     assert {(tmp_path / name).read_text() for name in others} == {"mine"}
@@ -276,7 +271,7 @@ def test_the_temporary_file_of_a_killed_writer_is_removed(tmp_path: Path, monkey
 
     monkeypatch.setattr(os, "replace", record)
     with open_store(tmp_path) as store:
-        store.save(make_checkpoint(123456))
+        store.save(make_snapshot(123456))
     (tmp_path / seen[0]).write_bytes(b"half")
     with open_store(tmp_path):
         assert not (tmp_path / seen[0]).exists()
@@ -289,7 +284,7 @@ def test_a_planted_link_is_replaced_and_not_followed(tmp_path: Path) -> None:
     folder.mkdir()
     checkpoint_path(folder, 1).symlink_to(target)
     with open_store(folder) as store:
-        store.save(make_checkpoint(1))
+        store.save(make_snapshot(1))
     assert target.read_text() == "mine"
     assert not checkpoint_path(folder, 1).is_symlink()
 
@@ -340,7 +335,7 @@ def test_hostile_files_are_damaged_and_do_not_hang(tmp_path: Path, monkeypatch, 
     assert os.path.lexists(aside)
     if "another checkpoint" not in name:
         os.rename(aside, checkpoint_path(alone, 3))
-        with pytest.raises(jt.InputError, match="no intact checkpoint") as error:
+        with pytest.raises(InputError, match="no intact checkpoint") as error:
             restore(alone)
         assert "\n" not in str(error.value)
         assert os.path.lexists(checkpoint_path(alone, 3))
@@ -362,9 +357,7 @@ def test_damaged_checkpoints_are_skipped_and_all_damaged_is_an_error(tmp_path: P
     content = checkpoint_path(tmp_path, 1).read_bytes()
     checkpoint_path(tmp_path, 1).write_bytes(content[:-1])
     for _ in range(2):  # no file is renamed, so that the next run does not start from scratch
-        with pytest.raises(
-            jt.InputError, match=r"no intact checkpoint .*epoch-3.*epoch-2.*epoch-1"
-        ):
+        with pytest.raises(InputError, match=r"no intact checkpoint .*epoch-3.*epoch-2.*epoch-1"):
             restore(tmp_path)
         assert list_epochs(tmp_path) == [1, 2, 3]
     checkpoint_path(tmp_path, 1).write_bytes(content)
@@ -393,7 +386,7 @@ def test_a_file_that_cannot_be_read_is_not_damaged(tmp_path, monkeypatch) -> Non
 
         with monkeypatch.context() as patch, open_store(tmp_path) as store:
             patch.setattr(os, "open", refuse)
-            with pytest.raises(jt.InputError, match=rf"epoch-3.* cannot be read \(.*{reason}"):
+            with pytest.raises(InputError, match=rf"epoch-3.* cannot be read \(.*{reason}"):
                 store.restore(make_state(), COLUMNS, accept)
         assert list_epochs(tmp_path) == [1, 2, 3]
 
@@ -401,23 +394,19 @@ def test_a_file_that_cannot_be_read_is_not_damaged(tmp_path, monkeypatch) -> Non
 def test_a_newer_format_is_not_damaged(tmp_path: Path) -> None:
     write_three(tmp_path)
     path = checkpoint_path(tmp_path, 3)
-    forge(path, lambda header, record: record.update(format=3))
-    with pytest.raises(jt.InputError, match=r"has format 3, but this version .* reads 2") as e:
+    forge(path, lambda header, record: record.update(format=4))
+    with pytest.raises(InputError, match=r"has format 4, but this version .* reads 3") as e:
         restore(tmp_path)
     assert not isinstance(e.value, DamagedError)
     assert list_epochs(tmp_path) == [1, 2, 3]
 
 
 FORGERIES = {
-    "columns in another order": lambda header, record: record["columns"].reverse(),
-    "a column renamed": lambda header, record: record.update(columns=["epoch", "test_loss"]),
-    "a column missing": lambda header, record: record["columns"].pop(),
-    "a column twice": lambda header, record: record.update(columns=["epoch", "epoch"]),
     "a shorter column": lambda header, record: header["history.1.train_loss"].update(
         shape=[2], data_offsets=[o - 8 * i for i, o in enumerate(_offsets(header))]
     ),
-    "a column of two axes": lambda header, record: header["history.1.train_loss"].update(
-        shape=[3, 1]
+    "a column of another length": lambda header, record: header["history.1.train_loss"].update(
+        shape=[1, 3]
     ),
     "another epoch at its end": lambda header, record: header["history.0.epoch"].update(
         shape=[2], data_offsets=[o - 8 * i for i, o in enumerate(_offsets(header, "0.epoch"))]
@@ -453,9 +442,9 @@ def _offsets(header, column="1.train_loss") -> list[int]:
     return header[f"history.{column}"]["data_offsets"]
 
 
-def check_name(recorded, where: str) -> None:
+def check_name(recorded, where: str) -> list[str]:
     assert recorded["run"] == "a"
-    assert len(recorded["state_digests"]) == 1
+    return []
 
 
 @pytest.mark.parametrize("name", FORGERIES)
@@ -467,11 +456,19 @@ def test_a_forged_file_is_damaged(tmp_path: Path, name: str) -> None:
         assert restore(tmp_path, check=check_name).epoch == 2
 
 
+@pytest.mark.parametrize("columns", [COLUMNS[::-1], ["epoch"], ["epoch", "test_loss"]])
+def test_other_columns_are_refused(tmp_path: Path, columns) -> None:
+    write_three(tmp_path)
+    with pytest.raises(InputError, match="the columns epoch, train_loss, and that of this run"):
+        restore(tmp_path, columns=columns)
+    assert list_epochs(tmp_path) == [1, 2, 3]
+
+
 @pytest.mark.parametrize("change", [{"leaves": {}}, {"best": "stored"}])
 def test_a_record_without_a_state_is_refused(tmp_path: Path, change) -> None:
     write_three(tmp_path)
     forge(checkpoint_path(tmp_path, 3), lambda header, record: record.update(change))
-    with pytest.raises(jt.InputError, match="has nothing more where the model and optimizer have"):
+    with pytest.raises(InputError, match="has nothing more where this run has"):
         restore(tmp_path)
 
 
@@ -481,7 +478,7 @@ def test_shapes_are_compared_before_arrays_are_created(tmp_path, monkeypatch) ->
     monkeypatch.setattr(
         _store._file, "place", lambda *arguments: pytest.fail("an array was created")
     )
-    with pytest.raises(jt.InputError, match=r"float32\[3, 2\] where"):
+    with pytest.raises(InputError, match=r"float32\[3, 2\] where"):
         restore(tmp_path, like)
 
 
@@ -493,98 +490,45 @@ def test_a_checkpoint_of_another_run_is_refused(tmp_path: Path) -> None:
 
     def refuse(recorded, where: str) -> None:
         seen.update(recorded)
-        raise jt.InputError(f"{where} is of another run")
+        raise InputError(f"{where} is of another run")
 
     message = r"the checkpoint .*epoch-2\.safetensors is of another run; .*epoch-3.* checksum"
-    with pytest.raises(jt.InputError, match=message):
+    with pytest.raises(InputError, match=message):
         restore(tmp_path, {}, check=refuse)
-    digests = seen.pop("state_digests")
     assert seen == METADATA
-    assert digests == [_store._file.digest(make_state(2))]
     assert list_epochs(tmp_path) == [1, 2, 3]
 
 
-def test_a_warning_of_the_check_is_passed_on(tmp_path: Path) -> None:
+def test_a_warning_of_the_check_is_given_if_the_run_resumes(tmp_path: Path) -> None:
     write_three(tmp_path)
 
-    def check(recorded, where: str) -> None:
-        warnings.warn("other versions", stacklevel=5)
+    def check(recorded, where: str) -> list[str]:
+        return ["other versions"]
 
-    with pytest.warns(UserWarning, match="other versions"):
+    with pytest.warns(UserWarning, match="other versions") as told:
         restore(tmp_path, check=check)
+    assert len(told) == 1
+    with pytest.raises(InputError, match="where this run has"):  # and no warning
+        restore(tmp_path, {}, check=check)
 
 
 def test_resume_may_be_required_or_never(tmp_path: Path) -> None:
-    with pytest.raises(jt.InputError, match=r"resume is 'required', but .* has no checkpoint"):
+    with pytest.raises(InputError, match=r"resume is 'required', but .* has no checkpoint"):
         restore(tmp_path, resume="required")
     assert restore(tmp_path, resume="never") is None
     write_three(tmp_path)
-    with pytest.raises(jt.InputError, match=r"resume is 'never', but .* up to epoch 3"):
+    with pytest.raises(InputError, match=r"resume is 'never', but .* up to epoch 3"):
         restore(tmp_path, resume="never")
     assert restore(tmp_path, resume="required").epoch == 3
-
-
-@pytest.mark.skipif(hasattr(jt.init_state, "__wrapped__"), reason="the type checker raises first")
-@pytest.mark.parametrize(
-    ("options", "message"),
-    [
-        ({"directory": ""}, "directory is '', the current folder"),
-        ({"directory": "."}, "directory is '.', the current folder"),
-        ({"directory": 3}, "directory is 3; expected a path"),
-        ({"directory": b"bytes"}, "directory is b'bytes'; expected a path"),
-        ({"every": 0}, "every is 0; expected an integer of at least 1"),
-        ({"keep": 0}, "keep is 0; expected an integer of at least 1"),
-        ({"keep": True}, "keep is True"),
-        ({"resume": "must"}, "resume is 'must'; expected 'auto', 'required' or 'never'"),
-        ({"configuration": {"rate": float("nan")}}, "configuration is .*JSON cannot represent"),
-        ({"configuration": {"deep": [{"rate": float("-inf")}]}}, "JSON cannot represent"),
-        ({"configuration": {"odd": np.ones(2)}}, "not ndarray"),
-        ({"configuration": {"odd": {3}}}, "not set"),
-        ({"configuration": {"odd": print}}, "JSON cannot represent"),
-        ({"configuration": {(1, 2): 3}}, "JSON cannot represent"),
-        ({"configuration": 3}, "configuration is 3"),
-    ],
-)
-def test_invalid_options_are_named(options, message: str) -> None:
-    with pytest.raises(jt.InputError, match=message):
-        CheckpointOptions(**{"directory": "checkpoints", **options})
-
-
-def test_cyclic_configurations_are_refused() -> None:
-    endless: list = []
-    endless.append(endless)
-    with pytest.raises(jt.InputError, match="JSON cannot represent"):
-        CheckpointOptions("checkpoints", configuration={"a": endless})
-
-
-def test_metadata_that_is_not_json_is_refused(tmp_path: Path) -> None:
-    for value in (float("inf"), np.float32(1), object()):
-        with pytest.raises(jt.InputError, match=r"metadata is .*JSON cannot represent"):
-            CheckpointStore(CheckpointOptions(tmp_path), {"a": value})
-
-
-def test_paths_are_recorded_as_text(tmp_path: Path) -> None:
-    options = CheckpointOptions(tmp_path, configuration={"data": Path("a/b"), "sizes": (1, 2)})
-    assert options.configuration == {"data": "a/b", "sizes": [1, 2]}
-
-
-def test_a_program_may_change_its_working_directory(tmp_path: Path, monkeypatch) -> None:
-    monkeypatch.chdir(tmp_path)
-    options = CheckpointOptions("checkpoints")
-    (tmp_path / "elsewhere").mkdir()
-    monkeypatch.chdir(tmp_path / "elsewhere")
-    with CheckpointStore(options, METADATA) as store:
-        store.save(make_checkpoint(1))
-    assert list_epochs(tmp_path / "checkpoints") == [1]
 
 
 def test_a_folder_that_cannot_be_created_is_named(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("in the way")
     for path in (tmp_path / "file" / "below", Path("/proc/none"), Path("a\0b"), Path("a" * 300)):
-        with pytest.raises(jt.InputError, match=r"checkpoint folder .* cannot be written"):
-            open_store(path)
+        with pytest.raises(InputError, match=r"checkpoint folder .* cannot be written"):
+            open_store(path).__enter__()
     assert list_epochs(Path("a\0b")) == list_epochs(tmp_path / "file") == []
-    with pytest.raises(jt.InputError, match="cannot be read"):
+    with pytest.raises(InputError, match="cannot be read"):
         verify("a\0b")
 
 
@@ -592,18 +536,18 @@ def test_a_folder_that_cannot_be_created_is_named(tmp_path: Path) -> None:
 def test_control_characters_in_folder_names_are_escaped(tmp_path: Path, name: str) -> None:
     folder = tmp_path / name
     metadata = {"folder": str(folder)}
-    with open_store(folder, metadata, configuration={"path": folder}) as store:
+    with open_store(folder, metadata) as store:
         for epoch in (1, 2):
-            store.save(make_checkpoint(epoch))
+            store.save(make_snapshot(epoch))
     seen = {}
-    assert restore(folder, check=lambda recorded, where: seen.update(recorded)).epoch == 2
+    assert restore(folder, check=lambda recorded, where: seen.update(recorded) or []).epoch == 2
     assert seen["folder"] == str(folder)
     texts = []
     checkpoint_path(folder, 2).write_bytes(b"")
     with pytest.warns(UserWarning, match="damaged") as told:
         restore(folder)
     texts.append(str(told[0].message))
-    with pytest.raises(jt.InputError) as error:
+    with pytest.raises(InputError) as error:
         restore(folder, {})
     texts.append(str(error.value))
     with pytest.raises(KeyboardInterrupt) as interrupt, open_store(folder):
@@ -618,19 +562,19 @@ def test_control_characters_in_folder_names_are_escaped(tmp_path: Path, name: st
 @pytest.mark.parametrize("kind", ["folder", "link"])
 def test_a_lock_that_is_not_a_file_is_refused(tmp_path: Path, kind: str) -> None:
     folder, elsewhere = tmp_path / "checkpoints", tmp_path / "elsewhere"
-    store = open_store(folder)
+    folder.mkdir()
     if kind == "folder":
         (folder / ".lock").mkdir()
     else:
         (folder / ".lock").symlink_to(elsewhere)
-    with pytest.raises(jt.InputError, match=r"the checkpoint folder .* cannot be locked"):
-        store.__enter__()
+    with pytest.raises(InputError, match=r"the checkpoint folder .* cannot be locked"):
+        open_store(folder).__enter__()
     assert not elsewhere.exists()
 
 
 def test_the_record_is_json(tmp_path: Path) -> None:
     write_three(tmp_path)
-    record, arrays = jt.checkpoint.read_file(checkpoint_path(tmp_path, 3))
+    record, arrays = read_file(checkpoint_path(tmp_path, 3))
     assert record["metadata"] == METADATA
     assert record["leaves"]["state.key"] == "['key'] of key<threefry2x32>[]"
     assert record["columns"] == COLUMNS
