@@ -13,10 +13,10 @@ epoch is a loop of steps, a run is a loop of epochs, and a sweep is many runs at
 """
 
 from jaxtrain import (
+    callbacks,
     data,
     errors,
     export,
-    loggers,
     losses,
     metrics,
     models,
@@ -24,72 +24,54 @@ from jaxtrain import (
     parallel,
 )
 from jaxtrain.adapters import mixed_precision
-from jaxtrain.checkpoint import CheckpointOptions
-from jaxtrain.cli.progress import console as progress
 from jaxtrain.dataset import Dataset
-from jaxtrain.errors import (
-    DataUnavailableError,
-    InputError,
-    MissingExtraError,
-    NonFiniteError,
-    OutOfMemoryError,
-    ProcessLostError,
-    StorageError,
-    StreamError,
-)
-from jaxtrain.export import load_params, save_params
+from jaxtrain.export import load, save
+from jaxtrain.inspect import Summary, summary
 from jaxtrain.lowerings import use_cpu_lowerings
 from jaxtrain.model import Model
 from jaxtrain.optimizers import Minimum, minimize
-from jaxtrain.sweeps import SweepResult, SweepRun, SweepTable, load_sweep, sweep
-from jaxtrain.training import events
-from jaxtrain.training.early_stopping import EarlyStopping
-from jaxtrain.training.epoch import evaluate, predict, train_epoch
-from jaxtrain.training.find_learning_rate import RangeTest, find_learning_rate
-from jaxtrain.training.fit import fit
-from jaxtrain.training.history import History
+from jaxtrain.sweeps import (
+    RangeTest,
+    SweepResult,
+    SweepRun,
+    SweepTable,
+    find_learning_rate,
+    load_sweep,
+    sweep,
+)
+from jaxtrain.training.fit import History, Run, fit
+from jaxtrain.training.loop import evaluate, predict, train_epoch
 from jaxtrain.training.run import train
 from jaxtrain.training.state import TrainState, init_state, to_module, with_optimizer
 from jaxtrain.training.step import apply_gradients, eval_step, gradients, train_step
-from jaxtrain.training.summary import Summary, summary
 
 __version__ = "0.2.0"
 
 __all__ = [
-    "CheckpointOptions",
-    "DataUnavailableError",
     "Dataset",
-    "EarlyStopping",
     "History",
-    "InputError",
     "Minimum",
-    "MissingExtraError",
     "Model",
-    "NonFiniteError",
-    "OutOfMemoryError",
-    "ProcessLostError",
     "RangeTest",
-    "StorageError",
-    "StreamError",
+    "Run",
     "Summary",
     "SweepResult",
     "SweepRun",
     "SweepTable",
     "TrainState",
     "apply_gradients",
+    "callbacks",
     "data",
     "errors",
     "eval_step",
     "evaluate",
-    "events",
     "export",
     "find_learning_rate",
     "fit",
     "gradients",
     "init_state",
-    "load_params",
+    "load",
     "load_sweep",
-    "loggers",
     "losses",
     "metrics",
     "minimize",
@@ -98,8 +80,7 @@ __all__ = [
     "optimizers",
     "parallel",
     "predict",
-    "progress",
-    "save_params",
+    "save",
     "summary",
     "sweep",
     "to_module",

@@ -12,10 +12,8 @@ from matplotlib.figure import Figure
 from PIL import Image
 
 import jaxtrain as jt
-from jaxtrain.export import save_params
-from jaxtrain.loggers._tensorboard import EVENT_FILES
-from jaxtrain.training.events import StepsDone
-from tests.loggers.helpers import STEPS, fit
+from jaxtrain.callbacks.tensorboard import EVENT_FILES
+from tests.callbacks.helpers import STEPS, fit, interrupt_at
 
 pytest.importorskip("tensorboardX")
 event_accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
@@ -34,8 +32,7 @@ def scalars(folder: Path, tag: str) -> dict[int, float]:
 
 
 def test_scalars_are_the_history_and_the_loss_of_every_step(tmp_path: Path) -> None:
-    with jt.loggers.tensorboard(tmp_path) as log:
-        _, history = fit(log, epochs=3)
+    _, history = fit([jt.callbacks.tensorboard(tmp_path)], epochs=3)
     tags = read(tmp_path).Tags()
     assert set(tags["scalars"]) == {"step_loss", *history}
     assert tags["histograms"] == tags["images"] == []
@@ -51,12 +48,19 @@ def test_scalars_are_the_history_and_the_loss_of_every_step(tmp_path: Path) -> N
     assert set(rates.values()) == {float(np.float32(0.1))}
 
 
+def test_arrays_are_left_out(tmp_path: Path) -> None:
+    metric_fns = {"confusion": jt.metrics.confusion_matrix}
+    _, history = fit([jt.callbacks.tensorboard(tmp_path)], metric_fns=metric_fns)
+    names = {name for name, values in history.items() if values.ndim == 1}
+    assert set(read(tmp_path).Tags()["scalars"]) == {"step_loss", *names}
+    assert set(history) - names >= {"test_confusion"}
+
+
 def test_histograms_are_those_of_every_parameter(tmp_path: Path) -> None:
     import safetensors.numpy
 
-    with jt.loggers.tensorboard(tmp_path / "events", histograms=True) as log:
-        state, _ = fit(log)
-    save_params(tmp_path / "model", state)
+    state, _ = fit([jt.callbacks.tensorboard(tmp_path / "events", histograms=True)])
+    jt.save(tmp_path / "model", state)
     arrays = safetensors.numpy.load_file(tmp_path / "model")
     found = read(tmp_path / "events")
     assert set(found.Tags()["histograms"]) == set(arrays)
@@ -77,22 +81,25 @@ def test_pictures_are_at_the_latest_step(tmp_path: Path) -> None:
     figure.subplots().plot([1, 2])
     png = io.BytesIO()
     Image.new("RGB", (7, 5), "red").save(png, "png")
-    with jt.loggers.tensorboard(tmp_path) as log:
-        state, _ = fit(log)
-        jt.loggers.combine(print, log).picture("curves", figure)
-        log.picture("red", png.getvalue())
-        with pytest.raises(jt.InputError, match="picture is a str; expected a matplotlib figure"):
-            log.picture("text", "red")
-        with pytest.raises(
-            jt.InputError, match=r"picture is b'not a PN'\.\.\.; expected a matplot"
-        ):
-            log.picture("bytes", b"not a PNG file")
-        with pytest.raises(jt.InputError, match=r"picture is b'.*PNG.*; expected a matplotlib"):
-            log.picture("cut short", png.getvalue()[:20])
-        fit(log, 1, state)
+    log = jt.callbacks.tensorboard(tmp_path)
+
+    def during(run: jt.Run) -> None:
+        log.picture(f"epoch {run.epoch}", figure)
+
+    state, _ = fit([log, during])
+    log.picture("curves", figure)
+    log.picture("red", png.getvalue())
+    with pytest.raises(jt.errors.InputError, match="picture is a str; expected a matplotlib fig"):
+        log.picture("text", "red")
+    with pytest.raises(jt.errors.InputError, match=r"picture is b'not a PN'\.\.\.; expected a mat"):
+        log.picture("bytes", b"not a PNG file")
+    with pytest.raises(jt.errors.InputError, match=r"picture is b'.*PNG.*; expected a matplotlib"):
+        log.picture("cut short", png.getvalue()[:20])
+    fit([log], 1, state)
     found = read(tmp_path)
-    assert found.Tags()["images"] == ["curves", "red"]
-    (curves,), (red,) = found.Images("curves"), found.Images("red")
+    assert set(found.Tags()["images"]) == {"curves", "red", "epoch 1", "epoch 2"}
+    (curves,), (red,), (first,) = map(found.Images, ("curves", "red", "epoch 1"))
+    assert (first.step, first.width, first.height) == (5, 240, 120)
     assert (curves.step, curves.width, curves.height) == (10, 240, 120)
     assert (red.step, red.width, red.height) == (10, 7, 5)
     assert red.encoded_image_string == png.getvalue()
@@ -100,20 +107,20 @@ def test_pictures_are_at_the_latest_step(tmp_path: Path) -> None:
     assert list(scalars(tmp_path, "step_loss")) == list(range(1, 16))  # it still logs
 
 
-def test_a_picture_before_the_first_event_keeps_what_an_earlier_run_wrote(tmp_path: Path) -> None:
+def test_pictures_before_and_without_a_run_keep_what_an_earlier_run_wrote(tmp_path: Path) -> None:
     figure = Figure(figsize=(2, 1))
-    with jt.loggers.tensorboard(tmp_path) as log:
-        log.picture("first", figure)
-        state, _ = fit(log)
-    with jt.loggers.tensorboard(tmp_path) as log:  # resumes
-        log.picture("second", figure)
-        fit(log, 1, state)
-    with jt.loggers.tensorboard(tmp_path) as log:  # without a run
-        log.picture("third", figure)
+    log = jt.callbacks.tensorboard(tmp_path)
+    log.picture("first", figure)
+    log.picture("second", figure)
+    state, _ = fit([log])
+    log = jt.callbacks.tensorboard(tmp_path)
+    log.picture("third", figure)
+    fit([log], 1, state)
+    jt.callbacks.tensorboard(tmp_path).picture("fourth", figure)
     found = read(tmp_path)
     assert list(scalars(tmp_path, "step_loss")) == list(range(1, 3 * STEPS + 1))
     steps = {name: [event.step for event in found.Images(name)] for name in found.Tags()["images"]}
-    assert steps == {"first": [0], "second": [10], "third": [0]}
+    assert steps == {name: [0] for name in ("first", "second", "third", "fourth")}
 
 
 @pytest.mark.parametrize("stop", [(2, 3), (3, 1)])
@@ -122,19 +129,13 @@ def test_a_run_that_resumes_continues_without_duplicates(
 ) -> None:
     folder = tmp_path / "events"
 
-    def train(stop: tuple[int, int] | None) -> Any:
-        def interrupt(event: jt.events.Event) -> None:
-            if isinstance(event, StepsDone) and (event.epoch, event.step) == stop:
-                raise KeyboardInterrupt
-
-        with jt.loggers.tensorboard(folder) as log:
-            callback = jt.loggers.combine(log, jt.events.every_steps(1, interrupt))
-            options = jt.CheckpointOptions(tmp_path / "checkpoints", every_steps=2)
-            return fit(callback, epochs=4, checkpoint=options)[1]
+    def train(*interrupt: jt.callbacks.Callback) -> Any:
+        checkpoint = jt.callbacks.checkpoint(tmp_path / "checkpoints", every_steps=2)
+        return fit([jt.callbacks.tensorboard(folder), *interrupt, checkpoint], epochs=4)[1]
 
     with pytest.raises(KeyboardInterrupt):
-        train(stop)
-    history = train(None)
+        train(interrupt_at(*stop))
+    history = train()
     assert len(list(folder.glob(EVENT_FILES))) == 2
     losses = scalars(folder, "step_loss")
     assert list(losses) == list(range(1, 4 * STEPS + 1))
@@ -145,9 +146,9 @@ def test_a_run_that_resumes_continues_without_duplicates(
 def test_another_run_replaces_the_event_files_of_this_logger_only(tmp_path: Path) -> None:
     other = tmp_path / "events.out.tfevents.1.host"
     other.write_bytes(b"")
-    for epochs in (3, 1):
-        with jt.loggers.tensorboard(tmp_path) as log:
-            fit(log, epochs)
-    assert len(list(tmp_path.glob(EVENT_FILES))) == 1
+    log = jt.callbacks.tensorboard(tmp_path)
+    for logger, epochs in ((log, 3), (jt.callbacks.tensorboard(tmp_path), 2), (log, 1)):
+        fit([logger], epochs)
+        assert len(list(tmp_path.glob(EVENT_FILES))) == 1
+        assert list(scalars(tmp_path, "train_loss")) == [5, 10, 15][:epochs]
     assert other.exists()
-    assert list(scalars(tmp_path, "train_loss")) == [5]

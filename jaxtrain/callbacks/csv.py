@@ -3,25 +3,28 @@
 from __future__ import annotations
 
 import io
+import json
 import os
-from collections.abc import Iterable
-from contextlib import AbstractContextManager
 from csv import DictReader, DictWriter
 from pathlib import Path
-from typing import Any, TextIO
+from typing import TYPE_CHECKING, Any, TextIO
+
+import numpy as np
 
 from jaxtrain._files import read_regular_file, write_atomically
+from jaxtrain.callbacks._callback import Callback
+from jaxtrain.callbacks._logger import Logger, checked_file, to_json, to_python
 from jaxtrain.errors import InputError
-from jaxtrain.loggers._logger import Logger, Writer, checked_file, open_logger
-from jaxtrain.training.events import EpochDone, StepsDone
+
+if TYPE_CHECKING:
+    from jaxtrain.training.fit import Run
 
 
-def csv(
-    path: str | os.PathLike[str], *, steps: str | os.PathLike[str] | None = None
-) -> AbstractContextManager[Logger]:
+def csv(path: str | os.PathLike[str], *, steps: str | os.PathLike[str] | None = None) -> Callback:
     """Writes the columns of the history, one row per epoch.
 
-    The first columns are `epoch` and `step`, the number of steps of all epochs so far.
+    The first columns are `epoch` and `step`, the number of steps of all epochs so far. An array is
+    written as JSON. With several processes, only process 0 writes.
 
     Args:
       path: the file; its folder is made if it is missing. Rows of steps that the run repeats are
@@ -30,15 +33,15 @@ def csv(
         writes none.
 
     Returns:
-      A context manager; its value is the function to pass as `on_event`.
+      A callback for `fit`. If it cannot write, it warns once, and training continues.
 
     Raises:
       InputError: a path is a folder or a file of other content, its folder cannot be written, or
         both are the same.
 
     Example:
-      >>> with jt.loggers.csv("epochs.csv", steps="steps.csv") as log:
-      ...     state, history = jt.fit(state, train, loss_fn=loss_fn, on_event=log)
+      >>> log = jt.callbacks.csv("epochs.csv", steps="steps.csv")
+      >>> state, history = jt.fit(state, train, loss_fn=loss_fn, callbacks=[log])
       >>> with open("steps.csv") as file:
       ...     print(file.readline().strip())
       step,epoch,loss
@@ -49,31 +52,33 @@ def csv(
         raise InputError(
             f"path and steps are both {epochs_file}; expected two files", argument="steps"
         )
-    return open_logger("CSV", epochs_file, _Csv(epochs_file, steps_file))
+    return _Csv(epochs_file, steps_file)
 
 
-class _Csv(Writer):
+class _Csv(Logger):
     def __init__(self, epochs: Path, steps: Path | None) -> None:
+        super().__init__("CSV", epochs)
         self._epochs = _Table(epochs)
         self._steps = None if steps is None else _Table(steps)
 
-    def start(self, step: int) -> None:
+    def _start(self, step: int) -> None:
         self._epochs.start(step)
         if self._steps is not None:
             self._steps.start(step)
 
-    def steps(self, event: StepsDone, first: int) -> None:
+    def _write_steps(self, run: Run, losses: dict[int, float]) -> None:
         if self._steps is not None:
+            epoch = run.epoch + 1
             self._steps.append(
-                {"step": step, "epoch": event.epoch, "loss": loss}
-                for step, loss in enumerate(event.losses.tolist(), first)
+                [{"step": step, "epoch": epoch, "loss": loss} for step, loss in losses.items()]
             )
 
-    def epoch(self, event: EpochDone, step: int) -> None:
-        start = {"epoch": event.epoch, "step": step}
-        self._epochs.append([start | {**event.metrics, **start}])
+    def _write_epoch(self, run: Run, step: int) -> None:
+        start = {"epoch": run.epoch, "step": step}
+        row = {name: _to_cell(value) for name, value in run.rows[-1].items()}
+        self._epochs.append([start | row | start])
 
-    def close(self) -> None:
+    def _close(self, error: BaseException | None) -> None:
         self._epochs.close()
         if self._steps is not None:
             self._steps.close()
@@ -89,17 +94,14 @@ class _Table:
 
     def start(self, step: int) -> None:
         """Removes the rows after a step, and incomplete ones."""
-        self.close()
         rows = [row for row in self._read() if 0 < _step_of(row) <= step]
         self._columns = list(rows[0]) if rows else []
         self._rewrite(rows)
 
-    def append(self, rows: Iterable[dict[str, Any]]) -> None:
+    def append(self, rows: list[dict[str, Any]]) -> None:
         """Adds rows with the same columns."""
-        rows = list(rows)
         new = [name for name in rows[0] if name not in self._columns]
         if new:
-            self.close()
             earlier = self._read()
             self._columns += new
             self._rewrite(earlier)
@@ -120,6 +122,7 @@ class _Table:
         return list(DictReader(io.StringIO(complete, newline="")))
 
     def _rewrite(self, rows: list[dict[str, str]]) -> None:
+        self.close()
         header = dict(zip(self._columns, self._columns, strict=True))
         text = _to_text(self._columns, [header, *rows]) if self._columns else ""
         write_atomically(self._path, text.encode())
@@ -130,7 +133,12 @@ def _is_header(line: bytes) -> bool:
     return {b"epoch", b"step"} <= set(line.rstrip(b"\r").split(b","))
 
 
-def _to_text(columns: list[str], rows: Iterable[dict[str, Any]]) -> str:
+def _to_cell(value: Any) -> Any:
+    """Returns an array as JSON, and a number unchanged, so that NaN and infinity remain."""
+    return json.dumps(to_json(value)) if np.ndim(value) else to_python(value)
+
+
+def _to_text(columns: list[str], rows: list[dict[str, Any]]) -> str:
     text = io.StringIO(newline="")
     DictWriter(text, columns, restval="", lineterminator="\n").writerows(rows)
     return text.getvalue()

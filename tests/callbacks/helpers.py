@@ -26,7 +26,7 @@ def make_state() -> jt.TrainState:
 
 
 def fit(
-    on_event: Any, epochs: int = 2, state: jt.TrainState | None = None, **options: Any
+    callbacks: list[Any], epochs: int = 2, state: jt.TrainState | None = None, **options: Any
 ) -> tuple[jt.TrainState, Any]:
     """Trains it."""
     return jt.fit(
@@ -39,7 +39,17 @@ def fit(
             "epochs": epochs,
             "batch_size": 10,
             "key": jax.random.key(1),
-            "on_event": on_event,
+            "callbacks": callbacks,
             **options,
         },
     )
+
+
+def interrupt_at(epoch: int, step: int) -> jt.callbacks.Callback:
+    """A callback that interrupts a run after a step of an epoch."""
+
+    def interrupt(run: jt.Run) -> None:
+        if (run.epoch + 1, run.step) == (epoch, step):
+            raise KeyboardInterrupt
+
+    return jt.callbacks.every_steps(1, interrupt)

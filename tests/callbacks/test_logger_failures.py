@@ -13,13 +13,12 @@ import numpy as np
 import pytest
 
 import jaxtrain as jt
-from jaxtrain.training.events import EpochDone, StepsDone
-from tests.loggers.helpers import DATA, fit, make_state
+from tests.callbacks.helpers import DATA, fit, make_state
 
 LOGGERS: dict[str, tuple[str, Callable[[Path], Any]]] = {
-    "csv": ("CSV", lambda folder: jt.loggers.csv(folder / "log", steps=folder / "steps")),
-    "json_lines": ("JSON lines", lambda folder: jt.loggers.json_lines(folder / "log")),
-    "tensorboard": ("TensorBoard", jt.loggers.tensorboard),
+    "csv": ("CSV", lambda folder: jt.callbacks.csv(folder / "log", steps=folder / "steps")),
+    "json_lines": ("JSON lines", lambda folder: jt.callbacks.json_lines(folder / "log")),
+    "tensorboard": ("TensorBoard", jt.callbacks.tensorboard),
 }
 
 
@@ -30,32 +29,41 @@ def kind(request: pytest.FixtureRequest) -> str:
     return request.param
 
 
-def size_limited(on_event: Any, is_full: Callable[[jt.events.Event], bool]) -> Any:
-    """Limits files to 100 bytes during some events, as a quota or a full disk does."""
+class SizeLimited(jt.callbacks.Callback):
+    """Limits files to 100 bytes during some calls, as a quota or a full disk does."""
 
-    def limited(event: jt.events.Event) -> None:
+    def __init__(self, log: jt.callbacks.Callback, first_epoch: int, *names: str) -> None:
+        self.log, self.first_epoch, self.names = log, first_epoch, names
+
+    def call(self, name: str, run: jt.Run, *arguments: Any) -> None:
         soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-        if is_full(event):
+        if name in self.names and len(run.rows) >= self.first_epoch - 1:
             resource.setrlimit(resource.RLIMIT_FSIZE, (100, hard))
         try:
-            on_event(event)
+            getattr(self.log, name)(run, *arguments)
         finally:
             resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
 
-    return limited
+    def on_start(self, run: jt.Run) -> None:
+        self.call("on_start", run)
+
+    def on_steps(self, run: jt.Run) -> None:
+        self.call("on_steps", run)
+
+    def on_epoch(self, run: jt.Run) -> None:
+        self.call("on_epoch", run)
+
+    def on_end(self, run: jt.Run, error: BaseException | None) -> None:
+        self.call("on_end", run, error)
 
 
 def test_a_file_that_cannot_grow_ends_the_log_and_not_the_run(
     tmp_path: Path, kind: str, recwarn: pytest.WarningsRecorder
 ) -> None:
     name, make = LOGGERS[kind]
-
-    def is_full(event: jt.events.Event) -> bool:
-        return isinstance(event, StepsDone | EpochDone) and event.epoch >= 2
-
-    with make(tmp_path) as log:
-        _, history = fit(size_limited(log, is_full), epochs=4)
-    _, expected = fit(None, epochs=4)
+    log = SizeLimited(make(tmp_path), 2, "on_steps", "on_epoch", "on_end")
+    _, history = fit([log], epochs=4)
+    _, expected = fit([], epochs=4)
     (warning,) = recwarn
     message = str(warning.message)
     assert message.startswith(f"the {name} logger cannot write to {tmp_path}")
@@ -69,64 +77,52 @@ def test_a_place_that_disappears_before_the_first_step(
 ) -> None:
     name, make = LOGGERS[kind]
     folder = tmp_path / "folder"
-    with make(folder) as log:
-        shutil.rmtree(folder)
-        folder.write_text("a file")
-        _, history = fit(log)
+    log = make(folder)
+    shutil.rmtree(folder)
+    folder.write_text("a file")
+    works = jt.callbacks.json_lines(tmp_path / "works")
+    _, history = fit([log, works])
+    if kind == "tensorboard":
+        log.picture("silent", b"\x89PNG\r\n\x1a\n" + bytes(4) + b"IHDR" + bytes(8))
     (warning,) = recwarn
     assert f"the {name} logger cannot write to {folder}" in str(warning.message)
     assert len(history["epoch"]) == 2
+    assert len((tmp_path / "works").read_text().splitlines()) == 12
 
 
 def test_a_failure_at_the_end_of_the_log_is_a_warning(
     tmp_path: Path, kind: str, recwarn: pytest.WarningsRecorder
 ) -> None:
     """The file system of a network may report only on closing that a file was not written."""
-    _, make = LOGGERS[kind]
-    with make(tmp_path) as log:
-        fit(log)
-        close = log._writer.close
+    log = LOGGERS[kind][1](tmp_path)
+    close = log._close
 
-        def fail() -> None:
-            close()
+    def fail(error: BaseException | None) -> None:
+        close(error)
+        if log._step:  # not when it is opened
             raise OSError("lost")
 
-        log._writer.close = fail
+    log._close = fail
+    fit([log])
     (warning,) = recwarn
     assert "(OSError: lost); it stops logging" in str(warning.message)
 
 
-def test_a_logger_that_failed_leaves_others_alone(
-    tmp_path: Path, kind: str, recwarn: pytest.WarningsRecorder
-) -> None:
-    _, make = LOGGERS[kind]
-    with (
-        make(tmp_path / "a") as fails,
-        jt.loggers.json_lines(tmp_path / "b") as works,
-    ):
-        shutil.rmtree(tmp_path / "a")
-        (tmp_path / "a").write_text("a file")
-        fit(jt.loggers.combine(fails, works))
-    assert len(recwarn) == 1
-    assert len((tmp_path / "b").read_text().splitlines()) == 12
-
-
 def test_a_run_that_diverges_keeps_what_was_logged(tmp_path: Path, kind: str) -> None:
-    _, make = LOGGERS[kind]
+    log = LOGGERS[kind][1](tmp_path)
 
     def loss(predictions: Any, targets: Any) -> Any:
         return jt.losses.cross_entropy(predictions, targets) + jnp.where(targets == 9, jnp.nan, 0)
 
     bad = DATA.replace(targets=np.where(np.arange(50) == 45, 9, DATA.targets))
-    with pytest.raises(jt.NonFiniteError), make(tmp_path) as log:
+    with pytest.raises(jt.errors.NonFiniteError):
         jt.fit(
             make_state(),
             bad,
             loss_fn=loss,
             batch_size=10,
-            on_event=jt.events.every_steps(1, log),
+            callbacks=[log, jt.callbacks.every_steps(1, lambda run: None)],
         )
-    assert log._writer is None  # closed
     if kind == "json_lines":
         assert len((tmp_path / "log").read_text().splitlines()) == 4
     if kind == "csv":
@@ -139,6 +135,7 @@ def test_a_run_that_diverges_keeps_what_was_logged(tmp_path: Path, kind: str) ->
 def test_a_logger_that_failed_is_silent_afterwards(
     tmp_path: Path, recwarn: pytest.WarningsRecorder
 ) -> None:
-    with jt.loggers.json_lines(tmp_path / "log") as log:
-        fit(size_limited(log, lambda event: not isinstance(event, EpochDone)), epochs=5)
+    log = SizeLimited(jt.callbacks.json_lines(tmp_path / "log"), 1, "on_steps")
+    state, _ = fit([log], epochs=5)
+    fit([log], epochs=1, state=state)
     assert len(recwarn) == 1

@@ -14,7 +14,7 @@ from matplotlib.figure import Figure
 
 import jaxtrain as jt
 from jaxtrain.dataset import named_arrays
-from tests.loggers.helpers import STEPS, fit
+from tests.callbacks.helpers import STEPS, fit, interrupt_at
 
 wandb_internal_pb2 = pytest.importorskip("wandb.proto.wandb_internal_pb2")
 BLOCK, HEADER = 32 * 1024, 7
@@ -44,9 +44,14 @@ def records(path: Path) -> Iterator[Any]:
             record = b""
 
 
-def history_of(folder: Path) -> dict[int, dict[str, Any]]:
+def finish(log: Any) -> None:
+    """Ends the run that a logger has left open, as the end of the process does."""
+    log._run.finish()
+
+
+def history_of(folder: Path, run: str = "offline-run-*") -> dict[int, dict[str, Any]]:
     """Returns what a run has logged, by step."""
-    (path,) = folder.glob("wandb/offline-run-*/run-*.wandb")
+    (path,) = folder.glob(f"wandb/{run}/run-*.wandb")
     found = {}
     for record in wait_for_end(path):
         if record.WhichOneof("record_type") == "history":
@@ -69,10 +74,11 @@ def wait_for_end(path: Path) -> list[Any]:
 
 def test_a_run_has_the_history_and_the_loss_of_every_step(tmp_path: Path, capfd) -> None:
     figure = Figure(figsize=(2, 1))
-    with jt.loggers.wandb("test", folder=tmp_path, histograms=True, config={"rate": 1}) as log:
-        log.picture("before", figure)
-        state, history = fit(log, epochs=3)
-        log.picture("curves", figure)
+    log = jt.callbacks.wandb("test", folder=tmp_path, histograms=True, config={"rate": 1})
+    log.picture("before", figure)
+    state, history = fit([log], epochs=3)
+    log.picture("curves", figure)
+    finish(log)
     assert capfd.readouterr() == ("", "")
     rows = history_of(tmp_path)
     assert any("before" in name for name in rows.pop(0))
@@ -91,16 +97,36 @@ def test_a_run_has_the_history_and_the_loss_of_every_step(tmp_path: Path, capfd)
     assert picture.stat().st_size > 0
 
 
+def test_a_run_that_continues_is_the_same_and_another_one_is_new(tmp_path: Path) -> None:
+    log = jt.callbacks.wandb("test", folder=tmp_path)
+    state, _ = fit([log], 1, metric_fns={"confusion": jt.metrics.confusion_matrix})
+    fit([log], 1, state)
+    first = log._run
+    fit([log], 1)
+    assert log._run is not first
+    finish(log)
+    runs = [history_of(tmp_path, run.name) for run in tmp_path.glob("wandb/offline-run-*")]
+    assert sorted(map(len, runs)) == [STEPS, 2 * STEPS]
+    assert not any("confusion" in name for run in runs for row in run.values() for name in row)
+
+
+def test_an_error_finishes_the_run_as_failed(tmp_path: Path) -> None:
+    log = jt.callbacks.wandb("test", folder=tmp_path)
+    with pytest.raises(KeyboardInterrupt):
+        fit([log, interrupt_at(2, 3)])
+    assert log._run is None
+    (path,) = tmp_path.glob("wandb/offline-run-*/run-*.wandb")
+    assert [r.exit.exit_code for r in wait_for_end(path) if r.HasField("exit")] == [1]
+
+
 @pytest.mark.skipif(hasattr(jt.init_state, "__wrapped__"), reason="types are checked before")
 def test_an_unknown_mode_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(jt.InputError, match="mode is 'of'; expected one of offline, online"):
-        jt.loggers.wandb("test", mode="of", folder=tmp_path)
+    with pytest.raises(jt.errors.InputError, match="mode is 'of'; expected one of offline, online"):
+        jt.callbacks.wandb("test", mode="of", folder=tmp_path)
 
 
 def test_a_run_that_cannot_start_is_a_warning(tmp_path: Path) -> None:
-    with (
-        pytest.warns(UserWarning, match=r"the Weights & Biases logger cannot write to .*wandb \("),
-        jt.loggers.wandb("test", folder=tmp_path, no_such_option=1) as log,
-    ):
-        _, history = fit(log)
+    log = jt.callbacks.wandb("test", folder=tmp_path, no_such_option=1)
+    with pytest.warns(UserWarning, match=r"the Weights & Biases logger cannot write to .*wandb \("):
+        _, history = fit([log])
     assert len(history["epoch"]) == 2

@@ -1,0 +1,85 @@
+"""Callback: what `fit` and `sweep` call as they proceed."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Literal, NamedTuple
+
+if TYPE_CHECKING:
+    from jaxtrain.training.fit import Run
+
+
+class SweepProgress(NamedTuple):
+    """What `sweep` reports, as it starts and after each batch of runs.
+
+    Attributes:
+      done: runs that have finished; as the sweep starts, those restored from its checkpoint folder.
+      total: runs of the sweep.
+      at_once: runs of the batch, which are trained at once; 0 as the sweep starts.
+      compile_seconds: time of compiling the batch's program; 0 if it was compiled before.
+      seconds: time of training the batch.
+      kind: "started"; "trained" after a batch; "halved" if a batch does not fit in memory, so that
+        `at_once` runs, half as many, are trained at once from now on.
+    """
+
+    done: int
+    total: int
+    at_once: int = 0
+    compile_seconds: float = 0.0
+    seconds: float = 0.0
+    kind: Literal["started", "trained", "halved"] = "trained"
+
+
+class Callback:
+    """What `fit` calls as a run proceeds; override the methods that you need.
+
+    A plain function `callback(run) -> bool | None` is an `on_epoch`. An exception from a callback
+    ends the run. With several processes, all of them call their callbacks; the decisions of process
+    0 apply to all.
+
+    Attributes:
+      monitor: the column of the history by which the callback judges an epoch; None if it does not.
+      saves: whether the callback stores runs. Such callbacks are started first, so that the others
+        see a restored run, and are otherwise called last, so that they store what the others
+        decided.
+
+    Example:
+      >>> class StopAtLoss(jt.callbacks.Callback):
+      ...     def on_epoch(self, run):
+      ...         return run.rows[-1]["train_loss"] < 1e-3
+      >>> state, history = jt.fit(state, train, loss_fn=loss_fn, callbacks=[StopAtLoss()])
+    """
+
+    monitor: str | None = None
+    saves: bool = False
+
+    def on_start(self, run: Run) -> Run | None:
+        """Is called before the first step; a run that it returns replaces the current one."""
+
+    def next_pause(self, run: Run) -> int | None:
+        """Returns the step of this epoch after which `on_steps` must be called next, or None.
+
+        Without a request, `fit` calls `on_steps` about once per second and after each epoch.
+        """
+
+    def on_steps(self, run: Run) -> None:
+        """Is called after a block of steps; `run.losses` are those since the previous call.
+
+        The arrays of `run.state` are valid during the call only: the next steps reuse their memory.
+        """
+
+    def on_epoch(self, run: Run) -> Run | bool | None:
+        """Is called after each epoch's evaluation.
+
+        Returns:
+          True to end the run, a changed run (`run.replace(...)`) to replace the current one, or
+          None.
+        """
+
+    def on_end(self, run: Run, error: BaseException | None) -> None:
+        """Is called at the end of each run that was started, also after an error."""
+
+    def on_runs(self, progress: SweepProgress) -> None:
+        """Is called by `sweep` as it starts and after each batch of runs."""
+
+    def on_runs_end(self, error: BaseException | None) -> None:
+        """Is called at the end of each sweep that was started, also by an error."""

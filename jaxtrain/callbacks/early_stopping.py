@@ -1,0 +1,145 @@
+"""early_stopping: ends a run that no longer improves, and keeps its best state."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any, Literal
+
+import numpy as np
+
+from jaxtrain._arguments import check_integer
+from jaxtrain.callbacks._callback import Callback
+from jaxtrain.errors import InputError
+
+if TYPE_CHECKING:
+    from jaxtrain.training.fit import Run
+
+Mode = Literal["min", "max"]
+
+# What the names of columns end in whose smaller values are better.
+_SMALLER_IS_BETTER = ("loss", "error", "distance")
+
+
+def early_stopping(
+    patience: int, monitor: str = "validation_loss", mode: Mode | None = None
+) -> EarlyStopping:
+    """Ends a run after `patience` epochs without an improvement of one column of the history.
+
+    `fit` and `train` then return the state of the best epoch, the first of equally good ones.
+
+    Args:
+      patience: epochs without improvement after which to stop, at least 1.
+      monitor: the column to watch.
+      mode: "min" if smaller is better, "max" if larger is better. None infers it from the column's
+        name: "min" if it ends in loss, error or distance, otherwise "max".
+
+    Raises:
+      InputError: an argument is out of range; `fit` and `train` raise it if the history has no such
+        column.
+
+    Example:
+      >>> rest, validation = train.split(0.25, jax.random.key(0))
+      >>> state, history = jt.fit(
+      ...     state, rest, validation=validation, loss_fn=loss_fn, metric_fns=metric_fns, epochs=20,
+      ...     callbacks=[jt.callbacks.early_stopping(3, monitor="validation_accuracy")],
+      ... )
+    """
+    check_integer(patience, "patience", minimum=1)
+    if not isinstance(monitor, str):
+        raise InputError(
+            f"monitor is {monitor!r}; expected the name of a column", argument="monitor"
+        )
+    if mode not in (None, "min", "max"):
+        raise InputError(f"mode is {mode!r}; expected 'min' or 'max'", argument="mode")
+    return EarlyStopping(patience, monitor, mode or infer_mode(monitor))
+
+
+@dataclasses.dataclass(frozen=True)
+class EarlyStopping(Callback):
+    """What `early_stopping` returns; hashable, since it is static in the compiled `train`.
+
+    Attributes:
+      patience: epochs without improvement after which to stop.
+      monitor: the column to watch.
+      mode: "min" if smaller is better, "max" if larger is better.
+    """
+
+    patience: int
+    monitor: str = "validation_loss"
+    mode: Mode = "min"
+
+    @property
+    def sign(self) -> int:
+        """1 if smaller is better, -1 if larger is better."""
+        return _sign(self.mode)
+
+    def check_columns(self, columns: Sequence[str]) -> None:
+        """Raises InputError if the watched column is missing from the history."""
+        if self.monitor not in columns:
+            hint, argument = "", "callbacks"
+            if self.monitor.startswith("validation_"):
+                hint = ", or validation=, for example from train.split(0.1, key)"
+                argument = "validation"
+            raise InputError(
+                f"early_stopping monitors {self.monitor!r}, but the history has the columns "
+                f"{', '.join(columns)}; expected one of these{hint}",
+                argument=argument,
+            )
+
+    def on_start(self, run: Run) -> Run | None:
+        """Checks the column, and ends a restored run that is over already."""
+        self.check_columns(run.columns)
+        return run.replace(is_over=True) if self._is_over(run.rows) else None
+
+    def on_epoch(self, run: Run) -> Run:
+        """Keeps the state of the best epoch, and ends the run."""
+        if np.ndim(run.rows[-1][self.monitor]):
+            raise InputError(
+                f"early_stopping monitors {self.monitor!r}, which has an array per epoch; expected "
+                "a column of numbers",
+                argument="callbacks",
+            )
+        if is_improvement(run.rows, self.monitor, self.mode):
+            return run.replace(best=run.state)
+        return run.replace(is_over=run.is_over or self._is_over(run.rows))
+
+    def _is_over(self, rows: Sequence[Mapping[str, Any]]) -> bool:
+        waited = len(rows) - 1 - best_row(rows, self.monitor, self.mode)
+        return waited >= self.patience
+
+
+def infer_mode(column: str) -> Mode:
+    """Returns "min" if smaller values of a column are better, going by its name, else "max"."""
+    return "min" if column.endswith(_SMALLER_IS_BETTER) else "max"
+
+
+def best_row(rows: Sequence[Mapping[str, Any]], column: str, mode: Mode | None = None) -> int:
+    """Returns the index of the best row, the first of equally good ones; 0 if there is none."""
+    sign, best = _sign(mode or infer_mode(column)), 0
+    for index in range(1, len(rows)):
+        if is_better(rows[index][column], rows[best][column], sign):
+            best = index
+    return best
+
+
+def is_improvement(
+    rows: Sequence[Mapping[str, Any]], column: str, mode: Mode | None = None
+) -> bool:
+    """Returns whether the last row is better than all before it."""
+    return best_row(rows, column, mode) == len(rows) - 1
+
+
+def is_better(new: Any, best: Any, sign: int) -> Any:
+    """Returns whether a value is better than the best so far; NaN is the worst.
+
+    Args:
+      new: the value, a number or a traced array.
+      best: the best value so far.
+      sign: 1 if smaller is better, -1 if larger is better.
+    """
+    return (sign * new < sign * best) | ((best != best) & (new == new))
+
+
+def _sign(mode: Mode) -> int:
+    return 1 if mode == "min" else -1
