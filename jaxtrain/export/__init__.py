@@ -1,16 +1,16 @@
 """Trained models as files for other libraries and for servers."""
 
 from jaxtrain.export._onnx import onnx
-from jaxtrain.export._safetensors import load_params, save_params
+from jaxtrain.export._safetensors import load, save
 from jaxtrain.export._stablehlo import load_stablehlo, stablehlo
 from jaxtrain.export._torch import load_torch, to_torch
 
 __all__ = [
-    "load_params",
+    "load",
     "load_stablehlo",
     "load_torch",
     "onnx",
-    "save_params",
+    "save",
     "stablehlo",
     "to_torch",
 ]

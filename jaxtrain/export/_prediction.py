@@ -12,7 +12,6 @@ from jaxtyping import PyTree
 from jaxtrain._placement import is_key, to_numpy
 from jaxtrain.dataset import check_inputs, describe_array, named_arrays
 from jaxtrain.errors import InputError
-from jaxtrain.optimizers import evaluation_params
 from jaxtrain.training.state import TrainState, check_state_type
 from jaxtrain.training.step import predict_batch
 
@@ -44,7 +43,7 @@ def prediction_function(
     constants = state.replace(
         step=np.zeros((), np.int32),
         epoch=np.zeros((), np.int32),
-        params=on_host(evaluation_params(state.opt_state, state.params)),
+        params=on_host(state.evaluation_params),
         model_state=on_host(state.model_state),
         opt_state=(),
         key=None,

@@ -16,12 +16,14 @@ from jaxtrain._placement import to_words
 from jaxtrain._safetensors import DTYPES, MAX_HEADER_BYTES, place, to_host
 from jaxtrain.dataset import named_arrays
 from jaxtrain.errors import InputError
-from jaxtrain.optimizers import restart_average
+from jaxtrain.optimizers._averaging import restart_average
 from jaxtrain.training.state import TrainState
 
 
-def save_params(path: str | os.PathLike[str], state: TrainState) -> None:
+def save(path: str | os.PathLike[str], state: TrainState) -> None:
     """Writes the parameters and the model state (batch statistics, for example) to one file.
+
+    The parameters are those that evaluation uses: the average, with `average_parameters`.
 
     Any library that supports safetensors can read the file. Names are paths, such as
     "params.Dense_0.kernel" and "batch_stats.BatchNorm_0.mean", and arrays are as the module has
@@ -31,7 +33,7 @@ def save_params(path: str | os.PathLike[str], state: TrainState) -> None:
 
     Args:
       path: the file, such as "model.safetensors"; it is written completely or not at all.
-      state: the state whose `params` and `model_state` are written.
+      state: the trained state.
 
     Raises:
       InputError: an array has a dtype that the format does not support, or two have the same
@@ -39,7 +41,7 @@ def save_params(path: str | os.PathLike[str], state: TrainState) -> None:
       StorageError: the file cannot be written.
 
     Example:
-      >>> jt.save_params("model.safetensors", state)
+      >>> jt.save("model.safetensors", state)
     """
     import safetensors.numpy
 
@@ -51,8 +53,8 @@ def save_params(path: str | os.PathLike[str], state: TrainState) -> None:
     write_atomically(Path(path), safetensors.numpy.save(arrays))
 
 
-def load_params(path: str | os.PathLike[str], state: TrainState) -> TrainState:
-    """Returns a state with the parameters and the model state of a file by `save_params`.
+def load(path: str | os.PathLike[str], state: TrainState) -> TrainState:
+    """Returns a state with the parameters and the model state of a file by `save`.
 
     Args:
       path: the file.
@@ -67,9 +69,9 @@ def load_params(path: str | os.PathLike[str], state: TrainState) -> TrainState:
         shapes or dtypes differ from those of the model; the first difference is named.
 
     Example:
-      >>> jt.save_params("model.safetensors", state)
+      >>> jt.save("model.safetensors", state)
       >>> state = jt.init_state(model, optimizer, train.inputs[:1], key=jax.random.key(1))
-      >>> state = jt.load_params("model.safetensors", state)
+      >>> state = jt.load("model.safetensors", state)
     """
     expected = _named(state)
     path = Path(path)
@@ -77,7 +79,7 @@ def load_params(path: str | os.PathLike[str], state: TrainState) -> TrainState:
     if found and not found.keys() & {name for name, _ in expected}:
         raise InputError(
             f"{path} has none of the names of the model, such as {expected[0][0]}, but "
-            f"{min(found)}; expected a file of save_params: jaxtrain.export.load_torch loads "
+            f"{min(found)}; expected a file of jaxtrain.save: jaxtrain.export.load_torch loads "
             "weights of PyTorch"
         )
     # All names and shapes are checked before any array is created.
@@ -128,7 +130,7 @@ def _read(path: Path, array_bytes: int) -> dict[str, Any]:
     except safetensors.SafetensorError as error:
         raise InputError(
             f"{path} is not a complete safetensors file ({error}); expected one written by "
-            "save_params"
+            "jaxtrain.save"
         ) from error
 
 
@@ -146,7 +148,10 @@ def _named(state: TrainState) -> list[tuple[str, Any]]:
         )
     # Linen's collections have names of their own.
     name = "" if isinstance(state.model_state, Mapping) else "model_state"
-    return [*named_arrays(state.params, "params"), *named_arrays(state.model_state, name)]
+    return [
+        *named_arrays(state.evaluation_params, "params"),
+        *named_arrays(state.model_state, name),
+    ]
 
 
 def _describe(dtype: str, shape: Any) -> str:

@@ -17,7 +17,7 @@ from jaxtrain.export._torch_layers import Layer, convert, layers_of, with_arrays
 from jaxtrain.export._torch_match import TorchLayer, match
 from jaxtrain.export._torch_optimizer import load_optimizer
 from jaxtrain.export._torch_trace import Uses, trace_uses
-from jaxtrain.optimizers import evaluation_params, restart_average
+from jaxtrain.optimizers._averaging import restart_average
 from jaxtrain.training.state import TrainState, check_state_type
 
 Pairs = list[tuple[TorchLayer, Layer]]
@@ -142,7 +142,7 @@ def to_torch(
         tensors, tied = read_state_dict(like)
         found = {} if strict else {full: _to_tensor(tensor) for full, tensor in tensors.items()}
         pairs, sizes = _match(tensors, state, mapping, channels, strict)
-    leaves = _leaves(state.replace(params=evaluation_params(state.opt_state, state.params)))
+    leaves = _leaves(state.replace(params=state.evaluation_params))
     for theirs, ours in pairs:
         for entry in ours.entries:
             arrays = [to_numpy(leaves[path]) for path in entry.paths]

@@ -53,7 +53,7 @@ def read_state_dict(source: Any) -> StateDict:
     if isinstance(found, Mapping) and any(str(key).startswith("params.") for key in found):
         raise InputError(
             f"{name} has the names of a model of jaxtrain; expected a state dict of PyTorch: load "
-            "a file of save_params by jaxtrain.load_params"
+            "a file of save by jaxtrain.load"
         )
     if not isinstance(found, Mapping):
         raise InputError(

@@ -16,7 +16,7 @@ from jaxtrain.errors import InputError
 from jaxtrain.export._torch_files import to_array
 from jaxtrain.export._torch_layers import Layer, convert, with_arrays
 from jaxtrain.export._torch_match import TorchLayer
-from jaxtrain.optimizers import AmsgradState, DampedTraceState
+from jaxtrain.optimizers._transforms import AmsgradState, DampedTraceState
 from jaxtrain.training.state import TrainState
 
 # Our names of PyTorch's arrays per parameter, by the type of the optax state that has them.

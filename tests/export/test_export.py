@@ -1,4 +1,4 @@
-"""save_params and load_params restore a model, and name what does not match."""
+"""save and load restore a model, and name what does not match."""
 
 from __future__ import annotations
 
@@ -54,9 +54,9 @@ def assert_identical(ours, theirs) -> None:
 def test_a_trained_model_is_restored(tmp_path: Path) -> None:
     data = jt.Dataset(jnp.eye(4)[:3], jnp.arange(3))
     trained, _ = jt.train_epoch(state_of(Network()), data, jt.losses.cross_entropy)
-    jt.save_params(tmp_path / "model.safetensors", trained)
+    jt.save(tmp_path / "model.safetensors", trained)
     fresh = state_of(Network(), seed=1)
-    loaded = jt.load_params(tmp_path / "model.safetensors", fresh)
+    loaded = jt.load(tmp_path / "model.safetensors", fresh)
     assert_identical(loaded.params, trained.params)
     assert_identical(loaded.model_state, trained.model_state)
     assert loaded.model_state["batch_stats"]["BatchNorm_0"]["mean"].any()
@@ -68,7 +68,7 @@ def test_a_trained_model_is_restored(tmp_path: Path) -> None:
 def test_pytorch_reads_the_file(tmp_path: Path) -> None:
     safetensors_torch = pytest.importorskip("safetensors.torch")
     state = state_of(Network())
-    jt.save_params(tmp_path / "model.safetensors", state)
+    jt.save(tmp_path / "model.safetensors", state)
     found = safetensors_torch.load_file(tmp_path / "model.safetensors")
     assert set(found) == {
         *("params.Dense_0.kernel", "params.Dense_0.bias", "params.Dense_1.kernel"),
@@ -103,13 +103,13 @@ def test_any_pytree_with_keys_is_restored(tmp_path: Path) -> None:
 
     model = jt.Model(init, apply)
     saved = state_of(model)
-    jt.save_params(tmp_path / "m.safetensors", saved)
+    jt.save(tmp_path / "m.safetensors", saved)
     assert set(safetensors.numpy.load_file(tmp_path / "m.safetensors")) == {
         *("params.0", "params.1.scale"),
         *("model_state.mean", "model_state.key", "model_state.keys.0"),
     }
     other = state_of(model, seed=1)
-    loaded = jt.load_params(tmp_path / "m.safetensors", other)
+    loaded = jt.load(tmp_path / "m.safetensors", other)
     assert (loaded.model_state.key != other.model_state.key).all()
     assert_identical((loaded.params, loaded.model_state), (saved.params, saved.model_state))
     assert jax.random.key_impl(loaded.model_state.keys[0]) == "rbg"
@@ -117,38 +117,42 @@ def test_any_pytree_with_keys_is_restored(tmp_path: Path) -> None:
 
 def test_the_first_array_that_differs_is_named(tmp_path: Path) -> None:
     path = tmp_path / "model.safetensors"
-    jt.save_params(path, state_of(Network()))
+    jt.save(path, state_of(Network()))
     wide = state_of(Network(width=6))
-    with pytest.raises(jt.InputError) as raised:
-        jt.load_params(path, wide)
+    with pytest.raises(jt.errors.InputError) as raised:
+        jt.load(path, wide)
     assert str(raised.value) == (
         f"{path} has float32[5] for params.BatchNorm_0.bias, where the model has float32[6]; "
         "expected a file of the same model"
     )
     plain = state_of(jt.models.FeedForward((5, 3), mean=0.0, std=1.0))
-    with pytest.raises(jt.InputError, match=r"bfloat16\[5\] for params\.Dense_0\.bias, .* float32"):
-        jt.load_params(path, plain)
-    jt.save_params(path, plain)
-    with pytest.raises(jt.InputError, match=r"has nothing for params\.BatchNorm_0"):
-        jt.load_params(path, state_of(Network()))
+    with pytest.raises(
+        jt.errors.InputError, match=r"bfloat16\[5\] for params\.Dense_0\.bias, .* float32"
+    ):
+        jt.load(path, plain)
+    jt.save(path, plain)
+    with pytest.raises(jt.errors.InputError, match=r"has nothing for params\.BatchNorm_0"):
+        jt.load(path, state_of(Network()))
     arrays = safetensors.numpy.load_file(path)
     safetensors.numpy.save_file({**arrays, "params.extra": np.ones(1)}, path)
-    with pytest.raises(jt.InputError, match=r"has params\.extra, which the model does not have"):
-        jt.load_params(path, plain)
+    with pytest.raises(
+        jt.errors.InputError, match=r"has params\.extra, which the model does not have"
+    ):
+        jt.load(path, plain)
 
 
 def test_shapes_are_compared_before_arrays_are_created(tmp_path: Path, monkeypatch) -> None:
     path = tmp_path / "model.safetensors"
-    jt.save_params(path, state_of(Network(width=6)))
+    jt.save(path, state_of(Network(width=6)))
     monkeypatch.setattr(np, "frombuffer", lambda *_: pytest.fail("an array was created"))
-    with pytest.raises(jt.InputError, match="where the model has"):
-        jt.load_params(path, state_of(Network()))
+    with pytest.raises(jt.errors.InputError, match="where the model has"):
+        jt.load(path, state_of(Network()))
 
 
 def test_a_file_that_is_not_a_complete_model_is_refused(tmp_path: Path) -> None:
     state = state_of(Network())
     path = tmp_path / "model.safetensors"
-    jt.save_params(path, state)
+    jt.save(path, state)
     complete = path.read_bytes()
     trace = tmp_path / "executed"
     for content in (
@@ -157,17 +161,17 @@ def test_a_file_that_is_not_a_complete_model_is_refused(tmp_path: Path) -> None:
         len(complete).to_bytes(8, "little") + json.dumps({"a": 1}).encode(),
     ):
         path.write_bytes(content)
-        with pytest.raises(jt.InputError, match="is not a complete safetensors file"):
-            jt.load_params(path, state)
+        with pytest.raises(jt.errors.InputError, match="is not a complete safetensors file"):
+            jt.load(path, state)
     assert not trace.exists()
-    with pytest.raises(jt.InputError, match="cannot be read: No such file"):
-        jt.load_params(tmp_path / "missing", state)
-    with pytest.raises(jt.InputError, match="cannot be read: not a regular file"):
-        jt.load_params(tmp_path, state)
-    with pytest.raises(jt.InputError, match=r"cannot be read: .*null"):
-        jt.load_params("model\0", state)
-    with pytest.raises(jt.StorageError, match="could not be written"):
-        jt.save_params(tmp_path / "missing" / "model.safetensors", state)
+    with pytest.raises(jt.errors.InputError, match="cannot be read: No such file"):
+        jt.load(tmp_path / "missing", state)
+    with pytest.raises(jt.errors.InputError, match="cannot be read: not a regular file"):
+        jt.load(tmp_path, state)
+    with pytest.raises(jt.errors.InputError, match=r"cannot be read: .*null"):
+        jt.load("model\0", state)
+    with pytest.raises(jt.errors.StorageError, match="could not be written"):
+        jt.save(tmp_path / "missing" / "model.safetensors", state)
 
 
 def test_pipes_devices_and_huge_files_are_refused_before_they_are_read(tmp_path: Path) -> None:
@@ -176,32 +180,30 @@ def test_pipes_devices_and_huge_files_are_refused_before_they_are_read(tmp_path:
     (tmp_path / "zero").symlink_to("/dev/zero")
     (tmp_path / "loop").symlink_to("loop")
     for name in ("pipe", "zero"):
-        with pytest.raises(jt.InputError, match="cannot be read: not a regular file"):
-            jt.load_params(tmp_path / name, state)
-    with pytest.raises(jt.InputError, match="cannot be read: "):
-        jt.load_params(tmp_path / "loop", state)
+        with pytest.raises(jt.errors.InputError, match="cannot be read: not a regular file"):
+            jt.load(tmp_path / name, state)
+    with pytest.raises(jt.errors.InputError, match="cannot be read: "):
+        jt.load(tmp_path / "loop", state)
     with (tmp_path / "sparse").open("wb") as file:
         file.truncate(1 << 40)
-    with pytest.raises(jt.InputError, match="is larger than a file of this model"):
-        jt.load_params(tmp_path / "sparse", state)
+    with pytest.raises(jt.errors.InputError, match="is larger than a file of this model"):
+        jt.load(tmp_path / "sparse", state)
 
 
 def test_a_link_to_a_file_is_followed(tmp_path: Path) -> None:
     saved = state_of(Network())
-    jt.save_params(tmp_path / "model.safetensors", saved)
+    jt.save(tmp_path / "model.safetensors", saved)
     (tmp_path / "latest").symlink_to("model.safetensors")
-    loaded = jt.load_params(tmp_path / "latest", state_of(Network(), seed=1))
+    loaded = jt.load(tmp_path / "latest", state_of(Network(), seed=1))
     assert_identical(loaded.params, saved.params)
 
 
 def test_the_placement_of_the_state_is_kept(tmp_path: Path) -> None:
     device = jax.devices()[-1]
     state = state_of(Network())
-    jt.save_params(tmp_path / "m.safetensors", state)
-    assert not jax.tree.leaves(jt.load_params(tmp_path / "m.safetensors", state).params)[
-        0
-    ].committed
-    placed = jt.load_params(tmp_path / "m.safetensors", jax.device_put(state, device))
+    jt.save(tmp_path / "m.safetensors", state)
+    assert not jax.tree.leaves(jt.load(tmp_path / "m.safetensors", state).params)[0].committed
+    placed = jt.load(tmp_path / "m.safetensors", jax.device_put(state, device))
     for leaf in jax.tree.leaves((placed.params, placed.model_state)):
         assert leaf.committed
         assert leaf.devices() == {device}
@@ -209,19 +211,21 @@ def test_the_placement_of_the_state_is_kept(tmp_path: Path) -> None:
 
 def test_names_that_collide_are_refused(tmp_path: Path) -> None:
     twice = {"a.b": jnp.ones(1), "a": {"b": jnp.zeros(1)}}
-    with pytest.raises(jt.InputError, match=r"two arrays have the path params\.a\.b"):
-        jt.save_params(tmp_path / "m.safetensors", state_of(Network()).replace(params=twice))
+    with pytest.raises(jt.errors.InputError, match=r"two arrays have the path params\.a\.b"):
+        jt.save(tmp_path / "m.safetensors", state_of(Network()).replace(params=twice))
 
 
 def test_a_dtype_that_the_format_does_not_support_is_named(tmp_path: Path) -> None:
     state = state_of(Network())
     odd = state.replace(params={"weight": jnp.zeros(3, jnp.float8_e4m3b11fnuz)})
-    with pytest.raises(jt.InputError, match=r"params\.weight has the dtype float8_e4m3b11"):
-        jt.save_params(tmp_path / "model.safetensors", odd)
+    with pytest.raises(jt.errors.InputError, match=r"params\.weight has the dtype float8_e4m3b11"):
+        jt.save(tmp_path / "model.safetensors", odd)
     assert not list(tmp_path.iterdir())
 
 
 def test_objects_other_than_a_train_state_are_refused(tmp_path: Path) -> None:
     # The type checker of `make test TYPES=1` raises a TypeError first.
-    with pytest.raises((jt.InputError, TypeError), match=r"state is a dict|parameter 'state'"):
-        jt.save_params(tmp_path / "model.safetensors", {"params": {}})
+    with pytest.raises(
+        (jt.errors.InputError, TypeError), match=r"state is a dict|parameter 'state'"
+    ):
+        jt.save(tmp_path / "model.safetensors", {"params": {}})

@@ -94,7 +94,9 @@ def test_a_conversion_that_mixes_up_examples_is_refused(tmp_path: Path, monkeypa
         lambda f, specs: convert(lambda *x: [y + 0 * jnp.sum(y) - y + y[:1] for y in f(*x)], specs),
     )
     state = state_of(jt.models.FeedForward((8, 3)))
-    with pytest.raises(jt.InputError, match=r"the ONNX model differs from that in JAX by 0\.\d+; "):
+    with pytest.raises(
+        jt.errors.InputError, match=r"the ONNX model differs from that in JAX by 0\.\d+; "
+    ):
         jt.export.onnx(state, tmp_path / "model.onnx", IMAGES[:3])
     assert not list(tmp_path.iterdir())
 
@@ -110,12 +112,18 @@ class Noisy(nn.Module):
 
 def test_a_model_that_cannot_be_converted_is_one_sentence(tmp_path: Path) -> None:
     path = tmp_path / "model.onnx"
-    with pytest.raises(jt.InputError, match=r"jax2onnx cannot convert the model: .*; use jaxtrain"):
+    with pytest.raises(
+        jt.errors.InputError, match=r"jax2onnx cannot convert the model: .*; use jaxtrain"
+    ):
         jt.export.onnx(state_of(Noisy()), path, IMAGES[:1])
     state = state_of(jt.models.FeedForward((8, 3)))
-    with pytest.raises(jt.InputError, match=r"inputs.0 is a str; expected a NumPy or JAX array"):
+    with pytest.raises(
+        jt.errors.InputError, match=r"inputs.0 is a str; expected a NumPy or JAX array"
+    ):
         jt.export.onnx(state, path, ["image.png"])
-    with pytest.raises(jt.InputError, match=r"cannot be exported \(inputs has uint8\[B,5\]\): "):
+    with pytest.raises(
+        jt.errors.InputError, match=r"cannot be exported \(inputs has uint8\[B,5\]\): "
+    ):
         jt.export.onnx(state, path, IMAGES[:1, 0, :5])
     assert not list(tmp_path.iterdir())
 
@@ -134,5 +142,5 @@ def test_a_path_that_is_not_one_is_named_before_the_model_is_traced() -> None:
         raise AssertionError("traced")
 
     state = state_of(jt.models.FeedForward((8, 3)))
-    with pytest.raises(jt.InputError, match="path is 3; expected a path"):
+    with pytest.raises(jt.errors.InputError, match="path is 3; expected a path"):
         jt.export.onnx(state, 3, IMAGES[:1], preprocess=fail)

@@ -179,47 +179,51 @@ def test_a_file_that_is_cut_short_or_changed_is_refused(file: Path, tmp_path: Pa
     cut = [content[:count] for count in (0, 10, middle, len(content) - 40, len(content) - 1)]
     for damaged in (*cut, changed, content + b"\0", b"GIF89a" * 100):
         path.write_bytes(damaged)
-        with pytest.raises(jt.InputError, match="is cut short, damaged or another kind of file"):
+        with pytest.raises(
+            jt.errors.InputError, match="is cut short, damaged or another kind of file"
+        ):
             jt.export.load_stablehlo(path)
 
 
 def test_a_path_that_is_not_a_file_is_named(tmp_path: Path) -> None:
-    with pytest.raises(jt.InputError, match=r"cannot be read \(it is a directory\)"):
+    with pytest.raises(jt.errors.InputError, match=r"cannot be read \(it is a directory\)"):
         jt.export.load_stablehlo(tmp_path)
-    with pytest.raises(jt.InputError, match=r"cannot be read .No such file or directory"):
+    with pytest.raises(jt.errors.InputError, match=r"cannot be read .No such file or directory"):
         jt.export.load_stablehlo(tmp_path / "missing")
-    with pytest.raises(jt.InputError, match=r"cannot be read .not a regular file"):
+    with pytest.raises(jt.errors.InputError, match=r"cannot be read .not a regular file"):
         jt.export.load_stablehlo("/dev/zero")
-    with pytest.raises(jt.InputError, match=r"cannot be read .*null"):
+    with pytest.raises(jt.errors.InputError, match=r"cannot be read .*null"):
         jt.export.load_stablehlo("a\0b")
     state = trained(jt.models.FeedForward((8, 3)))
-    with pytest.raises(jt.StorageError, match="could not be written"):
+    with pytest.raises(jt.errors.StorageError, match="could not be written"):
         jt.export.stablehlo(state, tmp_path, IMAGES[:1])
 
 
 def test_inputs_of_another_shape_dtype_or_structure_are_refused(file: Path) -> None:
     predict = jt.export.load_stablehlo(file)
     for inputs, found in ((IMAGES[:7, :11], "uint8[7,11,12]"), (IMAGES / 255, "float64[40,12,12]")):
-        with pytest.raises(jt.InputError) as raised:
+        with pytest.raises(jt.errors.InputError) as raised:
             predict(inputs)
         assert str(raised.value) == (
             f"inputs has {found}, where {file} takes uint8[batch,12,12]; expected the shape and "
             "dtype that the model was exported with"
         )
-    with pytest.raises(jt.InputError, match="inputs has the structure"):
+    with pytest.raises(jt.errors.InputError, match="inputs has the structure"):
         predict({"images": IMAGES})
-    with pytest.raises(jt.InputError, match="at least one example"):
+    with pytest.raises(jt.errors.InputError, match="at least one example"):
         predict(IMAGES[:0])
-    with pytest.raises(jt.InputError, match="inputs is a str"):
+    with pytest.raises(jt.errors.InputError, match="inputs is a str"):
         predict("image.png")
 
 
 def test_a_file_for_another_platform_is_refused(tmp_path: Path) -> None:
     state = trained(jt.models.FeedForward((8, 3)))
     jt.export.stablehlo(state, tmp_path / "m", IMAGES[:1], platforms="tpu")
-    with pytest.raises(jt.InputError, match="m is for tpu, and JAX runs on "):
+    with pytest.raises(jt.errors.InputError, match="m is for tpu, and JAX runs on "):
         jt.export.load_stablehlo(tmp_path / "m")
-    with pytest.raises(jt.InputError, match=r"platforms is .'gpu',.; expected some of cpu, cuda"):
+    with pytest.raises(
+        jt.errors.InputError, match=r"platforms is .'gpu',.; expected some of cpu, cuda"
+    ):
         jt.export.stablehlo(state, tmp_path / "m", IMAGES[:1], platforms=("gpu",))
 
 
@@ -228,24 +232,30 @@ def test_a_file_that_this_jax_cannot_load_is_named(tmp_path: Path) -> None:
 
     content = b"of a later version" * 10
     (tmp_path / "m").write_bytes(content + hashlib.sha256(content).digest())
-    with pytest.raises(jt.InputError, match=r"JAX .* cannot load .*m: .*update JAX, or export"):
+    with pytest.raises(
+        jt.errors.InputError, match=r"JAX .* cannot load .*m: .*update JAX, or export"
+    ):
         jt.export.load_stablehlo(tmp_path / "m")
 
 
 def test_a_model_that_cannot_be_exported_is_one_sentence(tmp_path: Path) -> None:
     state = trained(jt.models.FeedForward((8, 3)))
     path = tmp_path / "model.stablehlo"
-    with pytest.raises(jt.InputError, match=r"exported \(inputs has uint8\[batch,5\]\): .*; exp"):
+    with pytest.raises(
+        jt.errors.InputError, match=r"exported \(inputs has uint8\[batch,5\]\): .*; exp"
+    ):
         jt.export.stablehlo(state, path, IMAGES[:1, 0, :5])
-    with pytest.raises(jt.InputError, match="the model cannot be exported"):
+    with pytest.raises(jt.errors.InputError, match="the model cannot be exported"):
         jt.export.stablehlo(state, path, IMAGES[:1], postprocess=lambda x: x @ np.ones((7, 3)))
     with pytest.raises(
-        jt.InputError, match=r"returns float32\[7,3\] for uint8\[batch,12,12\]; exp"
+        jt.errors.InputError, match=r"returns float32\[7,3\] for uint8\[batch,12,12\]; exp"
     ):
         jt.export.stablehlo(state, path, IMAGES[:1], postprocess=lambda x: x.reshape(7, 3))
-    with pytest.raises(jt.InputError, match=r"at least one example"):
+    with pytest.raises(jt.errors.InputError, match=r"at least one example"):
         jt.export.stablehlo(state, path, IMAGES[:0])
-    with pytest.raises(jt.InputError, match=r"inputs.0 is a str; expected a NumPy or JAX array"):
+    with pytest.raises(
+        jt.errors.InputError, match=r"inputs.0 is a str; expected a NumPy or JAX array"
+    ):
         jt.export.stablehlo(state, path, ["image.png"])
     assert not list(tmp_path.iterdir())
 
@@ -257,10 +267,12 @@ def test_wrong_arguments_are_named_before_the_model_is_traced(tmp_path: Path) ->
 
     state = trained(jt.models.FeedForward((8, 3)))
     for platforms in (3, None, [["cpu"]], [], ["cpu", 3]):
-        with pytest.raises(jt.InputError, match=r"platforms is .*; expected some of cpu, cuda"):
+        with pytest.raises(
+            jt.errors.InputError, match=r"platforms is .*; expected some of cpu, cuda"
+        ):
             jt.export.stablehlo(
                 state, tmp_path / "m", IMAGES[:1], platforms=platforms, preprocess=fail
             )
     for path in (None, 3, "a\0b"):
-        with pytest.raises(jt.InputError, match=r"path is .*; expected a path"):
+        with pytest.raises(jt.errors.InputError, match=r"path is .*; expected a path"):
             jt.export.stablehlo(state, path, IMAGES[:1], preprocess=fail)

@@ -17,6 +17,7 @@ from flax import nnx
 
 import jaxtrain as jt
 from jaxtrain.export import load_torch, to_torch
+from jaxtrain.optimizers._inspect import current_learning_rate
 
 torch = pytest.importorskip("torch")
 eqx = pytest.importorskip("equinox")
@@ -368,7 +369,7 @@ def test_an_order_that_is_unknown_needs_a_mapping() -> None:
         "first, second in the model (the orders first differ at k and second); expected a mapping, "
         "such as mapping={'one': 'first'}"
     )
-    with pytest.raises(jt.InputError, match=re.escape(message)):
+    with pytest.raises(jt.errors.InputError, match=re.escape(message)):
         load_torch(state, module.state_dict())
     pinned = {"one": "first"}
     for mapping in (pinned | {"q": "query", "k": "key", "two": "second"}, pinned | {"k": "key"}):
@@ -389,7 +390,9 @@ def test_single_parameters_of_equal_shape_need_a_mapping() -> None:
 
     state = state_of(Scales(), INPUTS)
     tensors = {"scale": torch.arange(4.0), "offset": torch.ones(4)}
-    with pytest.raises(jt.InputError, match="which of scale, offset in PyTorch is which of outer"):
+    with pytest.raises(
+        jt.errors.InputError, match="which of scale, offset in PyTorch is which of outer"
+    ):
         load_torch(state, tensors)
     loaded = load_torch(state, tensors, mapping={"scale": "outer"})
     np.testing.assert_array_equal(loaded.params["outer"], np.arange(4))
@@ -403,7 +406,7 @@ def test_a_mapping_names_known_layers_of_equal_shapes() -> None:
         ({"0": "Dense_0", "1": "Dense_0"}, "mapping has two layers for 'Dense_0'; expected each"),
         ({"0": "Dense_1"}, "0.weight has the shape [3, 4], not [4, 3] for Dense_1 (it looks tran"),
     ):
-        with pytest.raises(jt.InputError, match=re.escape(message)):
+        with pytest.raises(jt.errors.InputError, match=re.escape(message)):
             load_torch(state, module.state_dict(), mapping=mapping)
 
 
@@ -430,10 +433,14 @@ def test_pooled_features_are_not_flattened_although_their_number_suggests_it() -
     np.testing.assert_array_equal(returned["1.weight"], module[1].weight.detach())
     reordered = load_torch(state, module.state_dict(), channels={"1": 4})
     assert abs(jt.predict(reordered, SMALL_IMAGES) - expected).max() > 1e-3
-    with pytest.raises(jt.InputError, match="channels has 3 for 1, which has 8 inputs; expected"):
+    with pytest.raises(
+        jt.errors.InputError, match="channels has 3 for 1, which has 8 inputs; expected"
+    ):
         load_torch(state, module.state_dict(), channels={"1": 3})
     for name in ("fc", "0"):
-        with pytest.raises(jt.InputError, match=f"channels has the layer '{name}'; expected one"):
+        with pytest.raises(
+            jt.errors.InputError, match=f"channels has the layer '{name}'; expected one"
+        ):
             load_torch(state, module.state_dict(), channels={name: 4})
 
 
@@ -546,7 +553,9 @@ def test_functions_with_a_convolution_need_the_flattened_channels() -> None:
     module.forward = lambda x: module["classifier"](module["features"](x[:, None]).flatten(1))
     expected = outputs_of(randomize(module), SMALL_IMAGES)
     state = state_of(jt.Model(init, apply), SMALL_IMAGES)
-    with pytest.raises(jt.InputError, match="classifier may flatten the features of a convolution"):
+    with pytest.raises(
+        jt.errors.InputError, match="classifier may flatten the features of a convolution"
+    ):
         load_torch(state, module.state_dict())
     loaded = load_torch(state, module.state_dict(), channels={"classifier": 4})
     np.testing.assert_allclose(jt.predict(loaded, SMALL_IMAGES), expected, atol=1e-5)
@@ -562,7 +571,9 @@ def test_a_transposed_convolution_is_refused(strides: int) -> None:
             return nn.ConvTranspose(4, (3, 3), (strides, strides), name=name)(x)
 
     layers = [torch.nn.Conv2d(1, 4, 3), torch.nn.ConvTranspose2d(4, 4, 3, strides)]
-    with pytest.raises(jt.InputError, match="is a transposed convolution, whose weights are not"):
+    with pytest.raises(
+        jt.errors.InputError, match="is a transposed convolution, whose weights are not"
+    ):
         load_torch(state_of(Transposed(), SMALL_IMAGES), torch.nn.Sequential(*layers).state_dict())
 
 
@@ -616,7 +627,9 @@ def test_names_decide_also_for_a_part_of_the_layers(extra) -> None:
     loaded = load_torch(state_of(Named(7), INPUTS), tensors, strict=False)
     for name in ("first", "second"):
         np.testing.assert_array_equal(loaded.params[name]["kernel"].T, tensors[f"{name}.weight"])
-    with pytest.raises(jt.InputError, match=r"head.weight has the shape \[3, 4\], not \[7, 4\]"):
+    with pytest.raises(
+        jt.errors.InputError, match=r"head.weight has the shape \[3, 4\], not \[7, 4\]"
+    ):
         load_torch(state_of(Named(7), INPUTS), tensors)
 
 
@@ -640,7 +653,7 @@ def test_further_buffers_are_kept_without_strict() -> None:
     module = randomize(dense(4, 3))
     module.register_buffer("mean", torch.ones(2))
     state = state_of(Dense((3,)), INPUTS)
-    with pytest.raises(jt.InputError, match=r"mean \[2\] has no counterpart in the model"):
+    with pytest.raises(jt.errors.InputError, match=r"mean \[2\] has no counterpart in the model"):
         load_torch(state, module)
     loaded = load_torch(state, module, strict=False)
     returned = to_torch(loaded, module, strict=False)
@@ -650,7 +663,9 @@ def test_further_buffers_are_kept_without_strict() -> None:
 
 def test_a_state_dict_of_another_network_is_an_error_without_strict() -> None:
     for tensors in ({}, dense(9, 9).state_dict()):
-        with pytest.raises(jt.InputError, match="no layer of the state dict has a counterpart"):
+        with pytest.raises(
+            jt.errors.InputError, match="no layer of the state dict has a counterpart"
+        ):
             load_torch(state_of(Dense((3,)), INPUTS), tensors, strict=False)
 
 
@@ -734,8 +749,8 @@ def test_an_average_of_the_parameters_starts_with_the_loaded_ones(tmp_path: Path
     module = randomize(dense(4, 3))
     loaded = load_torch(trained, module.state_dict())
     np.testing.assert_allclose(jt.predict(loaded, INPUTS), outputs_of(module, INPUTS), atol=1e-6)
-    jt.save_params(tmp_path / "model.safetensors", loaded)
-    restored = jt.load_params(tmp_path / "model.safetensors", trained)
+    jt.save(tmp_path / "model.safetensors", loaded)
+    restored = jt.load(tmp_path / "model.safetensors", trained)
     np.testing.assert_array_equal(jt.predict(restored, INPUTS), jt.predict(loaded, INPUTS))
 
 
@@ -790,7 +805,9 @@ def test_a_safetensors_file_has_sorted_names_so_only_numbers_tell_the_order(tmp_
     loaded = load_torch(state_of(Dense((4,) * 12), INPUTS), tmp_path / "deep.safetensors")
     assert loaded.params["Dense_11"]["kernel"].any()
     save_file(TorchBranches().state_dict(), tmp_path / "branches.safetensors")
-    with pytest.raises(jt.InputError, match=r"or module.state_dict\(\) in place of a safetensors"):
+    with pytest.raises(
+        jt.errors.InputError, match=r"or module.state_dict\(\) in place of a safetensors"
+    ):
         load_torch(state_of(Branches(), INPUTS), tmp_path / "branches.safetensors")
 
 
@@ -824,12 +841,14 @@ def test_files_of_the_two_kinds_are_told_apart(tmp_path: Path) -> None:
     from safetensors.torch import save_file
 
     state = state_of(Dense((3,)), INPUTS)
-    jt.save_params(tmp_path / "ours.safetensors", state)
+    jt.save(tmp_path / "ours.safetensors", state)
     save_file(dense(4, 3).state_dict(), tmp_path / "theirs.safetensors")
-    with pytest.raises(jt.InputError, match=r"load a file of save_params by jaxtrain.load_params"):
+    with pytest.raises(jt.errors.InputError, match=r"load a file of save by jaxtrain.load"):
         load_torch(state, tmp_path / "ours.safetensors")
-    with pytest.raises(jt.InputError, match=r"jaxtrain.export.load_torch loads weights of PyTorch"):
-        jt.load_params(tmp_path / "theirs.safetensors", state)
+    with pytest.raises(
+        jt.errors.InputError, match=r"jaxtrain.export.load_torch loads weights of PyTorch"
+    ):
+        jt.load(tmp_path / "theirs.safetensors", state)
 
 
 def test_files_that_cannot_be_read_are_one_sentence(tmp_path: Path) -> None:
@@ -843,7 +862,7 @@ def test_files_that_cannot_be_read_are_one_sentence(tmp_path: Path) -> None:
         for cut in (0, 1, 9, len(content) // 2, len(content) - 1):
             path = tmp_path / f"cut-{name}"
             path.write_bytes(content[:cut])
-            with pytest.raises(jt.InputError) as caught:
+            with pytest.raises(jt.errors.InputError) as caught:
                 load_torch(state, path)
             assert "\n" not in str(caught.value)
             assert str(path) in str(caught.value)
@@ -866,7 +885,7 @@ def test_files_that_cannot_be_read_are_one_sentence(tmp_path: Path) -> None:
         ("cut-model.pt", "is not a complete file of PyTorch"),
         ("cut-model.safetensors", "is not a complete safetensors file"),
     ):
-        with pytest.raises(jt.InputError, match=re.escape(message)):
+        with pytest.raises(jt.errors.InputError, match=re.escape(message)):
             load_torch(state, tmp_path / name)
     assert not (tmp_path / "trace").exists()
 
@@ -913,18 +932,24 @@ def changed(**changes: Any) -> dict[str, Any]:
     ids=["missing", "transposed", "shapes", "layer", "no-layer", "extra", "half", "empty"],
 )
 def test_every_tensor_that_does_not_fit_is_named(state_dict, message: str) -> None:
-    with pytest.raises(jt.InputError, match=re.escape(message)) as caught:
+    with pytest.raises(jt.errors.InputError, match=re.escape(message)) as caught:
         load_torch(state_of(Dense((6, 3)), INPUTS), state_dict)
     assert "\n" not in str(caught.value)
 
 
 @needs_unchecked_types
 def test_something_else_than_a_state_dict_is_refused() -> None:
-    with pytest.raises(jt.InputError, match=r"state_dict is a int; expected a state dict of PyT"):
+    with pytest.raises(
+        jt.errors.InputError, match=r"state_dict is a int; expected a state dict of PyT"
+    ):
         load_torch(state_of(Dense((6, 3)), INPUTS), 3)
-    with pytest.raises(jt.InputError, match=r"state_dict has a value of type int for 'epoch'"):
+    with pytest.raises(
+        jt.errors.InputError, match=r"state_dict has a value of type int for 'epoch'"
+    ):
         load_torch(state_of(Dense((6, 3)), INPUTS), {"epoch": 3})
-    with pytest.raises(jt.InputError, match=r"state is a builtins.dict; expected a jaxtrain.Tra"):
+    with pytest.raises(
+        jt.errors.InputError, match=r"state is a builtins.dict; expected a jaxtrain.Tra"
+    ):
         to_torch({})
 
 
@@ -934,7 +959,7 @@ def test_something_else_than_a_state_dict_is_refused() -> None:
     ids=["meta", "sparse", "float8"],
 )
 def test_a_tensor_that_numpy_cannot_have_is_named(tensor) -> None:
-    with pytest.raises(jt.InputError, match="bias of state_dict cannot be read") as caught:
+    with pytest.raises(jt.errors.InputError, match="bias of state_dict cannot be read") as caught:
         load_torch(state_of(Dense((3,)), INPUTS), {"weight": torch.zeros(3, 4), "bias": tensor})
     assert "\n" not in str(caught.value)
 
@@ -951,7 +976,9 @@ def test_a_tensor_that_numpy_cannot_have_is_named(tensor) -> None:
 )
 def test_options_of_a_wrong_type_are_refused(options) -> None:
     (name,) = options
-    with pytest.raises(jt.InputError, match=f"^{name} is .*; expected .* by names of layers, such"):
+    with pytest.raises(
+        jt.errors.InputError, match=f"^{name} is .*; expected .* by names of layers, such"
+    ):
         load_torch(state_of(Dense((3,)), INPUTS), dense(4, 3).state_dict(), **options)
 
 
@@ -1054,7 +1081,7 @@ def test_a_partly_filled_optimizer_is_refused() -> None:
         found = optimizer.state_dict()
         found["state"] = found["state"] | {0: found["state"][0] | change}
         with pytest.raises(
-            jt.InputError, match=r"has updated . of 6 parameters, or some of them mo"
+            jt.errors.InputError, match=r"has updated . of 6 parameters, or some of them mo"
         ):
             load_torch(
                 state_of(LinenLayers(), SMALL_IMAGES, jt.optimizers.adam()),
@@ -1105,7 +1132,7 @@ def test_a_schedule_continues_at_the_step_of_pytorch() -> None:
     expected = torch_steps(module, optimizer, 1)
     state, losses = our_steps(state, 1)
     np.testing.assert_allclose(losses, expected, rtol=2e-5)
-    assert jt.optimizers.current_learning_rate(state.opt_state) == pytest.approx(0.005)
+    assert current_learning_rate(state.opt_state) == pytest.approx(0.005)
 
 
 @pytest.mark.parametrize(
@@ -1171,7 +1198,7 @@ def test_an_optimizer_that_does_not_fit_is_refused(theirs, ours, message: str) -
     module = TorchLayers()
     optimizer = theirs(module)
     torch_steps(module, optimizer, 1)
-    with pytest.raises(jt.InputError, match=re.escape(message)):
+    with pytest.raises(jt.errors.InputError, match=re.escape(message)):
         load_torch(
             state_of(LinenLayers(), SMALL_IMAGES, ours),
             module.state_dict(),
@@ -1183,7 +1210,7 @@ def test_an_optimizer_that_does_not_fit_is_refused(theirs, ours, message: str) -
 def test_an_optimizer_itself_is_refused() -> None:
     module = TorchLayers()
     message = "optimizer is a SGD; expected optimizer.state_dict() of PyTorch"
-    with pytest.raises(jt.InputError, match=re.escape(message)):
+    with pytest.raises(jt.errors.InputError, match=re.escape(message)):
         load_torch(
             state_of(LinenLayers(), SMALL_IMAGES),
             module.state_dict(),
@@ -1197,7 +1224,9 @@ def test_the_optimizer_of_an_lstm_with_two_biases_is_refused() -> None:
     module(torch.zeros(2, 3)).sum().backward()
     optimizer.step()
     inputs = np.zeros((1, 3), np.float32)
-    with pytest.raises(jt.InputError, match="recurrent has two biases in PyTorch, which are train"):
+    with pytest.raises(
+        jt.errors.InputError, match="recurrent has two biases in PyTorch, which are train"
+    ):
         load_torch(
             state_of(EquinoxCell(), inputs, jt.optimizers.adam()),
             module.state_dict(),
