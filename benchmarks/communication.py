@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from jaxtrain.cli import command  # isort: skip  # first: reports missing extras
 
@@ -22,9 +22,8 @@ from rich.table import Table
 
 import jaxtrain as jt
 from benchmarks.networks.linen import ConvNet
+from jaxtrain._terminal import make_console
 from jaxtrain.cli.devices import make_mesh, select_device
-from jaxtrain.cli.terminal import make_console
-from jaxtrain.training._programs import compiled_epoch
 
 LOSS = jt.losses.cross_entropy
 NETWORKS: dict[str, nn.Module] = {
@@ -118,8 +117,12 @@ def count(network: nn.Module, devices: int, batch_size: int) -> Counted:
 
 def compile_epoch(state: jt.TrainState, data: jt.Dataset, batch_size: int) -> jax.stages.Compiled:
     """Compiles an epoch of shuffled batches for the current mesh."""
-    lowered = compiled_epoch.lower(state, data, LOSS, batch_size=batch_size, key=jax.random.key(1))
-    return lowered.compile()
+
+    @jax.jit
+    def epoch(state: jt.TrainState, data: jt.Dataset) -> Any:
+        return jt.train_epoch(state, data, LOSS, batch_size=batch_size, key=jax.random.key(1))
+
+    return epoch.lower(state, data).compile()
 
 
 def flops_per_step(program: jax.stages.Compiled) -> float:

@@ -92,7 +92,7 @@ def compare(data: jt.data.Resolved, make_optimizer: Any, rates: np.ndarray) -> C
         )[1]
 
     rates = np.append(rates, test.suggestion)
-    result = jt.sweep(train, {"learning_rate": rates.tolist()}, parallel=1)
+    result = jt.sweep(train, {"learning_rate": rates.tolist()}, at_once=1, callbacks=[])
     return Compared(test, rates, result.final("test_accuracy"))
 
 

@@ -155,11 +155,10 @@ def growth(folder: Path, epochs: float) -> list[float]:
     stream = jt.data.stream(jt.Dataset(images, np.zeros(len(images), np.int32)), BATCH)
     memory: list[float] = []
 
-    def on_event(event: jt.events.Event) -> None:
-        if isinstance(event, jt.events.EpochDone):
-            memory.append(resident_megabytes())
+    def measure(run: jt.Run) -> None:
+        memory.append(resident_megabytes())
 
-    jt.fit(new_state(images[:1]), stream, loss_fn=LOSS, epochs=int(epochs), on_event=on_event)
+    jt.fit(new_state(images[:1]), stream, loss_fn=LOSS, epochs=int(epochs), callbacks=[measure])
     return [memory[EARLY - 1], memory[-1]]
 
 
@@ -169,7 +168,7 @@ def large(folder: Path, gigabytes: float) -> list[float]:
     images = np.memmap(path, np.uint8, "r", shape=(path.stat().st_size // 784, *PIXELS))
     labels = np.zeros(len(images), np.int32)
     stream = jt.data.stream(jt.Dataset(images, labels), BATCH, jax.random.key(0))
-    _, history = jt.fit(new_state(images[:1]), stream, loss_fn=LOSS, epochs=1)
+    _, history = jt.fit(new_state(images[:1]), stream, loss_fn=LOSS, epochs=1, callbacks=[])
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e3
     return [peak, float(len(history.step_losses))]
 

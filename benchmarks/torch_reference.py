@@ -24,7 +24,7 @@ def normalised(images: np.ndarray, mean: float, std: float) -> torch.Tensor:
     return (torch.from_numpy(np.array(images)).float() / 255 - mean) / std
 
 
-def load_params(model: nn.Module, params: Mapping[str, Any]) -> None:
+def load(model: nn.Module, params: Mapping[str, Any]) -> None:
     """Copies the parameters of a jaxtrain FeedForward into the network."""
     linears = [layer for layer in model.modules() if isinstance(layer, nn.Linear)]
     with torch.no_grad():

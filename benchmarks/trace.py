@@ -20,7 +20,8 @@ import optax
 
 import jaxtrain as jt
 from jaxtrain import _figures
-from jaxtrain.training._resident import Resident
+from jaxtrain.training.loop import compiled_steps
+from jaxtrain.training.sources import segments_in_order
 
 BATCH_SIZE, STEPS = 64, (100, 600)
 LOSS = jt.losses.cross_entropy
@@ -49,8 +50,9 @@ def operation_times(folder: Path) -> dict[str, float]:
 
 def operation_origins(state: jt.TrainState, data: jt.Dataset) -> dict[str, str]:
     """Returns where each operation of the training program comes from, such as "jvp(...)/div"."""
-    steps = Resident(data, LOSS, BATCH_SIZE, jax.random.key(1), "last")
-    program = steps.compile(state).compile().as_text() or ""
+    segment = segments_in_order(data, jnp.arange(len(data)), BATCH_SIZE)[0]
+    lowered = compiled_steps.lower(state, segment, 0, 1, (("loss", LOSS),), None)
+    program = lowered.compile().as_text() or ""
     return dict(re.findall(r"%?([\w.-]+) = [^\n]*op_name=\"([^\"]*)\"", program))
 
 
@@ -75,8 +77,7 @@ def measure(optimizer: optax.GradientTransformation, data: jt.Dataset) -> dict[s
             epochs=1,
             batch_size=BATCH_SIZE,
             key=jax.random.key(1),
-            profile=folder,
-            profile_steps=STEPS,
+            callbacks=[jt.callbacks.profile(folder, steps=STEPS)],
         )
         times = operation_times(Path(folder))
     origins = operation_origins(state, data)

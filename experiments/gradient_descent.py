@@ -103,24 +103,22 @@ def descend(
         data.inputs[:1],
         key=jax.random.key(0),  # the start is set below: nothing is random
     ).replace(params={"weight": jnp.array([[START]])})
-    with command.reporting(
+    reporting = command.reporting(
         folder,
         config.log_interval,
         epoch_interval=config.log_interval,
         part=name,
         batch_size=batch_size,
-    ) as on_event:
-        _, history = jt.fit(
-            state,
-            data,
-            all_data,
-            loss_fn=loss_fn,
-            epochs=config.epochs,
-            batch_size=batch_size,
-            state_metrics={"weight": lambda state: state.params["weight"].item()},
-            on_event=on_event,
-            **resuming.fit_options(config, part=name),
-        )
+    )
+    _, history = jt.fit(
+        state,
+        data,
+        all_data,
+        loss_fn=loss_fn,
+        epochs=config.epochs,
+        batch_size=batch_size,
+        callbacks=[*reporting, *resuming.checkpoint_callbacks(config, part=name)],
+    )
     return np.array([START, *history["weight"]])
 
 

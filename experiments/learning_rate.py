@@ -49,9 +49,13 @@ def run(config: Config) -> dict[str, Any]:
     flags.check_seed(config.seed)
     check_integer(config.max_steps, "max_steps", minimum=1, maximum=10**6)
     if not 0 <= config.threshold <= 1e6:
-        raise jt.InputError(f"--threshold is {config.threshold}; expected a number from 0 to 1e6")
+        raise jt.errors.InputError(
+            f"--threshold is {config.threshold}; expected a number from 0 to 1e6"
+        )
     if not config.learning_rates:
-        raise jt.InputError("--learning-rates is empty; expected at least one, such as 0.025")
+        raise jt.errors.InputError(
+            "--learning-rates is empty; expected at least one, such as 0.025"
+        )
     for rate in config.learning_rates:
         jt.optimizers.make(config.optimizer, rate)  # checks the rate: under vmap it has no value
     with command.run_folder(config) as folder:
@@ -114,7 +118,8 @@ def descend(config: Config, data: jt.Dataset) -> Minimum:
         )
 
     rates = config.learning_rates
-    return jt.sweep(one, {"learning_rate": rates}, parallel=len(rates)).outputs
+    result = jt.sweep(one, {"learning_rate": rates}, at_once=len(rates), callbacks=[])
+    return result.outputs
 
 
 def logistic_regression(seed: int) -> tuple[np.ndarray, np.ndarray]:

@@ -7,7 +7,6 @@ import signal
 if __name__ == "__main__":  # until the flags are read, Ctrl-C ends the process at once
     signal.signal(signal.SIGINT, signal.SIG_DFL)
 
-import functools
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -18,7 +17,6 @@ import numpy as np
 import jaxtrain as jt
 from jaxtrain.cli import command, flags, plots, resuming, runs, tables
 from jaxtrain.cli.tables import Comparison
-from jaxtrain.training.history import History
 
 LOSSES = {
     "mean_absolute_error": jt.losses.mean_absolute_error,
@@ -91,7 +89,7 @@ def run(config: Config) -> dict[str, Any]:
     return summary
 
 
-def compare(config: Config, history: History, path: np.ndarray) -> list[Comparison]:
+def compare(config: Config, history: jt.History, path: np.ndarray) -> list[Comparison]:
     """Returns PyTorch's figures beside ours up to the last epoch; none with other flags."""
     if not flags.has_defaults(config, "learning_rate", "loss", "optimizer", "start"):
         return []
@@ -109,7 +107,7 @@ def compare(config: Config, history: History, path: np.ndarray) -> list[Comparis
 
 def train(
     config: Config, train_data: jt.Dataset, test_data: jt.Dataset, folder: runs.RunFolder
-) -> tuple[jt.TrainState, jt.TrainState, History, np.ndarray]:
+) -> tuple[jt.TrainState, jt.TrainState, jt.History, np.ndarray]:
     """Fits the line.
 
     Returns:
@@ -127,30 +125,22 @@ def train(
         start = {"weight": jnp.array([[PUBLISHED_WEIGHT]]), "bias": jnp.array([PUBLISHED_BIAS])}
         before = before.replace(params=start)
 
-    with command.reporting(
-        folder, config.log_interval, epoch_interval=config.log_interval
-    ) as on_event:
-        after, history = jt.fit(
-            before,
-            train_data,
-            test_data,
-            loss_fn=LOSSES[config.loss],
-            epochs=config.epochs,
-            batch_size=len(train_data),
-            state_metrics={
-                name: functools.partial(parameter, name=name) for name in ("weight", "bias")
-            },
-            on_event=on_event,
-            **resuming.fit_options(config),
-        )
-    first = [[parameter(before, "weight"), parameter(before, "bias")]]
-    path = np.concatenate([first, np.stack([history["weight"], history["bias"]], axis=1)])
+    after, history = jt.fit(
+        before,
+        train_data,
+        test_data,
+        loss_fn=LOSSES[config.loss],
+        epochs=config.epochs,
+        batch_size=len(train_data),
+        callbacks=[
+            *command.reporting(folder, config.log_interval, epoch_interval=config.log_interval),
+            *resuming.checkpoint_callbacks(config),
+        ],
+    )
+    names = ("weight", "bias")
+    first = [[before.params[name].item() for name in names]]
+    path = np.concatenate([first, np.stack([history[name] for name in names], axis=1)])
     return before, after, history, path
-
-
-def parameter(state: jt.TrainState, name: str) -> float:
-    """Returns the weight or the bias of a state."""
-    return state.params[name].item()
 
 
 def write_pictures(
@@ -160,7 +150,7 @@ def write_pictures(
     test_data: jt.Dataset,
     before: jt.TrainState,
     after: jt.TrainState,
-    history: History,
+    history: jt.History,
     path: np.ndarray,
 ) -> None:
     """Draws the loss curves, the line before and after, and weight and bias at the end."""

@@ -33,7 +33,7 @@ class Config(flags.ExperimentFlags):
 def run(config: Config) -> dict[str, Any]:
     """Draws every loss, and checks cases whose value is known."""
     if not 0 <= config.weight <= 1e6:
-        raise jt.InputError(f"--weight is {config.weight}; expected a number from 0 to 1e6")
+        raise jt.errors.InputError(f"--weight is {config.weight}; expected a number from 0 to 1e6")
     with command.run_folder(config) as folder:
         curves = [by_error(config.weight), by_angle(), by_logit()]
         folder.start()

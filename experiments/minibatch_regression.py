@@ -8,7 +8,8 @@ if __name__ == "__main__":  # until the flags are read, Ctrl-C ends the process 
     signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 import sys
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,6 @@ import jaxtrain as jt
 from jaxtrain._arguments import check_integer
 from jaxtrain.cli import command, flags, plots, resuming, runs, tables
 from jaxtrain.cli.tables import Comparison
-from jaxtrain.training.events import Event, OnEvent, Resumed, StepsDone, every_steps
 
 LOSS = jt.losses.mean_squared_error
 # What torch.randn gives after torch.manual_seed(0): the start of the reference runs.
@@ -81,11 +81,10 @@ def train(
         data.inputs[:1],
         key=flags.seed_key(config.seed),
     ).replace(params={"weight": jnp.array([[START_WEIGHT]]), "bias": jnp.array([START_BIAS])})
-    path = [(START_WEIGHT, START_BIAS)]
     # As published, each of an epoch's eight steps is an epoch of one full batch.
     full = config.as_published
 
-    def fit(epochs: int, on_event: OnEvent, **options: Any) -> jt.TrainState:
+    def fit(epochs: int, callbacks: list[jt.callbacks.Callback]) -> jt.TrainState:
         return jt.fit(
             state,
             data,
@@ -93,41 +92,64 @@ def train(
             epochs=epochs,
             batch_size=len(data) if full else config.batch_size,
             key=None if full else flags.seed_key(config.seed),
-            on_event=every_steps(1, on_event),
-            **options,
+            callbacks=callbacks,
         )[0]
 
-    def append_to_path(event: Event) -> None:
-        if isinstance(event, StepsDone):
-            params = event.state.params
-            path.append((params["weight"].item(), params["bias"].item()))
+    def repeat(epochs: int) -> list[tuple[float, float]]:
+        path = LinePath(replace(config, log_interval=0))
+        fit(epochs, [path])
+        return path.points
 
-    def on_event(event: Event) -> None:
-        folder.record(event)
-        if isinstance(event, Resumed):
-            if config.log_interval:
-                print(f"resuming after epoch {event.epoch}, from its checkpoint", file=sys.stderr)
-            # A checkpoint holds the state after an epoch, not the path: the steps before are
-            # repeated, which gives the same bits.
-            fit(event.epoch, append_to_path)
-        append_to_path(event)
-        if not isinstance(event, StepsDone) or not config.log_interval:
-            return
-        if (len(path) - 1) % config.log_interval == 0:
-            epoch, batch = event.epoch, event.step
-            if config.as_published:
-                passes, index = divmod(epoch - 1, STEPS_PER_EPOCH)
-                epoch, batch = passes + 1, index + 1
-            (weight, bias), (old_weight, old_bias) = path[-1], path[-2]
-            print(
-                f"epoch {epoch} batch {batch}  loss {event.loss:.6f}  "
-                f"Δw {weight - old_weight:+.6f}  Δb {bias - old_bias:+.6f}  "
-                f"w {weight:.6f}  b {bias:.6f}",
-                file=sys.stderr,
-            )
-
+    path = LinePath(config, repeat)
     epochs = config.epochs * STEPS_PER_EPOCH if full else config.epochs
-    return fit(epochs, on_event, **resuming.fit_options(config)), np.array(path)
+    trained = fit(epochs, [*folder.callbacks(), path, *resuming.checkpoint_callbacks(config)])
+    return trained, np.array(path.points)
+
+
+class LinePath(jt.callbacks.Callback):
+    """Collects weight and bias at the start and after each step, and prints some steps.
+
+    Attributes:
+      points: (w, b) at the start and after each step.
+    """
+
+    def __init__(
+        self, config: Config, repeat: Callable[[int], list[tuple[float, float]]] | None = None
+    ) -> None:
+        """Takes the flags, and the function that repeats epochs and returns their path."""
+        self.points = [(START_WEIGHT, START_BIAS)]
+        self._config = config
+        self._repeat = repeat
+
+    def on_start(self, run: jt.Run) -> None:
+        """Repeats the epochs of a checkpoint, which gives the same bits: it has no path."""
+        if run.resumed and self._repeat is not None:
+            if self._config.log_interval:
+                print(f"resuming after epoch {run.epoch}, from its checkpoint", file=sys.stderr)
+            self.points = self._repeat(run.epoch)
+
+    def next_pause(self, run: jt.Run) -> int:
+        """Returns the next step."""
+        return run.step + 1
+
+    def on_steps(self, run: jt.Run) -> None:
+        """Adds a point, and prints one step in `log_interval`."""
+        params = run.state.params
+        self.points.append((params["weight"].item(), params["bias"].item()))
+        interval = self._config.log_interval
+        if not interval or (len(self.points) - 1) % interval:
+            return
+        epoch, batch = run.epoch + 1, run.step
+        if self._config.as_published:
+            passes, index = divmod(run.epoch, STEPS_PER_EPOCH)
+            epoch, batch = passes + 1, index + 1
+        (old_weight, old_bias), (weight, bias) = self.points[-2:]
+        print(
+            f"epoch {epoch} batch {batch}  loss {run.losses[-1]:.6f}  "
+            f"Δw {weight - old_weight:+.6f}  Δb {bias - old_bias:+.6f}  "
+            f"w {weight:.6f}  b {bias:.6f}",
+            file=sys.stderr,
+        )
 
 
 def compare(

@@ -19,11 +19,9 @@ import optax
 
 import jaxtrain as jt
 from jaxtrain._arguments import check_integer
-from jaxtrain.cli import command, devices, flags, plots, progress, resuming, runs, tables
+from jaxtrain.cli import command, devices, flags, plots, resuming, runs, tables
 from jaxtrain.cli.tables import Comparison
-from jaxtrain.optimizers import LearningRate
-from jaxtrain.training.epoch import num_steps
-from jaxtrain.training.history import History
+from jaxtrain.training.sources import num_steps
 
 LOSS = jt.losses.cross_entropy
 METRICS = {"accuracy": jt.metrics.accuracy}
@@ -93,12 +91,12 @@ class Config(flags.DatasetFlags, flags.TrainingFlags):
 def run(config: Config) -> dict[str, Any]:
     """Trains the T2 network (784-256-128-64-10, ReLU, dropout) and tests it after each epoch."""
     if config.patience is not None and not config.validation:
-        raise jt.InputError(
+        raise jt.errors.InputError(
             f"--patience is {config.patience} without validation data; expected --validation 0.1, "
             "for example"
         )
     if config.find_learning_rate and config.learning_rate is not None:
-        raise jt.InputError(
+        raise jt.errors.InputError(
             f"--learning-rate is {config.learning_rate} with --find-learning-rate; expected one of "
             "the two"
         )
@@ -145,7 +143,7 @@ def run(config: Config) -> dict[str, Any]:
     return summary
 
 
-def kept_epoch(config: Config, history: History) -> int | None:
+def kept_epoch(config: Config, history: jt.History) -> int | None:
     """Returns the index of the epoch that is kept: the best with --patience, else the last."""
     if not len(history["epoch"]):
         return None
@@ -158,10 +156,10 @@ def with_defaults(config: Config, dataset: str) -> Config:
     """Returns the configuration with the data set's defaults for flags that are None."""
     epochs, learning_rate = DEFAULTS[dataset]
     if config.optimizer != "sgd":  # torch.optim's default
-        signature = inspect.signature(jt.optimizers.OPTIMIZERS[config.optimizer])
+        signature = inspect.signature(getattr(jt.optimizers, config.optimizer))
         learning_rate = signature.parameters["learning_rate"].default
     if config.optimizer == "lbfgs" and config.dropout:
-        raise jt.InputError(
+        raise jt.errors.InputError(
             f"--dropout is {config.dropout} with --optimizer lbfgs; expected --dropout 0, since "
             "its line search compares losses of the same function"
         )
@@ -220,33 +218,35 @@ def find_learning_rate(config: Config, start: Start) -> jt.RangeTest:
 
 def train(
     config: Config, data: jt.data.Resolved, start: Start, folder: runs.RunFolder
-) -> tuple[jt.TrainState, History]:
+) -> tuple[jt.TrainState, jt.History]:
     """Trains the network on the data."""
     assert config.epochs is not None
-    early_stopping = None if config.patience is None else jt.EarlyStopping(config.patience)
-    with command.reporting(folder, config.log_interval, test_examples=len(data.test)) as on_event:
-        return jt.fit(
-            start.state,
-            start.train_data,
-            data.test,
-            validation_data=start.validation_data,
-            loss_fn=LOSS,
-            metric_fns=METRICS,
-            epochs=config.epochs,
-            batch_size=config.batch_size,
-            test_batch_size=config.test_batch_size,
-            key=start.shuffle_key,
-            early_stopping=early_stopping,
-            on_event=on_event,
-            profile=config.profile,
-            mesh=devices.make_mesh(config.devices),
-            **resuming.fit_options(config, dataset=data.name),
-        )
+    callbacks: list[jt.callbacks.Callback] = []
+    if config.patience is not None:
+        callbacks.append(jt.callbacks.early_stopping(config.patience))
+    if config.profile is not None:
+        callbacks.append(jt.callbacks.profile(config.profile))
+    return jt.fit(
+        start.state,
+        start.train_data,
+        data.test,
+        validation=start.validation_data,
+        loss_fn=LOSS,
+        metric_fns=METRICS,
+        epochs=config.epochs,
+        batch_size=config.batch_size,
+        test_batch_size=config.test_batch_size,
+        key=start.shuffle_key,
+        callbacks=[
+            *callbacks,
+            *command.reporting(folder, config.log_interval),
+            *resuming.checkpoint_callbacks(config, dataset=data.name),
+        ],
+        mesh=devices.make_mesh(config.devices),
+    )
 
 
-def make_optimizer(
-    config: Config, examples: int, rate: LearningRate | None = None
-) -> optax.GradientTransformation:
+def make_optimizer(config: Config, examples: int, rate: Any = None) -> optax.GradientTransformation:
     """Returns the optimizer that the flags describe, at another learning rate if one is given."""
     assert config.learning_rate is not None
     if rate is None:
@@ -262,7 +262,7 @@ def make_optimizer(
 
 
 def write_pictures(
-    folder: runs.RunFolder, data: jt.data.Resolved, history: History, logits: jax.Array
+    folder: runs.RunFolder, data: jt.data.Resolved, history: jt.History, logits: jax.Array
 ) -> None:
     """Draws the learning curves, predictions, mistakes and the confusion matrix."""
     title = f"{data.name}: {len(data.test.targets)} test images"
@@ -282,11 +282,12 @@ def write_pictures(
             [(heading, images[at], labels[at], predicted[at]) for heading, at in groups]
         ),
     )
-    counts = np.asarray(jt.metrics.confusion_matrix(logits, data.test.targets))
+    sums, finish = jt.metrics.confusion_matrix
+    counts = np.asarray(finish(sums(logits, data.test.targets))).astype(int)
     folder.write_picture("confusion_matrix.png", plots.confusion_matrix(counts, title))
 
 
-def compare(config: Config, data: jt.data.Resolved, history: History) -> list[Comparison]:
+def compare(config: Config, data: jt.data.Resolved, history: jt.History) -> list[Comparison]:
     """Returns PyTorch's figures beside ours; none on other data or with other flags."""
     names = [
         *("epochs", "batch_size", "learning_rate", "weight_decay", "momentum", "optimizer"),
@@ -317,7 +318,7 @@ def print_result(data: jt.data.Resolved, summary: dict[str, Any]) -> None:
             "learning rate": f"{summary['learning_rate']:g}"
             + (", from the range test" if "range_test.png" in summary["pictures"] else ""),
             "test loss": f"{summary['test_loss']:.4f}",
-            "test accuracy": progress.accuracy_text(summary["test_accuracy"], len(data.test)),
+            "test accuracy": tables.accuracy_text(summary["test_accuracy"], len(data.test)),
             "compiling": f"{summary['compile_seconds']:.1f} s",
             "training": f"{summary['train_seconds']:.1f} s on {summary['device']}",
         },

@@ -18,8 +18,6 @@ import optax
 import jaxtrain as jt
 from jaxtrain._arguments import check_integer
 from jaxtrain.cli import command, flags, plots, resuming, runs, tables
-from jaxtrain.training.events import Event
-from jaxtrain.training.history import History
 
 LOSS = jt.losses.cross_entropy
 METRICS = {"accuracy": jt.metrics.accuracy}
@@ -152,14 +150,16 @@ def choose_rate(
         return jt.train(
             start(name, learning_rate, config, dataset, train_data),
             train_data,
-            validation_data=validation_data,
+            validation=validation_data,
             loss_fn=LOSS,
             epochs=epochs,
             batch_size=size,
             key=flags.seed_key(config.seed),
         )
 
-    result = jt.sweep(short_run, {"learning_rate": candidates}, parallel=len(candidates))
+    result = jt.sweep(
+        short_run, {"learning_rate": candidates}, at_once=len(candidates), callbacks=[]
+    )
     return result.best("validation_loss").configuration["learning_rate"]
 
 
@@ -170,12 +170,10 @@ def train(
     data: jt.data.Resolved,
     train_data: jt.Dataset,
     folder: runs.RunFolder,
-) -> tuple[History, float]:
+) -> tuple[jt.History, float]:
     """Returns the history, and the seconds of training without compiling."""
-
-    def on_event(event: Event) -> None:
-        folder.record(event, part=name, solver=name)
-
+    # The budget decides the rates of some solvers: another budget is another run.
+    known = {"dataset": data.name, "epochs": config.epochs}
     _, history = jt.fit(
         start(name, rate, config, data.name, train_data),
         train_data,
@@ -185,14 +183,15 @@ def train(
         epochs=config.epochs,
         batch_size=batch_size_of(name, config, train_data),
         key=flags.seed_key(config.seed),
-        on_event=on_event,
-        # The budget decides the rates of some solvers: another budget is another run.
-        **resuming.fit_options(config, part=name, dataset=data.name, epochs=config.epochs),
+        callbacks=[
+            *folder.callbacks(name, solver=name),
+            *resuming.checkpoint_callbacks(config, part=name, **known),
+        ],
     )
     return history, float(history["seconds"].sum())
 
 
-def describe(rate: float, history: History, seconds: float) -> str:
+def describe(rate: float, history: jt.History, seconds: float) -> str:
     """Returns one solver's line in the table."""
     return (
         f"rate {rate:<7g} test loss {history['test_loss'][-1]:.4f}  "
@@ -200,7 +199,7 @@ def describe(rate: float, history: History, seconds: float) -> str:
     )
 
 
-def draw(results: dict[str, tuple[float, History, float]], dataset: str) -> plots.Figure:
+def draw(results: dict[str, tuple[float, jt.History, float]], dataset: str) -> plots.Figure:
     """Draws test loss and accuracy of every solver against the passes over the data."""
     figure = plots.Figure(figsize=(10.5, 4.4), layout="constrained")
     left, right = figure.subplots(1, 2)

@@ -21,7 +21,7 @@ from jaxtyping import Array, Float, Num
 import jaxtrain as jt
 from jaxtrain._arguments import check_integer
 from jaxtrain.cli import command, flags, plots, tables
-from jaxtrain.training.epoch import num_steps
+from jaxtrain.training.sources import num_steps
 
 METRICS = {"accuracy": jt.metrics.accuracy}
 MEAN, STD = jt.data.STATISTICS["mnist"]
@@ -86,13 +86,12 @@ def run(config: Config) -> dict[str, Any]:
     check_integer(config.batch_size, "batch_size", minimum=1)
     with command.run_folder(config) as folder:
         data = command.load_images(config)
-        with command.reporting(folder, log_interval=1) as on_event:
-            result = jt.sweep(
-                functools.partial(train, config, data),
-                {"seed": range(config.seeds)},
-                parallel=config.parallel,
-                on_event=on_event,
-            )
+        result = jt.sweep(
+            functools.partial(train, config, data),
+            {"seed": range(config.seeds)},
+            at_once=config.parallel,
+            callbacks=command.reporting(folder, log_interval=1),
+        )
         accuracies = result.final("test_accuracy")
         first = result.run(0)  # the best one by test accuracy would be chosen by the test images
         assert first.state is not None

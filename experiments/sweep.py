@@ -15,7 +15,7 @@ import jax
 
 import jaxtrain as jt
 from jaxtrain._arguments import check_integer
-from jaxtrain.cli import command, flags, progress, tables
+from jaxtrain.cli import command, flags, runs, tables
 
 LOSS = jt.losses.cross_entropy
 METRICS = {"accuracy": jt.metrics.accuracy}
@@ -48,13 +48,12 @@ def run(config: Config) -> dict[str, Any]:
     if config.epochs is not None:
         check_integer(config.epochs, "epochs", minimum=1)
     if not config.learning_rates:
-        raise jt.InputError("--learning-rates is empty; expected at least one, such as 0.01")
+        raise jt.errors.InputError("--learning-rates is empty; expected at least one, such as 0.01")
     for rate in config.learning_rates:
         jt.optimizers.sgd(rate)  # checked here, since a traced rate in the sweep is not
     with command.run_folder(config) as folder:
         data = command.load_images(config)
-        with command.reporting(folder, log_interval=1) as on_event:
-            result = sweep(config, data, on_event)
+        result = sweep(config, data, folder)
         result.to_csv(folder.path / "history.csv")
         result.save(folder.path / "sweep.safetensors")
         table = result.table(COLUMNS, over="seed")
@@ -84,14 +83,14 @@ def run(config: Config) -> dict[str, Any]:
         {
             "learning rate": f"{best.configuration['learning_rate']:g}",
             "seed": str(best.configuration["seed"]),
-            "test accuracy": progress.accuracy_text(summary["test_accuracy"], len(data.test)),
+            "test accuracy": tables.accuracy_text(summary["test_accuracy"], len(data.test)),
         },
         config.output_dir,
     )
     return summary
 
 
-def sweep(config: Config, data: jt.data.Resolved, on_event: jt.events.OnEvent) -> jt.SweepResult:
+def sweep(config: Config, data: jt.data.Resolved, folder: runs.RunFolder) -> jt.SweepResult:
     """Trains all runs; a tenth of the training images is held out for validation."""
     mean, std = jt.data.STATISTICS[data.name]
     model = jt.models.FeedForward(mean=mean, std=std)
@@ -106,7 +105,7 @@ def sweep(config: Config, data: jt.data.Resolved, on_event: jt.events.OnEvent) -
             state,
             train_data,
             data.test,
-            validation_data=validation_data,
+            validation=validation_data,
             loss_fn=LOSS,
             metric_fns=METRICS,
             epochs=epochs,
@@ -117,9 +116,9 @@ def sweep(config: Config, data: jt.data.Resolved, on_event: jt.events.OnEvent) -
     return jt.sweep(
         run,
         {"learning_rate": config.learning_rates, "seed": range(config.seeds)},
-        parallel="auto" if config.parallel is None else config.parallel,
+        at_once="auto" if config.parallel is None else config.parallel,
         checkpoint=config.checkpoint_dir,
-        on_event=on_event,
+        callbacks=command.reporting(folder, log_interval=1),
     )
 
 

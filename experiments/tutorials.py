@@ -25,9 +25,9 @@ from experiments import (
     mnist,
     optimizers,
 )
+from jaxtrain._terminal import make_console
 from jaxtrain.cli import command, flags, tables
 from jaxtrain.cli.tables import Comparison
-from jaxtrain.cli.terminal import make_console
 
 # Accuracy that the default run on digits must reach; the tutorials do not cover this data set.
 DIGITS_ACCURACY = 0.9

@@ -19,7 +19,7 @@ def make(problem: Problem, params: Params) -> nn.Module:
         rate = problem.dropout_rates[0] if problem.dropout_rates else 0.0
         fan_in = math.prod(problem.images.shape[1:])
         model: nn.Module = torch_reference.feed_forward(problem.features, fan_in, rate)
-        torch_reference.load_params(model, params)
+        torch_reference.load(model, params)
         return model
     if problem.network == "CNN":
         model = ConvNet(problem.dropout_rates)

@@ -13,12 +13,11 @@ import warnings
 from collections.abc import Callable, Iterator
 from typing import Any, NoReturn, TypeVar
 
+from jaxtrain.callbacks import Callback, progress
 from jaxtrain.cli.compilation_cache import set_up_compilation_cache
 from jaxtrain.cli.devices import select_device
 from jaxtrain.cli.flags import DatasetFlags, ExperimentFlags, TrainingFlags, flag_of
-from jaxtrain.cli.logs import Logs
 from jaxtrain.cli.parsing import parse
-from jaxtrain.cli.progress import console
 from jaxtrain.cli.resuming import resumes
 from jaxtrain.cli.runs import RunFolder
 from jaxtrain.cli.signals import EXIT_STATUS, MESSAGES, ignore_signals, raise_on_signals
@@ -34,7 +33,6 @@ from jaxtrain.errors import (
     printable,
     recovery_notes,
 )
-from jaxtrain.training.events import Event, OnEvent, every_steps
 
 Config = TypeVar("Config")
 BROKEN_PIPE_STATUS = 128 + signal.SIGPIPE
@@ -195,42 +193,33 @@ def run_folder(config: ExperimentFlags) -> Iterator[RunFolder]:
     """
     select_device(config.device, getattr(config, "devices", 1))
     set_up_compilation_cache(config.compilation_cache)
-    resuming = isinstance(config, TrainingFlags) and resumes(config)
-    logs = None
-    if isinstance(config, TrainingFlags) and config.log:
-        logs = Logs(config.output_dir, config.log, histograms=config.log_histograms)
-    with RunFolder(
-        config.output_dir, config, overwrite=config.overwrite, resuming=resuming, logs=logs
-    ) as folder:
+    options: dict[str, Any] = {}
+    if isinstance(config, TrainingFlags):
+        options = {
+            "resuming": resumes(config),
+            "log": config.log,
+            "histograms": config.log_histograms,
+        }
+    with RunFolder(config.output_dir, config, overwrite=config.overwrite, **options) as folder:
         yield folder
 
 
-@contextlib.contextmanager
 def reporting(
     folder: RunFolder,
     log_interval: int,
     *,
     epoch_interval: int = 1,
-    test_examples: int | None = None,
     part: str = "",
     **columns: float | str,
-) -> Iterator[OnEvent]:
-    """Yields a callback for `fit` that writes history and logs to the folder and shows progress.
+) -> list[Callback]:
+    """Returns callbacks that write a run to the folder and show its progress.
 
     Args:
       folder: the output folder.
-      log_interval: as in `progress.console`.
-      epoch_interval: the same.
-      test_examples: the same.
+      log_interval: steps between two lines of progress; 0 shows nothing at all.
+      epoch_interval: epochs between two lines.
       part: name of the run, in an experiment of several.
       columns: additional columns of `history.csv`.
     """
-    with console(
-        log_interval=log_interval, epoch_interval=epoch_interval, test_examples=test_examples
-    ) as show:
-
-        def on_event(event: Event) -> None:
-            folder.record(event, part=part, **columns)
-            show(event)
-
-        yield every_steps(log_interval, on_event)
+    shown = progress(log_interval, max(1, epoch_interval))
+    return [*folder.callbacks(part, **columns), shown]

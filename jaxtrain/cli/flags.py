@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import jax
+import jax.numpy as jnp
 import optax
 from jaxtyping import Array, Key
 
@@ -14,7 +15,7 @@ from jaxtrain._arguments import check_integer
 from jaxtrain.cli.devices import Device
 from jaxtrain.cli.logs import LogName
 from jaxtrain.cli.parsing import flag_types
-from jaxtrain.optimizers import clip_gradients, make, skip_nonfinite
+from jaxtrain.optimizers import Record, clip_gradients, make, skip_nonfinite
 
 OptimizerName = Literal["sgd", "adam", "adamw", "rmsprop", "rprop", "adagrad", "adadelta", "lbfgs"]
 DatasetName = Literal["auto", "mnist", "fashion_mnist", "kmnist", "digits"]
@@ -24,6 +25,7 @@ FLAG_OF_ARGUMENT = {
     "dropout_rate": "dropout",
     "fraction": "validation",
     "learning_rate": "learning_rates",
+    "at_once": "parallel",
     "directory": "checkpoint_dir",
     "every": "checkpoint_every",
     "pct_start": "warmup",
@@ -99,12 +101,31 @@ class LineFlags(TrainingFlags):
 
 
 def make_optimizer(config: LineFlags) -> optax.GradientTransformation:
-    """Returns the solver that the flags name, with their safeguards.
+    """Returns the solver that the flags name, with their safeguards; it records the line.
 
     Raises:
       InputError: the learning rate or the gradient norm is out of range.
     """
-    return with_safeguards(make(config.optimizer, config.learning_rate), config.safety)
+    solver = make(config.optimizer, config.learning_rate)
+    return record_line(with_safeguards(solver, config.safety))
+
+
+def record_line(optimizer: optax.GradientTransformation) -> optax.GradientTransformation:
+    """Returns an optimizer that records weight and bias after each step, for the history."""
+    inner = optax.with_extra_args_support(optimizer)
+
+    def line(params: Any) -> list[Record]:
+        names = [name for name in ("weight", "bias") if name in params]
+        return [Record(name, jnp.reshape(params[name], ())) for name in names]
+
+    def init(params: Any) -> Any:
+        return inner.init(params), line(params)
+
+    def update(grads: Any, state: Any, params: Any = None, **extra_args: Any) -> Any:
+        updates, inner_state = inner.update(grads, state[0], params, **extra_args)
+        return updates, (inner_state, line(optax.apply_updates(params, updates)))
+
+    return optax.GradientTransformationExtraArgs(init, update)
 
 
 def with_safeguards(

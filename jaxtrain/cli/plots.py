@@ -25,7 +25,7 @@ from jaxtrain._figures import (
     label_axes,
 )
 from jaxtrain.dataset import Dataset
-from jaxtrain.training.history import History
+from jaxtrain.training.fit import History
 
 # What other pictures need of the style.
 __all__ = ["BLUE", "GREEN", "GREY", "ORANGE", "PURPLE", "SKY", "VERMILION", "YELLOW"]
@@ -173,18 +173,20 @@ def confusion_matrix(counts: np.ndarray, title: str) -> Figure:
     """Draws how often each label was predicted as each class.
 
     Args:
-      counts: [classes, classes], labels in rows; shaded by the fraction of the label's examples.
+      counts: (weighted) counts [classes, classes], labels in rows; shaded by the fraction of the
+        label's examples.
       title: title of the figure.
     """
     figure = Figure(figsize=(6.2, 5.6), layout="constrained")
     ax = figure.subplots()
-    fractions = counts / np.maximum(counts.sum(axis=1, keepdims=True), 1)
+    totals = counts.sum(axis=1, keepdims=True)
+    fractions = counts / np.where(totals > 0, totals, 1)
     # The square root makes a few errors visible beside a diagonal near 1.
     image = ax.imshow(np.sqrt(fractions), cmap="Blues", vmin=0, vmax=1)
     for (row, column), count in np.ndenumerate(counts):
         if count:
             color = "white" if fractions[row, column] > 0.3 else "black"
-            ax.text(column, row, str(count), ha="center", va="center", fontsize=8, color=color)
+            ax.text(column, row, f"{count:g}", ha="center", va="center", fontsize=8, color=color)
     ticks = range(len(counts))
     ax.set(xticks=ticks, yticks=ticks)
     label_axes(ax, "predicted class", "true class", grid=False)

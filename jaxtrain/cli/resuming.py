@@ -1,4 +1,4 @@
-"""Turns the checkpoint flags into options of `fit`, and decides whether a run resumes."""
+"""Turns the checkpoint flags into a callback of `fit`, and decides whether a run resumes."""
 
 from __future__ import annotations
 
@@ -11,13 +11,8 @@ from pathlib import Path
 from typing import Any
 
 from jaxtrain._files import lock_folder
-from jaxtrain.checkpoint import (
-    CheckpointOptions,
-    DamagedError,
-    checkpoint_path,
-    list_checkpoints,
-    read_file,
-)
+from jaxtrain.callbacks.checkpoint import Checkpoint
+from jaxtrain.checkpoint import DamagedError, checkpoint_path, list_checkpoints, read_file
 from jaxtrain.cli.flags import TrainingFlags
 from jaxtrain.cli.runs import read_json, remove_file, to_json
 from jaxtrain.errors import InputError, printable
@@ -39,8 +34,10 @@ _FREE = {
 }
 
 
-def fit_options(config: TrainingFlags, *, part: str = "", **known: Any) -> dict[str, Any]:
-    """Returns the arguments of `fit` that the flags of checkpoints set.
+def checkpoint_callbacks(
+    config: TrainingFlags, *, part: str = "", **known: Any
+) -> list[Checkpoint]:
+    """Returns the callback that the flags of checkpoints ask for, or [] without a folder.
 
     With --overwrite, the checkpoints of another run in the same folder are removed here.
 
@@ -59,13 +56,13 @@ def fit_options(config: TrainingFlags, *, part: str = "", **known: Any) -> dict[
             raise InputError(
                 "--resume is required without --checkpoint-dir; expected a folder of checkpoints"
             )
-        return {"checkpoint": None}
+        return []
     folder = safety.checkpoint_dir / part
     names = [field.name for field in dataclasses.fields(config) if field.name not in _FREE]
     resume = safety.resume
     if part and resume == "required" and _has_checkpoints(safety.checkpoint_dir):
         resume = "auto"  # later parts may not have begun when an earlier one was interrupted
-    options = CheckpointOptions(
+    callback = Checkpoint(
         folder,
         every=safety.checkpoint_every,
         keep=safety.keep,
@@ -75,8 +72,8 @@ def fit_options(config: TrainingFlags, *, part: str = "", **known: Any) -> dict[
         | known,
     )
     if config.overwrite and resume == "auto":
-        _remove_other_run(folder, options.configuration)
-    return {"checkpoint": options}
+        _remove_other_run(folder, callback.configuration)
+    return [callback]
 
 
 def resumes(config: TrainingFlags) -> bool:

@@ -10,7 +10,7 @@ import math
 import os
 import stat
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -19,18 +19,12 @@ import numpy as np
 
 from jaxtrain._files import PART, lock_folder, make_folder, read_regular_file, write_atomically
 from jaxtrain._versions import device_name, versions
-from jaxtrain.cli.logs import Logs, earlier_logs
+from jaxtrain.callbacks import Callback, SweepProgress
+from jaxtrain.cli.logs import LogName, check_packages, earlier_logs, log_files, make_loggers
 from jaxtrain.cli.tables import Comparison
 from jaxtrain.errors import InputError, StorageError, add_recovery_note
-from jaxtrain.export import save_params
-from jaxtrain.training.events import (
-    Compiled,
-    EpochDone,
-    Event,
-    Resumed,
-    RunsDone,
-    RunsRestored,
-)
+from jaxtrain.export import save
+from jaxtrain.training.fit import Run
 from jaxtrain.training.state import TrainState
 
 if TYPE_CHECKING:
@@ -59,7 +53,8 @@ class RunFolder:
         *,
         overwrite: bool = False,
         resuming: bool = False,
-        logs: Logs | None = None,
+        log: Sequence[LogName] = (),
+        histograms: bool = False,
     ) -> None:
         """Makes the folder, so that one that cannot be written is noticed before training.
 
@@ -71,12 +66,15 @@ class RunFolder:
           config: the experiment's configuration, a dataclass.
           overwrite: replace the results of a finished run.
           resuming: the run resumes from checkpoints, so results in the folder are its own.
-          logs: further files that events and pictures are written to.
+          log: loggers that also write the runs and the pictures to the folder.
+          histograms: whether these write histograms of the parameters.
 
         Raises:
+          MissingExtraError: a package that a logger needs is not installed.
           InputError: the folder cannot be made or written, or contains a finished run. (Entering
             the context raises it if another run is writing there.)
         """
+        check_packages(log)
         self.path = Path(path)
         self.config = config
         self._created = time.perf_counter()
@@ -87,7 +85,9 @@ class RunFolder:
         self._epochs: list[dict[str, Any]] = []
         self._history_written = 0.0
         self._resuming = resuming
-        self._logs = logs
+        self._log = log
+        self._has_histograms = histograms
+        self._loggers: dict[str, list[Callback]] = {}  # by part
         self._keeps_results = not (overwrite or resuming)
         make_folder(self.path, _DESCRIPTION)
         self._check_unfinished()
@@ -115,8 +115,9 @@ class RunFolder:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: object
     ) -> None:
         try:
-            self._write_history()
-            if error is not None and self._epochs:
+            if self._has_started:
+                self._write_history()
+            if error is not None and self._has_started and self._epochs:
                 file = self.path / "history.csv"
                 add_recovery_note(
                     error, f"the completed epochs ({len(self._epochs)}) are in {file}"
@@ -125,11 +126,7 @@ class RunFolder:
             if error is None:
                 raise
         finally:
-            try:
-                if self._logs is not None:
-                    self._logs.close()
-            finally:
-                self._lock.release()
+            self._lock.release()
 
     def start(self) -> None:
         """Removes the results of an earlier run and writes `config.json`.
@@ -144,44 +141,34 @@ class RunFolder:
             earlier = (*self._earlier_pictures(), *self._earlier_logs())
             for name in ("summary.json", "history.csv", _MODEL, *earlier):
                 remove_file(self.path / name)
-        config = dataclasses.asdict(self.config)
-        self._write_json("config.json", config)
-        if self._logs is not None:
-            self._logs.config = to_json(config)
+        self._write_json("config.json", dataclasses.asdict(self.config))
+        self._write_history()
 
-    def record(self, event: Event, *, part: str = "", **extra: float | str) -> None:
-        """Records what `fit` or `sweep` reports.
+    def callbacks(self, part: str = "", **columns: float | str) -> list[Callback]:
+        """Returns the callbacks that write a run of `fit` or `sweep` to the folder.
+
+        Before the first steps are taken they change nothing, so a run that fails to compile leaves
+        the results of an earlier one.
 
         Args:
-          event: `Compiled`, and the first event of a sweep, call `start`; completed epochs, also
-            those of a checkpoint, become rows of `history.csv`, which is written at most once per
-            second. The times of `RunsDone` are added to the summary. All events are logged.
           part: name of the run, in an experiment of several; it has its own logs.
-          extra: additional columns of these rows.
+          columns: additional columns of its rows of `history.csv`.
         """
-        if isinstance(event, Compiled | RunsDone | RunsRestored) and not self._has_started:
-            self.start()
-        if isinstance(event, Compiled):
-            self._compile_seconds += event.seconds
-        elif isinstance(event, Resumed):
-            columns = {name: values.tolist() for name, values in event.history.items()}
-            rows = zip(*columns.values(), strict=True)
-            self._epochs += [{**dict(zip(columns, row, strict=True)), **extra} for row in rows]
-            self._write_history()
-        elif isinstance(event, RunsDone):
-            self._compile_seconds += event.compile_seconds
-            self._sweep_seconds += event.seconds
-        elif isinstance(event, EpochDone):
-            self._epochs.append({**event.metrics, **extra})
-            if time.perf_counter() - self._history_written > 1:
-                self._write_history()
-        if self._logs is not None:
-            self._logs.record(event, part)
+        return [_Rows(self, columns), *self._part_loggers(part)]
+
+    def _part_loggers(self, part: str) -> list[Callback]:
+        if part not in self._loggers:
+            self._loggers[part] = make_loggers(
+                *(self.path, self._log, part),
+                histograms=self._has_histograms,
+                config=to_json(dataclasses.asdict(self.config)),
+            )
+        return self._loggers[part]
 
     def write_summary(
         self, *, figures: Iterable[Comparison] | None = None, **summary: Any
     ) -> dict[str, Any]:
-        """Writes `summary.json`, and closes the logs.
+        """Writes `summary.json`.
 
         Args:
           figures: the original's figures beside ours, if there are any.
@@ -193,9 +180,8 @@ class RunFolder:
         if figures is not None:
             summary["figures"] = [figure._asdict() for figure in figures]
         logs = set(self._earlier_logs())  # of a run that resumes
-        if self._logs is not None:
-            self._logs.close()
-            logs |= set(self._logs.files())
+        for part in self._loggers:
+            logs |= set(log_files(self.path, self._log, part))
         entries = {
             **summary,
             "device": device_name(),
@@ -221,8 +207,8 @@ class RunFolder:
         write_atomically(self.path / name, text.getvalue().encode())
 
     def write_model(self, state: TrainState) -> None:
-        """Writes the trained parameters as `model.safetensors`, which `load_params` reads."""
-        save_params(self.path / _MODEL, state)
+        """Writes the trained parameters as `model.safetensors`, which `load` reads."""
+        save(self.path / _MODEL, state)
 
     def write_picture(self, name: str, figure: Figure) -> None:
         """Writes a figure as a PNG file, and to the logs."""
@@ -231,8 +217,9 @@ class RunFolder:
         image = to_png(figure)
         write_atomically(self.path / name, image)
         self._pictures.append(name)
-        if self._logs is not None:
-            self._logs.picture(Path(name).stem, image)
+        for logger in self._part_loggers(""):
+            if hasattr(logger, "picture"):
+                logger.picture(Path(name).stem, image)
 
     def _earlier_pictures(self) -> list[str]:
         """Returns the pictures that an earlier run's summary lists, and no other file.
@@ -254,13 +241,50 @@ class RunFolder:
         self._history_written = time.perf_counter()
         if self._epochs:
             names = list(dict.fromkeys(name for row in self._epochs for name in row))
-            self.write_table(
-                "history.csv", {name: [row.get(name) for row in self._epochs] for name in names}
-            )
+            columns = {name: [_to_cell(row.get(name)) for row in self._epochs] for name in names}
+            self.write_table("history.csv", columns)
 
     def _write_json(self, name: str, content: Mapping[str, Any]) -> None:
         text = json.dumps(to_json(content), indent=2, allow_nan=False)
         write_atomically(self.path / name, (text + "\n").encode())
+
+
+class _Rows(Callback):
+    """Adds the rows and the times of a run to its folder."""
+
+    def __init__(self, folder: RunFolder, columns: Mapping[str, float | str]) -> None:
+        self._folder, self._columns = folder, columns
+
+    def on_start(self, run: Run) -> None:
+        """Takes over the rows of a checkpoint."""
+        self._folder._epochs += [{**row, **self._columns} for row in run.rows]
+
+    def on_steps(self, run: Run) -> None:
+        """Starts the folder after the first steps."""
+        self._start()
+
+    def on_epoch(self, run: Run) -> None:
+        """Adds a row to `history.csv`, which is written at most once per second."""
+        self._folder._epochs.append({**run.rows[-1], **self._columns})
+        if time.perf_counter() - self._folder._history_written > 1:
+            self._folder._write_history()
+
+    def on_end(self, run: Run, error: BaseException | None) -> None:
+        """Adds the time of compiling, and starts the folder if nothing was left to train."""
+        self._folder._compile_seconds += run.compile_seconds
+        if error is None:
+            self._start()
+
+    def on_runs(self, progress: SweepProgress) -> None:
+        """Starts the folder when the first runs are done, and adds the times of a batch of runs."""
+        if progress.done:
+            self._start()
+        self._folder._compile_seconds += progress.compile_seconds
+        self._folder._sweep_seconds += progress.seconds
+
+    def _start(self) -> None:
+        if not self._folder._has_started:
+            self._folder.start()
 
 
 def read_json(path: Path) -> Any:
@@ -284,6 +308,11 @@ def to_json(value: Any) -> Any:
     if value is None or isinstance(value, (bool, int, str)):
         return value
     return str(value)
+
+
+def _to_cell(value: Any) -> Any:
+    """Returns an array as JSON text, and any other value unchanged."""
+    return json.dumps(to_json(value)) if np.ndim(value) else value
 
 
 def remove_file(path: Path) -> None:

@@ -7,7 +7,8 @@ from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import NamedTuple
 
-from jaxtrain.cli.terminal import make_console
+from jaxtrain._terminal import make_console
+from jaxtrain.callbacks.progress import accuracy_text as accuracy_text
 from jaxtrain.errors import printable
 
 

@@ -11,14 +11,14 @@ import jaxtrain as jt
 from experiments import losses, mnist
 from jaxtrain.cli.command import report_errors
 from jaxtrain.cli.flags import Safety, flag_of, seed_key, with_safeguards
-from jaxtrain.cli.resuming import fit_options
+from jaxtrain.cli.resuming import checkpoint_callbacks
 from jaxtrain.errors import MissingExtraError
-from jaxtrain.optimizers import has_clipping, skipped_steps
+from jaxtrain.optimizers._inspect import has_clipping, skipped_steps
 
 
 @pytest.mark.parametrize("seed", [-1, 2**32, 99999999999999999999])
 def test_a_seed_that_jax_would_reduce_to_another_is_refused(seed: int) -> None:
-    with pytest.raises(jt.InputError, match=f"seed is {seed}"):
+    with pytest.raises(jt.errors.InputError, match=f"seed is {seed}"):
         seed_key(seed)
 
 
@@ -35,7 +35,7 @@ def test_flags_wrap_the_optimizer_in_safeguards() -> None:
 
 
 def test_a_run_without_a_checkpoint_folder_saves_nothing() -> None:
-    assert fit_options(mnist.Config()) == {"checkpoint": None}
+    assert checkpoint_callbacks(mnist.Config()) == []
 
 
 def test_the_configuration_of_checkpoints_has_the_flags_that_decide_the_result(
@@ -43,9 +43,9 @@ def test_the_configuration_of_checkpoints_has_the_flags_that_decide_the_result(
 ) -> None:
     safety = Safety(checkpoint_dir=tmp_path, checkpoint_every=2, keep=4, max_gradient_norm=1.0)
     config = mnist.Config(safety=safety)
-    options = fit_options(config, part="a", dataset="digits")["checkpoint"]
-    assert (options.directory, options.every, options.keep) == (tmp_path / "a", 2, 4)
-    configuration = options.configuration
+    (callback,) = checkpoint_callbacks(config, part="a", dataset="digits")
+    assert (callback.directory, callback.every, callback.keep) == (tmp_path / "a", 2, 4)
+    configuration = callback.configuration
     assert configuration["dataset"] == "digits"
     assert configuration["max_gradient_norm"] == 1.0
     assert not configuration.keys() & {"epochs", "output_dir", "overwrite", "safety", "device"}
@@ -54,18 +54,18 @@ def test_the_configuration_of_checkpoints_has_the_flags_that_decide_the_result(
 @pytest.mark.parametrize(
     ("error", "flags"),
     [
-        (jt.OutOfMemoryError(64, 32, "detail", "test_batch_size"), "(--test-batch-size 32)"),
-        (jt.OutOfMemoryError(64, None, "detail"), "model"),
+        (jt.errors.OutOfMemoryError(64, 32, "detail", "test_batch_size"), "(--test-batch-size 32)"),
+        (jt.errors.OutOfMemoryError(64, None, "detail"), "model"),
         (MemoryError(), "error: out of memory"),
-        (jt.DataUnavailableError("a", "b"), "(flags: --data-dir FOLDER, --dataset digits)"),
-        (jt.NonFiniteError(1, 1, "loss", 1.0, 0.1), "--on-nonfinite skip)"),
-        (jt.NonFiniteError(1, 1, "loss", 1.0, 0.1, "check the data"), "check the data"),
-        (jt.InputError("a", argument="learning_rate"), "error: a (--learning-rate)"),
-        (jt.InputError("a", argument="dropout_rate"), "error: a (--dropout)"),
-        (jt.InputError("a", argument="every"), "error: a (--checkpoint-every)"),
-        (jt.InputError("a", argument="classes"), "error: a"),
+        (jt.errors.DataUnavailableError("a", "b"), "(flags: --data-dir FOLDER, --dataset digits)"),
+        (jt.errors.NonFiniteError(1, 1, "loss", 1.0, 0.1), "--on-nonfinite skip)"),
+        (jt.errors.NonFiniteError(1, 1, "loss", 1.0, 0.1, "check the data"), "check the data"),
+        (jt.errors.InputError("a", argument="learning_rate"), "error: a (--learning-rate)"),
+        (jt.errors.InputError("a", argument="dropout_rate"), "error: a (--dropout)"),
+        (jt.errors.InputError("a", argument="every"), "error: a (--checkpoint-every)"),
+        (jt.errors.InputError("a", argument="classes"), "error: a"),
         (MissingExtraError("sklearn", "data"), "pip install 'jaxtrain[data]'"),
-        (jt.InputError("a\x1b[31m"), "error: a\\x1b[31m"),
+        (jt.errors.InputError("a\x1b[31m"), "error: a\\x1b[31m"),
     ],
     ids=lambda value: type(value).__name__,
 )

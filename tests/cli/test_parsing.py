@@ -98,7 +98,7 @@ def test_a_tilde_is_the_home_folder(monkeypatch, tmp_path: Path) -> None:
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",
 )
 def test_a_mistake_is_one_sentence(arguments: list[str], message: str, capsys) -> None:
-    with pytest.raises(jt.InputError) as raised:
+    with pytest.raises(jt.errors.InputError) as raised:
         read(*arguments)
     assert str(raised.value) == message
     captured = capsys.readouterr()

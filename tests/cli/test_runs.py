@@ -19,7 +19,6 @@ from experiments import linear_regression
 from jaxtrain._files import PART, write_atomically
 from jaxtrain.cli.flags import Safety
 from jaxtrain.cli.runs import RunFolder, read_json
-from jaxtrain.training.events import Compiled, EpochDone
 
 
 @dataclasses.dataclass(frozen=True)
@@ -34,14 +33,19 @@ def read_history(folder: Path) -> list[dict[str, str]]:
         return list(csv.DictReader(file))
 
 
-def test_a_run_writes_configuration_history_and_summary(
-    tmp_path: Path, small_state: jt.TrainState
-) -> None:
+def train(*callbacks: object, rate: float = 0.1, **options) -> tuple[jt.TrainState, jt.History]:
+    """Fits a line to four points."""
+    inputs = jnp.linspace(-1, 1, 4)[:, None]
+    state = jt.init_state(
+        jt.models.LinearRegression(), jt.optimizers.sgd(rate), inputs[:1], key=jax.random.key(0)
+    )
+    options = {"loss_fn": jt.losses.mean_squared_error, **options}
+    return jt.fit(state, (inputs, 3 * inputs + 1), callbacks=list(callbacks), **options)
+
+
+def test_a_run_writes_configuration_history_and_summary(tmp_path: Path) -> None:
     with RunFolder(tmp_path / "a" / "b", Config()) as folder:
-        folder.record(Compiled(1.5, 2, 3, 50))
-        for epoch in (1, 2):
-            metrics = {"epoch": epoch, "train_loss": 0.1 / 3, "seconds": 0.25}
-            folder.record(EpochDone(epoch, metrics, small_state), weight=7.0)
+        _, history = train(*folder.callbacks(weight=7.0), epochs=2)
         folder.write_summary(test_loss=jnp.float32(0.5), worst=np.nan, notice=None)
     files = {path.name for path in folder.path.iterdir()}
     assert files == {".lock", "config.json", "history.csv", "summary.json"}
@@ -49,32 +53,82 @@ def test_a_run_writes_configuration_history_and_summary(
     assert config == {"rate": 0.1, "folder": "somewhere", "limit": None}
     rows = read_history(folder.path)
     assert [row["epoch"] for row in rows] == ["1", "2"]
-    assert rows[0] == {
-        "epoch": "1",
-        "train_loss": repr(0.1 / 3),
-        "seconds": "0.25",
-        "weight": "7.0",
-    }
+    assert list(rows[0]) == ["epoch", "train_loss", "learning_rate", "seconds", "weight"]
+    assert [float(row["train_loss"]) for row in rows] == history["train_loss"].tolist()
+    assert rows[0]["weight"] == "7.0"
     summary = json.loads((folder.path / "summary.json").read_text())
     assert summary["test_loss"] == 0.5
     assert summary["worst"] is None
-    assert summary["compile_seconds"] == 1.5
-    assert summary["train_seconds"] == 0.5
-    assert summary["total_seconds"] > 0
+    assert 0 < summary["compile_seconds"] < summary["total_seconds"]
+    assert summary["train_seconds"] == pytest.approx(history["seconds"].sum())
     assert summary["device"].startswith(jax.devices()[0].platform)
     assert summary["versions"]["jax"] == jax.__version__
 
 
+def test_an_array_is_json_text_in_the_history(tmp_path: Path) -> None:
+    def values(logits: jax.Array, targets: jax.Array, weights: jax.Array | None = None):
+        return jnp.array([1.0, jnp.nan]) + 0 * logits.sum()
+
+    with RunFolder(tmp_path, Config()) as folder:
+        metrics = {"pair": jt.metrics.AccumulatedMetric(values, lambda sums: sums)}
+        train(*folder.callbacks(), epochs=1, metric_fns=metrics)
+    assert read_history(tmp_path)[0]["train_pair"] == "[1.0, null]"
+
+
+def test_several_runs_share_a_folder(tmp_path: Path) -> None:
+    with RunFolder(tmp_path, Config()) as folder:
+        for part in ("a", "b"):
+            train(*folder.callbacks(part, run=part), epochs=2)
+    assert [(row["run"], row["epoch"]) for row in read_history(tmp_path)] == [
+        *(("a", "1"), ("a", "2"), ("b", "1"), ("b", "2"))
+    ]
+
+
+def test_a_resumed_run_keeps_its_earlier_rows(tmp_path: Path) -> None:
+    checkpoint = jt.callbacks.checkpoint(tmp_path / "checkpoints")
+    for epochs in (2, 3, 3):  # the last call has nothing left to train
+        with RunFolder(tmp_path / "out", Config(), resuming=epochs == 3) as folder:
+            train(*folder.callbacks(), checkpoint, epochs=epochs)
+        rows = read_history(tmp_path / "out")
+        assert [row["epoch"] for row in rows] == ["1", "2", "3"][:epochs]
+
+
+def test_a_run_that_takes_no_step_leaves_the_results_of_an_earlier_one(tmp_path: Path) -> None:
+    with RunFolder(tmp_path, Config()) as folder:
+        train(*folder.callbacks(), epochs=1)
+        folder.write_summary()
+    before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+
+    def interrupt(run: jt.Run) -> None:
+        raise KeyboardInterrupt
+
+    class Interrupt(jt.callbacks.Callback):
+        on_start = staticmethod(interrupt)
+
+    with (
+        pytest.raises(KeyboardInterrupt),
+        RunFolder(tmp_path, Config(rate=0.2), overwrite=True) as folder,
+    ):
+        train(*folder.callbacks(), Interrupt(), epochs=1)
+    assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
+
+
+def test_a_sweep_adds_its_times_to_the_summary(tmp_path: Path) -> None:
+    with RunFolder(tmp_path, Config()) as folder:
+        (callback,) = folder.callbacks()
+        callback.on_runs(jt.callbacks.SweepProgress(0, 3, kind="started"))
+        assert not (tmp_path / "config.json").exists()
+        for done in (1, 3):
+            callback.on_runs(jt.callbacks.SweepProgress(done, 3, 1, 1.5, 0.25))
+        assert (tmp_path / "config.json").exists()
+        summary = folder.write_summary()
+    assert summary["compile_seconds"] == 3.0
+    assert summary["train_seconds"] == 0.5
+
+
 def test_a_run_that_diverges_keeps_its_completed_epochs(tmp_path: Path) -> None:
-    data = jt.Dataset(jnp.linspace(-1, 1, 8)[:, None], jnp.linspace(0, 3, 8)[:, None])
-    state = jt.init_state(
-        jt.models.LinearRegression(),
-        jt.optimizers.sgd(1e3),
-        data.inputs[:1],
-        key=jax.random.key(0),
-    )
-    with pytest.raises(jt.NonFiniteError) as raised, RunFolder(tmp_path, Config()) as folder:
-        jt.fit(state, data, loss_fn=jt.losses.mean_squared_error, epochs=99, on_event=folder.record)
+    with pytest.raises(jt.errors.NonFiniteError) as raised, RunFolder(tmp_path, Config()) as folder:
+        train(*folder.callbacks(), rate=1e3, epochs=99)
     rows = read_history(tmp_path)
     assert len(rows) == raised.value.epoch - 1 >= 2
     np.testing.assert_allclose(
@@ -85,7 +139,7 @@ def test_a_run_that_diverges_keeps_its_completed_epochs(tmp_path: Path) -> None:
 def test_a_folder_that_cannot_be_written_is_refused_at_once(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("in the way")
     for path in (tmp_path / "file", tmp_path / "file" / "below"):
-        with pytest.raises(jt.InputError, match=r"output folder .*file.* cannot be written"):
+        with pytest.raises(jt.errors.InputError, match=r"output folder .*file.* cannot be written"):
             RunFolder(path, Config())
 
 
@@ -112,7 +166,9 @@ def test_a_picture_that_cannot_be_written_leaves_the_others(tmp_path: Path) -> N
     before = (tmp_path / "a.png").read_bytes()
     assert before.startswith(b"\x89PNG")
     (tmp_path / "b.png").mkdir()  # where the next one would go
-    with pytest.raises(jt.StorageError, match=r"b\.png could not be written \(Is a directory\)"):
+    with pytest.raises(
+        jt.errors.StorageError, match=r"b\.png could not be written \(Is a directory\)"
+    ):
         folder.write_picture("b.png", Figure())
     assert sorted(path.name for path in tmp_path.iterdir()) == ["a.png", "b.png"]
 
@@ -125,7 +181,7 @@ def test_a_full_disk_leaves_the_previous_content_of_a_file(tmp_path: Path, monke
         raise OSError(errno.ENOSPC, "No space left on device")
 
     monkeypatch.setattr(os, "fsync", full)
-    with pytest.raises(jt.StorageError, match="no space left on the disk"):
+    with pytest.raises(jt.errors.StorageError, match="no space left on the disk"):
         folder.write_table("history.csv", {"epoch": [1, 2]})
     assert (tmp_path / "history.csv").read_text() == "epoch\n1\n"
     assert [path.name for path in tmp_path.iterdir()] == ["history.csv"]
@@ -240,9 +296,9 @@ def test_an_earlier_result_that_is_no_regular_file_does_not_hang(
 
 def test_a_folder_in_a_results_place_is_named(tmp_path: Path) -> None:
     (tmp_path / "summary.json").mkdir()
-    with pytest.raises(jt.InputError, match="contains a finished run"):
+    with pytest.raises(jt.errors.InputError, match="contains a finished run"):
         RunFolder(tmp_path, Config())
-    with pytest.raises(jt.StorageError, match=r"summary\.json could not be written"):
+    with pytest.raises(jt.errors.StorageError, match=r"summary\.json could not be written"):
         RunFolder(tmp_path, Config(), overwrite=True).start()
 
 
@@ -261,7 +317,7 @@ def test_folder_names_with_odd_characters(tmp_path: Path, name: str, capsys) -> 
     for folders in ((folder, other), (other, folder)):
         if "\0" in name:
             with pytest.raises(
-                jt.InputError, match=r"folder .* cannot be written .*null"
+                jt.errors.InputError, match=r"folder .* cannot be written .*null"
             ) as raised:
                 use(*folders)
             assert str(raised.value).isprintable()
@@ -270,7 +326,7 @@ def test_folder_names_with_odd_characters(tmp_path: Path, name: str, capsys) -> 
             assert folders[0].joinpath("summary.json").exists()
             # The same again resumes, another run is refused in one printable sentence.
             use(*folders)
-            with pytest.raises(jt.InputError, match="finished run") as raised:
+            with pytest.raises(jt.errors.InputError, match="finished run") as raised:
                 RunFolder(folders[0], Config())
             assert str(raised.value).isprintable()
     captured = capsys.readouterr()
