@@ -110,7 +110,7 @@ class StreamError(RuntimeError):
     """A stream of batches raised an error.
 
     Attributes:
-      name: what the stream is, such as "train_data".
+      name: name used in error messages, such as "train".
       epoch: the epoch in which it happened, counted from 1.
       batch: the batch that could not be read, counted from 1 in the epoch.
       history: the history of the completed epochs.

@@ -11,20 +11,15 @@ from typing import Any
 import jaxtrain as jt
 
 MODULES = (
-    *("data", "errors", "events", "export", "loggers"),
+    *("callbacks", "data", "errors", "export"),
     *("losses", "metrics", "models", "optimizers", "parallel"),
 )
 
 # Of the modules without `__all__`: what other modules of the package use.
 INTERNAL = {
     *("errors.NO_SPACE", "errors.add_recovery_note", "errors.printable", "errors.recovery_notes"),
-    *(
-        "events.returned_true",
-        "losses.AnyArray",
-        "losses.LABEL_LOSSES",
-        "losses.PROBABILITY_LOSSES",
-    ),
-    *("losses.at_least_float32", "losses.name_of", "losses.single_losses", "metrics.AnyArray"),
+    *("losses.AnyArray", "losses.LABEL_LOSSES", "losses.PROBABILITY_LOSSES", "metrics.AnyArray"),
+    *("losses.at_least_float32", "losses.name_of", "losses.single_losses"),
 }
 
 
