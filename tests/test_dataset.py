@@ -17,7 +17,7 @@ import jaxtrain as jt
 def test_a_split_contains_every_example_once(examples: int, fraction: float, seed: int) -> None:
     data = jt.Dataset(jnp.arange(examples)[:, None], -jnp.arange(examples))
     if not 0 < round(examples * fraction) < examples:
-        with pytest.raises(jt.InputError, match="leaves at least one example in each part"):
+        with pytest.raises(jt.errors.InputError, match="leaves at least one example in each part"):
             data.split(fraction, jax.random.key(seed))
         return
     rest, held_out = data.split(fraction, jax.random.key(seed))
@@ -38,7 +38,9 @@ def test_the_representation_has_shapes_in_place_of_values() -> None:
 
 
 def test_a_split_refuses_unequal_lengths() -> None:
-    with pytest.raises(jt.InputError, match=r"inputs has 50 examples and dataset\.targets has 40"):
+    with pytest.raises(
+        jt.errors.InputError, match=r"inputs has 50 examples and dataset\.targets has 40"
+    ):
         jt.Dataset(jnp.arange(50), jnp.arange(40)).split(0.2, jax.random.key(0))
 
 
@@ -52,7 +54,7 @@ def test_the_key_determines_the_split() -> None:
 @pytest.mark.parametrize("fraction", [0.0, 1.0, -0.1, 1.5, float("nan")])
 def test_a_fraction_out_of_range_is_refused(fraction: float) -> None:
     data = jt.Dataset(jnp.arange(100), jnp.arange(100))
-    with pytest.raises(jt.InputError, match=f"fraction is {fraction}"):
+    with pytest.raises(jt.errors.InputError, match=f"fraction is {fraction}"):
         data.split(fraction, jax.random.key(0))
 
 
@@ -83,5 +85,5 @@ def test_a_dataset_is_sliced_and_counted_like_an_array() -> None:
     np.testing.assert_array_equal(part.weights, [1, 2])
     assert data[:2].replace(targets=None).targets is None
     assert len(jt.Dataset(inputs).take(jnp.array([5, 0, 0]))) == 3
-    with pytest.raises(jt.InputError, match=r"the index is 3; expected a slice"):
+    with pytest.raises(jt.errors.InputError, match=r"the index is 3; expected a slice"):
         data[3]

@@ -249,7 +249,7 @@ def test_a_cache_folder_that_cannot_be_created_is_named(tmp_path: Path, monkeypa
     monkeypatch.delenv("JAXTRAIN_DATA_DIR", raising=False)
     monkeypatch.setattr("platformdirs.user_cache_path", lambda name: tmp_path / "cache" / name)
     (tmp_path / "cache").write_text("in the way")
-    with pytest.raises(jt.DataUnavailableError) as raised:
+    with pytest.raises(jt.errors.DataUnavailableError) as raised:
         jt.data.load("mnist")
     assert f"the cache folder {cache_dir()} cannot be written (Not a directory)" in str(
         raised.value
@@ -260,14 +260,18 @@ def test_a_cache_folder_that_cannot_be_created_is_named(tmp_path: Path, monkeypa
 def test_a_cache_folder_that_cannot_be_read_is_named(monkeypatch) -> None:
     monkeypatch.delenv("JAXTRAIN_DATA_DIR", raising=False)
     monkeypatch.setenv("XDG_CACHE_HOME", "/" + "x" * 300)
-    with pytest.raises(jt.InputError, match=r"the cache folder /x+/jaxtrain/data cannot be read"):
+    with pytest.raises(
+        jt.errors.InputError, match=r"the cache folder /x+/jaxtrain/data cannot be read"
+    ):
         jt.data.load("mnist")
 
 
 @pytest.mark.skipif(not HAS_NAMESPACES, reason="needs permission to mount a disk (unshare -rm)")
 def test_a_read_only_cache_folder_is_named(tmp_path: Path) -> None:
     program = (
-        "import jaxtrain as jt\ntry: jt.data.load('mnist')\nexcept jt.InputError as e: print(e)"
+        "import jaxtrain as jt\n"
+        "try: jt.data.load('mnist')\n"
+        "except jt.errors.InputError as error: print(error)"
     )
     environment = {name: value for name, value in os.environ.items() if name != DATA_DIR_VARIABLE}
     disk = tmp_path / "disk"

@@ -54,10 +54,10 @@ def test_training_with_checkpoints_and_progress_needs_no_extra(tmp_path: Path) -
         ("urllib3", "jt.data.load('mnist')", "urllib3 .*'jaxtrain\\[data\\]'"),
         (
             "tensorboardX",
-            "jt.loggers.tensorboard('a')",
+            "jt.callbacks.tensorboard('a')",
             "tensorboardX .*'jaxtrain\\[tensorboard\\]'",
         ),
-        ("wandb", "jt.loggers.wandb('a')", "wandb .*'jaxtrain\\[wandb\\]'"),
+        ("wandb", "jt.callbacks.wandb('a')", "wandb .*'jaxtrain\\[wandb\\]'"),
         ("matplotlib", "import jaxtrain.cli.plots", "matplotlib .*'jaxtrain\\[experiments\\]'"),
     ],
 )
@@ -92,5 +92,5 @@ def test_idx_files_need_no_extra(tmp_path: Path) -> None:
 
 
 def test_the_error_is_an_input_error_and_an_import_error() -> None:
-    assert issubclass(MissingExtraError, jt.InputError)
+    assert issubclass(MissingExtraError, jt.errors.InputError)
     assert issubclass(MissingExtraError, ImportError)

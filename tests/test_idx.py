@@ -83,16 +83,16 @@ PACKED = gzip.compress(GOOD)
 )
 def test_damage_is_named(tmp_path: Path, content: bytes, message: str) -> None:
     path = write(tmp_path, content)
-    with pytest.raises(jt.InputError) as raised:
+    with pytest.raises(jt.errors.InputError) as raised:
         read_idx(path)
     assert str(raised.value).startswith(f"{path} ")
     assert message in str(raised.value)
 
 
 def test_a_folder_and_a_missing_file_are_named(tmp_path: Path) -> None:
-    with pytest.raises(jt.InputError, match="is a directory; expected an IDX file"):
+    with pytest.raises(jt.errors.InputError, match="is a directory; expected an IDX file"):
         read_idx(tmp_path)
-    with pytest.raises(jt.InputError, match="cannot be read: No such file"):
+    with pytest.raises(jt.errors.InputError, match="cannot be read: No such file"):
         read_idx(tmp_path / "missing")
 
 
@@ -111,7 +111,7 @@ def test_memory_is_bounded_by_the_content_of_the_file(tmp_path: Path) -> None:
         tracemalloc.start()
         try:
             read_idx(path)
-        except jt.InputError:
+        except jt.errors.InputError:
             assert content is not correct
         peak = tracemalloc.get_traced_memory()[1]
         tracemalloc.stop()

@@ -134,7 +134,7 @@ def test_the_name_of_a_weighted_sum_lists_its_terms() -> None:
 
 @pytest.mark.parametrize("terms", [(), ((float("nan"), jt.losses.mean_squared_error),)])
 def test_weighted_sum_refuses_no_terms_and_nan_weights(terms) -> None:
-    with pytest.raises(jt.InputError, match=r"expected (\(weight, loss\) pairs|a finite)"):
+    with pytest.raises(jt.errors.InputError, match=r"expected (\(weight, loss\) pairs|a finite)"):
         jt.losses.weighted_sum(*terms)
 
 
@@ -212,14 +212,14 @@ ALL_SHAPED = [
 
 @pytest.mark.parametrize("loss_fn", ALL_SHAPED)
 def test_shapes_that_would_broadcast_are_refused(loss_fn) -> None:
-    with pytest.raises(jt.InputError, match=r"\(4, 1\).*\(4,\).*same shape"):
+    with pytest.raises(jt.errors.InputError, match=r"\(4, 1\).*\(4,\).*same shape"):
         loss_fn(jnp.zeros((4, 1)), jnp.zeros(4))
 
 
 def test_cross_entropy_refuses_float_labels_and_wrong_lengths() -> None:
-    with pytest.raises(jt.InputError, match=r"float32.*integer"):
+    with pytest.raises(jt.errors.InputError, match=r"float32.*integer"):
         jt.losses.cross_entropy(jnp.zeros((4, 3)), jnp.zeros(4))
-    with pytest.raises(jt.InputError, match=r"\(4, 1\).*\(4,\)"):
+    with pytest.raises(jt.errors.InputError, match=r"\(4, 1\).*\(4,\)"):
         jt.losses.cross_entropy(jnp.zeros((4, 3)), jnp.zeros((4, 1), int))
 
 
@@ -231,16 +231,18 @@ def test_cross_entropy_refuses_float_labels_and_wrong_lengths() -> None:
     ],
 )
 def test_a_huber_loss_refuses_a_width_that_is_not_positive(loss_fn, message) -> None:
-    with pytest.raises(jt.InputError, match=message):
+    with pytest.raises(jt.errors.InputError, match=message):
         loss_fn(jnp.zeros((2, 1)), jnp.zeros((2, 1)))
 
 
 def test_cross_entropy_refuses_options_out_of_range() -> None:
     logits, labels = jnp.zeros((2, 3)), jnp.zeros(2, int)
-    with pytest.raises(jt.InputError, match=r"label_smoothing is 1.5; expected a number from 0 to"):
+    with pytest.raises(
+        jt.errors.InputError, match=r"label_smoothing is 1.5; expected a number from 0 to"
+    ):
         jt.losses.cross_entropy(logits, labels, label_smoothing=1.5)
     with pytest.raises(
-        jt.InputError, match=r"weight has the shape \(2,\); expected one number per"
+        jt.errors.InputError, match=r"weight has the shape \(2,\); expected one number per"
     ):
         jt.losses.cross_entropy(logits, labels, weight=jnp.ones(2))
 
@@ -248,5 +250,5 @@ def test_cross_entropy_refuses_options_out_of_range() -> None:
 def test_labels_are_checked_with_label_smoothing_too(small_state, small_classes) -> None:
     loss_fn = functools.partial(jt.losses.cross_entropy, label_smoothing=0.1)
     wrong = jt.Dataset(small_classes.inputs, small_classes.targets + 5)
-    with pytest.raises(jt.InputError, match="targets"):
+    with pytest.raises(jt.errors.InputError, match="targets"):
         jt.fit(small_state, wrong, loss_fn=loss_fn)

@@ -76,13 +76,13 @@ def test_a_subfolder_named_after_the_data_set_has_priority(tmp_path: Path) -> No
 def test_the_folder_of_another_data_set_is_not_used(tmp_path: Path, dead_server) -> None:
     """The files of MNIST and KMNIST have the same names."""
     folder = write_files(tmp_path / "mnist")
-    with pytest.raises(jt.DataUnavailableError):
+    with pytest.raises(jt.errors.DataUnavailableError):
         jt.data.load("kmnist", folder)
 
 
 def test_missing_files_are_named(tmp_path: Path) -> None:
     write_files(tmp_path, t10k_labels_idx1=None)
-    with pytest.raises(jt.InputError, match=r"not t10k-labels-idx1-ubyte \(plain or \.gz\)"):
+    with pytest.raises(jt.errors.InputError, match=r"not t10k-labels-idx1-ubyte \(plain or \.gz\)"):
         jt.data.load("mnist", tmp_path)
 
 
@@ -113,12 +113,14 @@ def test_missing_files_are_named(tmp_path: Path) -> None:
 def test_invalid_files_are_named(tmp_path: Path, changed, message) -> None:
     write_files(tmp_path, **changed)
     for name in ("mnist", "auto"):  # auto does not fall back on digits
-        with pytest.raises(jt.InputError, match=message):
+        with pytest.raises(jt.errors.InputError, match=message):
             jt.data.load(name, tmp_path)
 
 
 def test_an_unknown_name_is_refused_with_a_list_of_names() -> None:
-    with pytest.raises(jt.InputError, match=r"'minst'; expected one of auto, mnist, fashion_mnist"):
+    with pytest.raises(
+        jt.errors.InputError, match=r"'minst'; expected one of auto, mnist, fashion_mnist"
+    ):
         jt.data.load("minst")
 
 
@@ -183,7 +185,7 @@ def test_concurrent_downloads_succeed(serve: dict[str, bytes]) -> None:
 
 def test_a_file_with_the_wrong_checksum_is_not_kept(serve: dict[str, bytes]) -> None:
     serve["train-labels-idx1-ubyte.gz"] = gzip.compress(encode(LABELS[::-1]))
-    with pytest.raises(jt.DataUnavailableError, match="checksum"):
+    with pytest.raises(jt.errors.DataUnavailableError, match="checksum"):
         jt.data.load("mnist")
     assert not list(cache_dir().iterdir())
 
@@ -194,7 +196,7 @@ def test_a_file_without_a_registered_checksum_is_not_downloaded(
     from tensorflow_datasets.image_classification import mnist
 
     monkeypatch.delitem(mnist.MNIST.url_infos, f"{mnist.MNIST.URL}t10k-images-idx3-ubyte.gz")
-    with pytest.raises(jt.DataUnavailableError, match="has no registered checksum"):
+    with pytest.raises(jt.errors.DataUnavailableError, match="has no registered checksum"):
         jt.data.load("mnist")
     assert not list(cache_dir().iterdir())
 
@@ -209,13 +211,13 @@ def dead_server(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_auto_refuses_a_missing_data_folder(tmp_path: Path) -> None:
-    with pytest.raises(jt.InputError, match="missing is not a folder"):
+    with pytest.raises(jt.errors.InputError, match="missing is not a folder"):
         jt.data.load("auto", tmp_path / "missing")
 
 
 @pytest.mark.parametrize("folder", ["~nobody-of-this-name/data", "x" * 5000])
 def test_a_data_folder_that_cannot_be_read_is_named(folder: str) -> None:
-    with pytest.raises(jt.InputError, match=r"the data folder .* cannot be read"):
+    with pytest.raises(jt.errors.InputError, match=r"the data folder .* cannot be read"):
         jt.data.load("mnist", folder)
 
 
@@ -223,7 +225,9 @@ def test_without_files_and_network_the_error_lists_the_alternatives(
     tmp_path: Path, dead_server
 ) -> None:
     # The refused connection is reported at the first attempt, not after a time limit.
-    with pytest.raises(jt.DataUnavailableError, match=r"downloaded: .*: ConnectionError") as raised:
+    with pytest.raises(
+        jt.errors.DataUnavailableError, match=r"downloaded: .*: ConnectionError"
+    ) as raised:
         jt.data.load("mnist", tmp_path)
     message = str(raised.value)
     for part in ("data_dir", "$JAXTRAIN_DATA_DIR", "digits", str(tmp_path), *CONTENTS):
@@ -243,7 +247,7 @@ def test_a_server_that_never_answers_times_out(
         silent.bind(("127.0.0.1", 0))
         silent.listen()
         monkeypatch.setattr(mnist.MNIST, "URL", f"http://127.0.0.1:{silent.getsockname()[1]}/")
-        with pytest.raises(jt.DataUnavailableError, match="no answer in"):
+        with pytest.raises(jt.errors.DataUnavailableError, match="no answer in"):
             jt.data.load("mnist")
 
 

@@ -39,12 +39,20 @@ def within(predictions: jax.Array, targets: jax.Array) -> jax.Array:
     return jnp.mean(jnp.abs(predictions - targets) < 0.1, axis=-1)
 
 
-def report(event: jt.events.Event) -> bool | None:
-    if isinstance(event, jt.events.EpochDone):
-        loss: float = event.metrics["train_loss"]
-        print(event.epoch, loss)
+class Report(jt.callbacks.Callback):
+    def on_epoch(self, run: jt.Run) -> bool:
+        loss: float = run.rows[-1]["train_loss"]
+        print(run.epoch, loss)
         return loss < 1e-6
-    return None
+
+
+def shown(run: jt.Run) -> None:
+    print(run.history["test_loss"])
+
+
+def own_step(state: jt.TrainState, batch: jt.Dataset) -> tuple[jt.TrainState, dict[str, jax.Array]]:
+    (loss, aux), grads = jt.gradients(state, batch, cubic_error)
+    return jt.apply_gradients(state, grads, model_state=aux.model_state), {"loss": loss}
 
 
 inputs = np.linspace(-1, 1, 64, dtype=np.float32)[:, None]
@@ -55,26 +63,29 @@ state = jt.init_state(Network(), jt.optimizers.adam(1e-2), train.inputs[:1], key
 state, metrics = jt.train_step(state, train[:8], cubic_error)
 state, losses = jt.train_epoch(state, train, cubic_error, batch_size=8, key=key)
 values: list[float] = [float(metrics["loss"]), float(losses[-1])]
-loss, grads, aux = jt.gradients(state, train[:8], cubic_error)
+(loss, aux), grads = jt.gradients(state, train[:8], cubic_error)
 state = jt.apply_gradients(state, grads, model_state=aux.model_state)
 
 state, history = jt.fit(
     state,
     train,
     [test[:8], test[8:]],
-    validation_data=test,
+    validation=test,
     loss_fn=cubic_error,
     metric_fns={"within": within, "r2": jt.metrics.r2},
-    state_metrics={"steps": lambda state: float(state.step)},
     epochs=2,
     batch_size=8,
     key=key,
-    early_stopping=jt.EarlyStopping(3),
-    checkpoint=jt.CheckpointOptions(Path("checkpoints")),
-    on_event=report,
+    callbacks=[
+        jt.callbacks.early_stopping(3),
+        jt.callbacks.checkpoint(Path("checkpoints")),
+        jt.callbacks.progress(),
+        Report(),
+        shown,
+    ],
 )
-with jt.progress() as bar:
-    state, history = jt.fit(state, train, loss_fn=cubic_error, epochs=1, on_event=bar)
+state, history = jt.fit(state, train, loss_fn=cubic_error, epochs=1)
+state, history = jt.fit(state, (inputs, inputs), step_fn=own_step, epochs=1, callbacks=[])
 last: float = float(history["train_loss"][-1])
 evaluated: dict[str, jax.Array] = jt.evaluate(state, test, cubic_error, {"within": within})
 predictions = jt.predict(state, test.inputs)
@@ -89,8 +100,8 @@ def run(learning_rate: float, seed: int) -> tuple[jt.TrainState, dict[str, jax.A
 result = jt.sweep(run, {"learning_rate": [1e-3, 1e-2], "seed": range(2)})
 print(result["test_loss"].shape, result.table(over="seed"))
 best: jt.SweepRun = result.best("test_loss")
-jt.save_params("model.safetensors", state)
-state = jt.load_params("model.safetensors", state)
+jt.save("model.safetensors", state)
+state = jt.load("model.safetensors", state)
 """
 
 # Each line with a comment is one mistake.
@@ -104,9 +115,8 @@ import jaxtrain as jt
 data = jt.Dataset(np.ones((8, 4), np.float32), np.zeros(8, np.int32))
 state = jt.init_state(nn.Dense(3), jt.optimizers.sgd(0.1), data.inputs, key=jax.random.key(0))
 jt.fit(state, data, loss_fn=jt.losses.cross_entropy, batch_size="64")  # not a number
-jt.fit(state, data, epochs=1)  # no loss
 jt.fit(state, data, loss_fn=jt.losses.cross_entropy, epoch=1)  # another name
-jt.fit(state, data, loss_fn=jt.losses.cross_entropy, on_event=lambda: None)  # takes no event
+jt.fit(state, data, loss_fn=jt.losses.cross_entropy, callbacks=[lambda: None])  # takes no run
 jt.train_step(data, state, jt.losses.cross_entropy)  # swapped
 jt.init_state(nn.Dense(3), jt.optimizers.sgd(0.1), data.inputs)  # no key
 jt.losses.crossentropy  # misspelled

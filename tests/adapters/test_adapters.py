@@ -174,7 +174,7 @@ def test_to_module_returns_the_trained_module(small_classes) -> None:
         jax.vmap(module)(inputs), jt.predict(state, inputs), rtol=1e-5, atol=1e-6
     )
 
-    with pytest.raises(jt.InputError, match=r"hold no parameters; use model\.apply"):
+    with pytest.raises(jt.errors.InputError, match=r"hold no parameters; use model\.apply"):
         jt.to_module(trained(LinenNetwork()))
 
 

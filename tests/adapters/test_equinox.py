@@ -265,12 +265,12 @@ def test_a_static_field_may_be_a_list() -> None:
 
 def test_a_module_without_its_state_is_refused() -> None:
     module, _ = eqx.nn.make_with_state(Network)()
-    with pytest.raises(jt.InputError, match=r"comes without its state; expected the pair"):
+    with pytest.raises(jt.errors.InputError, match=r"comes without its state; expected the pair"):
         adapters.adapt(module, ())
 
 
 def test_another_axis_name_is_refused() -> None:
-    with pytest.raises(jt.InputError, match="expected axis_name='batch'"):
+    with pytest.raises(jt.errors.InputError, match="expected axis_name='batch'"):
         train(start(Network(axis_name="other")))
 
 
@@ -283,10 +283,10 @@ def test_another_axis_name_is_refused() -> None:
     ],
 )
 def test_objects_other_than_modules_are_refused(make, match) -> None:
-    with pytest.raises(jt.InputError, match=match):
+    with pytest.raises(jt.errors.InputError, match=match):
         adapters.adapt(make(), ())
 
 
 def test_init_is_refused_since_the_module_has_parameters() -> None:
-    with pytest.raises(jt.InputError, match="holds its own parameters"):
+    with pytest.raises(jt.errors.InputError, match="holds its own parameters"):
         start(Network())[0].init(KEY, INPUTS)

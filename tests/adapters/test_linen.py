@@ -154,7 +154,7 @@ def test_another_name_of_the_argument_train_is_refused() -> None:
         def __call__(self, x: Array, training: bool = False) -> Array:
             return x
 
-    with pytest.raises(jt.InputError, match="takes 'training' and not 'train'"):
+    with pytest.raises(jt.errors.InputError, match="takes 'training' and not 'train'"):
         adapters.adapt(Other(), ())
 
 
@@ -188,16 +188,16 @@ def test_an_unhashable_module_equals_itself() -> None:
 @pytest.mark.parametrize("train", [False, True])
 def test_missing_batch_statistics_are_named(train) -> None:
     model, params, _ = start(Network())
-    with pytest.raises(jt.InputError, match="the model_state that init_state returns"):
+    with pytest.raises(jt.errors.InputError, match="the model_state that init_state returns"):
         model.apply(params, {}, INPUTS, train=train, key=KEY)
 
 
 def test_to_module_refuses_linen_modules_and_plain_functions() -> None:
     model, params, model_state = start(Network())
-    with pytest.raises(jt.InputError, match="Linen modules hold no parameters"):
+    with pytest.raises(jt.errors.InputError, match="Linen modules hold no parameters"):
         adapters.to_module(model, params, model_state)
     plain = jt.Model(lambda key, inputs: ({}, {}), frameworks.plain_apply)
-    with pytest.raises(jt.InputError, match="plain functions"):
+    with pytest.raises(jt.errors.InputError, match="plain functions"):
         adapters.to_module(plain, params, model_state)
 
 
@@ -239,12 +239,12 @@ def torch_module() -> Any:
     ],
 )
 def test_objects_other_than_models_are_refused(make, match) -> None:
-    with pytest.raises(jt.InputError, match=match):
+    with pytest.raises(jt.errors.InputError, match=match):
         adapters.adapt(make(), ())
 
 
 def test_rng_streams_must_be_a_sequence_of_names() -> None:
-    with pytest.raises(jt.InputError, match="expected the names of RNG streams"):
+    with pytest.raises(jt.errors.InputError, match="expected the names of RNG streams"):
         adapters.adapt(Network(), "dropout")
 
 

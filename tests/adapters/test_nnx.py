@@ -249,10 +249,10 @@ def test_the_argument_train_is_passed_to_a_module_that_has_it() -> None:
 
 
 def test_nnx_objects_other_than_modules_are_refused() -> None:
-    with pytest.raises(jt.InputError, match=r"flax.Rngs; expected an nnx.Module"):
+    with pytest.raises(jt.errors.InputError, match=r"flax.Rngs; expected an nnx.Module"):
         adapters.adapt(nnx.Rngs(0), ())
 
 
 def test_init_is_refused_since_the_module_has_parameters() -> None:
-    with pytest.raises(jt.InputError, match="holds its own parameters"):
+    with pytest.raises(jt.errors.InputError, match="holds its own parameters"):
         start(Network())[0].init(KEY, INPUTS)

@@ -136,7 +136,7 @@ def test_module_needs_no_key_outside_training_and_at_rate_0() -> None:
 
 @pytest.mark.parametrize("rate", [1.0, -0.1, float("nan")])
 def test_a_rate_outside_0_to_1_is_refused(rate: float) -> None:
-    with pytest.raises(jt.InputError, match=r"rate is .*; expected a fraction in \[0, 1\)"):
+    with pytest.raises(jt.errors.InputError, match=r"rate is .*; expected a fraction in \[0, 1\)"):
         jt.models.dropout(jnp.ones(3), rate, KEY)
-    with pytest.raises(jt.InputError, match="rate is"):
+    with pytest.raises(jt.errors.InputError, match="rate is"):
         jt.models.Dropout(rate).apply({}, jnp.ones(3))

@@ -10,7 +10,6 @@ an error in process 1 after the first epoch. `--logged` also logs to the folder.
 
 from __future__ import annotations
 
-import contextlib
 import os
 import sys
 import time
@@ -48,34 +47,39 @@ def train(
     )
     processes = jax.process_count()
     mesh = jax.make_mesh((processes,), ("data",), devices=jax.devices()[:processes])
-    logs = [jt.loggers.csv(folder / "log.csv"), jt.loggers.json_lines(folder / "log.jsonl")]
-    with contextlib.ExitStack() as stack:
-        show = stack.enter_context(jt.progress())
-        if logged:
-            show = jt.loggers.combine(show, *map(stack.enter_context, logs))
 
-        def on_event(event: jt.events.Event) -> None:
-            show(event)
-            if slow and isinstance(event, jt.events.EpochDone):
-                time.sleep(SECONDS_PER_SLOW_EPOCH)
-            if failing and jax.process_index() == 1 and isinstance(event, jt.events.EpochDone):
-                raise RuntimeError("the disk is gone")
-            if stopped and isinstance(event, jt.events.StepsDone) and event[:2] >= (2, 5):
-                sys.exit("stopped")
+    def after_epoch(run: jt.Run) -> None:
+        if slow:
+            time.sleep(SECONDS_PER_SLOW_EPOCH)
+        if failing and jax.process_index() == 1:
+            raise RuntimeError("the disk is gone")
 
-        state, history = jt.fit(
-            state,
-            jt.data.stream(train, BATCH, key) if streamed else train,
-            test,
-            loss_fn=jt.losses.cross_entropy,
-            metric_fns={"accuracy": jt.metrics.accuracy},
-            epochs=epochs,
-            batch_size=BATCH,
-            key=None if streamed else key,
-            checkpoint=jt.CheckpointOptions(folder, every_steps=3 if streamed else None),
-            on_event=jt.events.every_steps(1 if stopped else 0, on_event),
-            mesh=mesh,
-        )
+    def stop(run: jt.Run) -> None:
+        if (run.epoch + 1, run.step) >= (2, 5):
+            sys.exit("stopped")
+
+    callbacks = [
+        jt.callbacks.progress(),
+        jt.callbacks.checkpoint(folder, every_steps=3 if streamed else None),
+        after_epoch,
+    ]
+    if stopped:
+        callbacks.append(jt.callbacks.every_steps(1, stop))
+    if logged:
+        callbacks.append(jt.callbacks.csv(folder / "log.csv"))
+        callbacks.append(jt.callbacks.json_lines(folder / "log.jsonl"))
+    state, history = jt.fit(
+        state,
+        jt.data.stream(train, BATCH, key) if streamed else train,
+        test,
+        loss_fn=jt.losses.cross_entropy,
+        metric_fns={"accuracy": jt.metrics.accuracy},
+        epochs=epochs,
+        batch_size=BATCH,
+        key=None if streamed else key,
+        callbacks=callbacks,
+        mesh=mesh,
+    )
     columns = {name: values for name, values in history.items() if name != "seconds"}
     return digest((state, columns, history.step_losses))
 

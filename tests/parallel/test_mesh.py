@@ -29,8 +29,7 @@ from benchmarks.communication import (
 )
 from jaxtrain.sweeps._grid import make_grid
 from jaxtrain.sweeps._program import Program
-from jaxtrain.training._programs import compiled_evaluate
-from jaxtrain.training.events import RunsDone
+from jaxtrain.training.loop import compiled_evaluate
 from jaxtrain.training.step import metric_items
 
 DEVICES = 8
@@ -244,7 +243,7 @@ def test_a_step_of_gradients_and_apply_gradients_gives_the_numbers_of_one_device
 ) -> None:
     @jax.jit
     def step(state: jt.TrainState, batch: jt.Dataset) -> tuple[jt.TrainState, jax.Array]:
-        loss, grads, aux = jt.gradients(state, batch, LOSS)
+        (loss, aux), grads = jt.gradients(state, batch, LOSS)
         return jt.apply_gradients(state, grads, model_state=aux.model_state), loss
 
     batch = small.train[:32]
@@ -263,7 +262,7 @@ def test_the_devices_draw_the_dropout_of_one_device_and_each_its_own(mesh: Mesh)
     start = jt.init_state(Masks(), jt.optimizers.sgd(0.1), ones.inputs, key=KEY)
 
     def masks(state: jt.TrainState, batch: jt.Dataset) -> np.ndarray:
-        masks = jax.jit(lambda state, batch: jt.gradients(state, batch, squares)[2].predictions)
+        masks = jax.jit(lambda state, batch: jt.gradients(state, batch, squares)[0][1].predictions)
         return np.asarray(masks(state, batch)) != 0
 
     with jax.set_mesh(mesh):
@@ -286,7 +285,7 @@ def test_a_batch_size_that_the_devices_do_not_divide_is_refused(
 ) -> None:
     options = {"loss_fn": LOSS, "batch_size": 100}
     expected = "batch_size is 100 on 8 devices; expected a multiple of 8, such as 96 or 104"
-    with jax.set_mesh(explicit), pytest.raises(jt.InputError, match=expected) as caught:
+    with jax.set_mesh(explicit), pytest.raises(jt.errors.InputError, match=expected) as caught:
         getattr(jt, function)(small.start, small.train, **options)
     assert caught.value.argument == "batch_size"
 
@@ -295,21 +294,21 @@ def test_a_batch_size_above_the_number_of_examples_is_that_number(
     small: Alone, explicit: Mesh
 ) -> None:
     data = jt.parallel.replicate(small.train[:50], explicit)
-    with pytest.raises(jt.InputError, match=r"batch_size is 50 on 8 devices.* such as 48$"):
+    with pytest.raises(jt.errors.InputError, match=r"batch_size is 50 on 8 devices.* such as 48$"):
         jt.train_epoch(small.start, data, LOSS, batch_size=64)
     few = jt.parallel.replicate(small.train[:5], explicit)
-    with pytest.raises(jt.InputError, match="or use a larger data set"):
+    with pytest.raises(jt.errors.InputError, match="or use a larger data set"):
         jt.train_epoch(small.start, few, LOSS, batch_size=64)
 
 
 @pytest.mark.skipif(hasattr(jt.init_state, "__wrapped__"), reason="the type checker raises first")
 def test_a_mesh_and_a_data_set_that_do_not_fit_are_refused(small: Alone, explicit: Mesh) -> None:
     rows = jax.make_mesh((DEVICES,), ("rows",))
-    with pytest.raises(jt.InputError, match=r'axes .*rows.*; expected one named "data"'):
+    with pytest.raises(jt.errors.InputError, match=r'axes .*rows.*; expected one named "data"'):
         fit(small.start, small.train, small.test, mesh=rows)
-    with pytest.raises(jt.InputError, match="mesh is 8; expected a mesh"):
+    with pytest.raises(jt.errors.InputError, match="mesh is 8; expected a mesh"):
         jt.parallel.replicate(small.start, 8)
-    with pytest.raises(jt.InputError, match=r"333 examples for 8 devices.*dataset\[:328\]"):
+    with pytest.raises(jt.errors.InputError, match=r"333 examples for 8 devices.*dataset\[:328\]"):
         jt.parallel.shard(small.test, explicit)
 
 
@@ -318,14 +317,18 @@ def test_a_rule_that_does_not_fit_names_the_array(small: Alone, explicit: Mesh, 
     def rule(path: str, leaf: jax.Array) -> P:
         return spec if path.endswith("params.Dense_1.bias") else P()
 
-    with pytest.raises(jt.InputError, match=r"params\.Dense_1\.bias, of shape \(10,\), is P"):
+    with pytest.raises(
+        jt.errors.InputError, match=r"params\.Dense_1\.bias, of shape \(10,\), is P"
+    ):
         jt.parallel.replicate(small.start, explicit, rule)
 
 
 def test_initialize_after_jax_has_started_is_refused() -> None:
     before = jax.config.jax_cpu_collectives_implementation
     try:
-        with pytest.raises(jt.InputError, match=r"the processes could not be joined .*port 1"):
+        with pytest.raises(
+            jt.errors.InputError, match=r"the processes could not be joined .*port 1"
+        ):
             jt.parallel.initialize("port 1", 2)
     finally:
         jax.config.update("jax_cpu_collectives_implementation", before)
@@ -512,16 +515,16 @@ def test_a_checkpoint_of_eight_devices_resumes_on_any_number(
     small: Alone, tmp_path: Path, devices: int, rule: Callable | None
 ) -> None:
     eight, mesh = mesh_of(DEVICES), mesh_of(devices)
-    options = {"checkpoint": jt.CheckpointOptions(tmp_path / "checkpoints")}
+    checkpoint = jt.callbacks.checkpoint(tmp_path / "checkpoints")
     start = jt.parallel.replicate(small.start, eight, rule)
-    fit(start, small.train, small.test, epochs=1, mesh=eight, **options)
+    fit(start, small.train, small.test, epochs=1, mesh=eight, callbacks=[checkpoint])
     start = small.start if mesh is None else jt.parallel.replicate(small.start, mesh, rule)
-    events: list[object] = []
-    options |= {"epochs": 3, "mesh": mesh, "on_event": events.append}
+    runs: list[jt.Run] = []
+    options = {"epochs": 3, "mesh": mesh, "callbacks": [checkpoint, runs.append]}
     warned = pytest.warns(UserWarning, match=f"devices was 8 and is now {devices}")
     with contextlib.nullcontext() if devices == DEVICES else warned:
         state, history = fit(start, small.train, small.test, **options)
-    assert [each.epoch for each in events if isinstance(each, jt.events.Resumed)] == [1]
+    assert [(run.epoch, run.resumed) for run in runs] == [(2, True), (3, True)]
     assert device_count_of(state) == {devices}
     if rule is not None and mesh is not None:
         assert len(divided_paths(state)) == 2
@@ -546,14 +549,13 @@ def run_of(data: jt.Dataset) -> Callable:
 AXES = {"learning_rate": [0.01, 0.1], "seed": list(range(9))}
 
 
-@pytest.mark.parametrize("parallel", ["auto", 10])
-def test_a_sweep_spreads_its_runs_over_the_devices(small: Alone, parallel: int | str) -> None:
-    run, events = run_of(small.train[:40]), []
-    expected = jt.sweep(run, AXES, parallel=1)
-    found = jt.sweep(run, AXES, parallel=parallel, mesh=mesh_of(8), on_event=events.append)
-    done = [event for event in events if isinstance(event, RunsDone)]
+@pytest.mark.parametrize("at_once", ["auto", 10])
+def test_a_sweep_spreads_its_runs_over_the_devices(small: Alone, at_once: int | str) -> None:
+    run, done = run_of(small.train[:40]), []
+    expected = jt.sweep(run, AXES, at_once=1)
+    found = jt.sweep(run, AXES, at_once=at_once, mesh=mesh_of(8), callbacks=[done.append])
     assert done
-    assert [event.parallel % DEVICES for event in done] == [0] * len(done)
+    assert [progress.at_once % DEVICES for progress in done] == [0] * len(done)
     assert done[-1].done == done[-1].total == 18
     assert_close(found.outputs, expected.outputs, tolerance=1e-6)
 
@@ -582,5 +584,5 @@ def test_the_parts_of_a_data_set_are_disjoint_in_order_and_of_equal_size(count: 
 
 @pytest.mark.parametrize("shard", [(2, 2), (-1, 2), (0, 0), (0, 10_000)])
 def test_a_part_out_of_range_is_refused(shard: tuple[int, int]) -> None:
-    with pytest.raises(jt.InputError, match=r"shard(\[[01]\])? is .*; expected"):
+    with pytest.raises(jt.errors.InputError, match=r"shard(\[[01]\])? is .*; expected"):
         jt.data.load("digits", shard=shard)

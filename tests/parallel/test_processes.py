@@ -264,7 +264,7 @@ def test_the_program_of_the_page_gives_the_numbers_of_one_process(tmp_path: Path
         metric_fns={"accuracy": jt.metrics.accuracy},
         epochs=PAGE_EPOCHS,
         key=jax.random.key(1),
-        checkpoint=jt.CheckpointOptions(tmp_path / "alone"),
+        callbacks=[jt.callbacks.checkpoint(tmp_path / "alone")],
     )
     assert history["test_accuracy"][-1] == pytest.approx(accuracy, abs=1e-3)
     assert_same_checkpoint(tmp_path / "checkpoints", tmp_path / "alone", PAGE_EPOCHS, 1e-5)

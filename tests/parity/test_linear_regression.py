@@ -9,7 +9,6 @@ import pytest
 
 import jaxtrain as jt
 from experiments.linear_regression import PUBLISHED_BIAS, PUBLISHED_WEIGHT, REFERENCE
-from jaxtrain.training.events import EpochDone
 
 
 @pytest.fixture(scope="module")
@@ -26,17 +25,10 @@ def run() -> np.ndarray:
     )
     rows = []
 
-    def report(event: object) -> None:
-        if isinstance(event, EpochDone):
-            params, metrics = event.state.params, event.metrics
-            rows.append(
-                (
-                    metrics["train_loss"],
-                    metrics["test_loss"],
-                    params["weight"].item(),
-                    params["bias"].item(),
-                )
-            )
+    def report(run: jt.Run) -> None:
+        params, row = run.state.params, run.rows[-1]
+        numbers = (params["weight"].item(), params["bias"].item())
+        rows.append((row["train_loss"], row["test_loss"], *numbers))
 
     jt.fit(
         state,
@@ -45,7 +37,7 @@ def run() -> np.ndarray:
         loss_fn=jt.losses.mean_absolute_error,
         epochs=400,
         batch_size=40,
-        on_event=report,
+        callbacks=[report],
     )
     return np.array(rows)
 

@@ -23,7 +23,7 @@ def test_300_steps_match_pytorch(mnist: jt.data.Resolved) -> None:
         key=jax.random.key(42),
     )
     model = torch_reference.feed_forward((256, 128, 64, 10), 784, dropout_rate=0.0)
-    torch_reference.load_params(model, state.params)
+    torch_reference.load(model, state.params)
     inputs = torch_reference.normalised(np.asarray(train.inputs), *jt.data.STATISTICS["mnist"])
     targets = torch.from_numpy(np.array(train.targets)).long()
 

@@ -30,7 +30,7 @@ def test_logits_match_pytorch() -> None:
     model = jt.models.FeedForward()
     params = init(model, jnp.asarray(images))
     theirs = torch_reference.feed_forward((256, 128, 64, 10), 784, 0.2).eval()
-    torch_reference.load_params(theirs, params)
+    torch_reference.load(theirs, params)
     expected = theirs(torch_reference.normalised(images, 0.1307, 0.3081)).detach()
     logits = model.apply({"params": params}, jnp.asarray(images))
     np.testing.assert_allclose(logits, expected, atol=1e-5)
