@@ -24,7 +24,7 @@ from jaxtrain.training.checks import check_run, checked_state
 from jaxtrain.training.loop import StepLog, compiled_evaluate, train_in_order
 from jaxtrain.training.sources import InMemory, Streamed, make_source
 from jaxtrain.training.state import counters, next_epoch, recorded, with_epoch
-from jaxtrain.training.step import MetricItems, Metrics, StepFn, finish_metrics, metric_items
+from jaxtrain.training.step import MetricItems, StepFn, finish_metrics, metric_items
 
 State = TypeVar("State")
 StateMetrics = tuple[tuple[str, Callable[[Any], Any]], ...]
@@ -163,7 +163,7 @@ def prepare(
     held_out = {name: data for name, data in held_out.items() if data is not None}
     metrics: MetricItems = ()
     if loss_fn is not None or step_fn is None:
-        metrics = metric_items(loss_fn, metric_fns)  # type: ignore[arg-type]  # refuses None
+        metrics = metric_items(loss_fn, metric_fns)  # which refuses None
     elif held_out or metric_fns:
         raise InputError(
             "loss_fn is None with data or metrics to evaluate; expected a loss, or step_fn alone",
@@ -218,7 +218,7 @@ def history_row(
     before: Mapping[str, Any],
     log: StepLog,
     metrics: MetricItems,
-    evaluations: Mapping[str, Metrics],
+    evaluations: Mapping[str, Mapping[str, Any]],
 ) -> dict[str, Any]:
     """Returns the history's row for an epoch.
 

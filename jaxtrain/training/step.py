@@ -320,7 +320,7 @@ def _eval_step(state: TrainState, batch: Dataset, metrics: MetricItems) -> Metri
     return finish_metrics(parallel.on_auto_axes(sums, state, batch), metrics)
 
 
-def metric_items(loss_fn: Loss, metric_fns: Mapping[str, Metric] | None) -> MetricItems:
+def metric_items(loss_fn: Any, metric_fns: Mapping[str, Metric] | None) -> MetricItems:
     """Returns the loss and the metrics by name, as one hashable value."""
     check_loss(loss_fn)
     metric_fns = {} if metric_fns is None else metric_fns
@@ -387,8 +387,13 @@ def metric_sums(predictions: Any, batch: Dataset, metrics: MetricItems) -> dict[
 def finish_metrics(sums: dict[str, Any], metrics: MetricItems = ()) -> Metrics:
     """Returns each metric from its sums: a (weighted) mean, or the result of its `finish`."""
     pairs = {name: metric[1] for name, metric in metrics if isinstance(metric, tuple)}
+
+    def finish(name: str, found: Any) -> Any:
+        # The sums of an epoch of `fit` are NumPy's.
+        return pairs[name](jax.tree.map(jnp.asarray, found))
+
     return {
-        name: pairs[name](found) if name in pairs else safe_divide(*found)
+        name: finish(name, found) if name in pairs else safe_divide(*found)
         for name, found in sums.items()
     }
 

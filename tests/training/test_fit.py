@@ -442,6 +442,7 @@ def test_the_end_is_called_for_all_callbacks_that_were_started(small_state, smal
     assert raised.value.state.epoch == 0
 
 
+@pytest.mark.skipif(hasattr(jt.init_state, "__wrapped__"), reason="the type checker raises first")
 @pytest.mark.parametrize(
     ("callbacks", "message"),
     [
