@@ -164,7 +164,7 @@ class Run:
             state=state,
             epoch=self.epoch + 1,
             compile_seconds=compile_seconds,
-            counts={name: self.log.recorded[name] for name in self.counts},
+            counts={name: int(self.log.recorded[name]) for name in self.counts},
             rows=(*self.rows, {name: row[name] for name in self.columns}),
             step_losses=(*self.step_losses, self.log.loss),
             step=0,

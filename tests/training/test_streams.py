@@ -401,6 +401,10 @@ RESUMABLE: dict[str, tuple[Any, dict[str, Any]]] = {
     ),
     "transformed": (lambda: jt.data.stream(DATA, 16, KEY, transform=add_noise), {}),
     "with a worker": (lambda: jt.data.stream(DATA, 16, KEY, transform=add_noise, workers=1), {}),
+    "with a safeguard": (
+        lambda: jt.data.stream(DATA, 16, KEY),
+        {"state": make_state(jt.optimizers.skip_nonfinite(OPTIMIZER))},
+    ),
     "an IterDataset of Grain": (lambda: grain_batches().shuffle(seed=1).to_iter_dataset(), {}),
     "a DataLoader of Grain": (lambda: grain_loader(shuffle=True), {}),
 }
