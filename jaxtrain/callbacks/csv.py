@@ -118,7 +118,7 @@ class _Table:
             text = read_regular_file(self._path).decode(errors="replace")
         except FileNotFoundError:
             return []
-        complete = text[: text.rfind("\n") + 1]  # a killed run may leave a part of a line
+        complete = text[: text.rfind("\n") + 1]  # a killed run may leave an incomplete line
         return list(DictReader(io.StringIO(complete, newline="")))
 
     def _rewrite(self, rows: list[dict[str, str]]) -> None:

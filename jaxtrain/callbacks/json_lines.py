@@ -80,7 +80,7 @@ class _JsonLines(Logger):
 
 
 def _is_record(line: bytes) -> bool:
-    # A killed run may leave a part of a line.
+    # A killed run may leave an incomplete line.
     return line != b"" and _START.startswith(line[: len(_START)])
 
 

@@ -249,7 +249,7 @@ def unflatten(
             )
         names = _leaves("history", [{column: 0} for column in columns])
         history = {column: arrays[name] for column, name in zip(columns, names, strict=True)}
-        # In a part of the first epoch, the history is empty.
+        # Within the first epoch, the history is empty.
         if len({len(x) for x in history.values()}) > 1:
             raise ValueError("the columns of its history differ in length")
         ends = history["epoch"][-1:].tolist() if "epoch" in history else [epoch]

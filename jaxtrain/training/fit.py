@@ -393,7 +393,7 @@ class _Trainer:
         return run.replace(losses=_NO_LOSSES)
 
     def _lower(self, state: Any, batch_size: int) -> jax.stages.Lowered:
-        """Lowers the training steps at another batch size."""
+        """Lowers the training steps at another batch size; of a stream, on its first batch."""
         data = self.source.sample
         segment = segments_in_order(data, jnp.arange(len(data)), batch_size)[0]
         return compiled_steps.lower(state, None, segment, 0, 1, self.metrics, self.step_fn)
