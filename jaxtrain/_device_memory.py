@@ -40,8 +40,11 @@ def free_bytes() -> int:
     import resource  # Unix only
 
     page = os.sysconf("SC_PAGE_SIZE")
-    has_available = "SC_AVPHYS_PAGES" in os.sysconf_names
-    free = page * os.sysconf("SC_AVPHYS_PAGES" if has_available else "SC_PHYS_PAGES")
+    free = page * os.sysconf("SC_PHYS_PAGES")
+    available = Path("/proc/meminfo")
+    if available.exists():  # the pages of files that Linux caches are available
+        lines = available.read_text().splitlines()
+        free = next(int(x.split()[1]) * 1024 for x in lines if x.startswith("MemAvailable"))
     limit = resource.getrlimit(resource.RLIMIT_AS)[0]
     size = Path("/proc/self/statm")
     if limit != resource.RLIM_INFINITY and size.exists():
@@ -72,12 +75,14 @@ def memory_advice(
         if isinstance(error, OutOfMemoryError) or not is_out_of_memory(error):
             raise
         message = str(error) or type(error).__name__
-        fitting = None
+        fitting, notes = None, list(getattr(error, "__notes__", []))
         if lower is not None:
-            with contextlib.suppress(Exception):  # better no estimate than another error
+            try:
                 fitting = _fitting_batch_size(batch_size, lower, free_bytes())
+            except Exception as failure:  # better no estimate than another error
+                notes.append(f"the batch size that fits could not be estimated: {failure!r}")
         explained = OutOfMemoryError(batch_size, fitting, message.splitlines()[0], argument)
-        explained.__notes__ = getattr(error, "__notes__", [])
+        explained.__notes__ = notes
         raise explained from error
 
 

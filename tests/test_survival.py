@@ -476,10 +476,12 @@ try:
            test_batch_size=test_batch_size)
 except jt.errors.OutOfMemoryError as error:
     print(error)
-    print(error.fitting)
+    print(error.fitting, *error.__notes__)
 else:
     print("it fits")
 """
+    # Each arena of glibc reserves address space, of which there may be one per thread.
+    environment = {**environment, "MALLOC_ARENA_MAX": "2"}
     out, _ = run(environment, "-c", program, 512, 1)
     message, fitting = out.strip().splitlines()
     assert message.startswith("out of memory at batch_size 512 (")
