@@ -22,6 +22,7 @@ import jaxtrain as jt
 from jaxtrain import _figures
 from jaxtrain.training.loop import compiled_steps
 from jaxtrain.training.sources import segments_in_order
+from jaxtrain.training.step import Objective
 
 BATCH_SIZE, STEPS = 64, (100, 600)
 LOSS = jt.losses.cross_entropy
@@ -51,7 +52,7 @@ def operation_times(folder: Path) -> dict[str, float]:
 def operation_origins(state: jt.TrainState, data: jt.Dataset) -> dict[str, str]:
     """Returns where each operation of the training program comes from, such as "jvp(...)/div"."""
     segment = segments_in_order(data, jnp.arange(len(data)), BATCH_SIZE)[0]
-    lowered = compiled_steps.lower(state, segment, 0, 1, (("loss", LOSS),), None)
+    lowered = compiled_steps.lower(state, None, segment, 0, 1, Objective(LOSS))
     program = lowered.compile().as_text() or ""
     return dict(re.findall(r"%?([\w.-]+) = [^\n]*op_name=\"([^\"]*)\"", program))
 

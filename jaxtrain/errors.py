@@ -166,16 +166,21 @@ class NonFiniteError(ArithmeticError):
         where = f"after epoch {epoch}" if step is None else f"in epoch {epoch}, step {step}"
         rate = "" if learning_rate is None else f" at learning rate {learning_rate:g}"
         super().__init__(
-            f"the {quantity} became {value:g} {where}{rate}; {hint or _advice(learning_rate)}"
+            f"the {quantity} became {value:g} {where}{rate}; "
+            f"{hint or _advice(quantity, value, learning_rate)}"
         )
 
 
-def _advice(learning_rate: float | None) -> str:
+def _advice(quantity: str, value: float, learning_rate: float | None) -> str:
+    data = ""
+    if quantity == "training loss" and value != value:  # NaN, as a label out of range gives
+        data = "check that class labels are below the number of outputs, "
     smaller = "a smaller learning rate"
     if learning_rate is not None and 0 < learning_rate < float("inf"):
         smaller += f" (such as {learning_rate / 10:g})"
     return (
-        f"try {smaller}, gradient clipping (a maximum norm of 1, for example) or scaled inputs; "
+        f"{data}try {smaller}, gradient clipping (a maximum norm of 1, for example) or scaled "
+        "inputs; "
         "optimizers.skip_nonfinite skips the steps of a few bad batches"
     )
 

@@ -9,7 +9,7 @@ import jaxtrain as jt
 from jaxtrain._arguments import check_integer
 from jaxtrain.cli.flags import seed_key
 from jaxtrain.dataset import check_dataset
-from jaxtrain.training.step import metric_items
+from jaxtrain.training.step import make_objective
 
 # The type checker of `make test TYPES=1` raises before these checks do.
 RUNTIME_TYPES = hasattr(jt.init_state, "__wrapped__")
@@ -60,11 +60,11 @@ def test_invalid_optimizers_metrics_and_callbacks_are_refused(small_state, small
     with pytest.raises(jt.errors.InputError, match="optimizer is 'adam'; expected an optax"):
         jt.init_state(model, "adam", np.ones((1, 1), np.float32), key=seed_key(0))
     with pytest.raises(jt.errors.InputError, match=r"metric_fns is <.*accuracy"):
-        metric_items(jt.losses.cross_entropy, jt.metrics.accuracy)
+        make_objective(jt.losses.cross_entropy, jt.metrics.accuracy)
     with pytest.raises(
         jt.errors.InputError, match=r"the metric a is 3; expected a function, or a pair"
     ):
-        metric_items(jt.losses.cross_entropy, {"a": 3})
+        make_objective(jt.losses.cross_entropy, {"a": 3})
     loss_fn = jt.losses.cross_entropy
     with pytest.raises(jt.errors.InputError, match=r"callbacks is .*; expected a list"):
         jt.fit(small_state, small_classes, loss_fn=loss_fn, callbacks=jt.callbacks.progress())

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import jax
@@ -18,16 +18,11 @@ from jaxtrain.losses import LABEL_LOSSES, PROBABILITY_LOSSES, Loss, single_losse
 from jaxtrain.optimizers._inspect import has_clipping, has_line_search
 from jaxtrain.optimizers._safeguards import stays_finite
 from jaxtrain.training.state import TrainState, check_state_type
-from jaxtrain.training.step import predict_batch
+from jaxtrain.training.step import Objective, predict_batch
 
 
 def checked_data(data: Any, name: str) -> Dataset:
-    """Returns a checked data set on the device, so that it is transferred once, not per epoch.
-
-    Args:
-      data: a `Dataset`, or a tuple (inputs, targets).
-      name: name used in error messages.
-    """
+    """Returns a checked data set on the device, so that it is transferred once, not per epoch."""
     data = as_dataset(data, name)
     check_values(data, name)
     if data.weights is not None and _has_values(data.weights):
@@ -91,12 +86,7 @@ def check_values(dataset: Dataset, name: str) -> None:
 def checked_state(state: Any, step_fn: Any = None) -> Any:
     """Returns the state without weak types, which would trigger a recompilation in the second step.
 
-    Args:
-      state: a TrainState; with `step_fn`, any pytree.
-      step_fn: a step of the user's own, or None.
-
-    Raises:
-      InputError: it is not a TrainState, or a variable of the model is NaN and would stay NaN.
+    Raises InputError if a variable of the model is NaN, and would stay NaN.
     """
     check_state_type(state, step_fn)
     if not isinstance(state, TrainState):
@@ -115,21 +105,12 @@ def checked_state(state: Any, step_fn: Any = None) -> Any:
     return state
 
 
-def check_run(
-    state: Any, sources: Mapping[str, Any], loss_fn: Loss | None, step_fn: Any
-) -> tuple[str, ...]:
+def check_run(state: Any, sources: Mapping[str, Any], objective: Objective) -> tuple[str, ...]:
     """Raises InputError unless state, data, loss and step of a run fit together.
 
-    Args:
-      state: the state.
-      sources: the data, as `InMemory` or `Streamed`, by the names "train", "test", "validation".
-      loss_fn: per-example loss, or None.
-      step_fn: a step of the user's own, or None.
-
-    Returns:
-      The names of the values that `step_fn` returns besides the loss.
+    Returns the names of the values that a step of the user's own returns besides the loss.
     """
-    train = sources["train"]
+    train, step_fn = sources["train"], objective.step_fn
     if len(sources) > 1 and not isinstance(state, TrainState):
         raise InputError(
             f"{list(sources)[1]} is given, but state is a {type(state).__name__}, which has no "
@@ -137,7 +118,7 @@ def check_run(
         )
     for source in sources.values():
         if source is not train or step_fn is None:
-            source.limits = check_data(state, source.sample, loss_fn, source.name)
+            source.limits = check_data(state, source.sample, objective.loss_fn, source.name)
     train.check_division()
     if step_fn is not None:
         return check_step_fn(step_fn, state, train.batch_shapes())
@@ -149,14 +130,8 @@ def check_run(
 def check_step_fn(step_fn: Any, state: Any, batch: Dataset) -> tuple[str, ...]:
     """Returns the names of the values that a step of the user's own returns besides the loss.
 
-    Args:
-      step_fn: `step_fn(state, batch) -> (state, {"loss": ...})`.
-      state: the state, a pytree with `step`, `epoch` and `key`.
-      batch: a batch, or its shapes.
-
-    Raises:
-      InputError: the step or the state is not of this form, or the step changes the structure, a
-        shape or a dtype of the state.
+    Raises InputError unless it is `step_fn(state, batch) -> (state, {"loss": ...})`, and keeps the
+    structure, the shapes and the dtypes of the state.
     """
     if not callable(step_fn):
         raise InputError(
@@ -228,16 +203,8 @@ def check_data(
     """Raises InputError unless the model takes the inputs and the loss takes the targets.
 
     JAX clamps an index out of range, so a wrong label would train silently. Examples of weight 0
-    may have any label.
-
-    Args:
-      state: the model.
-      data: a data set, or the first batch of a stream.
-      loss_fn: the loss, or None to check the inputs alone.
-      name: name used in error messages.
-
-    Returns:
-      The values that the loss takes as targets, for further batches; None if it takes any.
+    may have any label. `data` are a data set, or the first batch of a stream, for whose further
+    batches the limits are returned.
     """
     outputs, limits = _outputs(state, data, name), None
     targets, losses = data.targets, set() if loss_fn is None else single_losses(loss_fn)
@@ -302,13 +269,7 @@ def check_limits(dataset: Dataset, limits: TargetLimits | None, name: str) -> No
 
 
 def check_line_search(state: TrainState, examples: int, batch_size: int) -> None:
-    """Raises InputError if a line search (L-BFGS) is used with mini-batches or clipping.
-
-    Args:
-      state: the state, whose optimizer may have a line search.
-      examples: examples per epoch; more than `batch_size` if their number is unknown.
-      batch_size: examples per step.
-    """
+    """Raises InputError if a line search (L-BFGS) is used with mini-batches or clipping."""
     if not has_line_search(state.opt_state):
         return
     if batch_size < examples:
@@ -325,23 +286,11 @@ def check_line_search(state: TrainState, examples: int, batch_size: int) -> None
         )
 
 
-def check_steps(
-    log: Any,
-    segment: Any,
-    state: Any,
-    epoch: int,
-    batch_at: Callable[[Any, int], tuple[Dataset, Callable[[int], str]]],
-) -> None:
+def check_steps(log: Any, start: int, epoch: int) -> None:
     """Raises NonFiniteError at the first step whose loss or recorded value is not finite.
 
-    Recorded values are those of the optimizer, such as the norm of the gradient.
-
-    Args:
-      log: the `StepLog` of the call, in which steps that were not taken have zeros.
-      segment: the `Segment` of the steps.
-      state: the state after them.
-      epoch: the epoch, counted from 1.
-      batch_at: returns the batch of a step of a segment, and a function that names its examples.
+    Recorded values are those of the optimizer, such as the norm of the gradient. The `StepLog` of a
+    call has zeros for the steps that were not taken; its first entry is the epoch's step `start`.
     """
     if "skipped_steps" in log.recorded:
         return
@@ -353,13 +302,9 @@ def check_steps(
         return
     quantity = min(wrong, key=lambda name: wrong[name])  # of several, the loss
     step = wrong[quantity]
-    value, rate = float(values[quantity][step]), values.get("learning rate")
-    hint = _label_hint(state, *batch_at(segment, step)) if np.isnan(value) else ""
-    raise NonFiniteError(
-        *(epoch, segment.start + step + 1, quantity, value),
-        None if rate is None else rounded(rate[step]),
-        hint,
-    )
+    value, rates = float(values[quantity][step]), values.get("learning rate")
+    rate = None if rates is None else rounded(rates[step])
+    raise NonFiniteError(epoch, start + step + 1, quantity, value, rate)
 
 
 def check_epoch(
@@ -367,15 +312,7 @@ def check_epoch(
 ) -> None:
     """Raises NonFiniteError if an epoch produces a NaN or an infinity in the state or the results.
 
-    Values of the state that were infinite before are allowed: a running minimum may start at
-    infinity.
-
-    Args:
-      before: the state before the epoch, or before its part that was trained.
-      after: the state after it.
-      losses: the loss of each step of the epoch.
-      row: the history's row.
-      epoch: the epoch, counted from 1.
+    Values that were infinite before are allowed: a running minimum may start at infinity.
     """
     skipped, rate, hint = row.get("skipped_steps"), row.get("learning_rate"), ""
     if skipped is not None:
@@ -406,30 +343,6 @@ def _stays_finite(before: PyTree, after: PyTree) -> Array:
 def rounded(rate: Any) -> float:
     """Returns a float32 with its seven digits: 0.01, not 0.009999999776."""
     return float(f"{float(rate):.7g}")
-
-
-def _label_hint(state: Any, batch: Dataset, name_of: Callable[[int], str]) -> str:
-    """Explains a NaN by a class label out of range, if the step's batch has one."""
-    if not isinstance(state, TrainState):
-        return ""
-    labels: Any = batch.targets
-    outputs = _outputs(state, batch, "train")
-    if not (hasattr(labels, "dtype") and hasattr(outputs, "shape") and outputs.shape):
-        return ""
-    if not jnp.issubdtype(labels.dtype, jnp.integer) or labels.ndim != len(outputs.shape) - 1:
-        return ""
-    classes = outputs.shape[-1]
-    values = np.asarray(labels).reshape(len(batch), -1)
-    wrong = (values < 0) | (values >= classes)
-    if batch.weights is not None and np.shape(batch.weights) == labels.shape:
-        wrong &= np.asarray(batch.weights).reshape(values.shape) != 0
-    if classes == 1 or not wrong.any():
-        return ""
-    row, column = np.argwhere(wrong)[0]
-    return (
-        f"train.targets holds the label {values[row, column]} at {name_of(row)}; "
-        f"expected labels from 0 to {classes - 1}, since the model has {classes} outputs"
-    )
 
 
 def _strongly_typed(leaf: Any) -> Array:

@@ -45,7 +45,7 @@ from jaxtrain.training.loop import (
 from jaxtrain.training.run import history_row, prepare
 from jaxtrain.training.sources import InMemory, Segment, Streamed, segments_in_order
 from jaxtrain.training.state import counters, recorded, to_shapes, with_epoch
-from jaxtrain.training.step import MetricItems, StepFn, take_step
+from jaxtrain.training.step import Objective, StepFn, take_step
 
 # Target duration of one compiled call, between which Ctrl-C is handled; and the minimum time
 # between two calls of `on_steps` that no callback asks for.
@@ -270,21 +270,20 @@ def fit(
         stack.enter_context(parallel.mesh_of(state, in_memory, mesh=mesh))
         held_out = {"test": test, "validation": validation}
         sizes = (batch_size, test_batch_size)
-        start, sources, metrics, columns = prepare(
+        start, sources, objective, columns = prepare(
             state, train, held_out, loss_fn, metric_fns, step_fn, sizes, key, stack
         )
-        trained = metrics if step_fn is None else ()
         run = completed = Run(
             state=start,
             epoch=int(start.epoch),
             last_epoch=int(start.epoch) + epochs,
             columns=(*columns, "seconds"),
-            log=first_log(start, sources["train"].batch_shapes(), trained, step_fn),
+            log=first_log(start, sources["train"].batch_shapes(), objective),
             steps_per_epoch=sources["train"].steps,
             examples_per_epoch=sources["train"].examples,
             test_examples=sources["test"].examples if "test" in sources else 0,
             monitor=next((each.monitor for each in called if each.monitor is not None), None),
-            describe=functools.partial(_describe, start, sources, metrics, step_fn, columns),
+            describe=functools.partial(_describe, start, sources, objective, columns),
         )
         del start  # which on a mesh is a copy of the state
 
@@ -301,15 +300,15 @@ def fit(
             stack.push(ending(callback.on_end))
             run = completed = callback.on_start(run) or run
         check_same_start(run.epoch, run.step)
-        trainer = _Trainer(sources["train"], trained, step_fn, called, timer)
+        trainer = _Trainer(sources["train"], objective, called, timer)
         counts = {name: int(value) for name, value in counters(run.state).items()}
         run = run.replace(counts=run.counts if run.step else counts, describe=dict)
         while run.epoch < run.last_epoch and not run.is_over:
             before, begun = run, timer.clock() - run.seconds
             run = trainer(run)
             after = with_epoch(run.state, before.state.epoch + 1)
-            values = _evaluate(after, sources, metrics, run.epoch + 1)
-            row = history_row(run.counts, run.log, trained, values)
+            values = _evaluate(after, sources, objective, run.epoch + 1)
+            row = history_row(run.counts, run.log, objective, values)
             row = _to_host({"epoch": run.epoch + 1, **row})
             check_epoch(before.state, after, run.log.loss, row, run.epoch + 1)
             row["seconds"] = agree(timer.clock() - begun)
@@ -327,8 +326,7 @@ class _Trainer:
 
     Attributes:
       source: the training data.
-      metrics: the loss and the metrics by name.
-      step_fn: a step of the user's own, or None.
+      objective: what the steps minimize and measure.
       callbacks: called after blocks of steps.
       timer: measures the time of compiling.
       seconds_per_step: of the latest call; 0 until one was taken without compiling.
@@ -336,8 +334,7 @@ class _Trainer:
     """
 
     source: InMemory | Streamed
-    metrics: MetricItems
-    step_fn: StepFn | None
+    objective: Objective
     callbacks: list[Callback]
     timer: CompileTime
     seconds_per_step: float = 0.0
@@ -360,7 +357,7 @@ class _Trainer:
                     now = time.perf_counter()
                     if agree(is_due or now - self.reported > _REPORT_SECONDS):
                         run, self.reported = self._report(run, begun), now
-        if self.step_fn is not None:
+        if self.objective.step_fn is not None:
             check_step_count(before, run.state, run.step - start)
         if run.step == start:  # the run resumed after the last step of an epoch of unknown length
             run = run.replace(log=run.log._replace(recorded=recorded(run.state)))
@@ -377,10 +374,9 @@ class _Trainer:
         )
         stop = agree(stop)  # all processes take the same steps at once
         started, compiled = time.perf_counter(), self.timer.seconds
-        options = (self.metrics, self.step_fn)
-        state, log = compiled_steps(run.state, run.log.sums, segment, first, stop, *options)
+        state, log = compiled_steps(run.state, run.log.sums, segment, first, stop, self.objective)
         run = run.after_steps(state, segment, stop, log)
-        check_steps(log, segment, state, run.epoch + 1, self.source.batch_at)
+        check_steps(log, segment.start, run.epoch + 1)
         if self.timer.seconds == compiled:
             self.seconds_per_step = (time.perf_counter() - started) / (stop - first)
         return run
@@ -396,7 +392,7 @@ class _Trainer:
         """Lowers the training steps at another batch size; of a stream, on its first batch."""
         data = self.source.sample
         segment = segments_in_order(data, jnp.arange(len(data)), batch_size)[0]
-        return compiled_steps.lower(state, None, segment, 0, 1, self.metrics, self.step_fn)
+        return compiled_steps.lower(state, None, segment, 0, 1, self.objective)
 
 
 def _agreed(run: Run) -> Run:
@@ -420,7 +416,7 @@ def _attach(completed: Run, error: BaseException | None) -> None:
 
 
 def _evaluate(
-    state: Any, sources: Mapping[str, InMemory | Streamed], metrics: MetricItems, epoch: int
+    state: Any, sources: Mapping[str, InMemory | Streamed], objective: Objective, epoch: int
 ) -> dict[str, dict[str, Any]]:
     """Returns the loss and the metrics of each held-out data set."""
     found = {}
@@ -428,10 +424,10 @@ def _evaluate(
         if name != "train":
 
             def lower(batch_size: int, data: Any = source.sample) -> jax.stages.Lowered:
-                return compiled_evaluate.lower(state, data, metrics, batch_size=batch_size)
+                return compiled_evaluate.lower(state, data, objective, batch_size=batch_size)
 
             with memory_advice(source.batch_size, lower, "test_batch_size"):
-                found[name] = jax.device_get(evaluate_source(state, source, metrics, epoch))
+                found[name] = jax.device_get(evaluate_source(state, source, objective, epoch))
     return found
 
 
@@ -482,13 +478,12 @@ def _checked_callbacks(callbacks: Any) -> list[Callback]:
 def _describe(
     state: Any,
     sources: Mapping[str, InMemory | Streamed],
-    metrics: MetricItems,
-    step_fn: StepFn | None,
+    objective: Objective,
     columns: tuple[str, ...],
 ) -> dict[str, Any]:
     """Returns what identifies a run, by which a checkpoint decides whether it may resume."""
     source = sources["train"]
-    step = functools.partial(take_step, metrics=metrics, step_fn=step_fn, last=False)
+    step = functools.partial(take_step, objective=objective, last=False)
     with parallel.without_mesh():  # the run may resume on other devices
         program = jax.jit(step).trace(to_shapes(state), source.batch_shapes())
     rate = recorded(state).get("learning_rate")
@@ -500,10 +495,10 @@ def _describe(
         program=digest_program(program),
         descriptions={
             "model": repr(getattr(state, "model", None)),
-            "loss": name_of(step_fn or metrics[0][1]),
+            "loss": name_of(objective.step_fn or objective.loss_fn),
             "metrics": ", ".join(
                 "+".join(map(name_of, each if isinstance(each, tuple) else (each,)))
-                for _, each in metrics[1:]
+                for _, each in objective.metrics
             ),
             "learning rate": "unknown" if rate is None else f"{rounded(rate):g}",
         },

@@ -15,12 +15,13 @@ from jaxtyping import Array, Float, Key, PyTree
 
 from jaxtrain import parallel
 from jaxtrain._arguments import check_integer, check_key
+from jaxtrain.data.batches import is_stream
 from jaxtrain.data.stream import Source
-from jaxtrain.dataset import Dataset, check_inputs, epoch_order
+from jaxtrain.dataset import Dataset, as_dataset, check_inputs, epoch_order
 from jaxtrain.losses import Loss
 from jaxtrain.metrics import Metric
 from jaxtrain.training.checks import check_data, check_run
-from jaxtrain.training.sources import InMemory, Segment, Streamed, make_source, segments_in_order
+from jaxtrain.training.sources import InMemory, Segment, Streamed, segments_in_order
 from jaxtrain.training.state import (
     TrainState,
     check_state_type,
@@ -30,13 +31,12 @@ from jaxtrain.training.state import (
     with_epoch,
 )
 from jaxtrain.training.step import (
-    MetricItems,
     Metrics,
+    Objective,
     StepFn,
-    check_loss,
     evaluation_sums,
     finish_metrics,
-    metric_items,
+    make_objective,
     predict_batch,
     take_step,
     total_weight,
@@ -67,8 +67,7 @@ def train_steps(
     segment: Segment,
     first: int | Array,
     stop: int | Array,
-    metrics: MetricItems,
-    step_fn: StepFn | None,
+    objective: Objective,
 ) -> tuple[Any, StepLog]:
     """Takes the steps `first` to `stop - 1` of a segment.
 
@@ -82,8 +81,7 @@ def train_steps(
       segment: the data.
       first: the first step to take, counted from 0 in the segment.
       stop: the step to stop before.
-      metrics: the loss and the metrics by name.
-      step_fn: a step of the user's own; None minimizes the loss.
+      objective: what the steps minimize and measure.
 
     Returns:
       The state after them, and their log, in which steps that are not taken are 0, with the sums
@@ -93,7 +91,7 @@ def train_steps(
     def step(index: Any, carry: tuple[Any, StepLog]) -> tuple[Any, StepLog]:
         state, log = carry
         batch = segment.batch(index)
-        state, loss, sums = take_step(state, batch, metrics, step_fn, index == segment.last)
+        state, loss, sums = take_step(state, batch, objective, index == segment.last)
         return state, StepLog(
             log.loss.at[index].set(loss),
             log.weight.at[index].set(total_weight(batch)),
@@ -103,22 +101,18 @@ def train_steps(
             ),
         )
 
-    log = empty_log(state, segment.batch, metrics, step_fn, segment.capacity)
+    log = empty_log(state, segment.batch, objective, segment.capacity)
     log = log if sums is None else log._replace(sums=sums)
     return lax.fori_loop(first, stop, step, (state, log))
 
 
 def empty_log(
-    state: Any,
-    batch: Callable[[int], Dataset],
-    metrics: MetricItems,
-    step_fn: StepFn | None,
-    steps: int,
+    state: Any, batch: Callable[[int], Dataset], objective: Objective, steps: int
 ) -> StepLog:
     """Returns the log of no steps, with entries for `steps`."""
 
     def step(state: Any) -> Any:
-        state, loss, sums = take_step(state, batch(0), metrics, step_fn, last=False)
+        state, loss, sums = take_step(state, batch(0), objective, last=False)
         return loss, sums, recorded(state)
 
     def zeros(leaf: Any, length: tuple[int, ...] = ()) -> Array:
@@ -133,29 +127,28 @@ def empty_log(
     )
 
 
-def first_log(state: Any, batch: Dataset, metrics: MetricItems, step_fn: StepFn | None) -> StepLog:
+def first_log(state: Any, batch: Dataset, objective: Objective) -> StepLog:
     """Returns the log of no steps on the host, for batches of the shapes of `batch`."""
 
     def log(state: Any, batch: Dataset) -> StepLog:
-        return empty_log(state, lambda index: batch, metrics, step_fn, 0)
+        return empty_log(state, lambda index: batch, objective, 0)
 
     with parallel.without_mesh():
         shapes = jax.eval_shape(log, to_shapes(state), batch)._replace(recorded={})
     return jax.tree.map(lambda leaf: np.zeros(leaf.shape, leaf.dtype), shapes)
 
 
-@functools.partial(jax.jit, static_argnames=("metrics", "step_fn"), donate_argnames="state")
+@functools.partial(jax.jit, static_argnames="objective", donate_argnames="state")
 def compiled_steps(
     state: Any,
     sums: dict[str, Any] | None,
     segment: Segment,
     first: int | Array,
     stop: int | Array,
-    metrics: MetricItems,
-    step_fn: StepFn | None,
+    objective: Objective,
 ) -> tuple[Any, StepLog]:
     """Returns the same as `train_steps`, compiled; donates `state`."""
-    steps = functools.partial(train_steps, metrics=metrics, step_fn=step_fn)
+    steps = functools.partial(train_steps, objective=objective)
     return parallel.on_auto_axes(steps, state, sums, segment, first, stop, like=(state, None))
 
 
@@ -206,51 +199,41 @@ def train_epoch(
     check_integer(batch_size, "batch_size", minimum=1)
     if key is not None:
         check_key(key)
-    if step_fn is None:
-        check_loss(loss_fn)
+    objective = make_objective(loss_fn, step_fn=step_fn)
     check_state_type(state, step_fn)
-    metrics: MetricItems = () if loss_fn is None else (("loss", loss_fn),)
-    in_memory = dataset if isinstance(dataset, Dataset | tuple) else None
-    with parallel.mesh_of(state, in_memory), contextlib.ExitStack() as stack:
-        source = make_source(
-            dataset, "dataset", batch_size, key, next_epoch(state), stack, one_pass=True
-        )
-        check_run(state, {"train": source}, loss_fn, step_fn)
-        if isinstance(source, Streamed):
-            return _train_on_stream(state, source, metrics, step_fn)
-        return _compiled_epoch(state, source.sample, key, metrics, step_fn, source.batch_size)
+    if is_stream(dataset):
+        with parallel.mesh_of(state):
+            return _train_on_stream(state, dataset, objective, batch_size, key)
+    dataset = as_dataset(dataset, "dataset")
+    with parallel.mesh_of(state, dataset):
+        check_run(state, {"train": InMemory(dataset, "dataset", batch_size, key)}, objective)
+        return _compiled_epoch(state, dataset, key, objective, min(batch_size, len(dataset)))
 
 
-@functools.partial(jax.jit, static_argnames=("metrics", "step_fn", "batch_size"))
+@functools.partial(jax.jit, static_argnames=("objective", "batch_size"))
 def _compiled_epoch(
     state: Any,
     dataset: Dataset,
     key: Key[Array, ""] | None,
-    metrics: MetricItems,
-    step_fn: StepFn | None,
+    objective: Objective,
     batch_size: int,
 ) -> tuple[Any, Array]:
     def run(state: Any, dataset: Dataset, key: Array | None) -> tuple[Any, Array]:
         order = epoch_order(len(dataset), key)
-        state, log = train_in_order(state, dataset, order, metrics, step_fn, batch_size)
+        state, log = train_in_order(state, dataset, order, objective, batch_size)
         return with_epoch(state, state.epoch + 1), log.loss
 
     return parallel.on_auto_axes(run, state, dataset, key, like=(state, None))
 
 
 def train_in_order(
-    state: Any,
-    dataset: Dataset,
-    order: Array,
-    metrics: MetricItems,
-    step_fn: StepFn | None,
-    batch_size: int,
+    state: Any, dataset: Dataset, order: Array, objective: Objective, batch_size: int
 ) -> tuple[Any, StepLog]:
     """Trains on every example of a data set in memory; for use inside a larger program."""
     logs: list[StepLog] = []
     for segment in segments_in_order(dataset, order, batch_size):
         sums = logs[-1].sums if logs else None
-        state, log = train_steps(state, sums, segment, 0, segment.steps, metrics, step_fn)
+        state, log = train_steps(state, sums, segment, 0, segment.steps, objective)
         logs.append(log)
     loss = jnp.concatenate([log.loss for log in logs])
     weight = jnp.concatenate([log.weight for log in logs])
@@ -258,16 +241,19 @@ def train_in_order(
 
 
 def _train_on_stream(
-    state: Any, source: Streamed, metrics: MetricItems, step_fn: StepFn | None
+    state: Any, data: Any, objective: Objective, batch_size: int, key: Key[Array, ""] | None
 ) -> tuple[Any, Array]:
-    state = copied(state)
+    epoch = next_epoch(state)
+    source = Streamed(data, "dataset", batch_size, key, epoch, same_each_epoch=True)
     logs: list[StepLog] = []
     counts: list[int] = []
-    with contextlib.closing(source.segments(next_epoch(state))) as segments:
+    with contextlib.closing(source), contextlib.closing(source.segments(epoch)) as segments:
+        check_run(state, {"train": source}, objective)
+        state = copied(state)
         for segment in segments:
             # At most two segments are in flight, since they take memory.
             jax.block_until_ready(logs[-2:-1])
-            state, log = compiled_steps(state, None, segment, 0, segment.steps, metrics, step_fn)
+            state, log = compiled_steps(state, None, segment, 0, segment.steps, objective)
             logs.append(log)
             counts.append(segment.steps)
     losses = [np.asarray(log.loss)[:count] for log, count in zip(logs, counts, strict=True)]
@@ -307,51 +293,56 @@ def evaluate(
     """
     check_state_type(state)
     check_integer(batch_size, "batch_size", minimum=1)
-    metrics = metric_items(loss_fn, metric_fns)
-    in_memory = dataset if isinstance(dataset, Dataset | tuple) else None
-    with parallel.mesh_of(state, in_memory), contextlib.ExitStack() as stack:
-        source = make_source(dataset, "dataset", batch_size, None, 1, stack, one_pass=True)
-        source.limits = check_data(state, source.sample, loss_fn, "dataset")
-        return evaluate_source(state, source, metrics)
+    objective = make_objective(loss_fn, metric_fns)
+    if is_stream(dataset):
+        with parallel.mesh_of(state):
+            source = Streamed(dataset, "dataset", batch_size, None, 1)
+            with contextlib.closing(source):
+                source.limits = check_data(state, source.sample, loss_fn, "dataset")
+                return evaluate_source(state, source, objective)
+    dataset = as_dataset(dataset, "dataset")
+    with parallel.mesh_of(state, dataset):
+        check_data(state, dataset, loss_fn, "dataset")
+        return compiled_evaluate(state, dataset, objective, batch_size=batch_size)
 
 
 def evaluate_source(
-    state: TrainState, source: InMemory | Streamed, metrics: MetricItems, epoch: int = 1
+    state: TrainState, source: InMemory | Streamed, objective: Objective, epoch: int = 1
 ) -> Metrics:
     """Returns the mean loss and the metrics of a source; see `evaluate`."""
     if isinstance(source, InMemory):
-        return compiled_evaluate(state, source.sample, metrics, batch_size=source.batch_size)
-    of_batch = functools.partial(evaluation_sums, metrics=metrics)
+        return compiled_evaluate(state, source.sample, objective, batch_size=source.batch_size)
+    of_batch = functools.partial(evaluation_sums, objective=objective)
     with parallel.without_mesh():
         shapes = jax.eval_shape(of_batch, to_shapes(state), source.batch_shapes())
     sums: Any = jax.tree.map(lambda leaf: np.zeros(leaf.shape, leaf.dtype), shapes)
     with contextlib.closing(source.segments(epoch)) as segments:
         for segment in segments:
-            sums = _compiled_sums(state, sums, segment, segment.steps, metrics)
-    return finish_metrics(sums, metrics)
+            sums = _compiled_sums(state, sums, segment, segment.steps, objective)
+    return finish_metrics(sums, objective.evaluated)
 
 
-@functools.partial(jax.jit, static_argnames=("metrics", "batch_size"))
+@functools.partial(jax.jit, static_argnames=("objective", "batch_size"))
 def compiled_evaluate(
-    state: TrainState, dataset: Dataset, metrics: MetricItems, *, batch_size: int
+    state: TrainState, dataset: Dataset, objective: Objective, *, batch_size: int
 ) -> Metrics:
     """Returns the same as `evaluate` on data in memory, compiled and without checks."""
 
     def sums(state: TrainState, dataset: Dataset) -> dict[str, Any]:
         total = None
         for segment in _batched(dataset, batch_size):
-            total = eval_steps(state, total, segment, segment.steps, metrics)
+            total = eval_steps(state, total, segment, segment.steps, objective)
         assert total is not None  # a data set has at least one example
         return total
 
-    return finish_metrics(parallel.on_auto_axes(sums, state, dataset), metrics)
+    return finish_metrics(parallel.on_auto_axes(sums, state, dataset), objective.evaluated)
 
 
-@functools.partial(jax.jit, static_argnames="metrics")
+@functools.partial(jax.jit, static_argnames="objective")
 def _compiled_sums(
-    state: TrainState, sums: dict[str, Any], segment: Segment, stop: Array, metrics: MetricItems
+    state: TrainState, sums: dict[str, Any], segment: Segment, stop: Array, objective: Objective
 ) -> dict[str, Any]:
-    steps = functools.partial(eval_steps, metrics=metrics)
+    steps = functools.partial(eval_steps, objective=objective)
     return parallel.on_auto_axes(steps, state, sums, segment, stop)
 
 
@@ -360,10 +351,10 @@ def eval_steps(
     sums: dict[str, Any] | None,
     segment: Segment,
     stop: int | Array,
-    metrics: MetricItems,
+    objective: Objective,
 ) -> dict[str, Any]:
     """Adds the sums of the metrics over the first `stop` batches of a segment to earlier sums."""
-    of_batch = functools.partial(evaluation_sums, state, metrics=metrics)
+    of_batch = functools.partial(evaluation_sums, state, objective=objective)
     if sums is None:
         shapes = jax.eval_shape(lambda: of_batch(segment.batch(0)))
         sums = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), shapes)

@@ -24,7 +24,7 @@ from jaxtrain.training.checks import check_run, checked_state
 from jaxtrain.training.loop import StepLog, compiled_evaluate, train_in_order
 from jaxtrain.training.sources import InMemory, Streamed, make_source
 from jaxtrain.training.state import counters, next_epoch, recorded, with_epoch
-from jaxtrain.training.step import MetricItems, StepFn, finish_metrics, metric_items
+from jaxtrain.training.step import Objective, StepFn, finish_metrics, make_objective
 
 State = TypeVar("State")
 StateMetrics = tuple[tuple[str, Callable[[Any], Any]], ...]
@@ -102,7 +102,7 @@ def train(
     sizes = (batch_size, test_batch_size)
     with contextlib.ExitStack() as stack:
         stack.enter_context(parallel.mesh_of(state, train))
-        state, sources, metrics, columns = prepare(
+        state, sources, objective, columns = prepare(
             state, train, held_out, loss_fn, metric_fns, step_fn, sizes, key, stack, state_metrics
         )
         data = {name: _in_memory(source, name) for name, source in sources.items()}
@@ -114,8 +114,7 @@ def train(
                 data.pop("train"),
                 data,
                 key,
-                metrics=metrics,
-                step_fn=step_fn,
+                objective=objective,
                 state_metrics=tuple((state_metrics or {}).items()),
                 epochs=epochs,
                 batch_size=batch_size,
@@ -146,14 +145,14 @@ def prepare(
     key: Key[Array, ""] | None,
     stack: contextlib.ExitStack,
     state_metrics: Mapping[str, Any] | None = None,
-) -> tuple[Any, dict[str, InMemory | Streamed], MetricItems, tuple[str, ...]]:
+) -> tuple[Any, dict[str, InMemory | Streamed], Objective, tuple[str, ...]]:
     """Checks the arguments of `train` or `fit`, and moves the data to the device.
 
     `held_out` has the test and the validation data, or None, by name; `stack` closes the streams.
 
     Returns:
-      The state on the device; the sources by the names "train", "test" and "validation"; the loss
-      and the metrics by name; and the names of the history's columns except `seconds`.
+      The state on the device; the sources by the names "train", "test" and "validation"; the
+      objective; and the names of the history's columns except `seconds`.
     """
     check_integer(batch_sizes[0], "batch_size", minimum=1)
     check_integer(batch_sizes[1], "test_batch_size", minimum=1)
@@ -161,10 +160,8 @@ def prepare(
         check_key(key)
     state = checked_state(state, step_fn)
     held_out = {name: data for name, data in held_out.items() if data is not None}
-    metrics: MetricItems = ()
-    if loss_fn is not None or step_fn is None:
-        metrics = metric_items(loss_fn, metric_fns)  # which refuses None
-    elif held_out or metric_fns:
+    objective = make_objective(loss_fn, metric_fns, step_fn)
+    if loss_fn is None and (held_out or metric_fns):
         raise InputError(
             "loss_fn is None with data or metrics to evaluate; expected a loss, or step_fn alone",
             argument="loss_fn",
@@ -175,33 +172,23 @@ def prepare(
         for name, data in held_out.items():
             sources[name] = make_source(data, name, batch_sizes[1], None, epoch, stack)
             sources[name].close()  # workers would run until the first evaluation
-    own = check_run(state, sources, loss_fn, step_fn)
-    if step_fn is None:
-        own = tuple(name for name, _ in metrics[1:])
-    return state, sources, metrics, _columns(recorded(state), metrics, own, held_out, state_metrics)
-
-
-def _columns(
-    values: Mapping[str, Any],
-    metrics: MetricItems,
-    own: tuple[str, ...],
-    held_out: Mapping[str, Any],
-    state_metrics: Mapping[str, Any] | None = None,
-) -> tuple[str, ...]:
-    """Returns the names of the history's columns except `seconds`, in order.
-
-    Raises:
-      InputError: two columns would have the same name.
-    """
-    names = [name for name, _ in metrics]
+    own = check_run(state, sources, objective)
+    trained = (*own, *(name for name, _ in objective.trained))
+    evaluated = [name for name, _ in objective.evaluated]
     columns = [
         *("epoch", "train_loss"),
-        *(f"train_{name}" for name in own),
-        *(f"{part}_{name}" for part in held_out for name in names),
+        *(f"train_{name}" for name in trained),
+        *(f"{part}_{name}" for part in held_out for name in evaluated),
         *(state_metrics or {}),
-        *values,
+        *recorded(state),
     ]
-    for name, metric in (state_metrics or {}).items():
+    _check_columns(columns, state_metrics or {})
+    return state, sources, objective, tuple(columns)
+
+
+def _check_columns(columns: list[str], state_metrics: Mapping[str, Any]) -> None:
+    """Raises InputError if a state metric is not a function, or two columns have one name."""
+    for name, metric in state_metrics.items():
         if not callable(metric):
             raise InputError(
                 f"the state metric {name} is {metric!r}; expected a function of the state"
@@ -211,26 +198,25 @@ def _columns(
             raise InputError(
                 f"the history would have two columns named {name!r}; rename one of the metrics"
             )
-    return tuple(columns)
 
 
 def history_row(
     before: Mapping[str, Any],
     log: StepLog,
-    metrics: MetricItems,
+    objective: Objective,
     evaluations: Mapping[str, Mapping[str, Any]],
 ) -> dict[str, Any]:
     """Returns the history's row for an epoch.
 
-    Args:
-      before: the counters of the optimizer before the epoch, by name.
-      log: the log of its steps, with what the optimizer recorded in the last one.
-      metrics: the loss and the metrics of the training data by name; () with a `step_fn`.
-      evaluations: the loss and the metrics of each held-out data set, by its name.
+    `before` has the counters of the optimizer before the epoch, and `log` what the optimizer
+    recorded in the last step; `evaluations` has the metrics of each held-out data set by its name.
     """
     skips = "skipped_steps" in log.recorded
     row = {"train_loss": mean_step_loss(log.loss, log.weight, skip_nonfinite=skips)}
-    row |= {f"train_{name}": value for name, value in finish_metrics(log.sums, metrics).items()}
+    row |= {
+        f"train_{name}": value
+        for name, value in finish_metrics(log.sums, objective.trained).items()
+    }
     for part, values in evaluations.items():
         row |= {f"{part}_{name}": value for name, value in values.items()}
     for name, value in log.recorded.items():
@@ -244,10 +230,8 @@ def mean_step_loss(
 ) -> Float[Array, ""]:
     """Returns the mean over an epoch's examples of the loss before each update.
 
-    Args:
-      losses: the loss of each step.
-      per_step: the total weight of its examples.
-      skip_nonfinite: whether to leave out the steps whose loss is NaN or infinite.
+    `per_step` is the total weight of the examples of each step. With `skip_nonfinite`, steps whose
+    loss is NaN or infinite are left out.
     """
     per_step = per_step.astype(losses.dtype)
     if skip_nonfinite:
@@ -268,8 +252,7 @@ def mean_step_loss(
 @functools.partial(
     jax.jit,
     static_argnames=(
-        "metrics",
-        "step_fn",
+        "objective",
         "state_metrics",
         "epochs",
         "batch_size",
@@ -283,8 +266,7 @@ def _train(
     held_out: dict[str, Dataset],
     key: Key[Array, ""] | None,
     *,
-    metrics: MetricItems,
-    step_fn: StepFn | None,
+    objective: Objective,
     state_metrics: StateMetrics,
     epochs: int,
     batch_size: int,
@@ -294,20 +276,18 @@ def _train(
     def run(
         state: Any, train_data: Dataset, held_out: dict[str, Dataset], key: Array | None
     ) -> tuple[Any, dict[str, Array]]:
-        trained = metrics if step_fn is None else ()
-
         def one_epoch(state: Any) -> tuple[Any, dict[str, Array]]:
             epoch, before = state.epoch + 1, counters(state)
             epoch_key = None if key is None else jax.random.fold_in(key, epoch)
             order = epoch_order(len(train_data), epoch_key)
-            state, log = train_in_order(state, train_data, order, trained, step_fn, batch_size)
+            state, log = train_in_order(state, train_data, order, objective, batch_size)
             state = with_epoch(state, epoch)
             evaluations = {
-                part: compiled_evaluate(state, data, metrics, batch_size=test_batch_size)
+                part: compiled_evaluate(state, data, objective, batch_size=test_batch_size)
                 for part, data in held_out.items()
             }
             log = log._replace(recorded=recorded(state))
-            row = history_row(before, log, trained, evaluations)
+            row = history_row(before, log, objective, evaluations)
             row |= {"epoch": epoch, "step_losses": log.loss}
             row |= {name: metric(state) for name, metric in state_metrics}
             return state, jax.tree.map(jnp.asarray, row)

@@ -6,7 +6,7 @@ import contextlib
 import dataclasses
 import math
 import time
-from collections.abc import Callable, Generator, Iterator
+from collections.abc import Generator, Iterator
 from typing import Any, no_type_check
 
 import jax
@@ -17,12 +17,11 @@ from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Int, Key
 
 from jaxtrain import parallel
-from jaxtrain._placement import to_numpy
 from jaxtrain._processes import are_joined
 from jaxtrain.checkpoint import digest
 from jaxtrain.data.batches import Batches, Epoch, is_stream, read_ahead
 from jaxtrain.data.stream import Stream
-from jaxtrain.dataset import Dataset, as_dataset, epoch_order
+from jaxtrain.dataset import Dataset, epoch_order
 from jaxtrain.errors import InputError
 from jaxtrain.training.checks import TargetLimits, check_limits, checked_data
 
@@ -158,14 +157,6 @@ class InMemory:
         order = "as stored" if self._key is None else f"shuffled by key {digest(self._key)}"
         return f"{self.examples} examples with the digest {digest(self.sample)}, {order}"
 
-    def batch_at(self, segment: Segment, step: int) -> tuple[Dataset, Callable[[int], str]]:
-        """Returns a batch on the host, and a function that names its examples."""
-        rows = np.asarray(segment.order)[step * segment.batch_size :][: segment.batch_size]
-        return (
-            jax.tree.map(lambda leaf: to_numpy(leaf)[rows], self.sample),
-            lambda row: f"example {rows[row]}",
-        )
-
     def close(self) -> None:
         """Does nothing: no stream is open."""
 
@@ -185,8 +176,19 @@ class Streamed:
 
     limits: TargetLimits | None = None
 
-    def __init__(self, batches: Batches) -> None:
-        self._batches, self.name = batches, batches.name
+    def __init__(
+        self,
+        data: Any,
+        name: str,
+        batch_size: int,
+        key: Key[Array, ""] | None,
+        epoch: int,
+        *,
+        same_each_epoch: bool = False,
+    ) -> None:
+        """Reads the first batch; see `Batches`."""
+        batches = Batches(data, name, batch_size, key, epoch, same_each_epoch=same_each_epoch)
+        self._batches, self.name = batches, name
         self.sample, self.steps, self.examples = batches.first, batches.steps, batches.examples
         self.is_seekable = batches.is_seekable
         self._mesh = parallel.current_mesh()
@@ -196,6 +198,7 @@ class Streamed:
         self._devices = shape.get(parallel.AXIS, 1) // self._processes  # of this process
         data, processes = batches.data, self._processes
         if isinstance(data, Stream) and data.shard[1] != processes:
+            self.close()
             raise InputError(
                 f"{self.name} reads the part of process {data.shard[0]} of {data.shard[1]}, but "
                 f"the training has {processes}, by its mesh; expected as many: a mesh of the "
@@ -225,12 +228,6 @@ class Streamed:
         """Returns what must be the same for a run to resume."""
         return repr(self._batches)
 
-    def batch_at(self, segment: Segment, step: int) -> tuple[Dataset, Callable[[int], str]]:
-        """Returns a batch on the host, and a function that names its examples."""
-        on_host = dataclasses.replace(segment, data=jax.tree.map(to_numpy, segment.data))
-        batch = jax.tree.map(np.asarray, on_host.batch(step))
-        return batch, lambda row: f"row {row} of batch {segment.start + step + 1}"
-
     def close(self) -> None:
         """Ends the workers of the stream, unless `segments` reads from it."""
         self._batches.close()
@@ -238,14 +235,7 @@ class Streamed:
     def segments(self, epoch: int, skip: int = 0, position: Any = None) -> Segments:
         """Yields the segments of an epoch after its first `skip` steps.
 
-        Args:
-          epoch: the epoch, counted from 1.
-          skip: steps that an earlier run has taken.
-          position: the position that the earlier run recorded for these, or None.
-
-        Raises:
-          InputError: a batch differs from the first one, or the number of batches from `len`.
-          StreamError: the stream raised an error.
+        `position` is what an earlier run recorded for these steps, or None.
         """
         opened = self._batches.open(epoch, skip, position)
         with read_ahead(self._stacked(opened), opened.close) as segments:
@@ -311,28 +301,13 @@ def make_source(
     key: Key[Array, ""] | None,
     epoch: int,
     stack: contextlib.ExitStack,
-    *,
-    one_pass: bool = False,
 ) -> InMemory | Streamed:
-    """Returns data as a source.
-
-    Args:
-      data: a `Dataset`, a tuple (inputs, targets), or a stream.
-      name: name used in error messages.
-      batch_size: examples per step.
-      key: PRNG key of the shuffle; None keeps the stored order.
-      epoch: the first epoch that is read of a stream.
-      stack: closes a stream.
-      one_pass: for `train_epoch` and `evaluate`: data in memory are used where they are, without
-        a check of all values; examples on disk have the order of `train_epoch`, the same in each
-        epoch.
-    """
+    """Returns a data set or a stream as a source; `stack` closes the stream."""
     if is_stream(data):
-        batches = Batches(data, name, batch_size, key, epoch, same_each_epoch=one_pass)
-        stack.callback(batches.close)
-        return Streamed(batches)
-    data = as_dataset(data, name) if one_pass else checked_data(data, name)
-    return InMemory(data, name, batch_size, key)
+        source = Streamed(data, name, batch_size, key, epoch)
+        stack.callback(source.close)
+        return source
+    return InMemory(checked_data(data, name), name, batch_size, key)
 
 
 def _shapes(examples: Dataset, batch_size: int) -> Dataset:

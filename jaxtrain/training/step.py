@@ -24,8 +24,31 @@ Batch = Dataset | tuple[Any, ...]
 """What a step takes: a `Dataset`, or a tuple (inputs, targets) or (inputs, targets, weights)."""
 StepFn = Callable[[Any, Dataset], tuple[Any, dict[str, Any]]]
 """A step of your own: `step_fn(state, batch) -> (state, {"loss": ...})`."""
-# The loss and the metrics by name, hashable as `jax.jit` requires of static arguments.
 MetricItems = tuple[tuple[str, Metric], ...]
+
+
+class Objective(NamedTuple):
+    """What a run minimizes and measures; hashable, as `jax.jit` requires of static arguments.
+
+    Attributes:
+      loss_fn: per-example loss; None with a `step_fn` alone.
+      metrics: the metrics by name.
+      step_fn: a step of the user's own, in place of `train_step`.
+    """
+
+    loss_fn: Loss | None
+    metrics: MetricItems = ()
+    step_fn: StepFn | None = None
+
+    @property
+    def trained(self) -> MetricItems:
+        """The metrics of the training data; a step of the user's own returns its own means."""
+        return self.metrics if self.step_fn is None else ()
+
+    @property
+    def evaluated(self) -> MetricItems:
+        """The loss and the metrics of held-out data."""
+        return (("loss", self.loss_fn), *self.metrics)  # type: ignore[arg-type]
 
 
 class Auxiliary(NamedTuple):
@@ -89,36 +112,27 @@ def _train_step(state: TrainState, batch: Dataset, loss_fn: Loss) -> tuple[Train
 
 
 def take_step(
-    state: Any,
-    batch: Dataset,
-    metrics: MetricItems,
-    step_fn: StepFn | None,
-    last: bool | Bool[Array, ""],
+    state: Any, batch: Dataset, objective: Objective, last: bool | Bool[Array, ""]
 ) -> tuple[Any, Float[Array, ""], dict[str, Any]]:
     """Takes one step inside a larger program, and measures its predictions.
 
-    Args:
-      state: where to start.
-      batch: inputs and targets with leading axis [batch].
-      metrics: the loss and the metrics by name.
-      step_fn: a step of the user's own; None minimizes the loss.
-      last: whether the step ends an epoch, for `accumulate_gradients`.
+    `last` is whether the step ends an epoch, for `accumulate_gradients`.
 
     Returns:
-      The next state, the loss, and the sums of the metrics for `finish_metrics`: those of
-      `metrics` without the loss, or with `step_fn` those of its other values. With
-      `skip_nonfinite`, a step whose loss is not finite has sums of 0.
+      The next state, the loss, and the sums of the metrics for `finish_metrics`, or those of the
+      other values that `step_fn` returns. With `skip_nonfinite`, a step whose loss is not finite
+      has sums of 0.
     """
-    if step_fn is not None:
-        state, values = step_fn(state, batch)
+    if objective.step_fn is not None:
+        state, values = objective.step_fn(state, batch)
         weight = jnp.asarray(total_weight(batch), jnp.float32)
         means = {name: at_least_float32(jnp.asarray(x, float)) for name, x in values.items()}
         loss = means.pop("loss")
         sums: Any = {name: (mean * weight, weight) for name, mean in means.items()}
     else:
-        loss_fn: Any = metrics[0][1]
-        state, loss, aux = update(state, batch, loss_fn, last=last)
-        sums = metric_sums(aux.predictions, batch, metrics[1:])
+        assert objective.loss_fn is not None  # checked on the host
+        state, loss, aux = update(state, batch, objective.loss_fn, last=last)
+        sums = metric_sums(aux.predictions, batch, objective.metrics)
     if last_step_finite(getattr(state, "opt_state", ())) is not None:
         finite = jnp.isfinite(loss)  # as in `mean_step_loss`
         sums = jax.tree.map(lambda leaf: jnp.where(finite, leaf, 0), sums)
@@ -310,19 +324,24 @@ def eval_step(
     check_state_type(state)
     batch = _as_batch(batch)
     with parallel.mesh_of(state, batch):
-        return _eval_step(state, batch, metric_items(loss_fn, metric_fns))
+        return _eval_step(state, batch, make_objective(loss_fn, metric_fns))
 
 
-@functools.partial(jax.jit, static_argnames="metrics")
-def _eval_step(state: TrainState, batch: Dataset, metrics: MetricItems) -> Metrics:
+@functools.partial(jax.jit, static_argnames="objective")
+def _eval_step(state: TrainState, batch: Dataset, objective: Objective) -> Metrics:
     check_dataset(batch, "batch")
-    sums = functools.partial(evaluation_sums, metrics=metrics)
-    return finish_metrics(parallel.on_auto_axes(sums, state, batch), metrics)
+    sums = functools.partial(evaluation_sums, objective=objective)
+    return finish_metrics(parallel.on_auto_axes(sums, state, batch), objective.evaluated)
 
 
-def metric_items(loss_fn: Any, metric_fns: Mapping[str, Metric] | None) -> MetricItems:
-    """Returns the loss and the metrics by name, as one hashable value."""
-    check_loss(loss_fn)
+def make_objective(
+    loss_fn: Loss | None,
+    metric_fns: Mapping[str, Metric] | None = None,
+    step_fn: StepFn | None = None,
+) -> Objective:
+    """Returns the objective of the arguments, checked."""
+    if loss_fn is not None or step_fn is None:
+        check_loss(loss_fn)  # which refuses None
     metric_fns = {} if metric_fns is None else metric_fns
     if not isinstance(metric_fns, Mapping):
         raise InputError(
@@ -341,7 +360,7 @@ def metric_items(loss_fn: Any, metric_fns: Mapping[str, Metric] | None) -> Metri
                 f"the metric {name} is {metric!r}; expected a function, or a pair of functions "
                 "(sums, finish)"
             )
-    return (("loss", loss_fn), *metric_fns.items())
+    return Objective(loss_fn, tuple(metric_fns.items()), step_fn)
 
 
 def check_loss(loss_fn: Any) -> None:
@@ -360,10 +379,10 @@ def check_loss(loss_fn: Any) -> None:
         ) from error
 
 
-def evaluation_sums(state: TrainState, batch: Dataset, metrics: MetricItems) -> dict[str, Any]:
-    """Returns the sums of each metric over a batch, with the model in evaluation mode."""
+def evaluation_sums(state: TrainState, batch: Dataset, objective: Objective) -> dict[str, Any]:
+    """Returns the sums of loss and metrics over a batch, with the model in evaluation mode."""
     batch = parallel.divide(batch)
-    return metric_sums(predict_batch(state, batch.inputs), batch, metrics)
+    return metric_sums(predict_batch(state, batch.inputs), batch, objective.evaluated)
 
 
 def metric_sums(predictions: Any, batch: Dataset, metrics: MetricItems) -> dict[str, Any]:

