@@ -53,22 +53,23 @@ class Callback:
     saves: bool = False
 
     def on_start(self, run: Run) -> Run | None:
-        """Is called before the first step; a run that it returns replaces the current one."""
+        """Called before the first step; a run that it returns replaces the current one."""
 
     def next_pause(self, run: Run) -> int | None:
         """Returns the step of this epoch after which `on_steps` must be called next, or None.
 
-        Without a request, `fit` calls `on_steps` about once per second and after each epoch.
+        `fit` also calls `on_steps` about once per second, and after the last step of each epoch,
+        before its evaluation.
         """
 
     def on_steps(self, run: Run) -> None:
-        """Is called after a block of steps; `run.losses` are those since the previous call.
+        """Called after a block of steps; `run.losses` are those since the previous call.
 
         The arrays of `run.state` are valid during the call only: the next steps reuse their memory.
         """
 
     def on_epoch(self, run: Run) -> Run | bool | None:
-        """Is called after each epoch's evaluation.
+        """Called after each epoch's evaluation.
 
         Returns:
           True to end the run, a changed run (`run.replace(...)`) to replace the current one, or
@@ -76,10 +77,10 @@ class Callback:
         """
 
     def on_end(self, run: Run, error: BaseException | None) -> None:
-        """Is called at the end of each run that was started, also after an error."""
+        """Called at the end of each run, also after an error, and also if `on_start` raised one."""
 
     def on_runs(self, progress: SweepProgress) -> None:
-        """Is called by `sweep` as it starts and after each batch of runs."""
+        """Called by `sweep` as it starts and after each batch of runs."""
 
     def on_runs_end(self, error: BaseException | None) -> None:
-        """Is called at the end of each sweep that was started, also by an error."""
+        """Called at the end of each sweep that was started, also after an error."""

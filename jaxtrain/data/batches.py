@@ -276,7 +276,7 @@ def _from_json(state: dict[str, Any]) -> Any:
 
 @contextlib.contextmanager
 def read_ahead(items: Iterator[Any], close: Callable[[], None]) -> Iterator[Iterator[Any]]:
-    """Yields an iterator over the same items, which a thread reads one item ahead."""
+    """Yields an iterator over the same items, of which a thread holds up to two in advance."""
     done: queue.Queue[tuple[Any, BaseException | None]] = queue.Queue(maxsize=1)
     closed = threading.Event()
 
@@ -292,7 +292,7 @@ def read_ahead(items: Iterator[Any], close: Callable[[], None]) -> Iterator[Iter
                 put(item)
                 if closed.is_set():
                     return
-            put(None, StopIteration())
+            put(_END)
         except BaseException as error:
             put(None, error)
         finally:
@@ -301,10 +301,10 @@ def read_ahead(items: Iterator[Any], close: Callable[[], None]) -> Iterator[Iter
     def received() -> Iterator[Any]:
         while True:
             item, error = done.get()
-            if isinstance(error, StopIteration):
-                return
             if error is not None:
                 raise error
+            if item is _END:
+                return
             yield item
 
     # A daemon thread: it must not keep the process alive if a source never returns.

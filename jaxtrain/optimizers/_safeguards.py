@@ -147,13 +147,18 @@ def stays_finite(before: PyTree, after: PyTree) -> Bool[Array, ""]:
       before: pytree of arrays.
       after: pytree of the same structure.
     """
-    pairs = zip(_without_records(before), _without_records(after), strict=True)
+    leaves = (jax.tree.leaves(without_records(tree)) for tree in (before, after))
+    pairs = zip(*leaves, strict=True)
     return _all(jnp.isfinite(new) | ~jnp.isfinite(old) for old, new in pairs if _is_inexact(new))
 
 
-def _without_records(tree: PyTree) -> list[Any]:
-    leaves = jax.tree.leaves(tree, is_leaf=lambda node: isinstance(node, Record))
-    return [leaf for leaf in leaves if not isinstance(leaf, Record)]
+def without_records(tree: PyTree) -> PyTree:
+    """Returns a pytree with None in place of each `Record`."""
+
+    def is_record(node: Any) -> bool:
+        return isinstance(node, Record)
+
+    return jax.tree.map(lambda node: None if is_record(node) else node, tree, is_leaf=is_record)
 
 
 def _is_inexact(leaf: Any) -> bool:

@@ -16,7 +16,7 @@ from jaxtrain.dataset import Dataset, as_dataset, describe_array, named_arrays
 from jaxtrain.errors import InputError, NonFiniteError
 from jaxtrain.losses import LABEL_LOSSES, PROBABILITY_LOSSES, Loss, single_losses
 from jaxtrain.optimizers._inspect import has_clipping, has_line_search
-from jaxtrain.optimizers._safeguards import stays_finite
+from jaxtrain.optimizers._safeguards import stays_finite, without_records
 from jaxtrain.training.state import TrainState, check_state_type
 from jaxtrain.training.step import Objective, predict_batch
 
@@ -86,7 +86,7 @@ def check_values(dataset: Dataset, name: str) -> None:
 def checked_state(state: Any, step_fn: Any = None) -> Any:
     """Returns the state without weak types, which would trigger a recompilation in the second step.
 
-    Raises InputError if a variable of the model is NaN, and would stay NaN.
+    Raises InputError if a variable of the model contains NaN.
     """
     check_state_type(state, step_fn)
     if not isinstance(state, TrainState):
@@ -108,7 +108,7 @@ def checked_state(state: Any, step_fn: Any = None) -> Any:
 def check_run(state: Any, sources: Mapping[str, Any], objective: Objective) -> tuple[str, ...]:
     """Raises InputError unless state, data, loss and step of a run fit together.
 
-    Returns the names of the values that a step of the user's own returns besides the loss.
+    Returns the names of the values that a custom step function returns besides the loss.
     """
     train, step_fn = sources["train"], objective.step_fn
     if len(sources) > 1 and not isinstance(state, TrainState):
@@ -128,7 +128,7 @@ def check_run(state: Any, sources: Mapping[str, Any], objective: Objective) -> t
 
 
 def check_step_fn(step_fn: Any, state: Any, batch: Dataset) -> tuple[str, ...]:
-    """Returns the names of the values that a step of the user's own returns besides the loss.
+    """Returns the names of the values that a custom step function returns besides the loss.
 
     Raises InputError unless it is `step_fn(state, batch) -> (state, {"loss": ...})`, and keeps the
     structure, the shapes and the dtypes of the state.
@@ -174,7 +174,7 @@ def check_step_fn(step_fn: Any, state: Any, batch: Dataset) -> tuple[str, ...]:
 
 
 def check_step_count(before: Any, after: Any, steps: int) -> None:
-    """Raises InputError unless a step of the user's own has counted its steps."""
+    """Raises InputError unless a custom step function has counted its steps."""
     if int(after.step) - int(before.step) != steps:
         raise InputError(
             f"state.step is {int(after.step)} after {steps} step{'s' * (steps != 1)} from "
@@ -203,8 +203,8 @@ def check_data(
     """Raises InputError unless the model takes the inputs and the loss takes the targets.
 
     JAX clamps an index out of range, so a wrong label would train silently. Examples of weight 0
-    may have any label. `data` are a data set, or the first batch of a stream, for whose further
-    batches the limits are returned.
+    may have any label. `data` is a data set or the first batch of a stream. Returns the limits,
+    against which later batches are checked.
     """
     outputs, limits = _outputs(state, data, name), None
     targets, losses = data.targets, set() if loss_fn is None else single_losses(loss_fn)
@@ -216,7 +216,7 @@ def check_data(
         elif losses & PROBABILITY_LOSSES:
             limits = TargetLimits(0, 1, is_label=False)
     if all(map(_has_values, jax.tree.leaves((targets, data.weights)))):
-        check_limits(data, limits, name)
+        check_limits(targets, data.weights, limits, name)
     return limits
 
 
@@ -244,13 +244,13 @@ def _outputs(state: TrainState, data: Dataset, name: str) -> Any:
         ) from error
 
 
-def check_limits(dataset: Dataset, limits: TargetLimits | None, name: str) -> None:
+def check_limits(targets: Any, weights: Any, limits: TargetLimits | None, name: str) -> None:
     """Raises InputError if a target is not within the limits; see `check_data`."""
     if limits is None:
         return
-    values = np.asarray(dataset.targets)
-    if dataset.weights is not None and np.shape(dataset.weights) == values.shape:
-        values = values[np.asarray(dataset.weights) != 0]
+    values = np.asarray(targets)
+    if weights is not None and np.shape(weights) == values.shape:
+        values = values[np.asarray(weights) != 0]
         if not values.size:
             return
     low, high = values.min(), values.max()
@@ -300,32 +300,38 @@ def check_steps(log: Any, start: int, epoch: int) -> None:
     wrong = {name: at for name, at in first.items() if not np.isfinite(values[name][at])}
     if not wrong:
         return
-    quantity = min(wrong, key=lambda name: wrong[name])  # of several, the loss
+    quantity = min(wrong, key=lambda name: wrong[name])  # on a tie the first one, the loss
     step = wrong[quantity]
     value, rates = float(values[quantity][step]), values.get("learning rate")
     rate = None if rates is None else rounded(rates[step])
     raise NonFiniteError(epoch, start + step + 1, quantity, value, rate)
 
 
-def check_epoch(
-    before: Any, after: Any, losses: np.ndarray, row: Mapping[str, Any], epoch: int
-) -> None:
-    """Raises NonFiniteError if an epoch produces a NaN or an infinity in the state or the results.
+def check_state(before: Any, after: Any, epoch: int, step: int, row: Mapping[str, Any]) -> None:
+    """Raises NonFiniteError if an array of the state became NaN or infinite.
 
-    Values that were infinite before are allowed: a running minimum may start at infinity.
+    Values that were infinite before are allowed: a running minimum may start at infinity. `row` has
+    what the optimizer recorded, by name.
     """
+    if _stays_finite(before, after):
+        return
+    rate, hint = row.get("learning_rate"), ""
+    if "skipped_steps" in row:
+        hint = "try a smaller learning rate, gradient clipping or scaled inputs"
+    leaves = jax.tree.leaves(without_records(before))
+    for (path, new), old in zip(named_arrays(without_records(after), ""), leaves, strict=True):
+        if jnp.issubdtype(new.dtype, jnp.inexact):
+            now = to_numpy(new)
+            wrong = np.isfinite(to_numpy(old)) & ~np.isfinite(now)
+            if wrong.any():
+                raise NonFiniteError(epoch, step, path, float(now[wrong][0].real), rate, hint)
+
+
+def check_epoch(losses: np.ndarray, row: Mapping[str, Any], epoch: int) -> None:
+    """Raises NonFiniteError if every step of an epoch was skipped, or a held-out loss is wrong."""
     skipped, rate, hint = row.get("skipped_steps"), row.get("learning_rate"), ""
     if skipped is not None:
         hint = "try a smaller learning rate, gradient clipping or scaled inputs"
-    if not _stays_finite(before, after):
-        leaves = jax.tree.leaves(before)
-        for (path, new), old in zip(named_arrays(after, ""), leaves, strict=True):
-            if jnp.issubdtype(new.dtype, jnp.inexact):
-                now = to_numpy(new)
-                wrong = np.isfinite(to_numpy(old)) & ~np.isfinite(now)
-                if wrong.any():
-                    value = float(now[wrong][0].real)
-                    raise NonFiniteError(epoch, len(losses), path, value, rate, hint)
     if skipped == len(losses):  # further epochs would change nothing
         quantity, value = "training loss or gradient of every step", float(losses[0])
         hint = "check the data, or try a smaller learning rate"

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import functools
+import math
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, TypeVar
@@ -30,6 +31,7 @@ from jaxtrain.metrics import Metric
 from jaxtrain.training.checks import (
     check_epoch,
     check_not_traced,
+    check_state,
     check_step_count,
     check_steps,
     rounded,
@@ -47,8 +49,8 @@ from jaxtrain.training.sources import InMemory, Segment, Streamed, segments_in_o
 from jaxtrain.training.state import counters, recorded, to_shapes, with_epoch
 from jaxtrain.training.step import Objective, StepFn, take_step
 
-# Target duration of one compiled call, between which Ctrl-C is handled; and the minimum time
-# between two calls of `on_steps` that no callback asks for.
+# Target duration of a compiled call, after which Ctrl-C is handled; and the time after which
+# `on_steps` is called although no callback asks for it.
 _CALL_SECONDS, _REPORT_SECONDS = 1.0, 0.5
 _NO_LOSSES = np.empty(0, np.float32)
 
@@ -91,8 +93,7 @@ class Run:
       step: steps taken in the epoch in progress; 0 between epochs.
       examples: examples used in the epoch in progress.
       losses: the losses of the steps since the previous `on_steps`.
-      log: the epoch in progress: the loss and the weight of each step, the sums of the metrics, and
-        what the optimizer recorded in the latest step.
+      log: the epoch in progress: the loss and the weight of each step, the sums of the metrics.
       counts: the counters of the optimizer at the start of the epoch in progress.
       position: where the training stream resumes; None for data in memory.
       seconds: time spent in the epoch in progress, without compiling.
@@ -142,7 +143,7 @@ class Run:
 
     def after_steps(self, state: Any, segment: Segment, stop: int, log: StepLog) -> Run:
         """Returns the run after the steps of a segment up to `stop`."""
-        first = max(0, self.step - segment.start)
+        first = self.step - segment.start
         losses, weights = (np.asarray(x)[first:stop] for x in (log.loss, log.weight))
         return self.replace(
             state=state,
@@ -154,7 +155,6 @@ class Run:
                 np.append(self.log.loss, losses),
                 np.append(self.log.weight, weights),
                 jax.tree.map(np.asarray, log.sums),
-                {name: np.asarray(values)[stop - 1] for name, values in log.recorded.items()},
             ),
         )
 
@@ -164,7 +164,7 @@ class Run:
             state=state,
             epoch=self.epoch + 1,
             compile_seconds=compile_seconds,
-            counts={name: int(self.log.recorded[name]) for name in self.counts},
+            counts={name: int(value) for name, value in counters(state).items()},
             rows=(*self.rows, {name: row[name] for name in self.columns}),
             step_losses=(*self.step_losses, self.log.loss),
             step=0,
@@ -221,15 +221,15 @@ def fit(
         stored order.
       validation: evaluated after each epoch, for early stopping.
       callbacks: what `jt.callbacks` has, your own `Callback`, or functions `callback(run)`, called
-        after each epoch, of which one that returns True ends the run. None shows progress in a
+        after each epoch; returning True ends the run. None shows progress in a
         terminal or a notebook, and nothing elsewhere; [] is silent.
       mesh: devices with an axis "data", over which each batch is divided. State and data are
         copied to every device, unless `jt.parallel` has sharded them. None means the mesh of
         `jax.set_mesh` or of the data, if there is one.
-      step_fn: a step of your own, `step_fn(state, batch) -> (state, {"loss": ...})`, in place of
-        `train_step`. It must increase `state.step` by one; other scalars that it returns become
-        columns `train_NAME`. The state may then be any pytree with `step`, `epoch` and `key`;
-        evaluation needs a `TrainState`.
+      step_fn: a custom step function in place of `train_step`, of the form
+        `step_fn(state, batch) -> (state, {"loss": ...})`. It must increase `state.step` by one;
+        other scalars that it returns become columns `train_NAME`. The state may then be any pytree
+        with `step`, `epoch` and `key`; evaluation needs a `TrainState`.
 
     Returns:
       The state after the last epoch, or the best one if a callback keeps it; and the history with
@@ -288,6 +288,7 @@ def fit(
         del start  # which on a mesh is a copy of the state
 
         def ending(function: Callable[[Run, BaseException | None], None]) -> Any:
+            # Reads `completed` when the stack unwinds, not when it is pushed.
             def end(kind: object, error: BaseException | None, trace: object) -> None:
                 function(completed, error)
 
@@ -302,15 +303,17 @@ def fit(
         check_same_start(run.epoch, run.step)
         trainer = _Trainer(sources["train"], objective, called, timer)
         counts = {name: int(value) for name, value in counters(run.state).items()}
-        run = run.replace(counts=run.counts if run.step else counts, describe=dict)
+        counts = run.counts if run.step else counts
+        run = completed = run.replace(counts=counts, describe=dict)
         while run.epoch < run.last_epoch and not run.is_over:
             before, begun = run, timer.clock() - run.seconds
-            run = trainer(run)
+            run = trainer(run, begun)
             after = with_epoch(run.state, before.state.epoch + 1)
             values = _evaluate(after, sources, objective, run.epoch + 1)
-            row = history_row(run.counts, run.log, objective, values)
+            row = history_row(run.counts, run.log, recorded(after), objective, values)
             row = _to_host({"epoch": run.epoch + 1, **row})
-            check_epoch(before.state, after, run.log.loss, row, run.epoch + 1)
+            check_state(before.state, after, run.epoch + 1, run.step, row)
+            check_epoch(run.log.loss, row, run.epoch + 1)
             row["seconds"] = agree(timer.clock() - begun)
             run = completed = run.after_epoch(after, row, timer.seconds)
             for callback in called:
@@ -322,14 +325,14 @@ def fit(
 
 @dataclasses.dataclass
 class _Trainer:
-    """Takes the steps of an epoch that are left, in calls of about a second.
+    """Takes the remaining steps of an epoch, in compiled calls of at most about a second.
 
     Attributes:
       source: the training data.
       objective: what the steps minimize and measure.
       callbacks: called after blocks of steps.
       timer: measures the time of compiling.
-      seconds_per_step: of the latest call; 0 until one was taken without compiling.
+      seconds_per_step: of the latest call that compiled nothing; infinite before the first one.
       reported: when `on_steps` was last called.
     """
 
@@ -337,13 +340,12 @@ class _Trainer:
     objective: Objective
     callbacks: list[Callback]
     timer: CompileTime
-    seconds_per_step: float = 0.0
+    seconds_per_step: float = math.inf
     reported: float = 0.0
 
-    def __call__(self, run: Run) -> Run:
-        """Returns the run after the last step of the epoch."""
-        begun, before = self.timer.clock() - run.seconds, run.state
-        start = run.step
+    def __call__(self, run: Run, begun: float) -> Run:
+        """Returns the run after the last step of an epoch, which began at the time `begun`."""
+        before, start = run.state, run.step
         run = run.replace(state=copied(before))
         segments = self.source.segments(run.epoch + 1, start, run.position)
         advice = memory_advice(self.source.batch_size, functools.partial(self._lower, before))
@@ -351,31 +353,28 @@ class _Trainer:
             for segment in segments:
                 while run.step < segment.start + segment.steps:
                     pauses = [each.next_pause(run) or 0 for each in self.callbacks]
-                    pause = min((step for step in pauses if step > run.step), default=None)
+                    pause = min((step for step in pauses if step > run.step), default=math.inf)
                     run = self._take_steps(run, segment, pause)
-                    is_due = segment.last == run.step - segment.start - 1 or run.step == pause
+                    is_last = run.step == segment.start + segment.last + 1
+                    if run.step == pause:  # a callback may save the state
+                        values = _to_host(recorded(run.state))
+                        check_state(before, run.state, run.epoch + 1, run.step, values)
                     now = time.perf_counter()
-                    if agree(is_due or now - self.reported > _REPORT_SECONDS):
+                    if agree(is_last or run.step == pause or now - self.reported > _REPORT_SECONDS):
                         run, self.reported = self._report(run, begun), now
         if self.objective.step_fn is not None:
             check_step_count(before, run.state, run.step - start)
-        if run.step == start:  # the run resumed after the last step of an epoch of unknown length
-            run = run.replace(log=run.log._replace(recorded=recorded(run.state)))
         return run
 
-    def _take_steps(self, run: Run, segment: Segment, pause: int | None) -> Run:
+    def _take_steps(self, run: Run, segment: Segment, pause: float) -> Run:
         """Returns the run after one call, at the latest at the step `pause` of the epoch."""
-        first = max(0, run.step - segment.start)
-        steps = int(_CALL_SECONDS / self.seconds_per_step) if self.seconds_per_step else 1
-        stop = min(
-            first + max(1, steps),
-            segment.steps,
-            segment.steps if pause is None else pause - segment.start,
-        )
-        stop = agree(stop)  # all processes take the same steps at once
+        first = run.step - segment.start
+        steps = max(1, int(_CALL_SECONDS / self.seconds_per_step))
+        stop = min(first + steps, segment.steps, pause - segment.start)
+        stop = agree(int(stop))  # all processes take the same steps at once
         started, compiled = time.perf_counter(), self.timer.seconds
         state, log = compiled_steps(run.state, run.log.sums, segment, first, stop, self.objective)
-        run = run.after_steps(state, segment, stop, log)
+        run = run.after_steps(state, segment, stop, log)  # waits for the device
         check_steps(log, segment.start, run.epoch + 1)
         if self.timer.seconds == compiled:
             self.seconds_per_step = (time.perf_counter() - started) / (stop - first)

@@ -46,13 +46,13 @@ State = TypeVar("State")
 
 
 class StepLog(NamedTuple):
-    """What some steps of an epoch report.
+    """Results of consecutive steps of an epoch: of one compiled call, or so far in a `Run`.
 
     Attributes:
       loss: the loss of each step before its update, [steps].
       weight: the total weight of the examples of each step, [steps].
       sums: sums over all steps of the metrics of their own predictions, for `finish_metrics`.
-      recorded: what the optimizer records in each step, by name, [steps]; not kept in a `Run`.
+      recorded: what the optimizer records in each step of a call, by name, [steps].
     """
 
     loss: Any
@@ -109,7 +109,7 @@ def train_steps(
 def empty_log(
     state: Any, batch: Callable[[int], Dataset], objective: Objective, steps: int
 ) -> StepLog:
-    """Returns the log of no steps, with entries for `steps`."""
+    """Returns a zero-filled log for `steps` steps."""
 
     def step(state: Any) -> Any:
         state, loss, sums = take_step(state, batch(0), objective, last=False)
@@ -128,12 +128,12 @@ def empty_log(
 
 
 def first_log(state: Any, batch: Dataset, objective: Objective) -> StepLog:
-    """Returns the log of no steps on the host, for batches of the shapes of `batch`."""
+    """Returns an empty log on the host, for batches of the shapes of `batch`."""
 
     def log(state: Any, batch: Dataset) -> StepLog:
         return empty_log(state, lambda index: batch, objective, 0)
 
-    with parallel.without_mesh():
+    with parallel.without_mesh():  # the shapes do not depend on it
         shapes = jax.eval_shape(log, to_shapes(state), batch)._replace(recorded={})
     return jax.tree.map(lambda leaf: np.zeros(leaf.shape, leaf.dtype), shapes)
 
@@ -147,7 +147,7 @@ def compiled_steps(
     stop: int | Array,
     objective: Objective,
 ) -> tuple[Any, StepLog]:
-    """Returns the same as `train_steps`, compiled; donates `state`."""
+    """Jitted `train_steps`, which donates `state`."""
     steps = functools.partial(train_steps, objective=objective)
     return parallel.on_auto_axes(steps, state, sums, segment, first, stop, like=(state, None))
 
@@ -181,7 +181,7 @@ def train_epoch(
       loss_fn: per-example loss; may be left out with `step_fn`.
       batch_size: examples per step; if larger than the data set, all examples are one batch.
       key: PRNG key of the shuffle; None keeps the stored order.
-      step_fn: a step of your own, `step_fn(state, batch) -> (state, {"loss": ...})`, as for `fit`.
+      step_fn: a custom step function, as for `fit`.
 
     Returns:
       The state after the epoch, and the loss of each step before its update, [steps].
@@ -220,8 +220,8 @@ def _compiled_epoch(
 ) -> tuple[Any, Array]:
     def run(state: Any, dataset: Dataset, key: Array | None) -> tuple[Any, Array]:
         order = epoch_order(len(dataset), key)
-        state, log = train_in_order(state, dataset, order, objective, batch_size)
-        return with_epoch(state, state.epoch + 1), log.loss
+        after, log = train_in_order(state, dataset, order, objective, batch_size)
+        return with_epoch(after, state.epoch + 1), log.loss
 
     return parallel.on_auto_axes(run, state, dataset, key, like=(state, None))
 
@@ -245,19 +245,17 @@ def _train_on_stream(
 ) -> tuple[Any, Array]:
     epoch = next_epoch(state)
     source = Streamed(data, "dataset", batch_size, key, epoch, same_each_epoch=True)
-    logs: list[StepLog] = []
-    counts: list[int] = []
+    losses: list[tuple[Array, int]] = []
     with contextlib.closing(source), contextlib.closing(source.segments(epoch)) as segments:
         check_run(state, {"train": source}, objective)
-        state = copied(state)
+        begun, state = state.epoch, copied(state)
         for segment in segments:
             # At most two segments are in flight, since they take memory.
-            jax.block_until_ready(logs[-2:-1])
+            jax.block_until_ready(losses[-2:-1])
             state, log = compiled_steps(state, None, segment, 0, segment.steps, objective)
-            logs.append(log)
-            counts.append(segment.steps)
-    losses = [np.asarray(log.loss)[:count] for log, count in zip(logs, counts, strict=True)]
-    return with_epoch(state, state.epoch + 1), jnp.asarray(np.concatenate(losses))
+            losses.append((log.loss, segment.steps))
+    found = np.concatenate([np.asarray(loss)[:steps] for loss, steps in losses])
+    return with_epoch(state, begun + 1), jnp.asarray(found)
 
 
 def evaluate(
@@ -318,6 +316,7 @@ def evaluate_source(
     sums: Any = jax.tree.map(lambda leaf: np.zeros(leaf.shape, leaf.dtype), shapes)
     with contextlib.closing(source.segments(epoch)) as segments:
         for segment in segments:
+            jax.block_until_ready(sums)  # segments take memory
             sums = _compiled_sums(state, sums, segment, segment.steps, objective)
     return finish_metrics(sums, objective.evaluated)
 

@@ -24,7 +24,13 @@ from jaxtrain.training.checks import check_run, checked_state
 from jaxtrain.training.loop import StepLog, compiled_evaluate, train_in_order
 from jaxtrain.training.sources import InMemory, Streamed, make_source
 from jaxtrain.training.state import counters, next_epoch, recorded, with_epoch
-from jaxtrain.training.step import Objective, StepFn, finish_metrics, make_objective
+from jaxtrain.training.step import (
+    Objective,
+    StepFn,
+    finish_metrics,
+    make_objective,
+    safe_divide,
+)
 
 State = TypeVar("State")
 StateMetrics = tuple[tuple[str, Callable[[Any], Any]], ...]
@@ -71,7 +77,7 @@ def train(
         history no longer improves, and returns the best state. The rows of the remaining epochs are
         NaN, with 0 in the column `epoch`. Under `vmap`, a run that has stopped takes as long as the
         longest one.
-      step_fn: a step of your own, as for `fit`.
+      step_fn: a custom step function, as for `fit`.
 
     Returns:
       The state after the last epoch, and the history: the columns of `fit` except `seconds`, each
@@ -148,7 +154,7 @@ def prepare(
 ) -> tuple[Any, dict[str, InMemory | Streamed], Objective, tuple[str, ...]]:
     """Checks the arguments of `train` or `fit`, and moves the data to the device.
 
-    `held_out` has the test and the validation data, or None, by name; `stack` closes the streams.
+    `held_out` maps names to test and validation data, or None; `stack` closes the streams.
 
     Returns:
       The state on the device; the sources by the names "train", "test" and "validation"; the
@@ -201,42 +207,43 @@ def _check_columns(columns: list[str], state_metrics: Mapping[str, Any]) -> None
 
 
 def history_row(
-    before: Mapping[str, Any],
+    counts: Mapping[str, Any],
     log: StepLog,
+    values: Mapping[str, Any],
     objective: Objective,
     evaluations: Mapping[str, Mapping[str, Any]],
 ) -> dict[str, Any]:
     """Returns the history's row for an epoch.
 
-    `before` has the counters of the optimizer before the epoch, and `log` what the optimizer
+    `counts` are the counters of the optimizer before the epoch, and `values` what the optimizer
     recorded in the last step; `evaluations` has the metrics of each held-out data set by its name.
     """
-    skips = "skipped_steps" in log.recorded
+    skips = "skipped_steps" in values
     row = {"train_loss": mean_step_loss(log.loss, log.weight, skip_nonfinite=skips)}
     row |= {
         f"train_{name}": value
         for name, value in finish_metrics(log.sums, objective.trained).items()
     }
-    for part, values in evaluations.items():
-        row |= {f"{part}_{name}": value for name, value in values.items()}
-    for name, value in log.recorded.items():
-        row[name] = value - before[name] if name in before else value
+    for part, metrics in evaluations.items():
+        row |= {f"{part}_{name}": value for name, value in metrics.items()}
+    for name, value in values.items():
+        row[name] = value - counts[name] if name in counts else value
     return row
 
 
 @functools.partial(jax.jit, static_argnames="skip_nonfinite")
 def mean_step_loss(
-    losses: Float[Array, "steps"], per_step: Float[Array, "steps"], *, skip_nonfinite: bool
+    losses: Float[Array, "steps"], weights: Float[Array, "steps"], *, skip_nonfinite: bool
 ) -> Float[Array, ""]:
     """Returns the mean over an epoch's examples of the loss before each update.
 
-    `per_step` is the total weight of the examples of each step. With `skip_nonfinite`, steps whose
+    `weights` are the total weights of the examples of each step. With `skip_nonfinite`, steps whose
     loss is NaN or infinite are left out.
     """
-    per_step = per_step.astype(losses.dtype)
+    weights = weights.astype(losses.dtype)
     if skip_nonfinite:
         finite = jnp.isfinite(losses)
-        losses, per_step = jnp.where(finite, losses, 0), jnp.where(finite, per_step, 0)
+        losses, weights = jnp.where(finite, losses, 0), jnp.where(finite, weights, 0)
 
     def add(sums: tuple[Array, Array], pair: tuple[Array, Array]) -> tuple[Any, None]:
         loss, weight = pair
@@ -245,8 +252,8 @@ def mean_step_loss(
     # A scan gives the same bits alone, in `fit`, and inside the program of `train`; a sum does not,
     # since XLA fuses it with the operations around it.
     zero = jnp.zeros((), losses.dtype)
-    (loss, total), _ = lax.scan(add, (zero, zero), (losses, per_step))
-    return jnp.where(total > 0, loss / jnp.where(total > 0, total, 1), 0)
+    (loss, total), _ = lax.scan(add, (zero, zero), (losses, weights))
+    return safe_divide(loss, total)
 
 
 @functools.partial(
@@ -277,7 +284,7 @@ def _train(
         state: Any, train_data: Dataset, held_out: dict[str, Dataset], key: Array | None
     ) -> tuple[Any, dict[str, Array]]:
         def one_epoch(state: Any) -> tuple[Any, dict[str, Array]]:
-            epoch, before = state.epoch + 1, counters(state)
+            epoch, counts = state.epoch + 1, counters(state)
             epoch_key = None if key is None else jax.random.fold_in(key, epoch)
             order = epoch_order(len(train_data), epoch_key)
             state, log = train_in_order(state, train_data, order, objective, batch_size)
@@ -286,8 +293,7 @@ def _train(
                 part: compiled_evaluate(state, data, objective, batch_size=test_batch_size)
                 for part, data in held_out.items()
             }
-            log = log._replace(recorded=recorded(state))
-            row = history_row(before, log, objective, evaluations)
+            row = history_row(counts, log, recorded(state), objective, evaluations)
             row |= {"epoch": epoch, "step_losses": log.loss}
             row |= {name: metric(state) for name, metric in state_metrics}
             return state, jax.tree.map(jnp.asarray, row)

@@ -1,4 +1,4 @@
-"""Sources: data in memory and streams, as segments, which the compiled loops take."""
+"""Data sources, which yield an epoch as segments for the compiled loops."""
 
 from __future__ import annotations
 
@@ -46,9 +46,12 @@ class Segment:
       order: the examples of the steps, [steps · batch]; None if `data` are batches.
       last: index in this segment of the epoch's last step; -1 if that is in another segment.
       batch_size: examples per step (static).
-      start: the epoch's step that is the first of this segment, counted from 0 (host only).
-      steps: number of steps (host only).
-      position: where the stream resumes at or before this segment (host only); see `Streamed`.
+      start: the epoch's step that is the first of this segment, counted from 0.
+      steps: number of steps.
+      position: a position for `Batches.open`, at or before `start`; None if there is none.
+
+    `start`, `steps` and `position` have their defaults inside `jax.jit`, which receives `first` and
+    `stop` instead.
     """
 
     data: Dataset
@@ -122,7 +125,7 @@ class InMemory:
     """
 
     is_seekable = True
-    limits: TargetLimits | None = None
+    limits: TargetLimits | None = None  # all values are checked before training
 
     def __init__(self, data: Dataset, name: str, batch_size: int, key: Key[Array, ""] | None):
         self.name, self.sample, self._key = name, data, key
@@ -229,7 +232,7 @@ class Streamed:
         return repr(self._batches)
 
     def close(self) -> None:
-        """Ends the workers of the stream, unless `segments` reads from it."""
+        """Stops the workers that were started to read the first batch."""
         self._batches.close()
 
     def segments(self, epoch: int, skip: int = 0, position: Any = None) -> Segments:
@@ -242,7 +245,7 @@ class Streamed:
             yield from segments
 
     def _stacked(self, epoch: Epoch) -> Iterator[Segment]:
-        """Yields segments of consecutive batches of the same size."""
+        """Yields segments of consecutive batches of the same size; runs in the reading thread."""
         position, batch = epoch.position(), epoch.read()
         while batch is not None:
             size, start = len(batch), epoch.count - 1
@@ -258,21 +261,23 @@ class Streamed:
             shapes = [(parts, capacity, size // parts, *leaf.shape[1:]) for leaf in leaves]
             buffers = [_aligned(s, leaf.dtype) for s, leaf in zip(shapes, leaves, strict=True)]
             next_position, count, started = position, 0, time.monotonic()
-            while batch is not None and len(batch) == size and count < capacity:
+            is_full = False
+            while batch is not None and len(batch) == size and not is_full:
                 for buffer, leaf in zip(buffers, jax.tree.leaves(batch), strict=True):
                     buffer[:, count] = leaf.reshape(parts, -1, *leaf.shape[1:])
                 count += 1
                 # Several processes must read the same number of batches, however long it takes.
                 is_late = time.monotonic() - started > _SEGMENT_SECONDS and self._processes == 1
-                if is_late or count == capacity:
+                is_full = is_late or count == capacity
+                if is_full:
                     next_position = epoch.position()
                 batch = epoch.read()  # one ahead, to know whether the epoch ends here
-                if is_late:
-                    break
             for buffer in buffers:
                 buffer[:, count:] = 0  # not used; converting arbitrary bytes may warn
             stacked = jax.tree.unflatten(structure, buffers)
-            check_limits(_joined(stacked, count), self.limits, self.name)
+            if self.limits is not None:
+                targets, weights = _joined((stacked.targets, stacked.weights), count)
+                check_limits(targets, weights, self.limits, self.name)
             last = count - 1 if batch is None else -1
             placed = jax.tree.map(self._place, stacked)
             yield Segment(placed, None, last, size * self._processes, start, count, position)
@@ -319,7 +324,7 @@ def _shapes(examples: Dataset, batch_size: int) -> Dataset:
     )
 
 
-def _joined(stacked: Dataset, count: int) -> Dataset:
+def _joined(stacked: Any, count: int) -> Any:
     """Returns the examples of the first batches, in any order."""
     return jax.tree.map(lambda leaf: leaf[:, :count].reshape(-1, *leaf.shape[3:]), stacked)
 

@@ -23,7 +23,7 @@ Metrics = dict[str, Float[Array, "..."]]
 Batch = Dataset | tuple[Any, ...]
 """What a step takes: a `Dataset`, or a tuple (inputs, targets) or (inputs, targets, weights)."""
 StepFn = Callable[[Any, Dataset], tuple[Any, dict[str, Any]]]
-"""A step of your own: `step_fn(state, batch) -> (state, {"loss": ...})`."""
+"""A custom step function: `step_fn(state, batch) -> (state, {"loss": ...})`."""
 MetricItems = tuple[tuple[str, Metric], ...]
 
 
@@ -33,7 +33,7 @@ class Objective(NamedTuple):
     Attributes:
       loss_fn: per-example loss; None with a `step_fn` alone.
       metrics: the metrics by name.
-      step_fn: a step of the user's own, in place of `train_step`.
+      step_fn: a custom step function, in place of `train_step`.
     """
 
     loss_fn: Loss | None
@@ -42,7 +42,7 @@ class Objective(NamedTuple):
 
     @property
     def trained(self) -> MetricItems:
-        """The metrics of the training data; a step of the user's own returns its own means."""
+        """The metrics of the training data; a custom step function returns means of its own."""
         return self.metrics if self.step_fn is None else ()
 
     @property
@@ -339,7 +339,7 @@ def make_objective(
     metric_fns: Mapping[str, Metric] | None = None,
     step_fn: StepFn | None = None,
 ) -> Objective:
-    """Returns the objective of the arguments, checked."""
+    """Validates the arguments and returns an `Objective`."""
     if loss_fn is not None or step_fn is None:
         check_loss(loss_fn)  # which refuses None
     metric_fns = {} if metric_fns is None else metric_fns
@@ -364,7 +364,7 @@ def make_objective(
 
 
 def check_loss(loss_fn: Any) -> None:
-    """Raises InputError unless a loss can be called."""
+    """Raises InputError unless `loss_fn` is callable and hashable."""
     if not callable(loss_fn):
         found = repr(loss_fn) if isinstance(loss_fn, str) else f"a {type(loss_fn).__name__}"
         raise InputError(
@@ -403,7 +403,7 @@ def metric_sums(predictions: Any, batch: Dataset, metrics: MetricItems) -> dict[
     return {name: sums(metric) for name, metric in metrics}
 
 
-def finish_metrics(sums: dict[str, Any], metrics: MetricItems = ()) -> Metrics:
+def finish_metrics(sums: dict[str, Any], metrics: MetricItems) -> Metrics:
     """Returns each metric from its sums: a (weighted) mean, or the result of its `finish`."""
     pairs = {name: metric[1] for name, metric in metrics if isinstance(metric, tuple)}
 

@@ -16,7 +16,7 @@ import jaxtrain as jt
 from jaxtrain.checkpoint import list_epochs
 from jaxtrain.dataset import check_dataset
 from jaxtrain.optimizers._transforms import global_norm
-from jaxtrain.training.checks import check_epoch, check_values
+from jaxtrain.training.checks import check_state, check_values
 
 MSE = jt.losses.mean_squared_error
 
@@ -159,13 +159,13 @@ def test_float64_numbers_beyond_float32_are_finite() -> None:
 def test_an_infinity_in_the_initial_model_state_is_accepted() -> None:
     state, _ = line([1.0])
     before = state.replace(model_state={"minimum": jnp.array([jnp.inf, 1.0])})
-    check_epoch(before, before, np.zeros(4), {}, 1)
+    check_state(before, before, 1, 4, {})
     smaller = before.replace(model_state={"minimum": jnp.array([0.5, 1.0])})
-    check_epoch(before, smaller, np.zeros(4), {}, 1)
+    check_state(before, smaller, 1, 4, {})
     after = before.replace(model_state={"minimum": jnp.array([0.5, jnp.inf])})
     message = r"model_state\.minimum became inf in epoch 1, step 4"
     with pytest.raises(jt.errors.NonFiniteError, match=message):
-        check_epoch(before, after, np.zeros(4), {}, 1)
+        check_state(before, after, 1, 4, {})
 
 
 def test_skip_nonfinite_does_not_change_a_finite_run(small_state, small_classes) -> None:
@@ -398,7 +398,7 @@ def test_nan_and_infinity_in_any_parameter_end_the_run(name: str) -> None:
     for value in (jnp.nan, jnp.inf, -jnp.inf):
         params = {**before.params, name: jnp.full_like(before.params[name], value)}
         with pytest.raises(jt.errors.NonFiniteError, match=rf"params\.{name} became .*(nan|inf)"):
-            check_epoch(before, before.replace(params=params), np.zeros(4), {}, 1)
+            check_state(before, before.replace(params=params), 1, 4, {})
 
 
 def test_a_nan_of_the_training_loss_advises_to_check_the_labels(small_state) -> None:
@@ -412,3 +412,22 @@ def test_a_nan_of_the_training_loss_advises_to_check_the_labels(small_state) -> 
     message = r"training loss became nan in epoch 1, step 3.*class labels are below the number"
     with pytest.raises(jt.errors.NonFiniteError, match=message):
         jt.fit(small_state, data, loss_fn=hidden, batch_size=16)
+
+
+def test_a_nan_in_the_state_is_never_saved_within_an_epoch(tmp_path) -> None:
+    """The loss of each step is finite; the gradient of the third step is not."""
+    inputs = jnp.ones((6, 1)).at[2].set(0.0)
+    data = jt.Dataset(inputs, jnp.zeros((6, 1)))
+
+    def root(predictions, targets):
+        return jnp.sqrt(jnp.abs(predictions))[:, 0]
+
+    model = jt.Model(
+        lambda key, x: ({"w": jnp.ones(())}, {}),
+        lambda params, state, x, *, train, key: (params["w"] * x, state),
+    )
+    state = jt.init_state(model, optax.sgd(0.1), data.inputs[:1], key=jax.random.key(0))
+    saves = jt.callbacks.checkpoint(tmp_path, every_steps=3)
+    with pytest.raises(jt.errors.NonFiniteError, match=r"params\.w became nan in epoch 1, step 3"):
+        jt.fit(state, data, loss_fn=root, epochs=1, batch_size=1, callbacks=[saves])
+    assert not list(tmp_path.glob("epoch-*"))

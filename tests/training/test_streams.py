@@ -21,7 +21,6 @@ import pytest
 
 import jaxtrain as jt
 from jaxtrain.checkpoint._store import list_checkpoints
-from jaxtrain.data.batches import Batches
 from jaxtrain.training import sources
 
 LOSS = jt.losses.cross_entropy
@@ -290,7 +289,7 @@ def test_the_number_of_batches_per_segment_changes_no_parameter(monkeypatch, cas
 
 def test_a_slow_stream_closes_its_segments_early(monkeypatch, ordered) -> None:
     monkeypatch.setattr(sources, "_SEGMENT_SECONDS", -1.0)
-    source = sources.Streamed(Batches(BATCHES, "train", 16))
+    source = sources.Streamed(BATCHES, "train", 16, None, 1)
     found = [(segment.start, segment.steps, segment.last) for segment in source.segments(1)]
     assert found == [(0, 1, -1), (1, 1, -1), (2, 1, -1), (3, 1, 0)]
     assert_same_run(fit(BATCHES), ordered)
