@@ -17,8 +17,8 @@ ROOT = Path(__file__).parents[1]
 # Makes imports of packages fail as if they were not installed.
 HIDE = "import sys; sys.modules.update(dict.fromkeys({hidden}))\n"
 EXTRAS = {
-    *("sklearn", "tensorflow_datasets", "importlib_resources", "platformdirs", "requests"),
-    *("urllib3", "tyro", "matplotlib", "tensorboardX", "wandb"),
+    *("sklearn", "tensorflow_datasets", "importlib_resources", "platformdirs", "pooch"),
+    *("requests", "tyro", "matplotlib", "tensorboardX", "wandb"),
 }
 
 
@@ -44,14 +44,12 @@ def test_training_with_checkpoints_and_progress_needs_no_extra(tmp_path: Path) -
     ("hidden", "program", "message"),
     [
         ("sklearn", "jt.data.load('digits')", "sklearn is not installed; .*'jaxtrain\\[data\\]'"),
-        ("platformdirs", "jt.data.load('mnist')", "platformdirs .*'jaxtrain\\[data\\]'"),
+        ("pooch", "jt.data.load('mnist')", "pooch .*'jaxtrain\\[data\\]'"),
         (
             "tensorflow_datasets",
-            "jt.data.load('mnist')",
-            "tensorflow_datasets .*'jaxtrain\\[data\\]'",
+            "jt.data.load('tfds:mnist')",
+            "tensorflow_datasets .*'jaxtrain\\[tfds\\]'",
         ),
-        ("requests", "jt.data.load('mnist')", "requests .*'jaxtrain\\[data\\]'"),
-        ("urllib3", "jt.data.load('mnist')", "urllib3 .*'jaxtrain\\[data\\]'"),
         (
             "tensorboardX",
             "jt.callbacks.tensorboard('a')",

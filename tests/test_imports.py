@@ -10,8 +10,8 @@ from pathlib import Path
 PACKAGE = Path(__file__).parents[1] / "jaxtrain"
 
 HEAVY = {
-    *("matplotlib", "sklearn", "tensorflow_datasets", "tensorflow", "requests", "platformdirs"),
-    *("tyro", "torch", "beartype", "pytest", "hypothesis", "pandas", "rich", "equinox"),
+    *("matplotlib", "sklearn", "tensorflow_datasets", "tensorflow", "pooch", "platformdirs"),
+    *("requests", "tyro", "torch", "beartype", "pytest", "hypothesis", "pandas", "rich", "equinox"),
     *("orbax", "safetensors", "filelock", "IPython", "tensorboardX", "tensorboard", "wandb"),
 }
 

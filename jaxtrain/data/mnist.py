@@ -2,22 +2,16 @@
 
 from __future__ import annotations
 
-import contextlib
 import os
-import shutil
-import tempfile
-import time
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 
 from jaxtrain._extras import needs_extra
-from jaxtrain.data.download import DownloadError, check_reachable, fetch
+from jaxtrain.data.download import DownloadError, fetch
 from jaxtrain.data.idx import Images, read_idx
 from jaxtrain.errors import DataUnavailableError, InputError
-
-# Data set -> the builder in TensorFlow Datasets that registers its URL and checksums.
-BUILDERS = {"mnist": "MNIST", "fashion_mnist": "FashionMNIST", "kmnist": "KMNIST"}
 
 FILES = {
     "train": ("train-images-idx3-ubyte", "train-labels-idx1-ubyte"),
@@ -26,9 +20,55 @@ FILES = {
 CLASSES = 10
 DATA_DIR_VARIABLE = "JAXTRAIN_DATA_DIR"
 
-# Prefix of the folder of an unfinished download; abandoned if older than any download can take.
-_SCRATCH = "download-"
-_ABANDONED_SECONDS = 2 * 60 * 60
+
+class Source(NamedTuple):
+    """Where a data set is downloaded from.
+
+    Attributes:
+      mirrors: the addresses of the folder of its files, in the order of preference.
+      checksums: SHA-256 of the compressed files, in the order of `FILES`.
+    """
+
+    mirrors: tuple[str, ...]
+    checksums: tuple[str, str, str, str]
+
+
+SOURCES = {
+    "mnist": Source(
+        mirrors=(
+            "https://storage.googleapis.com/cvdf-datasets/mnist/",
+            "https://ossci-datasets.s3.amazonaws.com/mnist/",
+        ),
+        checksums=(
+            "440fcabf73cc546fa21475e81ea370265605f56be210a4024d2ca8f203523609",
+            "3552534a0a558bbed6aed32b30c495cca23d567ec52cac8be1a0730e8010255c",
+            "8d422c7b0a1c1c79245a5bcf07fe86e33eeafee792b84584aec276f5a2dbc4e6",
+            "f7ae60f92e00ec6debd23a6088c31dbd2371eca3ffa0defaefb259924204aec6",
+        ),
+    ),
+    "fashion_mnist": Source(
+        mirrors=(
+            "http://fashion-mnist.s3-website.eu-central-1.amazonaws.com/",
+            "https://raw.githubusercontent.com/zalandoresearch/fashion-mnist/master/data/fashion/",
+        ),
+        checksums=(
+            "3aede38d61863908ad78613f6a32ed271626dd12800ba2636569512369268a84",
+            "a04f17134ac03560a47e3764e11b92fc97de4d1bfaf8ba1a3aa29af54cc90845",
+            "346e55b948d973a97e58d2351dde16a484bd415d4595297633bb08f03db6a073",
+            "67da17c76eaffca5446c3361aaab5c3cd6d1c2608764d35dfb1850b086bf8dd5",
+        ),
+    ),
+    "kmnist": Source(
+        mirrors=("http://codh.rois.ac.jp/kmnist/dataset/kmnist/",),
+        checksums=(
+            "51467d22d8cc72929e2a028a0428f2086b092bb31cfb79c69cc0a90ce135fde4",
+            "e38f9ebcd0f3ebcdec7fc8eabdcdaef93bb0df8ea12bee65224341c8183d8e17",
+            "edd7a857845ad6bb1d0ba43fe7e794d164fe2dce499a1694695a792adfac43c5",
+            "20bb9a0ef54c7db3efc55a92eef5582c109615df22683c380526788f98e42a1c",
+        ),
+    ),
+}
+"""The data sets in MNIST's format, by name."""
 
 
 def load_mnist(name: str, data_dir: str | os.PathLike[str] | None = None) -> tuple[Images, Images]:
@@ -49,8 +89,8 @@ def load_mnist(name: str, data_dir: str | os.PathLike[str] | None = None) -> tup
 def locate_files(name: str, data_dir: str | os.PathLike[str] | None = None) -> Path:
     """Returns the folder of the data set's four IDX files, plain or `.gz`.
 
-    Searches the subfolder `name` of `data_dir` (or `$JAXTRAIN_DATA_DIR`), then the folder itself,
-    then the user's cache folder. If no folder has the files, downloads them to the cache.
+    Searches the subfolder `name` of `data_dir` (or `$JAXTRAIN_DATA_DIR`), then the folder itself.
+    If neither has the files, they are those of the user's cache folder, downloaded if missing.
 
     Raises:
       InputError: some of the four files are missing.
@@ -73,25 +113,7 @@ def locate_files(name: str, data_dir: str | os.PathLike[str] | None = None) -> P
             f"given as data_dir or ${DATA_DIR_VARIABLE}",
             argument="data_dir",
         ) from error
-    return folder or _find_in_cache(name) or _download(name, given)
-
-
-def _find_in_cache(name: str) -> Path | None:
-    try:
-        return _find_folder(name, cache_dir())
-    except OSError as error:
-        raise InputError(
-            f"the cache folder {cache_dir()} cannot be read ({error.strerror or error}); set "
-            "$XDG_CACHE_HOME to another folder"
-        ) from error
-
-
-def cache_dir() -> Path:
-    """Returns the user's cache folder for downloads (`$XDG_CACHE_HOME/jaxtrain` on Linux)."""
-    with needs_extra("data"):
-        from platformdirs import user_cache_path
-
-    return user_cache_path("jaxtrain") / "data"
+    return folder or _download(name, given)
 
 
 def _find_file(folder: Path, file: str) -> Path | None:
@@ -101,7 +123,7 @@ def _find_file(folder: Path, file: str) -> Path | None:
 
 def _folders(name: str, data_dir: Path) -> list[Path]:
     """Returns the folders to search; not one named after another data set with the same files."""
-    is_other = data_dir.name in BUILDERS and data_dir.name != name
+    is_other = data_dir.name in SOURCES and data_dir.name != name
     return [data_dir / name] + ([] if is_other else [data_dir])
 
 
@@ -152,56 +174,26 @@ def _read_split(folder: Path, split: str) -> Images:
 
 
 def _download(name: str, data_dir: str | os.PathLike[str] | None) -> Path:
-    """Downloads the four files to the cache folder, with the URLs and checksums of TFDS.
-
-    TensorFlow Datasets' own download manager limits neither time nor size, and needs TensorFlow to
-    read the files. The folder gets its final name once all four files are complete.
-    """
+    """Returns the folder of the four files in the user's cache, which are downloaded if missing."""
     with needs_extra("data"):
-        import requests  # noqa: F401
-        import urllib3  # noqa: F401
-        from tensorflow_datasets.image_classification import mnist as builders
+        import pooch
 
-    builder = getattr(builders, BUILDERS[name])
+    folder = pooch.os_cache("jaxtrain") / "data" / name
     files = [f"{file}.gz" for pair in FILES.values() for file in pair]
-    folder = cache_dir() / name
+    mirrors, checksums = SOURCES[name]
     try:
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        _remove_abandoned(folder.parent)
-        with tempfile.TemporaryDirectory(dir=folder.parent, prefix=_SCRATCH) as scratch:
-            check_reachable(builder.URL + files[0])
-            complete = Path(scratch) / "complete"
-            complete.mkdir()
-            for file in files:
-                url = builder.URL + file
-                known = builder.url_infos.get(url)
-                if known is None:
-                    raise DownloadError(f"{url} has no registered checksum")
-                fetch(url, complete / file, int(known.size), known.checksum)
-            try:
-                complete.replace(folder)
-            except OSError:  # Another process may have been faster.
-                if _find_folder(name, cache_dir()) is None:
-                    raise
+        fetch(dict(zip(files, checksums, strict=True)), mirrors, folder)
     except DownloadError as error:
         raise DataUnavailableError(
-            f"{name} is not on disk and could not be downloaded: {error}", _remedy(name, data_dir)
+            f"{name} is not on disk and could not be downloaded ({error})", _remedy(name, data_dir)
         ) from error
     except OSError as error:
         raise DataUnavailableError(
-            f"{name} is not on disk, and the cache folder {folder.parent} cannot be written "
+            f"{name} is not in a data folder, and the cache folder {folder} cannot be used "
             f"({error.strerror or error})",
             f"set $XDG_CACHE_HOME to another folder, or {_remedy(name, data_dir)}",
         ) from error
     return folder
-
-
-def _remove_abandoned(folder: Path) -> None:
-    """Removes the unfinished downloads of killed processes."""
-    for scratch in folder.glob(f"{_SCRATCH}*"):
-        with contextlib.suppress(OSError):
-            if time.time() - scratch.stat().st_mtime > _ABANDONED_SECONDS:
-                shutil.rmtree(scratch, ignore_errors=True)
 
 
 def _remedy(name: str, data_dir: str | os.PathLike[str] | None) -> str:
