@@ -8,12 +8,13 @@ import itertools
 import logging
 import math
 import os
+import sys
 import warnings
 from collections.abc import Callable, Iterator, Sequence
+from types import ModuleType
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from jax import lax
 from jax.extend.core import Literal
@@ -21,7 +22,7 @@ from jax.interpreters.partial_eval import dce_jaxpr
 from jaxtyping import PyTree
 
 from jaxtrain import parallel
-from jaxtrain._arguments import checked_path
+from jaxtrain._arguments import check_integer, checked_path
 from jaxtrain._extras import needs_extra
 from jaxtrain._files import write_atomically
 from jaxtrain.errors import InputError
@@ -37,6 +38,8 @@ MAX_WINDOW = 64
 # Examples of the comparison.
 MAX_SAMPLES = 16
 HINT = "use jaxtrain.export.stablehlo, which takes every model"
+# The packages whose functions jax2onnx replaces.
+PATCHED = ("jax", "flax", "equinox")
 
 
 def onnx(
@@ -46,6 +49,9 @@ def onnx(
     *,
     preprocess: Callable[[PyTree], PyTree] | None = None,
     postprocess: Callable[[Any], Any] | None = None,
+    opset: int = 23,
+    input_names: Sequence[str] | None = None,
+    output_names: Sequence[str] | None = None,
 ) -> None:
     """Writes a model to an ONNX file that takes any number of examples.
 
@@ -60,31 +66,37 @@ def onnx(
         examples, are used for the comparison only.
       preprocess: function in JAX from these inputs to those of the model, such as a normalization.
       postprocess: function in JAX of the outputs, such as `jax.nn.softmax`.
+      opset: version of ONNX's operators; an old runtime needs a small one.
+      input_names: names of the inputs in the file; None leaves them to jax2onnx.
+      output_names: names of the outputs, which are the leaves of the model's outputs.
 
     Raises:
       MissingExtraError: jax2onnx or onnxruntime is not installed.
       InputError: the model does not take the inputs or only a fixed number of examples, jax2onnx
-        cannot convert it, or `path` is not a path.
+        cannot convert it, there are more or fewer names than arrays, or `path` is not a path.
       StorageError: the file cannot be written.
 
     Example:
       >>> jt.export.onnx(state, "model.onnx", test.inputs[:1], postprocess=jax.nn.softmax)
     """
     file = checked_path(path, "path")
+    check_integer(opset, "opset", minimum=1)
     predict = prediction_function(state, preprocess, postprocess)
     specs = symbolic_inputs(inputs, "B")
-    with needs_extra("onnx"), _quiet():
+    _check_names(input_names, "input_names", len(jax.tree.leaves(specs)))
+    with needs_extra("onnx"), _quiet(), _restored():
         import onnxruntime
         from jax2onnx import to_onnx
     try:
         with parallel.without_mesh():
-            # Traced here, since jax2onnx replaces functions of Flax and Equinox while it traces,
-            # and some of the replacements do not take all arguments.
+            # Traced here, since some of the functions by which jax2onnx replaces those of Flax do
+            # not take all arguments.
             closed = jax.make_jaxpr(predict)(specs)
     except InputError:
         raise
     except Exception as error:  # models raise different types
         raise export_error(specs, error) from error
+    _check_names(output_names, "output_names", len(closed.out_avals))
 
     # Without operations whose results are not used, such as the random initial carry of an LSTM.
     jaxpr, _ = dce_jaxpr(closed.jaxpr, [True] * len(closed.out_avals), instantiate=True)
@@ -98,13 +110,20 @@ def onnx(
         for leaf, spec in zip(jax.tree.leaves(inputs), jax.tree.leaves(specs), strict=True)
     ]
     try:
-        with _quiet(), parallel.without_mesh():
-            content = to_onnx(evaluate, jax.tree.leaves(specs)).SerializeToString()
-            options = onnxruntime.SessionOptions()
-            options.log_severity_level = 4  # errors are raised
-            session = onnxruntime.InferenceSession(content, options)
-            names = [each.name for each in session.get_inputs()]
-            found = session.run(None, dict(zip(names, samples, strict=True)))
+        with _quiet(), _restored(), parallel.without_mesh():
+            model = to_onnx(
+                evaluate,
+                jax.tree.leaves(specs),
+                opset=opset,
+                input_names=input_names,
+                output_names=output_names,
+            )
+        content = model.SerializeToString()
+        options = onnxruntime.SessionOptions()
+        options.log_severity_level = 4  # errors are raised
+        session = onnxruntime.InferenceSession(content, options)
+        names = [each.name for each in session.get_inputs()]
+        found = session.run(None, dict(zip(names, samples, strict=True)))
     except Exception as error:  # jax2onnx and onnxruntime raise different types
         reason = (str(error).splitlines() or [type(error).__name__])[0]
         raise InputError(f"jax2onnx cannot convert the model: {reason}; {HINT}") from error
@@ -121,11 +140,21 @@ def onnx(
     write_atomically(file, content)
 
 
-def _evaluate(jaxpr: Any, constants: Sequence[Any], *inputs: Any) -> list[Any]:
-    """Evaluates a jaxpr by operations that jax2onnx converts correctly.
+def _check_names(names: Any, argument: str, count: int) -> None:
+    if names is None:
+        return
+    is_sequence = isinstance(names, Sequence) and not isinstance(names, str)
+    if not is_sequence or not len(names) == len(set(names)) == count:
+        raise InputError(
+            f"{argument} is {names!r}; expected {count} different names", argument=argument
+        )
 
-    Calls are inlined, since jax2onnx 0.17 does not convert those of JAX 0.12; and max pooling is a
-    maximum of slices, since onnxruntime does not run what jax2onnx makes of channels-last windows.
+
+def _evaluate(jaxpr: Any, constants: Sequence[Any], *inputs: Any) -> list[Any]:
+    """Evaluates a jaxpr with max pooling as a maximum of slices.
+
+    jax2onnx makes one pooling over all axes of it, which onnxruntime does not run. Calls are
+    inlined, since jax2onnx 0.17 does not convert those of JAX 0.12.
     """
     values = dict(zip((*jaxpr.constvars, *jaxpr.invars), (*constants, *inputs), strict=True))
 
@@ -165,7 +194,34 @@ def _max_pool(x: Any, *, shape: Any, window_dimensions: Any, window_strides: Any
         )
         for tap in itertools.product(*map(range, window_dimensions))
     ]
-    return functools.reduce(jnp.maximum, slices)
+    return functools.reduce(lax.max, slices)
+
+
+@contextlib.contextmanager
+def _restored() -> Iterator[None]:
+    """Undoes changes to the modules and classes of JAX, Flax and Equinox.
+
+    jax2onnx replaces functions while it traces, and leaves some, such as `jax.numpy.cumsum`.
+    """
+    modules = [m for name, m in [*sys.modules.items()] if name.partition(".")[0] in PATCHED]
+    classes = [
+        value
+        for module in modules
+        for value in [*vars(module).values()]
+        if isinstance(value, type) and value.__module__.partition(".")[0] in PATCHED
+    ]
+    owners = {id(owner): owner for owner in (*modules, *classes)}
+    before = [(owner, dict(vars(owner))) for owner in owners.values()]
+    try:
+        yield
+    finally:
+        for owner, attributes in before:
+            for name, value in dict(vars(owner)).items():
+                old = attributes.get(name)
+                if name not in attributes and not isinstance(value, ModuleType):
+                    delattr(owner, name)
+                elif value is not old and (callable(old) or hasattr(old, "__get__")):
+                    setattr(owner, name, old)
 
 
 @contextlib.contextmanager

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import logging
+import sys
 from pathlib import Path
+from typing import Any
 
 import flax.linen as nn
 import jax
@@ -16,7 +18,7 @@ import jaxtrain as jt
 onnxruntime = pytest.importorskip("onnxruntime")
 pytest.importorskip("jax2onnx")
 
-IMAGES = np.random.default_rng(0).integers(0, 256, (1000, 28, 28), dtype=np.uint8)
+IMAGES = np.random.default_rng(0).integers(0, 256, (100, 12, 12), dtype=np.uint8)
 
 
 def state_of(model) -> jt.TrainState:
@@ -26,7 +28,7 @@ def state_of(model) -> jt.TrainState:
 def run(path: Path, images: np.ndarray) -> np.ndarray:
     session = onnxruntime.InferenceSession(path)
     (inputs,) = session.get_inputs()
-    assert (inputs.type, inputs.shape) == ("tensor(uint8)", ["B", 28, 28])
+    assert (inputs.type, inputs.shape) == ("tensor(uint8)", ["B", 12, 12])
     return session.run(None, {inputs.name: images})[0]
 
 
@@ -55,11 +57,12 @@ MODELS = {"T2": jt.models.FeedForward(), "CNN": Convolutions(), "LSTM": Recurren
 
 @pytest.mark.parametrize("model", MODELS.values(), ids=MODELS)
 def test_onnxruntime_gives_the_outputs_of_predict(tmp_path: Path, model) -> None:
-    data = jt.Dataset(IMAGES[:100], np.arange(100) % 10)
-    state, _ = jt.train_epoch(state_of(model), data, jt.losses.cross_entropy)
+    state = state_of(model)
+    statistics = jax.tree.map(lambda leaf: leaf + 0.5, state.model_state)  # of a trained model
+    state = state.replace(model_state=statistics)
     jt.export.onnx(state, tmp_path / "model.onnx", IMAGES[:1])
     assert [path.name for path in tmp_path.iterdir()] == ["model.onnx"]
-    for count in (1, 7, 1000):
+    for count in (1, 7, 100):
         found = run(tmp_path / "model.onnx", IMAGES[:count])
         np.testing.assert_allclose(found, jt.predict(state, IMAGES[:count]), atol=1e-5, rtol=1e-5)
 
@@ -77,6 +80,23 @@ def test_processing_before_and_after_the_model_is_in_the_file(tmp_path: Path) ->
     np.testing.assert_allclose(run(tmp_path / "model.onnx", IMAGES[:7]), expected, atol=1e-5)
 
 
+def test_the_opset_and_the_names_are_as_asked(tmp_path: Path) -> None:
+    import onnx
+
+    state, path = state_of(jt.models.FeedForward((8, 3))), tmp_path / "model.onnx"
+    options: Any = {"opset": 18, "input_names": ["images"], "output_names": ["scores"]}
+    jt.export.onnx(state, path, IMAGES[:1], **options)
+    assert [each.version for each in onnx.load(path).opset_import if not each.domain] == [18]
+    session = onnxruntime.InferenceSession(path)
+    (scores,) = session.run(["scores"], {"images": IMAGES[:7]})
+    np.testing.assert_allclose(scores, jt.predict(state, IMAGES[:7]), atol=1e-5, rtol=1e-5)
+    for wrong in ({"input_names": ["a", "b"]}, {"output_names": []}, {"opset": 0}):
+        (name,) = wrong
+        with pytest.raises(jt.errors.InputError, match=rf"{name} is .*; expected ") as raised:
+            jt.export.onnx(state, path, IMAGES[:1], **options | wrong)
+        assert raised.value.argument == name
+
+
 def test_outputs_may_be_nan_where_those_of_jax_are(tmp_path: Path) -> None:
     state = state_of(jt.models.FeedForward((8, 3)))
     path = tmp_path / "model.onnx"
@@ -91,7 +111,7 @@ def test_a_conversion_that_mixes_up_examples_is_refused(tmp_path: Path, monkeypa
     monkeypatch.setattr(
         jax2onnx,
         "to_onnx",
-        lambda f, specs: convert(lambda *x: [y + 0 * jnp.sum(y) - y + y[:1] for y in f(*x)], specs),
+        lambda f, specs, **options: convert(lambda *x: [y - y + y[:1] for y in f(*x)], specs),
     )
     state = state_of(jt.models.FeedForward((8, 3)))
     with pytest.raises(
@@ -128,12 +148,32 @@ def test_a_model_that_cannot_be_converted_is_one_sentence(tmp_path: Path) -> Non
     assert not list(tmp_path.iterdir())
 
 
-def test_nothing_is_printed_and_logging_stays_as_it_is(tmp_path: Path, capfd) -> None:
+def attributes() -> dict[tuple[str, str, str], Any]:
+    """The functions, classes and primitives in JAX's and Flax's modules and classes."""
+    return {
+        (module_name, owner.__name__, name): value
+        for module_name, module in list(sys.modules.items())
+        if module_name.partition(".")[0] in ("jax", "flax")
+        for owner in [module, *(each for each in vars(module).values() if isinstance(each, type))]
+        for name, value in vars(owner).items()
+        if callable(value) or name.endswith("_p")
+    }
+
+
+def test_an_export_leaves_the_process_as_it_is(tmp_path: Path, capfd) -> None:
+    """jax2onnx replaces functions of JAX and Flax, some of them when it is imported."""
+    state = state_of(jt.models.FeedForward((8, 3)))
     root = logging.getLogger()
-    before = (list(root.handlers), root.level, root.manager.disable)
-    jt.export.onnx(state_of(jt.models.FeedForward((8, 3))), tmp_path / "model.onnx", IMAGES[:1])
+    logs = list(root.handlers), root.level, root.manager.disable
+    before = attributes()
+    jt.export.onnx(state, tmp_path / "model.onnx", IMAGES[:1])
+    after = attributes()
+    assert not {place for place in before if after.get(place) is not before[place]}
+    for place, value in after.items():
+        assert not str(getattr(value, "__module__", "")).startswith("jax2onnx"), place
+    assert not hasattr(jnp, "cumsum_p")
     assert capfd.readouterr() == ("", "")
-    assert (list(root.handlers), root.level, root.manager.disable) == before
+    assert (list(root.handlers), root.level, root.manager.disable) == logs
 
 
 @pytest.mark.skipif(hasattr(jt.init_state, "__wrapped__"), reason="types are checked before")
