@@ -64,6 +64,9 @@ class BoardLogger(Logger):
     def _image(self, step: int, name: str, png: bytes) -> None:
         """Writes a picture at a step, and opens the files if they are closed."""
 
+    def _flush(self) -> None:
+        """Writes to the disk what has been logged so far."""
+
     def _log_picture(self, name: str, picture: Any) -> None:
         if not isinstance(picture, bytes):
             from jaxtrain._figures import to_png  # matplotlib, which has made the figure
@@ -79,6 +82,7 @@ class BoardLogger(Logger):
         rate = learning_rate(run.state)
         if rate is not None:
             self._scalars(max(losses), {"learning_rate": rate})
+        self._flush()
 
     def _write_epoch(self, run: Run, step: int) -> None:
         row = {name: x for name, x in run.rows[-1].items() if np.size(x) == 1}
@@ -89,6 +93,7 @@ class BoardLogger(Logger):
             values = _finite_values(array)
             if len(values):
                 self._histogram(step, name, values, *np.histogram(values, bins=_BINS))
+        self._flush()
 
 
 def checked_folder(folder: str | os.PathLike[str]) -> Path:

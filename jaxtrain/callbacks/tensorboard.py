@@ -6,16 +6,13 @@ import os
 import socket
 import struct
 import time
-from pathlib import Path
-from typing import TYPE_CHECKING, Any, BinaryIO
+import weakref
+from typing import Any
 
 import numpy as np
 
 from jaxtrain._extras import needs_extra
 from jaxtrain.callbacks._board import BoardLogger, checked_folder
-
-if TYPE_CHECKING:
-    from jaxtrain.training.fit import Run
 
 # TensorBoard reads files whose names contain "tfevents"; this suffix marks ours.
 EVENT_FILES = "events.out.tfevents.*.jaxtrain"
@@ -60,34 +57,26 @@ def tensorboard(folder: str | os.PathLike[str], *, histograms: bool = False) -> 
 
 
 class _TensorBoard(BoardLogger):
-    """Writes records itself: tensorboardX's writer has a thread, which hides a full disk.
+    """Writes by tensorboardX's RecordWriter, which raises an error if the disk is full.
 
-    Its queue then fills, and the run hangs.
+    In its SummaryWriter, a thread writes: it would print the error, and the run would hang. The
+    file stays open after a run, for pictures.
     """
 
-    _path: Path | None = None  # the event file of this logger
-    _file: BinaryIO | None = None
+    _writer: Any = None
+    _close_file: Any = None
 
     def _start(self, step: int) -> None:
         from tensorboardX.proto.event_pb2 import SessionLog
 
         if step == 0:
-            if self._step is not None:  # otherwise it contains only pictures
-                self._close(None)
-                self._path = None
+            if self._step is not None:  # otherwise the file contains only pictures
+                self._finish()
             for path in self._place.glob(EVENT_FILES):
-                if path != self._path:
+                if self._writer is None or str(path) != self._writer.path:
                     path.unlink(missing_ok=True)
         # TensorBoard drops earlier records from this step on.
         self._write(step=step + 1, session_log=SessionLog(status=SessionLog.START))
-
-    def _write_steps(self, run: Run, losses: dict[int, float]) -> None:
-        super()._write_steps(run, losses)
-        self._opened().flush()
-
-    def _write_epoch(self, run: Run, step: int) -> None:
-        super()._write_epoch(run, step)
-        self._opened().flush()
 
     def _scalars(self, step: int, values: dict[str, Any]) -> None:
         from tensorboardX.proto.summary_pb2 import Summary
@@ -122,29 +111,35 @@ class _TensorBoard(BoardLogger):
         self._write(step=step, summary=Summary(value=[Summary.Value(tag=name, image=image)]))
 
     def _close(self, error: BaseException | None) -> None:
-        if self._file is not None:
-            self._file.close()
-            self._file = None
+        if error is not None:
+            self._finish()
+        else:
+            self._flush()
+
+    def _flush(self) -> None:
+        if self._writer is not None:
+            self._writer.flush()
+
+    def _finish(self) -> None:
+        if self._writer is not None:
+            self._writer = None
+            self._close_file()
 
     def _write(self, **fields: Any) -> None:
-        """Appends an event as a record: its length and its content, each with a checksum."""
         from tensorboardX.proto.event_pb2 import Event
-        from tensorboardX.record_writer import masked_crc32c
 
-        content = Event(wall_time=time.time(), **fields).SerializeToString()
-        length = struct.pack("<Q", len(content))
-        checksums = [struct.pack("<I", masked_crc32c(part)) for part in (length, content)]
-        self._opened().write(length + checksums[0] + content + checksums[1])
+        event = Event(wall_time=time.time(), **fields)
+        self._opened().write(event.SerializeToString())
 
-    def _opened(self) -> BinaryIO:
-        """Returns the event file, open for writing; a new one starts with its version."""
-        if self._file is None and self._path is not None:
-            self._file = self._path.open("ab")
-        elif self._file is None:
+    def _opened(self) -> Any:
+        """Returns the writer of the event file; a new file starts with its version."""
+        if self._writer is None:
+            from tensorboardX.record_writer import RecordWriter
+
             self._place.mkdir(parents=True, exist_ok=True)
             # TensorBoard reads the files in the order of their names.
             unique = f"{time.time():.6f}.{socket.gethostname()}.{os.getpid()}"
-            self._path = self._place / EVENT_FILES.replace("*", unique)
-            self._file = self._path.open("xb")
+            self._writer = RecordWriter(str(self._place / EVENT_FILES.replace("*", unique)))
+            self._close_file = weakref.finalize(self, self._writer.close)
             self._write(file_version="brain.Event:2")
-        return self._file
+        return self._writer
