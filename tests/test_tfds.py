@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import pickle
+import re
 import shutil
 import subprocess
 import sys
@@ -130,16 +131,10 @@ def test_a_batch_is_the_examples_at_its_indices(prepared: Path) -> None:
     batch = source.__getitems__(np.array([11, 0, 11, 5]))
     assert [label for _, label in batch] == [source[i][1] for i in (11, 0, 11, 5)]
     np.testing.assert_array_equal(batch[1][0], source[0][0])
-    assert source.__getitems__([]) == []
-
-
-@pytest.mark.parametrize("index", [-1, 12])
-def test_an_index_out_of_range_is_an_index_error(prepared: Path, index: int) -> None:
-    source = open_tfds("little", data_dir=prepared)
-    with pytest.raises(IndexError, match=f"the index is {index}; expected one from 0 to 11"):
-        source[index]
-    with pytest.raises(IndexError, match="expected one from 0 to 11"):
-        source.__getitems__([0, index])
+    for index in (-1, 12):
+        for read in (lambda i=index: source[i], lambda i=index: source.__getitems__([0, i])):
+            with pytest.raises(IndexError, match=f"index is {index}; expected one from 0 to 11"):
+                read()
 
 
 def test_part_of_a_split_and_other_keys(prepared: Path) -> None:
@@ -170,15 +165,12 @@ def test_load_gives_arrays_of_both_splits(prepared: Path) -> None:
     assert sorted(labels) == [50, 51, 52, 53, 54]
 
 
-def test_load_reads_all_batches_and_keeps_other_targets(prepared: Path, monkeypatch) -> None:
-    whole = load_tfds("little", prepared)
-    monkeypatch.setattr("jaxtrain.data.tfds._BATCH", 5)
-    for keys, dtype in ((("image", "weight"), np.float32), (("image", "large"), np.int64)):
-        (images, targets), _ = load_tfds("little", prepared, keys=keys)
-        assert targets.dtype == dtype
-        np.testing.assert_array_equal(images, whole[0][0])
-        large = whole[0][1].astype(np.int64) + 2**40
-        np.testing.assert_array_equal(targets, whole[0][1] / 2 if dtype == np.float32 else large)
+@pytest.mark.parametrize(("key", "dtype"), [("weight", np.float32), ("large", np.int64)])
+def test_load_keeps_targets_that_are_no_labels(tmp_path: Path, key: str, dtype: type) -> None:
+    prepare(tmp_path, supervised=("label", key))
+    (labels, targets), _ = load_tfds("little", tmp_path)
+    assert targets.dtype == dtype
+    np.testing.assert_array_equal(targets, labels / 2 if key == "weight" else labels + 2**40)
 
 
 def test_the_default_folder_the_version_and_the_configuration(tmp_path, monkeypatch) -> None:
@@ -224,14 +216,14 @@ print("tensorflow" in sys.modules)
     assert result.stdout == expected, result.stderr
 
 
-@pytest.mark.parametrize("name", ["huggingface:mnist", "../little", "", "little:1", "a/b=1,c"])
+@pytest.mark.parametrize("name", ["huggingface:mnist", "../little", "little:1"])
 def test_a_name_that_is_none_of_tfds(prepared: Path, name: str) -> None:
     with pytest.raises(InputError, match=r"the data set's name is .* expected a name in TFDS") as e:
         open_tfds(name, data_dir=prepared)
     assert e.value.argument == "name"
 
 
-@pytest.mark.parametrize("name", ["mnist", "little:2.0.0", "little/big", "unknown"])
+@pytest.mark.parametrize("name", ["mnist", "little:2.0.0", "little/big"])
 def test_a_data_set_that_is_not_prepared(prepared: Path, name: str, monkeypatch) -> None:
     import tensorflow_datasets as tfds
 
@@ -247,7 +239,7 @@ def test_a_data_set_in_another_format(copied: Path) -> None:
         open_tfds("little", data_dir=copied)
 
 
-@pytest.mark.parametrize("split", ["dev", "train[x]", "", "train[:0]"])
+@pytest.mark.parametrize("split", ["dev", "train[x]", "train[:0]"])
 def test_an_unknown_or_empty_split(prepared: Path, split: str) -> None:
     with pytest.raises(InputError, match=r"the split is .* expected one of train, test of l") as e:
         open_tfds("little", split, prepared)
@@ -260,28 +252,21 @@ def test_a_data_set_without_a_split_to_test(tmp_path: Path) -> None:
         load_tfds("little", tmp_path)
 
 
-@pytest.mark.parametrize(
-    ("supervised", "keys", "message"),
-    [
-        (None, None, "the supervised_keys are None"),
-        (
-            ("image", "label", "weight"),
-            None,
-            r"the supervised_keys are \('image', 'label', 'weight'\)",
-        ),
-        (None, ("image", "lable"), r"keys is \('image', 'lable'\)"),
-        pytest.param(None, "label", "keys is 'label'", marks=UNTYPED),
-    ],
-)
-def test_keys_must_be_two_features(tmp_path, supervised, keys, message) -> None:
-    prepare(tmp_path, supervised=supervised, counts={"train": 2})
-    expected = f"{message} for the data set little; .* image, label, .*; pass keys=\\(input, target"
-    with pytest.raises(InputError, match=expected) as e:
-        open_tfds("little", data_dir=tmp_path, keys=keys)
-    assert e.value.argument == "keys"
+@pytest.mark.parametrize("keys", [("image", "lable"), pytest.param("label", marks=UNTYPED)])
+def test_keys_must_be_two_features(prepared: Path, keys: Any) -> None:
+    expected = rf"keys is {re.escape(repr(keys))} for the data set little; .* image, label, .*keys="
+    with pytest.raises(InputError, match=expected) as raised:
+        open_tfds("little", data_dir=prepared, keys=keys)
+    assert raised.value.argument == "keys"
 
 
-@pytest.mark.parametrize("damage", ["cut", "empty", "missing", "overwritten"])
+def test_a_data_set_without_a_pair_needs_keys(tmp_path: Path) -> None:
+    prepare(tmp_path, supervised=None, counts={"train": 2})
+    with pytest.raises(InputError, match=r"the supervised_keys are None .*; pass keys="):
+        open_tfds("little", data_dir=tmp_path)
+
+
+@pytest.mark.parametrize("damage", ["cut", "missing", "overwritten"])
 def test_a_damaged_file_is_named_with_the_example(copied: Path, damage: str) -> None:
     file = next((copied / "little" / "1.0.0").glob("*train*-00001-of-00002"))
     content = file.read_bytes()
@@ -289,14 +274,13 @@ def test_a_damaged_file_is_named_with_the_example(copied: Path, damage: str) -> 
     if damage == "missing":
         file.unlink()
     else:
-        kept = {"cut": content[:-50_000], "empty": b"", "overwritten": b"x" * len(content)}
-        file.write_bytes(kept[damage])
+        file.write_bytes(content[:-50_000] if damage == "cut" else b"x" * len(content))
     first = len(source) // 2
     assert source[first - 1][0].shape == (8, 8, 1)
     for read in (lambda: source[11], lambda: source.__getitems__([0, 11])):
-        with pytest.raises(InputError, match=rf"example 11 of little \(.*{file.name}\) cannot"):
+        with pytest.raises(InputError, match=r"example 11 of little \(split 'train'\) cannot"):
             read()
-    with pytest.raises(InputError, match=rf"example {first} of little \(.*{file.name}\) cannot"):
+    with pytest.raises(InputError, match=rf"example {first} of little .* prepare the data set"):
         load_tfds("little", copied)
 
 
@@ -308,16 +292,13 @@ def test_a_damaged_description(copied: Path, file: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("key", "message"),
-    [
-        ("row", r"'row' in example \d+ .* has shape \(\d,\), but \(\d,\) in"),
-        ("text", "type bytes"),
-        ("words", "type ndarray"),
-    ],
+    ("key", "found"),
+    [("row", r"ndarray of the shapes \(1,\), \(2,\)"), ("text", "values"), ("words", "object")],
 )
-def test_load_needs_numbers_of_one_shape(prepared: Path, key: str, message: str) -> None:
-    with pytest.raises(InputError, match=f"{message}.*jt.data.stream and a transform"):
-        load_tfds("little", prepared, keys=(key, "label"))
+def test_load_needs_numbers_of_one_shape(tmp_path: Path, key: str, found: str) -> None:
+    prepare(tmp_path, supervised=(key, "label"))
+    with pytest.raises(InputError, match=f"'{key}' .* has .*{found}.*stream and a transform"):
+        load_tfds("little", tmp_path)
 
 
 @pytest.mark.parametrize("package", ["tensorflow_datasets", "array_record.python"])

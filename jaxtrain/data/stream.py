@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import functools
 import mmap
 import operator
 from collections.abc import Callable, Iterator, Mapping
@@ -31,8 +32,8 @@ class Source(Protocol):
 
 
 Transform = Callable[[Any, np.random.Generator], Any]
-# Bytes of a large file that may be mapped at a time. Reading one example may map a huge page.
-_MAPPED_BYTES = 2**26
+# The pages of larger files are dropped from the memory of the process after each batch.
+_LARGE_BYTES = 2**26
 _FIELDS = tuple(field.name for field in dataclasses.fields(Dataset))
 
 
@@ -265,7 +266,6 @@ class _Reader:
         self._source, self._order, self._size, self._batches = source, order, size, batches
         self._shard, self._transform, self._seed = shard, transform, seed
         self._large_files = _large_files(source)
-        self._most_mapped = _mapped_bytes() + _MAPPED_BYTES
 
     def __len__(self) -> int:
         return self._batches
@@ -277,9 +277,8 @@ class _Reader:
         part = (min(start + self._size, len(self._order)) - start) // count
         start += index * part
         examples = _read(self._source, self._order[start : start + part])
-        if self._large_files and _mapped_bytes() > self._most_mapped:
-            for file in self._large_files:
-                file.madvise(mmap.MADV_DONTNEED)
+        for file in self._large_files:
+            file.madvise(mmap.MADV_DONTNEED)
         if self._transform is not None:
             # The random numbers of an example depend on its position in the epoch alone, also in
             # a shard.
@@ -290,19 +289,18 @@ class _Reader:
         return _stack(examples)
 
     def __getstate__(self) -> dict[str, Any]:
-        # NumPy would pickle the content of a memory-mapped array, so pickle its file name.
+        # NumPy would pickle the content of a memory-mapped array, so pickle how to open it.
         is_array = isinstance(self._source, Dataset)
-        source = jax.tree.map(_to_file, self._source) if is_array else self._source
+        source = jax.tree.map(_opener, self._source) if is_array else self._source
         return self.__dict__ | {"_source": source, "_large_files": []}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__ |= state
         if isinstance(self._source, Dataset):
             self._source = jax.tree.map(
-                lambda leaf: leaf.open() if isinstance(leaf, _File) else leaf, self._source
+                lambda leaf: leaf() if isinstance(leaf, functools.partial) else leaf, self._source
             )
             self._large_files = _large_files(self._source)
-            self._most_mapped = _mapped_bytes() + _MAPPED_BYTES
 
 
 def _read(source: Any, indices: np.ndarray) -> Any:
@@ -333,20 +331,11 @@ def _example(source: Any, index: int) -> Any:
 
 
 def _large_files(source: Any) -> list[mmap.mmap]:
-    """Returns the files whose pages are to be dropped from the memory of the process at times."""
+    """Returns the large files of a data set, whose pages in memory can be dropped."""
     leaves = jax.tree.leaves(source) if isinstance(source, Dataset) else []
     # The pages of a mapping in the mode "c" may have been changed.
     files = [_mapping(array) for array in leaves if getattr(array, "mode", "c") != "c"]
-    return [file for file in files if file is not None and len(file) > _MAPPED_BYTES]
-
-
-def _mapped_bytes() -> int:
-    """Returns the size of the pages of files in the memory of the process; 0 if unknown."""
-    try:
-        with open("/proc/self/statm") as file:
-            return int(file.read().split()[2]) * mmap.PAGESIZE
-    except OSError:
-        return 0
+    return [file for file in files if file is not None and len(file) > _LARGE_BYTES]
 
 
 def _take(array: Any, indices: np.ndarray) -> np.ndarray:
@@ -382,28 +371,14 @@ def _separate(examples: Any) -> list[Any]:
     """Returns the examples of arrays that were read together, as tuples of their fields."""
     if not isinstance(examples, Dataset):
         return examples
-    fields = [getattr(examples, name) for name in _FIELDS]
-    while fields[-1] is None:
-        fields.pop()
-    columns = tuple(fields)
+    columns = tuple(getattr(examples, name) for name in _FIELDS)
+    while columns[-1] is None:
+        columns = columns[:-1]
     return [jax.tree.map(operator.itemgetter(row), columns) for row in range(len(examples))]
 
 
-# Not a pytree, since it takes the place of an array in a data set.
-@dataclasses.dataclass(frozen=True)
-class _File:
-    """A memory-mapped array without its content, to open again in another process."""
-
-    filename: Any
-    dtype: np.dtype
-    offset: int
-    shape: tuple[int, ...]
-
-    def open(self) -> np.ndarray:
-        return np.memmap(self.filename, self.dtype, "r", self.offset, self.shape)
-
-
-def _to_file(array: Any) -> Any:
+def _opener(array: Any) -> Any:
+    """Returns a function that opens a memory-mapped array again; other arrays as they are."""
     if _mapping(array) is None:
         return array
     root = _root(array)
@@ -414,7 +389,8 @@ def _to_file(array: Any) -> Any:
             "complete memory-mapped array, or consecutive rows of one, to read it in workers",
             argument="workers",
         )
-    return _File(array.filename, array.dtype, root.offset + start, array.shape)
+    offset = root.offset + start
+    return functools.partial(np.memmap, array.filename, array.dtype, "r", offset, array.shape)
 
 
 def _mapping(array: Any) -> mmap.mmap | None:

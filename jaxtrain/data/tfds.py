@@ -20,7 +20,6 @@ TFDS_PREFIX = "tfds:"
 # data_set/configuration:version; not a name with a namespace, which TFDS would look up online.
 _NAME = re.compile(r"(\w+)(?:/([\w+.-]+))?(?::((?:\d+|\*)(?:\.(?:\d+|\*)){2}))?")
 _VERSION = re.compile(r"\d+\.\d+\.\d+")
-_BATCH = 1024  # examples that load_tfds asks for at once
 
 
 class TfdsSource:
@@ -59,10 +58,6 @@ class TfdsSource:
             self._source = builder.as_data_source(
                 split, decoders=unused, file_format="array_record"
             )
-            self._files = [
-                (str(part.filename), int(part.take))
-                for part in info.splits[split].file_instructions
-            ]
         except (ValueError, KeyError, AssertionError, TypeError) as error:  # unknown, or empty
             raise InputError(
                 f"the split is {split!r}; expected one of {', '.join(info.splits)} of {self.name}, "
@@ -80,9 +75,8 @@ class TfdsSource:
             return self._select(self._source[index])
         except Exception as error:  # RuntimeError of a damaged file, or whatever a decoder raises
             raise InputError(
-                f"example {index} of {self.name} (split {self.split!r}, file "
-                f"{self._file(index)}) cannot be read ({_first_line(error)}); correct the cause, "
-                "or prepare the data set again"
+                f"example {index} of {self.name} (split {self.split!r}) cannot be read "
+                f"({_first_line(error)}); correct the cause, or prepare the data set again"
             ) from error
 
     def __getitems__(self, indices: Sequence[int] | np.ndarray) -> list[tuple[Any, Any]]:
@@ -109,13 +103,6 @@ class TfdsSource:
             for value, dtype in zip((example[key] for key in self.keys), self._dtypes, strict=True)
         )
         return inputs, target
-
-    def _file(self, index: int) -> str:
-        for file, examples in self._files:
-            if index < examples:
-                return file
-            index -= examples
-        return "unknown"
 
 
 def open_tfds(
@@ -152,18 +139,12 @@ def open_tfds(
     return TfdsSource(_open_builder(name, data_dir), split, keys)
 
 
-def load_tfds(
-    name: str,
-    data_dir: str | os.PathLike[str] | None = None,
-    *,
-    keys: tuple[str, str] | None = None,
-) -> tuple[Images, Images]:
+def load_tfds(name: str, data_dir: str | os.PathLike[str] | None = None) -> tuple[Images, Images]:
     """Reads the splits "train" and "test" (else "validation") of a prepared data set into memory.
 
     Args:
       name: as in `open_tfds`.
       data_dir: as in `open_tfds`.
-      keys: as in `open_tfds`.
 
     Returns:
       (inputs, targets) for training and for testing. Integer labels that fit are int32; other
@@ -188,7 +169,7 @@ def load_tfds(
             "validation); open the ones you need with open_tfds",
             argument="name",
         )
-    return _read(TfdsSource(builder, "train", keys)), _read(TfdsSource(builder, test, keys))
+    return _read(TfdsSource(builder, "train")), _read(TfdsSource(builder, test))
 
 
 def _open_builder(name: str, data_dir: str | os.PathLike[str] | None) -> Any:
@@ -273,31 +254,28 @@ def _check_keys(info: Any, keys: tuple[str, str] | None) -> tuple[str, str]:
 
 
 def _read(source: TfdsSource) -> Images:
-    """Reads all examples into two arrays; the first example gives their shapes."""
-    columns: list[np.ndarray] = []
-    for start in range(0, len(source), _BATCH):
-        indices = range(start, min(start + _BATCH, len(source)))
-        for index, example in zip(indices, source.__getitems__(indices), strict=True):
-            for key, value in zip(source.keys, example, strict=True):
-                if not isinstance(value, np.ndarray | np.generic) or value.dtype.hasobject:
-                    raise _unsuitable(source, key, index, f"type {type(value).__name__}")
-            columns = columns or [np.empty((len(source), *v.shape), v.dtype) for v in example]
-            for key, value, column in zip(source.keys, example, columns, strict=True):
-                if value.shape != column.shape[1:]:
-                    first = f", but {column.shape[1:]} in example 0"
-                    raise _unsuitable(source, key, index, f"shape {value.shape}{first}")
-                column[index] = value
-    inputs, targets = columns
+    """Reads all examples into two arrays."""
+    columns = zip(*source.__getitems__(range(len(source))), strict=True)
+    inputs, targets = (
+        _stack(values, key, source) for values, key in zip(columns, source.keys, strict=True)
+    )
     if targets.ndim == 1 and targets.dtype.kind in "iu":
         labels = targets.astype(np.int32)
         targets = labels if np.array_equal(labels, targets) else targets
     return inputs, targets
 
 
-def _unsuitable(source: TfdsSource, key: str, index: int, found: str) -> InputError:
-    return InputError(
-        f"the feature {key!r} in example {index} of {source.name} (split {source.split!r}) has "
-        f"{found}; expected arrays of numbers of one shape; read the data set with jt.data.stream "
-        "and a transform that makes them so",
+def _stack(values: Sequence[Any], key: str, source: TfdsSource) -> np.ndarray:
+    shapes = sorted({np.shape(value) for value in values})
+    kind = type(values[0]).__name__
+    if len(shapes) == 1:
+        array = np.stack(values)
+        if array.dtype.kind not in "OSU":
+            return array
+        kind = f"{array.dtype} values"
+    raise InputError(
+        f"the feature {key!r} of {source.name} (split {source.split!r}) has {kind} of the shapes "
+        f"{', '.join(map(str, shapes[:3]))}; expected arrays of numbers of one shape; read the "
+        "data set with jt.data.stream and a transform that makes them so",
         argument="name",
     )
