@@ -35,44 +35,29 @@ def without_seconds(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
     return [{name: value for name, value in row.items() if name != "seconds"} for row in rows]
 
 
-def test_csv_has_the_history_and_the_loss_of_every_step(tmp_path: Path) -> None:
-    log = jt.callbacks.csv(tmp_path / "new" / "log.csv", steps=tmp_path / "steps.csv")
-    _, history = fit([log], epochs=3)
-    rows = read_csv(tmp_path / "new" / "log.csv")
+def test_the_files_have_the_history_and_the_loss_of_every_step(tmp_path: Path) -> None:
+    metric_fns = {"accuracy": jt.metrics.accuracy, "confusion": jt.metrics.confusion_matrix}
+    _, history = fit(loggers(tmp_path / "new"), epochs=3, metric_fns=metric_fns)
+    assert np.shape(history["test_confusion"]) == (3, 3, 3)
+    rows, steps = (read_csv(tmp_path / "new" / name) for name in ("log.csv", "steps.csv"))
     assert list(rows[0]) == ["epoch", "step", *list(history)[1:]]
     assert [row["step"] for row in rows] == ["5", "10", "15"]
-    for name, values in history.items():
-        assert [float(row[name]) for row in rows] == values.tolist(), name
-    steps = read_csv(tmp_path / "steps.csv")
     assert list(steps[0]) == ["step", "epoch", "loss"]
     assert [int(row["step"]) for row in steps] == list(range(1, 3 * STEPS + 1))
     assert [row["epoch"] for row in steps[4:6]] == ["1", "2"]
     assert [float(row["loss"]) for row in steps] == history.step_losses.tolist()
 
-
-def test_json_lines_have_the_history_and_the_loss_of_every_step(tmp_path: Path) -> None:
-    _, history = fit([jt.callbacks.json_lines(str(tmp_path / "log.jsonl"))], epochs=3)
-    rows = read_lines(tmp_path / "log.jsonl")
-    steps = [row for row in rows if row["event"] == "step"]
-    epochs = [row for row in rows if row["event"] == "epoch"]
-    assert [row["step"] for row in steps] == list(range(1, 3 * STEPS + 1))
-    assert [row["loss"] for row in steps] == history.step_losses.tolist()
-    assert steps[STEPS - 1]["learning_rate"] == 0.1  # the last step of an epoch is a report
+    lines = read_lines(tmp_path / "new" / "log.jsonl")
+    assert lines[STEPS]["event"] == "epoch"  # in the order of the calls
+    json_steps = [row for row in lines if row["event"] == "step"]
+    epochs = [row for row in lines if row["event"] == "epoch"]
+    assert [row["step"] for row in json_steps] == list(range(1, 3 * STEPS + 1))
+    assert [row["loss"] for row in json_steps] == history.step_losses.tolist()
+    assert json_steps[STEPS - 1]["learning_rate"] == 0.1  # the last step of an epoch is a report
     assert [row["step"] for row in epochs] == [5, 10, 15]
-    for name, values in history.items():
+    for name, values in history.items():  # arrays are nested lists
+        assert [json.loads(row[name]) for row in rows] == values.tolist(), name
         assert [row[name] for row in epochs] == values.tolist(), name
-    assert rows[STEPS]["event"] == "epoch"  # in the order of the calls
-
-
-def test_arrays_are_nested_lists(tmp_path: Path) -> None:
-    metric_fns = {"confusion": jt.metrics.confusion_matrix}
-    _, history = fit(loggers(tmp_path), metric_fns=metric_fns)
-    expected = history["test_confusion"].tolist()
-    assert np.shape(expected) == (2, 3, 3)
-    rows = read_csv(tmp_path / "log.csv")
-    assert [json.loads(row["test_confusion"]) for row in rows] == expected
-    lines = [row for row in read_lines(tmp_path / "log.jsonl") if row["event"] == "epoch"]
-    assert [row["test_confusion"] for row in lines] == expected
 
 
 def test_lines_are_on_disk_as_soon_as_they_are_reported(tmp_path: Path) -> None:
@@ -109,7 +94,7 @@ def test_a_value_that_is_not_finite_is_null_in_json_and_nan_in_csv(tmp_path: Pat
     assert [row["loss"] for row in read_csv(tmp_path / "steps.csv")] == ["nan", "inf"]
 
 
-@pytest.mark.parametrize("stop", [(2, 3), (2, 5), (3, 1)])
+@pytest.mark.parametrize("stop", [(2, 3), (2, 5)])
 def test_a_run_that_resumes_continues_its_files(tmp_path: Path, stop: tuple[int, int]) -> None:
     """Interrupted within an epoch or at its end; checkpoints every 2 steps and after epochs."""
 
@@ -141,29 +126,29 @@ def test_steps_are_logged_before_a_checkpoint_within_an_epoch(tmp_path: Path) ->
     assert {(2, 2), (4, 4), (5, 5)} <= set(saved)
 
 
-def test_calling_fit_again_with_the_returned_state_continues_the_files(tmp_path: Path) -> None:
-    state, first = fit(loggers(tmp_path), 1)
-    _, second = fit(loggers(tmp_path), 2, state)
-    assert [row["epoch"] for row in read_csv(tmp_path / "log.csv")] == ["1", "2", "3"]
-    losses = [float(row["loss"]) for row in read_csv(tmp_path / "steps.csv")]
-    assert losses == [*first.step_losses, *second.step_losses]
-    fit(loggers(tmp_path), 1)  # from the start: another run
-    assert [row["epoch"] for row in read_csv(tmp_path / "log.csv")] == ["1"]
-    assert len(read_csv(tmp_path / "steps.csv")) == STEPS
+@pytest.mark.parametrize("same", [True, False], ids=["the same loggers", "new loggers"])
+def test_calling_fit_again_with_the_returned_state_continues_the_files(
+    tmp_path: Path, same: bool
+) -> None:
+    first = loggers(tmp_path)
 
+    def train(state: jt.TrainState | None = None) -> Any:
+        return fit(first if same else loggers(tmp_path), 1, state)
 
-def test_one_logger_serves_several_calls_of_fit(tmp_path: Path) -> None:
-    callbacks = loggers(tmp_path)
+    def logged() -> tuple[list[str], list[str], list[int]]:
+        rows, steps = (read_csv(tmp_path / name) for name in ("log.csv", "steps.csv"))
+        lines = read_lines(tmp_path / "log.jsonl")
+        return [r["epoch"] for r in rows], [s["loss"] for s in steps], [r["step"] for r in lines]
+
+    state, history = train()
+    _, second = train(state)
     steps = [1, 2, 3, 4, 5, 5]
-    state, _ = fit(callbacks, 1)
-    fit(callbacks, 1, state)
-    found = [row["step"] for row in read_lines(tmp_path / "log.jsonl")]
-    assert found == [*steps, 6, 7, 8, 9, 10, 10]
-    fit(callbacks, 1, state)  # the same epoch again
-    assert [row["epoch"] for row in read_csv(tmp_path / "log.csv")] == ["1", "2"]
-    fit(callbacks, 1)
-    assert [row["step"] for row in read_lines(tmp_path / "log.jsonl")] == steps
-    assert [row["epoch"] for row in read_csv(tmp_path / "log.csv")] == ["1"]
+    losses = [str(loss) for loss in [*history.step_losses.tolist(), *second.step_losses.tolist()]]
+    assert logged() == (["1", "2"], losses, [*steps, 6, 7, 8, 9, 10, 10])
+    train(state)  # the same epoch again
+    assert logged() == (["1", "2"], losses, [*steps, 6, 7, 8, 9, 10, 10])
+    train()  # from the start: another run
+    assert logged() == (["1"], losses[:STEPS], steps)
 
 
 def test_a_run_that_fails_before_its_first_step_keeps_the_earlier_log(tmp_path: Path) -> None:
@@ -190,14 +175,9 @@ def test_incomplete_lines_of_a_killed_run_are_removed(tmp_path: Path) -> None:
     assert [row["epoch"] for row in read_csv(tmp_path / "log.csv")] == ["1", "2"]
     assert [row["step"] for row in read_csv(tmp_path / "steps.csv")] == [*map(str, range(1, 11))]
     assert len(read_lines(tmp_path / "log.jsonl")) == 12
-
-
-def test_a_part_of_the_first_line_is_not_other_content(tmp_path: Path) -> None:
-    path = tmp_path / "log.jsonl"
-    for part in ("{", '{"event": "st'):
-        path.write_text(part)
-        fit([jt.callbacks.json_lines(path)], 1)
-        assert len(read_lines(path)) == STEPS + 1
+    (tmp_path / "log.jsonl").write_text('{"event": "st')  # a part of the first line
+    fit([jt.callbacks.json_lines(tmp_path / "log.jsonl")], 1)
+    assert len(read_lines(tmp_path / "log.jsonl")) == STEPS + 1
 
 
 def test_a_new_column_is_added_when_a_run_continues(tmp_path: Path) -> None:
@@ -225,7 +205,7 @@ def test_wrong_arguments_are_refused_before_anything_is_written(tmp_path: Path) 
     assert {path.name for path in tmp_path.iterdir()} == {"file", "link.csv"}
 
 
-@pytest.mark.parametrize("content", ["name,grade\nMia,1\n", '{"name": "Mia"}\n', "a text", "\n\0"])
+@pytest.mark.parametrize("content", ["name,grade\nMia,1\n", '{"name": "Mia"}\n', "\n\0"])
 def test_a_file_of_other_content_is_refused_and_kept(tmp_path: Path, content: str) -> None:
     mine = tmp_path / "mine"
     mine.write_text(content)
