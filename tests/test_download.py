@@ -94,7 +94,7 @@ def test_servers_that_are_down_or_silent_are_named_in_time(monkeypatch) -> None:
         silent.listen()
         urls = "http://127.0.0.1:9/", f"http://127.0.0.1:{silent.getsockname()[1]}/"
         monkeypatch.setitem(SOURCES, "mnist", Source(urls, ("0" * 64,) * 4))
-        expected = rf"{urls[0]}: ConnectionError, {urls[1]}: no answer in "
+        expected = rf"{urls[0]}: no connection, {urls[1]}: no answer in "
         with pytest.raises(jt.errors.DataUnavailableError, match=expected):
             jt.data.load("mnist")
 

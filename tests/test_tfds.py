@@ -36,10 +36,8 @@ def prepare(folder: Path, *, version: str = "1.0.0", **changed: Any) -> None:
     import tensorflow_datasets as tfds
     from PIL import Image
 
-    counts, supervised = (
-        changed.get("counts", COUNTS),
-        changed.get("supervised", ("image", "label")),
-    )
+    counts = changed.get("counts", COUNTS)
+    supervised = changed.get("supervised", ("image", "label"))
 
     class Little(tfds.core.GeneratorBasedBuilder, skip_registration=True):
         VERSION = tfds.core.Version(version)
@@ -86,7 +84,6 @@ def prepare(folder: Path, *, version: str = "1.0.0", **changed: Any) -> None:
                     },
                 )
 
-    Little.name = changed.get("name", Little.name)
     configs = changed.get("configs", [None])
     for config in configs:
         builder = Little(data_dir=folder, config=config, file_format="array_record")
@@ -218,9 +215,8 @@ print("tensorflow" in sys.modules)
 
 @pytest.mark.parametrize("name", ["huggingface:mnist", "../little", "little:1"])
 def test_a_name_that_is_none_of_tfds(prepared: Path, name: str) -> None:
-    with pytest.raises(InputError, match=r"the data set's name is .* expected a name in TFDS") as e:
+    with pytest.raises(InputError, match=r"the data set's name is .* expected a name in TFDS"):
         open_tfds(name, data_dir=prepared)
-    assert e.value.argument == "name"
 
 
 @pytest.mark.parametrize("name", ["mnist", "little:2.0.0", "little/big"])

@@ -89,6 +89,8 @@ def _describe(error: Exception) -> str:
         return "the proxy cannot be reached or refuses (see $https_proxy and $http_proxy)"
     if isinstance(error, requests.Timeout):
         return "no answer in time"
+    if type(error) is requests.ConnectionError:
+        return "no connection"
     if isinstance(error, requests.RequestException):
         return type(error).__name__
     return "a file with another checksum, which was removed"  # ValueError of pooch
