@@ -84,6 +84,7 @@ def prepare(folder: Path, *, version: str = "1.0.0", **changed: Any) -> None:
                     },
                 )
 
+    Little.name = changed.get("name", Little.name)
     configs = changed.get("configs", [None])
     for config in configs:
         builder = Little(data_dir=folder, config=config, file_format="array_record")
