@@ -1,6 +1,11 @@
-"""Linen, NNX and Equinox modules behave alike in a TrainState."""
+"""Linen, NNX and Equinox modules train alike, and compute what they compute without jaxtrain."""
 
 from __future__ import annotations
+
+import dataclasses
+import subprocess
+import sys
+from typing import Any
 
 import equinox as eqx
 import flax.linen as nn
@@ -10,29 +15,41 @@ import numpy as np
 import optax
 import pytest
 from flax import nnx
+from flax.training import train_state
 
 import jaxtrain as jt
-from benchmarks import frameworks
-
-LOSS = jt.losses.cross_entropy
+from tests.adapters.helpers import (
+    DATA,
+    INPUTS,
+    KEY,
+    LOSS,
+    assert_close,
+    assert_equal,
+    evaluate,
+    init,
+    train,
+)
 
 
 class LinenNetwork(nn.Module):
+    rate: float = 0.5
+
     @nn.compact
-    def __call__(self, inputs, train: bool = False):
-        x = nn.BatchNorm(use_running_average=not train, momentum=0.9)(nn.Dense(16)(inputs))
-        return nn.Dense(3)(nn.Dropout(0.5, deterministic=not train)(nn.relu(x)))
+    def __call__(self, x, train: bool = False):
+        x = nn.BatchNorm(use_running_average=not train, momentum=0.9)(nn.Dense(16)(x))
+        return nn.Dense(3)(nn.Dropout(self.rate, deterministic=not train)(nn.relu(x)))
 
 
 class NnxNetwork(nnx.Module):
-    def __init__(self, rngs: nnx.Rngs) -> None:
-        self.hidden = nnx.Linear(6, 16, rngs=rngs)
+    def __init__(self, seed: int = 0, rate: float = 0.5) -> None:
+        rngs = nnx.Rngs(seed)
+        self.hidden = nnx.Linear(4, 16, rngs=rngs)
         self.norm = nnx.BatchNorm(16, momentum=0.9, rngs=rngs)
-        self.dropout = nnx.Dropout(0.5, rngs=rngs)
+        self.dropout = nnx.Dropout(rate, rngs=rngs)
         self.out = nnx.Linear(16, 3, rngs=rngs)
 
-    def __call__(self, inputs):
-        return self.out(self.dropout(nnx.relu(self.norm(self.hidden(inputs)))))
+    def __call__(self, x):
+        return self.out(self.dropout(nnx.relu(self.norm(self.hidden(x)))))
 
 
 class EquinoxNetwork(eqx.Module):
@@ -41,184 +58,232 @@ class EquinoxNetwork(eqx.Module):
     dropout: eqx.nn.Dropout
     out: eqx.nn.Linear
 
-    def __init__(self, key):
-        keys = jax.random.split(key)
-        self.hidden = eqx.nn.Linear(6, 16, key=keys[0])
+    def __init__(self, seed: int = 0, rate: float = 0.5) -> None:
+        keys = jax.random.split(jax.random.key(seed))
+        self.hidden = eqx.nn.Linear(4, 16, key=keys[0])
         self.norm = eqx.nn.BatchNorm(16, axis_name="batch", mode="batch", momentum=0.9)
-        self.dropout = eqx.nn.Dropout(0.5)
+        self.dropout = eqx.nn.Dropout(rate)
         self.out = eqx.nn.Linear(16, 3, key=keys[1])
 
-    def __call__(self, inputs, state, *, key=None):
-        x, state = self.norm(self.hidden(inputs), state)
+    def __call__(self, x, state, *, key):
+        x, state = self.norm(self.hidden(x), state)
         return self.out(self.dropout(jax.nn.relu(x), key=key)), state
 
 
 MODULES = {
-    "Linen": LinenNetwork,
-    "NNX": lambda: NnxNetwork(nnx.Rngs(0)),
-    "Equinox": lambda: eqx.nn.make_with_state(EquinoxNetwork)(jax.random.key(0)),
-    "Equinox without its state": lambda: EquinoxNetwork(jax.random.key(0)),
+    "Linen": lambda seed=0, rate=0.5: LinenNetwork(rate),
+    "NNX": NnxNetwork,
+    "Equinox": eqx.nn.make_with_state(EquinoxNetwork),
 }
+HOLDING = [kind for kind in MODULES if kind != "Linen"]  # those that hold their parameters
 
 
-@pytest.fixture(params=MODULES)
-def state(request, small_classes) -> jt.TrainState:
-    module = MODULES[request.param]()
-    return jt.init_state(module, optax.adam(0.01), small_classes.inputs[:1], key=jax.random.key(0))
+@pytest.fixture(params=MODULES, scope="module")
+def kind(request) -> str:
+    return request.param
 
 
-def statistics(state: jt.TrainState) -> list[np.ndarray]:
-    leaves = jax.tree.leaves(state.model_state)
-    return [np.asarray(x) for x in leaves if jnp.issubdtype(x.dtype, jnp.floating)]
+@pytest.fixture(scope="module")
+def state(kind: str) -> jt.TrainState:
+    return init(MODULES[kind]())
 
 
-def test_batch_norm_and_dropout_train(state, small_classes) -> None:
-    fitted, history = jt.fit(
-        state,
-        small_classes,
-        small_classes,
-        loss_fn=LOSS,
-        metric_fns={"accuracy": jt.metrics.accuracy},
-        epochs=30,
-        batch_size=10,
-        key=jax.random.key(1),
+@pytest.fixture(scope="module")
+def fitted(state: jt.TrainState) -> tuple[jt.TrainState, jt.History]:
+    metrics = {"accuracy": jt.metrics.accuracy}
+    options = {"epochs": 40, "batch_size": 10, "key": KEY, "callbacks": []}
+    return jt.fit(state, DATA, DATA, loss_fn=LOSS, metric_fns=metrics, **options)
+
+
+def statistics(model_state: Any) -> list[Any]:
+    """Returns the mean and the variance of batch norm."""
+    return [x for x in jax.tree.leaves(model_state) if x.shape == (16,)]
+
+
+def call_equinox(module: Any, state: Any, key: Any = KEY) -> tuple[Any, Any]:
+    call = jax.vmap(
+        lambda x, state, key: module(x, state, key=key),
+        in_axes=(0, None, 0),
+        out_axes=(0, None),
+        axis_name="batch",
     )
+    return call(INPUTS, state, jax.random.split(key, len(INPUTS)))
+
+
+def alone(kind: str, state: jt.TrainState, key: Any = None) -> tuple[Any, list[Any]]:
+    """Returns the outputs of the module itself and its statistics; in training, with a key."""
+    if kind == "Linen":
+        variables = {"params": state.params, **state.model_state}
+        if key is None:
+            return LinenNetwork().apply(variables, INPUTS), statistics(state.model_state)
+        options = {"train": True, "rngs": {"dropout": key}, "mutable": ["batch_stats"]}
+        outputs, updated = LinenNetwork().apply(variables, INPUTS, **options)
+        return outputs, statistics(updated)
+    if kind == "NNX":
+        module = NnxNetwork()
+        nnx.update(module, state.params, state.model_state)
+        module.eval()
+        if key is not None:
+            module.train()
+            module.dropout.rngs.key.set_value(jax.random.fold_in(key, 0))
+            module.dropout.rngs.count.set_value(jnp.uint32(0))
+        return module(INPUTS), [module.norm.mean[...], module.norm.var[...]]
+    module = eqx.nn.inference_mode(MODULES[kind]()[0], value=key is None)
+    trained = lambda m: (m.hidden, m.norm.weight, m.norm.bias, m.out)  # noqa: E731
+    module = eqx.tree_at(trained, module, trained(state.params))
+    module_state = state.model_state["state"]
+    outputs, module_state = call_equinox(module, module_state, KEY if key is None else key)
+    return outputs, list(module_state.get(module.norm.batch_state_index))
+
+
+def test_a_network_with_batch_norm_and_dropout_learns(state, fitted) -> None:
+    after, history = fitted
     assert history["test_accuracy"][-1] > 0.9
     assert history["train_loss"][-1] < 0.5 * history["train_loss"][0]
-    pairs = [
-        (old, new)
-        for old, new in zip(statistics(state), statistics(fitted), strict=True)
-        if old.size == 16
-    ]
-    assert len(pairs) >= 2  # mean and variance
-    assert all((old != new).any() for old, new in pairs)
+    changed = zip(statistics(state.model_state), statistics(after.model_state), strict=True)
+    assert [(old != new).any() for old, new in changed] == [True, True]
 
 
-def test_evaluation_uses_neither_dropout_nor_batch_statistics(state, small_classes) -> None:
-    first = jt.predict(state, small_classes.inputs)
-    other = state.replace(key=jax.random.key(9))
-    np.testing.assert_array_equal(first, jt.predict(other, small_classes.inputs))
-    # With batch statistics, a prediction would depend on the other examples.
-    np.testing.assert_allclose(
-        first[:1], jt.predict(state, small_classes.inputs[:1]), rtol=1e-5, atol=1e-6
-    )
+def test_training_computes_what_the_module_computes(kind, state) -> None:
+    outputs, after = train(state)
+    assert_close((outputs, statistics(after)), alone(kind, state, KEY))
+    assert jax.tree.structure(after) == jax.tree.structure(state.model_state)
 
 
-def test_dropout_depends_on_the_key_and_the_step(state, small_classes) -> None:
-    def loss(state):
-        return jt.train_step(state, small_classes, LOSS)[1]["loss"].item()
-
-    later = state.replace(step=state.step + 1)
-    other = state.replace(key=jax.random.key(9))
-    assert loss(state) == loss(state)
-    assert len({loss(state), loss(later), loss(other)}) == 3
+def test_evaluation_computes_what_the_module_computes_and_keeps_its_state(kind, fitted) -> None:
+    outputs, after = evaluate(fitted[0])
+    assert_close(outputs, alone(kind, fitted[0])[0])
+    assert after is fitted[0].model_state
+    assert_close(jt.predict(fitted[0], INPUTS[:1]), outputs[:1])  # whatever the other examples
 
 
-def test_the_old_state_stays_usable(state, small_classes) -> None:
-    first, _ = jt.train_step(state, small_classes, LOSS)
-    again, _ = jt.train_step(state, small_classes, LOSS)
-    jax.tree.map(np.testing.assert_array_equal, first.params, again.params)
+def test_a_step_draws_from_its_own_key_and_keeps_the_old_state(kind, state) -> None:
+    losses = []
+    for each in (state, state.replace(step=state.step + 1), state.replace(key=jax.random.key(9))):
+        key = jax.random.fold_in(each.key, each.step)
+        expected = LOSS(alone(kind, each, key)[0], DATA.targets).mean()
+        for _ in range(2):
+            losses.append(float(jt.train_step(each, DATA, LOSS)[1]["loss"]))
+            assert losses[-1] == pytest.approx(float(expected), rel=1e-5)
+    assert len(set(losses)) == 3
 
 
-def test_vmap_over_keys_equals_separate_runs(state, small_classes) -> None:
-    keys = jax.random.split(jax.random.key(0), 3)
+def test_vmap_over_keys_equals_separate_runs(state) -> None:
+    keys = jax.random.split(KEY, 2)
     many = jax.vmap(lambda key: state.replace(key=key))(keys)
-    _, losses = jax.vmap(lambda s: jt.train_epoch(s, small_classes, LOSS, batch_size=25))(many)
-    for key, found in zip(keys, losses, strict=True):
-        _, alone = jt.train_epoch(state.replace(key=key), small_classes, LOSS, batch_size=25)
-        np.testing.assert_allclose(found, alone, rtol=1e-4)
+    _, metrics = jax.vmap(lambda s: jt.train_step(s, DATA, LOSS))(many)
+    for key, found in zip(keys, metrics["loss"], strict=True):
+        _, expected = jt.train_step(state.replace(key=key), DATA, LOSS)
+        np.testing.assert_allclose(found, expected["loss"], rtol=1e-5)
 
 
-def test_a_linen_step_folds_the_step_into_the_dropout_key(small_classes) -> None:
-    """The stream "dropout" has the key fold_in(key, step)."""
-    state = jt.init_state(
-        LinenNetwork(), optax.sgd(0.1), small_classes.inputs[:1], key=jax.random.key(0)
+@pytest.mark.parametrize("kind", HOLDING, scope="module")
+def test_to_module_returns_the_trained_module(kind, fitted) -> None:
+    module = jt.to_module(fitted[0])
+    outputs = module(INPUTS) if kind == "NNX" else call_equinox(*module)[0]
+    assert_close(outputs, evaluate(fitted[0])[0])
+    again = init(module)
+    assert again.model == fitted[0].model
+    assert_equal(again.params, fitted[0].params)
+
+
+def test_equal_modules_have_equal_models(kind, state) -> None:
+    other = init(MODULES[kind](seed=1))
+    assert other.model == state.model
+    assert hash(other.model) == hash(state.model)
+    assert jax.tree.structure(other) == jax.tree.structure(state)  # one compiled step
+    assert init(MODULES[kind](rate=0.4)).model != state.model
+
+
+@pytest.mark.parametrize("kind", HOLDING)
+def test_init_is_refused_since_the_module_holds_its_parameters(kind) -> None:
+    with pytest.raises(jt.errors.InputError, match="holds its own parameters"):
+        init(MODULES[kind]()).model.init(KEY, INPUTS)
+
+
+def plain_apply(params, model_state, x, *, train, key):
+    hidden = jax.nn.relu(x @ params[0]["kernel"] + params[0]["bias"][None])
+    return hidden @ params[1]["kernel"] + params[1]["bias"][None], model_state
+
+
+def test_the_same_network_has_the_same_losses_in_every_framework() -> None:
+    linen = init(nn.Sequential([nn.Dense(8), nn.relu, nn.Dense(3)]))
+    layers = [linen.params["layers_0"], linen.params["layers_2"]]
+    flax = [nnx.Linear(*layer["kernel"].shape, rngs=nnx.Rngs(0)) for layer in layers]
+    equinox = [eqx.nn.Linear(*layer["kernel"].shape, key=KEY) for layer in layers]
+    for number, layer in enumerate(layers):
+        flax[number].kernel, flax[number].bias = map(nnx.Param, (layer["kernel"], layer["bias"]))
+        weights = layer["kernel"].T, layer["bias"]
+        equinox[number] = eqx.tree_at(lambda x: (x.weight, x.bias), equinox[number], weights)
+    others = [
+        nnx.Sequential(flax[0], nnx.relu, flax[1]),
+        eqx.nn.Sequential([equinox[0], eqx.nn.Lambda(jax.nn.relu), equinox[1]]),
+        jt.Model(lambda key, inputs: (layers, {}), plain_apply),
+    ]
+    losses = []
+    for state in (linen, *map(init, others)):
+        losses.append([])
+        for _ in range(3):
+            state, metrics = jt.train_step(state, DATA, LOSS)
+            losses[-1].append(float(metrics["loss"]))
+        np.testing.assert_allclose(losses[-1], losses[0], rtol=1e-5)
+
+
+@dataclasses.dataclass
+class Unhashable:
+    def __call__(self) -> None:
+        """A data class that is not frozen has no hash."""
+
+
+def flax_state() -> train_state.TrainState:
+    return train_state.TrainState.create(apply_fn=len, params={}, tx=optax.sgd(0.1))
+
+
+def torch_module() -> Any:
+    return pytest.importorskip("torch").nn.Linear(2, 2)
+
+
+@pytest.mark.parametrize(
+    ("make", "match"),
+    [
+        (lambda: NnxNetwork, r"the class NnxNetwork; expected an instance of it, such as Nnx"),
+        (lambda: init(LinenNetwork()), "state.model"),
+        (flax_state, "flax.TrainState; .* pass the module of this state"),
+        (torch_module, "torch.Linear; .* PyTorch modules must be rewritten"),
+        (lambda: len, "builtin_function_or_method; .* wrap the function in a Model"),
+        (lambda: (len, len), r"tuple; .* jaxtrain.Model\(\*model\)"),
+        (lambda: (LinenNetwork(), LinenNetwork()), "tuple; expected"),
+        (lambda: (EquinoxNetwork(), None), "tuple; expected"),
+        (lambda: None, "NoneType; expected a Linen, NNX or Equinox module"),
+        (lambda: jt.Model(len, None), "Model.apply is None"),
+        (lambda: jt.Model(len, Unhashable()), "not hashable"),
+        (nn.Module, "the module Module has no __call__"),
+        (lambda: nnx.Rngs(0), r"flax.Rngs; expected an nnx.Module"),
+        (lambda: MODULES["Equinox"]()[1], "equinox.State; expected an eqx.Module"),
+        (lambda: MODULES["Equinox"]()[0], r"comes without its state; expected the pair"),
+    ],
+)
+def test_objects_other_than_models_are_refused(make, match) -> None:
+    with pytest.raises(jt.errors.InputError, match=match):
+        init(make())
+
+
+def test_plain_functions_have_no_module() -> None:
+    state = init(jt.Model(lambda key, inputs: ({}, {}), plain_apply))
+    with pytest.raises(jt.errors.InputError, match="plain functions"):
+        jt.to_module(state)
+
+
+def test_adapters_import_a_framework_when_it_is_used() -> None:
+    code = """
+import sys, flax.linen, jax, optax
+import jaxtrain as jt
+before = set(sys.modules)
+jt.init_state(flax.linen.Dense(3), optax.sgd(0.1), jax.numpy.ones((1, 2)), key=jax.random.key(0))
+imported = set(sys.modules) - before
+print("equinox" in imported, any(name.endswith(("._nnx", "._equinox")) for name in imported))
+"""
+    result = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=True
     )
-    logits, _ = LinenNetwork().apply(
-        {"params": state.params, **state.model_state},
-        small_classes.inputs,
-        train=True,
-        rngs={"dropout": jax.random.fold_in(state.key, 0)},
-        mutable=["batch_stats"],
-    )
-    _, metrics = jt.train_step(state, small_classes, LOSS)
-    expected = LOSS(logits, small_classes.targets).mean()
-    assert metrics["loss"] == pytest.approx(float(expected), rel=1e-5)
-
-
-def test_to_module_returns_the_trained_module(small_classes) -> None:
-    inputs = small_classes.inputs
-
-    def trained(module):
-        state = jt.init_state(module, optax.adam(0.01), inputs[:1], key=jax.random.key(0))
-        return jt.train_epoch(state, small_classes, LOSS, batch_size=10)[0]
-
-    state = trained(MODULES["NNX"]())
-    module = jt.to_module(state)
-    assert isinstance(module, NnxNetwork)
-    module.eval()
-    np.testing.assert_allclose(module(inputs), jt.predict(state, inputs), rtol=1e-5, atol=1e-6)
-
-    state = trained(MODULES["Equinox"]())
-    module, module_state = jt.to_module(state)
-    assert isinstance(module, EquinoxNetwork)
-    module = eqx.nn.inference_mode(module)
-    outputs, _ = jax.vmap(module, axis_name="batch", in_axes=(0, None), out_axes=(0, None))(
-        inputs, module_state
-    )
-    np.testing.assert_allclose(outputs, jt.predict(state, inputs), rtol=1e-5, atol=1e-6)
-
-    state = trained(eqx.nn.MLP(6, 3, 8, 1, key=jax.random.key(0)))
-    module = jt.to_module(state)
-    np.testing.assert_allclose(
-        jax.vmap(module)(inputs), jt.predict(state, inputs), rtol=1e-5, atol=1e-6
-    )
-
-    with pytest.raises(jt.errors.InputError, match=r"hold no parameters; use model\.apply"):
-        jt.to_module(trained(LinenNetwork()))
-
-
-@pytest.mark.parametrize("kind", MODULES)
-def test_equal_modules_have_equal_apply_functions(small_classes, kind) -> None:
-    one, other = (
-        jt.init_state(
-            MODULES[kind](), optax.sgd(0.1), small_classes.inputs[:1], key=jax.random.key(0)
-        )
-        for _ in range(2)
-    )
-    assert one.model.apply == other.model.apply
-    assert hash(one.model.apply) == hash(other.model.apply)
-
-
-def test_four_versions_of_the_mnist_network_have_the_same_losses(digits) -> None:
-    """Two epochs from the same parameters."""
-    optimizer = jt.optimizers.sgd(0.05)
-    losses = {}
-    for name, state in frameworks.states(optimizer, digits.train.inputs[:1]).items():
-        state, first = jt.train_epoch(state, digits.train, LOSS, batch_size=64)
-        _, second = jt.train_epoch(state, digits.train, LOSS, batch_size=64)
-        losses[name] = np.concatenate([first, second])
-    assert len(losses) == 4
-    for name, found in losses.items():
-        np.testing.assert_allclose(found, losses["Linen"], rtol=1e-6, atol=1e-6, err_msg=name)
-
-
-def test_a_counter_in_an_equinox_state_counts(small_classes) -> None:
-    """Also one whose initial value is weakly typed."""
-
-    class Counting(eqx.Module):
-        linear: eqx.nn.Linear
-        count: eqx.nn.StateIndex
-
-        def __init__(self, key):
-            self.linear = eqx.nn.Linear(6, 3, key=key)
-            self.count = eqx.nn.StateIndex(jnp.asarray(0))
-
-        def __call__(self, inputs, state):
-            return self.linear(inputs), state.set(self.count, state.get(self.count) + 1)
-
-    model = eqx.nn.make_with_state(Counting)(jax.random.key(0))
-    state = jt.init_state(model, optax.sgd(0.1), small_classes.inputs[:1], key=jax.random.key(0))
-    fitted, _ = jt.fit(state, small_classes, loss_fn=LOSS, epochs=2, batch_size=10)
-    module, module_state = jt.to_module(fitted)
-    assert module_state.get(module.count) == 10
+    assert result.stdout.split() == ["False", "False"]
