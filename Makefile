@@ -43,7 +43,7 @@ test-without-torch:  ## run the tests that need no PyTorch (PYTHON=python3.13 pi
 	.venv-without-torch/bin/python $(PYTEST) $(ARGS)
 
 # The sdist's tests of what can differ from a clone: files that it lacks, and the package as installed.
-SDIST_TESTS := $(addprefix tests/,test_packaging.py test_user_types.py test_imports.py test_faults.py)
+SDIST_TESTS := $(addprefix tests/,test_packaging.py test_user_types.py test_imports.py)
 SDIST_TESTS += tests/export/test_export.py tests/export/test_stablehlo.py tests/models/test_models.py
 
 package:  ## build the wheel and the sdist, install the wheel, train a model in a folder, test the sdist

@@ -40,6 +40,7 @@ def test_training_with_checkpoints_and_progress_needs_no_extra(tmp_path: Path) -
     assert "epoch 3:" in result.stderr
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("hidden", "program", "message"),
     [
@@ -70,6 +71,7 @@ def test_a_missing_package_names_its_extra(
     assert re.search(message, last)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("package", ["matplotlib", "platformdirs", "tyro"])
 def test_a_script_without_its_extra_ends_with_one_sentence(tmp_path: Path, package: str) -> None:
     program = f"import runpy\nrunpy.run_path({str(ROOT / 'experiments/losses.py')!r}, run_name='x')"

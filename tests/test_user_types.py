@@ -10,6 +10,8 @@ from pathlib import Path
 
 import pytest
 
+pytestmark = pytest.mark.slow
+
 # The first line makes a package without py.typed an error in pyright, as it is in mypy.
 PROGRAM = """# pyright: reportMissingTypeStubs=true
 from pathlib import Path

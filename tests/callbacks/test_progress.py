@@ -13,7 +13,7 @@ import nbformat
 import pytest
 
 import jaxtrain as jt
-from jaxtrain.callbacks.progress import default_callbacks, epoch_line
+from jaxtrain.callbacks.progress import default_callbacks
 
 LOSS = jt.losses.mean_squared_error
 METRICS = {"accuracy": jt.metrics.accuracy}
@@ -51,6 +51,7 @@ def line_state(line_data: jt.Dataset) -> jt.TrainState:
     return jt.init_state(model, optimizer, line_data.inputs[:1], key=jax.random.key(0))
 
 
+@pytest.mark.slow
 def test_jupyter_shows_one_bar_and_one_table() -> None:
     cells = [nbformat.v4.new_code_cell(cell) for cell in (CELL, SWEEP)]
     notebook = nbformat.v4.new_notebook(cells=cells)
@@ -158,25 +159,6 @@ def test_the_monitored_column_is_in_the_line(capsys, small_state, small_classes)
         capsys.readouterr().err,
         flags=re.MULTILINE,
     )
-
-
-def test_the_line_of_an_epoch() -> None:
-    row = {"epoch": 7, "train_loss": 1.5e-7, "skipped_steps": 2, "seconds": 61.25}
-    expected = "epoch 7: train loss 1.500e-07  2 non-finite steps skipped  61.2 s"
-    assert epoch_line(row) == expected
-    row = {"epoch": 7, "train_loss": 1234.56, "test_loss": 0.5, "test_accuracy": 0.9}
-    row |= {"skipped_steps": 0, "test_auc": 0.75, "seconds": 0.00312}
-    found = epoch_line(row, 20, "test_auc")
-    assert found == (
-        "epoch 7: train loss 1235  test loss 0.5000  accuracy 18/20 (90.00%)  test auc 0.7500  "
-        "0.0031 s"
-    )
-    row |= {"validation_loss": 2.0, "validation_accuracy": 0.5, "skipped_steps": 0}
-    start = "epoch 7: train loss 1235  test loss 0.5000  accuracy 90.00%"
-    for monitor in (None, "test_loss", "validation_loss"):
-        assert epoch_line(row, None, monitor) == f"{start}  validation loss 2.000  0.0031 s"
-    found = epoch_line(row, None, "validation_accuracy")
-    assert found == f"{start}  validation accuracy 50.00%  0.0031 s"
 
 
 def test_a_sweep_shows_lines(capsys, tmp_path) -> None:

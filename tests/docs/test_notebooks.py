@@ -15,6 +15,7 @@ import pytest
 from tests.docs.test_site import SITE
 
 pytest.importorskip("torch")
+pytestmark = pytest.mark.slow
 
 NOTEBOOKS = sorted(str(path.relative_to(SITE)) for path in SITE.rglob("*.ipynb"))
 NUMBER = r"-?\d+\.?\d*(?:e[-+]?\d+)?"

@@ -24,6 +24,7 @@ CHROMIUM = shutil.which("chromium") or shutil.which("google-chrome")
 # Where a test of the site must not be skipped, as in CI.
 REQUIRED = "JAXTRAIN_REQUIRE_SITE" in os.environ
 
+pytestmark = pytest.mark.slow
 if not PAGES and not REQUIRED:
     pytest.skip("the site is not built; run make docs", allow_module_level=True)
 
