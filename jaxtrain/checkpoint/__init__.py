@@ -1,11 +1,5 @@
 """Checkpoints on disk: the file format, the folder, and what identifies a run (private)."""
 
-from jaxtrain.checkpoint._digests import (
-    digest,
-    digest_program,
-    digest_text,
-    without_addresses,
-)
 from jaxtrain.checkpoint._file import (
     DamagedError,
     PartOfEpoch,
@@ -17,7 +11,13 @@ from jaxtrain.checkpoint._file import (
     verify,
 )
 from jaxtrain.checkpoint._functions import describe_function
-from jaxtrain.checkpoint._identity import check_same_run, identify
+from jaxtrain.checkpoint._identity import (
+    check_same_run,
+    digest,
+    digest_program,
+    identify,
+    without_addresses,
+)
 from jaxtrain.checkpoint._store import CheckpointStore, list_checkpoints, list_epochs
 
 __all__ = [
@@ -30,7 +30,6 @@ __all__ = [
     "describe_function",
     "digest",
     "digest_program",
-    "digest_text",
     "encode_arrays",
     "identify",
     "list_checkpoints",

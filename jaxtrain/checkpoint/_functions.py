@@ -12,7 +12,7 @@ from typing import Any, TypeAlias
 import jax
 import numpy as np
 
-from jaxtrain.checkpoint._digests import digest, digest_text, without_addresses
+from jaxtrain.checkpoint._identity import digest, digest_text, without_addresses
 from jaxtrain.losses import name_of
 
 _SCALARS = (type(None), int, float, complex, str, bytes, np.generic)
@@ -25,7 +25,7 @@ def describe_function(function: Any) -> str:
 
     That is, of a function, its instructions with their constants, its default arguments and the
     variables that it has captured; of a `functools.partial`, the function and the arguments; of a
-    method or a callable object, the methods and attributes of its class and the instance's fields.
+    method or a callable object, the methods of its class and the instance's fields.
     Arguments, variables and fields are compared by their content, functions among them by the
     same rules.
 
@@ -42,7 +42,7 @@ def describe_function(function: Any) -> str:
 def _digest(value: Any, seen: _Seen) -> str:
     if isinstance(value, _SCALARS):
         return repr(value)
-    if isinstance(value, np.ndarray | jax.Array) and not getattr(value.dtype, "hasobject", False):
+    if isinstance(value, np.ndarray | jax.Array):
         return f"array {digest(value)}"
     if id(value) not in seen:
         seen[id(value)] = value, "..."  # where the value contains itself
@@ -75,21 +75,18 @@ def _parts(value: Any) -> list[Any]:
             return [_class_name(value)]
         case types.ModuleType():
             return [value.__name__]
-        case np.ndarray():
-            return [value.shape, value.tolist()]
-    kind: Any = type(value)
-    has_code = callable(value) and _is_function(kind.__call__)
-    # An object with the default `repr` shows none of its fields.
-    has_fields = dataclasses.is_dataclass(value) or kind.__repr__ is object.__repr__
-    parts = _instance(value) if has_code or has_fields else []
-    match value:
         case Mapping():
-            return [*parts, *(part for item in value.items() for part in item)]
+            return [part for item in value.items() for part in item]
         case list() | tuple() | set() | frozenset():
-            return [*parts, *value]
-    if not parts and hasattr(value, "__wrapped__"):  # such as by jax.jit
+            return list(value)
+    kind: Any = type(value)
+    # An object with the default `repr` shows none of its fields.
+    shows_no_fields = dataclasses.is_dataclass(value) or kind.__repr__ is object.__repr__
+    if shows_no_fields or (callable(value) and _is_function(kind.__call__)):
+        return _instance(value)
+    if hasattr(value, "__wrapped__"):  # such as by jax.jit
         return [value.__wrapped__]
-    return parts or [without_addresses(repr(value))]
+    return [without_addresses(repr(value))]
 
 
 def _instructions(code: types.CodeType, function: types.FunctionType) -> list[Any]:
@@ -107,23 +104,19 @@ def _instructions(code: types.CodeType, function: types.FunctionType) -> list[An
 
 
 def _instance(value: Any) -> list[Any]:
-    """Returns the class of an object with its methods and attributes, and the object's fields."""
+    """Returns the class of an object with its methods, and the object's fields."""
     if isinstance(value, type):  # of a class method
         return [value]
     kind = type(value)
-    members: dict[str, Any] = {"__call__": kind.__call__} if callable(value) else {}
-    for base in kind.__mro__:
-        for name, member in vars(base).items():
-            member = getattr(member, "fget", getattr(member, "__func__", member))
-            if not name.startswith("__") and _counts(member, kind.__module__):
-                members.setdefault(name, member)
-    if dataclasses.is_dataclass(value):
-        names = [field.name for field in dataclasses.fields(value)]
-        state: Any = {name: getattr(value, name, None) for name in names}
-    else:
-        state = object.__getstate__(value)  # __dict__ and slots
-    states = state if isinstance(state, tuple) else (state,)
-    return [kind, _by_name(members), *(_by_name(each or {}) for each in states)]
+    members = {name: each for base in reversed(kind.__mro__) for name, each in vars(base).items()}
+    methods = {
+        name: each
+        for name, each in members.items()
+        if _counts(each, kind.__module__) and (name == "__call__" or not name.startswith("__"))
+    }
+    state = object.__getstate__(value)  # __dict__, or a pair of it and the slots
+    fields = state if isinstance(state, tuple) else (state,)
+    return [kind, _by_name(methods), *(_by_name(each or {}) for each in fields)]
 
 
 def _counts(value: Any, module: str) -> bool:

@@ -2,17 +2,51 @@
 
 from __future__ import annotations
 
+import hashlib
+import re
 from collections.abc import Mapping
 from typing import Any
 
 import jax
+import numpy as np
 from jaxtyping import PyTree
 
+from jaxtrain._placement import to_numpy
 from jaxtrain._versions import device_name, versions
-from jaxtrain.checkpoint._digests import digest, without_addresses
 from jaxtrain.errors import InputError, printable
 
 _CODE = "the code of the model, the loss or the optimizer"
+_CURRENT_MESH = re.compile(r" ctx_mesh=\w+\((?:[^()]|\([^()]*\))*\)")
+
+
+def digest(tree: PyTree) -> str:
+    """Returns a short SHA-256 of the values, dtypes and shapes of all leaves."""
+    found = hashlib.sha256()
+    for leaf in jax.tree.leaves(tree):
+        array = to_numpy(leaf)
+        found.update(f"{array.dtype}{array.shape}".encode())
+        found.update(np.ascontiguousarray(array).reshape(-1).view(np.uint8).data)
+    return found.hexdigest()[:16]
+
+
+def digest_text(text: str) -> str:
+    """Returns a short SHA-256 of a text."""
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+def digest_program(traced: jax.stages.Traced) -> str:
+    """Returns a digest of a traced function and of the arrays that it has captured.
+
+    Without the mesh that was current when JAX first traced a function: the run may resume on
+    another number of devices.
+    """
+    text = _CURRENT_MESH.sub("", without_addresses(str(traced.jaxpr)))
+    return digest_text(text) + digest(traced.jaxpr.consts)
+
+
+def without_addresses(text: str) -> str:
+    """Drops memory addresses, which differ from process to process, and line breaks."""
+    return re.sub(r" at 0x[0-9a-fA-F]+|# attributes ", "", " ".join(text.split()))
 
 
 def identify(
@@ -36,11 +70,13 @@ def identify(
     # Every part of a TrainState that a change of settings may have initialized differently.
     parts = [name for name in ("params", "opt_state") if hasattr(state, name)]
     start = {name: digest(getattr(state, name)) for name in parts} or {"state": digest(state)}
+    leaves = [leaf for leaf in jax.tree.leaves(state) if isinstance(leaf, jax.Array)]
+    devices = len(set().union(*(leaf.sharding.device_set for leaf in leaves)))
     return {
         "settings": dict(settings),
         "program": program,
         "descriptions": {name: without_addresses(text) for name, text in descriptions.items()},
-        "versions": {**versions(), "device": device_name(), "devices": _count_devices(state)},
+        "versions": {**versions(), "device": device_name(), "devices": devices},
         "key": digest(state.key),
         "start": {"step": int(state.step), **start},
         "seekable": seekable,
@@ -61,9 +97,8 @@ def check_same_run(current: dict[str, Any], recorded: dict[str, Any], where: str
     Raises:
       InputError: settings or the key differ.
     """
-    refused: dict[str, tuple[Any, Any]] = {}
-    for name in ("configuration", "settings"):
-        refused |= _differences(recorded[name], current[name])
+    refused = _differences(recorded["configuration"], current["configuration"])
+    refused |= _differences(recorded["settings"], current["settings"])
     if recorded["key"] != current["key"]:
         refused["the key of the state"] = recorded["key"], current["key"]
     if refused:
@@ -85,19 +120,13 @@ def check_same_run(current: dict[str, Any], recorded: dict[str, Any], where: str
             "last digits may differ from here on"
         )
     then, now = recorded["start"], current["start"]
-    parts = _differences(then, now)
-    if parts and then["step"] == now["step"]:
+    if then != now and then["step"] == now["step"]:
         names = f" ({_format(changed)})" if changed else ""
         warned.append(
-            f"{where} belongs to a run that began with another initial {', '.join(parts)}{names}; "
-            "the values in the checkpoint are used"
+            f"{where} belongs to a run that began with another initial "
+            f"{', '.join(_differences(then, now))}{names}; the values in the checkpoint are used"
         )
     return [printable(message) for message in warned]
-
-
-def _count_devices(state: PyTree) -> int:
-    shardings = [leaf.sharding for leaf in jax.tree.leaves(state) if isinstance(leaf, jax.Array)]
-    return len(set().union(*(sharding.device_set for sharding in shardings)))
 
 
 def _differences(then: dict[str, Any], now: dict[str, Any]) -> dict[str, tuple[Any, Any]]:

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 from jaxtyping import PyTree
 
-from jaxtrain._files import PART, lock_folder, make_folder, remove, write_atomically
+from jaxtrain._files import PART, lock_folder, make_folder, write_atomically
 from jaxtrain._processes import writes_files
 from jaxtrain.checkpoint import _file
 from jaxtrain.checkpoint._file import DamagedError, Snapshot, checkpoint_path
@@ -54,13 +54,9 @@ class CheckpointStore:
         make_folder(path, "checkpoint folder")
         # Several processes that train together restore the same checkpoints; process 0 writes.
         self._lock = lock_folder(path, "checkpoint folder") if self._writes else None
-        try:
-            for name in filter(re.compile(_LEFT_OVER).fullmatch, _list(path)):
-                self._remove(path / name)  # of a process that was killed
-            self._thread = concurrent.futures.ThreadPoolExecutor(1, "checkpoints")
-        except BaseException:
-            self._release()
-            raise
+        self._thread = concurrent.futures.ThreadPoolExecutor(1, "checkpoints")
+        for name in filter(re.compile(_LEFT_OVER).fullmatch, _list(path)):
+            self._remove(path / name)  # of a process that was killed
 
     def close(self, error: BaseException | None = None) -> None:
         """Waits for the checkpoint that is being written, also on Ctrl-C, and releases the folder.
@@ -73,9 +69,8 @@ class CheckpointStore:
         """
         try:
             self.wait()
-        except BaseException as failure:
-            # A failed write is reported unless it would hide another error.
-            if error is None or not isinstance(failure, StorageError):
+        except StorageError as failure:
+            if error is None:  # otherwise it would hide the other error
                 error = failure
                 raise
         finally:
@@ -153,27 +148,22 @@ class CheckpointStore:
             try:
                 record, arrays = _file.read_file(path, _file.largest_size(like))
                 with _file.malformed_is_damaged(path):
-                    at = record["epoch"], _file.step_of(record)
-                    if path != checkpoint_path(self.path, *at):
-                        raise ValueError(f"it is of {_name(*at)}")
                     warned = check(record["metadata"], f"the checkpoint {path}")
                 snapshot = _file.unflatten(record, arrays, like, sums, list(columns), path)
             except DamagedError as error:
                 damaged[path] = str(error)
-            except InputError as error:
-                newer = "".join(f"; {reason}" for reason in damaged.values())
-                raise InputError(f"{error}{newer}", argument=error.argument) from error
-            else:
-                for bad, reason in damaged.items() if self._writes else ():
-                    self._set_aside(bad)
-                    warnings.warn(
-                        f"a damaged checkpoint was renamed to {bad.name}.damaged ({reason}); "
-                        f"resuming after {_name(*at)}",
-                        stacklevel=_FIT,
-                    )
-                for message in warned:
-                    warnings.warn(message, stacklevel=_FIT)
-                return snapshot
+                continue
+            last = _name(record["epoch"], _file.step_of(record))
+            for bad, reason in damaged.items() if self._writes else ():
+                self._set_aside(bad)
+                warnings.warn(
+                    f"a damaged checkpoint was renamed to {bad.name}.damaged ({reason}); "
+                    f"resuming after {last}",
+                    stacklevel=_FIT,
+                )
+            for message in warned:
+                warnings.warn(message, stacklevel=_FIT)
+            return snapshot
         if damaged:
             raise InputError(
                 f"{self.path} has no intact checkpoint ({'; '.join(damaged.values())}); delete the "
@@ -184,7 +174,6 @@ class CheckpointStore:
 
     def _set_aside(self, path: Path) -> None:
         aside = path.with_name(f"{path.name}.damaged")
-        remove(aside)
         try:
             os.replace(path, aside)
         except OSError as error:

@@ -1,4 +1,4 @@
-"""What is particular to Equinox modules: one example per call, and arrays of every kind as fields."""
+"""What is particular to Equinox modules: one example per call, and any arrays as fields."""
 
 from __future__ import annotations
 

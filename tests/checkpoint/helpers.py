@@ -1,4 +1,4 @@
-"""Helpers of the checkpoint tests: write small checkpoints, and forge their content."""
+"""Helpers of the checkpoint tests: write small checkpoints, and change their records."""
 
 from __future__ import annotations
 
@@ -26,17 +26,20 @@ def accept(recorded: dict[str, Any], where: str) -> list[str]:
 
 
 @contextlib.contextmanager
-def open_store(
-    path: Path, metadata: dict[str, Any] | None = None, **options: Any
-) -> Iterator[CheckpointStore]:
+def open_store(path: Path, **options: Any) -> Iterator[CheckpointStore]:
     """A store that is closed at the end, as `fit` closes it."""
-    store = CheckpointStore(path, metadata or METADATA, **options)
+    store = CheckpointStore(path, METADATA, **options)
     try:
         yield store
     except BaseException as error:
         store.close(error)
         raise
     store.close()
+
+
+def restore(path: Path, like: Any = None, columns: Any = COLUMNS, check=accept, **options: Any):
+    with open_store(path) as store:
+        return store.restore(make_state() if like is None else like, columns, check, **options)
 
 
 def make_snapshot(epoch: int, state: Any = None, best: Any = None, **fields: Any) -> Snapshot:
@@ -51,10 +54,10 @@ def make_state(seed: int = 0) -> dict[str, Any]:
     return {"w": jax.random.normal(key, (3, 2)), "step": jnp.int32(seed), "key": key}
 
 
-def write_three(path: Path) -> None:
-    """Writes the checkpoints of epochs 1, 2 and 3."""
-    with open_store(path) as store:
-        for epoch in (1, 2, 3):
+def write(path: Path, *epochs: int, **options: Any) -> None:
+    """Writes the checkpoints of some epochs, 1 to 3 without any."""
+    with open_store(path, **options) as store:
+        for epoch in epochs or (1, 2, 3):
             store.save(make_snapshot(epoch))
 
 
@@ -70,23 +73,15 @@ def assert_identical(ours: Any, theirs: Any) -> None:
         assert np.asarray(one).tobytes() == np.asarray(other).tobytes()
 
 
-def read_header(path: Path) -> tuple[dict[str, Any], bytes]:
+def forge(path: Path, change: Callable[[dict[str, Any], dict[str, Any]], Any], data=None) -> None:
+    """Changes the header, the record or the data of a checkpoint, and updates its checksum."""
     content = path.read_bytes()
     start = 8 + int.from_bytes(content[:8], "little")
-    return json.loads(content[8:start]), content[start:]
-
-
-def forge(path: Path, change: Callable[[dict[str, Any], dict[str, Any]], Any]) -> None:
-    """Changes the header and the record of a checkpoint, and updates its checksum."""
-    header, data = read_header(path)
+    header = json.loads(content[8:start])
     record = json.loads(header["__metadata__"]["record"])
     change(header, record)
-    if isinstance(header.get("__metadata__"), dict):
-        header["__metadata__"] |= {"record": json.dumps(record), "sha256": "0" * 64}
-    seal(path, json.dumps(header, separators=(",", ":")).encode(), data)
-
-
-def seal(path: Path, header: bytes, data: bytes) -> None:
-    content = len(header).to_bytes(8, "little") + header + data
+    header["__metadata__"] |= {"record": json.dumps(record), "sha256": "0" * 64}
+    text = json.dumps(header, separators=(",", ":")).encode()
+    content = len(text).to_bytes(8, "little") + text + (content[start:] if data is None else data)
     digits = hashlib.sha256(content).hexdigest()
     path.write_bytes(re.sub(b'"sha256":"0{64}"', f'"sha256":"{digits}"'.encode(), content, count=1))

@@ -8,11 +8,12 @@ import numpy as np
 import pytest
 
 import jaxtrain as jt
-from jaxtrain.callbacks.checkpoint import Checkpoint
 from jaxtrain.checkpoint import list_epochs
 from jaxtrain.errors import InputError
 
 LOSS = jt.losses.cross_entropy
+CYCLIC: list = []
+CYCLIC.append(CYCLIC)
 
 
 @pytest.mark.skipif(hasattr(jt.init_state, "__wrapped__"), reason="the type checker raises first")
@@ -20,20 +21,15 @@ LOSS = jt.losses.cross_entropy
     ("options", "message"),
     [
         ({"directory": ""}, "directory is '', the current folder"),
-        ({"directory": "."}, "directory is '.', the current folder"),
         ({"directory": 3}, "directory is 3; expected a path"),
-        ({"directory": b"bytes"}, "directory is b'bytes'; expected a path"),
         ({"every": 0}, "every is 0; expected an integer of at least 1"),
         ({"every_steps": 0}, "every_steps is 0; expected an integer of at least 1"),
-        ({"keep": 0}, "keep is 0; expected an integer of at least 1"),
         ({"keep": True}, "keep is True"),
         ({"resume": "must"}, "resume is 'must'; expected 'auto', 'required' or 'never'"),
-        ({"configuration": {"rate": float("nan")}}, "configuration is .*JSON cannot represent"),
-        ({"configuration": {"deep": [{"rate": float("-inf")}]}}, "JSON cannot represent"),
+        ({"configuration": {"deep": [{"rate": float("nan")}]}}, "JSON cannot represent"),
         ({"configuration": {"odd": np.ones(2)}}, "not ndarray"),
-        ({"configuration": {"odd": {3}}}, "not set"),
-        ({"configuration": {"odd": print}}, "JSON cannot represent"),
         ({"configuration": {(1, 2): 3}}, "JSON cannot represent"),
+        ({"configuration": {"a": CYCLIC}}, "JSON cannot represent"),
         ({"configuration": 3}, "configuration is 3"),
     ],
 )
@@ -42,16 +38,9 @@ def test_invalid_options_are_named(options, message: str) -> None:
         jt.callbacks.checkpoint(**{"directory": "checkpoints", **options})
 
 
-def test_cyclic_configurations_are_refused() -> None:
-    endless: list = []
-    endless.append(endless)
-    with pytest.raises(InputError, match="JSON cannot represent"):
-        jt.callbacks.checkpoint("checkpoints", configuration={"a": endless})
-
-
 def test_paths_are_recorded_as_text(tmp_path: Path) -> None:
     configuration = {"data": Path("a/b"), "sizes": (1, 2)}
-    callback = Checkpoint(tmp_path, configuration=configuration)
+    callback = jt.callbacks.checkpoint(tmp_path, configuration=configuration)
     assert callback.configuration == {"data": "a/b", "sizes": [1, 2]}
 
 
@@ -77,7 +66,6 @@ def test_a_run_that_cannot_start_releases_the_folder(
 
 
 def test_an_unknown_column_is_named(tmp_path: Path, small_state, small_classes) -> None:
-    for name in ("validation_accuracy", "accuracy"):
-        callback = jt.callbacks.checkpoint(tmp_path, best=name)
-        with pytest.raises(InputError, match=f"best is '{name}', but the history has the columns"):
-            jt.fit(small_state, small_classes, loss_fn=LOSS, callbacks=[callback])
+    callback = jt.callbacks.checkpoint(tmp_path, best="accuracy")
+    with pytest.raises(InputError, match="best is 'accuracy', but the history has the columns"):
+        jt.fit(small_state, small_classes, loss_fn=LOSS, callbacks=[callback])

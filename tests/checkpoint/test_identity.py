@@ -81,23 +81,3 @@ def test_other_settings_and_keys_are_refused(changes, message: str) -> None:
 def test_other_code_versions_and_initial_values_cause_a_warning(changes, message: str) -> None:
     (found,) = check(**changes)
     assert re.search(message, found)
-
-
-def test_a_state_of_any_structure_is_identified() -> None:
-    class Own(NamedTuple):
-        step: Any
-        key: Any
-        weights: Any
-
-    one, other = (
-        identify(
-            Own(jnp.int32(3), jax.random.key(0), jnp.float32(w)),
-            settings={},
-            program="",
-            descriptions={},
-        )
-        for w in (0, 1)
-    )
-    assert one["start"].keys() == {"step", "state"}
-    assert one["start"]["step"] == other["start"]["step"] == 3
-    assert one["start"] != other["start"]
