@@ -26,6 +26,8 @@ from jaxtrain.checkpoint import checkpoint_path, list_checkpoints, list_epochs, 
 from tests.parallel import cluster_member
 from tests.test_readme import ROOT
 
+pytestmark = pytest.mark.slow
+
 PAGE = ROOT / "docs" / "devices.md"
 MEMBER = ("-m", "tests.parallel.cluster_member")
 PROCESSES = 2
@@ -126,7 +128,7 @@ class Trained(NamedTuple):
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory) -> Trained:
     folder = tmp_path_factory.mktemp("trained") / "checkpoints"
-    with cluster(*MEMBER, arguments=(folder, EPOCHS)) as running:
+    with cluster(*MEMBER, arguments=(folder, EPOCHS, "--logged")) as running:
         return Trained(folder, running.results())
 
 
@@ -138,23 +140,17 @@ def test_two_processes_give_the_numbers_of_one(trained: Trained, tmp_path: Path)
     assert first == second  # the digests of state and history
 
 
-def test_only_the_first_process_writes_checkpoints_and_shows_progress(trained: Trained) -> None:
+def test_only_the_first_process_writes_files_and_shows_progress(trained: Trained) -> None:
     first, second = trained.ended
     written = first.out.splitlines()[1].split()
     assert any(f"epoch-{EPOCHS}.safetensors" in name for name in written)
+    assert {"log.csv", "log.jsonl"} <= set(written)
     assert second.out.splitlines()[1:] == [""]
     assert f"epoch {EPOCHS}:" in first.err
     assert second.err == ""
-
-
-def test_only_the_first_process_writes_logs(tmp_path: Path) -> None:
-    with cluster(*MEMBER, arguments=(tmp_path / "run", 1, "--logged")) as running:
-        first, second = running.results()
-    assert {"log.csv", "log.jsonl"} <= set(first.out.splitlines()[1].split())
-    assert second.out.splitlines()[1:] == [""]
-    assert (tmp_path / "run" / "log.csv").read_text().count("\n") == 2
     steps = cluster_member.TRAINED // cluster_member.BATCH
-    assert (tmp_path / "run" / "log.jsonl").read_text().count("\n") == steps + 1
+    for name, lines in (("log.csv", 1 + EPOCHS), ("log.jsonl", EPOCHS * (steps + 1))):
+        assert (trained.folder / name).read_text().count("\n") == lines
 
 
 class Killed(NamedTuple):
