@@ -34,8 +34,6 @@ _UNKNOWN = frozenset(
     ]
 )
 
-Flops = dict[Any, float]
-
 
 def count_flops(
     program: jex.ClosedJaxpr, layer_of: Callable[[str], Any] = lambda stack: None
@@ -56,13 +54,14 @@ def count_flops(
     return _count(program.jaxpr, "", layer_of)
 
 
-def _count(jaxpr: Any, outer: str, layer_of: Callable[[str], Any]) -> Flops:
-    total: Flops = defaultdict(float)
+def _count(jaxpr: Any, outer: str, layer_of: Callable[[str], Any]) -> dict[Any, float]:
+    total: dict[Any, float] = defaultdict(float)
     for equation in jaxpr.eqns:
         stack = f"{outer}/{equation.source_info.name_stack}"
         name, params = str(equation.primitive), equation.params
-        if _is_counted(name):
-            total[layer_of(stack)] += _own_flops(equation)
+        own = _own_flops(name, equation)
+        if own is not None:
+            total[layer_of(stack)] += own
             continue
         parts = [_count(inner, stack, layer_of) for inner in _inner_jaxprs(params)]
         if name == "cond":
@@ -75,7 +74,7 @@ def _count(jaxpr: Any, outer: str, layer_of: Callable[[str], Any]) -> Flops:
     return total
 
 
-def _total(flops: Flops) -> float:
+def _total(flops: dict[Any, float]) -> float:
     found = sum(flops.values())
     return math.inf if math.isnan(found) else found
 
@@ -89,38 +88,31 @@ def _inner_jaxprs(params: dict[str, Any]) -> Iterator[Any]:
                 yield each
 
 
-def _is_counted(name: str) -> bool:
-    return (
-        name in _ELEMENTWISE
-        or name in _REDUCTIONS
-        or name in _UNKNOWN
-        or name in ("dot_general", "conv_general_dilated")
-        or name.startswith(("reduce_window", "select_and_scatter_add", "scatter"))
-    )
-
-
-def _own_flops(equation: Any) -> float:
-    name, params = str(equation.primitive), equation.params
-    operands = [each.aval for each in equation.invars]
-    result = equation.outvars[0].aval
-    if not jnp.issubdtype(result.dtype, jnp.inexact):
-        return 0
-    if name in _UNKNOWN:
-        return math.nan
-    if name == "dot_general":
+def _own_flops(name: str, equation: Any) -> float | None:
+    """Returns the operations of an equation; None if they are those of the programs inside it."""
+    params, operands = equation.params, [each.aval for each in equation.invars]
+    result = equation.outvars[0].aval if equation.outvars else None
+    flops: float
+    if name in _ELEMENTWISE:
+        flops = result.size
+    elif name in _REDUCTIONS:
+        flops = operands[0].size - result.size
+    elif name == "dot_general":
         (contracted, _), _ = params["dimension_numbers"]
-        return 2 * result.size * math.prod(operands[0].shape[axis] for axis in contracted)
-    if name == "conv_general_dilated":
+        flops = 2 * result.size * math.prod(operands[0].shape[axis] for axis in contracted)
+    elif name == "conv_general_dilated":
         # The kernel has the input channels of one group.
         features = operands[1].shape[params["dimension_numbers"].rhs_spec[0]]
         taps = operands[1].size / features / math.prod(params["lhs_dilation"])
-        return 2 * result.size * taps
-    if name in _REDUCTIONS:
-        return operands[0].size - result.size
-    if name.startswith("reduce_window"):
-        return result.size * (math.prod(params["window_dimensions"]) - 1)
-    if name.startswith("select_and_scatter_add"):
-        return operands[0].size * math.prod(params["window_dimensions"])
-    if name.startswith("scatter"):
-        return operands[2].size if name != "scatter" else 0
-    return result.size
+        flops = 2 * result.size * taps
+    elif name.startswith("reduce_window"):
+        flops = result.size * (math.prod(params["window_dimensions"]) - 1)
+    elif name.startswith("select_and_scatter_add"):
+        flops = operands[0].size * math.prod(params["window_dimensions"])
+    elif name.startswith("scatter"):
+        flops = operands[2].size if name != "scatter" else 0
+    elif name in _UNKNOWN:
+        flops = math.nan
+    else:
+        return None
+    return flops if jnp.issubdtype(result.dtype, jnp.inexact) else 0

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import io
-import itertools
 import math
 from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -15,17 +14,11 @@ import numpy as np
 from jaxtyping import Array, Float, PyTree
 
 from jaxtrain import adapters, parallel
-from jaxtrain.dataset import (
-    Dataset,
-    check_dataset,
-    check_inputs,
-    describe_array,
-    named_arrays,
-)
+from jaxtrain.dataset import Dataset, check_dataset, check_inputs, describe_array, named_arrays
 from jaxtrain.errors import InputError
 from jaxtrain.inspect._flops import count_flops
 from jaxtrain.losses import Loss
-from jaxtrain.training.state import TrainState, check_state_type
+from jaxtrain.training.state import TrainState, check_state_type, to_shapes
 from jaxtrain.training.step import check_loss, update
 
 if TYPE_CHECKING:
@@ -174,13 +167,14 @@ def summary(
             "targets is given without loss_fn; expected both, such as "
             "loss_fn=jaxtrain.losses.cross_entropy"
         )
-    batch, abstract = _abstract_batch(inputs, targets), _to_shapes(state)
+    batch, abstract = _abstract_batch(inputs, targets), to_shapes(state)
     with parallel.without_mesh():
         layers = _layers(state, abstract, batch.inputs)
         traced = jax.jit(lambda state, batch: update(state, batch, loss_fn or _mean_output)[:2])
         program = traced.trace(abstract, batch)
         step_flops = _known(count_flops(program.jaxpr).values())
         analysis = program.lower().compile().memory_analysis()
+    flops = [layer.flops for layer in layers]
     return Summary(
         layers=layers,
         batch_size=len(batch),
@@ -188,7 +182,7 @@ def summary(
         parameter_bytes=_nbytes(state.params),
         model_state_bytes=_nbytes(state.model_state),
         optimizer_bytes=_nbytes(state.opt_state),
-        forward_flops=_sum(layer.flops for layer in layers),
+        forward_flops=None if None in flops else sum(filter(None, flops)),
         step_flops=step_flops,
         memory=None if analysis is None else _memory(analysis),
     )
@@ -225,10 +219,8 @@ def _layers(state: TrainState, abstract: TrainState, inputs: PyTree) -> tuple[La
         parameters[within.index(max(within))] += leaf.size
     flops[0] = flops.get(0, 0) + flops.pop(None, 0)  # outside of all layers
     return tuple(
-        Layer("/".join(call.path), call.type, call.inputs, call.outputs, count, _known([each]))
-        for call, count, each in zip(
-            calls, parameters, (flops.get(index, 0) for index in itertools.count()), strict=False
-        )
+        Layer("/".join(path), kind, inputs, outputs, parameters[n], _known([flops.get(n, 0)]))
+        for n, (path, kind, inputs, outputs) in enumerate(calls)
     )
 
 
@@ -251,9 +243,8 @@ def _abstract_batch(inputs: PyTree, targets: PyTree) -> Dataset:
         is_abstract = isinstance(leaf, jax.ShapeDtypeStruct)
         return np.broadcast_to(np.zeros((), leaf.dtype), leaf.shape) if is_abstract else leaf
 
-    inputs, targets = jax.tree.map(with_values, (inputs, targets))
-    check_inputs(inputs)
-    batch = Dataset(inputs, targets)
+    batch = Dataset(*jax.tree.map(with_values, (inputs, targets)))
+    check_inputs(batch.inputs)
     check_dataset(batch, "batch")
     return jax.tree.map(
         lambda leaf: jax.ShapeDtypeStruct(leaf.shape, jax.dtypes.canonicalize_dtype(leaf.dtype)),
@@ -261,16 +252,9 @@ def _abstract_batch(inputs: PyTree, targets: PyTree) -> Dataset:
     )
 
 
-def _to_shapes(state: TrainState) -> TrainState:
-    return jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), state)
-
-
 def _memory(analysis: Any) -> StepMemory:
-    arguments, outputs, temporaries = (
-        analysis.argument_size_in_bytes,
-        analysis.output_size_in_bytes,
-        analysis.temp_size_in_bytes,
-    )
+    arguments, outputs = analysis.argument_size_in_bytes, analysis.output_size_in_bytes
+    temporaries = analysis.temp_size_in_bytes
     total = arguments + outputs + temporaries - analysis.alias_size_in_bytes
     return StepMemory(arguments, outputs, temporaries, total)
 
@@ -278,15 +262,6 @@ def _memory(analysis: Any) -> StepMemory:
 def _known(flops: Iterable[float]) -> int | None:
     total = sum(flops)
     return None if math.isnan(total) else round(total)
-
-
-def _sum(values: Iterable[int | None]) -> int | None:
-    total = 0
-    for value in values:
-        if value is None:
-            return None
-        total += value
-    return total
 
 
 def _size(tree: PyTree) -> int:
