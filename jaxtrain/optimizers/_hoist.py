@@ -2,7 +2,9 @@
 
 An optimizer that is built under `jax.vmap` or `jax.jit` with a traced learning rate keeps the
 tracer in the closures of its functions. These functions are static in a TrainState, so a state
-that leaves the transformation would carry a leaked tracer.
+that leaves the transformation would carry a leaked tracer. The jaxpr of an update could not
+replace them: which arguments an update takes, a loss function for example, is known only when it
+is called.
 """
 
 from __future__ import annotations
@@ -11,7 +13,7 @@ import copy
 import dataclasses
 import functools
 import types
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -33,9 +35,9 @@ class HoistedState(NamedTuple):
     values: tuple[Array, ...]
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, slots=True)
 class _Slot:
-    """Replaces a tracer in a closure; names the entry of `HoistedState.values` to use."""
+    """Replaces a tracer; names the entry of `HoistedState.values` to use."""
 
     index: int
 
@@ -59,25 +61,29 @@ def hoist_tracers(
     """
     # Compiled as one program: run eagerly, each operation would be compiled separately.
     opt_state = jax.jit(optimizer.init)(params)
-    if not (_holds(optimizer.init, jax.core.Tracer) or _holds(optimizer.update, jax.core.Tracer)):
-        return optimizer, opt_state
     values: list[jax.core.Tracer] = []
 
-    def to_slot(tracer: jax.core.Tracer) -> _Slot:
-        for index, value in enumerate(values):
-            if value is tracer:
-                return _Slot(index)
-        values.append(tracer)
-        return _Slot(len(values) - 1)
+    def to_slot(leaf: Any) -> Any:
+        if not isinstance(leaf, jax.core.Tracer):
+            return leaf
+        known = [index for index, value in enumerate(values) if value is leaf]
+        if not known:
+            values.append(leaf)
+        return _Slot(known[0] if known else len(values) - 1)
 
-    template = _substitute(optimizer.update, jax.core.Tracer, to_slot)
+    template = _copy(optimizer, to_slot, {})
+    if not values:
+        return optimizer, opt_state
 
     def update(
         updates: PyTree, state: HoistedState, params: PyTree | None = None, **extra_args: Any
     ) -> tuple[PyTree, HoistedState]:
-        inner_update = _substitute(template, _Slot, lambda slot: state.values[slot.index])
-        updates, inner = inner_update(updates, state.inner, params, **extra_args)
-        return updates, HoistedState(inner, state.values)
+        def to_value(leaf: Any) -> Any:
+            return state.values[leaf.index] if isinstance(leaf, _Slot) else leaf
+
+        inner = _copy(template, to_value, {})
+        updates, inner_state = inner.update(updates, state.inner, params, **extra_args)
+        return updates, HoistedState(inner_state, state.values)
 
     kind = type(optimizer)  # with extra arguments or without
     return kind(_refuse_init, update), HoistedState(opt_state, tuple(values))
@@ -91,116 +97,58 @@ def _refuse_init(params: PyTree) -> PyTree:
     )
 
 
-def _holds(node: Any, kind: type, seen: dict[int, Any] | None = None) -> bool:
-    """Returns whether an instance of `kind` can be reached from a function or container."""
-    seen = {} if seen is None else seen
-    if isinstance(node, kind):
-        return True
-    if id(node) in seen:
-        return False
-    seen[id(node)] = node  # kept alive, so that its id is not reused
-    return any(_holds(child, kind, seen) for child in _children(node))
+def _copy(node: Any, replace: Callable[[Any], Any], copies: dict[int, Any]) -> Any:
+    """Returns a copy of a function, container or object, with its leaves replaced.
 
-
-def _children(node: Any) -> Iterator[Any]:
-    if isinstance(node, types.FunctionType):
-        yield from (_content(cell) for cell in node.__closure__ or ())
-        yield from (node.__defaults__, node.__kwdefaults__, node.__dict__)
-    elif isinstance(node, types.MethodType):
-        yield from (node.__self__, node.__func__)
-    elif isinstance(node, functools.partial):
-        yield from (node.func, node.args, node.keywords)
-    elif isinstance(node, dict):
-        yield from node.values()
-    elif isinstance(node, (tuple, list)):
-        yield from node
-    elif _is_jitted(node):
-        yield node.__wrapped__
-    elif _is_record(node):
-        yield vars(node)
-
-
-def _substitute(node: Any, kind: type, replace: Callable[[Any], Any]) -> Any:
-    """Returns a copy of a function or container with all instances of `kind` replaced.
-
-    Parts without instances are not copied. Cells that functions share stay shared.
+    Args:
+      node: what to copy.
+      replace: called with everything that is not copied, such as arrays, modules and classes.
+      copies: copies by the id of the original, so that what functions share stays shared.
     """
-    copies: dict[int, Any] = {}
-
-    def visit(node: Any) -> Any:
-        if isinstance(node, kind):
-            return replace(node)
-        if id(node) in copies:
+    if id(node) in copies:
+        return copies[id(node)]
+    visit = functools.partial(_copy, replace=replace, copies=copies)
+    if isinstance(node, types.FunctionType):
+        cells = tuple(map(visit, node.__closure__ or ()))
+        if id(node) in copies:  # one of the cells refers to the function
             return copies[id(node)]
-        if not _holds(node, kind):
-            return node
-        if isinstance(node, types.FunctionType):
-            return visit_function(node)
-        if isinstance(node, types.MethodType):
-            return types.MethodType(visit(node.__func__), visit(node.__self__))
-        if isinstance(node, functools.partial):
-            return functools.partial(visit(node.func), *visit(node.args), **visit(node.keywords))
-        if isinstance(node, dict):
-            mapping = copies[id(node)] = copy.copy(node)
-            mapping.update({key: visit(value) for key, value in node.items()})
-            return mapping
-        if isinstance(node, list):
-            items: list[Any] = []
-            copies[id(node)] = items
-            items.extend(map(visit, node))
-            return items
-        if isinstance(node, tuple):
-            children = [visit(child) for child in node]
-            return type(node)(*children) if hasattr(node, "_fields") else tuple(children)
-        if _is_jitted(node):
-            return visit(node.__wrapped__)  # inlined, since its caller is compiled
-        result = copies[id(node)] = copy.copy(node)
+        result = types.FunctionType(node.__code__, node.__globals__, node.__name__, None, cells)
+        copies[id(node)] = result
+        result.__defaults__ = visit(node.__defaults__)
+        result.__kwdefaults__ = visit(node.__kwdefaults__)
+        result.__dict__.update(visit(node.__dict__))
+        return result
+    if isinstance(node, types.CellType):
+        cell = copies[id(node)] = types.CellType()
+        try:
+            content = node.cell_contents
+        except ValueError:  # of a variable that has no value yet
+            return cell
+        cell.cell_contents = visit(content)
+        return cell
+    if isinstance(node, types.MethodType):
+        return types.MethodType(node.__func__, visit(node.__self__))
+    if isinstance(node, functools.partial):
+        return functools.partial(visit(node.func), *visit(node.args), **visit(node.keywords))
+    if isinstance(node, tuple):
+        children = map(visit, node)
+        return type(node)(*children) if hasattr(node, "_fields") else tuple(children)
+    if hasattr(node, "__wrapped__") and hasattr(node, "lower"):  # jitted
+        return visit(node.__wrapped__)  # inlined, since its caller is compiled
+    if isinstance(node, (dict, list)):
+        items = copies[id(node)] = copy.copy(node)
+        for key, value in node.items() if isinstance(node, dict) else enumerate(node):
+            items[key] = visit(value)
+        return items
+    if not _is_copied_object(node):
+        return replace(node)
+    instance = copies[id(node)] = copy.copy(node)
+    if instance is not node:  # copy returns some objects themselves, such as cached functions
         for name, value in vars(node).items():
-            object.__setattr__(result, name, visit(value))
-        return result
-
-    def visit_function(function: types.FunctionType) -> types.FunctionType:
-        cells = [
-            copies.setdefault(id(cell), types.CellType()) for cell in function.__closure__ or ()
-        ]
-        result = types.FunctionType(
-            function.__code__, function.__globals__, function.__name__, None, tuple(cells)
-        )
-        copies[id(function)] = result  # before visiting its content, which may refer to it
-        result.__defaults__ = visit(function.__defaults__)
-        result.__kwdefaults__ = visit(function.__kwdefaults__)
-        result.__dict__.update(visit(function.__dict__))
-        for cell, original in zip(cells, function.__closure__ or (), strict=True):
-            if _is_filled(original) and not _is_filled(cell):
-                cell.cell_contents = visit(original.cell_contents)
-        return result
-
-    return visit(node)
+            object.__setattr__(instance, name, visit(value))
+    return instance
 
 
-def _content(cell: types.CellType) -> Any:
-    return cell.cell_contents if _is_filled(cell) else None
-
-
-def _is_filled(cell: types.CellType) -> bool:
-    try:
-        cell.cell_contents  # noqa: B018
-    except ValueError:
-        return False
-    return True
-
-
-def _is_jitted(node: Any) -> bool:
-    return (
-        not isinstance(node, type)
-        and callable(node)
-        and hasattr(node, "lower")
-        and hasattr(node, "__wrapped__")
-    )
-
-
-def _is_record(node: Any) -> bool:
-    """Returns whether a node is a dataclass or a callable object, whose attributes are searched."""
-    if isinstance(node, type) or not hasattr(node, "__dict__"):
-        return False
-    return dataclasses.is_dataclass(node) or callable(node)
+def _is_copied_object(node: Any) -> bool:
+    is_instance = hasattr(node, "__dict__") and not isinstance(node, type)
+    return is_instance and (callable(node) or dataclasses.is_dataclass(node))

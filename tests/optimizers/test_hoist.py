@@ -1,4 +1,4 @@
-"""hoist_tracers makes a state created under vmap or jit with a swept argument usable outside."""
+"""A state made under vmap or jit with a swept hyperparameter is usable outside."""
 
 from __future__ import annotations
 
@@ -12,15 +12,15 @@ import optax
 import pytest
 
 import jaxtrain as jt
-from jaxtrain.optimizers._hoist import HoistedState, hoist_tracers
-from jaxtrain.optimizers._inspect import current_learning_rate
 
-PARAMS = {"w": jnp.array([1.0, -2.0]), "b": jnp.array(0.5)}
-VALUES = jnp.array([0.1, 0.3, 0.01])
-
-
-def loss_fn(params):
-    return jnp.sum(params["w"] ** 2) + params["b"] ** 2
+PARAMS = {"w": jnp.array([[1.0], [-2.0]]), "b": jnp.array([[0.5], [0.5]])}
+MODEL = jt.Model(
+    lambda key, inputs: (PARAMS, {}),
+    lambda params, state, inputs, **_: (inputs @ params["w"] + params["b"], state),
+)
+DATA = jt.Dataset(jnp.array([[1.0, 0.0], [0.5, -1.0]]), jnp.ones((2, 1)))
+NUMBERS = (0.1, 0.02)
+VALUES = jnp.array(NUMBERS)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -59,143 +59,102 @@ def defaults(rate) -> optax.GradientTransformation:
     return optax.GradientTransformation(lambda params: optax.EmptyState(), update)
 
 
+def recursive(rate) -> optax.GradientTransformation:
+    calls = 0
+
+    def power(base, exponent):
+        nonlocal calls
+        calls += 1
+        return base if exponent == 1 else base * power(base, exponent - 1) * (rate / rate)
+
+    def update(updates, state, params=None):
+        before = calls
+        factor = power(rate, 3)
+        assert calls == before + 3  # `update` and `power` still share the variable
+        return jax.tree.map(lambda leaf: -factor * leaf, updates), state
+
+    return optax.GradientTransformation(lambda params: optax.EmptyState(), update)
+
+
 OPTIMIZERS = {
-    "optax.sgd": optax.sgd,
     "optax.sgd, momentum": lambda value: optax.sgd(0.1, momentum=value, nesterov=True),
     "optax.adam": lambda value: optax.adam(value, b1=value),
-    "sgd": jt.optimizers.sgd,
     "sgd, all": lambda value: jt.optimizers.sgd(value, value, value, value),
     "rprop": jt.optimizers.rprop,
     "adagrad, clipped": lambda value: jt.optimizers.clip_gradients(
         jt.optimizers.adagrad(value, lr_decay=value), value
     ),
     "skip_nonfinite": lambda value: jt.optimizers.skip_nonfinite(optax.adamw(value)),
+    "accumulate": lambda value: jt.optimizers.accumulate_gradients(jt.optimizers.sgd(value), 2),
     "schedule": lambda value: optax.sgd(optax.exponential_decay(value, 2, 0.5)),
     "step_lr": lambda value: jt.optimizers.sgd(jt.optimizers.step_lr(value, 1, 0.5)),
     "masked": lambda value: optax.masked(optax.sgd(value), {"w": True, "b": False}),
+    "line search": jt.optimizers.lbfgs,
     "method": method,
     "partial": partial,
     "defaults": defaults,
+    "recursive": recursive,
 }
 
 
-def train(optimizer, params, opt_state, steps):
-    """Takes steps with the extra arguments that a line search needs."""
-    for _ in range(steps):
-        value, grad = jax.value_and_grad(loss_fn)(params)
-        updates, opt_state = optax.with_extra_args_support(optimizer).update(
-            grad, opt_state, params, value=value, grad=grad, value_fn=loss_fn
-        )
-        params = optax.apply_updates(params, updates)
-    return params
+def start(make, value) -> jt.TrainState:
+    return jt.init_state(MODEL, make(value), DATA.inputs, key=jax.random.key(0))
 
 
-def sweep_init(make, transform=lambda function: function):
-    """Initializes under vmap; the optimizer leaves it as static data, as in a TrainState."""
-    made = []
+def train(state: jt.TrainState):
+    def step(_, state):
+        return jt.train_step(state, DATA, jt.losses.mean_squared_error)[0]
 
-    def init(value):
-        optimizer, opt_state = hoist_tracers(make(value), PARAMS)
-        made.append(optimizer)
-        return opt_state
-
-    return transform(jax.vmap(init))(VALUES), made[-1]
+    return jax.lax.fori_loop(0, 3, step, state).params
 
 
-@pytest.mark.parametrize("transform", [lambda function: function, jax.jit], ids=["vmap", "jit"])
 @pytest.mark.parametrize("name", OPTIMIZERS)
-def test_a_swept_state_trained_outside_equals_separate_runs(name: str, transform) -> None:
-    make = OPTIMIZERS[name]
-    states, optimizer = sweep_init(make, transform)
-    # Jitted later, without the first transformation: a tracer left behind would be a leak.
-    swept = jax.jit(jax.vmap(lambda state: train(optimizer, PARAMS, state, steps=4)))(states)
-    for index, value in enumerate(VALUES):
-        alone = make(value)
-        expected = train(alone, PARAMS, alone.init(PARAMS), steps=4)
-        jax.tree.map(
-            lambda leaf, other, index=index: np.testing.assert_allclose(
-                other[index], leaf, rtol=1e-6, atol=1e-7
-            ),
-            expected,
-            swept,
-        )
+def test_a_swept_state_trained_outside_equals_separate_runs(name: str) -> None:
+    begin = functools.partial(start, OPTIMIZERS[name])
+    states = jax.jit(jax.vmap(begin))(VALUES)
+    # Compiled later, without the first transformation: a tracer left behind would be a leak.
+    swept = jax.jit(jax.vmap(train))(states)
+    alone = jax.jit(lambda: [train(begin(number)) for number in NUMBERS])()
+    for index, expected in enumerate(alone):
+        for ours, theirs in zip(jax.tree.leaves(swept), jax.tree.leaves(expected), strict=True):
+            np.testing.assert_allclose(ours[index], theirs, rtol=1e-5, atol=1e-6)
 
 
-def test_a_line_search_with_a_swept_learning_rate_is_hoisted() -> None:
-    states, optimizer = sweep_init(jt.optimizers.lbfgs)
-    swept = jax.vmap(lambda state: train(optimizer, PARAMS, state, steps=2))(states)
-    alone = jt.optimizers.lbfgs(VALUES[1])
-    expected = train(alone, PARAMS, alone.init(PARAMS), steps=2)
-    np.testing.assert_allclose(swept["w"][1], expected["w"], rtol=1e-5)
-
-
-def test_nothing_traced_is_left_in_the_optimizer() -> None:
+@pytest.mark.parametrize("transform", [jax.jit, jax.vmap])
+def test_no_transformation_leaves_a_tracer(transform) -> None:
+    begin = functools.partial(
+        start, lambda value: optax.chain(optax.sgd(value), optax.trace(value))
+    )
+    values = VALUES if transform is jax.vmap else VALUES[0]
     with jax.check_tracer_leaks():
-        jax.block_until_ready(
-            jax.jit(
-                jax.vmap(lambda value: hoist_tracers(optax.sgd(0.1, momentum=value), PARAMS)[1])
-            )(VALUES)
-        )
-    _, optimizer = sweep_init(lambda value: optax.chain(optax.sgd(value), optax.trace(value)))
-    from jaxtrain.optimizers import _hoist
-
-    assert not _hoist._holds(optimizer.update, jax.core.Tracer)
-    assert not _hoist._holds(optimizer.init, jax.core.Tracer)
+        state = jax.block_until_ready(transform(begin)(values))
+    assert state.opt_state.values[0] is not None
+    params = transform(train)(state)
+    assert all(isinstance(leaf, jax.Array) for leaf in jax.tree.leaves(params))
 
 
-@pytest.mark.parametrize("make", [optax.adam, jt.optimizers.adam, jt.optimizers.lbfgs])
-def test_an_optimizer_of_plain_numbers_is_returned_itself(make) -> None:
-    for transform in (lambda function: function, jax.jit):
-        optimizer, made = make(0.1), []
-
-        def init(params, optimizer=optimizer, made=made):
-            same, opt_state = hoist_tracers(optimizer, params)
-            made.append(same)
-            return opt_state
-
-        opt_state = transform(init)(PARAMS)
-        assert made[-1] is optimizer
-        expected = optimizer.init(PARAMS)
-        assert jax.tree.structure(opt_state) == jax.tree.structure(expected)
-        jax.tree.map(np.testing.assert_array_equal, opt_state, expected)
+def test_an_optimizer_of_plain_numbers_is_kept() -> None:
+    optimizer = jt.optimizers.lbfgs(0.1)
+    state = jax.jit(lambda: start(lambda _: optimizer, 0.1))()
+    assert state.optimizer is optimizer
+    assert jax.tree.structure(state.opt_state) == jax.tree.structure(optimizer.init(PARAMS))
 
 
-def test_one_tracer_used_in_many_places_is_stored_once() -> None:
-    states, _ = sweep_init(lambda value: optax.chain(optax.trace(value), optax.trace(value)))
-    assert isinstance(states, HoistedState)
-    assert len(states.values) == 1
-    np.testing.assert_array_equal(states.values[0], VALUES)
+def test_a_value_used_in_many_places_is_stored_once() -> None:
+    begin = functools.partial(
+        start, lambda value: optax.chain(optax.trace(value), optax.trace(value))
+    )
+    states = jax.vmap(begin)(VALUES)
+    *traces, value = jax.tree.leaves(states.opt_state)
+    assert len(traces) == 4  # two transformations, two parameters
+    np.testing.assert_array_equal(value, VALUES)
 
 
-def test_recursive_functions_and_shared_variables_are_copied_consistently() -> None:
-    def make(rate):
-        calls = 0
-
-        def power(base, exponent):
-            nonlocal calls
-            calls += 1
-            return base if exponent == 1 else base * power(base, exponent - 1) * (rate / rate)
-
-        def update(updates, state, params=None):
-            factor = power(rate, 3)
-            assert calls == 3  # counted in the copy of `power`, visible in that of `update`
-            return jax.tree.map(lambda leaf: -factor * leaf, updates), state
-
-        return optax.GradientTransformation(lambda params: optax.EmptyState(), update)
-
-    states, optimizer = sweep_init(make)
-    swept = jax.vmap(lambda state: train(optimizer, PARAMS, state, steps=1))(states)
-    np.testing.assert_allclose(swept["b"], 0.5 - VALUES**3, rtol=1e-5)
-
-
-def test_init_of_a_hoisted_optimizer_is_refused() -> None:
-    _, optimizer = sweep_init(optax.sgd)
+def test_init_of_a_hoisted_optimizer_is_refused_and_its_rate_can_be_read() -> None:
+    states = jax.vmap(functools.partial(start, jt.optimizers.sgd))(VALUES)
+    rate = jt.optimizers.records(states.opt_state)["learning_rate"].value
+    np.testing.assert_array_equal(rate, VALUES)
     with pytest.raises(
         jt.errors.InputError, match=r"built with a traced argument.*build a new optimizer"
     ):
-        optimizer.init(PARAMS)
-
-
-def test_the_learning_rate_of_a_swept_state_can_be_read() -> None:
-    states, _ = sweep_init(jt.optimizers.sgd)
-    np.testing.assert_array_equal(current_learning_rate(states), VALUES)
+        states.optimizer.init(PARAMS)
