@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import inspect
 import itertools
+import json
 import math
 import numbers
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 
 from jaxtrain.errors import InputError
+from jaxtrain.sweeps._labels import is_plain, make_labels
 
 _INT32 = np.iinfo(np.int32)
 
@@ -32,7 +36,8 @@ class Group(NamedTuple):
     values: dict[str, np.ndarray]
 
 
-class Grid(NamedTuple):
+@dataclasses.dataclass(frozen=True, eq=False)
+class Grid:
     """All configurations of a sweep.
 
     Attributes:
@@ -43,7 +48,7 @@ class Grid(NamedTuple):
 
     axes: dict[str, tuple[Any, ...]]
     zipped: bool
-    static_argnames: tuple[str, ...]
+    static_argnames: tuple[str, ...] = ()
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -51,27 +56,84 @@ class Grid(NamedTuple):
         lengths = tuple(map(len, self.axes.values()))
         return lengths[:1] if self.zipped else lengths
 
-    @property
-    def configurations(self) -> list[dict[str, Any]]:
-        """The values by name, for each run in order; the last axis varies fastest."""
+    @functools.cached_property
+    def positions(self) -> list[dict[str, int]]:
+        """For each run, the position of its value on each axis; the last axis varies fastest.
+
+        Of equal values on an axis, it is the position of the first.
+        """
         combine = functools.partial(zip, strict=True) if self.zipped else itertools.product
-        rows = combine(*self.axes.values())
+        rows = combine(*map(_first_positions, self.axes.values()))
         return [dict(zip(self.axes, row, strict=True)) for row in rows]
+
+    @functools.cached_property
+    def configurations(self) -> list[dict[str, Any]]:
+        """The values by name, for each run in order."""
+        return [{n: self.axes[n][at] for n, at in each.items()} for each in self.positions]
+
+    @functools.cached_property
+    def labels(self) -> dict[str, tuple[str, ...]]:
+        """The values of each axis as texts, for tables and pictures."""
+        return {name: make_labels(values) for name, values in self.axes.items()}
+
+    @functools.cached_property
+    def cells(self) -> dict[str, list[Any]]:
+        """The values of each axis, with labels in place of functions and modules."""
+        return {
+            name: [
+                v if is_plain(v) else text for v, text in zip(each, self.labels[name], strict=True)
+            ]
+            for name, each in self.axes.items()
+        }
+
+    def to_json(self) -> dict[str, Any]:
+        """Returns the grid without `static_argnames`, for `from_json`; infinities as text."""
+        axes = {
+            name: [value if _is_json(value) else str(value) for value in each]
+            for name, each in self.cells.items()
+        }
+        return {"axes": axes, "zipped": self.zipped}
+
+    @classmethod
+    def from_json(cls, saved: dict[str, Any]) -> Grid:
+        """Returns the grid that `to_json` has described."""
+        axes = {name: tuple(map(_with_tuples, each)) for name, each in saved["axes"].items()}
+        return cls(axes, saved["zipped"])
+
+    def split(self, over: Any) -> list[tuple[dict[str, int], list[int]]]:
+        """Returns the runs of each configuration of the axes that are not averaged.
+
+        Args:
+          over: the name of the axis over which to average, or several.
+
+        Returns:
+          For each configuration its position on the other axes, by name, and its runs.
+        """
+        averaged = axis_names(over)
+        for name in averaged:
+            if name not in self.axes:
+                raise InputError(
+                    f"over has {name!r}; expected axes of the sweep: {', '.join(self.axes)}",
+                    argument="over",
+                )
+        found: dict[tuple[int, ...], tuple[dict[str, int], list[int]]] = {}
+        for run, each in enumerate(self.positions):
+            at = {name: position for name, position in each.items() if name not in averaged}
+            found.setdefault(tuple(at.values()), (at, []))[1].append(run)
+        return list(found.values())
 
     @property
     def groups(self) -> list[Group]:
         """The runs grouped by their static values."""
-        configurations = self.configurations
         members: dict[tuple[int, ...], list[int]] = {}
-        for index, each in enumerate(configurations):
-            key = tuple(self.axes[name].index(each[name]) for name in self.static_argnames)
-            members.setdefault(key, []).append(index)
+        for index, each in enumerate(self.positions):
+            members.setdefault(tuple(each[n] for n in self.static_argnames), []).append(index)
         return [
             Group(
-                {name: configurations[indices[0]][name] for name in self.static_argnames},
+                {name: self.configurations[indices[0]][name] for name in self.static_argnames},
                 indices,
                 {
-                    name: _as_array([configurations[i][name] for i in indices])
+                    name: _as_array([self.configurations[i][name] for i in indices])
                     for name in self.axes
                     if name not in self.static_argnames
                 },
@@ -143,17 +205,25 @@ def _values(name: str, values: Any) -> tuple[Any, ...]:
             f"the axis {name} is {values!r}; expected a sequence of values, such as a list",
             argument="axes",
         )
-    found = tuple(
-        value.item() if hasattr(value, "dtype") and np.ndim(value) == 0 else value
-        for value in values
-    )
-    if any(getattr(value, "shape", ()) for value in found):
+    found = tuple(map(_as_python_number, values))
+    if any(isinstance(value, (np.ndarray, jax.Array)) for value in found):
         raise InputError(
-            f"the axis {name} has arrays; expected numbers, strings or tuples", argument="axes"
+            f"the axis {name} has arrays; expected numbers, or objects to compile for, such as "
+            "strings, tuples, functions and modules",
+            argument="axes",
         )
     if not found:
         raise InputError(f"the axis {name} is empty; expected at least one value", argument="axes")
     return found
+
+
+def _as_python_number(value: Any) -> Any:
+    is_number = isinstance(value, np.generic) or (
+        isinstance(value, (np.ndarray, jax.Array))
+        and value.ndim == 0
+        and not jnp.issubdtype(value.dtype, jax.dtypes.extended)
+    )
+    return value.item() if is_number else value
 
 
 def _is_integer(value: Any) -> bool:
@@ -176,7 +246,7 @@ def _are_numbers(name: str, values: tuple[Any, ...]) -> bool:
             _check_range(name, value)
         return True
     kinds = {type(value): value for value in values}
-    if len(kinds) > 1:
+    if len(kinds) > 1 and any(map(is_plain, values)):
         first, second = list(kinds.values())[:2]
         raise InputError(
             f"the axis {name} mixes {first!r} and {second!r}; expected values of one type, or "
@@ -199,6 +269,31 @@ def _check_range(name: str, value: Any) -> None:
             f"{jnp.finfo(dtype).tiny:.2g} to {jnp.finfo(dtype).max:.2g}",
             argument="axes",
         )
+
+
+def axis_names(over: Any) -> tuple[str, ...]:
+    """Returns the axes to average over, given as one name or several."""
+    return (over,) if isinstance(over, str) else tuple(over)
+
+
+def _with_tuples(value: Any) -> Any:
+    """Returns a value as it was before JSON turned tuples into lists."""
+    return tuple(map(_with_tuples, value)) if isinstance(value, list) else value
+
+
+def _first_positions(values: tuple[Any, ...]) -> list[int]:
+    """Returns for each value the position of the first that is equal to it."""
+    found: dict[Any, int] = {}
+    keys = (repr(value) if is_plain(value) else id(value) for value in values)
+    return [found.setdefault(key, position) for position, key in enumerate(keys)]
+
+
+def _is_json(value: Any) -> bool:
+    try:
+        json.dumps(value, allow_nan=False)
+    except (TypeError, ValueError):
+        return False
+    return True
 
 
 def _as_array(values: list[Any]) -> np.ndarray:

@@ -5,28 +5,31 @@ from __future__ import annotations
 import csv
 import dataclasses
 import io
-import json
 import numbers
 import operator
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import PyTree
 
+from jaxtrain._extras import needs_extra
 from jaxtrain._files import write_atomically
+from jaxtrain.callbacks.early_stopping import Mode, infer_mode
 from jaxtrain.checkpoint import encode_arrays, read_arrays
 from jaxtrain.errors import InputError
+from jaxtrain.sweeps._grid import Grid, axis_names
 from jaxtrain.training.state import TrainState
 
 if TYPE_CHECKING:
+    import pandas
+
     from jaxtrain._figures import Figure
 
-Mode = Literal["min", "max"]
 _HELD_OUT = ("test_", "validation_")
 
 
@@ -86,34 +89,29 @@ class SweepResult:
       (2, 3, 5)
       >>> result.final("test_accuracy").shape
       (2, 3)
-      >>> best = result.best("test_accuracy", mode="max")
+      >>> best = result.best("test_accuracy", over="seed")
       >>> metrics = jt.evaluate(best.state, test, loss_fn)
       >>> table = result.table(over="seed")  # print(table) shows it
       >>> result.line_plot("test_loss", over="seed").savefig("losses.png")
+      >>> frame = result.to_pandas()  # a row per run and epoch
       >>> result.to_csv("runs.csv")
     """
 
     def __init__(
-        self,
-        axes: dict[str, tuple[Any, ...]],
-        configurations: list[dict[str, Any]],
-        shape: tuple[int, ...],
-        outputs: list[tuple[list[int], PyTree]],
-        rows: list[int] | None = None,
+        self, grid: Grid, outputs: list[tuple[list[int], PyTree]], rows: list[int] | None = None
     ) -> None:
         """Makes the result from what the runs have returned.
 
         Args:
-          axes: the values of each axis, by name.
-          configurations: the value on each axis by name, for each run.
-          shape: the lengths of the axes.
+          grid: the configurations of the sweep.
           outputs: for each group of runs with the same shapes, which runs they are and what they
             have returned, stacked along a leading axis.
           rows: the epoch of each run's state, as an index; by default from the states.
         """
-        self.axes = axes
-        self.configurations = configurations
-        self.shape = shape
+        self.axes = grid.axes
+        self.configurations = grid.configurations
+        self.shape = grid.shape
+        self._grid = grid
         self._outputs = outputs
         self._rows = self._final_rows() if rows is None else rows
 
@@ -141,9 +139,14 @@ class SweepResult:
         """What the runs have returned, as one pytree with leading axes [axes...].
 
         Raises:
-          InputError: the runs return arrays of different shapes.
+          InputError: the runs return different numbers of arrays, or other shapes.
         """
         trees = [tree for _, tree in self._outputs]
+        if len({len(jax.tree.leaves(tree)) for tree in trees}) > 1:
+            raise InputError(
+                "the runs return different numbers of arrays; expected the same structure from all "
+                "of them: result[column] and result.run(index) return some of them"
+            )
         leaves = zip(*map(jax.tree.leaves, trees), strict=True)
         stacked = [self._stack("an array of the runs' outputs", list(each)) for each in leaves]
         return jax.tree.unflatten(jax.tree.structure(trees[0]), stacked)
@@ -225,39 +228,38 @@ class SweepResult:
           index: its position in `configurations`.
         """
         index = range(len(self.configurations))[index]
-        for indices, tree in self._outputs:
-            if index in indices:
-                alone = jax.tree.map(operator.itemgetter(indices.index(index)), tree)
-                state = jax.tree.map(jnp.asarray, _state(alone))
-                return SweepRun(self.configurations[index], history_of(alone) or {}, state)
-        raise AssertionError(index)
+        indices, tree = next(each for each in self._outputs if index in each[0])
+        alone = jax.tree.map(operator.itemgetter(indices.index(index)), tree)
+        state = jax.tree.map(jnp.asarray, _state(alone))
+        return SweepRun(self.configurations[index], history_of(alone) or {}, state)
 
-    def best(self, column: str, mode: Mode | None = None) -> SweepRun:
+    def best(self, column: str, mode: Mode | None = None, *, over: Any = ()) -> SweepRun:
         """Returns the run with the best final value of a column.
 
         Args:
           column: its name.
-          mode: "min" if smaller is better, "max" if larger is better. May be left out for losses,
-            the columns whose names end in "loss".
+          mode: "min" if smaller is better, "max" if larger is better. None infers it from the
+            column's name, as `jt.callbacks.early_stopping` does.
+          over: the axis, or the axes, over which to average, such as "seed": then the
+            configuration of the other axes with the best mean is chosen, of which no run has
+            diverged, and the first of its runs is returned.
 
         Raises:
-          InputError: the mode is missing, or all runs have diverged.
+          InputError: there is no such column or axis, or all runs have diverged.
         """
-        if mode is None and column.endswith("loss"):
-            mode = "min"
-        if mode not in ("min", "max"):
+        if mode not in (None, "min", "max"):
+            raise InputError(f"mode is {mode!r}; expected 'min' or 'max'", argument="mode")
+        sign = 1 if (mode or infer_mode(column)) == "min" else -1
+        values = sign * np.ravel(self.final(column))
+        groups = [runs for _, runs in self._grid.split(over)]
+        means = np.array([values[runs].mean() for runs in groups])
+        if np.isnan(means).all():
+            averaged = f", averaged over {', '.join(axis_names(over))}" if over else ""
             raise InputError(
-                f"mode is {mode!r}; expected 'min' or 'max' (it may be omitted for columns whose "
-                "names end in 'loss')",
-                argument="mode",
+                f"{column} is NaN in all {len(means)} runs{averaged}; expected one that has not "
+                "diverged: try smaller learning rates"
             )
-        values = np.ravel(self.final(column)) * (1 if mode == "min" else -1)
-        if np.isnan(values).all():
-            raise InputError(
-                f"{column} is NaN in all {len(values)} runs; expected one that has not diverged: "
-                "try smaller learning rates"
-            )
-        return self.run(int(np.nanargmin(values)))
+        return self.run(groups[int(np.nanargmin(means))][0])
 
     def table(self, columns: Sequence[str] | None = None, *, over: Any = ()) -> SweepTable:
         """Returns the final values as a table, averaged over some of the axes.
@@ -276,68 +278,80 @@ class SweepResult:
             columns = [n for n in self.columns if n == "train_loss" or n.startswith(_HELD_OUT)]
             columns = columns or [n for n in self.columns if self[n].ndim <= len(self.shape) + 1]
         finals = {name: np.ravel(self.final(name)) for name in columns}
-        groups = list(self._averaged(over))
+        finite = np.all([np.isfinite(each) for each in finals.values()], axis=0)
         headings = [name for name in self.axes if name not in axis_names(over)] + list(columns)
-        rows = [
-            [*map(format_value, shown.values()), *(_cell(finals[n][indices]) for n in columns)]
-            for shown, indices in groups
-        ]
-        diverged = [
-            sum(not all(np.isfinite(finals[n][i]) for n in columns) for i in indices)
-            for _, indices in groups
-        ]
-        if any(diverged):
-            headings.append("diverged")
-            for row, count, (_, indices) in zip(rows, diverged, groups, strict=True):
-                row.append(f"{count} of {len(indices)}")
-        return SweepTable(headings, rows)
+        rows = []
+        for at, runs in self._grid.split(over):
+            labels = [self._grid.labels[name][position] for name, position in at.items()]
+            cells = [_cell(finals[name][runs]) for name in columns]
+            diverged = f"{len(runs) - sum(finite[runs])} of {len(runs)}"
+            rows.append([*labels, *cells, *([] if finite.all() else [diverged])])
+        return SweepTable(headings + ([] if finite.all() else ["diverged"]), rows)
 
-    def _averaged(self, over: Any) -> Iterator[tuple[dict[str, Any], list[int]]]:
-        """Yields each configuration of the other axes, and the runs that have it."""
-        for name in axis_names(over):
-            if name not in self.axes:
-                raise InputError(
-                    f"over has {name!r}; expected axes of the sweep: {', '.join(self.axes)}",
-                    argument="over",
-                )
-        found: dict[str, tuple[dict[str, Any], list[int]]] = {}
-        for index, each in enumerate(self.configurations):
-            shown = {name: value for name, value in each.items() if name not in axis_names(over)}
-            found.setdefault(repr(shown), (shown, []))[1].append(index)
-        yield from found.values()
+    def to_pandas(self) -> pandas.DataFrame:
+        """Returns the histories in long format: one row per run and epoch.
+
+        The columns are `run`, the axes and those of the histories. Functions and modules on an
+        axis are names, as in tables. A column with several values per epoch, such as
+        `step_losses`, has an array in each row. The epochs after early stopping are left out. A
+        column with the name of an axis gets the prefix `history_`.
+
+        Raises:
+          MissingExtraError: pandas is not installed.
+
+        Example:
+          >>> frame = jt.sweep(lambda x: {"loss": (x - 1) ** 2}, {"x": [0.0, 3.0]}).to_pandas()
+          >>> print(frame.to_string(index=False))
+           run   x  loss
+             0 0.0   1.0
+             1 3.0   4.0
+        """
+        with needs_extra("experiments"):
+            import pandas
+
+        return pandas.DataFrame(self._long_columns())
 
     def to_csv(self, path: str | os.PathLike[str]) -> None:
-        """Writes the histories as CSV: one line per run and epoch, with the run's configuration.
-
-        Columns with several values per epoch, such as `step_losses`, are left out, and so are the
-        epochs after early stopping. A column with the name of an axis gets the prefix `history_`.
+        """Writes the histories as CSV: the rows of `to_pandas`, without columns of arrays.
 
         Args:
           path: the file; replaced if it exists.
         """
+        columns = self._long_columns()
+        names = [n for n, cells in columns.items() if not isinstance(cells[0], np.ndarray)]
         text = io.StringIO()
         writer = csv.writer(text, lineterminator="\n")
-        histories = [self.run(index) for index in range(len(self.configurations))]
-        names = [name for name in self.columns if np.ndim(histories[0].history[name]) <= 1]
-        headings = [f"history_{name}" if name in self.axes else name for name in names]
-        writer.writerow(["run", *self.axes, *headings])
-        for index, (configuration, history, _) in enumerate(histories):
-            lengths = [len(history[name]) for name in names if np.ndim(history[name])]
-            rows = max(lengths, default=1)
-            epochs = np.atleast_1d(history.get("epoch", 1))
-            if len(epochs) == rows and np.any(epochs):  # epoch 0 at the end: not trained
-                rows = 1 + np.flatnonzero(epochs)[-1]
-            values = [np.atleast_1d(history[name]) for name in names]
-            for row in range(rows):
-                cells = [value[min(row, len(value) - 1)].item() for value in values]
-                writer.writerow([index, *configuration.values(), *cells])
+        writer.writerow(names)
+        writer.writerows(zip(*(columns[name] for name in names), strict=True))
         write_atomically(Path(path), text.getvalue().encode())
+
+    def _long_columns(self) -> dict[str, list[Any]]:
+        """Returns the columns of `to_pandas`, each with one cell per run and epoch."""
+        histories: list[dict[str, np.ndarray]] = [{} for _ in self.configurations]
+        for indices, tree in self._outputs:
+            for row, index in enumerate(indices):
+                for name, column in (history_of(tree) or {}).items():
+                    histories[index][name] = np.asarray(column[row])
+        titles = {name: f"history_{name}" if name in self.axes else name for name in self.columns}
+        columns: dict[str, list[Any]] = {n: [] for n in ("run", *self.axes, *titles.values())}
+        for index, history in enumerate(histories):
+            epochs = max((len(each) for each in history.values() if each.ndim == 1), default=1)
+            trained = np.flatnonzero(history.get("epoch", ()))  # 0 after early stopping
+            rows = trained[-1] + 1 if len(trained) else epochs
+            columns["run"] += [index] * rows
+            for name, position in self._grid.positions[index].items():
+                columns[name] += [self._grid.cells[name][position]] * rows
+            for name, each in history.items():
+                is_per_epoch = each.ndim and len(each) == epochs
+                columns[titles[name]] += list(each[:rows]) if is_per_epoch else [each[()]] * rows
+        return columns
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Writes the axes and the histories to one file, for `load_sweep`.
 
         The states are not written. `sweep(..., checkpoint=folder)` keeps them in a folder, and
-        `jt.save(path, result.best(...).state)` writes that of one run.
+        `jt.save(path, result.best(...).state)` writes that of one run. Functions and modules on an
+        axis become their names.
 
         Args:
           path: the file, by convention with the suffix .safetensors; replaced if it exists.
@@ -348,12 +362,7 @@ class SweepResult:
             for name, column in (history_of(tree) or {}).items()
         }
         metadata = {
-            "axes": {name: list(map(_plain, values)) for name, values in self.axes.items()},
-            "configurations": [
-                {name: _plain(value) for name, value in each.items()}
-                for each in self.configurations
-            ],
-            "shape": self.shape,
+            "sweep": self._grid.to_json(),
             "indices": [indices for indices, _ in self._outputs],
             "columns": self.columns,
             "rows": self._rows,
@@ -371,25 +380,35 @@ class SweepResult:
 
         Returns:
           A matplotlib figure; `figure.savefig(path)` writes it.
+
+        Raises:
+          InputError: there is no such axis or column, or all axes are in `over`.
         """
-        from jaxtrain.sweeps import _pictures
+        from jaxtrain.sweeps import _pictures  # needs matplotlib
 
-        return _pictures.line_plot(self, column, x, over)
+        return _pictures.line_plot(self._grid, column, self.final(column), x, axis_names(over))
 
-    def heat_map(self, column: str, *, x: str | None = None, y: str | None = None) -> Figure:
+    def heat_map(
+        self, column: str, *, x: str | None = None, y: str | None = None, over: Any = ()
+    ) -> Figure:
         """Draws the final value of a column over two axes, averaged over the others.
 
         Args:
           column: its name.
-          x: the horizontal axis; by default the second one.
+          x: the horizontal axis; by default the second one that is not in `over`.
           y: the vertical axis; by default the first one.
+          over: the axis, or the axes, over which to average; by default all but x and y. Where
+            runs have diverged, the mean is over the finite ones.
 
         Returns:
           A matplotlib figure; `figure.savefig(path)` writes it.
-        """
-        from jaxtrain.sweeps import _pictures
 
-        return _pictures.heat_map(self, column, x, y)
+        Raises:
+          InputError: there is no such axis or column, or not two axes remain for x and y.
+        """
+        from jaxtrain.sweeps import _pictures  # needs matplotlib
+
+        return _pictures.heat_map(self._grid, column, self.final(column), x, y, axis_names(over))
 
 
 def load_sweep(path: str | os.PathLike[str]) -> SweepResult:
@@ -409,18 +428,12 @@ def load_sweep(path: str | os.PathLike[str]) -> SweepResult:
     """
     arrays, metadata = read_arrays(Path(path))
     try:
-        axes = {name: tuple(map(_hashable, values)) for name, values in metadata["axes"].items()}
-        configurations = [
-            {name: _hashable(value) for name, value in each.items()}
-            for each in metadata["configurations"]
-        ]
+        grid = Grid.from_json(metadata["sweep"])
         outputs = [
             (indices, {name: arrays[f"{group}.{name}"] for name in metadata["columns"]})
             for group, indices in enumerate(metadata["indices"])
         ]
-        return SweepResult(
-            axes, configurations, tuple(metadata["shape"]), outputs, metadata.get("rows")
-        )
+        return SweepResult(grid, outputs, metadata["rows"])
     except (LookupError, TypeError, AttributeError) as error:
         raise InputError(
             f"{path} is not a saved sweep; expected a file written by SweepResult.save"
@@ -431,14 +444,22 @@ def history_of(output: PyTree) -> Any:
     """Returns the dict of arrays in what a run returns, or None."""
     if isinstance(output, tuple) and len(output) == 2 and not hasattr(output, "_fields"):
         output = output[1]
-    return output if isinstance(output, Mapping) and _has_arrays(output) else None
-
-
-def _has_arrays(columns: Mapping[str, Any]) -> bool:
-    return all(
-        isinstance(column, numbers.Number) or hasattr(column, "shape")
-        for column in columns.values()
+    is_history = isinstance(output, Mapping) and all(
+        isinstance(column, numbers.Number) or hasattr(column, "shape") for column in output.values()
     )
+    return output if is_history else None
+
+
+def mean_and_deviation(values: np.ndarray) -> tuple[float, float, int]:
+    """Returns mean and standard deviation of the finite values, and how many they are.
+
+    Both are NaN without finite values; the deviation of one value is 0.
+    """
+    finite = np.asarray(values[np.isfinite(values)], np.float64)
+    if not len(finite):
+        return np.nan, np.nan, 0
+    deviation = np.std(finite, ddof=1) if len(finite) > 1 else 0.0
+    return float(finite.mean()), float(deviation), len(finite)
 
 
 def _state(output: PyTree) -> TrainState | None:
@@ -447,34 +468,7 @@ def _state(output: PyTree) -> TrainState | None:
     return output[0] if is_pair and isinstance(output[0], TrainState) else None
 
 
-def axis_names(over: Any) -> tuple[str, ...]:
-    """Returns the axes to average over, given as one name or several."""
-    return (over,) if isinstance(over, str) else tuple(over)
-
-
-def format_value(value: Any) -> str:
-    """Returns a value of an axis as text."""
-    return f"{value:g}" if isinstance(value, float) else str(value)
-
-
 def _cell(values: np.ndarray) -> str:
     """Returns the mean of the finite values, with their standard deviation if there are several."""
-    finite = np.asarray(values[np.isfinite(values)], np.float64)
-    if not len(finite):
-        return "nan"
-    mean = f"{finite.mean():.4g}"
-    return mean if len(finite) == 1 else f"{mean} ± {np.std(finite, ddof=1):.2g}"
-
-
-def _plain(value: Any) -> Any:
-    """Returns a value of an axis as JSON has it, or as text."""
-    try:
-        json.dumps(value, allow_nan=False)
-    except (TypeError, ValueError):
-        return repr(value)
-    return value
-
-
-def _hashable(value: Any) -> Any:
-    """Returns a value as it was before JSON turned tuples into lists."""
-    return tuple(map(_hashable, value)) if isinstance(value, list) else value
+    mean, deviation, count = mean_and_deviation(values)
+    return f"{mean:.4g} ± {deviation:.2g}" if count > 1 else f"{mean:.4g}"

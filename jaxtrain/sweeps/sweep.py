@@ -54,7 +54,8 @@ def sweep(
         (state, history), as `jt.train` does, a dict of arrays, or any pytree of arrays. It is
         traced by JAX, so numbers arrive as scalar arrays.
       axes: the values of each axis, by name. An axis of numbers is vmapped. The program is compiled
-        once for each value of an axis of anything else, such as strings or tuples.
+        once for each value of an axis of anything else, such as strings, tuples, functions (losses,
+        optimizers) or modules.
       zipped: pairs the axes: configuration k takes the k-th value of each. By default, the
         configurations are the product of the axes.
       static_argnames: axes of numbers to compile for each value of, since these change shapes:
@@ -102,7 +103,7 @@ def sweep(
                 argument="mesh",
             )
         programs = [Program(run, group) for group in grid.groups]
-        _check_columns(programs)
+        _check_columns(grid, programs)
         store = None
         if checkpoint is not None:
             store = stack.enter_context(open_store(checkpoint, grid, programs))
@@ -190,7 +191,7 @@ class _Training:
             rows = [done[position] for position in range(len(done))]
             leaves = [np.stack(leaf) for leaf in zip(*rows, strict=True)]
             outputs.append((program.group.indices, program.assemble(leaves)))
-        return SweepResult(self._grid.axes, self._grid.configurations, self._grid.shape, outputs)
+        return SweepResult(self._grid, outputs)
 
 
 def _checked_callbacks(
@@ -286,15 +287,19 @@ def _balanced(runs: int, size: int) -> int:
     return math.ceil(runs / math.ceil(runs / size)) if runs else size
 
 
-def _check_columns(programs: list[Program]) -> None:
+def _check_columns(grid: Grid, programs: list[Program]) -> None:
     """Raises InputError if runs with other static values return other columns."""
-    expected = _columns(programs[0])
+
+    def describe(program: Program) -> str:
+        at = grid.positions[program.group.indices[0]]
+        return ", ".join(f"{name} {grid.labels[name][at[name]]}" for name in program.group.static)
+
+    first = programs[0]
     for program in programs[1:]:
-        found = _columns(program)
-        if found != expected:
+        if _columns(program) != _columns(first):
             raise InputError(
-                f"run returns {found} with {program.group.static}, but {expected} with "
-                f"{programs[0].group.static}; expected the same columns for all values",
+                f"run returns {_columns(program)} with {describe(program)}, but {_columns(first)} "
+                f"with {describe(first)}; expected the same columns for all values",
                 argument="run",
             )
 

@@ -34,14 +34,11 @@ def curve(falls_at: float, rises_at: float = 2.0) -> np.ndarray:
 
 @pytest.mark.parametrize("rate", [1e-3, 0.01, 0.1])
 def test_the_suggestion_is_where_the_loss_falls_fastest(rate) -> None:
-    test = _result(RATES, curve(rate))
-    assert test.suggestion == pytest.approx(rate, rel=0.1)  # the rates are 7 % apart
-
-
-@pytest.mark.parametrize("seed", range(5))
-def test_noise_moves_the_suggestion_little(seed) -> None:
-    noise = np.random.default_rng(seed).normal(0, 0.05, len(RATES))
-    assert 0.005 < _result(RATES, curve(0.01) + noise).suggestion < 0.02
+    for losses in (curve(rate), curve(rate) - 10):  # they may be negative
+        test = _result(RATES, losses)
+        assert test.suggestion == pytest.approx(rate, rel=0.1)  # the rates are 7 % apart
+    noise = np.random.default_rng(0).normal(0, 0.05, len(RATES))
+    assert rate / 2 < _result(RATES, curve(rate) + noise).suggestion < 2 * rate
 
 
 @pytest.mark.parametrize("beyond", [np.nan, np.inf, 1e6])
@@ -52,10 +49,6 @@ def test_the_result_ends_where_the_run_diverges(beyond) -> None:
     assert 0.4 < test.rates[-1] <= 1  # the smoothing looks ahead by half a window
     assert len(test.rates) == len(test.losses) == len(test.smoothed_losses)
     assert test.smoothed_losses.max() < 2.2  # no loss after the run diverged
-
-
-def test_losses_may_be_negative() -> None:
-    assert _result(RATES, curve(0.01) - 10).suggestion == pytest.approx(0.01, rel=0.1)
 
 
 def test_the_steepest_slope_after_the_minimum_does_not_count() -> None:
@@ -94,7 +87,7 @@ def test_batches_are_those_of_epochs() -> None:
 
 
 @pytest.mark.parametrize("make_optimizer", [jt.optimizers.sgd, jt.optimizers.adam])
-def test_the_suggestion_trains_as_well_as_the_best_of_twenty_rates(make_optimizer) -> None:
+def test_the_suggestion_trains_as_well_as_the_best_of_ten_rates(make_optimizer) -> None:
     train, test = jt.data.load("digits")
     mean, std = jt.data.STATISTICS["digits"]
     model = jt.models.FeedForward(mean=mean, std=std)
@@ -109,7 +102,7 @@ def test_the_suggestion_trains_as_well_as_the_best_of_twenty_rates(make_optimize
             test,
             loss_fn=LOSS,
             metric_fns={"accuracy": jt.metrics.accuracy},
-            epochs=20,
+            epochs=10,
             key=jax.random.key(seed),
         )[1]
 
@@ -117,8 +110,8 @@ def test_the_suggestion_trains_as_well_as_the_best_of_twenty_rates(make_optimize
     found = jt.find_learning_rate(
         first, train, make_optimizer, loss_fn=LOSS, key=jax.random.key(0)
     ).suggestion
-    rates = [*np.geomspace(1e-4, 1, 20).tolist(), found]
-    result = jt.sweep(run, {"learning_rate": rates, "seed": range(3)}, at_once=21)
+    rates = [*np.geomspace(1e-4, 1, 10).tolist(), found]
+    result = jt.sweep(run, {"learning_rate": rates, "seed": range(2)}, at_once=22)
     accuracies = result.final("test_accuracy").mean(axis=1)
     assert accuracies[-1] > np.nanmax(accuracies[:-1]) - 0.01  # the highest rates may diverge
 

@@ -57,9 +57,9 @@ def test_final_is_the_best_epoch_after_early_stopping(small_state, small_classes
     losses = result["validation_loss"]
     assert np.isnan(losses).any()
     np.testing.assert_array_equal(result.final("validation_loss"), np.nanmin(losses, axis=1))
-    result.to_csv(tmp_path / "sweep.csv")
-    lines = (tmp_path / "sweep.csv").read_text().splitlines()
-    assert len(lines) == 1 + np.isfinite(losses).sum()
+    frame = result.to_pandas()
+    assert len(frame) == np.isfinite(losses).sum()
+    assert frame.groupby("run")["epoch"].max().tolist() == np.isfinite(losses).sum(axis=1).tolist()
     result.save(tmp_path / "sweep.safetensors")
     loaded = jt.load_sweep(tmp_path / "sweep.safetensors")
     np.testing.assert_array_equal(loaded.final("validation_loss"), result.final("validation_loss"))
@@ -78,15 +78,25 @@ def test_final_metrics_of_a_diverged_run_are_nan() -> None:
     assert result.final("epoch").tolist() == [2, 2]
 
 
-def test_best_needs_a_mode_unless_the_column_is_a_loss(result) -> None:
+def test_best_is_smallest_or_largest_by_the_name_of_the_column(result) -> None:
     best = result.best("test_loss")
     assert best.configuration == {"slope": 4.0, "seed": 0}
     assert best.history["test_loss"].tolist() == pytest.approx([4, 2, 4 / 3, 1])
     assert best.state is None
-    assert result.best("test_accuracy", mode="max").configuration == best.configuration
+    assert result.best("test_accuracy").configuration == best.configuration
     assert result.best("test_accuracy", mode="min").configuration == {"slope": 8.0, "seed": 2}
-    with pytest.raises(jt.errors.InputError, match="mode is None; expected 'min' or 'max'"):
-        result.best("test_accuracy")
+    with pytest.raises(jt.errors.InputError, match="mode is 'least'; expected 'min' or 'max'"):
+        result.best("test_loss", mode="least")
+
+
+def test_best_over_seeds_is_not_the_run_with_the_luckiest_seed() -> None:
+    losses = jnp.array([[0.0, 9.0, 9.0], [3.0, 2.0, 4.0], [0.0, 0.0, jnp.nan]])  # means 6, 3, nan
+    result = jt.sweep(lambda a, seed: {"loss": losses[a, seed]}, {"a": [0, 1, 2], "seed": range(3)})
+    assert result.best("loss").configuration == {"a": 0, "seed": 0}
+    assert result.best("loss", over="seed").configuration == {"a": 1, "seed": 0}
+    assert result.best("loss", over=["a"]).configuration == {"a": 0, "seed": 0}
+    with pytest.raises(jt.errors.InputError, match="over has 'x'; expected axes of the sweep: a,"):
+        result.best("loss", over="x")
 
 
 def test_best_skips_diverged_runs_unless_all_have_diverged(diverged) -> None:
@@ -131,20 +141,35 @@ def test_the_table_counts_diverged_runs(diverged) -> None:
     assert table.rows == [["4", "2 ± 1", "0 of 3"], ["9", "nan", "3 of 3"]]
 
 
-def test_csv_has_one_line_per_run_and_epoch(result, tmp_path) -> None:
-    result.to_csv(tmp_path / "sweep.csv")
-    with (tmp_path / "sweep.csv").open() as file:
-        rows = list(csv.DictReader(file))
-    assert list(rows[0]) == ["run", "slope", "seed", "epoch", "test_loss", "test_accuracy"]
-    assert len(rows) == 24
-    last = rows[-1]
-    assert (last["run"], last["slope"], last["seed"], last["epoch"]) == ("5", "8.0", "2", "4")
-    assert float(last["test_loss"]) == 4
+def test_a_data_frame_has_one_row_per_run_and_epoch(result) -> None:
+    frame = result.to_pandas()
+    names = ["run", "slope", "seed", "epoch", "test_loss", "test_accuracy", "step_losses"]
+    assert list(frame.columns) == names
+    assert len(frame) == 24
+    assert frame.iloc[-1][["run", "slope", "seed", "epoch", "test_loss"]].tolist() == [
+        5,
+        8,
+        2,
+        4,
+        4,
+    ]
+    assert frame["test_loss"].dtype == np.float32
+    np.testing.assert_array_equal(frame["step_losses"][0], [4, 4])
+    means = frame[frame["epoch"] == 4].groupby("slope")["test_loss"].mean()
+    assert means.to_dict() == {4.0: 2, 8.0: 3}
 
 
-def test_csv_has_exact_values_and_every_epoch(tmp_path) -> None:
+def test_a_data_frame_of_runs_without_epochs_has_one_row_each() -> None:
+    result = jt.sweep(lambda a: {"loss": a, "weights": a * jnp.ones((2, 2))}, {"a": [1.0, 2.0]})
+    frame = result.to_pandas()
+    assert frame["loss"].tolist() == [1, 2]
+    assert frame["weights"][1].tolist() == [[2, 2], [2, 2]]
+
+
+def test_csv_has_the_rows_of_the_data_frame_with_exact_values(tmp_path) -> None:
     def run(learning_rate):
-        return {"epoch": jnp.arange(3), "learning_rate": learning_rate * jnp.ones(3)}
+        rates = learning_rate * jnp.ones(3)
+        return {"epoch": jnp.arange(3), "learning_rate": rates, "steps": jnp.ones((3, 2))}
 
     jt.sweep(run, {"learning_rate": [0.0123456789]}).to_csv(tmp_path / "sweep.csv")
     with (tmp_path / "sweep.csv").open() as file:
@@ -182,9 +207,17 @@ def test_a_heat_map_shows_the_mean_over_the_other_axes() -> None:
         lambda a, b, c: {"loss": 100.0 * a + 10.0 * b + c},
         {"a": [1, 2], "b": [0, 1, 2], "c": [1, 3]},
     )
-    figure = result.heat_map("loss", x="b", y="a")
-    image = figure.axes[0].images[0].get_array()
-    assert np.asarray(image).tolist() == [[102, 112, 122], [202, 212, 222]]
+    for axes in ({"x": "b", "y": "a"}, {"over": "c"}, {"over": ["c"], "x": "b"}):
+        axis, _ = result.heat_map("loss", **axes).axes
+        image = np.asarray(axis.images[0].get_array())
+        assert image.tolist() == [[102, 112, 122], [202, 212, 222]]
+        assert (axis.get_xlabel(), axis.get_ylabel()) == ("b", "a")
+    for axes, message in (
+        ({"over": ["b", "c"]}, "over has b, c of a, b, c; expected all axes but two"),
+        ({"over": "c", "x": "c"}, "the sweep has no axis 'c' besides c; expected one of a, b"),
+    ):
+        with pytest.raises(jt.errors.InputError, match=message):
+            result.heat_map("loss", **axes)
     with pytest.raises(jt.errors.InputError, match="expected two axes for a heat map"):
         jt.sweep(lambda a: {"loss": a}, {"a": [1, 2]}).heat_map("loss")
 
