@@ -22,8 +22,6 @@ from jax.sharding import AxisType
 from jax.sharding import PartitionSpec as P
 
 import jaxtrain as jt
-from jaxtrain.training.loop import compiled_evaluate
-from jaxtrain.training.step import make_objective
 
 DEVICES = 8
 pytestmark = pytest.mark.skipif(jax.device_count() < DEVICES, reason="needs 8 devices")
@@ -361,17 +359,14 @@ def test_weights_and_metrics_of_pairs_agree_with_one_device(small: Alone, mesh: 
 # The work and the communication of T2.
 
 
-def compile_epoch(state: jt.TrainState, data: jt.Dataset) -> jax.stages.Compiled:
-    @jax.jit
-    def epoch(state, data):
-        return jt.train_epoch(state, data, LOSS, batch_size=64, key=jax.random.key(1))
-
-    return epoch.lower(state, data).compile()
+@jax.jit
+def epoch(state: jt.TrainState, data: jt.Dataset) -> tuple[jt.TrainState, jax.Array]:
+    return jt.train_epoch(state, data, LOSS, batch_size=64, key=jax.random.key(1))
 
 
-def compile_evaluation(state: jt.TrainState, data: jt.Dataset) -> jax.stages.Compiled:
-    objective = make_objective(LOSS, METRICS)
-    return compiled_evaluate.lower(state, data, objective, batch_size=128).compile()
+@jax.jit
+def evaluation(state: jt.TrainState, data: jt.Dataset) -> dict[str, jax.Array]:
+    return jt.evaluate(state, data, LOSS, METRICS, batch_size=128)
 
 
 def flops(program: jax.stages.Compiled) -> float:
@@ -387,23 +382,21 @@ def test_each_device_does_an_eighth_of_the_work_and_exchanges_gradients(mesh: Me
     )
     gradients_and_loss = sum(leaf.nbytes for leaf in jax.tree.leaves(state.params)) + 4
     batch = 64 * (28 * 28 + 4)
-    epoch_flops, evaluation_flops = (
-        flops(compile_epoch(state, data)),
-        flops(compile_evaluation(state, data)),
-    )
+    alone = [flops(each.lower(state, data).compile()) for each in (epoch, evaluation)]
     state = jt.parallel.replicate(state, mesh)
     for place, put in PLACES.items():
         with jax.set_mesh(mesh):
-            epoch = compile_epoch(state, put(data, mesh))
-            evaluation = compile_evaluation(state, put(data, mesh))
-        assert flops(epoch) / epoch_flops == pytest.approx(1 / DEVICES, rel=0.1)
-        assert flops(evaluation) / evaluation_flops == pytest.approx(1 / DEVICES, rel=0.1)
-        exchanged = sum(size for _, size in collectives(epoch)) - gradients_and_loss
+            programs = [
+                each.lower(state, put(data, mesh)).compile() for each in (epoch, evaluation)
+            ]
+        for program, expected in zip(programs, alone, strict=True):
+            assert flops(program) / expected == pytest.approx(1 / DEVICES, rel=0.1)
+        exchanged = sum(size for _, size in collectives(programs[0])) - gradients_and_loss
         if place == "copied":
             assert exchanged == 0
         else:  # each step collects its batch, and not the data set
             assert batch <= exchanged < 2 * batch
-        assert sum(size for _, size in collectives(evaluation)) < 1000  # the data stay
+        assert sum(size for _, size in collectives(programs[1])) < 1000  # the data stay
 
 
 # A state that a rule divides.
