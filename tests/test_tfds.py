@@ -157,8 +157,7 @@ def test_features_that_are_not_used_are_not_decoded(prepared: Path, monkeypatch)
 def test_load_gives_arrays_of_both_splits(prepared: Path) -> None:
     for (images, labels), count in zip(load_tfds("little", prepared), (12, 5), strict=True):
         assert images.shape == (count, 8, 8, 1)
-        assert images.dtype == np.uint8
-        assert labels.dtype == np.int32
+        assert (images.dtype, labels.dtype) == (np.uint8, np.int32)
         np.testing.assert_array_equal(images, [image_of(int(label)) for label in labels])
     assert sorted(labels) == [50, 51, 52, 53, 54]
 

@@ -62,7 +62,7 @@ class BoardLogger(Logger):
         """Writes a histogram of values, [values]: counts per bin [bins], and edges [bins + 1]."""
 
     def _image(self, step: int, name: str, png: bytes) -> None:
-        """Writes a picture at a step, and opens the files if they are closed."""
+        """Writes a picture at a step."""
 
     def _flush(self) -> None:
         """Writes to the disk what has been logged so far."""

@@ -18,7 +18,6 @@ from jaxtrain.callbacks._board import BoardLogger, checked_folder
 EVENT_FILES = "events.out.tfevents.*.jaxtrain"
 # Of a PNG file: after the signature and a header of 8 bytes, the width and the height.
 _PNG_SIZE = slice(16, 24)
-_RGBA = 4
 
 
 def tensorboard(folder: str | os.PathLike[str], *, histograms: bool = False) -> BoardLogger:
@@ -64,7 +63,6 @@ class _TensorBoard(BoardLogger):
     """
 
     _writer: Any = None
-    _close_file: Any = None
 
     def _start(self, step: int) -> None:
         from tensorboardX.proto.event_pb2 import SessionLog
@@ -105,9 +103,7 @@ class _TensorBoard(BoardLogger):
         from tensorboardX.proto.summary_pb2 import Summary
 
         width, height = struct.unpack(">II", png[_PNG_SIZE])
-        image = Summary.Image(
-            width=width, height=height, colorspace=_RGBA, encoded_image_string=png
-        )
+        image = Summary.Image(width=width, height=height, encoded_image_string=png)
         self._write(step=step, summary=Summary(value=[Summary.Value(tag=name, image=image)]))
 
     def _close(self, error: BaseException | None) -> None:
@@ -121,9 +117,9 @@ class _TensorBoard(BoardLogger):
             self._writer.flush()
 
     def _finish(self) -> None:
-        if self._writer is not None:
-            self._writer = None
-            self._close_file()
+        writer, self._writer = self._writer, None
+        if writer is not None:
+            writer.close()
 
     def _write(self, **fields: Any) -> None:
         from tensorboardX.proto.event_pb2 import Event
@@ -140,6 +136,6 @@ class _TensorBoard(BoardLogger):
             # TensorBoard reads the files in the order of their names.
             unique = f"{time.time():.6f}.{socket.gethostname()}.{os.getpid()}"
             self._writer = RecordWriter(str(self._place / EVENT_FILES.replace("*", unique)))
-            self._close_file = weakref.finalize(self, self._writer.close)
+            weakref.finalize(self, self._writer.close)
             self._write(file_version="brain.Event:2")
         return self._writer
