@@ -75,7 +75,8 @@ class CheckpointStore:
                 raise
         finally:
             self._thread.shutdown()
-            self._release()
+            if self._lock is not None:
+                self._lock.release()
             if error is not None:
                 self._add_note(error)
 
@@ -196,10 +197,6 @@ class CheckpointStore:
         if self._writes:
             with contextlib.suppress(OSError):  # an extra file does no harm
                 os.unlink(path)
-
-    def _release(self) -> None:
-        if self._lock is not None:
-            self._lock.release()
 
     def _add_note(self, error: BaseException) -> None:
         if self.found and not isinstance(error, InputError):

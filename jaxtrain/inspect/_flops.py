@@ -91,7 +91,7 @@ def _inner_jaxprs(params: dict[str, Any]) -> Iterator[Any]:
 def _own_flops(name: str, equation: Any) -> float | None:
     """Returns the operations of an equation; None if they are those of the programs inside it."""
     params, operands = equation.params, [each.aval for each in equation.invars]
-    result = equation.outvars[0].aval if equation.outvars else None
+    result: Any = equation.outvars[0].aval if equation.outvars else None
     flops: float
     if name in _ELEMENTWISE:
         flops = result.size
