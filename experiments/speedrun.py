@@ -2,12 +2,8 @@
 
 from __future__ import annotations
 
-import signal
-
-if __name__ == "__main__":  # until the flags are read, Ctrl-C ends the process at once
-    signal.signal(signal.SIGINT, signal.SIG_DFL)
-
 import functools
+import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,13 +15,9 @@ import numpy as np
 from jaxtyping import Array, Float, Num
 
 import jaxtrain as jt
-from jaxtrain._arguments import check_integer
 from jaxtrain.cli import command, flags, plots, tables
-from jaxtrain.training.sources import num_steps
 
-METRICS = {"accuracy": jt.metrics.accuracy}
 MEAN, STD = jt.data.STATISTICS["mnist"]
-TARGET = 0.99
 
 
 @dataclass(frozen=True)
@@ -42,18 +34,15 @@ class Config(flags.DatasetFlags, flags.ExperimentFlags):
     learning_rate: float = 0.005
     """The highest rate of Adam's one-cycle schedule."""
     warmup: float = 0.2
-    """Part of the steps in which the rate rises to it."""
+    """Fraction of the steps in which the rate rises to it."""
     label_smoothing: float = 0.1
-    """Part of each target that is spread over all classes."""
+    """Fraction of each target that is spread over all classes."""
     parallel: int = 1
     """Runs to train at once, in one program."""
 
 
 class ConvNet(nn.Module):
-    """Two convolutions, of which the second has max pooling, and two fully connected layers.
-
-    Initialized as PyTorch initializes these layers: Flax's defaults end at 99.05 %.
-    """
+    """Two convolutions and two dense layers, initialized by PyTorch's rule, not Flax's."""
 
     @nn.compact
     def __call__(
@@ -69,28 +58,21 @@ class ConvNet(nn.Module):
 
 def _conv(features: int, *, size: int, channels: int, stride: int = 1) -> nn.Conv:
     init = jt.models.uniform_fan_in(channels * size**2)
-    return nn.Conv(
-        features,
-        (size, size),
-        strides=stride,
-        padding="VALID",
-        kernel_init=init,
-        bias_init=init,
-    )
+    inits = {"kernel_init": init, "bias_init": init}
+    return nn.Conv(features, (size, size), strides=stride, padding="VALID", **inits)
 
 
 def run(config: Config) -> dict[str, Any]:
     """Trains a small convolutional network on MNIST from several seeds, each run one program."""
-    check_integer(config.seeds, "seeds", minimum=1, maximum=10_000)
-    check_integer(config.epochs, "epochs", minimum=1)
-    check_integer(config.batch_size, "batch_size", minimum=1)
+    flags.check(config, "seeds", minimum=1)
+    flags.check(config, "batch_size", minimum=1)
     with command.run_folder(config) as folder:
         data = command.load_images(config)
         result = jt.sweep(
             functools.partial(train, config, data),
             {"seed": range(config.seeds)},
             at_once=config.parallel,
-            callbacks=command.reporting(folder, log_interval=1),
+            callbacks=[*folder.callbacks(), jt.callbacks.progress(1)],
         )
         accuracies = result.final("test_accuracy")
         first = result.run(0)  # the best one by test accuracy would be chosen by the test images
@@ -99,7 +81,7 @@ def run(config: Config) -> dict[str, Any]:
         folder.write_model(first.state)
         folder.write_picture("accuracies.png", draw(accuracies, data.name))
         summary = folder.write_summary(
-            experiment="speedrun",
+            "speedrun",
             dataset=data.name,
             notice=data.notice,
             epochs=config.epochs,
@@ -110,25 +92,17 @@ def run(config: Config) -> dict[str, Any]:
             lowest_test_accuracy=float(np.min(accuracies)),
             test_accuracies=accuracies.tolist(),
         )
-    tables.print_summary(
-        f"MNIST speedrun, {config.seeds} seeds",
-        {
+        rows = {
             "data set": data.name + ("" if data.notice is None else " (this is not MNIST)"),
-            "test accuracy": f"{summary['test_accuracy']:.2%} mean, "
-            f"{summary['lowest_test_accuracy']:.2%} lowest",
-            "training": f"{summary['train_seconds'] / config.seeds:.2f} s per run on "
-            f"{summary['device']}",
-            "compiling": f"{summary['compile_seconds']:.1f} s",
-            "process": f"{summary['total_seconds']:.1f} s for all runs",
-        },
-        config.output_dir,
-    )
+            "test accuracy": f"{np.mean(accuracies):.2%} mean, {np.min(accuracies):.2%} lowest",
+            **tables.times(summary),
+            "training per run": f"{summary['train_seconds'] / config.seeds:.2f} s",
+        }
+        tables.print_table(f"MNIST speedrun, {config.seeds} seeds", rows)
     return summary
 
 
-def train(
-    config: Config, data: jt.data.Resolved, seed: jax.Array | int
-) -> tuple[jt.TrainState, dict[str, jax.Array]]:
+def train(config: Config, data: jt.data.Resolved, seed: Any) -> tuple[jt.TrainState, dict]:
     """Trains one network, and tests it after each epoch."""
     init_key, shuffle_key = jax.random.split(jax.random.key(seed))
     return jt.train(
@@ -136,7 +110,7 @@ def train(
         data.train,
         data.test,
         loss_fn=make_loss(config),
-        metric_fns=METRICS,
+        metric_fns={"accuracy": jt.metrics.accuracy},
         epochs=config.epochs,
         batch_size=config.batch_size,
         key=shuffle_key,
@@ -145,7 +119,7 @@ def train(
 
 def make_state(config: Config, train_data: jt.Dataset, key: jax.Array) -> jt.TrainState:
     """Returns the initial state, with Adam and its one-cycle schedule."""
-    steps = config.epochs * num_steps(len(train_data), config.batch_size)
+    steps = config.epochs * math.ceil(len(train_data) / config.batch_size)
     rate = jt.optimizers.one_cycle_lr(config.learning_rate, steps, pct_start=config.warmup)
     return jt.init_state(ConvNet(), jt.optimizers.adam(rate), train_data.inputs[:1], key=key)
 
@@ -157,18 +131,17 @@ def make_loss(config: Config) -> jt.losses.Loss:
 
 def draw(accuracies: np.ndarray, dataset: str) -> plots.Figure:
     """Draws the test accuracy of each seed, their mean and the target."""
-    figure = plots.Figure(figsize=(6.5, 3.6), layout="constrained")
-    ax = figure.subplots()
-    ax.plot(range(len(accuracies)), accuracies, "o", color=plots.BLUE, label="one run")
+    title = f"MNIST speedrun on {dataset}, {len(accuracies)} seeds"
+    figure, ax = plots.subplots(title, size=(6.5, 3.6))
+    ax.plot(accuracies, "o", color=plots.BLUE, label="one run")
     mean = float(np.mean(accuracies))
     ax.axhline(mean, color=plots.BLUE, linewidth=1, label=f"mean: {mean:.2%}")
-    ax.axhline(TARGET, color=plots.VERMILION, linestyle="--", linewidth=1, label="99 %")
+    ax.axhline(0.99, color=plots.VERMILION, linestyle="--", linewidth=1, label="99 %")
     ax.xaxis.set_major_locator(plots.MaxNLocator(integer=True))
     ax.yaxis.set_major_locator(plots.MaxNLocator(steps=[1, 2, 5, 10]))
     ax.yaxis.set_major_formatter("{x:.2%}")
     plots.label_axes(ax, "seed", "test accuracy")
     ax.legend(fontsize=8, loc="upper left", bbox_to_anchor=(1.01, 1))
-    figure.suptitle(f"MNIST speedrun on {dataset}, {len(accuracies)} seeds")
     return figure
 
 

@@ -2,11 +2,6 @@
 
 from __future__ import annotations
 
-import signal
-
-if __name__ == "__main__":  # until the flags are read, Ctrl-C ends the process at once
-    signal.signal(signal.SIGINT, signal.SIG_DFL)
-
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,7 +9,6 @@ from typing import Any
 import jax
 
 import jaxtrain as jt
-from jaxtrain._arguments import check_integer
 from jaxtrain.cli import command, flags, runs, tables
 
 LOSS = jt.losses.cross_entropy
@@ -44,13 +38,8 @@ class Config(flags.DatasetFlags, flags.ExperimentFlags):
 
 def run(config: Config) -> dict[str, Any]:
     """Trains the T2 network (784-256-128-64-10) at each learning rate from several seeds."""
-    check_integer(config.seeds, "seeds", minimum=1, maximum=10_000)
-    if config.epochs is not None:
-        check_integer(config.epochs, "epochs", minimum=1)
-    if not config.learning_rates:
-        raise jt.errors.InputError("--learning-rates is empty; expected at least one, such as 0.01")
-    for rate in config.learning_rates:
-        jt.optimizers.sgd(rate)  # checked here, since a traced rate in the sweep is not
+    flags.check(config, "seeds", minimum=1)
+    flags.check_rates(config)
     with command.run_folder(config) as folder:
         data = command.load_images(config)
         result = sweep(config, data, folder)
@@ -65,7 +54,7 @@ def run(config: Config) -> dict[str, Any]:
             "learning_rates.png", result.line_plot("test_accuracy", x="learning_rate", over="seed")
         )
         summary = folder.write_summary(
-            experiment="sweep",
+            "sweep",
             dataset=data.name,
             notice=data.notice,
             epochs=len(best.history["epoch"]),
@@ -76,17 +65,14 @@ def run(config: Config) -> dict[str, Any]:
             runs=len(result.configurations),
             table=[dict(zip(table.headings, row, strict=True)) for row in table.rows],
         )
-    print(f"T2 on {data.name}, {summary['epochs']} epochs, mean ± standard deviation over seeds:")
-    print(table)
-    tables.print_summary(
-        "best by validation loss",
-        {
+        print(f"T2 on {data.name}, {summary['epochs']} epochs, mean ± deviation over seeds:")
+        print(table)
+        rows = {
             "learning rate": f"{best.configuration['learning_rate']:g}",
             "seed": str(best.configuration["seed"]),
             "test accuracy": tables.accuracy_text(summary["test_accuracy"], len(data.test)),
-        },
-        config.output_dir,
-    )
+        }
+        tables.print_table("best by validation loss", rows)
     return summary
 
 
@@ -118,7 +104,7 @@ def sweep(config: Config, data: jt.data.Resolved, folder: runs.RunFolder) -> jt.
         {"learning_rate": config.learning_rates, "seed": range(config.seeds)},
         at_once="auto" if config.parallel is None else config.parallel,
         checkpoint=config.checkpoint_dir,
-        callbacks=command.reporting(folder, log_interval=1),
+        callbacks=[*folder.callbacks(), jt.callbacks.progress(1)],
     )
 
 

@@ -2,17 +2,13 @@
 
 from __future__ import annotations
 
-import signal
-
-if __name__ == "__main__":  # until the flags are read, Ctrl-C ends the process at once
-    signal.signal(signal.SIGINT, signal.SIG_DFL)
-
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from rich.console import Console
 from rich.table import Table
 
 from experiments import (
@@ -25,7 +21,6 @@ from experiments import (
     mnist,
     optimizers,
 )
-from jaxtrain._terminal import make_console
 from jaxtrain.cli import command, flags, tables
 from jaxtrain.cli.tables import Comparison
 
@@ -55,7 +50,7 @@ def run(config: Config) -> None:
         rows, tables.comparison_rows(row for _, row in rows), strict=True
     ):
         table.add_row(tutorial, *cells, f"{row.tolerance:g}")
-    make_console(width=110).print(table)
+    Console(highlight=False, width=110).print(table)
     wrong = [row.figure for _, row in rows if not row.agrees]
     if wrong:
         sys.exit(
@@ -63,7 +58,7 @@ def run(config: Config) -> None:
             + ", ".join(wrong)
         )
     print(f"all {len(rows)} figures are within their tolerance")
-    tables.print_results_folder(config.output_dir)
+    print(f"results: {config.output_dir}")
 
 
 def all_figures(config: Config) -> Iterator[tuple[str, Comparison]]:

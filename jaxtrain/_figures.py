@@ -7,22 +7,15 @@ readers can tell apart; line styles and markers also differ, for printing in gre
 from __future__ import annotations
 
 import io
-import os
 from typing import Any
 
 from jaxtrain._extras import needs_extra
 
-# Figures are written to files, without a backend; but matplotlib's import fails if this is unknown.
-_backend = os.environ.pop("MPLBACKEND", None)
-try:
-    with needs_extra("experiments"):
-        from matplotlib.axes import Axes as Axes
-        from matplotlib.figure import Figure as Figure
-        from matplotlib.ticker import MaxNLocator as MaxNLocator
-        from matplotlib.ticker import PercentFormatter as PercentFormatter
-finally:
-    if _backend is not None:
-        os.environ["MPLBACKEND"] = _backend
+with needs_extra("experiments"):
+    from matplotlib.axes import Axes as Axes
+    from matplotlib.figure import Figure as Figure
+    from matplotlib.ticker import MaxNLocator as MaxNLocator
+    from matplotlib.ticker import PercentFormatter as PercentFormatter
 
 _DPI = 120
 BLUE, VERMILION, GREEN, GREY = "#0072B2", "#D55E00", "#009E73", "#999999"

@@ -3,24 +3,21 @@
 from __future__ import annotations
 
 import contextlib
-import errno
 import importlib.util
-import io
+import math
 import os
 import signal
 import sys
+import time
 import warnings
 from collections.abc import Callable, Iterator
-from typing import Any, NoReturn, TypeVar
+from typing import TypeVar
 
-from jaxtrain.callbacks import Callback, progress
 from jaxtrain.cli.compilation_cache import set_up_compilation_cache
 from jaxtrain.cli.devices import select_device
-from jaxtrain.cli.flags import DatasetFlags, ExperimentFlags, TrainingFlags, flag_of
+from jaxtrain.cli.flags import DatasetFlags, ExperimentFlags, flag_of
 from jaxtrain.cli.parsing import parse
-from jaxtrain.cli.resuming import resumes
 from jaxtrain.cli.runs import RunFolder
-from jaxtrain.cli.signals import EXIT_STATUS, MESSAGES, ignore_signals, raise_on_signals
 from jaxtrain.data import Resolved, load_resolved
 from jaxtrain.errors import (
     DataUnavailableError,
@@ -30,17 +27,16 @@ from jaxtrain.errors import (
     ProcessLostError,
     StorageError,
     StreamError,
-    printable,
     recovery_notes,
 )
 
 Config = TypeVar("Config")
-BROKEN_PIPE_STATUS = 128 + signal.SIGPIPE
 _EXPECTED = (
     *(InputError, NonFiniteError, MemoryError, StorageError),
     *(StreamError, ProcessLostError),
 )
-_OUTPUT_ERRORS = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EBADF, errno.EAGAIN}
+# For this long after a signal, further ones do not interrupt the cleanup.
+_PATIENCE_SECONDS = 2.0
 
 for _package in ("matplotlib", "platformdirs", "tyro"):  # which every script needs
     if importlib.util.find_spec(_package) is None:
@@ -50,11 +46,15 @@ for _package in ("matplotlib", "platformdirs", "tyro"):  # which every script ne
         )
 
 
+class Terminated(BaseException):
+    """The process was asked to end: SIGTERM."""
+
+
 def main(config_type: type[Config], run: Callable[[Config], object]) -> None:
     """Runs an experiment with the configuration that the command line gives.
 
     A user's mistake ends with one sentence on stderr and status 1, Ctrl-C with one line and 130,
-    SIGTERM with one line and 143, a closed terminal with 129, a closed pipe with 141.
+    SIGTERM with one line and 143.
 
     Args:
       config_type: a dataclass; its fields are the flags, their docstrings the help.
@@ -71,98 +71,63 @@ def report_errors(config_type: type | None = None) -> Iterator[None]:
     Args:
       config_type: the dataclass of the flags, to name the flag that sets a wrong argument.
     """
-    _prepare_output()
-    warnings.showwarning = _print_warning
-    raise_on_signals()
-    try:
+    with warnings.catch_warnings(), _signals_raised():
+        warnings.showwarning = lambda message, *_, **__: _print_line(f"warning: {message}")
         try:
             yield
         except _EXPECTED as error:
-            hint = _flag_hint(error, config_type)
             text = str(error) or "out of memory"  # Python's own MemoryError has no text
+            hint = _flag_hint(error, config_type)
             _print_line("; ".join([f"error: {text}{hint}", *recovery_notes(error)]))
             sys.exit(1)
-        finally:
+        except (KeyboardInterrupt, Terminated) as error:
+            interrupted = isinstance(error, KeyboardInterrupt)
+            word = "interrupted" if interrupted else "terminated"
+            _print_line("; ".join([word, *recovery_notes(error)]))
             sys.stdout.flush()
-            sys.stderr.flush()
-    except BaseException as error:
-        signalled = _find_signal(error)
-        if signalled is not None:
-            _end_by_signal(signalled)
-        _end_if_output_failed(error)
-        raise
-    finally:
-        ignore_signals()
+            # At once: Python's own exit would tear XLA down while it may still be compiling.
+            os._exit(128 + (signal.SIGINT if interrupted else signal.SIGTERM))
 
 
-def _prepare_output() -> None:
-    """Replaces closed streams by the null device, and escapes what their encoding lacks."""
-    sys.stdout = sys.stdout or open(os.devnull, "w")  # noqa: SIM115
-    sys.stderr = sys.stderr or open(os.devnull, "w")  # noqa: SIM115
-    for stream in (sys.stdout, sys.stderr):
-        if isinstance(stream, io.TextIOWrapper):
-            stream.reconfigure(errors="backslashreplace")
+@contextlib.contextmanager
+def _signals_raised() -> Iterator[None]:
+    """Makes Ctrl-C and SIGTERM raise KeyboardInterrupt and Terminated.
 
-
-def _find_signal(error: BaseException | None) -> BaseException | None:
-    """Returns the exception of a signal, also if an OSError replaced it while it propagated.
-
-    When a terminal is closed, rich fails to remove its bar.
+    At once, not by a flag that the loop polls: a compilation could not be interrupted by a flag.
     """
-    while error is not None and type(error) not in EXIT_STATUS:
-        error = error.__context__ if isinstance(error, OSError) else None
-    return error
+    latest = -math.inf
 
+    def handle(number: int, frame: object) -> None:
+        nonlocal latest
+        if time.monotonic() - latest > _PATIENCE_SECONDS:
+            latest = time.monotonic()
+            raise KeyboardInterrupt if number == signal.SIGINT else Terminated
 
-def _end_by_signal(error: BaseException) -> NoReturn:
-    """Prints one line and ends the process with the signal's status."""
-    with contextlib.suppress(OSError):  # the terminal may be gone
-        _print_line("; ".join([MESSAGES[type(error)], *recovery_notes(error)]))
-        sys.stdout.flush()
-    # At once: Python's own exit would tear XLA down while it may still be compiling.
-    os._exit(EXIT_STATUS[type(error)])
-
-
-def _end_if_output_failed(error: BaseException) -> None:
-    """Ends the process if the error is that stdout or stderr cannot be written."""
-    if isinstance(error, BrokenPipeError):  # the reader has left, as in `--help | head`
-        _discard_output()
-        sys.exit(BROKEN_PIPE_STATUS)
-    # Writes to stdout and stderr have no file name.
-    if isinstance(error, OSError) and error.filename is None and error.errno in _OUTPUT_ERRORS:
-        with contextlib.suppress(OSError):
-            _print_line(f"error: the output could not be printed ({error.strerror})")
-        _discard_output()
-        sys.exit(1)
+    previous = {each: signal.signal(each, handle) for each in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield
+    finally:
+        for each, handler in previous.items():
+            signal.signal(each, handler)
 
 
 def _print_line(text: str) -> None:
-    print(printable(text), file=sys.stderr, flush=True)
-
-
-def _print_warning(message: Warning | str, *_: Any, **__: Any) -> None:
-    _print_line(f"warning: {message}")
-
-
-def _discard_output() -> None:
-    """Redirects stdout and stderr to nowhere, so that Python's own flush at exit succeeds."""
-    nowhere = os.open(os.devnull, os.O_WRONLY)
-    for stream in (sys.stdout, sys.stderr):
-        os.dup2(nowhere, stream.fileno())
+    print(text, file=sys.stderr, flush=True)
 
 
 def _flag_hint(error: BaseException, config_type: type | None) -> str:
     """Returns the flags that help against an error, since the library does not know of flags."""
     known: list[str] = []
-    if isinstance(error, OutOfMemoryError) and error.fitting is not None:
-        known = [f"--{error.argument.replace('_', '-')} {error.fitting}"]
+    argument = getattr(error, "argument", None)
+    flag = None if config_type is None else flag_of(argument, config_type)
+    if isinstance(error, OutOfMemoryError):
+        known = [f"{flag} {error.fitting}"] if flag and error.fitting else []
     elif isinstance(error, DataUnavailableError):
         known = ["--data-dir FOLDER", "--dataset digits"]
     elif isinstance(error, NonFiniteError) and not error.hint:
         known = ["--max-gradient-norm 1", "--on-nonfinite skip"]
-    elif isinstance(error, InputError) and config_type is not None:
-        flag = flag_of(error.argument, config_type)
-        known = [flag] if flag else []
+    elif isinstance(error, InputError) and flag is not None:
+        known = [flag]
     return f" (flags: {', '.join(known)})" if len(known) > 1 else f" ({known[0]})" if known else ""
 
 
@@ -178,7 +143,7 @@ def load_images(config: DatasetFlags) -> Resolved:
 
 @contextlib.contextmanager
 def run_folder(config: ExperimentFlags) -> Iterator[RunFolder]:
-    """Sets up JAX as the flags say, and opens the output folder.
+    """Sets up JAX as the flags say, and opens the output folder; prints its path at the end.
 
     Args:
       config: the experiment's configuration.
@@ -193,33 +158,6 @@ def run_folder(config: ExperimentFlags) -> Iterator[RunFolder]:
     """
     select_device(config.device, getattr(config, "devices", 1))
     set_up_compilation_cache(config.compilation_cache)
-    options: dict[str, Any] = {}
-    if isinstance(config, TrainingFlags):
-        options = {
-            "resuming": resumes(config),
-            "log": config.log,
-            "histograms": config.log_histograms,
-        }
-    with RunFolder(config.output_dir, config, overwrite=config.overwrite, **options) as folder:
+    with RunFolder(config) as folder:
         yield folder
-
-
-def reporting(
-    folder: RunFolder,
-    log_interval: int,
-    *,
-    epoch_interval: int = 1,
-    part: str = "",
-    **columns: float | str,
-) -> list[Callback]:
-    """Returns callbacks that write a run to the folder and show its progress.
-
-    Args:
-      folder: the output folder.
-      log_interval: steps between two lines of progress; 0 shows nothing at all.
-      epoch_interval: epochs between two lines.
-      part: name of the run, in an experiment of several.
-      columns: additional columns of `history.csv`.
-    """
-    shown = progress(log_interval, max(1, epoch_interval))
-    return [*folder.callbacks(part, **columns), shown]
+    print(f"results: {config.output_dir}")

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import importlib.util
 import os
-from pathlib import Path
 from typing import Literal
 
 import jax
@@ -14,7 +12,7 @@ from jaxtrain.errors import InputError
 from jaxtrain.parallel import AXIS
 
 Device = Literal["auto", "cpu", "gpu"]
-_SIMULATED = "xla_force_host_platform_device_count"  # the flag's older name
+_SIMULATED = "xla_force_host_platform_device_count"  # the older name of jax_num_cpu_devices
 
 
 def select_device(device: Device, count: int = 1) -> None:
@@ -31,26 +29,18 @@ def select_device(device: Device, count: int = 1) -> None:
         jax.config.update("jax_num_cpu_devices", count)
     if device == "cpu":
         jax.config.update("jax_platforms", "cpu")
-    elif device == "gpu":
-        try:
-            jax.config.update("jax_default_device", jax.devices("gpu")[0])
-        except Exception as error:  # RuntimeError, or AssertionError for a missing plugin
-            raise InputError(
-                "--device is gpu, but "
-                + missing_gpu_advice(has_nvidia_gpu(), has_cuda_plugin())
-                + ", or use --device cpu"
-            ) from error
-    else:
-        try:
-            jax.devices()
-        except Exception as error:  # RuntimeError, or AssertionError for a missing plugin
-            platforms = os.environ.get("JAX_PLATFORMS")
-            if platforms:
-                raise InputError(
-                    f"$JAX_PLATFORMS is {platforms!r}, but JAX has no such device here; unset it, "
-                    "or use --device cpu"
-                ) from error
-            raise InputError(f"JAX has no device here ({error}); use --device cpu") from error
+        return
+    try:
+        devices = jax.devices(None if device == "auto" else device)
+    except Exception as error:  # RuntimeError, or AssertionError for a missing plugin
+        reason = str(error).partition("\n")[0]
+        raise InputError(
+            f"--device is {device}, but JAX has no such device here ({reason}); on a machine with "
+            "an NVIDIA GPU, pip install 'jaxtrain[cuda]' and check that nvidia-smi lists it and "
+            "$JAX_PLATFORMS does not hide it, or use --device cpu"
+        ) from error
+    if device == "gpu":
+        jax.config.update("jax_default_device", devices[0])
 
 
 def make_mesh(count: int) -> jax.sharding.Mesh | None:
@@ -70,29 +60,3 @@ def make_mesh(count: int) -> jax.sharding.Mesh | None:
             argument="devices",
         )
     return jax.make_mesh((count,), (AXIS,), devices=devices[:count])
-
-
-def missing_gpu_advice(gpu: bool, plugin: bool) -> str:
-    """Returns what is missing if JAX sees no GPU, and what to do about it."""
-    if gpu and not plugin:
-        return (
-            "JAX has no CUDA plugin for the NVIDIA GPU of this machine; install it with "
-            "pip install 'jaxtrain[cuda]'"
-        )
-    if gpu:
-        return (
-            "JAX's CUDA plugin cannot use the NVIDIA GPU of this machine; check that nvidia-smi "
-            "lists it, that its driver is recent enough for CUDA 13, and that "
-            "CUDA_VISIBLE_DEVICES and JAX_PLATFORMS do not hide it"
-        )
-    return "this machine has no NVIDIA GPU, or its driver does not list it (see nvidia-smi)"
-
-
-def has_nvidia_gpu() -> bool:
-    """Returns whether this machine has a device of the NVIDIA driver."""
-    return any(Path("/dev").glob("nvidia[0-9]*"))
-
-
-def has_cuda_plugin() -> bool:
-    """Returns whether JAX's CUDA plugin is installed, for any CUDA version."""
-    return any(importlib.util.find_spec(f"jax_cuda{version}_plugin") for version in (12, 13))

@@ -9,16 +9,10 @@ from typing import Any, Literal
 from jaxtrain import callbacks
 from jaxtrain._extras import needs_extra
 from jaxtrain.callbacks import Callback
-from jaxtrain.callbacks.tensorboard import EVENT_FILES
 
 LogName = Literal["tensorboard", "csv", "jsonl", "wandb"]
 
 _PROJECT = "jaxtrain"  # of Weights & Biases
-# Names of log files in the output folder.
-_PATTERNS = (
-    f"tensorboard/**/{EVENT_FILES}",
-    *("log.csv", "log_*.csv", "steps.csv", "steps_*.csv", "log.jsonl", "log_*.jsonl"),
-)
 
 
 def check_packages(names: Sequence[LogName]) -> None:
@@ -32,12 +26,7 @@ def check_packages(names: Sequence[LogName]) -> None:
 
 
 def make_loggers(
-    folder: Path,
-    names: Sequence[LogName],
-    part: str = "",
-    *,
-    histograms: bool = False,
-    config: Any = None,
+    folder: Path, names: Sequence[LogName], part: str, *, histograms: bool, config: Any
 ) -> list[Callback]:
     """Returns the loggers of a run, which write nothing before its first steps.
 
@@ -47,7 +36,7 @@ def make_loggers(
     Args:
       folder: the output folder.
       names: which loggers.
-      part: name of the run, in an experiment of several.
+      part: name of the run in an experiment of several, else "".
       histograms: whether to log histograms of the parameters.
       config: the configuration as JSON, for Weights & Biases.
     """
@@ -60,45 +49,7 @@ def make_loggers(
             return callbacks.csv(folder / f"log{suffix}.csv", steps=folder / f"steps{suffix}.csv")
         if name == "jsonl":
             return callbacks.json_lines(folder / f"log{suffix}.jsonl")
-        return callbacks.wandb(
-            _PROJECT,
-            folder=folder,
-            histograms=histograms,
-            name=f"{folder.name}{suffix}",
-            group=folder.name,
-            config=config,
-        )
+        run = {"name": f"{folder.name}{suffix}", "group": folder.name, "config": config}
+        return callbacks.wandb(_PROJECT, folder=folder, histograms=histograms, **run)
 
     return [make(name) for name in dict.fromkeys(names)]
-
-
-def log_files(folder: Path, names: Sequence[LogName], part: str = "") -> list[str]:
-    """Returns the files that the loggers of a run have written, as paths in the folder.
-
-    Those of Weights & Biases are left out: their names are unique, and no later run removes them.
-    """
-    suffix = f"_{part}" if part else ""
-    found: list[Path] = []
-    if "tensorboard" in names:
-        found += (folder / "tensorboard" / part).glob(EVENT_FILES)
-    if "csv" in names:
-        found += [folder / f"log{suffix}.csv", folder / f"steps{suffix}.csv"]
-    if "jsonl" in names:
-        found.append(folder / f"log{suffix}.jsonl")
-    return [str(path.relative_to(folder)) for path in found if path.is_file()]
-
-
-def earlier_logs(folder: Path, summary: Any) -> list[str]:
-    """Returns the log files that the summary of an earlier run lists, as paths in its folder.
-
-    Args:
-      folder: the output folder.
-      summary: the content of its `summary.json`. It may have been edited: it can name nothing but
-        files with the names of logs.
-    """
-    listed = summary.get("logs") if isinstance(summary, dict) else None
-    if not isinstance(listed, list):
-        return []
-    found = [path for pattern in _PATTERNS for path in folder.glob(pattern)]
-    names = [str(path.relative_to(folder)) for path in found]
-    return [name for name in names if name in listed]

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
+import jax.numpy as jnp
 import numpy as np
 from numpy.typing import ArrayLike
 
+from jaxtrain import metrics
 from jaxtrain._figures import (
     BLUE,
     GREEN,
@@ -29,49 +31,73 @@ from jaxtrain.training.fit import History
 
 # What other pictures need of the style.
 __all__ = ["BLUE", "GREEN", "GREY", "ORANGE", "PURPLE", "SKY", "VERMILION", "YELLOW"]
-__all__ += ["Axes", "Figure", "MaxNLocator", "confusion_matrix", "generalization_gap", "label_axes"]
-__all__ += ["learning_curves", "line_fit", "prediction_grid"]
+__all__ += ["Axes", "Figure", "MaxNLocator", "confusion_matrix", "contours", "generalization_gap"]
+__all__ += ["label_axes", "learning_curves", "line_fit", "line_loss", "of_classifier"]
+__all__ += ["predictions", "subplots"]
 
 TRAIN: dict[str, Any] = {"color": BLUE, "linestyle": "-"}
 TEST: dict[str, Any] = {"color": VERMILION, "linestyle": "--"}
 
 
+def subplots(
+    title: str, rows: int = 1, columns: int = 1, *, size: tuple[float, float], **options: Any
+) -> tuple[Figure, Any]:
+    """Returns a figure with a title, and its axes: one, or an array."""
+    figure = Figure(figsize=size, layout="constrained")
+    figure.suptitle(title)
+    return figure, figure.subplots(rows, columns, **options)
+
+
+def of_classifier(
+    title: str, history: History, test: Dataset, logits: ArrayLike
+) -> dict[str, Figure]:
+    """Returns the pictures of a classifier of images, by file name.
+
+    Args:
+      title: name of the data set.
+      history: the history of the run.
+      test: images with pixels from 0 to 255 and labels.
+      logits: the predictions of the test images, [examples, classes].
+    """
+    pictures = {"learning_curves.png": learning_curves(history, title)}
+    if "validation_loss" in history:
+        pictures["overfitting.png"] = generalization_gap(history, title)
+    labels, predicted = np.asarray(test.targets), np.argmax(logits, axis=-1)
+    pictures["predictions.png"] = predictions(np.asarray(test.inputs), labels, predicted)
+    sums, finish = metrics.confusion_matrix
+    counts = np.asarray(finish(sums(jnp.asarray(logits), test.targets))).astype(int)
+    picture = confusion_matrix(counts, f"{title}: {len(labels)} test images")
+    return pictures | {"confusion_matrix.png": picture}
+
+
 def learning_curves(history: History, title: str) -> Figure:
     """Draws the loss of each step and epoch, and the test accuracy if any, against the epoch."""
     accuracy = "test_accuracy" in history
-    figure = Figure(figsize=(9 if accuracy else 6, 3.8), layout="constrained")
-    axes = figure.subplots(1, 2 if accuracy else 1, squeeze=False)[0]
-    epochs = history["epoch"]
-
-    losses = history.step_losses
-    steps_per_epoch = len(losses) // len(epochs)
-    if steps_per_epoch > 1:
-        progress = epochs[0] - 1 + np.arange(1, len(losses) + 1) / steps_per_epoch
-        axes[0].plot(progress, losses, color=GREY, linewidth=0.5, alpha=0.6, label="training step")
+    width = 9 if accuracy else 6
+    figure, axes = subplots(title, 1, 2 if accuracy else 1, size=(width, 3.8), squeeze=False)
+    left, right = axes[0, 0], axes[0, -1]
+    epochs, losses = history["epoch"], history.step_losses
     marker = "o" if len(epochs) <= 30 else None
+    steps_per_epoch = len(losses) // len(epochs)
     # The mean over an epoch is drawn at its middle, the test loss at its end.
-    axes[0].plot(
-        epochs - (0.5 if steps_per_epoch > 1 else 1),
-        history["train_loss"],
-        **TRAIN,
-        marker=marker,
-        label="training, mean over epoch" if steps_per_epoch > 1 else "training, before the step",
-    )
-    if "test_loss" in history:
-        axes[0].plot(epochs, history["test_loss"], **TEST, marker=marker, label="test, after epoch")
-    axes[0].set_yscale("log")
-    label_axes(axes[0], "epoch", "loss (log scale)")
-    axes[0].legend()
-
+    middle, label = 1.0, "training, before the step"
+    if steps_per_epoch > 1:
+        middle, label = 0.5, "training, mean over epoch"
+        progress = epochs[0] - 1 + np.arange(1, len(losses) + 1) / steps_per_epoch
+        left.plot(progress, losses, color=GREY, linewidth=0.5, alpha=0.6, label="training step")
+    left.plot(epochs - middle, history["train_loss"], **TRAIN, marker=marker, label=label)
+    left.plot(epochs, history["test_loss"], **TEST, marker=marker, label="test, after epoch")
+    left.set_yscale("log")
+    label_axes(left, "epoch", "loss (log scale)")
+    left.legend()
     if accuracy:
-        axes[1].plot(epochs, history["test_accuracy"], **TEST, marker=marker)
-        axes[1].set_title(f"{history['test_accuracy'][-1]:.2%} after the last epoch", fontsize=10)
-        axes[1].margins(y=0.12)
-        axes[1].yaxis.set_major_formatter(PercentFormatter(1.0))
-        label_axes(axes[1], "epoch", "test accuracy")
-    for ax in axes:
+        right.plot(epochs, history["test_accuracy"], **TEST, marker=marker)
+        right.set_title(f"{history['test_accuracy'][-1]:.2%} after the last epoch", fontsize=10)
+        right.margins(y=0.12)
+        right.yaxis.set_major_formatter(PercentFormatter(1.0))
+        label_axes(right, "epoch", "test accuracy")
+    for ax in figure.axes:
         ax.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
-    figure.suptitle(title)
     return figure
 
 
@@ -81,8 +107,7 @@ def generalization_gap(history: Mapping[str, np.ndarray], title: str) -> Figure:
     While both fall, the model learns; once the validation loss rises, it memorizes its examples
     (overfitting).
     """
-    figure = Figure(figsize=(6.5, 4), layout="constrained")
-    ax = figure.subplots()
+    figure, ax = subplots(f"{title}: training against validation", size=(6.5, 4))
     epochs, train, validation = (history[k] for k in ("epoch", "train_loss", "validation_loss"))
     marker = "o" if len(epochs) <= 30 else None
     ax.plot(epochs, train, **TRAIN, marker=marker, label="training, mean over epoch")
@@ -93,75 +118,79 @@ def generalization_gap(history: Mapping[str, np.ndarray], title: str) -> Figure:
     ax.xaxis.set_major_locator(MaxNLocator(integer=True))
     label_axes(ax, "epoch", "loss")
     ax.legend()
-    figure.suptitle(f"{title}: training against validation")
     return figure
 
 
 def line_fit(
-    train: Dataset,
-    test: Dataset,
-    before: ArrayLike,
-    after: ArrayLike,
-    title: str,
+    points: Mapping[str, Dataset], x: ArrayLike, before: ArrayLike, after: ArrayLike, title: str
 ) -> Figure:
-    """Draws training and test points, and the predicted line before and after training.
+    """Draws data, and the predicted line before and after training.
 
     Args:
-      train: the training points, x and y of shape [examples, 1].
-      test: the test points.
-      before: predictions before training, at the training points and then the test points.
+      points: one or two data sets by name, x and y of shape [examples, 1].
+      x: where the lines are predicted.
+      before: predictions at `x` before training.
       after: the same after training.
       title: title of the figure.
     """
-    figure = Figure(figsize=(6, 4), layout="constrained")
-    ax = figure.subplots()
-    x = np.concatenate([train.inputs, test.inputs])
+    figure, ax = subplots(title, size=(6, 4))
     ax.plot(x, before, color=GREY, linestyle=":", label="model before training")
     ax.plot(x, after, color=GREEN, linestyle="-", label="model after training")
-    ax.scatter(
-        train.inputs, train.targets, s=18, color=BLUE, marker="o", label="training data", zorder=3
-    )
-    ax.scatter(
-        test.inputs, test.targets, s=22, color=VERMILION, marker="^", label="test data", zorder=3
-    )
+    styles = [(18, BLUE, "o"), (22, VERMILION, "^")]
+    for (label, data), (size, color, marker) in zip(points.items(), styles, strict=False):
+        style = {"color": color, "marker": marker, "label": label}
+        ax.scatter(data.inputs, data.targets, s=size, zorder=3, **style)
     label_axes(ax, "x", "y")
     ax.legend()
-    figure.suptitle(title)
     return figure
 
 
-def prediction_grid(
-    groups: Sequence[tuple[str, np.ndarray, np.ndarray, np.ndarray]], columns: int = 10
+def line_loss(data: Dataset, weight: ArrayLike, bias: ArrayLike = 0.0) -> Any:
+    """Returns the mean squared error of y = weight · x + bias, for one line or arrays of them."""
+    x, y = np.ravel(data.inputs), np.ravel(data.targets)
+    errors = np.asarray(weight)[..., None] * x + np.asarray(bias)[..., None] - y
+    return (errors**2).mean(axis=-1)
+
+
+def contours(
+    ax: Axes, weights: np.ndarray, biases: np.ndarray, loss: np.ndarray, levels: Any
+) -> None:
+    """Draws lines of equal loss over weight and bias; the levels of a list are written on them."""
+    lines = ax.contour(weights, biases, loss, levels=levels, cmap="viridis")
+    if isinstance(levels, list):
+        ax.clabel(lines, fmt="%g", fontsize=8)
+    label_axes(ax, "weight w", "bias b", grid=False)
+
+
+def predictions(
+    images: np.ndarray, labels: np.ndarray, predicted: np.ndarray, columns: int = 10
 ) -> Figure:
-    """Draws images with their predicted and true labels, and marks the wrong ones.
+    """Draws the first images with their predicted labels, and the first that are wrong.
 
     Args:
-      groups: (heading, images [examples, height, width], labels [examples], predicted
-        [examples]); each group starts a new row.
+      images: pixels from 0 to 255, [examples, height, width].
+      labels: the true labels, [examples].
+      predicted: the predicted ones, [examples].
       columns: images per row.
     """
-    rows = [-(-len(images) // columns) for _, images, _, _ in groups]
+    mistakes = np.flatnonzero(predicted != labels)[:20]
+    groups = [("the first test images: predicted class", np.arange(min(30, len(labels))))]
+    if len(mistakes):
+        groups.append(("the first mistakes: ✗ predicted class, true class", mistakes))
+    rows = [-(-len(at) // columns) for _, at in groups]
     figure = Figure(figsize=(columns * 0.9, sum(rows) * 1.12 + len(groups) * 0.5))
     parts = figure.subfigures(len(groups), 1, height_ratios=[count + 0.45 for count in rows])
-    for part, count, (heading, images, labels, predicted) in zip(
-        np.ravel(np.asarray(parts)), rows, groups, strict=True
-    ):
+    for part, count, (heading, at) in zip(np.ravel(np.asarray(parts)), rows, groups, strict=True):
         part.suptitle(heading, fontsize=10, y=1 - 0.1 / (count + 0.45))
         axes = part.subplots(count, columns, squeeze=False).ravel()
-        part.subplots_adjust(
-            left=0.01,
-            right=0.99,
-            bottom=0.02,
-            top=1 - 0.65 / (count + 0.45),
-            wspace=0.1,
-            hspace=0.5,
-        )
-        for ax in axes:
+        top = 1 - 0.65 / (count + 0.45)
+        part.subplots_adjust(left=0.01, right=0.99, bottom=0.02, top=top, wspace=0.1, hspace=0.5)
+        for ax in axes[len(at) :]:
             ax.axis("off")
-        for ax, image, label, guess in zip(axes, images, labels, predicted, strict=False):
-            ax.axis("on")
+        for ax, index in zip(axes, at, strict=False):
             ax.set(xticks=[], yticks=[])
-            ax.imshow(image, cmap="gray_r", vmin=0, vmax=255)
+            ax.imshow(images[index], cmap="gray_r", vmin=0, vmax=255)
+            guess, label = predicted[index], labels[index]
             wrong = guess != label
             text = f"✗ {guess}, is {label}" if wrong else f"{guess}"
             ax.set_title(text, fontsize=9, color=VERMILION if wrong else "black", pad=5)
@@ -177,8 +206,7 @@ def confusion_matrix(counts: np.ndarray, title: str) -> Figure:
         label's examples.
       title: title of the figure.
     """
-    figure = Figure(figsize=(6.2, 5.6), layout="constrained")
-    ax = figure.subplots()
+    figure, ax = subplots(title, size=(6.2, 5.6))
     totals = counts.sum(axis=1, keepdims=True)
     fractions = counts / np.where(totals > 0, totals, 1)
     # The square root makes a few errors visible beside a diagonal near 1.
@@ -193,5 +221,4 @@ def confusion_matrix(counts: np.ndarray, title: str) -> Figure:
     bar = figure.colorbar(image, ax=ax, shrink=0.8, label="fraction of the true class (root scale)")
     marks = [0, 0.01, 0.05, 0.2, 0.5, 1]
     bar.set_ticks([math.sqrt(mark) for mark in marks], labels=[f"{mark:.0%}" for mark in marks])
-    figure.suptitle(title)
     return figure

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Iterator, Mapping
-from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
-from jaxtrain._terminal import make_console
+from rich.console import Console
+from rich.table import Table
+
 from jaxtrain.callbacks.progress import accuracy_text as accuracy_text
-from jaxtrain.errors import printable
 
 
 class Comparison(NamedTuple):
@@ -25,7 +25,7 @@ class Comparison(NamedTuple):
     figure: str
     original: float
     ours: float
-    tolerance: float
+    tolerance: float = 1e-6
 
     @property
     def agrees(self) -> bool:
@@ -45,37 +45,28 @@ def comparison_rows(comparisons: Iterable[Comparison]) -> Iterator[tuple[str, st
         yield row.figure, f"{row.original:.{decimals}f}", f"{row.ours:.{decimals}f}", difference
 
 
-def print_comparisons(title: str, comparisons: Iterable[Comparison], output_dir: Path) -> None:
-    """Prints the table of figures, if any, and as the last line the folder of the results."""
-    from rich.table import Table
-
-    table = Table(title=title, title_justify="left")
-    table.add_column("figure")
+def print_comparisons(title: str, comparisons: Iterable[Comparison]) -> None:
+    """Prints the table of figures, if there are any."""
+    table = Table("figure", title=title, title_justify="left")
     for heading in ("original", "ours", "difference"):
         table.add_column(heading, justify="right")
     for row in comparison_rows(comparisons):
         table.add_row(*row)
     if table.row_count:
-        make_console().print(table)
-    print_results_folder(output_dir)
-
-
-def print_summary(title: str, rows: Mapping[str, str], output_dir: Path) -> None:
-    """Prints the closing table, and as the last line the folder of the results."""
-    print_table(title, rows)
-    print_results_folder(output_dir)
+        Console(highlight=False).print(table)
 
 
 def print_table(title: str, rows: Mapping[str, str]) -> None:
     """Prints names and values on stdout."""
-    from rich.table import Table
-
     table = Table(title=title, show_header=False, title_justify="left")
     for name, value in rows.items():
         table.add_row(name, value)
-    make_console().print(table)
+    Console(highlight=False).print(table)
 
 
-def print_results_folder(output_dir: Path) -> None:
-    """Prints the folder of the results on stdout, without control characters."""
-    print(printable(f"results: {output_dir}"))
+def times(summary: Mapping[str, Any]) -> dict[str, str]:
+    """Returns the rows of compiling and training of a table."""
+    return {
+        "compiling": f"{summary['compile_seconds']:.1f} s",
+        "training": f"{summary['train_seconds']:.2f} s on {summary['device']}",
+    }
