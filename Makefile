@@ -29,7 +29,7 @@ tutorials: $(VENV)/installed  ## all tutorials, and one table of their figures b
 # With TYPES=1, shapes and types are checked at run time, in all tests but those that run scripts
 # in other processes, which the type checker does not reach.
 IN_PROCESSES := test_experiments.py test_survival.py test_benchmarks.py test_extras.py test_user_types.py
-IN_PROCESSES += cli/test_environment.py callbacks/test_progress.py cli/test_signals.py docs
+IN_PROCESSES += callbacks/test_progress.py docs
 TYPES_1 := --jaxtyping-packages=jaxtrain,tests.checked $(addprefix --ignore=tests/,$(IN_PROCESSES))
 PYTEST := -m pytest --numprocesses $(WORKERS) --dist worksteal $(TYPES_$(TYPES))
 

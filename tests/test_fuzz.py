@@ -6,7 +6,6 @@ About 500 inputs; `JAXTRAIN_FUZZ=100000 make test ARGS=tests/test_fuzz.py` tries
 from __future__ import annotations
 
 import gzip
-import json
 import os
 from pathlib import Path
 
@@ -17,11 +16,6 @@ from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
 import jaxtrain as jt
-from experiments.minibatch_regression import Config
-from jaxtrain.checkpoint import checkpoint_path
-from jaxtrain.cli.flags import Safety
-from jaxtrain.cli.resuming import resumes
-from jaxtrain.cli.runs import RunFolder
 from jaxtrain.data import read_idx
 from tests.test_idx import encode, header
 
@@ -84,13 +78,6 @@ def model() -> jt.TrainState:
     )
 
 
-json_values = st.recursive(
-    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=8),
-    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=8), inner),
-    max_leaves=8,
-)
-
-
 @fuzz(0.3)
 @given(data=st.data())
 def test_model_files_of_any_content_are_loaded_or_refused(
@@ -109,28 +96,3 @@ def test_model_files_of_any_content_are_loaded_or_refused(
         jax.tree.leaves(loaded.params), jax.tree.leaves(model.params), strict=True
     ):
         assert (ours.dtype, ours.shape) == (theirs.dtype, theirs.shape)
-
-
-@fuzz(0.1)
-@given(content=st.one_of(st.binary(max_size=32), json_values.map(lambda v: json.dumps(v).encode())))
-@example(content=b'{"pictures": ["../precious.txt", "notes.txt", "a.png", "\\u0000.png", 3]}')
-@example(content=b'{"pictures": null}')
-@example(content=b'{"safety": {"checkpoint_dir": 3}}')
-@example(content=b"[" * 100_000)
-def test_earlier_results_of_any_content_do_not_endanger_other_files(
-    tmp_path: Path, content: bytes
-) -> None:
-    """The summary lists pictures to remove, and the configuration names the checkpoint folder."""
-    folder = tmp_path / "out"
-    folder.mkdir(exist_ok=True)
-    (tmp_path / "precious.txt").write_text("mine")
-    (tmp_path / "checkpoints").mkdir(exist_ok=True)
-    checkpoint_path(tmp_path / "checkpoints", 1).touch()
-    for name in ("summary.json", "config.json"):
-        (folder / name).write_bytes(content)
-    safety = Safety(checkpoint_dir=tmp_path / "checkpoints")
-    assert resumes(Config(output_dir=folder, safety=safety)) is False
-    (folder / "notes.txt").write_text("mine")
-    RunFolder(folder, Safety(), overwrite=True).start()
-    assert (folder / "notes.txt").read_text() == "mine"
-    assert (tmp_path / "precious.txt").read_text() == "mine"

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import csv
-import json
 import os
 import random
 import re
@@ -19,14 +18,11 @@ import jax
 import numpy as np
 import pytest
 
-import jaxtrain as jt
-from experiments import gradient_descent, linear_regression, optimizers
+from experiments import gradient_descent, linear_regression, mnist
 from jaxtrain._files import PART, lock_folder
 from jaxtrain.checkpoint import checkpoint_path, list_checkpoints, list_epochs, verify
-from jaxtrain.cli.flags import Safety
-from jaxtrain.cli.resuming import checkpoint_callbacks, resumes
-from jaxtrain.cli.runs import RunFolder
-from jaxtrain.errors import InputError, NonFiniteError, recovery_notes
+from jaxtrain.cli.resuming import checkpoint_callbacks
+from jaxtrain.errors import InputError
 
 ROOT = Path(__file__).parents[1]
 DIGITS = ("--dataset", "digits")
@@ -91,6 +87,7 @@ def unfinished(folder: Path) -> list[Path]:
     return list(folder.glob(f".epoch-*{PART}"))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("flags", "more"),
     [
@@ -157,29 +154,36 @@ def test_an_interrupted_run_says_how_to_resume(environment, tmp_path: Path, numb
     )
 
 
-def test_a_resumed_experiment_equals_an_uninterrupted_one(environment, tmp_path: Path) -> None:
-    """In history, summary and pictures; the number of epochs may grow."""
-    script = ("experiments/mnist.py", *DIGITS, "--validation", 0.1, "--log-interval", 0)
-    parts = ("--checkpoint-dir", tmp_path / "checkpoints", "--output-dir", tmp_path / "parts")
-    run(environment, *script, *parts, "--epochs", 2)
-    out, _ = run(environment, *script, *parts, "--epochs", 5, "--resume", "required")
-    assert last_line(out) == f"results: {tmp_path}/parts"
-    run(environment, *script, "--epochs", 5, "--output-dir", tmp_path / "whole")
-    assert read_history(tmp_path / "parts") == read_history(tmp_path / "whole")
-    names = {path.name for path in (tmp_path / "whole").iterdir()}
-    assert {path.name for path in (tmp_path / "parts").iterdir()} == names
-    assert "model.safetensors" in names
-    for name in names:
-        if name.endswith((".safetensors", "s.png")) and name != "learning_curves.png":
-            whole = (tmp_path / "whole" / name).read_bytes()
-            assert (tmp_path / "parts" / name).read_bytes() == whole
-    files = [tmp_path / name / "summary.json" for name in ("parts", "whole")]
-    summaries = [json.loads(file.read_text()) for file in files]
-    changing = {"compile_seconds", "train_seconds", "total_seconds"}
-    ours, theirs = ({k: v for k, v in s.items() if k not in changing} for s in summaries)
+def fit_line(tmp_path: Path, **flags) -> dict:
+    """Runs T1 with checkpoints, two epochs unless `flags` say otherwise."""
+    options = {"checkpoint_dir": tmp_path / "c", "epochs": 2, "log_interval": 0, **flags}
+    return linear_regression.run(linear_regression.Config(tmp_path / "out", **options))
+
+
+def test_a_resumed_experiment_equals_an_uninterrupted_one(tmp_path: Path) -> None:
+    """In history, summary, model and pictures; the number of epochs may grow."""
+
+    def train(folder: Path, **flags) -> dict:
+        options = {"dataset": "digits", "validation": 0.1, "log_interval": 0, **flags}
+        return mnist.run(mnist.Config(folder, **options))
+
+    parts, whole = tmp_path / "parts", tmp_path / "whole"
+    for epochs, resume in ((2, "auto"), (4, "required")):
+        checkpoints = {"checkpoint_dir": tmp_path / "checkpoints", "resume": resume}
+        ours = train(parts, epochs=epochs, **checkpoints)
+    theirs = train(whole, epochs=4)
+    assert read_history(parts) == read_history(whole)
+    names = {path.name for path in whole.iterdir()}
+    assert {path.name for path in parts.iterdir()} == names
+    same = ("model.safetensors", "predictions.png", "confusion_matrix.png", "overfitting.png")
+    for name in same:
+        assert (parts / name).read_bytes() == (whole / name).read_bytes()
+    for name in ("compile_seconds", "train_seconds", "total_seconds"):
+        del ours[name], theirs[name]
     assert ours == theirs
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("script", "flags", "pictures"),
     [
@@ -206,164 +210,71 @@ def test_every_tutorial_resumes(environment, tmp_path: Path, script, flags, pict
         assert (tmp_path / "parts" / name).read_bytes() == whole
 
 
-def test_another_run_does_not_resume(environment, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        ({"learning_rate": 0.1, "seed": 1}, r"learning_rate was 0\.01 and is now 0\.1, seed was 4"),
+        ({"epochs": 1}, "epochs is 1, but"),
+        ({"resume": "never"}, "contains a finished run"),
+        ({"resume": "never", "overwrite": True}, "resume is 'never', but"),
+        ({"resume": "required", "checkpoint_dir": "new", "overwrite": True}, "has no checkpoint"),
+        ({"checkpoint_dir": "out"}, "the output folder itself"),
+    ],
+    ids=str,
+)
+def test_another_run_does_not_resume(tmp_path: Path, flags, message: str) -> None:
     """The difference is named; an output folder keeps its results."""
-    folder, out = tmp_path / "checkpoints", tmp_path / "out"
-    script = ("experiments/linear_regression.py", "--log-interval", 0, "--epochs", 2)
-    script = (*script, "--checkpoint-dir", folder, "--output-dir", out)
-    run(environment, *script)
-    before = {path.name: path.read_bytes() for path in out.iterdir()}
-    for flags, message in [
-        (
-            ("--learning-rate", 0.1, "--seed", 1),
-            "learning_rate was 0.01 and is now 0.1, seed was 4",
-        ),
-        (("--epochs", 1), "epochs is 1, but"),
-        (("--resume", "never"), "contains a finished run"),
-        (("--resume", "never", "--overwrite"), "resume is 'never', but"),
-        (
-            ("--resume", "required", "--checkpoint-dir", tmp_path / "a", "--overwrite"),
-            "has no checkpoint",
-        ),
-        (("--checkpoint-dir", out), "the output folder itself"),
-    ]:
-        _, err = run(environment, *script, *flags, expect=1)
-        assert len(err.splitlines()) == 1
-        assert message in err
-    assert {path.name: path.read_bytes() for path in out.iterdir()} == before
+    fit_line(tmp_path)
+    before = {path.name: path.read_bytes() for path in (tmp_path / "out").iterdir()}
+    if "checkpoint_dir" in flags:
+        flags = flags | {"checkpoint_dir": tmp_path / flags["checkpoint_dir"]}
+    with pytest.raises(InputError, match=message):
+        fit_line(tmp_path, **flags)
+    assert {path.name: path.read_bytes() for path in (tmp_path / "out").iterdir()} == before
 
 
-def test_overwrite_replaces_the_checkpoints_of_another_run(environment, tmp_path: Path) -> None:
-    """Which the message of the run without the flag offers; the same run still resumes."""
-    folder, out = tmp_path / "checkpoints", tmp_path / "out"
-    script = ("experiments/linear_regression.py", "--log-interval", 0, "--epochs", 5)
-    script = (*script, "--checkpoint-dir", folder, "--output-dir", out)
-    run(environment, *script)
+def test_overwrite_replaces_the_checkpoints_of_another_run(tmp_path: Path, capsys) -> None:
+    """The same run still resumes, also from a folder in which all checkpoints are damaged."""
+    folder = tmp_path / "c"
+    fit_line(tmp_path, epochs=5)
     (folder / "notes.txt").write_text("mine")
-    other = (*script, "--epochs", 2, "--learning-rate", 0.1)
-    _, err = run(environment, *other, expect=1)
-    assert "learning_rate was 0.01 and is now 0.1" in err
-    assert "or replace it with --overwrite" in err
     assert list_epochs(folder) == [3, 4, 5]
-    _, err = run(environment, *other, "--overwrite")
-    assert err == f"removed the checkpoints of another run in {folder}\n"
+    fit_line(tmp_path, learning_rate=0.1, overwrite=True)
+    assert capsys.readouterr().err == f"removed the checkpoints of another run in {folder}\n"
     assert list_epochs(folder) == [1, 2]
+    assert len(read_history(tmp_path / "out")) == 2
+    expected = fit_line(tmp_path, learning_rate=0.1, overwrite=True, epochs=3)
+    assert capsys.readouterr().err == ""
+    for epoch in (1, 2, 3):
+        checkpoint_path(folder, epoch).write_bytes(b"damaged")
+    again = fit_line(tmp_path, learning_rate=0.1, overwrite=True, epochs=3)
+    assert again["weight"] == expected["weight"]
     assert (folder / "notes.txt").read_text() == "mine"
-    assert len(read_history(out)) == 2
-    _, err = run(environment, *other, "--overwrite", "--epochs", 3)
-    assert err == ""
-    assert list_epochs(folder) == [1, 2, 3]
-    # With an output folder of its own, too.
-    elsewhere = (*script, "--output-dir", tmp_path / "new", "--seed", 1)
-    _, err = run(environment, *elsewhere, expect=1)
-    assert "--overwrite" not in err
-    assert list_epochs(folder) == [1, 2, 3]
-    run(environment, *elsewhere, "--overwrite")
-    assert list_epochs(folder) == [3, 4, 5]
+    for epoch in (1, 2, 3):
+        verify(checkpoint_path(folder, epoch))
 
 
-def test_overwrite_replaces_damaged_checkpoints(tmp_path: Path) -> None:
-    safety = Safety(checkpoint_dir=tmp_path / "c")
-    config = linear_regression.Config(
-        epochs=2, log_interval=0, output_dir=tmp_path / "out", overwrite=True, safety=safety
-    )
-    expected = linear_regression.run(config)
-    for epoch in (1, 2):
-        checkpoint_path(tmp_path / "c", epoch).write_bytes(b"damaged")
-    assert linear_regression.run(config)["weight"] == expected["weight"]
-    for epoch in (1, 2):
-        verify(checkpoint_path(tmp_path / "c", epoch))
-
-
-def test_checkpoints_that_another_run_is_using_are_not_removed(tmp_path: Path) -> None:
-    def config(rate: float) -> linear_regression.Config:
-        return linear_regression.Config(
-            epochs=1,
-            learning_rate=rate,
-            log_interval=0,
-            output_dir=tmp_path / "out",
-            overwrite=True,
-            safety=Safety(checkpoint_dir=tmp_path / "c"),
-        )
-
-    linear_regression.run(config(0.01))
-    lock = lock_folder(tmp_path / "c", "checkpoint folder")
-    try:
-        with pytest.raises(InputError, match="in use by another run"):
-            linear_regression.run(config(0.1))
-    finally:
-        lock.release()
-    assert list_epochs(tmp_path / "c") == [1]
-
-
-def test_results_of_another_run_are_recognized(tmp_path: Path) -> None:
-    """Even if both runs have the same folder of checkpoints, by whichever path."""
-    out = tmp_path / "out"
-
-    def config(folder: Path, **options) -> linear_regression.Config:
-        safety = Safety(checkpoint_dir=folder)
-        return linear_regression.Config(
-            epochs=2, log_interval=0, output_dir=out, safety=safety, **options
-        )
-
-    linear_regression.run(config(tmp_path / "checkpoints", learning_rate=0.1))
-    assert resumes(config(tmp_path / "checkpoints", learning_rate=0.1))
-    assert resumes(config(tmp_path / "out" / ".." / "checkpoints", learning_rate=0.1))
-    with pytest.raises(InputError, match=r"another run: learning_rate was 0\.1 and is now 0\.2"):
-        resumes(config(tmp_path / "checkpoints", learning_rate=0.2))
+def test_folders_that_another_run_is_using_are_refused(tmp_path: Path) -> None:
+    fit_line(tmp_path)
+    for flags, folder in (({"learning_rate": 0.1, "overwrite": True}, "c"), ({}, "c"), ({}, "out")):
+        description = "checkpoint folder" if folder == "c" else "output folder"
+        lock = lock_folder(tmp_path / folder, description)
+        try:
+            with pytest.raises(InputError, match=rf"the {description} .* in use by another run"):
+                fit_line(tmp_path, **flags)
+        finally:
+            lock.release()
+    assert list_epochs(tmp_path / "c") == [1, 2]
 
 
 def test_required_applies_to_all_parts_together(tmp_path: Path) -> None:
     """Interrupted in the first of two descents, a run has no checkpoint of the second yet."""
-    safety = Safety(checkpoint_dir=tmp_path / "c", resume="required")
-    config = gradient_descent.Config(epochs=2, log_interval=0, output_dir=tmp_path, safety=safety)
+    folder = tmp_path / "c"
+    config = gradient_descent.Config(tmp_path, checkpoint_dir=folder, resume="required")
     assert checkpoint_callbacks(config, part="batch")[0].resume == "required"
-    (tmp_path / "c" / "batch").mkdir(parents=True)
-    checkpoint_path(tmp_path / "c" / "batch", 1).touch()
+    (folder / "batch").mkdir(parents=True)
+    checkpoint_path(folder / "batch", 1).touch()
     assert checkpoint_callbacks(config, part="stochastic")[0].resume == "auto"
-
-
-def test_a_second_process_is_refused(environment, tmp_path: Path) -> None:
-    folder, out = tmp_path / "checkpoints", tmp_path / "out"
-    script = ("experiments/mnist.py", *DIGITS, "--epochs", 1_000_000)
-    first = start(environment, *script, "--checkpoint-dir", folder, "--output-dir", out)
-    try:
-        wait_for(lambda: list_epochs(folder), first)
-        other = ("--checkpoint-dir", folder, "--output-dir", tmp_path / "other")
-        _, err = run(environment, *script, *other, expect=1)
-        assert err == (
-            f"error: the checkpoint folder {folder} is in use by another run; wait until it ends, "
-            "or use another folder\n"
-        )
-        _, err = run(environment, *script, "--output-dir", out, expect=1)
-        assert f"the output folder {out} is in use by another run" in err
-        assert first.poll() is None
-    finally:
-        first.kill()
-        first.communicate()
-    # The lock of the killed run is released.
-    before = list_epochs(folder)
-    resumed = start(environment, *script, "--checkpoint-dir", folder, "--output-dir", out)
-    wait_for(lambda: list_epochs(folder)[-1] > before[-1], resumed)
-    resumed.kill()
-    resumed.communicate()
-
-
-@pytest.mark.parametrize(
-    ("script", "flags"),
-    [("linear_regression", ("--epochs", 5, "--log-interval", 0)), ("losses", ())],
-)
-def test_a_finished_run_is_not_overwritten(environment, tmp_path: Path, script, flags) -> None:
-    command = (f"experiments/{script}.py", *flags, "--output-dir", tmp_path)
-    run(environment, *command)
-    before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
-    _, err = run(environment, *command, expect=1)
-    assert err == (
-        f"error: the output folder {tmp_path} contains a finished run; choose another folder "
-        "with --output-dir, or replace it with --overwrite\n"
-    )
-    assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
-    run(environment, *command, "--overwrite")
 
 
 def run_with_a_disk(environment, size: str, disk: Path, commands: str) -> tuple[str, str]:
@@ -381,6 +292,7 @@ def run_with_a_disk(environment, size: str, disk: Path, commands: str) -> tuple[
     return result.stdout, result.stderr
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not HAS_NAMESPACES, reason="may not mount a small disk (unshare -rm)")
 def test_a_full_disk_leaves_the_earlier_checkpoints_intact(environment, tmp_path: Path) -> None:
     """A disk of 3 MiB for checkpoints of 0.9 MiB."""
@@ -409,6 +321,7 @@ def test_a_full_disk_leaves_the_earlier_checkpoints_intact(environment, tmp_path
     assert len(read_history(out)) >= lost
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not HAS_NAMESPACES, reason="may not mount a small disk (unshare -rm)")
 def test_a_full_disk_for_the_results_names_the_file(environment, tmp_path: Path) -> None:
     disk = tmp_path / "disk"
@@ -423,6 +336,7 @@ def test_a_full_disk_for_the_results_names_the_file(environment, tmp_path: Path)
     )
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not HAS_NAMESPACES, reason="may not mount a small disk (unshare -rm)")
 def test_a_full_disk_ends_the_logs_and_not_the_run(environment, tmp_path: Path) -> None:
     """Each log of 1,000 epochs is larger than the disk."""
@@ -457,6 +371,7 @@ print(len(history["epoch"]))
         )
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(jax.default_backend() == "gpu", reason="limits the memory of a CPU")
 def test_out_of_memory_names_a_batch_size_that_fits(environment, tmp_path: Path) -> None:
     """A network whose hidden layer is 16 MiB per example, with 3 GiB to work in."""
@@ -518,6 +433,7 @@ except jt.errors.OutOfMemoryError as error:
     assert line.endswith("use a device with more memory, less data at once or a smaller model")
 
 
+@pytest.mark.slow
 def test_a_thousand_epochs_leak_no_memory_threads_or_files(environment, tmp_path: Path) -> None:
     """With a checkpoint after every fifth."""
     out, _ = run(environment, "-m", "tests.survivor", tmp_path, 1000, "--watched")
@@ -527,72 +443,3 @@ def test_a_thousand_epochs_leak_no_memory_threads_or_files(environment, tmp_path
     assert kib[1:].max() <= 1.05 * kib[0]
     assert len(set(threads)) == 1
     assert len(set(files)) == 1
-
-
-def test_a_finished_run_that_resumes_keeps_its_results_until_there_are_newer(
-    environment, tmp_path: Path
-) -> None:
-    """The same command again; then more epochs, killed in the middle."""
-    script = ("experiments/linear_regression.py", "--checkpoint-every", 10)
-    script = (*script, "--checkpoint-dir", tmp_path / "c", "--output-dir", tmp_path / "out")
-    run(environment, *script, "--epochs", 30)
-    before = {path.name for path in (tmp_path / "out").iterdir()}
-    summary = (tmp_path / "out" / "summary.json").read_text()
-    _, err = run(environment, *script, "--epochs", 30)
-    assert "already finished, after epoch 30: nothing left to train" in err
-    assert {path.name for path in (tmp_path / "out").iterdir()} == before
-    process = start(environment, *script, "--epochs", 100_000)
-    wait_for(lambda: list_epochs(tmp_path / "c")[-1] >= 50, process)
-    process.kill()
-    process.communicate()
-    kept = json.loads((tmp_path / "out" / "summary.json").read_text())
-    assert kept["weight"] == json.loads(summary)["weight"]
-    assert {path.name for path in (tmp_path / "out").iterdir()} >= before
-
-
-def test_solvers_with_another_budget_are_other_runs(
-    tmp_path: Path, digits: jt.data.Resolved
-) -> None:
-    """The budget decides the rates of some."""
-    safety = Safety(checkpoint_dir=tmp_path / "checkpoints")
-
-    def train(epochs: int) -> None:
-        config = optimizers.Config(epochs=epochs, safety=safety)
-        with RunFolder(tmp_path / "out", config) as folder:
-            optimizers.train("sgd", 0.1, config, digits, digits.test, folder)
-
-    train(1)
-    with pytest.raises(InputError, match="epochs was 1 and is now 2"):
-        train(2)
-
-
-def test_a_gpu_that_jax_cannot_use_is_explained() -> None:
-    from jaxtrain.cli.devices import missing_gpu_advice
-
-    assert "pip install 'jaxtrain[cuda]'" in missing_gpu_advice(gpu=True, plugin=False)
-    assert "driver is recent enough" in missing_gpu_advice(gpu=True, plugin=True)
-    assert "no NVIDIA GPU" in missing_gpu_advice(gpu=False, plugin=True)
-    assert "no NVIDIA GPU" in missing_gpu_advice(gpu=False, plugin=False)
-
-
-def test_a_run_that_diverges_keeps_its_checkpoints(tmp_path: Path) -> None:
-    data = jt.Dataset(jax.numpy.linspace(-1, 1, 8)[:, None], jax.numpy.linspace(0, 3, 8)[:, None])
-    state = jt.init_state(
-        jt.models.LinearRegression(),
-        jt.optimizers.sgd(1e3),
-        data.inputs[:1],
-        key=jax.random.key(0),
-    )
-    with pytest.raises(NonFiniteError) as raised:
-        jt.fit(
-            state,
-            data,
-            loss_fn=jt.losses.mean_squared_error,
-            epochs=99,
-            callbacks=[jt.callbacks.checkpoint(tmp_path, keep=2)],
-        )
-    assert list_epochs(tmp_path) == [raised.value.epoch - 2, raised.value.epoch - 1]
-    for epoch in list_epochs(tmp_path):
-        verify(checkpoint_path(tmp_path, epoch))
-    (note,) = recovery_notes(raised.value)
-    assert note.endswith("other settings need another folder")
