@@ -6,7 +6,6 @@ import dataclasses
 import functools
 import inspect
 import itertools
-import json
 import math
 import numbers
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -78,21 +77,15 @@ class Grid:
 
     @functools.cached_property
     def cells(self) -> dict[str, list[Any]]:
-        """The values of each axis, with labels in place of functions and modules."""
+        """The values of each axis, with labels in place of those that JSON does not have."""
         return {
-            name: [
-                v if is_plain(v) else text for v, text in zip(each, self.labels[name], strict=True)
-            ]
-            for name, each in self.axes.items()
+            name: [v if is_plain(v) else self.labels[name][at] for at, v in enumerate(values)]
+            for name, values in self.axes.items()
         }
 
     def to_json(self) -> dict[str, Any]:
-        """Returns the grid without `static_argnames`, for `from_json`; infinities as text."""
-        axes = {
-            name: [value if _is_json(value) else str(value) for value in each]
-            for name, each in self.cells.items()
-        }
-        return {"axes": axes, "zipped": self.zipped}
+        """Returns the grid without `static_argnames`, for `from_json`."""
+        return {"axes": self.cells, "zipped": self.zipped}
 
     @classmethod
     def from_json(cls, saved: dict[str, Any]) -> Grid:
@@ -286,14 +279,6 @@ def _first_positions(values: tuple[Any, ...]) -> list[int]:
     found: dict[Any, int] = {}
     keys = (repr(value) if is_plain(value) else id(value) for value in values)
     return [found.setdefault(key, position) for position, key in enumerate(keys)]
-
-
-def _is_json(value: Any) -> bool:
-    try:
-        json.dumps(value, allow_nan=False)
-    except (TypeError, ValueError):
-        return False
-    return True
 
 
 def _as_array(values: list[Any]) -> np.ndarray:

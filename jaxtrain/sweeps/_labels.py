@@ -5,16 +5,19 @@ from __future__ import annotations
 import collections
 import dataclasses
 import functools
+import math
 from typing import Any
 
 _LONGEST = 40  # characters of a value's representation
 
 
 def is_plain(value: Any) -> bool:
-    """Returns whether a value is a number, a string, None, or a tuple or list of those."""
+    """Returns whether JSON has a value: a finite number, a string, None, or a tuple of those."""
     if type(value) in (tuple, list):
         return all(map(is_plain, value))
-    return value is None or isinstance(value, (bool, int, float, str))
+    if isinstance(value, float):
+        return math.isfinite(value)
+    return value is None or isinstance(value, (bool, int, str))
 
 
 def make_labels(values: tuple[Any, ...]) -> tuple[str, ...]:
