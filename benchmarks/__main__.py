@@ -2,109 +2,93 @@
 
 from __future__ import annotations
 
+import argparse
 import dataclasses
 import json
 import sys
-from dataclasses import dataclass
+import tempfile
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any
 
-from jaxtrain.cli import command  # isort: skip  # first: reports missing extras
+import numpy as np
 
-from benchmarks import cases, environment, figures, speedrun, suites, tables
-from jaxtrain._files import make_folder, write_atomically
-from jaxtrain.data.mnist import locate_files
-from jaxtrain.errors import InputError
+import jaxtrain as jt
+from benchmarks import cases, environment, report, speedrun, suites
+from benchmarks.figures import epoch_ratios
+from benchmarks.peers import PEERS
 
-Suite = Literal["step", "models", "growth", "sweep", "run", "speedrun"]
-PeerName = Literal[
-    "jaxtrain",
-    "jaxtrain-steps",
-    "jax-scan",
-    "jax-vmap",
-    "pytorch",
-    "pytorch-dataloader",
-    "pytorch-pixels",
-    "pytorch-compile",
-    "pytorch-cuda-graphs",
-    "pytorch-batched",
-    "pytorch-vmap",
-    "nnx",
-    "equinox",
-    "keras",
-    "keras-steps-per-execution",
-]
+QUICK_PEERS = ("jaxtrain", "pytorch")
 
 
-@dataclass(frozen=True)
-class Config:
-    """Flags of the benchmarks."""
-
-    suite: tuple[Suite, ...] = get_args(Suite)
-    """Suites to run."""
-    peers: tuple[PeerName, ...] = get_args(PeerName)
-    """Peers to measure; one that is not installed is reported as missing."""
-    rounds: int = 5
-    """Readings of each peer, each from a process of its own (3 of torch.compile)."""
-    quick: bool = False
-    """Check in two minutes that the suites run, on random images; the times are meaningless."""
-    data_dir: Path | None = None
-    """Folder of the MNIST files; by default $JAXTRAIN_DATA_DIR, the cache, or a download."""
-    json: Path | None = None
-    """File of the results; by default results.json in the output folder."""
-    output_dir: Path = Path("runs/benchmarks")
-    """Folder of the figures."""
-
-
-def run(config: Config) -> dict[str, Any]:
-    """Time the training steps, epochs and runs of jaxtrain and of other libraries."""
-    if config.rounds < 1:
-        raise InputError(f"--rounds is {config.rounds}; expected at least 1")
-    for flag, values in {"--suite": config.suite, "--peers": config.peers}.items():
-        if not values:
-            raise InputError(f"{flag} is empty; expected at least one name, or no flag")
-    file = config.json or config.output_dir / "results.json"
-    if file.is_dir():
-        raise InputError(f"--json is the folder {file}; expected a file")
-    make_folder(config.output_dir, "output folder")  # fails before the suites, not after them
-    make_folder(file.parent, "folder of the results")
-    folder = None if config.quick else locate_files("mnist", config.data_dir)
-    results = measure(config, folder, file)
-    written = figures.draw(results, config.output_dir)
-    print(tables.machine_line(results))
-    print(f"results: {', '.join(map(str, [file, *written]))}")
-    return results
-
-
-def measure(config: Config, folder: Path | None, file: Path) -> dict[str, Any]:
-    """Measures every suite, and writes and prints what has been measured after each."""
-    settings = suites.Settings(
-        names=config.peers,
-        cases=cases.Settings(folder, config.quick),
-        rounds=1 if config.quick else config.rounds,
-        log=lambda text: print(text, file=sys.stderr, flush=True),
+def parse() -> argparse.Namespace:
+    """Returns the flags."""
+    parser = argparse.ArgumentParser(
+        "python -m benchmarks",
+        description="Time training steps, epochs and runs of jaxtrain and of other libraries.",
     )
-    results: dict[str, Any] = {"machine": environment.describe(), "quick": config.quick, "rows": []}
-    for suite in config.suite:
-        earlier = results["rows"]
-        run_suite = speedrun.run_suite if suite == "speedrun" else partial(suites.run_suite, suite)
-        for rows in run_suite(settings):
-            results["rows"] = [*earlier, *map(dataclasses.asdict, rows)]
-            write_json(file, results)  # an interruption loses only the current round
-        for measured in dict.fromkeys(row.suite for row in rows):
-            tables.print_suite(results, measured)
-    return results
+    add = parser.add_argument
+    add("--suite", nargs="+", choices=cases.SUITES, default=cases.SUITES, help="suites to run")
+    add("--peers", nargs="+", choices=PEERS, default=list(PEERS), help="peers to measure")
+    add("--rounds", type=int, default=5, help="readings of each peer (3 of torch.compile)")
+    add("--quick", action="store_true", help="check that the suites run, on random images")
+    add("--data-dir", type=Path, help="folder of the MNIST files; by default as `jt.data.load`")
+    add("--json", type=Path, help="file of the results; by default in the output folder")
+    add("--output-dir", type=Path, default=Path("runs/benchmarks"), help="folder of the figures")
+    return parser.parse_args()
 
 
-def write_json(path: Path, results: dict[str, Any]) -> None:
-    """Writes the results atomically, with six digits."""
+def main() -> None:
+    """Measures the suites; writes and prints the results after each, and draws figures."""
+    flags = parse()
+    file = flags.json or flags.output_dir / "results.json"
+    flags.output_dir.mkdir(parents=True, exist_ok=True)
+    results: dict[str, Any] = {"machine": environment.describe(), "quick": flags.quick, "rows": []}
+    with tempfile.TemporaryDirectory() as scratch:
+        settings = suites.Settings(
+            names=[name for name in flags.peers if not flags.quick or name in QUICK_PEERS],
+            data=None if flags.quick else write_images(Path(scratch) / "mnist.npz", flags.data_dir),
+            rounds=1 if flags.quick else max(1, flags.rounds),
+            log=lambda text: print(text, file=sys.stderr, flush=True),
+        )
+        for suite in flags.suite:
+            earlier = results["rows"]
+            if suite == "speedrun":
+                run_suite = partial(speedrun.run_suite, data_dir=flags.data_dir)
+            else:
+                run_suite = partial(suites.run_suite, suite)
+            for rows in run_suite(settings):
+                results["rows"] = [*earlier, *map(dataclasses.asdict, rows)]
+                write(file, results)  # an interruption loses only the current round
+            for measured in dict.fromkeys(row.suite for row in rows):
+                print(report.console_table(results, measured))
+    if (figure := epoch_ratios(results)) is not None:
+        figure.savefig(flags.output_dir / "epoch_ratios.png", dpi=120)
+    print(report.machine_line(results))
+    print(f"results: {file}")
+
+
+def write_images(path: Path, data_dir: Path | None) -> Path:
+    """Writes MNIST as arrays, which every peer's process reads without importing jaxtrain."""
+    train, test = jt.data.load("mnist", data_dir)
+    np.savez(
+        path,
+        train_images=train.inputs,
+        train_labels=np.asarray(train.targets, np.uint8),
+        test_images=test.inputs,
+        test_labels=np.asarray(test.targets, np.uint8),
+    )
+    return path
+
+
+def write(path: Path, results: dict[str, Any]) -> None:
+    """Writes the results with six digits."""
     rounded = json.loads(json.dumps(results), parse_float=lambda text: float(f"{float(text):.6g}"))
-    write_atomically(path, (json.dumps(rounded, indent=1) + "\n").encode())
+    path.write_text(json.dumps(rounded, indent=1) + "\n")
 
 
 if __name__ == "__main__":
     try:
-        command.main(Config, run)
-    except (suites.DisagreementError, suites.WorkerError) as error:
+        main()
+    except (suites.DisagreementError, suites.WorkerError, jt.errors.InputError) as error:
         sys.exit(f"error: {error}")

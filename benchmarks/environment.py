@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-import importlib.metadata
 import os
 import platform
 import subprocess
+from importlib.metadata import version
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +31,7 @@ def describe() -> dict[str, Any]:
         "device": "cpu" if device.platform == "cpu" else device.device_kind,
         "system": f"{platform.system()} {platform.machine()}",
         "python": platform.python_version(),
-        "versions": {name: version for name in PACKAGES if (version := installed(name))},
+        "versions": {name: version(name) for name in PACKAGES if find_spec(name)},
         "precision": "float32, no TF32",
         "flags": {name: os.environ[name] for name in RECORDED if name in os.environ},
         "commit": commit(),
@@ -38,17 +39,10 @@ def describe() -> dict[str, Any]:
 
 
 def variables(cache: Path | None) -> dict[str, str]:
-    """Returns the environment variables of a process that measures a peer.
-
-    Args:
-      cache: folder of the compilation caches, or None to compile everything.
-    """
+    """Returns the environment variables of a process that measures a peer, and of its caches."""
     found = {name: os.environ[name] for name in os.environ if not name.startswith(CACHE_SETTINGS)}
-    found |= {
-        "OMP_NUM_THREADS": str(cores()),
-        DEVICE_VARIABLE: jax.default_backend(),
-    }
-    if has_gpu():
+    found |= {"OMP_NUM_THREADS": str(cores()), DEVICE_VARIABLE: jax.default_backend()}
+    if jax.default_backend() != "cpu":
         found["JAX_DEFAULT_MATMUL_PRECISION"] = "highest"  # no TF32
     if cache is None:
         return found | {"TORCHINDUCTOR_FORCE_DISABLE_CACHES": "1"}
@@ -57,11 +51,6 @@ def variables(cache: Path | None) -> dict[str, str]:
         "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
         "TORCHINDUCTOR_CACHE_DIR": str(cache / "inductor"),
     }
-
-
-def has_gpu() -> bool:
-    """Returns whether JAX's default device is not the CPU."""
-    return jax.default_backend() != "cpu"
 
 
 def cores() -> int:
@@ -74,28 +63,14 @@ def cores() -> int:
 def processor() -> str:
     """Returns the name of the processor, or of its architecture where the name is unknown."""
     info = Path("/proc/cpuinfo")
-    if info.exists():
-        for line in info.read_text().splitlines():
-            if line.startswith("model name"):
-                return line.split(":", 1)[1].strip()
-    return platform.processor() or platform.machine()
-
-
-def installed(name: str) -> str | None:
-    """Returns the version of a package, or None if it is not installed."""
-    try:
-        return importlib.metadata.version(name)
-    except importlib.metadata.PackageNotFoundError:
-        return None
+    lines = info.read_text().splitlines() if info.exists() else []
+    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.processor() or platform.machine()
 
 
 def commit() -> str | None:
     """Returns the commit, with "-dirty" if files differ from it, or None outside a git clone."""
-    result = subprocess.run(
-        ["git", "describe", "--always", "--dirty", "--exclude=*"],
-        cwd=Path(__file__).parent,
-        capture_output=True,
-        text=True,
-        check=False,
-    )
+    command = ["git", "describe", "--always", "--dirty", "--exclude=*"]
+    folder = Path(__file__).parent
+    result = subprocess.run(command, cwd=folder, capture_output=True, text=True, check=False)
     return result.stdout.strip() or None

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gzip
 import math
 from collections.abc import Callable
 from pathlib import Path
@@ -23,14 +22,26 @@ FEATURES = {
 }
 DROPOUT_RATES = {"linear": (), "T2": (0.2,) * 3, "wide": (0.2,) * 4, "CNN": (0.25, 0.5)}
 
+
+Shapes = dict[str, tuple[int, ...]]
+
+
+def _dense(inputs: int, outputs: int) -> Shapes:
+    return {"kernel": (inputs, outputs), "bias": (outputs,)}
+
+
+def _norm(width: int) -> Shapes:
+    return {"scale": (width,), "bias": (width,)}
+
+
 # Shapes of the other networks' parameters. Kernels of convolutions are [height, width, inputs,
 # filters], and of dense layers [inputs, outputs]. The LSTM's gates are in the order i, f, g, o.
-SHAPES: dict[str, dict[str, dict[str, tuple[int, ...]]]] = {
+SHAPES: dict[str, dict[str, Shapes]] = {
     "CNN": {
         "Conv_0": {"kernel": (3, 3, 1, 32), "bias": (32,)},
         "Conv_1": {"kernel": (3, 3, 32, 64), "bias": (64,)},
-        "Dense_0": {"kernel": (9216, 128), "bias": (128,)},
-        "Dense_1": {"kernel": (128, CLASSES), "bias": (CLASSES,)},
+        "Dense_0": _dense(9216, 128),
+        "Dense_1": _dense(128, CLASSES),
     },
     "ResNet": {
         "Conv_0": {"kernel": (3, 3, 1, 16)},
@@ -39,26 +50,23 @@ SHAPES: dict[str, dict[str, dict[str, tuple[int, ...]]]] = {
         "Conv_3": {"kernel": (3, 3, 16, 32)},
         "Conv_4": {"kernel": (3, 3, 32, 32)},
         "Conv_5": {"kernel": (1, 1, 16, 32)},
-        **{
-            f"BatchNorm_{layer}": {"scale": (width,), "bias": (width,)}
-            for layer, width in enumerate((16, 16, 16, 32, 32, 32))
-        },
-        "Dense_0": {"kernel": (32, CLASSES), "bias": (CLASSES,)},
+        **{f"BatchNorm_{i}": _norm(width) for i, width in enumerate((16, 16, 16, 32, 32, 32))},
+        "Dense_0": _dense(32, CLASSES),
     },
     "LSTM": {
         "LSTM_0": {"kernel": (28, 512), "recurrent_kernel": (128, 512), "bias": (512,)},
-        "Dense_0": {"kernel": (128, CLASSES), "bias": (CLASSES,)},
+        "Dense_0": _dense(128, CLASSES),
     },
     "ViT": {
         "Embedding_0": {"position": (49, 64)},
-        "Dense_0": {"kernel": (16, 64), "bias": (64,)},
+        "Dense_0": _dense(16, 64),
         **{
-            f"Dense_{4 * block + layer}": {"kernel": shape, "bias": shape[1:]}
+            f"Dense_{4 * block + layer}": _dense(*sizes)
             for block in (0, 1)
-            for layer, shape in enumerate(((64, 192), (64, 64), (64, 128), (128, 64)), 1)
+            for layer, sizes in enumerate(((64, 192), (64, 64), (64, 128), (128, 64)), 1)
         },
-        "Dense_9": {"kernel": (64, CLASSES), "bias": (CLASSES,)},
-        **{f"LayerNorm_{layer}": {"scale": (64,), "bias": (64,)} for layer in range(5)},
+        "Dense_9": _dense(64, CLASSES),
+        **{f"LayerNorm_{layer}": _norm(64) for layer in range(5)},
     },
 }
 
@@ -148,15 +156,8 @@ class Trainer(NamedTuple):
 
 def make(network: str, images: np.ndarray, labels: np.ndarray, batch_size: int = 64) -> Problem:
     """Returns the problem of training `network` on these images."""
-    return Problem(
-        network,
-        FEATURES.get(network, ()),
-        DROPOUT_RATES.get(network, ()),
-        OPTIMIZERS[network],
-        images,
-        labels,
-        batch_size,
-    )
+    features, rates = FEATURES.get(network, ()), DROPOUT_RATES.get(network, ())
+    return Problem(network, features, rates, OPTIMIZERS[network], images, labels, batch_size)
 
 
 def without_dropout(problem: Problem) -> Problem:
@@ -170,22 +171,29 @@ def start(problem: Problem, seed: int = 0) -> Params:
     Weights are uniform in ±1/√fan_in, and biases too. A feed-forward network has the `weight`
     [outputs, inputs] and the `bias` of each layer; the other networks have those of `SHAPES`.
     """
+    if problem.features:
+        return dense_start(problem.features, math.prod(problem.images.shape[1:]), seed)
+    return _draw(SHAPES[problem.network], seed)
+
+
+def dense_start(features: tuple[int, ...], fan_in: int, seed: int) -> Params:
+    """Returns the initial parameters of a feed-forward network."""
+    shapes: dict[str, Shapes] = {}
+    for layer, width in enumerate(features):
+        shapes[f"Dense_{layer}"] = {"weight": (width, fan_in), "bias": (width,)}
+        fan_in = width
+    return _draw(shapes, seed)
+
+
+def _draw(shapes: dict[str, Shapes], seed: int) -> Params:
     generator = np.random.default_rng(seed)
-    shapes = SHAPES.get(problem.network)
-    if shapes is None:
-        shapes, fan_in = {}, math.prod(problem.images.shape[1:])
-        for layer, width in enumerate(problem.features):
-            shapes[f"Dense_{layer}"] = {"weight": (width, fan_in), "bias": (width,)}
-            fan_in = width
     return {
         layer: {name: _initial(generator, name, parts) for name in parts}
         for layer, parts in shapes.items()
     }
 
 
-def _initial(
-    generator: np.random.Generator, name: str, parts: dict[str, tuple[int, ...]]
-) -> np.ndarray:
+def _initial(generator: np.random.Generator, name: str, parts: Shapes) -> np.ndarray:
     """Returns the initial value of one of a layer's parameters."""
     if "weight" in parts:
         fan_in = parts["weight"][1]
@@ -212,17 +220,12 @@ def random_images(examples: int) -> tuple[np.ndarray, np.ndarray]:
     return images, generator.integers(0, CLASSES, examples, dtype=np.uint8)
 
 
-def read_mnist(folder: Path, split: str) -> tuple[np.ndarray, np.ndarray]:
-    """Reads images and labels of MNIST's split `train` or `t10k`, without importing any peer."""
-    contents = []
-    for kind, header in (("images-idx3", 16), ("labels-idx1", 8)):
-        plain = folder / f"{split}-{kind}-ubyte"
-        if plain.exists():
-            content = plain.read_bytes()
-        else:
-            content = gzip.decompress(plain.with_name(f"{plain.name}.gz").read_bytes())
-        contents.append(np.frombuffer(content, np.uint8)[header:])
-    return contents[0].reshape(-1, 28, 28), contents[1]
+def read_images(file: Path | None, split: str) -> tuple[np.ndarray, np.ndarray]:
+    """Returns the images and labels of the split `train` or `test`; without a file, random ones."""
+    if file is None:
+        return random_images(1280)
+    with np.load(file) as arrays:
+        return arrays[f"{split}_images"], arrays[f"{split}_labels"]
 
 
 def read_digits() -> tuple[np.ndarray, np.ndarray]:

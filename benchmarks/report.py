@@ -1,4 +1,4 @@
-"""Writes docs/benchmarks.md, its figures and the README's table from benchmarks/results/*.json.
+"""Writes the tables in README.md and docs/benchmarks.md, and the figures, from the JSON results.
 
     python -m benchmarks.report [--check]
 
@@ -8,123 +8,272 @@ With --check it writes nothing, and fails where a page differs from what it woul
 from __future__ import annotations
 
 import argparse
+import functools
+import statistics
 import sys
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
-from jaxtrain.cli import command as command  # isort: skip  # first: reports missing extras
-
-from benchmarks.figures import draw
-from benchmarks.peers import label
-from benchmarks.readings import Results, load_all, rows_of, slowdowns
-from benchmarks.suites import OURS
-from benchmarks.tables import (
-    device_name,
-    machine_line,
-    markdown,
-    memory_sentence,
-    number,
-    slower_table,
-    speedrun_table,
-    suite_table,
-    summary_table,
-    target_table,
-    work_table,
+from benchmarks.figures import epoch_ratios
+from benchmarks.peers import PEERS, label
+from benchmarks.results import (
+    EAGER,
+    EXAMPLE,
+    NO_LIBRARIES,
+    OURS,
+    RECIPE,
+    WARM_CACHE,
+    Ratio,
+    Results,
+    fastest,
+    find,
+    load_all,
+    medians,
+    ratio_to_ours,
 )
+from benchmarks.speedrun import CASE
 
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
-METHOD = ROOT / "benchmarks" / "method.md"
 PAGE = ROOT / "docs" / "benchmarks.md"
-IMAGES = ROOT / "docs" / "images"
 README = ROOT / "README.md"
 BEGIN, END = "<!-- measured: begin -->", "<!-- measured: end -->"
 
-INTRODUCTION = """\
-# Benchmarks
-
-`python -m benchmarks.report` writes this page from
-[`benchmarks/results/`](../benchmarks/results); do not edit it by hand.
-[NOTES.md](../benchmarks/NOTES.md) shows where the time goes, and what was tried without gain."""
-FIGURES = {
-    "epoch_ratios": "Time per epoch of each network and peer in multiples of jaxtrain's",
-    "step_time": "Time per training step against batch size",
-    "step_throughput": "Examples per second against batch size",
+PROCESS = "whole process, T2, 5 epochs"
+MODEL_NAMES = {
+    "T2, batch 64": "T2, a feed-forward network",
+    "CNN, batch 64": "CNN of PyTorch's MNIST example",
+    "ResNet, batch 64": "ResNet with batch norm",
+    "LSTM, batch 64": "LSTM over the rows of images",
+    "ViT, batch 64": "ViT, two transformer blocks",
 }
-FIGURE_SUITES = {"epoch_ratios": "models", "step_time": "step", "step_throughput": "step"}
-
-
-def benchmarks_page(machines: dict[str, Results]) -> str:
-    """Returns docs/benchmarks.md: aims, method, and every table and figure."""
-    parts = [INTRODUCTION, "## Aims"]
-    on_cpu, on_gpu = _by_device(machines)
-    parts += [markdown(target_table(group)) for group in (on_cpu, on_gpu) if group]
-    if not on_gpu:
-        parts.append("No GPU results yet.")
-    parts.append(METHOD.read_text().strip())
-    for name, results in machines.items():
-        parts += [f"## {device_name(results)} (`{name}`)", f"{machine_line(results)}."]
-        parts += [
-            f"![{text}](images/{name}_{figure}.png)"
-            for figure, text in FIGURES.items()
-            if rows_of(results, FIGURE_SUITES[figure])
-        ]
-        slower = slower_table(results)
-        if slower.rows:
-            parts += ["### Where another library is faster", ranking(results), markdown(slower)]
-        for suite in dict.fromkeys(row["suite"] for row in results["rows"]):
-            parts += [f"### Suite `{suite}`", markdown(suite_table(results, suite))]
-        if rows_of(results, "step"):
-            parts += [
-                "### Work per step",
-                "FLOPs of the matrix products, and memory traffic if nothing stays in a cache.",
-                markdown(work_table(results)),
-            ]
-    return "\n\n".join(parts) + "\n"
+SWEEP_NAMES = {
+    "1000 × T1, 200 epochs": "1,000 runs of T1",
+    "64 × T2 on digits, 29 steps": "64 runs of T2 on digits",
+}
+PYTORCH_SWEEPS = (EAGER, "pytorch-batched")
+SPEEDRUN_NAMES = {
+    OURS: "`make speedrun`",
+    RECIPE: "the same recipe in eager PyTorch",
+    EXAMPLE: "PyTorch's MNIST example, to its first epoch above 99 %",
+}
 
 
 def readme_section(machines: dict[str, Results]) -> str:
     """Returns the text between the README's marks: a summary of the first CPU machine."""
-    on_cpu, on_gpu = _by_device(machines)
-    if not on_cpu:
-        return "No CPU results yet."
+    on_cpu = [each for each in machines.values() if each["machine"]["device"] == "cpu"]
     results, machine = on_cpu[0], on_cpu[0]["machine"]
-    versions = machine["versions"]
-    software = [f"Python {machine['python']}", f"JAX {versions['jax']}"]
-    if "torch" in versions:
-        software.append(f"PyTorch {versions['torch']}")
-    speedrun = [markdown(speedrun_table(results))] if rows_of(results, "speedrun") else []
-    parts = [
-        markdown(summary_table(results)),
-        *speedrun,
-        "Above 1, jaxtrain is faster: the ratio is PyTorch's median over jaxtrain's. The models "
-        "train for an epoch at batch 64; cold and warm refer to JAX's compilation cache. "
-        f"{ranking(results)} {memory_sentence(results)} Software: {', '.join(software)}."
-        + ("" if on_gpu else " No GPU results yet.")
-        + " Method, aims and all results: [docs/benchmarks.md](docs/benchmarks.md). "
-        "Why jaxtrain loses where it does: [NOTES.md](benchmarks/NOTES.md).",
-    ]
-    return "\n\n".join(parts)
+    values = medians(results, "memory")[PROCESS]
+    memory = [f"{values[name]:.0f} MiB" for name in (OURS, EAGER, "pytorch-pixels")]
+    return "\n\n".join(
+        [
+            summary_table(results),
+            speedrun_table(results),
+            "Above 1, jaxtrain is faster: the ratio is PyTorch's median over jaxtrain's. The "
+            "models train for an epoch at batch 64; cold and warm refer to JAX's compilation "
+            f"cache. {ranking(results)} The peak memory of the cold process is {memory[0]}; "
+            f"PyTorch's is {memory[1]}, or {memory[2]} if it keeps the images as uint8 pixels. "
+            f"Machine: {device_name(results)}, {machine['cores']} cores. Software: "
+            f"Python {machine['python']}, JAX {machine['versions']['jax']}, "
+            f"PyTorch {machine['versions']['torch']}. "
+            f"{'' if len(on_cpu) < len(machines) else 'No GPU results yet. '}"
+            "Method and all results: [docs/benchmarks.md](docs/benchmarks.md). Why jaxtrain loses "
+            "where it does: [NOTES.md](benchmarks/NOTES.md).",
+        ]
+    )
+
+
+def summary_table(results: Results) -> str:
+    """Returns the README's table: the epoch of each model, sweeps, and the whole process."""
+    rows = []
+    for case, name in MODEL_NAMES.items():
+        found = medians(results, "models")[case]
+        ratio = ratio_to_ours(results, "models", case, EAGER)
+        rows.append([name, duration(found[OURS]), duration(found[EAGER]), with_interval(ratio)])
+    for case, name in SWEEP_NAMES.items():
+        found = medians(results, "sweep")[case]
+        peer = min(PYTORCH_SWEEPS, key=found.__getitem__)
+        ratio = ratio_to_ours(results, "sweep", case, peer)
+        theirs = f"{duration(found[peer])} ({label(peer)})"
+        rows.append([name, duration(found[OURS]), theirs, with_interval(ratio)])
+    found = medians(results, "run")[PROCESS]
+    both, ratios = [], []
+    for row, state in ((OURS, "cold"), (WARM_CACHE, "warm")):
+        both.append(f"{duration(found[row])} {state}")
+        ratio = ratio_to_ours(results, "run", PROCESS, EAGER, row)
+        ratios.append(f"{with_interval(ratio)} {state}")
+    rows.append([PROCESS, ", ".join(both), duration(found[EAGER]), ", ".join(ratios)])
+    return markdown(["model", "jaxtrain", "eager PyTorch", "ratio (95 % interval)"], rows)
+
+
+def speedrun_table(results: Results) -> str:
+    """Returns the table of the suite `speedrun`: one line per recipe."""
+    rows = []
+    for name, median in medians(results, "speedrun")[CASE].items():
+        facts = find(results, "speedrun", CASE, name)["facts"]
+        accuracies = facts["accuracies"]
+        ratio = ratio_to_ours(results, "speedrun", CASE, name)
+        compiling = statistics.median(facts["compile_seconds"])
+        rows.append(
+            [
+                SPEEDRUN_NAMES[name],
+                f"{statistics.mean(accuracies):.2%} ({min(accuracies):.2%}), "
+                f"{len(accuracies)} seeds",
+                duration(median),
+                "" if name == OURS else with_interval(ratio),
+                duration(compiling) if compiling else "none",
+                duration(statistics.median(facts["process_seconds"])),
+            ]
+        )
+    headings = ["MNIST to 99 %", "test accuracy: mean (lowest)", "training", "ratio (95 %)"]
+    return markdown([*headings, "compiling", "process"], rows)
 
 
 def ranking(results: Results) -> str:
     """Returns a sentence: in how many cases jaxtrain is fastest, and its worst case."""
-    found = slowdowns(results)
-    if not found:
-        return "No training steps or epochs were measured."
-    won = sum(fastest == OURS for _, fastest in found.values())
-    text = f"jaxtrain is the fastest library in {won} of {len(found)} cases of `step` and `models`"
-    if won == len(found):
+    cases = {
+        f"{suite}: {case}": found
+        for suite in ("step", "models")
+        for case, found in medians(results, suite).items()
+    }
+    won = sum(fastest(found) == OURS for found in cases.values())
+    text = f"jaxtrain is the fastest library in {won} of {len(cases)} cases of `step` and `models`"
+    if won == len(cases):
         return f"{text}."
-    worst = max(found, key=lambda case: found[case][0])
-    factor, fastest = found[worst]
-    return f"{text}; in the worst, `{worst}`, {label(fastest)} is {number(factor)} × as fast."
+    slowdowns = {case: found[OURS] / found[fastest(found)] for case, found in cases.items()}
+    worst = max(slowdowns, key=slowdowns.__getitem__)
+    name = label(fastest(cases[worst]))
+    return f"{text}; in the worst, `{worst}`, {name} is {number(slowdowns[worst])} × as fast."
 
 
-def _by_device(machines: dict[str, Results]) -> tuple[list[Results], list[Results]]:
-    """Returns the results on CPUs, and those on GPUs."""
-    on_cpu = [results for results in machines.values() if results["machine"]["device"] == "cpu"]
-    on_gpu = [results for results in machines.values() if results["machine"]["device"] != "cpu"]
-    return on_cpu, on_gpu
+def page_section(machines: dict[str, Results]) -> str:
+    """Returns the text between the marks of docs/benchmarks.md: the tables of every machine."""
+    parts = []
+    for name, results in machines.items():
+        heading = f"## {device_name(results)} (`{name}`)"
+        parts += [heading, f"{machine_line(results)}.", ranking(results)]
+        text = "Time per epoch of each network and peer in multiples of jaxtrain's"
+        parts.append(f"![{text}](images/{name}_epoch_ratios.png)")
+        for suite, table in TABLES.items():
+            if medians(results, suite):
+                parts += [f"### Suite `{suite}`", table(results)]
+    return "\n\n".join(parts)
+
+
+def suite_table(results: Results, suite: str) -> str:
+    """Returns the medians, with the ratio to jaxtrain's; the fastest library is bold."""
+    found = medians(results, suite)
+
+    def cell(case: str, peer: str) -> str:
+        if peer not in found[case]:
+            return ""
+        text = duration(found[case][peer])
+        if peer == fastest(found[case]):
+            text = f"**{text}**"
+        if peer != OURS:
+            text += f", {with_interval(ratio_to_ours(results, suite, case, peer))}"
+        return text
+
+    names = [name for name in PEERS if any(name in each for each in found.values())]
+    rows = [[label(name), *(cell(case, name) for case in found)] for name in names]
+    return markdown(["peer", *(case.removesuffix(", batch 64") for case in found)], rows)
+
+
+def step_table(results: Results) -> str:
+    """Returns the medians of single steps, and the ratio of the fastest other library."""
+    found = medians(results, "step")
+    names = [name for name in PEERS if any(name in each for each in found.values())]
+    rows = []
+    for case, each in found.items():
+        best, other = fastest(each), fastest(each, without=(*NO_LIBRARIES, OURS))
+        cells = [duration(each[name]) for name in names]
+        cells[names.index(best)] = f"**{cells[names.index(best)]}**"
+        ratio = with_interval(ratio_to_ours(results, "step", case, other))
+        rows.append([case, *cells, ratio])
+    return markdown(["case", *map(label, names), "fastest other / jaxtrain (95 %)"], rows)
+
+
+def process_table(results: Results) -> str:
+    """Returns time, peak memory and test accuracy of whole processes."""
+    seconds, memory = (medians(results, suite)[PROCESS] for suite in ("run", "memory"))
+    rows = []
+    for name in seconds:
+        facts = find(results, "run", PROCESS, name)["facts"]
+        ratios = [
+            ""
+            if name in (OURS, WARM_CACHE)
+            else with_interval(ratio_to_ours(results, suite, PROCESS, name))
+            for suite in ("run", "memory")
+        ]
+        mib = f"{memory[name]:.0f} MiB"
+        cells = [duration(seconds[name]), ratios[0], mib, ratios[1], f"{facts['accuracy']:.2%}"]
+        rows.append([label(name), *cells])
+    headings = [PROCESS, "time", "ratio (95 %)", "peak memory", "ratio (95 %)", "test accuracy"]
+    return markdown(headings, rows)
+
+
+TABLES: dict[str, Callable[[Results], str]] = {
+    "models": functools.partial(suite_table, suite="models"),
+    "step": step_table,
+    "sweep": functools.partial(suite_table, suite="sweep"),
+    "run": process_table,
+    "speedrun": speedrun_table,
+}
+
+
+def console_table(results: Results, suite: str) -> str:
+    """Returns every row of a suite, for the terminal."""
+    lines = [suite]
+    for row in (row for row in results["rows"] if row["suite"] == suite):
+        text = f"missing: {row['missing']}"
+        if row["readings"]:
+            median = statistics.median(row["readings"])
+            text = f"{median:.0f} MiB" if suite == "memory" else duration(median)
+        lines.append(f"  {row['case']:32} {label(row['peer']):30} {text}")
+    return "\n".join(lines)
+
+
+def markdown(headings: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    """Returns a table in Markdown."""
+    return "\n".join(f"| {' | '.join(row)} |" for row in [headings, ["---"] * len(headings), *rows])
+
+
+def device_name(results: Results) -> str:
+    """Returns the name of the GPU, or of the processor where there is no GPU."""
+    machine = results["machine"]
+    return str(machine["processor"] if machine["device"] == "cpu" else machine["device"])
+
+
+def machine_line(results: Results) -> str:
+    """Returns the machine, versions, flags and commit in one line."""
+    machine = results["machine"]
+    versions = ", ".join(f"{name} {version}" for name, version in machine["versions"].items())
+    flags = ", ".join(f"{name}={value}" for name, value in machine["flags"].items())
+    device = "" if machine["device"] == "cpu" else f"{machine['device']}; "
+    return (
+        f"{device}{machine['processor']}, {machine['cores']} cores, {machine['system']}; "
+        f"{machine['precision']}; Python {machine['python']}, {versions}; "
+        f"flags: {flags or 'none'}; commit {machine['commit'] or 'unknown'}"
+    )
+
+
+def with_interval(value: Ratio) -> str:
+    """Returns the ratio with its interval, for example "2 × (1.9 – 2.1)"."""
+    low, median, high = map(number, value)
+    return f"{median} ×" if low == high else f"{median} × ({low} – {high})"
+
+
+def number(value: float) -> str:
+    """Returns the number with three digits and no exponent."""
+    return f"{value:.0f}" if value >= 100 else f"{value:.3g}"
+
+
+def duration(seconds: float) -> str:
+    """Returns the duration with three digits in s, ms or µs."""
+    for unit, size in (("s", 1.0), ("ms", 1e-3)):
+        if seconds >= size:
+            return f"{number(seconds / size)} {unit}"
+    return f"{number(seconds / 1e-6)} µs"
 
 
 def main() -> None:
@@ -137,28 +286,20 @@ def main() -> None:
     )
     arguments = parser.parse_args()
     machines = load_all(RESULTS)
-    readme = README.read_text()
-    before, rest = readme.split(BEGIN)
-    _, after = rest.split(END)
-    pages = {
-        README: f"{before}{BEGIN}\n\n{readme_section(machines)}\n\n{END}{after}",
-        PAGE: benchmarks_page(machines),
-    }
+    pages = {}
+    for path, section in ((README, readme_section(machines)), (PAGE, page_section(machines))):
+        before, rest = path.read_text().split(BEGIN)
+        pages[path] = f"{before}{BEGIN}\n\n{section}\n\n{END}{rest.split(END)[1]}"
     if arguments.check:
-        stale = [path for path, text in pages.items() if _read(path) != text]
+        stale = [path.name for path, text in pages.items() if path.read_text() != text]
         if stale:
-            names = ", ".join(str(path.relative_to(ROOT)) for path in stale)
-            sys.exit(f"error: out of date: {names}; run python -m benchmarks.report to write them")
+            sys.exit(f"error: out of date: {', '.join(stale)}; run python -m benchmarks.report")
         return
-    IMAGES.mkdir(parents=True, exist_ok=True)
     for path, text in pages.items():
         path.write_text(text)
     for name, results in machines.items():
-        draw(results, IMAGES, f"{name}_")
-
-
-def _read(path: Path) -> str:
-    return path.read_text() if path.exists() else ""
+        if (figure := epoch_ratios(results)) is not None:
+            figure.savefig(PAGE.parent / "images" / f"{name}_epoch_ratios.png", dpi=120)
 
 
 if __name__ == "__main__":

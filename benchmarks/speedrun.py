@@ -1,6 +1,6 @@
 """The suite `speedrun`: MNIST to 99 % test accuracy, by our recipe and by PyTorch's example.
 
-    python -m benchmarks.speedrun PEER [--seed 0] [--folder FOLDER]
+    python -m benchmarks.speedrun PEER [--seed 0] [--data FILE]
 
 trains with one peer in eager PyTorch, and prints its reading as one line of JSON.
 """
@@ -8,7 +8,6 @@ trains with one peer in eager PyTorch, and prints its reading as one line of JSO
 from __future__ import annotations
 
 import argparse
-import functools
 import json
 import tempfile
 import time
@@ -19,84 +18,47 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from benchmarks import problem, torch_reference
-from benchmarks.peers import reason_missing
-from benchmarks.suites import (
-    EAGER,
-    NOT_SELECTED,
-    OURS,
-    Probe,
-    Row,
-    Settings,
-    WorkerError,
-    attempt,
-    run_module,
-)
+from benchmarks.results import EAGER, EXAMPLE, OURS, RECIPE
+from benchmarks.suites import Row, Settings, Values, measure, run_module
 
 if TYPE_CHECKING:
     import torch
 
 CASE = "MNIST to 99 %"
-RECIPE = f"{EAGER}, the same recipe"
-EXAMPLE = f"{EAGER}, its MNIST example"
 SEEDS = 20
 TARGET = 0.99
 EXAMPLE_EPOCHS = 14
-# The example trains for minutes.
-EXAMPLE_ROUNDS = 3
 # The recipe of `experiments/speedrun.py`, which PyTorch's process does not import.
 BATCH_SIZE, LEARNING_RATE, WARMUP, LABEL_SMOOTHING = 16, 0.005, 0.2, 0.1
 
 Reading = dict[str, Any]
-Data = tuple[tuple[np.ndarray, np.ndarray], tuple[np.ndarray, np.ndarray]]
+# Images and labels of the training and the test split.
+Data = tuple[tuple[np.ndarray, np.ndarray], ...]
 
 
-def run_suite(settings: Settings) -> Iterator[list[Row]]:
+def run_suite(settings: Settings, data_dir: Path | None = None) -> Iterator[list[Row]]:
     """Trains by each recipe, in turns and each time in a new process.
 
     Yields:
       All rows so far, after each round. The facts of a row are the test accuracies of its seeds,
       and the seconds of compiling and of the process.
     """
-    actions: dict[str, Callable[[int], Reading]] = {
-        OURS: lambda _: _ours(settings, seeds=1),
-        RECIPE: functools.partial(_pytorch, settings, RECIPE),
-        EXAMPLE: functools.partial(_pytorch, settings, EXAMPLE),
-    }
-    missing: dict[str, str] = {}
-    for name in actions:
-        peer = OURS if name == OURS else EAGER
-        reason = reason_missing(peer) if peer in settings.names else NOT_SELECTED
-        if settings.cases.quick and name == EXAMPLE:
-            reason = "not measured in a quick run"
-        if reason is not None:
-            missing[name] = reason
-    probe = Probe()
-    readings: dict[str, list[Reading]] = {name: [] for name in actions if name not in missing}
+    quick = settings.data is None
+    actions: dict[str, Callable[[int], Values]] = {}
     accuracies: list[float] = []
-    if OURS in readings:
-        settings.log(f"speedrun: {SEEDS} seeds")
-        try:
-            accuracies = _ours(settings, seeds=1 if settings.cases.quick else SEEDS)["accuracies"]
-        except WorkerError as error:
-            missing[OURS] = str(error)
-            del readings[OURS]
-    for index in range(settings.rounds):
-        for name in list(readings):
-            if name == EXAMPLE and index >= EXAMPLE_ROUNDS:
-                continue
-            settings.log(f"speedrun: round {index + 1} of {settings.rounds}: {name}")
-            try:
-                attempts, disturbed = attempt(
-                    functools.partial(actions[name], index), probe, settings
-                )
-            except WorkerError as error:
-                missing[name] = str(error)
-                del readings[name]
-                continue
-            readings[name].append(attempts[-1] | {"disturbed": disturbed})
+    if OURS in settings.names:
+        if not quick:
+            settings.log(f"speedrun: {SEEDS} seeds")
+            accuracies = _ours(settings, data_dir, seeds=SEEDS)["accuracies"]
+        actions[OURS] = lambda _: {CASE: _ours(settings, data_dir, seeds=1)}
+    if EAGER in settings.names:
+        actions[RECIPE] = lambda seed: {CASE: _pytorch(settings, RECIPE, seed)}
+        if not quick:
+            actions[EXAMPLE] = lambda seed: {CASE: _pytorch(settings, EXAMPLE, seed)}
+    for found, failed in measure("speedrun", actions, settings):
         yield [
-            *(Row("speedrun", CASE, name, missing=reason) for name, reason in missing.items()),
-            *(_row(name, found, accuracies) for name, found in readings.items()),
+            *(Row("speedrun", CASE, name, missing=reason) for name, reason in failed.items()),
+            *(_row(name, each, accuracies) for name, each in found.get(CASE, {}).items()),
         ]
 
 
@@ -105,21 +67,16 @@ def _row(name: str, readings: list[Reading], ours: list[float]) -> Row:
         "accuracies": ours if name == OURS else [each["accuracy"] for each in readings],
         "compile_seconds": [each["compile_seconds"] for each in readings],
         "process_seconds": [each["process_seconds"] for each in readings],
-        "disturbed": sum(each["disturbed"] for each in readings),
     }
-    if name == EXAMPLE:
-        facts["epochs"] = [each["epochs"] for each in readings]
     return Row("speedrun", CASE, name, [each["seconds"] for each in readings], facts)
 
 
-def _ours(settings: Settings, *, seeds: int) -> Reading:
+def _ours(settings: Settings, data_dir: Path | None, *, seeds: int) -> Reading:
     """Runs `experiments/speedrun.py` with the seeds 0 to `seeds - 1`."""
     with tempfile.TemporaryDirectory() as folder:
         arguments = ["--seeds", str(seeds), "--output-dir", folder, "--no-compilation-cache"]
-        if settings.cases.folder is None:
-            arguments += ["--dataset", "digits"]
-        else:
-            arguments += ["--dataset", "mnist", "--data-dir", str(settings.cases.folder)]
+        arguments += ["--dataset", "digits" if settings.data is None else "mnist"]
+        arguments += ["--data-dir", str(data_dir)] if data_dir else []
         started = time.perf_counter()
         run_module("experiments.speedrun", arguments, None)
         seconds = time.perf_counter() - started
@@ -134,8 +91,7 @@ def _ours(settings: Settings, *, seeds: int) -> Reading:
 
 def _pytorch(settings: Settings, name: str, seed: int) -> Reading:
     """Trains in eager PyTorch, in a process."""
-    folder = settings.cases.folder
-    flags = [] if folder is None else ["--folder", str(folder)]
+    flags = [] if settings.data is None else ["--data", str(settings.data)]
     started = time.perf_counter()
     printed = run_module("benchmarks.speedrun", [name, "--seed", str(seed), *flags], None)
     seconds = time.perf_counter() - started
@@ -176,7 +132,8 @@ def train_example(data: Data, seed: int) -> Reading:
 
     torch.manual_seed(seed)
     (inputs, targets), test = map(_tensors, data)
-    model = _channels_last(networks.ConvNet((0.25, 0.5)))
+    model = networks.ConvNet((0.25, 0.5))
+    model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     optimizer = torch.optim.Adadelta(model.parameters(), 1.0)
     schedule = torch.optim.lr_scheduler.StepLR(optimizer, 1, gamma=0.7)
     started = time.perf_counter()
@@ -190,7 +147,8 @@ def train_example(data: Data, seed: int) -> Reading:
 
 
 def make_network() -> torch.nn.Module:
-    """Returns the network of `experiments/speedrun.py`."""
+    """Returns the network of `experiments/speedrun.py`, in the format in which it trains faster."""
+    import torch
     from torch import nn
 
     network = nn.Sequential(
@@ -198,13 +156,6 @@ def make_network() -> torch.nn.Module:
         *(nn.Conv2d(16, 32, 3), nn.MaxPool2d(2), nn.ReLU(), nn.Flatten()),
         *(nn.Linear(800, 64), nn.ReLU(), nn.Linear(64, 10)),
     )
-    return _channels_last(network)
-
-
-def _channels_last(network: torch.nn.Module) -> torch.nn.Module:
-    """Returns the network in the memory format in which it trains faster."""
-    import torch
-
     return network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
 
 
@@ -240,13 +191,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     parser.add_argument("peer", choices=(RECIPE, EXAMPLE))
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--folder", type=Path, help="of the MNIST files; without, random images")
+    parser.add_argument("--data", type=Path, help="images (.npz); without, random ones")
     arguments = parser.parse_args()
-    if arguments.folder is None:
-        data = problem.random_images(640), problem.random_images(640)
-    else:
-        folder = arguments.folder
-        data = problem.read_mnist(folder, "train"), problem.read_mnist(folder, "t10k")
+    data = tuple(problem.read_images(arguments.data, split) for split in ("train", "test"))
     train = train_recipe if arguments.peer == RECIPE else train_example
     print(json.dumps(train(data, arguments.seed)))
 

@@ -3,43 +3,28 @@
 from __future__ import annotations
 
 import dataclasses
-import functools
-import importlib.util
 import json
-import statistics
 import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, NamedTuple
 
 import numpy as np
 
-from benchmarks import cases, environment, flops, peers
-from benchmarks.matrix_products import LOOPS
-from benchmarks.problem import Problem
-
-OURS = "jaxtrain"
-EAGER = "pytorch"
-WARM_CACHE = "jaxtrain, warm cache"
-NOT_SELECTED = "not selected with --peers"
+from benchmarks import cases, environment, peers
+from benchmarks.results import EAGER, EXAMPLE, OURS, WARM_CACHE
 
 # Largest difference of a loss in the first steps from the reference's.
 CHECK_TOLERANCE = 1e-4
 # Largest difference of the values after the timed sections, where peers draw different dropout
 # masks: a part of the reference's value, and a constant.
 TOLERANCES = {"loss": (0.3, 0.05), "accuracy": (0.0, 0.02)}
-# A reading is repeated, at most twice, if a fixed matrix product takes this much longer before or
-# after it than it usually does in this run.
-DISTURBED = 1.2
-REPETITIONS = 2
-# torch.compile compiles a network for up to a minute.
-SLOW_COMPILER = "pytorch-compile"
-SLOW_COMPILER_ROUNDS = 3
+# torch.compile compiles a network for up to a minute, and PyTorch's MNIST example trains for three.
+MOST_ROUNDS = {"pytorch-compile": 3, EXAMPLE: 3}
 
-T = TypeVar("T")
 # What one process has measured, by case.
 Values = dict[str, dict[str, Any]]
 # The values of each round, by case and peer.
@@ -55,7 +40,7 @@ class Row:
       case: description of what was trained.
       peer: key of `PEERS`, or name of what else was timed.
       readings: value of each round, in seconds or, for `memory`, in MiB.
-      facts: further values by name. `products` marks rows that time matrix products alone.
+      facts: further values by name.
       missing: reason why there are no readings.
     """
 
@@ -72,13 +57,13 @@ class Settings(NamedTuple):
 
     Attributes:
       names: peers to measure.
-      cases: what the cases depend on.
+      data: file of the images; None measures small cases on random images, to test the suites.
       rounds: readings per peer.
       log: called with a line about what is measured next.
     """
 
     names: Sequence[str]
-    cases: cases.Settings
+    data: Path | None
     rounds: int
     log: Callable[[str], object]
 
@@ -91,66 +76,28 @@ class WorkerError(Exception):
     """Raised if a process that measures a peer fails."""
 
 
-class Probe:
-    """Times a fixed matrix product, to notice readings that other processes disturb."""
-
-    def __init__(self) -> None:
-        self._matrix = np.random.default_rng(0).standard_normal((1024, 1024), np.float32)
-        self._earlier = [self._seconds() for _ in range(5)]
-
-    def _seconds(self) -> float:
-        started = time.perf_counter()
-        for _ in range(3):
-            self._matrix @ self._matrix
-        return time.perf_counter() - started
-
-    def disturbed(self) -> bool:
-        """Returns whether the product takes longer than is tolerated.
-
-        It is compared with its median: on a machine that is always shared, the fastest product is
-        an exception, and nearly every reading would be repeated.
-        """
-        self._earlier.append(self._seconds())
-        return self._earlier[-1] > DISTURBED * statistics.median(self._earlier)
-
-
 def run_suite(suite: str, settings: Settings) -> Iterator[list[Row]]:
     """Checks that the peers compute the same, and measures them.
 
     Yields:
       All rows of the suite so far, after each round.
     """
-    names, missing = [], []
-    for name, peer in peers.PEERS.items():
-        if suite in peer.suites:
-            reason = peers.reason_missing(name) if name in settings.names else NOT_SELECTED
-            if name == "pytorch-cuda-graphs" and reason is None and not environment.has_gpu():
-                reason = "CUDA graphs need an NVIDIA GPU"
-            if settings.cases.quick and name not in (OURS, EAGER):
-                reason = "not measured in a quick run"
+    names, missing = [], {}
+    for name in settings.names:
+        if suite in peers.PEERS[name].suites:
+            reason = peers.reason_missing(name)
             if reason is None:
                 names.append(name)
             else:
-                missing.append(Row(suite, "all", name, missing=reason))
+                missing[name] = reason
     with tempfile.TemporaryDirectory() as scratch:
-        compared = [name for name in names if suite != "run" or name in (OURS, EAGER)]
-        if len(compared) > 1:
-            check(suite, compared, settings, Path(scratch))
-        loops = _matrix_products() if suite in ("step", "models") else []
-        cache = Path(scratch) / "cache"
-        for readings, failed in measure(suite, [*names, *loops], settings, cache):
-            failures = [Row(suite, "all", name, missing=why) for name, why in failed.items()]
-            yield [*missing, *failures, *_rows(suite, readings, settings)]
-
-
-def _matrix_products() -> list[str]:
-    """Returns the libraries that compute the matrix products alone on this machine."""
-    names = list(LOOPS)
-    if importlib.util.find_spec("torch") is None:
-        names.remove("matrix products, PyTorch")
-    if environment.has_gpu():  # the host's BLAS says nothing about a GPU
-        names.remove("matrix products, NumPy")
-    return names
+        if len(names) > 1 and suite != "run":  # whole processes are compared by their accuracy
+            check(suite, names, settings, Path(scratch))
+        actions = _actions(suite, names, settings, Path(scratch) / "cache")
+        for readings, failed in measure(suite, actions, settings):
+            reasons = (missing | failed).items()
+            absent = [Row(suite, "all", name, missing=reason) for name, reason in reasons]
+            yield [*absent, *_rows(suite, readings)]
 
 
 def check(suite: str, names: Sequence[str], settings: Settings, scratch: Path) -> None:
@@ -165,7 +112,7 @@ def check(suite: str, names: Sequence[str], settings: Settings, scratch: Path) -
     for name in sorted(names, key=lambda name: name != reference):
         settings.log(f"{suite}: losses of {peers.label(name)}")
         file = scratch / f"{name}.npz"
-        _run_worker(suite, name, settings, "--losses", str(file))
+        _run_worker(suite, name, settings, None, "--losses", str(file))
         with np.load(file) as losses:
             found = dict(losses)
         if name == reference:
@@ -196,73 +143,53 @@ def compare(name: str, case: str, found: np.ndarray, expected: np.ndarray) -> No
 
 
 def measure(
-    suite: str, names: Sequence[str], settings: Settings, cache: Path
+    suite: str, actions: Mapping[str, Callable[[int], Values]], settings: Settings
 ) -> Iterator[tuple[Readings, dict[str, str]]]:
     """Yields, after each round, the values of each case, peer and round so far, and the failures.
 
-    The first round compiles with empty caches, so that its compilation times count. A peer that
-    fails or computes something else is left out from then on.
+    A peer that fails or computes something else is left out from then on. The actions are functions
+    from the round to the values that a new process measures.
     """
-    probe = Probe()
     found: Readings = {}
     failed: dict[str, str] = {}
-    if suite == "run" and OURS in names:
-        _process_values(OURS, settings, cache)  # fills the cache for WARM_CACHE
     for index in range(settings.rounds):
-        for name, action in _actions(suite, names, settings, cache).items():
-            if name in failed or (name == SLOW_COMPILER and index >= SLOW_COMPILER_ROUNDS):
+        for name, action in actions.items():
+            if name in failed or index >= MOST_ROUNDS.get(name, settings.rounds):
                 continue
             settings.log(f"{suite}: round {index + 1} of {settings.rounds}: {peers.label(name)}")
             try:
-                attempts, disturbed = attempt(action, probe, settings)
+                for case, values in action(index).items():
+                    found.setdefault(case, {}).setdefault(name, []).append(values)
             except WorkerError as error:
                 failed[name] = str(error)
                 settings.log(f"{suite}: {peers.label(name)} failed: {error}")
-                continue
-            for case, each in attempts[-1].items():
-                each["disturbed"] = disturbed
-                if "compile_seconds" in each:  # a repetition finds its programs in the cache
-                    each["compile_seconds"] = attempts[0][case]["compile_seconds"]
-                peer = name.removesuffix(", T1")
-                found.setdefault(case, {}).setdefault(peer, []).append(each)
         for name, reason in check_ends(suite, found).items():
             failed[name] = reason
             settings.log(f"{suite}: {peers.label(name)} {reason}")
-            for by_peer in found.values():
+        for by_peer in found.values():
+            for name in failed:
                 by_peer.pop(name, None)
         yield found, failed
 
 
-def attempt(action: Callable[[], T], probe: Probe, settings: Settings) -> tuple[list[T], bool]:
-    """Repeats an action while the machine is disturbed, at most `REPETITIONS` times.
-
-    Returns:
-      What each attempt has returned, and whether the last one was disturbed.
-    """
-    attempts: list[T] = []
-    for _ in range(1 if settings.cases.quick else 1 + REPETITIONS):
-        before = probe.disturbed()
-        attempts.append(action())
-        disturbed = before or probe.disturbed()
-        if not disturbed:
-            break
-    return attempts, disturbed
-
-
 def _actions(
     suite: str, names: Sequence[str], settings: Settings, cache: Path
-) -> dict[str, Callable[[], Values]]:
+) -> dict[str, Callable[[int], Values]]:
     """Returns functions that make one reading of each case, by peer."""
-    worker = functools.partial(_worker_values, suite, settings, cache)
+
+    def worker(name: str) -> Callable[[int], Values]:
+        # The first round compiles with an empty cache, so that its compilation times count.
+        return lambda _: json.loads(_run_worker(suite, name, settings, cache))
+
+    def process(name: str, cache: Path | None = None) -> Callable[[int], Values]:
+        return lambda _: _process_values(name, settings, cache)
+
     if suite != "run":
-        return {name: functools.partial(worker, name) for name in names}
-    actions: dict[str, Callable[[], Values]] = {}
-    for name in names:
-        if name in (OURS, EAGER):  # T1, in a process that is not timed as a whole
-            actions[f"{name}, T1"] = functools.partial(worker, name)
-        actions[name] = functools.partial(_process_values, name, settings, None)
-        if name == OURS:
-            actions[WARM_CACHE] = functools.partial(_process_values, name, settings, cache)
+        return {name: worker(name) for name in names}
+    actions = {name: process(name) for name in names}
+    if OURS in names:
+        _process_values(OURS, settings, cache)  # fills the cache
+        actions[WARM_CACHE] = process(OURS, cache)
     return actions
 
 
@@ -294,73 +221,31 @@ def check_ends(suite: str, readings: Readings) -> dict[str, str]:
     return wrong
 
 
-def _rows(suite: str, readings: Readings, settings: Settings) -> Iterator[Row]:
+def _rows(suite: str, readings: Readings) -> Iterator[Row]:
     """Yields the rows of all cases and peers."""
-    problems = {} if suite in ("sweep", "run") else cases.problems(suite, OURS, settings.cases)
     for case, by_peer in readings.items():
         for name, values in by_peer.items():
-            facts: dict[str, Any] = {"disturbed": sum(each["disturbed"] for each in values)}
-            for key in ("compile_seconds", "loss", "accuracy"):
-                if key in values[0]:
-                    facts[key] = values[0][key]
-            if "sample" in values[0]:
-                facts["extrapolated_from"] = values[0]["sample"]
-            if case in problems:
-                facts |= _work(suite, problems[case]) | {"products": name in LOOPS}
+            kept = ("compile_seconds", "loss", "accuracy", "extrapolated_from")
+            facts = {key: values[0][key] for key in kept if key in values[0]}
             yield Row(suite, case, name, [each["seconds"] for each in values], facts)
             if "peak_mib" in values[0]:
                 yield Row("memory", case, name, [each["peak_mib"] for each in values])
 
 
-def _work(suite: str, task: Problem) -> dict[str, Any]:
-    """Returns what is trained, and the work of a step or an epoch of a feed-forward network."""
-    facts: dict[str, Any] = {
-        "network": task.network,
-        "batch_size": task.batch_size,
-        "examples": task.batch_size if suite == "step" else len(task.images),
-    }
-    if task.features:
-        work = (
-            flops.step_work(task.features, task.batch_size)
-            if suite == "step"
-            else flops.epoch_work(task)
-        )
-        facts |= {"flops": work.flops, "bytes": work.bytes}
-    return facts
-
-
-def _worker_values(suite: str, settings: Settings, cache: Path, name: str) -> Values:
-    """Returns the values of each case that a new process measures."""
-    return json.loads(_run_worker(suite, name, settings, cache=cache))
-
-
-def _run_worker(
-    suite: str, name: str, settings: Settings, *flags: str, cache: Path | None = None
-) -> str:
-    """Runs the worker of a peer, and returns the last line that it prints."""
-    return _run("benchmarks.worker", [suite, name, *flags], settings, cache)
-
-
 def _process_values(name: str, settings: Settings, cache: Path | None) -> Values:
     """Returns the values of a whole process that trains T2, from its start to its end."""
-    epochs = 1 if settings.cases.quick else 5
+    epochs = 1 if settings.data is None else 5
     started = time.perf_counter()
-    printed = json.loads(
-        _run("benchmarks.training_process", [name, "--epochs", str(epochs)], settings, cache)
-    )
+    printed = _run_worker("run", name, settings, cache, "--epochs", str(epochs))
     seconds = time.perf_counter() - started
     case = f"whole process, T2, {epochs} epoch{'s' * (epochs > 1)}"
-    return {case: {"seconds": seconds, **printed}}
+    return {case: {"seconds": seconds, **json.loads(printed)}}
 
 
-def _run(module: str, arguments: Sequence[str], settings: Settings, cache: Path | None) -> str:
-    """Runs a module on the data of the settings, and returns the last line of its output."""
-    flags = []
-    if settings.cases.folder is not None:
-        flags += ["--folder", str(settings.cases.folder)]
-    if settings.cases.quick and module == "benchmarks.worker":
-        flags.append("--quick")
-    return run_module(module, [*arguments, *flags], cache)
+def _run_worker(suite: str, name: str, settings: Settings, cache: Path | None, *flags: str) -> str:
+    """Runs the worker of a peer, and returns the last line that it prints."""
+    data = [] if settings.data is None else ["--data", str(settings.data)]
+    return run_module("benchmarks.worker", [suite, name, *data, *flags], cache)
 
 
 def run_module(module: str, arguments: Sequence[str], cache: Path | None) -> str:

@@ -17,17 +17,22 @@ from pathlib import Path
 import jax
 import jax.numpy as jnp
 import optax
+from matplotlib.figure import Figure
 
 import jaxtrain as jt
-from jaxtrain import _figures
-from jaxtrain.training.loop import compiled_steps
-from jaxtrain.training.sources import segments_in_order
-from jaxtrain.training.step import Objective
+from benchmarks.figures import BLUE, GREEN, VERMILION
 
-BATCH_SIZE, STEPS = 64, (100, 600)
+BATCH_SIZE, STEPS = 64, 500
 LOSS = jt.losses.cross_entropy
 OPTIMIZERS = {"SGD": jt.optimizers.sgd(0.01), "Adam": jt.optimizers.adam(0.001)}
-PHASES = ("batch and copies", "forward", "backward", "loss and optimizer")
+COLORS = {"batch and copies": "0.8", "forward": BLUE, "backward": GREEN}
+COLORS["loss and optimizer"] = VERMILION
+
+
+@jax.jit
+def epoch(state: jt.TrainState, data: jt.Dataset) -> tuple[jt.TrainState, jax.Array]:
+    """Trains for an epoch of shuffled batches; the trace shows it as `jit_epoch`."""
+    return jt.train_epoch(state, data, LOSS, batch_size=BATCH_SIZE, key=jax.random.key(1))
 
 
 def operation_times(folder: Path) -> dict[str, float]:
@@ -39,22 +44,13 @@ def operation_times(folder: Path) -> dict[str, float]:
     times: defaultdict[str, list[float]] = defaultdict(list)
     for event in json.loads(gzip.decompress(path.read_bytes()))["traceEvents"]:
         arguments = event.get("args", {})
-        if arguments.get("hlo_module") == "jit_compiled_steps":
+        if arguments.get("hlo_module") == "jit_epoch":
             times[arguments["hlo_op"]].append(event["dur"] / 1000)
-    steps = STEPS[1] - STEPS[0]
     return {
-        name: statistics.median(found) * len(found) / steps
+        name: statistics.median(found) * len(found) / STEPS
         for name, found in times.items()
-        if len(found) >= steps
+        if len(found) >= STEPS
     }
-
-
-def operation_origins(state: jt.TrainState, data: jt.Dataset) -> dict[str, str]:
-    """Returns where each operation of the training program comes from, such as "jvp(...)/div"."""
-    segment = segments_in_order(data, jnp.arange(len(data)), BATCH_SIZE)[0]
-    lowered = compiled_steps.lower(state, None, segment, 0, 1, Objective(LOSS))
-    program = lowered.compile().as_text() or ""
-    return dict(re.findall(r"%?([\w.-]+) = [^\n]*op_name=\"([^\"]*)\"", program))
 
 
 def phase_of(origin: str) -> str:
@@ -71,30 +67,27 @@ def measure(optimizer: optax.GradientTransformation, data: jt.Dataset) -> dict[s
     """Returns the milliseconds per step of each phase, and prints the longest operations."""
     model = jt.models.FeedForward()
     state = jt.init_state(model, optimizer, data.inputs[:1], key=jax.random.key(0))
+    program = epoch.lower(state, data).compile()
+    jax.block_until_ready(program(state, data))
     with tempfile.TemporaryDirectory() as folder:
-        jt.fit(
-            *(state, data),
-            loss_fn=LOSS,
-            epochs=1,
-            batch_size=BATCH_SIZE,
-            key=jax.random.key(1),
-            callbacks=[jt.callbacks.profile(folder, steps=STEPS)],
-        )
+        with jax.profiler.trace(folder, create_perfetto_trace=True):
+            jax.block_until_ready(program(state, data))
         times = operation_times(Path(folder))
-    origins = operation_origins(state, data)
-    phases = dict.fromkeys(PHASES, 0.0)
+    # Where each operation comes from, such as "jvp(...)/div".
+    text = program.as_text() or ""
+    origins = dict(re.findall(r"%?([\w.-]+) = [^\n]*op_name=\"([^\"]*)\"", text))
+    phases = dict.fromkeys(COLORS, 0.0)
     for name, milliseconds in times.items():
         phases[phase_of(origins.get(name, ""))] += milliseconds
     for name in sorted(times, key=times.__getitem__, reverse=True)[:6]:
-        origin = origins.get(name, "").removeprefix("jit(compiled_steps)/while/body/")
-        print(f"  {times[name]:.3f} ms  {name:24} {origin}")
+        print(f"  {times[name]:.3f} ms  {name:24} {origins.get(name, '').partition('body/')[2]}")
     return phases
 
 
 def main() -> None:
     """Prints the milliseconds per step of the longest operations and of each phase."""
-    data = jt.data.load("mnist")[0][: (STEPS[1] + 50) * BATCH_SIZE]
-    data = jax.tree.map(jnp.asarray, data)
+    train, _ = jt.data.load("mnist")
+    data = jax.tree.map(jnp.asarray, train[: STEPS * BATCH_SIZE])
     found: dict[str, dict[str, float]] = {}
     for name, optimizer in OPTIMIZERS.items():
         print(name)
@@ -105,15 +98,15 @@ def main() -> None:
         draw(found).savefig(sys.argv[1], dpi=110)
 
 
-def draw(found: dict[str, dict[str, float]]) -> _figures.Figure:
+def draw(found: dict[str, dict[str, float]]) -> Figure:
     """Draws one bar per optimizer, divided into the phases of a step."""
-    figure = _figures.Figure(figsize=(7, 2.2), layout="constrained")
+    figure = Figure(figsize=(7, 2.2), layout="constrained")
     ax = figure.subplots()
-    colors = ("0.8", _figures.BLUE, _figures.GREEN, _figures.VERMILION)
     for row, phases in enumerate(found.values()):
         left = 0.0
-        for (phase, value), color in zip(phases.items(), colors, strict=True):
-            ax.barh(row, value, left=left, color=color, label=None if row else phase)
+        for phase, value in phases.items():
+            label = None if row else phase
+            ax.barh(row, value, left=left, color=COLORS[phase], label=label)
             if value > 0.05 * sum(phases.values()):
                 text = f"{value / sum(phases.values()):.0%}"
                 ax.text(left + value / 2, row, text, ha="center", va="center", color="white")
@@ -121,7 +114,7 @@ def draw(found: dict[str, dict[str, float]]) -> _figures.Figure:
     ax.set_yticks(range(len(found)), list(found))
     ax.invert_yaxis()
     ax.set_xlabel("time of the operations of a step, of both threads together (ms)")
-    figure.legend(loc="outside upper center", ncols=len(PHASES), frameon=False)
+    figure.legend(loc="outside upper center", ncols=4, frameon=False)
     return figure
 
 

@@ -60,7 +60,6 @@ class ConvNet(nn.Module):
 
     @nn.compact
     def __call__(self, images: Array, train: bool = False) -> Array:
-        """Returns the logits."""
         x = normalized(images)[..., None]
         x = nn.relu(nn.Conv(32, (3, 3), padding="VALID")(x))
         x = nn.relu(nn.Conv(64, (3, 3), padding="VALID")(x))
@@ -76,7 +75,6 @@ class ResNet(nn.Module):
 
     @nn.compact
     def __call__(self, images: Array, train: bool = False) -> Array:
-        """Returns the logits."""
 
         def norm(x: Array) -> Array:
             return nn.BatchNorm(use_running_average=not train, momentum=0.9)(x)
@@ -101,7 +99,6 @@ class RowLSTM(nn.Module):
 
     @nn.compact
     def __call__(self, images: Array, train: bool = False) -> Array:
-        """Returns the logits."""
         hidden: Any = nn.RNN(nn.OptimizedLSTMCell(128))(normalized(images))
         return nn.Dense(10)(hidden[:, -1])
 
@@ -111,7 +108,6 @@ class ViT(nn.Module):
 
     @nn.compact
     def __call__(self, images: Array, train: bool = False) -> Array:
-        """Returns the logits."""
         x = normalized(images)
         x = x.reshape(-1, 7, 4, 7, 4).transpose(0, 1, 3, 2, 4).reshape(-1, 49, 16)
         position = self.param("position", nn.initializers.normal(0.02), (49, 64))

@@ -10,6 +10,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from benchmarks import torch_reference
+from benchmarks.networks import pytorch_layout
 from benchmarks.problem import Params, Problem
 
 
@@ -31,7 +32,7 @@ def make(problem: Problem, params: Params) -> nn.Module:
 
 def _load(model: nn.Module, params: Params) -> None:
     """Copies the parameters, layer by layer of each kind in the order of construction."""
-    kinds = {
+    kinds: dict[type, str] = {
         nn.Conv2d: "Conv",
         nn.BatchNorm2d: "BatchNorm",
         nn.Linear: "Dense",
@@ -43,29 +44,15 @@ def _load(model: nn.Module, params: Params) -> None:
         for kind, name in kinds.items():
             layers = [layer for layer in model.modules() if isinstance(layer, kind)]
             for index, layer in enumerate(layers):
-                for part, value in _converted(layer, params[f"{name}_{index}"]).items():
+                found = pytorch_layout(params[f"{name}_{index}"])
+                if isinstance(layer, nn.LSTM):
+                    # The other libraries have one bias.
+                    layer.get_parameter("bias_ih_l0").zero_().requires_grad_(False)
+                    names = {"weight_ih": "weight_ih_l0", "weight_hh": "weight_hh_l0"}
+                    names["bias"] = "bias_hh_l0"
+                    found = {names[part]: value for part, value in found.items()}
+                for part, value in found.items():
                     getattr(layer, part).copy_(torch.from_numpy(np.ascontiguousarray(value)))
-
-
-def _converted(layer: nn.Module, params: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
-    """Returns the parameters as a layer of PyTorch names and lays them out."""
-    found = dict(params)
-    if isinstance(layer, nn.Conv2d):
-        found["weight"] = found.pop("kernel").transpose(3, 2, 0, 1)
-    elif isinstance(layer, nn.Linear):
-        weight = found.pop("kernel").T
-        if layer.in_features == 9216:  # images are flattened from [channels, height, width]
-            weight = weight.reshape(-1, 12, 12, 64).transpose(0, 3, 1, 2).reshape(-1, 9216)
-        found["weight"] = weight
-    elif isinstance(layer, nn.LSTM):
-        found["weight_ih_l0"] = found.pop("kernel").T
-        found["weight_hh_l0"] = found.pop("recurrent_kernel").T
-        found["bias_hh_l0"] = found.pop("bias")
-        found["bias_ih_l0"] = np.zeros_like(found["bias_hh_l0"])
-        layer.bias_ih_l0.requires_grad_(False)  # the other libraries have one bias
-    elif "scale" in found:
-        found["weight"] = found.pop("scale")
-    return found
 
 
 class ConvNet(nn.Module):
@@ -80,7 +67,6 @@ class ConvNet(nn.Module):
         )
 
     def forward(self, images: torch.Tensor) -> torch.Tensor:
-        """Returns the logits."""
         return self.layers(images[:, None])
 
 
@@ -102,7 +88,6 @@ class Block(nn.Module):
             )
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """Returns the block's output."""
         y = F.relu(self.norm1(self.conv1(x)))
         return F.relu(self.shortcut(x) + self.norm2(self.conv2(y)))
 
@@ -117,7 +102,6 @@ class ResNet(nn.Module):
         self.output = nn.Linear(32, 10)
 
     def forward(self, images: torch.Tensor) -> torch.Tensor:
-        """Returns the logits."""
         return self.output(self.blocks(self.stem(images[:, None])).mean((2, 3)))
 
 
@@ -129,7 +113,6 @@ class RowLSTM(nn.Module):
         self.lstm, self.output = nn.LSTM(28, 128, batch_first=True), nn.Linear(128, 10)
 
     def forward(self, images: torch.Tensor) -> torch.Tensor:
-        """Returns the logits."""
         return self.output(self.lstm(images)[0][:, -1])
 
 
@@ -141,7 +124,6 @@ class Embedding(nn.Module):
         self.position = nn.Parameter(torch.zeros(49, 64))
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """Returns the sum."""
         return x + self.position
 
 
@@ -154,7 +136,6 @@ class TransformerBlock(nn.Module):
         self.norm2, self.up, self.down = nn.LayerNorm(64), nn.Linear(64, 128), nn.Linear(128, 64)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """Returns the block's output."""
         q, k, v = self.qkv(self.norm1(x)).reshape(-1, 49, 12, 16).transpose(1, 2).chunk(3, 1)
         y = F.scaled_dot_product_attention(q, k, v).transpose(1, 2).reshape(x.shape)
         x = x + self.out(y)
@@ -171,7 +152,6 @@ class ViT(nn.Module):
         self.norm, self.output = nn.LayerNorm(64), nn.Linear(64, 10)
 
     def forward(self, images: torch.Tensor) -> torch.Tensor:
-        """Returns the logits."""
         x = images.reshape(-1, 7, 4, 7, 4).transpose(2, 3).reshape(-1, 49, 16)
         x = self.blocks(self.position(self.embed(x)))
         return self.output(self.norm(x).mean(1))

@@ -36,12 +36,9 @@ class Peer(NamedTuple):
 STEP_AND_MODELS = ("step", "models")
 TORCH, KERAS = ("torch",), ("keras",)
 PEERS = {
-    "jaxtrain": Peer(
-        "jaxtrain", "jaxtrain:epochs", ("jax",), ("step", "models", "growth", "sweep", "run")
-    ),
+    "jaxtrain": Peer("jaxtrain", "jaxtrain:epochs", ("jax",), (*STEP_AND_MODELS, "sweep", "run")),
     "jaxtrain-steps": Peer("jaxtrain, step by step", "jaxtrain:steps", ("jax",), ("models", "run")),
     "jax-scan": Peer("JAX, `lax.scan` by hand", "jax_scan:make", ("jax",), ("models",)),
-    "jax-vmap": Peer("JAX, `vmap` by hand", "", ("jax",), ("sweep",)),
     "pytorch": Peer("eager PyTorch", "pytorch:eager", TORCH, (*STEP_AND_MODELS, "sweep", "run")),
     "pytorch-dataloader": Peer(
         "eager PyTorch, DataLoader", "pytorch:dataloader", TORCH, ("models", "run"), ("T2",)
@@ -50,11 +47,7 @@ PEERS = {
         "eager PyTorch, uint8 pixels", "pytorch:from_pixels", TORCH, ("models", "run"), ("T2",)
     ),
     "pytorch-compile": Peer("torch.compile", "pytorch:compiled", TORCH, ("models",)),
-    "pytorch-cuda-graphs": Peer(
-        "PyTorch CUDA graphs", "pytorch:cuda_graphs", TORCH, STEP_AND_MODELS, ("T2",)
-    ),
     "pytorch-batched": Peer("PyTorch, one batched tensor", "", TORCH, ("sweep",)),
-    "pytorch-vmap": Peer("torch.func.vmap", "", TORCH, ("sweep",)),
     "nnx": Peer("Flax NNX", "nnx:step_by_step", ("flax",), (*STEP_AND_MODELS, "run")),
     "equinox": Peer("Equinox", "equinox:step_by_step", ("equinox",), (*STEP_AND_MODELS, "run")),
     "keras": Peer("Keras 3 on JAX", "keras:fit", KERAS, (*STEP_AND_MODELS, "run"), ("T2",)),

@@ -7,19 +7,18 @@ from typing import Any
 import equinox as eqx
 import jax
 import jax.numpy as jnp
-import numpy as np
 import optax
 from jax.typing import ArrayLike
 
 from benchmarks.networks import equinox as networks
-from benchmarks.peers.optax_optimizers import make_optimizer
-from benchmarks.problem import Params, Problem, Trainer, normalize
+from benchmarks.peers import loop
+from benchmarks.problem import Params, Problem, Trainer
 
 
 def step_by_step(problem: Problem, params: Params) -> Trainer:
     """Returns a trainer whose epoch is a Python loop over the step."""
     model, model_state = networks.make(problem, params)
-    optimizer = make_optimizer(problem.optimizer)
+    optimizer = loop.make_optimizer(problem.optimizer)
     opt_state = optimizer.init(eqx.filter(model, eqx.is_inexact_array))
     carry = (model, model_state, opt_state, jax.random.key(0), jnp.int32(0))
 
@@ -48,28 +47,15 @@ def step_by_step(problem: Problem, params: Params) -> Trainer:
         model = eqx.nn.inference_mode(model)
         return jax.vmap(lambda image: model(image, model_state, None)[0])(inputs)
 
-    inputs, targets = normalize(problem.images), problem.labels.astype(np.int32)
-    first = jnp.asarray(inputs[: problem.batch_size]), jnp.asarray(targets[: problem.batch_size])
-
-    def steps(count: int) -> None:
+    def step(inputs: ArrayLike, targets: ArrayLike) -> jax.Array:
         nonlocal carry
-        for _ in range(count):
-            carry, _ = train_step(carry, *first)
-        jax.block_until_ready(eqx.filter(carry, eqx.is_array))
+        carry, loss = train_step(carry, inputs, targets)
+        return loss
 
-    def losses() -> np.ndarray:
-        nonlocal carry
-        collected = []
-        for index in range(problem.steps):
-            part = slice(index * problem.batch_size, (index + 1) * problem.batch_size)
-            carry, loss = train_step(carry, inputs[part], targets[part])
-            collected.append(loss)
-        return np.asarray(jax.block_until_ready(jnp.stack(collected)))
-
-    def prepare(images: np.ndarray) -> jax.Array:
-        return jnp.asarray(normalize(images))
-
-    def predict(images: jax.Array) -> np.ndarray:
-        return np.asarray(logits_of(carry[0], carry[1], images))
-
-    return Trainer(steps, losses, losses, prepare, predict, lambda: int(carry[-1]))
+    return loop.make_trainer(
+        problem,
+        step,
+        lambda images: logits_of(carry[0], carry[1], images),
+        lambda: eqx.filter(carry, eqx.is_array),
+        lambda: carry[-1],
+    )

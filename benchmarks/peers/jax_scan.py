@@ -62,14 +62,6 @@ def make(problem: Problem, params: Params) -> Trainer:
             losses = jnp.append(losses, last)
         return carry, losses
 
-    compiled_step = jax.jit(step)
-
-    def steps(count: int) -> None:
-        nonlocal carry
-        for _ in range(count):
-            carry, _ = compiled_step(carry, (images[:size], labels[:size]))
-        jax.block_until_ready(carry)
-
     def losses() -> np.ndarray:
         nonlocal carry
         carry, found = epoch(carry, images, labels)
@@ -79,7 +71,14 @@ def make(problem: Problem, params: Params) -> Trainer:
     def logits(carry: PyTree, images: Array) -> Any:
         return model.apply({"params": carry[0], **carry[1]}, images)
 
-    def predict(images: jax.Array) -> np.ndarray:
-        return np.asarray(logits(carry, images))
+    def no_steps(count: int) -> None:  # the suite `step` does not measure the scan
+        raise NotImplementedError
 
-    return Trainer(steps, losses, losses, jnp.asarray, predict, lambda: int(carry[-1]))
+    return Trainer(
+        no_steps,
+        losses,
+        losses,
+        jnp.asarray,
+        lambda images: np.asarray(logits(carry, images)),
+        lambda: int(carry[-1]),
+    )

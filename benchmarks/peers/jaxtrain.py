@@ -10,6 +10,7 @@ import numpy as np
 
 import jaxtrain as jt
 from benchmarks.networks import linen
+from benchmarks.peers import loop
 from benchmarks.problem import Optimizer, Params, Problem, Trainer
 
 LOSS = jt.losses.cross_entropy
@@ -47,28 +48,19 @@ def steps(problem: Problem, params: Params) -> Trainer:
 
 def _trainer(problem: Problem, params: Params, *, by_steps: bool) -> Trainer:
     state, data = start(problem, params)
-    first_batch = data[: problem.batch_size]
 
-    def steps(count: int) -> None:
+    def step(inputs: Any, targets: Any) -> jax.Array:
         nonlocal state
-        for _ in range(count):
-            state, _ = jt.train_step(state, first_batch, LOSS)
-        jax.block_until_ready(state)
+        state, metrics = jt.train_step(state, jt.Dataset(inputs, targets), LOSS)
+        return metrics["loss"]
 
-    def losses() -> np.ndarray:
+    def epoch() -> np.ndarray:
         nonlocal state
-        if not by_steps:
-            state, losses = jt.train_epoch(state, data, LOSS, batch_size=problem.batch_size)
-            return np.asarray(losses)
-        collected = []
-        for index in range(problem.steps):
-            part = slice(index * problem.batch_size, (index + 1) * problem.batch_size)
-            batch = jt.Dataset(problem.images[part], problem.labels[part])
-            state, metrics = jt.train_step(state, batch, LOSS)
-            collected.append(metrics["loss"])
-        return np.asarray(jax.block_until_ready(jnp.stack(collected)))
+        state, losses = jt.train_epoch(state, data, LOSS, batch_size=problem.batch_size)
+        return np.asarray(losses)
 
-    def predict(images: jax.Array) -> np.ndarray:
-        return np.asarray(jt.predict(state, images))
+    def logits(images: jax.Array) -> Any:
+        return jt.predict(state, images)
 
-    return Trainer(steps, losses, losses, jnp.asarray, predict, lambda: int(state.step))
+    made = loop.make_trainer(problem, step, logits, lambda: state, lambda: state.step, pixels=True)
+    return made if by_steps else made._replace(epoch=epoch, losses=epoch)

@@ -1,4 +1,4 @@
-"""PyTorch as a peer: eager on slices or a DataLoader, torch.compile, and CUDA graphs."""
+"""PyTorch as a peer: eager on slices or a DataLoader, and torch.compile."""
 
 from __future__ import annotations
 
@@ -75,14 +75,10 @@ def dataloader(problem: Problem, params: Params) -> Trainer:
 def compiled(problem: Problem, params: Params) -> Trainer:
     """Returns the trainer of `eager` with network and loss compiled by `torch.compile`."""
     torch.compiler.reset()  # so that the programs of another problem are not reused
-    return _trainer(problem, params, wrap_loss=lambda loss: torch.compile(loss, dynamic=False))
-
-
-def cuda_graphs(problem: Problem, params: Params) -> Trainer:
-    """Returns the trainer of `eager` with its step replayed from a CUDA graph."""
-    if not torch.cuda.is_available():
-        raise MissingError("CUDA graphs need an NVIDIA GPU, and PyTorch sees none")
-    return _trainer(problem, params, capture=True)
+    mode = "reduce-overhead" if torch.cuda.is_available() else None  # CUDA graphs
+    return _trainer(
+        problem, params, wrap_loss=lambda loss: torch.compile(loss, dynamic=False, mode=mode)
+    )
 
 
 def _trainer(
@@ -92,7 +88,6 @@ def _trainer(
     loader: bool = False,
     pixels: bool = False,
     wrap_loss: Callable[[Step], Step] = lambda loss: loss,
-    capture: bool = False,
 ) -> Trainer:
     torch.manual_seed(0)
     torch.backends.cudnn.allow_tf32 = False  # float32, as the others
@@ -113,23 +108,18 @@ def _trainer(
         nonlocal updates
         updates += 1
 
-    if not capture:  # a replay counts itself; warm-up and capture are no updates
-        optimizer.register_step_post_hook(count_update)
+    optimizer.register_step_post_hook(count_update)
     loss_of = wrap_loss(lambda images, labels: cross_entropy(model(images), labels))
 
     def as_inputs(images: torch.Tensor) -> torch.Tensor:
         return (images.float() / 255 - MEAN) / STD if pixels else images
 
-    def eager_step(images: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+    def step(images: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
         optimizer.zero_grad()
         loss = loss_of(as_inputs(images), labels)
         loss.backward()
         optimizer.step()
         return loss.detach()
-
-    step: Step = eager_step
-    if capture:
-        step = _captured(eager_step, model, optimizer, count_update)
 
     def batches() -> Iterable[Batch]:
         if not loader:
@@ -159,41 +149,3 @@ def _trainer(
         return logits.cpu().numpy()
 
     return Trainer(steps, losses, losses, prepare, predict, lambda: updates)
-
-
-def _captured(
-    step: Step,
-    model: torch.nn.Module,
-    optimizer: torch.optim.Optimizer,
-    count_update: Callable[[], None],
-) -> Step:
-    """Returns a step that captures a CUDA graph for each batch shape and replays it."""
-    graphs: dict[torch.Size, tuple[torch.cuda.CUDAGraph, Batch, torch.Tensor]] = {}
-
-    def capture(images: torch.Tensor, labels: torch.Tensor) -> None:
-        start = {name: value.clone() for name, value in model.state_dict().items()}
-        static = images.clone(), labels.clone()
-        side = torch.cuda.Stream()
-        side.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(side):
-            for _ in range(3):  # PyTorch's notes on CUDA graphs require a warm-up
-                step(*static)
-        torch.cuda.current_stream().wait_stream(side)
-        optimizer.zero_grad(set_to_none=True)
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
-            loss = step(*static)
-        model.load_state_dict(start)  # undoes the warm-up steps
-        graphs[images.shape] = graph, static, loss
-
-    def replay(images: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
-        if images.shape not in graphs:
-            capture(images, labels)
-        graph, (static_images, static_labels), loss = graphs[images.shape]
-        static_images.copy_(images)
-        static_labels.copy_(labels)
-        graph.replay()
-        count_update()
-        return loss.clone()
-
-    return replay
