@@ -33,7 +33,8 @@ def run(config: Config) -> dict[str, Any]:
     """Fits y = w x to (1, 2), (2, 4), (3, 6) from w = 1, in float64 as the tutorial does."""
     with jax.enable_x64(True), command.run_folder(config) as folder:
         data = jt.data.points_on_line(2.0)
-        batch, loss_fn = data, LOSS
+        batch = data
+        loss_fn: jt.losses.Loss = LOSS
         if config.as_published:
             # The loop over examples overwrites the gradient, so that only the last example counts,
             # divided by the number of all three.

@@ -57,7 +57,7 @@ def run(config: Config) -> dict[str, Any]:
             dataset="noisy_line",
             epochs=int(result.steps.max()),
             seed=config.seed,
-            train_loss=result.loss[best],
+            train_loss=float(result.loss[best]),
             weight=result.params["weight"][best].item(),
             bias=result.params["bias"][best].item(),
             stops=stops,
@@ -75,7 +75,7 @@ def descend(config: Config, data: jt.Dataset) -> jt.Minimum:
     """Descends at all rates at once; each field of the result has a leading axis over them."""
     model = jt.models.LinearRegression()
     start = {"weight": jnp.zeros((1, 1)), "bias": jnp.zeros(1)}
-    limits = {"max_steps": config.max_steps, "loss_threshold": config.threshold}
+    limits: dict[str, Any] = {"max_steps": config.max_steps, "loss_threshold": config.threshold}
 
     def loss(params: Any) -> jax.Array:
         predictions: Any = model.apply({"params": params}, data.inputs)
@@ -135,7 +135,7 @@ def draw(config: Config, result: jt.Minimum) -> plots.Figure:
         stop = Stop(int(result.stop[index]))
         diverges = stop == Stop.LOSS_NOT_FINITE or losses[shown][-1] > losses[0]
         end = "diverges" if diverges else f"{stop.message}, step {result.steps[index]}"
-        style = {"linestyle": "--" if diverges else "-", "color": colors[index % 6]}
+        style: dict[str, Any] = {"linestyle": "--" if diverges else "-", "color": colors[index % 6]}
         style |= {"marker": "osDv^P"[index % 6], "markersize": 5, "markevery": (0.08, 0.17)}
         ax.plot(np.flatnonzero(shown) + 1, losses[shown], label=f"rate {rate:g}: {end}", **style)
     ax.axhline(config.threshold, color="black", linewidth=0.8, linestyle=":")

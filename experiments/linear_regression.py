@@ -73,15 +73,15 @@ def run(config: Config) -> dict[str, Any]:
             callbacks=[*folder.callbacks(), progress],
         )
 
+        folder.write_model(after)
         inputs = jnp.concatenate([train.inputs, test.inputs])
         lines = [jt.predict(state, inputs) for state in (before, after)]
         points = {"training data": train, "test data": test}
         title = f"T1: {config.loss.replace('_', ' ')}"
         folder.write_picture("learning_curves.png", plots.learning_curves(history, title))
         title = f"y = {WEIGHT:g} x + {BIAS:g}, fitted"
-        folder.write_picture("fit.png", plots.line_fit(points, inputs, *lines, title))
+        folder.write_picture("fit.png", plots.line_fit(points, inputs, lines, title))
         folder.write_picture("last_epochs.png", draw_last_epochs(history))
-        folder.write_model(after)
         figures = compare(config, history)
         summary = folder.write_summary(
             "linear_regression",

@@ -55,7 +55,7 @@ def run(config: Config) -> dict[str, Any]:
         folder.write_model(state)
         x, title = np.array([0.0, 5.0]), "T5: 150 noisy points of y = 2 x + 6"
         lines = [weight * x + bias for weight, bias in path[[0, -1]]]
-        folder.write_picture("fit.png", plots.line_fit({"data": data}, x, *lines, title))
+        folder.write_picture("fit.png", plots.line_fit({"data": data}, x, lines, title))
         folder.write_picture("path.png", draw_path(data, path, config.as_published))
         weight, bias = map(float, path[-1])
         loss = jt.evaluate(state, data, LOSS)["loss"].item()

@@ -55,7 +55,7 @@ def run(config: Config) -> dict[str, Any]:
     """Trains the T2 network (784-256-128-64-10, ReLU, dropout) and tests it after each epoch."""
     with command.run_folder(config) as folder:
         data = command.load_images(config)
-        config = with_defaults(config, data.name)
+        config = folder.config = with_defaults(config, data.name)
         key = flags.seed_key(config.seed)
         init_key, shuffle_key = jax.random.split(key)
         train, validation = data.train, None
@@ -71,12 +71,12 @@ def run(config: Config) -> dict[str, Any]:
         if config.find_learning_rate:
             found = jt.find_learning_rate(state, train, optimizer, **steps)
             # Two digits, so that --learning-rate with the printed rate repeats the run.
-            config = replace(config, learning_rate=float(f"{found.suggestion:.2g}"))
+            config = folder.config = replace(config, learning_rate=float(f"{found.suggestion:.2g}"))
             state = jt.with_optimizer(state, flags.make_scheduled(config, len(train)))
 
-        folder.config = config
         stopping = [] if config.patience is None else [jt.callbacks.early_stopping(config.patience)]
         progress = jt.callbacks.progress(config.log_interval)
+        assert config.epochs is not None
         state, history = jt.fit(
             state,
             train,
@@ -89,13 +89,13 @@ def run(config: Config) -> dict[str, Any]:
             **steps,
         )
 
+        folder.write_model(state)
         logits = jt.predict(state, data.test.inputs)
         pictures = plots.of_classifier(data.name, history, data.test, logits)
         if config.find_learning_rate:
             pictures["range_test.png"] = found.plot()
         for name, picture in pictures.items():
             folder.write_picture(name, picture)
-        folder.write_model(state)
         kept = -1 if config.patience is None else int(history["validation_loss"].argmin())
         figures = compare(config, data.name, history)
         summary = folder.write_summary(
@@ -131,8 +131,8 @@ def with_defaults(config: Config, dataset: str) -> Config:
 
 def compare(config: Config, dataset: str, history: jt.History) -> list[Comparison]:
     """Returns PyTorch's figures beside ours; none on other data or with other flags."""
-    names = ("epochs", "batch_size", "learning_rate", "weight_decay", "momentum", "optimizer")
-    names += ("validation", "patience", "gamma", "dropout")
+    names = ["epochs", "batch_size", "learning_rate", "weight_decay", "momentum", "optimizer"]
+    names += ["validation", "patience", "gamma", "dropout"]
     defaults = with_defaults(Config(), "mnist")
     if dataset != "mnist" or not flags.has_defaults(config, *names, defaults=defaults):
         return []

@@ -58,7 +58,7 @@ class ConvNet(nn.Module):
 
 def _conv(features: int, *, size: int, channels: int, stride: int = 1) -> nn.Conv:
     init = jt.models.uniform_fan_in(channels * size**2)
-    inits = {"kernel_init": init, "bias_init": init}
+    inits: dict[str, Any] = {"kernel_init": init, "bias_init": init}
     return nn.Conv(features, (size, size), strides=stride, padding="VALID", **inits)
 
 

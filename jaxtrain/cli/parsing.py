@@ -77,7 +77,7 @@ def _groups(arguments: Sequence[str]) -> Iterator[tuple[str, list[str]]]:
 def flag_types(config_type: type) -> dict[str, Any]:
     """Returns the type of each flag, by its name on the command line."""
     hints = typing.get_type_hints(config_type)
-    names = [field.name for field in dataclasses.fields(config_type)]  # type: ignore[arg-type]
+    names = [field.name for field in dataclasses.fields(config_type)]
     return {f"--{name.replace('_', '-')}": hints[name] for name in names}
 
 

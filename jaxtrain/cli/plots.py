@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax.numpy as jnp
@@ -122,20 +122,19 @@ def generalization_gap(history: Mapping[str, np.ndarray], title: str) -> Figure:
 
 
 def line_fit(
-    points: Mapping[str, Dataset], x: ArrayLike, before: ArrayLike, after: ArrayLike, title: str
+    points: Mapping[str, Dataset], x: ArrayLike, lines: Sequence[ArrayLike], title: str
 ) -> Figure:
     """Draws data, and the predicted line before and after training.
 
     Args:
       points: one or two data sets by name, x and y of shape [examples, 1].
       x: where the lines are predicted.
-      before: predictions at `x` before training.
-      after: the same after training.
+      lines: the predictions at `x` before and after training.
       title: title of the figure.
     """
     figure, ax = subplots(title, size=(6, 4))
-    ax.plot(x, before, color=GREY, linestyle=":", label="model before training")
-    ax.plot(x, after, color=GREEN, linestyle="-", label="model after training")
+    ax.plot(x, lines[0], color=GREY, linestyle=":", label="model before training")
+    ax.plot(x, lines[1], color=GREEN, linestyle="-", label="model after training")
     styles = [(18, BLUE, "o"), (22, VERMILION, "^")]
     for (label, data), (size, color, marker) in zip(points.items(), styles, strict=False):
         style = {"color": color, "marker": marker, "label": label}
