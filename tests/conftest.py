@@ -46,7 +46,8 @@ def digits() -> jt.data.Resolved:
     return jt.data.load_resolved("digits")
 
 
-@pytest.fixture
+# Shared by all tests, so that those of a module also share the programs compiled for them.
+@pytest.fixture(scope="session")
 def small_classes() -> jt.Dataset:
     """50 examples of 6 features in 3 classes that a small network can learn."""
     key = jax.random.key(7)
@@ -55,7 +56,7 @@ def small_classes() -> jt.Dataset:
     return jt.Dataset(inputs, labels)
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def small_state(small_classes: jt.Dataset) -> jt.TrainState:
     """A small network with dropout for `small_classes`, with plain SGD."""
     model = jt.models.FeedForward(features=(8, 3), dropout_rate=0.2, mean=0.0, std=1.0)
