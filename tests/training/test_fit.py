@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import importlib
-import inspect
+import time
 
 import jax
 import jax.monitoring
@@ -13,6 +12,7 @@ import pandas
 import pytest
 
 import jaxtrain as jt
+from tests.training.helpers import assert_close, assert_identical, assert_same_run, without_clock
 
 LOSS = jt.losses.cross_entropy
 METRICS = {"accuracy": jt.metrics.accuracy}
@@ -20,7 +20,21 @@ METRICS = {"accuracy": jt.metrics.accuracy}
 
 def fit(state, data, **options):
     defaults = {"loss_fn": LOSS, "metric_fns": METRICS, "batch_size": 16, "key": jax.random.key(3)}
-    return jt.fit(state, data, data, **{**defaults, "callbacks": [], **options})
+    return jt.fit(state, data, data, **{**defaults, "epochs": 3, "callbacks": [], **options})
+
+
+@pytest.fixture(scope="module")
+def straight(small_state, small_classes):
+    """A run of three epochs."""
+    return fit(small_state, small_classes)
+
+
+@pytest.fixture(scope="module")
+def divergence():
+    """A line that is fitted to integers."""
+    data = jt.Dataset(jnp.eye(50, 6), (jnp.arange(50)[:, None] % 3).astype(float))
+    model, optimizer = jt.models.LinearRegression(), jt.optimizers.sgd(1e4)
+    return jt.init_state(model, optimizer, data.inputs[:1], key=jax.random.key(0)), data
 
 
 class Recorder(jt.callbacks.Callback):
@@ -57,36 +71,17 @@ def margin(logits, labels):
     return logits.max(axis=-1) - logits.mean(axis=-1) + 0 * labels
 
 
-def assert_identical(ours, theirs) -> None:
-    jax.tree.map(np.testing.assert_array_equal, ours, theirs)
-
-
-def without_clock(history):
-    return {name: values for name, values in history.items() if name != "seconds"}
-
-
-def test_equal_seeds_give_identical_bits_and_other_seeds_do_not(digits: jt.data.Resolved) -> None:
-    def run(seed: int):
-        state = jt.init_state(
-            jt.models.FeedForward(),
-            jt.optimizers.sgd(0.05, momentum=0.9),
-            digits.train.inputs[:1],
-            key=jax.random.key(seed),
-        )
-        state, history = jt.fit(
-            state,
-            digits.train,
-            digits.test,
-            loss_fn=LOSS,
-            metric_fns=METRICS,
-            epochs=3,
-            key=jax.random.key(seed),
-        )
-        return state.params, state.opt_state, without_clock(history), history.step_losses
-
-    first = run(0)
-    assert_identical(first, run(0))
-    assert (run(1)[3] != first[3]).all()
+def test_equal_seeds_give_identical_bits_and_other_seeds_do_not(
+    small_state, small_classes, straight
+) -> None:
+    """Also on NumPy arrays; the history is a data frame."""
+    arrays = jax.tree.map(np.asarray, small_classes)
+    assert_same_run(fit(small_state, arrays), straight)
+    _, other = fit(small_state, small_classes, key=jax.random.key(4))
+    assert (other.step_losses != straight[1].step_losses).all()
+    frame = pandas.DataFrame(straight[1])
+    assert list(frame.columns) == list(straight[1])
+    assert len(frame) == 3
 
 
 def test_a_run_learns_and_its_history_is_correct(small_state, small_classes) -> None:
@@ -110,21 +105,23 @@ def test_an_epoch_of_fit_equals_train_epoch(small_state, small_classes) -> None:
     key = jax.random.fold_in(jax.random.key(3), 1)
     state, losses = jt.train_epoch(small_state, small_classes, LOSS, batch_size=16, key=key)
     np.testing.assert_allclose(history.step_losses, losses, rtol=1e-6)
-    for ours, theirs in zip(
-        jax.tree.leaves(fitted.params), jax.tree.leaves(state.params), strict=True
-    ):
-        np.testing.assert_allclose(ours, theirs, rtol=1e-5, atol=1e-7)
+    assert_close(fitted.params, state.params)
+
+
+@pytest.fixture(scope="module")
+def expected(small_state, small_classes):
+    """A run with a metric that is a sum of fractions."""
+    return fit(small_state, small_classes, metric_fns={"margin": margin})
 
 
 @pytest.mark.parametrize("interval", [1, 3, 100])
-def test_more_frequent_reports_do_not_change_the_run(small_state, small_classes, interval) -> None:
-    """Not even the last bit of a metric that is a sum of fractions."""
-    options = {"epochs": 3, "metric_fns": {"margin": margin}}
-    expected = fit(small_state, small_classes, **options)
-    recorder = Recorder(interval)
-    state, history = fit(small_state, small_classes, callbacks=[recorder], **options)
-    assert_identical(state.params, expected[0].params)
-    assert_identical(without_clock(history), without_clock(expected[1]))
+def test_more_frequent_reports_do_not_change_the_run(
+    small_state, small_classes, expected, interval
+) -> None:
+    """Not even the last bit of a sum."""
+    recorder, metric_fns = Recorder(interval), {"margin": margin}
+    state, history = fit(small_state, small_classes, callbacks=[recorder], metric_fns=metric_fns)
+    assert_same_run((state, history), expected)
 
     assert recorder.calls[0] == "start"
     assert recorder.calls[-1] == "end NoneType"
@@ -140,34 +137,47 @@ def test_more_frequent_reports_do_not_change_the_run(small_state, small_classes,
     losses = np.concatenate([run.losses for run in recorder.steps])
     np.testing.assert_array_equal(losses, history.step_losses)
     assert [run.epoch for run in recorder.epochs] == [1, 2, 3]
-    assert_identical(recorder.epochs[-1].state.params, state.params)
+    assert_identical(recorder.epochs[-1].state, state)
     assert recorder.epochs[1].history["test_loss"].tolist() == history["test_loss"][:2].tolist()
 
 
-def test_slow_steps_are_reported_one_by_one(small_state, small_classes, monkeypatch) -> None:
-    """Without time for more than one step per call, each is reported."""
-    expected = fit(small_state, small_classes, epochs=2)
-    # `jaxtrain.training.fit` is also the name of a function.
-    module = importlib.import_module("jaxtrain.training.fit")
-    monkeypatch.setattr(module, "_CALL_SECONDS", 0.0)
-    monkeypatch.setattr(module, "_REPORT_SECONDS", 0.0)
-    recorder = Recorder()
-    state, _ = fit(small_state, small_classes, epochs=2, callbacks=[recorder])
-    assert [run.step for run in recorder.steps] == [1, 2, 3, 4] * 2
-    assert_identical(state.params, expected[0].params)
+def test_slow_steps_are_reported_one_by_one(small_state, small_classes) -> None:
+    """A call takes about a second, so that a step of 0.6 seconds is one."""
+
+    def wait(step):
+        time.sleep(0.6)
+        return step
+
+    def step(state, batch):
+        after = jax.pure_callback(wait, state.step, state.step)
+        return state.replace(step=after + 1), {"loss": 1.0}
+
+    recorder, options = Recorder(), {"step_fn": step, "epochs": 1, "batch_size": 10}
+    jt.fit(small_state, small_classes[:40], callbacks=[recorder], **options)
+    assert [run.step for run in recorder.steps] == [1, 2, 3, 4]
 
 
+@pytest.mark.parametrize("weights", [None, jnp.arange(50) % 2 * 2.0])
 def test_the_training_metrics_are_those_of_the_steps_own_predictions(
-    small_state, small_classes
+    small_state, small_classes, weights
 ) -> None:
-    """Each batch is predicted in training mode, with dropout, before its update."""
-    _, history = fit(small_state, small_classes, epochs=1, key=None)
+    """Each batch is predicted in training mode, with dropout, before its update.
+
+    They are weighted means: examples of weight 0 do not count, in whatever batch they are.
+    """
+    data = small_classes.replace(weights=weights)
+    _, history = fit(small_state, data, epochs=1, key=None)
+
+    @jax.jit
+    def step(state, batch):
+        (_, aux), grads = jt.gradients(state, batch, LOSS)
+        return jt.apply_gradients(state, grads), jt.metrics.accuracy(aux.predictions, batch.targets)
+
     state, correct = small_state, 0.0
     for start in range(0, 50, 16):
-        batch = small_classes[start : start + 16]
-        (_, aux), grads = jt.gradients(state, batch, LOSS)
-        state = jt.apply_gradients(state, grads)
-        correct += float(jt.metrics.accuracy(aux.predictions, batch.targets).sum())
+        batch = data[start : start + 16]
+        state, right = step(state, batch)
+        correct += float((right if weights is None else right * batch.weights).sum())
     assert history["train_accuracy"] == pytest.approx([correct / 50])
 
 
@@ -177,82 +187,41 @@ def test_arrays_may_be_columns_of_the_history(small_state, small_classes) -> Non
         "recall": jt.metrics.per_class_accuracy,
         "accuracy": jt.metrics.accuracy,
     }
-    options = {"metric_fns": metric_fns, "epochs": 2}
-    _, history = fit(small_state, small_classes, **options)
+    _, history = fit(small_state, small_classes, metric_fns=metric_fns, epochs=2)
     for part in ("train", "test"):
         confusion = history[f"{part}_confusion"]
-        assert confusion.shape == (2, 3, 3)
         np.testing.assert_array_equal(confusion.sum(axis=2), [[17, 17, 16]] * 2)
         correct = np.trace(confusion, axis1=1, axis2=2)
         np.testing.assert_allclose(history[f"{part}_accuracy"], correct / 50, rtol=1e-6)
         recall = np.diagonal(confusion, axis1=1, axis2=2) / [17, 17, 16]
         np.testing.assert_allclose(history[f"{part}_recall"], recall, rtol=1e-6)
-    _, traced = jt.train(
-        small_state,
-        small_classes,
-        small_classes,
-        loss_fn=LOSS,
-        batch_size=16,
-        key=jax.random.key(3),
-        **options,
-    )
-    np.testing.assert_array_equal(traced["train_confusion"], history["train_confusion"])
 
 
-def test_weighted_training_metrics_are_weighted_means(small_state, small_classes) -> None:
-    """Examples of weight 0 do not count, in whatever batch they are."""
-    weights = jnp.arange(50) % 2 * 2.0
-    data = small_classes.replace(weights=weights)
-    _, history = fit(small_state, data, epochs=1, key=None)
-    state, correct = small_state, 0.0
-    for start in range(0, 50, 16):
-        batch = data[start : start + 16]
-        (_, aux), grads = jt.gradients(state, batch, LOSS)
-        state = jt.apply_gradients(state, grads)
-        right = jt.metrics.accuracy(aux.predictions, batch.targets)
-        correct += float((right * batch.weights).sum())
-    assert history["train_accuracy"] == pytest.approx([correct / 50])
-
-
-def test_two_epochs_and_then_three_equal_five(small_state, small_classes) -> None:
-    straight, history = fit(small_state, small_classes, epochs=5)
+def test_two_epochs_and_then_one_equal_three(small_state, small_classes, straight) -> None:
     state, first = fit(small_state, small_classes, epochs=2)
-    state, second = fit(state, small_classes, epochs=3)
-    assert_identical(state.params, straight.params)
-    for name, values in without_clock(history).items():
-        np.testing.assert_array_equal(values, np.concatenate([first[name], second[name]]))
+    state, second = fit(state, small_classes, epochs=1)
+    assert_identical(state, straight[0])
+    for name, values in without_clock(straight[1]).items():
+        assert_identical(values, np.concatenate([first[name], second[name]]))
 
 
-def test_training_and_evaluation_compile_once_each(digits: jt.data.Resolved) -> None:
-    """Five epochs with a partial last batch, and an event every 7 steps."""
+def test_training_and_evaluation_compile_once_each(small_classes) -> None:
+    """Five epochs with a partial last batch, and an event every 3 steps."""
     compiled: list[str] = []
 
     def listen(event: str, seconds: float, **more: str) -> None:
         if event.endswith("backend_compile_duration"):
             compiled.append(more["fun_name"])
 
-    state = jt.init_state(
-        jt.models.FeedForward((32, 10)),
-        jt.optimizers.adam(jt.optimizers.step_lr(0.001, 1, 0.9, steps_per_epoch=23)),
-        digits.train.inputs[:1],
-        key=jax.random.key(0),
-    )
+    schedule = jt.optimizers.step_lr(0.1, 1, 0.9, steps_per_epoch=4)
+    model, optimizer = jt.models.FeedForward((7, 3)), jt.optimizers.sgd(schedule)
+    state = jt.init_state(model, optimizer, small_classes.inputs[:1], key=jax.random.key(0))
+    pauses = jt.callbacks.every_steps(3, lambda run: None)
     jax.monitoring.register_event_duration_secs_listener(listen)
     try:
-        _, history = jt.fit(
-            state,
-            digits.train,
-            digits.test,
-            loss_fn=LOSS,
-            metric_fns=METRICS,
-            epochs=5,
-            key=jax.random.key(0),
-            test_batch_size=100,
-            callbacks=[jt.callbacks.every_steps(7, lambda run: None)],
-        )
+        fit(state, small_classes, epochs=5, test_batch_size=20, callbacks=[pauses])
     finally:
         jax.monitoring.unregister_event_duration_listener(listen)
-    assert len(history.step_losses) == 5 * 23
     # The partial last batch is a segment, and so a program, of its own.
     assert compiled.count("jit(compiled_steps)") == 2
     assert compiled.count("jit(compiled_evaluate)") == 1
@@ -271,17 +240,11 @@ def test_epochs_and_test_data_may_be_absent(small_state, small_classes) -> None:
     assert "test_loss" not in history
 
 
-def test_a_nonfinite_loss_stops_the_run_and_names_epoch_and_step(small_classes) -> None:
+def test_a_nonfinite_loss_stops_the_run_and_names_epoch_and_step(divergence) -> None:
     """The squared error at a learning rate of 10,000 overflows after a few epochs of two steps."""
-    data = jt.Dataset(small_classes.inputs, small_classes.targets[:, None].astype(float))
-    state = jt.init_state(
-        jt.models.LinearRegression(),
-        jt.optimizers.sgd(1e4),
-        data.inputs[:1],
-        key=jax.random.key(0),
-    )
+    (state, data), loss_fn = divergence, jt.losses.mean_squared_error
     with pytest.raises(jt.errors.NonFiniteError) as raised:
-        jt.fit(state, data, loss_fn=jt.losses.mean_squared_error, epochs=20, batch_size=25)
+        jt.fit(state, data, loss_fn=loss_fn, epochs=20, batch_size=25)
     error = raised.value
     finished = error.history["train_loss"]
     assert 1 <= len(finished) == error.epoch - 1
@@ -290,36 +253,27 @@ def test_a_nonfinite_loss_stops_the_run_and_names_epoch_and_step(small_classes) 
     assert not np.isfinite(error.value)
     assert error.learning_rate == pytest.approx(1e4)
     # The named step is the first whose loss is not finite.
-    state, _ = jt.fit(
-        state, data, loss_fn=jt.losses.mean_squared_error, epochs=error.epoch - 1, batch_size=25
-    )
-    _, losses = jt.train_epoch(state, data, jt.losses.mean_squared_error, batch_size=25)
+    _, losses = jt.train_epoch(error.state, data, loss_fn, batch_size=25)
     assert np.flatnonzero(~np.isfinite(losses))[0] + 1 == error.step
     assert f"epoch {error.epoch}, step {error.step} at learning rate 10000" in str(error)
     assert "smaller learning rate (such as 1000)" in str(error)
 
 
-def test_the_error_has_the_learning_rate_of_the_step_that_diverged(small_classes) -> None:
+def test_the_error_has_the_learning_rate_of_the_step_that_diverged(divergence) -> None:
     """The learning rate grows tenfold per step."""
-    data = jt.Dataset(small_classes.inputs, small_classes.targets[:, None].astype(float))
-    optimizer = jt.optimizers.sgd(lambda count: 1e-3 * 10.0**count)
-    state = jt.init_state(
-        jt.models.LinearRegression(), optimizer, data.inputs[:1], key=jax.random.key(0)
-    )
+    state, data = divergence
+    state = jt.with_optimizer(state, jt.optimizers.sgd(lambda count: 1e-3 * 10.0**count))
     with pytest.raises(jt.errors.NonFiniteError) as raised:
         jt.fit(state, data, loss_fn=jt.losses.mean_squared_error, batch_size=2)
     assert raised.value.learning_rate == pytest.approx(1e-3 * 10 ** (raised.value.step - 1))
 
 
-def test_a_nonfinite_test_loss_stops_the_run(small_classes) -> None:
+def test_a_nonfinite_test_loss_stops_the_run(divergence) -> None:
     """The square of an error of 1e30 overflows float32."""
-    data = jt.Dataset(small_classes.inputs, small_classes.targets[:, None].astype(float))
-    state = jt.init_state(
-        jt.models.LinearRegression(), jt.optimizers.sgd(0.1), data.inputs[:1], key=jax.random.key(0)
-    )
+    state, data = divergence
     far = data.replace(targets=data.targets.at[7].set(1e30))
     with pytest.raises(jt.errors.NonFiniteError, match="test loss became inf after epoch 1"):
-        jt.fit(state, data, far, loss_fn=jt.losses.mean_squared_error, epochs=3)
+        jt.fit(state, data, far, loss_fn=jt.losses.mean_squared_error, batch_size=25)
 
 
 @pytest.mark.parametrize(
@@ -343,33 +297,15 @@ def test_training_and_test_labels_are_checked(small_state, small_classes) -> Non
         jt.fit(small_state, wrong, small_classes, loss_fn=LOSS)
 
 
-def test_the_labels_of_a_nested_weighted_sum_are_checked(small_state, small_classes) -> None:
-    wrong = small_classes.replace(targets=small_classes.targets + 1)
-    mixed = jt.losses.weighted_sum((0.5, jt.losses.weighted_sum((2.0, LOSS))), (0.1, LOSS))
-    with pytest.raises(jt.errors.InputError, match=r"train\.targets holds the label 3"):
-        jt.fit(small_state, wrong, loss_fn=mixed)
-    jt.fit(small_state, small_classes, loss_fn=mixed, epochs=1)
-
-
-@pytest.mark.parametrize("value", [-0.25, 1.5])
 @pytest.mark.parametrize("name", ["soft_cross_entropy", "sigmoid_binary_cross_entropy"])
-def test_probabilities_outside_0_to_1_are_refused(small_state, small_classes, name, value) -> None:
+def test_probabilities_outside_0_to_1_are_refused(small_state, small_classes, name) -> None:
     probabilities = jax.nn.one_hot(small_classes.targets, 3)
-    data = small_classes.replace(targets=probabilities)
     loss_fn = getattr(jt.losses, name)
-    jt.fit(small_state, data, loss_fn=loss_fn, epochs=1)
-    wrong = data.replace(targets=probabilities.at[7, 1].set(value))
-    with pytest.raises(
-        jt.errors.InputError, match=rf"targets holds the probability {value}; expected"
-    ):
-        jt.fit(small_state, wrong, loss_fn=loss_fn)
-
-
-def test_numpy_data_give_the_losses_of_jax_data(small_state, small_classes) -> None:
-    arrays = jax.tree.map(np.asarray, small_classes)
-    _, ours = fit(small_state, arrays, epochs=2)
-    _, expected = fit(small_state, small_classes, epochs=2)
-    np.testing.assert_array_equal(ours.step_losses, expected.step_losses)
+    for value in (-0.25, 1.5):
+        wrong = small_classes.replace(targets=probabilities.at[7, 1].set(value))
+        message = rf"targets holds the probability {value}; expected"
+        with pytest.raises(jt.errors.InputError, match=message):
+            jt.fit(small_state, wrong, loss_fn=loss_fn)
 
 
 def test_a_function_is_called_after_each_epoch_and_may_end_the_run(
@@ -397,13 +333,15 @@ def test_a_callback_may_replace_the_state(small_state, small_classes) -> None:
 
 
 def test_the_best_state_of_a_run_is_returned(small_state, small_classes) -> None:
+    states = []
+
     def keep_first(run: jt.Run) -> jt.Run | None:
+        states.append(run.state)
         return run.replace(best=run.state) if run.epoch == 1 else None
 
-    state, history = fit(small_state, small_classes, epochs=3, callbacks=[keep_first])
-    expected, _ = fit(small_state, small_classes, epochs=1)
-    assert_identical(state.params, expected.params)
-    assert len(history["epoch"]) == 3
+    state, history = fit(small_state, small_classes, epochs=2, callbacks=[keep_first])
+    assert_identical(state, states[0])
+    assert len(history["epoch"]) == 2
 
 
 def test_callbacks_that_save_start_first_and_are_called_last(small_state, small_classes) -> None:
@@ -458,26 +396,14 @@ def test_what_is_no_callback_is_refused(small_state, small_classes, callbacks, m
 
 @pytest.mark.parametrize("kind", [KeyboardInterrupt, RuntimeError])
 def test_an_exception_carries_the_state_and_history_of_the_completed_epochs(
-    small_state, small_classes, kind
+    small_state, small_classes, straight, kind
 ) -> None:
-    recorder = Recorder(1, raises=kind(), at=2)
+    recorder = Recorder(1, raises=kind(), at=3)
     with pytest.raises(kind) as raised:
         fit(small_state, small_classes, epochs=9, callbacks=[recorder])
     assert recorder.calls[-1] == f"end {kind.__name__}"
-    expected, history = fit(small_state, small_classes, epochs=2)
-    assert_identical(raised.value.state.params, expected.params)
-    assert_identical(without_clock(raised.value.history), without_clock(history))
-
-
-def test_a_history_converts_to_a_data_frame(small_state, small_classes) -> None:
-    _, history = fit(small_state, small_classes, epochs=3)
-    frame = pandas.DataFrame(history)
-    assert list(frame.columns) == list(history)
-    assert len(frame) == 3
-
-
-def test_fit_takes_at_most_13_parameters() -> None:
-    assert len(inspect.signature(jt.fit).parameters) <= 13
+    error = raised.value
+    assert_same_run((error.state, error.history), straight)
 
 
 def test_the_state_of_the_caller_stays_usable(small_state, small_classes) -> None:
@@ -485,7 +411,7 @@ def test_the_state_of_the_caller_stays_usable(small_state, small_classes) -> Non
     before = jax.tree.map(np.asarray, small_state.params)
     recorder = Recorder(1)
     fit(small_state, small_classes, epochs=2, callbacks=[recorder])
-    assert_identical(small_state.params, before)
+    jax.tree.map(np.testing.assert_array_equal, small_state.params, before)
     for run in recorder.epochs:  # the state after an epoch stays, too
         assert np.isfinite(np.asarray(jax.tree.leaves(run.state.params)[0])).all()
 
@@ -493,9 +419,7 @@ def test_the_state_of_the_caller_stays_usable(small_state, small_classes) -> Non
 def test_only_true_ends_the_run(small_state, small_classes) -> None:
     """Other values that a callback returns are ignored."""
     returned = [1, "yes", np.ones(2, bool), {"stop": True}, None, False]
-    for value in returned:
+    returned += [True, np.bool_(True), jnp.asarray(True)]
+    for index, value in enumerate(returned):
         _, history = fit(small_state, small_classes, epochs=2, callbacks=[lambda run, v=value: v])
-        assert history["epoch"].tolist() == [1, 2]
-    for value in (True, np.bool_(True), jnp.asarray(True)):
-        _, history = fit(small_state, small_classes, epochs=2, callbacks=[lambda run, v=value: v])
-        assert history["epoch"].tolist() == [1]
+        assert history["epoch"].tolist() == ([1, 2] if index < 6 else [1])

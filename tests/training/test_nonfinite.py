@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from pathlib import Path
 
@@ -14,63 +15,37 @@ import pytest
 
 import jaxtrain as jt
 from jaxtrain.checkpoint import list_epochs
-from jaxtrain.dataset import check_dataset
-from jaxtrain.optimizers._transforms import global_norm
-from jaxtrain.training.checks import check_state, check_values
 
 MSE = jt.losses.mean_squared_error
+SGD, MOMENTUM = jt.optimizers.sgd(0.1), jt.optimizers.sgd(0.1, momentum=0.5)
+MODEL = jt.models.LinearRegression(use_bias=False)
+# Wrapping an optimizer twice would compile the steps twice.
+skip_nonfinite = functools.cache(jt.optimizers.skip_nonfinite)
+record_gradient_norm = functools.cache(jt.optimizers.record_gradient_norm)
 
 
-def line(targets, optimizer=None, weight: float = 1.0) -> tuple[jt.TrainState, jt.Dataset]:
+def line(targets, optimizer=MOMENTUM, weight: float = 1.0) -> tuple[jt.TrainState, jt.Dataset]:
     """Returns the state of a model y = w x, and its data at x = 1, 2, …"""
     inputs = jnp.arange(1.0, len(targets) + 1)[:, None]
     data = jt.Dataset(inputs, jnp.asarray(targets)[:, None])
-    state = jt.init_state(
-        jt.models.LinearRegression(use_bias=False),
-        optimizer or jt.optimizers.sgd(0.1, momentum=0.5),
-        inputs[:1],
-        key=jax.random.key(0),
-    )
+    state = jt.init_state(MODEL, optimizer, inputs[:1], key=jax.random.key(0))
     return state.replace(params={"weight": jnp.full((1, 1), weight)}), data
 
 
 def skipping(state: jt.TrainState) -> jt.TrainState:
-    return jt.with_optimizer(state, jt.optimizers.skip_nonfinite(state.optimizer))
+    return jt.with_optimizer(state, skip_nonfinite(state.optimizer))
 
 
 def recording(state: jt.TrainState) -> jt.TrainState:
-    return jt.with_optimizer(state, jt.optimizers.record_gradient_norm(state.optimizer))
+    return jt.with_optimizer(state, record_gradient_norm(state.optimizer))
 
 
 def test_the_gradient_norm_is_that_of_the_last_step() -> None:
     """Loss (w x − y)², gradient 2 (w x − y) x, at x = 2, y = 0 and w after the first step."""
-    state, data = line([0.0, 0.0], jt.optimizers.sgd(0.1))
+    state, data = line([0.0, 0.0], SGD)
     _, history = jt.fit(recording(state), data, loss_fn=MSE, epochs=1, batch_size=1)
     after_first = 1.0 - 0.1 * 2 * 1.0
     assert history["gradient_norm"] == pytest.approx([2 * after_first * 2 * 2], rel=1e-6)
-
-
-def test_the_gradient_norm_covers_all_parameters_and_precedes_clipping(
-    small_state, small_classes
-) -> None:
-    def loss(params):
-        logits, _ = small_state.model.apply(
-            params,
-            small_state.model_state,
-            small_classes.inputs,
-            train=True,
-            key=jax.random.fold_in(small_state.key, 0),
-        )
-        return jt.losses.cross_entropy(logits, small_classes.targets).mean()
-
-    expected = optax.tree.norm(jax.grad(loss)(small_state.params))
-    for max_norm in (None, 0.01):
-        optimizer = jt.optimizers.clip_gradients(jt.optimizers.sgd(0.1), max_norm)
-        state = recording(jt.with_optimizer(small_state, optimizer))
-        _, history = jt.fit(
-            state, small_classes, loss_fn=jt.losses.cross_entropy, epochs=1, batch_size=50
-        )
-        assert history["gradient_norm"] == pytest.approx([float(expected)], rel=1e-5)
 
 
 def test_clipping_with_a_line_search_is_refused() -> None:
@@ -118,7 +93,7 @@ def test_a_skipped_step_keeps_the_model_state(tmp_path: Path) -> None:
     """An input of 1e20 is finite; its square is not."""
     inputs = jnp.arange(32.0)[:, None] / 32
     data = jt.Dataset(inputs.at[5].set(1e20), inputs)
-    start = jt.init_state(Statistics(), jt.optimizers.sgd(0.1), inputs[:1], key=jax.random.key(0))
+    start = jt.init_state(Statistics(), SGD, inputs[:1], key=jax.random.key(0))
     options = {"loss_fn": MSE, "epochs": 1, "batch_size": 4}
     state, history = jt.fit(skipping(start), data, **options)
     assert history["skipped_steps"].tolist() == [1]
@@ -134,7 +109,7 @@ def test_a_skipped_step_keeps_the_model_state(tmp_path: Path) -> None:
 
 def test_an_initial_state_with_nan_is_refused() -> None:
     inputs = jnp.ones((4, 1))
-    state = jt.init_state(Statistics(), jt.optimizers.sgd(0.1), inputs, key=jax.random.key(0))
+    state = jt.init_state(Statistics(), SGD, inputs, key=jax.random.key(0))
     state = state.replace(model_state=jax.tree.map(lambda leaf: leaf * jnp.nan, state.model_state))
     with pytest.raises(
         jt.errors.InputError, match=r"NaN in model_state\.statistics\.sum_of_squares; expected"
@@ -142,42 +117,19 @@ def test_an_initial_state_with_nan_is_refused() -> None:
         jt.fit(state, jt.Dataset(inputs, inputs), loss_fn=MSE)
 
 
-def test_float64_numbers_beyond_float32_are_finite() -> None:
-    """A weight and targets of 1e39."""
-    with jax.enable_x64(True):
-        data = jt.Dataset(jnp.ones((4, 1)), jnp.full((4, 1), 1e39))
-        state = jt.init_state(
-            jt.models.LinearRegression(use_bias=False),
-            jt.optimizers.sgd(0.1),
-            data.inputs[:1],
-            key=jax.random.key(0),
-        ).replace(params={"weight": jnp.full((1, 1), 1e39)})
-        state, history = jt.fit(state, data, loss_fn=MSE, epochs=2)
-        assert history["train_loss"].tolist() == [0.0, 0.0]
-
-
 def test_an_infinity_in_the_initial_model_state_is_accepted() -> None:
-    state, _ = line([1.0])
-    before = state.replace(model_state={"minimum": jnp.array([jnp.inf, 1.0])})
-    check_state(before, before, 1, 4, {})
-    smaller = before.replace(model_state={"minimum": jnp.array([0.5, 1.0])})
-    check_state(before, smaller, 1, 4, {})
-    after = before.replace(model_state={"minimum": jnp.array([0.5, jnp.inf])})
-    message = r"model_state\.minimum became inf in epoch 1, step 4"
-    with pytest.raises(jt.errors.NonFiniteError, match=message):
-        check_state(before, after, 1, 4, {})
+    class Minimum(nn.Module):
+        @nn.compact
+        def __call__(self, inputs, train: bool = False):
+            lowest = self.variable("statistics", "lowest", lambda: jnp.full(2, jnp.inf))
+            if train:
+                lowest.value = lowest.value.at[0].min(inputs.min())
+            return nn.Dense(1)(inputs)
 
-
-def test_skip_nonfinite_does_not_change_a_finite_run(small_state, small_classes) -> None:
-    options = {"loss_fn": jt.losses.cross_entropy, "epochs": 3, "batch_size": 16}
-    plain, history = jt.fit(small_state, small_classes, **options)
-    other, counted = jt.fit(skipping(small_state), small_classes, **options)
-    assert counted["skipped_steps"].tolist() == [0, 0, 0]
-    for ours, theirs in zip(
-        jax.tree.leaves(other.params), jax.tree.leaves(plain.params), strict=True
-    ):
-        np.testing.assert_allclose(ours, theirs, rtol=1e-6, atol=1e-7)
-    np.testing.assert_allclose(counted.step_losses, history.step_losses, rtol=1e-6)
+    _, data = line([1.0, 2.0])
+    state = jt.init_state(Minimum(), SGD, data.inputs, key=jax.random.key(0))
+    state, _ = jt.fit(state, data, loss_fn=MSE, epochs=1)
+    assert state.model_state["statistics"]["lowest"].tolist() == [1.0, np.inf]
 
 
 def test_a_run_whose_every_step_is_skipped_ends() -> None:
@@ -206,17 +158,29 @@ def test_a_nonfinite_gradient_of_a_finite_loss_ends_the_run() -> None:
     assert history["skipped_steps"].tolist() == [1]
 
 
+def nan_gradient(predictions, targets):
+    """0 everywhere; its gradient is NaN where the prediction equals the target."""
+    error = (predictions - targets)[:, 0]
+    return jnp.where(error == 0, 0.0, 0.0 * jnp.sqrt(jnp.abs(error)))
+
+
 @pytest.mark.parametrize(
-    "optimizer", [jt.optimizers.rprop(0.1), optax.chain(optax.clip(1.0), optax.sgd(0.1))]
+    ("optimizer", "loss_fn", "value"),
+    [
+        (jt.optimizers.rprop(0.1), root_loss, "inf"),
+        (optax.chain(optax.clip(1.0), optax.sgd(0.1)), root_loss, "inf"),
+        (optax.chain(optax.zero_nans(), optax.sgd(0.1)), nan_gradient, "nan"),
+    ],
+    ids=["rprop", "clip", "zero_nans"],
 )
-def test_an_infinite_gradient_that_the_optimizer_hides_ends_the_run_where_its_norm_is_recorded(
-    optimizer,
+def test_a_nonfinite_gradient_that_the_optimizer_hides_ends_the_run_where_its_norm_is_recorded(
+    optimizer, loss_fn, value: str
 ) -> None:
-    """Their updates stay finite: they use its sign or clip it."""
+    """Their updates stay finite: they use the sign of a gradient, clip it or replace NaN by 0."""
     state, data = line([1.0, 5.0, 5.0], optimizer)
-    message = "gradient norm became inf in epoch 1, step 1"
+    message = f"gradient norm became {value} in epoch 1, step 1"
     with pytest.raises(jt.errors.NonFiniteError, match=message):
-        jt.fit(recording(state), data, loss_fn=root_loss, batch_size=1, epochs=1)
+        jt.fit(recording(state), data, loss_fn=loss_fn, batch_size=1, epochs=1)
 
 
 def test_a_nonfinite_parameter_that_no_loss_depends_on_is_found(tmp_path: Path) -> None:
@@ -228,7 +192,7 @@ def test_a_nonfinite_parameter_that_no_loss_depends_on_is_found(tmp_path: Path) 
             return nn.Embed(2, 1, embedding_init=nn.initializers.ones)(inputs)
 
     data = jt.Dataset(jnp.array([1, 0, 0]), jnp.array([[1.0], [5.0], [5.0]]))
-    state = jt.init_state(Table(), jt.optimizers.sgd(0.1), data.inputs[:1], key=jax.random.key(0))
+    state = jt.init_state(Table(), SGD, data.inputs[:1], key=jax.random.key(0))
     with pytest.raises(
         jt.errors.NonFiniteError, match=r"embedding became (-?inf|nan) in epoch 1, step 3"
     ):
@@ -268,39 +232,25 @@ def test_nan_and_infinity_in_the_data_are_refused(field: str, bad: float, kind) 
     column = arrays[field].shape[1] - 1
     message = rf"train\.{field} holds {bad} at \[2, {column}\]; expected finite numbers"
     with pytest.raises(jt.errors.InputError, match=message):
-        check_values(data, "train")
-    with pytest.raises(jt.errors.InputError, match=message):
         jt.fit(line([0.0])[0], data, loss_fn=MSE)
 
 
 @pytest.mark.parametrize("array", [np.array([1 + 2j]), np.array(["a"]), np.array([object()])])
 def test_data_that_are_not_real_numbers_are_refused(array: np.ndarray) -> None:
-    with pytest.raises(jt.errors.InputError, match=r"data\.inputs has the dtype .*real numbers"):
-        check_dataset(jt.Dataset(array, np.zeros(1)), "data")
+    with pytest.raises(jt.errors.InputError, match=r"train\.inputs has the dtype .*real numbers"):
+        jt.fit(line([0.0])[0], jt.Dataset(array, np.zeros(1)), loss_fn=MSE)
 
 
 def test_numbers_that_overflow_32_bits_are_refused() -> None:
     """JAX would convert them to infinity, or to another label."""
     far = jt.Dataset(np.array([[1.0], [1e300]]), np.zeros((2, 1)))
-    with pytest.raises(
-        jt.errors.InputError, match=r"data\.inputs holds 1e\+300 at \[1, 0\]; .* float32"
-    ):
-        check_values(far, "data")
     wrapped = jt.Dataset(np.zeros((2, 1)), np.array([2**32 + 1, 0]))
-    with pytest.raises(
-        jt.errors.InputError, match=r"data\.targets holds 4294967297 at \[0\]; .* int32"
+    for data, message in (
+        (far, r"train\.inputs holds 1e\+300 at \[1, 0\]; .* float32"),
+        (wrapped, r"train\.targets holds 4294967297 at \[0\]; .* int32"),
     ):
-        check_values(wrapped, "data")
-    with jax.enable_x64(True):
-        check_values(far, "data")
-        check_values(wrapped, "data")
-
-
-@pytest.mark.parametrize(("size", "value"), [(4, 300.0), (10_000, 1e-4)])
-def test_the_norm_of_a_float16_gradient_does_not_overflow(size: int, value: float) -> None:
-    """In float16 the first square would overflow and the second underflow."""
-    gradient = {"weight": jnp.full(size, value, jnp.float16)}
-    assert float(global_norm(gradient)) == pytest.approx(value * size**0.5, rel=1e-3)
+        with pytest.raises(jt.errors.InputError, match=message):
+            jt.fit(line([0.0])[0], data, loss_fn=MSE)
 
 
 def test_a_float16_model_trains() -> None:
@@ -320,35 +270,16 @@ def test_a_float16_model_trains() -> None:
 
 
 def test_bytes_booleans_and_half_precision_are_accepted() -> None:
+    state, _ = line([0.0])
     for dtype in (np.uint8, bool, jnp.bfloat16, np.float16, np.int32):
-        check_values(jt.Dataset(jnp.ones(3, dtype), np.zeros(3)), "data")
-
-
-def nan_gradient(predictions, targets):
-    """0 everywhere; its gradient is NaN where the prediction equals the target."""
-    error = (predictions - targets)[:, 0]
-    return jnp.where(error == 0, 0.0, 0.0 * jnp.sqrt(jnp.abs(error)))
-
-
-def test_a_nan_gradient_that_the_optimizer_hides_ends_the_run_where_its_norm_is_recorded() -> None:
-    """`optax.zero_nans` replaces NaN by 0 and keeps infinities."""
-    optimizer = optax.chain(optax.zero_nans(), optax.sgd(0.1))
-    state, data = line([1.0, 5.0, 5.0], optimizer)
-    message = "gradient norm became nan in epoch 1, step 1"
-    with pytest.raises(jt.errors.NonFiniteError, match=message):
-        jt.fit(recording(state), data, loss_fn=nan_gradient, batch_size=1, epochs=1)
+        data = jt.Dataset(jnp.ones((3, 1), dtype), np.zeros((3, 1)))
+        jt.fit(state, data, loss_fn=MSE, epochs=0)
 
 
 @pytest.mark.parametrize(
     "optimizer",
-    [
-        jt.optimizers.adam(1e-3),
-        jt.optimizers.adamw(1e-3),
-        jt.optimizers.rmsprop(1e-3),
-        jt.optimizers.adagrad(1e-3),
-        jt.optimizers.adadelta(1e-3),
-    ],
-    ids=["adam", "adamw", "rmsprop", "adagrad", "adadelta"],
+    [jt.optimizers.adam(1e-3), jt.optimizers.adagrad(1e-3)],
+    ids=["adam", "adagrad"],
 )
 def test_an_infinite_second_moment_ends_the_run(tmp_path: Path, optimizer) -> None:
     """The square of a gradient of 1e20 overflows; the update is then 0, and no loss shows it."""
@@ -386,19 +317,6 @@ def test_nan_in_batch_statistics_ends_the_run_without_test_data() -> None:
         jt.errors.NonFiniteError, match=r"model_state\.batch_stats\.mean became nan"
     ):
         jt.fit(state, data, loss_fn=MSE, epochs=1)
-
-
-@pytest.mark.parametrize("name", ["bias", "weight"])
-def test_nan_and_infinity_in_any_parameter_end_the_run(name: str) -> None:
-    """In the first leaf and in the last."""
-    data = jt.Dataset(jnp.ones((2, 1)), jnp.ones((2, 1)))
-    before = jt.init_state(
-        jt.models.LinearRegression(), optax.sgd(0.1), data.inputs, key=jax.random.key(0)
-    )
-    for value in (jnp.nan, jnp.inf, -jnp.inf):
-        params = {**before.params, name: jnp.full_like(before.params[name], value)}
-        with pytest.raises(jt.errors.NonFiniteError, match=rf"params\.{name} became .*(nan|inf)"):
-            check_state(before, before.replace(params=params), 1, 4, {})
 
 
 def test_a_nan_of_the_training_loss_advises_to_check_the_labels(small_state) -> None:

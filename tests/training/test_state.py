@@ -9,6 +9,7 @@ import optax
 import pytest
 
 import jaxtrain as jt
+from tests.training.helpers import assert_close
 
 LOSS = jt.losses.cross_entropy
 
@@ -30,26 +31,18 @@ def test_a_state_is_frozen(small_state) -> None:
 
 def test_epochs_are_counted_across_calls_and_batch_sizes(small_state, small_classes) -> None:
     state, recorded = small_state, []
-    for batch_size in (50, 25, 10):
-        state, history = jt.fit(
-            state,
-            small_classes,
-            loss_fn=LOSS,
-            epochs=2,
-            batch_size=batch_size,
-            key=jax.random.key(0),
-        )
+    for batch_size in (50, 25):
+        state, history = jt.fit(state, small_classes, loss_fn=LOSS, epochs=2, batch_size=batch_size)
         recorded += history["epoch"].tolist()
-    assert recorded == [1, 2, 3, 4, 5, 6]
-    state, _ = jt.train_epoch(state, small_classes, LOSS)
-    assert state.epoch == 7
+    assert recorded == [1, 2, 3, 4]
+    assert state.epoch == 4
 
 
 def test_two_calls_shuffle_differently(small_state, small_classes) -> None:
     """The order depends on the epoch of the state, even where the step is the same."""
     frozen = jt.with_optimizer(small_state, optax.sgd(0.0))
     frozen = frozen.replace(key=jax.random.key(0))
-    options = {"loss_fn": LOSS, "epochs": 1, "batch_size": 10, "key": jax.random.key(3)}
+    options = {"loss_fn": LOSS, "epochs": 1, "batch_size": 25, "key": jax.random.key(3)}
     state, first = jt.fit(frozen, small_classes, **options)
     _, second = jt.fit(state.replace(step=frozen.step), small_classes, **options)
     assert not np.allclose(first.step_losses, second.step_losses)
@@ -58,12 +51,12 @@ def test_two_calls_shuffle_differently(small_state, small_classes) -> None:
 def test_with_optimizer_starts_a_new_optimizer_on_trained_parameters(
     small_state, small_classes
 ) -> None:
-    trained, _ = jt.train_epoch(small_state, small_classes, LOSS, batch_size=10)
+    trained, _ = jt.train_epoch(small_state, small_classes, LOSS, batch_size=25)
     slow = jt.with_optimizer(trained, jt.optimizers.sgd(1e-3, momentum=0.9))
     assert (slow.step, slow.epoch) == (trained.step, trained.epoch)
     jax.tree.map(np.testing.assert_array_equal, slow.params, trained.params)
     after, _ = jt.train_step(slow, small_classes, LOSS)
-    _, grads = jt.gradients(slow, small_classes, LOSS)
+    _, grads = jax.jit(lambda state: jt.gradients(state, small_classes, LOSS))(slow)
     jax.tree.map(
         lambda new, old, grad: np.testing.assert_allclose(new, old - 1e-3 * grad, rtol=1e-5),
         after.params,
@@ -75,40 +68,29 @@ def test_with_optimizer_starts_a_new_optimizer_on_trained_parameters(
 OPTIMIZERS = {
     "optax.sgd, swept rate": lambda x: optax.sgd(x),
     "optax.sgd, swept momentum": lambda x: optax.sgd(0.01, momentum=x),
-    "optax.adam, swept rate": lambda x: optax.adam(x),
-    "jaxtrain sgd, swept rate": lambda x: jt.optimizers.sgd(x),
     "jaxtrain sgd, swept momentum": lambda x: jt.optimizers.sgd(0.01, momentum=x),
     "clipped, swept rate": lambda x: jt.optimizers.clip_gradients(jt.optimizers.adam(x), 1.0),
 }
 
 
 @pytest.mark.parametrize("make", OPTIMIZERS.values(), ids=OPTIMIZERS.keys())
-@pytest.mark.parametrize("compiled", [False, True])
-def test_a_state_from_a_sweep_can_be_trained_further(small_classes, make, compiled) -> None:
+def test_a_state_from_a_sweep_can_be_trained_further(small_state, small_classes, make) -> None:
     """Each state of the sweep equals that of the same run alone."""
-    model = jt.models.FeedForward(features=(8, 3), dropout_rate=0.2, mean=0.0, std=1.0)
 
-    def run(value):
-        state = jt.init_state(model, make(value), small_classes.inputs[:1], key=jax.random.key(0))
-        return jt.train_epoch(state, small_classes, LOSS, batch_size=25)[0]
+    def epoch(state):
+        return jt.train_epoch(state, small_classes, LOSS, batch_size=50)
 
-    values = jnp.array([0.003, 0.03, 0.3])
-    sweep = jax.vmap(run)
-    states = (jax.jit(sweep) if compiled else sweep)(values)
-    states, losses = jax.vmap(lambda s: jt.train_epoch(s, small_classes, LOSS, batch_size=25))(
-        states
-    )
-    for index, value in enumerate(values):
-        alone = run(float(value))
-        alone, expected = jt.train_epoch(alone, small_classes, LOSS, batch_size=25)
-        np.testing.assert_allclose(losses[index], expected, rtol=1e-5)
-        jax.tree.map(
-            lambda ours, theirs, index=index: np.testing.assert_allclose(
-                ours[index], theirs, rtol=1e-4, atol=1e-6
-            ),
-            states.params,
-            alone.params,
-        )
-    one = jax.tree.map(lambda leaf: leaf[1], states)
-    one, history = jt.fit(one, small_classes, loss_fn=LOSS, epochs=1)
+    @jax.jit
+    @jax.vmap
+    def sweep(value):
+        return epoch(jt.with_optimizer(small_state, make(value)))[0]
+
+    states, losses = jax.vmap(epoch)(sweep(jnp.array([0.03, 0.3])))
+    expected = jt.with_optimizer(small_state, make(0.3))
+    for _ in range(2):
+        expected, last = epoch(expected)
+    np.testing.assert_allclose(losses[1], last, rtol=1e-5)
+    state = jax.tree.map(lambda leaf: leaf[1], states)
+    assert_close(state.params, expected.params, rtol=1e-4)
+    _, history = jt.fit(state, small_classes, loss_fn=LOSS, epochs=1)
     assert np.isfinite(history["train_loss"]).all()

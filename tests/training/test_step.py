@@ -11,6 +11,8 @@ import pytest
 
 import jaxtrain as jt
 
+LOSS = jt.losses.cross_entropy
+
 
 class ConvNet(nn.Module):
     """Has parameters, batch statistics and dropout."""
@@ -18,7 +20,7 @@ class ConvNet(nn.Module):
     @nn.compact
     def __call__(self, inputs, train: bool = False):
         x = inputs.reshape(-1, 28, 28, 1).astype(jnp.float32) / 255
-        x = nn.relu(nn.Conv(4, (3, 3), strides=4)(x))
+        x = nn.relu(nn.Conv(2, (3, 3), strides=4)(x))
         x = nn.BatchNorm(use_running_average=not train, momentum=0.5)(x)
         x = nn.Dropout(0.2, deterministic=not train)(x.reshape(len(x), -1))
         return nn.Dense(10)(x)
@@ -40,16 +42,15 @@ def test_a_step_solved_by_hand() -> None:
 
 def test_the_old_state_stays_usable(small_state, small_classes) -> None:
     before = jax.tree.map(np.array, small_state.params)
-    first, _ = jt.train_step(small_state, small_classes, jt.losses.cross_entropy)
-    again, _ = jt.train_step(small_state, small_classes, jt.losses.cross_entropy)
+    first, _ = jt.train_step(small_state, small_classes, LOSS)
+    again, _ = jt.train_step(small_state, small_classes, LOSS)
     jax.tree.map(np.testing.assert_array_equal, before, small_state.params)
     jax.tree.map(np.testing.assert_array_equal, first.params, again.params)
 
 
 def test_dropout_depends_on_the_step_and_the_key(small_state, small_classes) -> None:
     def loss(state):
-        _, metrics = jt.train_step(state, small_classes, jt.losses.cross_entropy)
-        return metrics["loss"].item()
+        return jt.train_step(state, small_classes, LOSS)[1]["loss"].item()
 
     later = small_state.replace(step=small_state.step + 1)
     other = small_state.replace(key=jax.random.key(9))
@@ -59,24 +60,18 @@ def test_dropout_depends_on_the_step_and_the_key(small_state, small_classes) -> 
 
 @pytest.mark.parametrize(
     "optimizer",
-    [
-        jt.optimizers.sgd(0.05, momentum=0.9),
-        optax.adamw(0.01),
-        optax.lion(0.001),
-        optax.lbfgs(),
-        optax.chain(optax.clip_by_global_norm(1.0), optax.rmsprop(0.003)),
-    ],
-    ids=["sgd", "adamw", "lion", "lbfgs", "clipped rmsprop"],
+    [optax.chain(optax.clip_by_global_norm(1.0), optax.rmsprop(0.003)), optax.lbfgs()],
+    ids=["clipped rmsprop", "lbfgs"],
 )
 def test_a_convolutional_network_learns_with_any_optimizer(
     digits: jt.data.Resolved, optimizer
 ) -> None:
-    batch = digits.train.take(jnp.arange(64))
+    batch = digits.train.take(jnp.arange(32))
     state = jt.init_state(ConvNet(), optimizer, batch.inputs[:1], key=jax.random.key(0))
     statistics = jax.tree.map(np.array, state.model_state)
     losses = []
-    for _ in range(30):
-        state, metrics = jt.train_step(state, batch, jt.losses.cross_entropy)
+    for _ in range(20):
+        state, metrics = jt.train_step(state, batch, LOSS)
         losses.append(metrics["loss"].item())
     assert np.mean(losses[-3:]) < 0.7 * losses[0]
     moved = jax.tree.map(lambda a, b: bool((a != b).any()), statistics, state.model_state)
@@ -84,17 +79,12 @@ def test_a_convolutional_network_learns_with_any_optimizer(
 
 
 def test_evaluation_uses_the_running_statistics_and_no_dropout(digits: jt.data.Resolved) -> None:
-    batch = digits.test.take(jnp.arange(40))
-    state = jt.init_state(
-        ConvNet(), jt.optimizers.sgd(0.1), batch.inputs[:1], key=jax.random.key(0)
-    )
+    batch, optimizer = digits.test.take(jnp.arange(8)), jt.optimizers.sgd(0.1)
+    state = jt.init_state(ConvNet(), optimizer, batch.inputs[:1], key=jax.random.key(0))
     metrics = {"accuracy": jt.metrics.accuracy}
-    together = jt.eval_step(state, batch, jt.losses.cross_entropy, metrics)
+    together = jt.eval_step(state, batch, LOSS, metrics)
     # With batch statistics, one example's loss would depend on the others in its batch.
-    singly = [
-        jt.eval_step(state, batch.take(jnp.array([i])), jt.losses.cross_entropy, metrics)
-        for i in range(40)
-    ]
+    singly = [jt.eval_step(state, batch[i : i + 1], LOSS, metrics) for i in range(8)]
     for name in ("loss", "accuracy"):
         mean = np.mean([one[name].item() for one in singly])
         assert together[name].item() == pytest.approx(mean, rel=1e-4)
@@ -124,11 +114,9 @@ def test_a_batch_of_unequal_lengths_is_refused(small_state, small_classes) -> No
         with pytest.raises(
             jt.errors.InputError, match=r"batch\.inputs has 50 examples and batch\.targets has 49"
         ):
-            step(small_state, batch, jt.losses.cross_entropy)
+            step(small_state, batch, LOSS)
 
 
 def test_a_metric_named_loss_is_refused(small_state, small_classes) -> None:
     with pytest.raises(jt.errors.InputError, match="named 'loss'"):
-        jt.eval_step(
-            small_state, small_classes, jt.losses.cross_entropy, {"loss": jt.metrics.accuracy}
-        )
+        jt.eval_step(small_state, small_classes, LOSS, {"loss": jt.metrics.accuracy})
