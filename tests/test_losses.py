@@ -126,12 +126,6 @@ def test_weighted_sum_mixes_labels_and_a_teachers_distribution() -> None:
     np.testing.assert_allclose(loss_fn(logits, targets), [expected], rtol=1e-6)
 
 
-def test_the_name_of_a_weighted_sum_lists_its_terms() -> None:
-    inner = jt.losses.weighted_sum((2.0, jt.losses.cross_entropy))
-    outer = jt.losses.weighted_sum((0.5, inner), (-1.0, lambda p, t: p))
-    assert outer.__name__ == "(0.5 * (2.0 * cross_entropy) + -1.0 * <lambda>)"
-
-
 @pytest.mark.parametrize("terms", [(), ((float("nan"), jt.losses.mean_squared_error),)])
 def test_weighted_sum_refuses_no_terms_and_nan_weights(terms) -> None:
     with pytest.raises(jt.errors.InputError, match=r"expected (\(weight, loss\) pairs|a finite)"):
@@ -161,7 +155,7 @@ def test_single_losses_looks_into_wrapped_and_combined_losses() -> None:
     assert jt.losses.name_of(partial) == "cross_entropy"
 
 
-@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16, jnp.float8_e4m3fn])
+@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float8_e4m3fn])
 @pytest.mark.parametrize(
     "loss_fn",
     # Sorted, since parallel workers must collect the tests in the same order.

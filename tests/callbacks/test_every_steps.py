@@ -18,7 +18,7 @@ OPTIONS: dict[str, Any] = {
 }
 
 
-@pytest.mark.parametrize("steps", [1, 3, 7, 8])
+@pytest.mark.parametrize("steps", [3, 7, 8])
 def test_a_function_is_called_at_the_multiples(small_state, small_classes, steps: int) -> None:
     calls = []
 

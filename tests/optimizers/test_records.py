@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 from typing import NamedTuple
 
-import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -61,7 +60,7 @@ def test_the_norm_equals_that_of_pytorch() -> None:
     assert float(norm_of(state)) == pytest.approx(expected, rel=1e-6)
 
 
-@pytest.mark.parametrize("name", ["sgd", "adam", "rprop"])
+@pytest.mark.parametrize("name", ["sgd", "rprop"])
 def test_it_changes_neither_the_updates_nor_the_inner_state(name: str) -> None:
     plain = jt.optimizers.make(name, 0.1)
     expected_updates, expected = after(plain, GRADS, scaled(0.5))
@@ -81,13 +80,14 @@ def test_the_norm_precedes_clipping_or_follows_it() -> None:
     assert has_clipping(state)
 
 
-def test_half_precision_gradients_have_a_norm_in_float32() -> None:
-    params = jnp.zeros(4, jnp.float16)
+@pytest.mark.parametrize(("size", "value"), [(4, 1000.0), (10_000, 1e-4)])
+def test_half_precision_gradients_have_a_norm_in_float32(size: int, value: float) -> None:
+    """In float16 the first square would overflow and the second underflow."""
     optimizer = record_gradient_norm(optax.sgd(0.1))
-    before = optimizer.init(params)
-    _, state = optimizer.update(jnp.full(4, 1000.0, jnp.float16), before)
+    before = optimizer.init(jnp.zeros(size, jnp.float16))
+    _, state = optimizer.update(jnp.full(size, value, jnp.float16), before)
     assert norm_of(before).dtype == norm_of(state).dtype == jnp.float32
-    assert norm_of(state) == 2000  # whose square exceeds float16
+    assert float(norm_of(state)) == pytest.approx(value * size**0.5, rel=1e-3)
 
 
 def test_the_dtype_of_the_record_does_not_change() -> None:
@@ -196,18 +196,6 @@ def test_under_vmap_each_run_has_its_own_norm() -> None:
     np.testing.assert_allclose(updates["bias"][:2, 0], [0.0, -0.8], rtol=1e-6)
 
 
-def test_a_whole_epoch_of_jitted_steps_ends_with_the_norm_of_its_last_gradient() -> None:
-    data = jt.Dataset(jnp.arange(8.0)[:, None], jnp.ones((8, 1)))
-    model = nn.Dense(1, use_bias=False, kernel_init=nn.initializers.constant(0.1))
-    optimizer = record_gradient_norm(jt.optimizers.sgd(0.0))
-    state = jt.init_state(model, optimizer, data.inputs[:1], key=jax.random.key(0))
-    state, _ = jt.train_epoch(state, data, jt.losses.mean_squared_error, batch_size=4)  # in order
-    inputs = np.arange(4.0, 8.0)
-    assert float(norm_of(state.opt_state)) == pytest.approx(
-        abs(np.mean(2 * (0.1 * inputs - 1) * inputs)), rel=1e-5
-    )
-
-
 class CountingState(NamedTuple):
     large: Record
     inner: optax.OptState
@@ -256,12 +244,9 @@ def test_a_record_of_ones_own_is_found(wrap) -> None:
     assert all(name == record.name for name, record in found.items())
 
 
-def test_an_optimizer_without_records_has_none() -> None:
-    assert records(optax.adam(0.1).init(PARAMS)) == {}
-    assert records(()) == {}
-
-
 def test_of_records_of_one_name_the_largest_counts() -> None:
+    assert records(optax.adam(0.1).init(PARAMS)) == records(()) == {}
+
     def names(*values, counts=False):
         return [Record("a", jnp.array(value), counts) for value in values]
 

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 from jax.flatten_util import ravel_pytree
@@ -35,15 +35,16 @@ def assert_identical(ours, theirs) -> None:
         np.testing.assert_array_equal(a, b)
 
 
-@pytest.mark.parametrize("number", [jnp.nan, jnp.inf, -jnp.inf])
-@pytest.mark.parametrize("index", range(5))
-def test_one_nonfinite_gradient_entry_skips_the_step(index: int, number) -> None:
+def test_one_nonfinite_gradient_entry_skips_the_step() -> None:
     optimizer = skip_nonfinite(jt.optimizers.adam(0.1))
     _, before = optimizer.update(GOOD, optimizer.init(PARAMS), PARAMS)
-    updates, after = jax.jit(optimizer.update)(with_number(GOOD, index, number), before, PARAMS)
-    assert_identical(optax.apply_updates(PARAMS, updates), PARAMS)
-    assert_identical(after.inner, before.inner)
-    assert (skipped_steps(after), after.finite) == (1, False)
+    update = jax.jit(optimizer.update)
+    for number in (jnp.nan, jnp.inf, -jnp.inf):
+        for index in range(5):
+            updates, after = update(with_number(GOOD, index, number), before, PARAMS)
+            assert_identical(optax.apply_updates(PARAMS, updates), PARAMS)
+            assert_identical(after.inner, before.inner)
+            assert (skipped_steps(after), after.finite) == (1, False)
 
 
 def test_a_finite_step_equals_that_of_the_wrapped_optimizer() -> None:
@@ -118,7 +119,7 @@ def test_any_number_of_steps_can_be_skipped() -> None:
     assert last_step_finite(state)
 
 
-@given(bad=st.lists(st.booleans(), min_size=1, max_size=8))
+@pytest.mark.parametrize("bad", [[True], [False, True, True, False], [True, False, False, True]])
 def test_skipped_steps_leave_no_trace(bad: list[bool]) -> None:
     """Neither in the parameters nor in the step count of the schedule."""
     schedule = jt.optimizers.step_lr(0.1, 1, 0.5)
@@ -185,6 +186,7 @@ def test_a_clipping_norm_that_is_not_positive_is_refused(norm: float) -> None:
         jt.optimizers.clip_gradients(optax.sgd(0.1), norm)
 
 
+@settings(max_examples=20)
 @given(
     gradient=hnp.arrays(np.float32, 4, elements=st.floats(-1e6, 1e6, width=32)),
     max_norm=st.floats(1e-3, 1e3),
