@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import os
 import pickle
@@ -16,6 +17,8 @@ import pytest
 import safetensors.numpy
 
 import jaxtrain as jt
+
+ADAM = jt.optimizers.adam(0.1)
 
 
 class Network(nn.Module):
@@ -40,8 +43,9 @@ class Bomb:
         return (os.mkdir, (str(self.trace),))
 
 
+@functools.cache
 def state_of(model, seed: int = 0) -> jt.TrainState:
-    return jt.init_state(model, jt.optimizers.adam(0.1), jnp.ones((1, 4)), key=jax.random.key(seed))
+    return jt.init_state(model, ADAM, jnp.ones((1, 4)), key=jax.random.key(seed))
 
 
 def assert_identical(ours, theirs) -> None:

@@ -19,6 +19,7 @@ import pytest
 
 import jaxtrain as jt
 
+pytestmark = pytest.mark.slow  # starts two processes
 PAGE = Path(__file__).parents[2] / "docs" / "serving.md"
 IMAGES = np.random.default_rng(0).integers(0, 256, (3, 28, 28), dtype=np.uint8)
 

@@ -18,16 +18,17 @@ from jax import export
 import jaxtrain as jt
 
 IMAGES = np.random.default_rng(0).integers(0, 256, (40, 12, 12), dtype=np.uint8)
-# Reads inputs, predicts for several numbers of examples with JAX alone, and saves the outputs.
+# Predicts for several numbers of examples with JAX alone, and saves the outputs.
 BARE = """
 import sys
 import jax, jax.export
 import numpy as np
-with open("model.stablehlo", "rb") as file:
-    exported = jax.export.deserialize(bytearray(file.read()))
 images = np.load("images.npy")
-np.savez("outputs.npz", **{str(n): exported.call(images[:n]) for n in (1, 7, 40)})
-assert exported.platforms == ("cpu", "cuda"), exported.platforms
+for name in sys.argv[1:]:
+    with open(name, "rb") as file:
+        exported = jax.export.deserialize(bytearray(file.read()))
+    np.savez(name + ".npz", **{str(n): exported.call(images[:n]) for n in (1, 7, 40)})
+    assert exported.platforms == ("cpu", "cuda"), exported.platforms
 assert not {"jaxtrain", "flax", "optax"} & set(sys.modules)
 """
 
@@ -102,25 +103,42 @@ def trained(model, inputs=IMAGES) -> jt.TrainState:
 
 
 @pytest.fixture(scope="module")
-def file(tmp_path_factory) -> Path:
-    """The file of a small network."""
-    path = tmp_path_factory.mktemp("model") / "model.stablehlo"
-    jt.export.stablehlo(trained(jt.models.FeedForward((8, 3))), path, IMAGES[:1])
+def states() -> dict[str, jt.TrainState]:
+    """A trained state of each model."""
+    return {name: trained(make()) for name, make in MODELS.items()}
+
+
+@pytest.fixture(scope="module")
+def state(states) -> jt.TrainState:
+    """A small network."""
+    return states["feed forward"]
+
+
+@pytest.fixture(scope="module")
+def folder(states, tmp_path_factory) -> Path:
+    """The files of all models, and what a process without jaxtrain predicts with them."""
+    path = tmp_path_factory.mktemp("models")
+    for name, state in states.items():
+        jt.export.stablehlo(state, path / name, IMAGES[:1])
+    np.save(path / "images.npy", IMAGES)
+    subprocess.run([sys.executable, "-c", BARE, *states], cwd=path, check=True)
     return path
 
 
+@pytest.fixture(scope="module")
+def file(folder: Path) -> Path:
+    """The file of the small network."""
+    return folder / "feed forward"
+
+
 @pytest.mark.parametrize("name", MODELS)
-def test_a_process_without_jaxtrain_predicts_the_same(tmp_path: Path, name: str) -> None:
-    state = trained(MODELS[name]())
-    jt.export.stablehlo(state, tmp_path / "model.stablehlo", IMAGES[:1])
-    np.save(tmp_path / "images.npy", IMAGES)
-    subprocess.run([sys.executable, "-c", BARE], cwd=tmp_path, check=True)
-    found = np.load(tmp_path / "outputs.npz")
-    loaded = jt.export.load_stablehlo(tmp_path / "model.stablehlo")
+def test_a_process_without_jaxtrain_predicts_the_same(states, folder: Path, name: str) -> None:
+    found = np.load(folder / f"{name}.npz")
+    loaded = jt.export.load_stablehlo(folder / name)
     # XLA chooses other roundings of half precision for other shapes.
     tolerance = 0.02 if name == "bfloat16" else 2e-6
     for count in (1, 7, 40):
-        expected = jt.predict(state, IMAGES[:count])
+        expected = jt.predict(states[name], IMAGES[:count])
         assert found[str(count)].dtype == np.float32
         np.testing.assert_allclose(found[str(count)], expected, atol=tolerance, rtol=tolerance)
         np.testing.assert_array_equal(loaded(IMAGES[:count]), found[str(count)])
@@ -143,24 +161,7 @@ def test_processing_before_and_after_the_model_is_in_the_file(tmp_path: Path) ->
     np.testing.assert_array_equal(found["label"], jnp.argmax(logits, -1))
 
 
-@pytest.mark.parametrize("name", MODELS)
-def test_predict_accepts_a_symbolic_number_of_examples(name: str) -> None:
-    state = trained(MODELS[name]())
-    (batch,) = export.symbolic_shape("batch")
-    spec = jax.ShapeDtypeStruct((batch, 12, 12), jnp.uint8)
-    exported = export.export(jax.jit(lambda images: jt.predict(state, images)))(spec)
-    tolerance = 0.02 if name == "bfloat16" else 2e-6
-    for count in (1, 7):
-        np.testing.assert_allclose(
-            exported.call(IMAGES[:count]),
-            jt.predict(state, IMAGES[:count]),
-            atol=tolerance,
-            rtol=tolerance,
-        )
-
-
-def test_a_state_on_a_mesh_gives_the_same_file(tmp_path: Path) -> None:
-    state = trained(jt.models.FeedForward((8, 3)))
+def test_a_state_on_a_mesh_gives_the_same_file(state, tmp_path: Path) -> None:
     mesh = jax.make_mesh((8,), ("data",))
     jt.export.stablehlo(state, tmp_path / "one", IMAGES[:1])
     with jax.set_mesh(mesh):
@@ -185,7 +186,7 @@ def test_a_file_that_is_cut_short_or_changed_is_refused(file: Path, tmp_path: Pa
             jt.export.load_stablehlo(path)
 
 
-def test_a_path_that_is_not_a_file_is_named(tmp_path: Path) -> None:
+def test_a_path_that_is_not_a_file_is_named(state, tmp_path: Path) -> None:
     with pytest.raises(jt.errors.InputError, match=r"cannot be read \(it is a directory\)"):
         jt.export.load_stablehlo(tmp_path)
     with pytest.raises(jt.errors.InputError, match=r"cannot be read .No such file or directory"):
@@ -194,7 +195,6 @@ def test_a_path_that_is_not_a_file_is_named(tmp_path: Path) -> None:
         jt.export.load_stablehlo("/dev/zero")
     with pytest.raises(jt.errors.InputError, match=r"cannot be read .*null"):
         jt.export.load_stablehlo("a\0b")
-    state = trained(jt.models.FeedForward((8, 3)))
     with pytest.raises(jt.errors.StorageError, match="could not be written"):
         jt.export.stablehlo(state, tmp_path, IMAGES[:1])
 
@@ -216,8 +216,7 @@ def test_inputs_of_another_shape_dtype_or_structure_are_refused(file: Path) -> N
         predict("image.png")
 
 
-def test_a_file_for_another_platform_is_refused(tmp_path: Path) -> None:
-    state = trained(jt.models.FeedForward((8, 3)))
+def test_a_file_for_another_platform_is_refused(state, tmp_path: Path) -> None:
     jt.export.stablehlo(state, tmp_path / "m", IMAGES[:1], platforms="tpu")
     with pytest.raises(jt.errors.InputError, match="m is for tpu, and JAX runs on "):
         jt.export.load_stablehlo(tmp_path / "m")
@@ -238,8 +237,7 @@ def test_a_file_that_this_jax_cannot_load_is_named(tmp_path: Path) -> None:
         jt.export.load_stablehlo(tmp_path / "m")
 
 
-def test_a_model_that_cannot_be_exported_is_one_sentence(tmp_path: Path) -> None:
-    state = trained(jt.models.FeedForward((8, 3)))
+def test_a_model_that_cannot_be_exported_is_one_sentence(state, tmp_path: Path) -> None:
     path = tmp_path / "model.stablehlo"
     with pytest.raises(
         jt.errors.InputError, match=r"exported \(inputs has uint8\[batch,5\]\): .*; exp"
@@ -261,11 +259,10 @@ def test_a_model_that_cannot_be_exported_is_one_sentence(tmp_path: Path) -> None
 
 
 @pytest.mark.skipif(hasattr(jt.init_state, "__wrapped__"), reason="types are checked before")
-def test_wrong_arguments_are_named_before_the_model_is_traced(tmp_path: Path) -> None:
+def test_wrong_arguments_are_named_before_the_model_is_traced(state, tmp_path: Path) -> None:
     def fail(images: object) -> None:
         raise AssertionError("traced")
 
-    state = trained(jt.models.FeedForward((8, 3)))
     for platforms in (3, None, [["cpu"]], [], ["cpu", 3]):
         with pytest.raises(
             jt.errors.InputError, match=r"platforms is .*; expected some of cpu, cuda"

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import Any
 
 import jax
@@ -46,7 +45,7 @@ def torch_cnn(params: Any) -> Any:
     return network
 
 
-@pytest.fixture
+@pytest.fixture(scope="module")
 def images() -> jt.Dataset:
     """40 images of 12 x 12 pixels: two batches of 16 and a partial one."""
     generator = np.random.default_rng(0)
@@ -54,17 +53,10 @@ def images() -> jt.Dataset:
     return jt.Dataset(jnp.asarray(pixels), jnp.asarray(generator.integers(0, 10, 40)))
 
 
-@pytest.fixture
+@pytest.fixture(scope="module")
 def state(images: jt.Dataset) -> jt.TrainState:
     optimizer = jt.optimizers.sgd(0.1, momentum=0.9)
     return jt.init_state(ExampleCNN(), optimizer, images.inputs[:1], key=jax.random.key(0))
-
-
-@pytest.fixture
-def xla_convolutions() -> Iterator[None]:
-    jt.use_cpu_lowerings(False)
-    yield
-    jt.use_cpu_lowerings(True)
 
 
 def losses(state: jt.TrainState, images: jt.Dataset) -> list[float]:
@@ -76,7 +68,9 @@ def losses(state: jt.TrainState, images: jt.Dataset) -> list[float]:
     return found
 
 
-def torch_losses(state: jt.TrainState, images: jt.Dataset) -> list[float]:
+@pytest.fixture(scope="module")
+def expected(state: jt.TrainState, images: jt.Dataset) -> list[float]:
+    """The losses of three epochs in PyTorch."""
     network = torch_cnn(state.params)
     optimizer = torch.optim.SGD(network.parameters(), lr=0.1, momentum=0.9)
     inputs = torch.tensor(np.asarray(images.inputs).transpose(0, 3, 1, 2))
@@ -92,13 +86,14 @@ def torch_losses(state: jt.TrainState, images: jt.Dataset) -> list[float]:
     return found
 
 
-def test_products_train_to_the_losses_of_pytorch(state: jt.TrainState, images: jt.Dataset) -> None:
-    ours = losses(state, images)
-    np.testing.assert_allclose(ours, torch_losses(state, images), rtol=1e-4)
-    assert ours[-1] < ours[0]
-
-
-def test_xla_convolutions_train_to_the_losses_of_pytorch(
-    xla_convolutions: None, state: jt.TrainState, images: jt.Dataset
+@pytest.mark.parametrize("products", [True, False], ids=["products", "XLA's convolutions"])
+def test_a_network_trains_to_the_losses_of_pytorch(
+    state: jt.TrainState, images: jt.Dataset, expected: list[float], products: bool
 ) -> None:
-    np.testing.assert_allclose(losses(state, images), torch_losses(state, images), rtol=1e-4)
+    jt.use_cpu_lowerings(products)
+    try:
+        ours = losses(state, images)
+    finally:
+        jt.use_cpu_lowerings(True)
+    np.testing.assert_allclose(ours, expected, rtol=1e-4)
+    assert ours[-1] < ours[0]

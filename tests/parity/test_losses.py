@@ -7,7 +7,7 @@ import functools
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from hypothesis import assume, given
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
@@ -63,6 +63,7 @@ def assert_matches_pytorch(loss_fn, theirs, predictions, targets, rtol=1e-6, sca
 
 
 @pytest.mark.parametrize("loss_fn", REGRESSION)
+@settings(max_examples=20)
 @given(pair=hnp.arrays(np.float32, (2, 3, 2, 2), elements=VALUES))
 def test_regression_losses_match_pytorch(loss_fn, pair: np.ndarray) -> None:
     scale = 0.0
@@ -79,6 +80,7 @@ def test_regression_losses_match_pytorch(loss_fn, pair: np.ndarray) -> None:
     assert_matches_pytorch(loss_fn, REGRESSION[loss_fn], *pair, scale=scale)
 
 
+@settings(max_examples=20)
 @given(
     predictions=hnp.arrays(np.float32, (3, 2, 2), elements=PROBABILITIES),
     targets=hnp.arrays(np.float32, (3, 2, 2), elements=PROBABILITIES),
@@ -89,6 +91,7 @@ def test_binary_cross_entropy_matches_pytorch(predictions, targets) -> None:
     )
 
 
+@settings(max_examples=20)
 @given(
     predictions=hnp.arrays(np.float32, (3, 2, 2), elements=VALUES),
     targets=hnp.arrays(np.float32, (3, 2, 2), elements=PROBABILITIES),
@@ -103,6 +106,7 @@ def test_sigmoid_binary_cross_entropy_matches_pytorch(predictions, targets) -> N
     )
 
 
+@settings(max_examples=20)
 @given(
     logits=hnp.arrays(np.float32, (4, 5), elements=VALUES),
     weights=hnp.arrays(np.float32, (4, 5), elements=st.floats(0.0625, 1, width=32)),
@@ -117,6 +121,7 @@ def test_soft_cross_entropy_matches_pytorch(logits, weights) -> None:
     )
 
 
+@settings(max_examples=20)
 @given(
     logits=hnp.arrays(np.float32, (4, 5), elements=VALUES),
     labels=hnp.arrays(np.int32, 4, elements=st.integers(0, 4)),
@@ -158,6 +163,7 @@ def test_bfloat16_cross_entropy_matches_pytorchs_autocast() -> None:
     np.testing.assert_allclose(values.mean(), theirs.mean(), rtol=1e-6)
 
 
+@settings(max_examples=20)
 @given(
     logits=hnp.arrays(np.float32, (4, 5), elements=st.floats(-20, 20, width=32)),
     labels=hnp.arrays(np.int32, 4, elements=st.integers(0, 4)),

@@ -45,6 +45,7 @@ def test_300_steps_match_pytorch(mnist: jt.data.Resolved) -> None:
     )
 
 
+@pytest.mark.slow
 def test_five_epochs_reach_the_accuracy_of_the_tutorial(mnist: jt.data.Resolved) -> None:
     state = jt.init_state(
         jt.models.FeedForward(),

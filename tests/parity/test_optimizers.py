@@ -216,7 +216,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
 
 
 @pytest.mark.parametrize("name", OPTIONS)
-@settings(max_examples=30)
+@settings(max_examples=10)
 @given(drawn=st.data())
 def test_steps_match_pytorch_for_any_gradients_and_options(name: str, drawn: st.DataObject) -> None:
     """Five steps in float64 on gradients of any size and sign, including 0."""

@@ -74,7 +74,7 @@ def test_schedules_match_pytorch(schedule: optax.Schedule, theirs: Any) -> None:
     np.testing.assert_allclose(our_rates(schedule), torch_rates(theirs), rtol=1e-5, atol=1e-7)
 
 
-@pytest.mark.parametrize("steps", [2, 9, 60])
+@pytest.mark.parametrize("steps", [9, 60])
 @pytest.mark.parametrize(
     "options",
     [
@@ -85,8 +85,8 @@ def test_schedules_match_pytorch(schedule: optax.Schedule, theirs: Any) -> None:
     ],
 )
 def test_one_cycle_matches_pytorch(options: dict, steps: int) -> None:
-    if options.get("pct_start", 0.3) * steps < 1 or (options.get("three_phase") and steps == 2):
-        pytest.skip("PyTorch divides by zero, or leaves the range of the rates")
+    if options.get("pct_start", 0.3) * steps < 1:
+        pytest.skip("PyTorch divides by zero")
     expected = torch_rates(
         lambda optimizer: lr_scheduler.OneCycleLR(
             optimizer, RATE, total_steps=steps, cycle_momentum=False, **options
