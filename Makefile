@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 # Processes that run the tests; 0 runs them in this one, to debug.
 WORKERS ?= 2
 
-.PHONY: help linear mnist sweep speedrun tutorials test test-without-torch package docs test-docs
+.PHONY: help linear mnist sweep speedrun tutorials test test-all test-without-torch package docs test-docs
 .PHONY: bench check format clean
 
 help:  ## list the targets
@@ -29,22 +29,25 @@ tutorials: $(VENV)/installed  ## all tutorials, and one table of their figures b
 # With TYPES=1, shapes and types are checked at run time, in all tests but those that run scripts
 # in other processes, which the type checker does not reach.
 IN_PROCESSES := test_experiments.py test_survival.py test_benchmarks.py test_extras.py test_user_types.py
-IN_PROCESSES += callbacks/test_progress.py docs
+IN_PROCESSES += cli/test_command.py callbacks/test_progress.py docs
 TYPES_1 := --jaxtyping-packages=jaxtrain,tests.checked $(addprefix --ignore=tests/,$(IN_PROCESSES))
 PYTEST := -m pytest --numprocesses $(WORKERS) --dist worksteal $(TYPES_$(TYPES))
 
-test: $(VENV)/installed-test  ## run the tests (TYPES=1 checks shapes and types at run time)
+test: $(VENV)/installed-test  ## run the fast tests (TYPES=1 checks shapes and types at run time)
+	$(BIN)/python $(PYTEST) -m "not slow" $(ARGS)
+
+test-all: $(VENV)/installed-test  ## run all tests, also those that start processes or train for long
 	$(BIN)/python $(PYTEST) $(ARGS)
 
 # In a virtual environment of its own: make test-without-torch PYTHON=python3.13
-test-without-torch:  ## run the tests that need no PyTorch (PYTHON=python3.13 picks another Python)
+test-without-torch:  ## run the fast tests without PyTorch (PYTHON=python3.13 picks another Python)
 	$(PYTHON) -m venv .venv-without-torch
 	.venv-without-torch/bin/python -m pip install --quiet --editable '.[test]'
-	.venv-without-torch/bin/python $(PYTEST) $(ARGS)
+	.venv-without-torch/bin/python $(PYTEST) -m "not slow" $(ARGS)
 
 # The sdist's tests of what can differ from a clone: files that it lacks, and the package as installed.
-SDIST_TESTS := $(addprefix tests/,test_packaging.py test_user_types.py test_imports.py)
-SDIST_TESTS += tests/export/test_export.py tests/export/test_stablehlo.py tests/models/test_models.py
+SDIST_TESTS := $(addprefix tests/,test_packaging.py test_imports.py test_user_types.py)
+SDIST_TESTS += tests/models/test_models.py
 
 package:  ## build the wheel and the sdist, install the wheel, train a model in a folder, test the sdist
 	rm -rf build && mkdir -p build/folder build/sdist
@@ -69,11 +72,10 @@ test-docs: docs $(VENV)/installed-test  ## build the site, and test its links an
 bench: $(VENV)/installed-bench  ## time ours against PyTorch and others (ARGS="--quick" in two minutes)
 	$(BIN)/python -m benchmarks $(ARGS)
 
-check: $(VENV)/installed-dev  ## lint, format and types, also those that a user's program sees
+check: $(VENV)/installed-dev  ## lint, format and types
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
-	$(BIN)/python -m pytest --quiet tests/test_user_types.py
 
 format: $(VENV)/installed-dev  ## format, and fix what ruff can fix
 	$(BIN)/ruff check --fix .
