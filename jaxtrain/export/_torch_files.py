@@ -25,7 +25,7 @@ class StateDict(NamedTuple):
 
     Attributes:
       tensors: by name.
-      tied: names of further tensors that share the memory of another, with the name of that one.
+      tied: names of those that share the memory of another, with the name of that one.
     """
 
     tensors: dict[str, np.ndarray]
@@ -73,7 +73,6 @@ def read_state_dict(source: Any) -> StateDict:
         first = memory.setdefault(address, str(key)) if address else str(key)
         if first != str(key):
             tied[str(key)] = first
-            continue
         try:
             tensors[str(key)] = to_array(value)
         except (TypeError, ValueError, RuntimeError, NotImplementedError) as error:

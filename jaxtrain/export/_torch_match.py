@@ -9,8 +9,7 @@ from collections.abc import Collection, Mapping, Sequence
 from typing import NamedTuple, NoReturn, TypeVar
 
 from jaxtrain.errors import InputError
-from jaxtrain.export._torch_layers import Layer
-from jaxtrain.export._torch_layouts import Shape
+from jaxtrain.export._torch_layers import Layer, Shape
 
 # Tensors that the other libraries do not have.
 _COUNTERS = {"num_batches_tracked"}

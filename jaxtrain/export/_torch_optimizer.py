@@ -14,7 +14,7 @@ from jaxtyping import PyTree
 
 from jaxtrain.errors import InputError
 from jaxtrain.export._torch_files import to_array
-from jaxtrain.export._torch_layers import Layer, convert, with_arrays
+from jaxtrain.export._torch_layers import Layer, Orders, to_ours, with_arrays
 from jaxtrain.export._torch_match import TorchLayer
 from jaxtrain.optimizers._transforms import AmsgradState, DampedTraceState
 from jaxtrain.training.state import TrainState
@@ -35,7 +35,7 @@ def load_optimizer(
     state_dict: Mapping[str, Any],
     tensors: Mapping[str, np.ndarray],
     pairs: Sequence[tuple[TorchLayer, Layer]],
-    channels: Mapping[str, int],
+    orders: Orders,
 ) -> PyTree:
     """Returns the optimizer state of `state` with the values of `optimizer.state_dict()`.
 
@@ -44,7 +44,7 @@ def load_optimizer(
       state_dict: of SGD, Adam or AdamW of PyTorch.
       tensors: the state dict of the model, whose parameters the optimizer numbers in order.
       pairs: layers of PyTorch with ours.
-      channels: as for `convert`, by layer of PyTorch.
+      orders: as for `to_ours`.
 
     Raises:
       InputError: it is not the state of such an optimizer, has other arrays than the optimizer of
@@ -77,7 +77,7 @@ def load_optimizer(
         if not _has_slots(node):
             return node
         changes = {
-            field: _loaded(getattr(node, field), slot, slots, pairs, channels)
+            field: _loaded(getattr(node, field), slot, slots, pairs, orders)
             if started
             else jax.tree.map(jnp.zeros_like, getattr(node, field))
             for field, slot in _SLOTS[type(node)].items()
@@ -191,7 +191,7 @@ def _loaded(
     slot: str,
     slots: Mapping[str, Mapping[str, Any]],
     pairs: Sequence[tuple[TorchLayer, Layer]],
-    channels: Mapping[str, int],
+    orders: Orders,
 ) -> PyTree:
     """Returns a pytree like the parameters with the arrays of one slot."""
     arrays: dict[str, Any] = {}
@@ -209,9 +209,7 @@ def _loaded(
             for part in entry.tensors
             if slot in slots[theirs.tensors[part]]
         }
-        entries = [entry for entry in entries if entry.tensors.keys() <= parts.keys()]
-        layer = ours._replace(entries=tuple(entries))
-        arrays |= convert(layer, parts, channels.get(theirs.name, 1))
+        arrays |= to_ours(ours, parts, orders)
     return with_arrays(tree, "params", arrays)
 
 

@@ -60,7 +60,7 @@ def assert_same_model(module: Any, state: jt.TrainState, inputs: np.ndarray) -> 
     loaded = load_torch(state, module.state_dict())
     assert np.std(expected) > 0.01
     np.testing.assert_allclose(jt.predict(loaded, jnp.asarray(inputs)), expected, atol=1e-5)
-    returned = to_torch(loaded, module)
+    returned = to_torch(loaded, module.state_dict())
     for name, tensor in module.state_dict().items():
         if "num_batches" not in name and "bias_ih" not in name and "bias_hh" not in name:
             np.testing.assert_array_equal(returned[name], tensor)
@@ -178,8 +178,7 @@ class EquinoxConvNet(eqx.Module):
 CONV_NETS = {
     "Linen": LinenConvNet,
     "NNX": NnxConvNet,
-    "Equinox, ema": lambda: eqx.nn.make_with_state(EquinoxConvNet)("ema"),
-    "Equinox, batch": lambda: eqx.nn.make_with_state(EquinoxConvNet)("batch"),
+    "Equinox": lambda: eqx.nn.make_with_state(EquinoxConvNet)("batch"),
 }
 SMALL_IMAGES = IMAGES[:, :8, :8].copy()
 
@@ -190,12 +189,11 @@ def test_every_framework_has_the_outputs_of_a_convolutional_network(framework: s
     assert_same_model(randomize(TorchConvNet()), state, SMALL_IMAGES)
 
 
-@pytest.mark.parametrize("framework", CONV_NETS)
-def test_trained_running_statistics_return_to_pytorch(framework: str) -> None:
+@pytest.mark.parametrize("mode", ["ema", "batch"])
+def test_trained_running_statistics_return_to_pytorch(mode: str) -> None:
     data = jt.Dataset(jnp.asarray(SMALL_IMAGES), jnp.arange(4))
-    state = state_of(CONV_NETS[framework](), SMALL_IMAGES)
-    for _ in range(3):
-        state, _ = jt.train_step(state, data, jt.losses.cross_entropy)
+    state = state_of(eqx.nn.make_with_state(EquinoxConvNet)(mode), SMALL_IMAGES)
+    state, _ = jt.train_step(state, data, jt.losses.cross_entropy)
     module = TorchConvNet()
     module.load_state_dict(to_torch(state, module))
     expected = jt.predict(state, SMALL_IMAGES)
@@ -219,15 +217,13 @@ class TorchSequences(torch.nn.Module):
 
 
 class LinenSequences(nn.Module):
-    cell: type = nn.OptimizedLSTMCell
-
     @nn.compact
     def __call__(self, tokens):
         start = self.param("start", nn.initializers.normal(), (6,))
         x = nn.Embed(11, 6)(tokens)
         x = nn.LayerNorm(epsilon=1e-5)(x + jnp.broadcast_to(start, x.shape))
         for _ in range(2):
-            x = nn.RNN(self.cell(6))(x)
+            x = nn.RNN(nn.OptimizedLSTMCell(6))(x)
         x = nn.MultiHeadDotProductAttention(2)(x, x, x)
         return nn.Dense(3, use_bias=False)(x)
 
@@ -254,11 +250,9 @@ class NnxSequences(nnx.Module):
     "model",
     [
         LinenSequences(),
-        LinenSequences(nn.LSTMCell),
-        NnxSequences(nnx.OptimizedLSTMCell),
         NnxSequences(nnx.LSTMCell),
     ],
-    ids=["Linen", "Linen, one gate at a time", "NNX", "NNX, one gate at a time"],
+    ids=["Linen", "NNX, one gate at a time"],
 )
 def test_sequence_layers_have_the_same_outputs(model) -> None:
     tokens = np.random.default_rng(0).integers(0, 11, (4, 5))
@@ -322,23 +316,6 @@ def test_equal_names_match_before_the_order() -> None:
     module = torch.nn.ModuleDict({"first": torch.nn.Linear(4, 4), "second": torch.nn.Linear(4, 4)})
     module.forward = lambda inputs: module["first"](module["second"](inputs))
     assert_same_model(randomize(module), state_of(Named(), INPUTS), INPUTS)
-
-
-class Nested(nn.Module):
-    """Is called in another order than its layers are named: the outer one is created first."""
-
-    @nn.compact
-    def __call__(self, inputs):
-        return nn.Dense(4)(nn.tanh(nn.Dense(4)(inputs)))
-
-
-def test_the_order_of_calls_decides_not_that_of_names() -> None:
-    module = torch.nn.Sequential(torch.nn.Linear(4, 4), torch.nn.Tanh(), torch.nn.Linear(4, 4))
-    state = state_of(Nested(), INPUTS)
-    assert_same_model(randomize(module), state, INPUTS)
-    loaded = load_torch(state, randomize(module).state_dict())
-    expected = module[0].weight.detach().T
-    np.testing.assert_array_equal(loaded.params["Dense_1"]["kernel"], expected)
 
 
 class Branches(nn.Module):
@@ -410,128 +387,6 @@ def test_a_mapping_names_known_layers_of_equal_shapes() -> None:
             load_torch(state, module.state_dict(), mapping=mapping)
 
 
-def test_pooled_features_are_not_flattened_although_their_number_suggests_it() -> None:
-
-    class Pooled(nn.Module):
-        @nn.compact
-        def __call__(self, images):
-            x = nn.Conv(4, (3, 3), padding="VALID")(images[..., None])
-            return nn.Dense(3)(jnp.concatenate([x.mean((1, 2)), x.max((1, 2))], axis=-1))
-
-    module = torch.nn.ModuleList([torch.nn.Conv2d(1, 4, 3), torch.nn.Linear(8, 3)])
-
-    def forward(images):
-        x = module[0](images[:, None])
-        return module[1](torch.cat([x.mean((2, 3)), x.amax((2, 3))], dim=1))
-
-    module.forward = forward
-    expected = outputs_of(randomize(module), SMALL_IMAGES)
-    state = state_of(Pooled(), SMALL_IMAGES)
-    loaded = load_torch(state, module.state_dict())
-    np.testing.assert_allclose(jt.predict(loaded, SMALL_IMAGES), expected, atol=1e-5)
-    returned = to_torch(loaded, module)
-    np.testing.assert_array_equal(returned["1.weight"], module[1].weight.detach())
-    reordered = load_torch(state, module.state_dict(), channels={"1": 4})
-    assert abs(jt.predict(reordered, SMALL_IMAGES) - expected).max() > 1e-3
-    with pytest.raises(
-        jt.errors.InputError, match="channels has 3 for 1, which has 8 inputs; expected"
-    ):
-        load_torch(state, module.state_dict(), channels={"1": 3})
-    for name in ("fc", "0"):
-        with pytest.raises(
-            jt.errors.InputError, match=f"channels has the layer '{name}'; expected one"
-        ):
-            load_torch(state, module.state_dict(), channels={name: 4})
-
-
-class SqueezeAndExcite(nn.Module):
-    """A dense layer without a flatten comes between a convolution and the one that flattens."""
-
-    @nn.compact
-    def __call__(self, images):
-        x = nn.Conv(4, (3, 3), padding="VALID")(images[..., None])
-        x = x * nn.sigmoid(nn.Dense(4)(x.mean((1, 2))))[:, None, None]
-        x = nn.max_pool(nn.relu(x), (2, 2), (2, 2))
-        return nn.Dense(3)(x.reshape(len(x), -1))
-
-
-class TorchSqueezeAndExcite(torch.nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.conv, self.gate = torch.nn.Conv2d(1, 4, 3), torch.nn.Linear(4, 4)
-        self.fc = torch.nn.Linear(36, 3)
-
-    def forward(self, images):
-        x = self.conv(images[:, None])
-        x = x * torch.sigmoid(self.gate(x.mean((2, 3))))[..., None, None]
-        return self.fc(torch.nn.functional.max_pool2d(torch.relu(x), 2).flatten(1))
-
-
-def test_only_the_layer_that_flattens_a_convolution_is_reordered() -> None:
-    state = state_of(SqueezeAndExcite(), SMALL_IMAGES)
-    assert_same_model(randomize(TorchSqueezeAndExcite()), state, SMALL_IMAGES)
-
-
-def test_features_that_are_transposed_before_the_flatten_are_not_reordered() -> None:
-    class ChannelsFirst(nn.Module):
-        @nn.compact
-        def __call__(self, images):
-            x = nn.Conv(6, (3, 3), padding="VALID")(images[..., None])  # as many as rows
-            return nn.Dense(3)(x.transpose(0, 3, 1, 2).reshape(len(x), -1))
-
-    layers = [torch.nn.Conv2d(1, 6, 3), torch.nn.Flatten(), torch.nn.Linear(216, 3)]
-    module = randomize(torch.nn.Sequential(*layers))
-    loaded = load_torch(state_of(ChannelsFirst(), SMALL_IMAGES), module.state_dict())
-    expected = outputs_of(module, SMALL_IMAGES[:, None])
-    np.testing.assert_allclose(jt.predict(loaded, SMALL_IMAGES), expected, atol=1e-5)
-
-
-def test_cells_in_one_loop_are_in_the_order_of_their_names() -> None:
-    class Stacked(nn.Module):
-        """Two cells in one loop over the rows of an image."""
-
-        def setup(self):
-            self.cells = [nn.OptimizedLSTMCell(8) for _ in range(2)]
-
-        def __call__(self, images):
-            def step(module, carry, outputs):
-                carry = list(carry)
-                for index, cell in enumerate(module.cells):
-                    carry[index], outputs = cell(carry[index], outputs)
-                return tuple(carry), outputs
-
-            start = ((jnp.zeros((len(images), 8)),) * 2,) * 2
-            options = {"variable_broadcast": "params", "split_rngs": {"params": False}}
-            _, outputs = nn.scan(step, in_axes=1, out_axes=1, **options)(self, start, images)
-            return outputs[:, -1]
-
-    module = torch.nn.ModuleList([torch.nn.LSTM(8, 8, num_layers=2, batch_first=True)])
-    module.forward = lambda images: module[0](images)[0][:, -1]
-    assert_same_model(randomize(module), state_of(Stacked(), SMALL_IMAGES), SMALL_IMAGES)
-
-
-def test_a_dense_layer_after_a_recurrent_one_is_not_reordered() -> None:
-    class Recurrent(nn.Module):
-        @nn.compact
-        def __call__(self, images):
-            x = nn.Conv(4, (3,), padding="VALID")(images)
-            return nn.Dense(3)(nn.RNN(nn.OptimizedLSTMCell(8))(x)[:, -1])
-
-    class TorchRecurrent(torch.nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.conv, self.lstm = torch.nn.Conv1d(8, 4, 3), torch.nn.LSTM(4, 8, batch_first=True)
-            self.fc = torch.nn.Linear(8, 3)
-
-        def forward(self, images):
-            x = self.conv(images.transpose(1, 2)).transpose(1, 2)
-            return self.fc(self.lstm(x)[0][:, -1])
-
-    assert_same_model(
-        randomize(TorchRecurrent()), state_of(Recurrent(), SMALL_IMAGES), SMALL_IMAGES
-    )
-
-
 def test_functions_with_a_convolution_need_the_flattened_channels() -> None:
     def init(key, inputs):
         shapes = {"classifier": (144, 3), "features": (3, 3, 1, 4)}
@@ -577,23 +432,6 @@ def test_a_transposed_convolution_is_refused(strides: int) -> None:
         load_torch(state_of(Transposed(), SMALL_IMAGES), torch.nn.Sequential(*layers).state_dict())
 
 
-def test_the_order_of_calls_is_known_under_rematerialization() -> None:
-    class Checkpointed(eqx.Module):
-        zeta: eqx.nn.Linear
-        alpha: eqx.nn.Linear
-
-        def __init__(self) -> None:
-            key = jax.random.key(0)
-            self.alpha, self.zeta = (eqx.nn.Linear(4, 4, key=key) for _ in range(2))
-
-        def __call__(self, example):
-            hidden = eqx.filter_checkpoint(self.zeta)(example)
-            return eqx.filter_checkpoint(self.alpha)(jnp.tanh(hidden))
-
-    module = torch.nn.Sequential(torch.nn.Linear(4, 4), torch.nn.Tanh(), torch.nn.Linear(4, 4))
-    assert_same_model(randomize(module), state_of(Checkpointed(), INPUTS), INPUTS)
-
-
 class Named(nn.Module):
     """Uses its second layer first, as `torch_named` does."""
 
@@ -621,34 +459,6 @@ def test_names_decide_also_behind_the_prefix_of_a_wrapper(prefix: str) -> None:
     assert to_torch(loaded, tensors).keys() == tensors.keys()
 
 
-@pytest.mark.parametrize("extra", [{}, {"extra.weight": torch.zeros(4, 4)}])
-def test_names_decide_also_for_a_part_of_the_layers(extra) -> None:
-    tensors = torch_named().state_dict() | extra
-    loaded = load_torch(state_of(Named(7), INPUTS), tensors, strict=False)
-    for name in ("first", "second"):
-        np.testing.assert_array_equal(loaded.params[name]["kernel"].T, tensors[f"{name}.weight"])
-    with pytest.raises(
-        jt.errors.InputError, match=r"head.weight has the shape \[3, 4\], not \[7, 4\]"
-    ):
-        load_torch(state_of(Named(7), INPUTS), tensors)
-
-
-def test_tied_weights_are_one_layer() -> None:
-    class Tied(nn.Module):
-        @nn.compact
-        def __call__(self, tokens):
-            embedding = nn.Embed(11, 4)
-            return embedding.attend(nn.Dense(4)(embedding(tokens)))
-
-    module = torch.nn.ModuleList(
-        [torch.nn.Embedding(11, 4), torch.nn.Linear(4, 4), torch.nn.Linear(4, 11, bias=False)]
-    )
-    module[2].weight = module[0].weight
-    module.forward = lambda tokens: module[2](module[1](module[0](tokens)))
-    tokens = np.arange(6).reshape(2, 3)
-    assert_same_model(randomize(module), state_of(Tied(), tokens), tokens)
-
-
 def test_further_buffers_are_kept_without_strict() -> None:
     module = randomize(dense(4, 3))
     module.register_buffer("mean", torch.ones(2))
@@ -667,17 +477,6 @@ def test_a_state_dict_of_another_network_is_an_error_without_strict() -> None:
             jt.errors.InputError, match="no layer of the state dict has a counterpart"
         ):
             load_torch(state_of(Dense((3,)), INPUTS), tensors, strict=False)
-
-
-def test_a_layer_may_have_the_name_of_our_own_terms() -> None:
-    class Statistics(nn.Module):
-        @nn.compact
-        def __call__(self, inputs, train: bool = False):
-            x = nn.Dense(4, name="statistics")(inputs)
-            return nn.BatchNorm(use_running_average=not train, name="mean")(x)
-
-    module = randomize(torch.nn.Sequential(torch.nn.Linear(4, 4), torch.nn.BatchNorm1d(4)))
-    assert_same_model(module, state_of(Statistics(), INPUTS), INPUTS)
 
 
 def test_without_strict_a_new_last_layer_is_kept() -> None:
@@ -754,14 +553,6 @@ def test_an_average_of_the_parameters_starts_with_the_loaded_ones(tmp_path: Path
     np.testing.assert_array_equal(jt.predict(restored, INPUTS), jt.predict(loaded, INPUTS))
 
 
-def test_mixed_precision_keeps_the_weights_in_float32() -> None:
-    module, model = randomize(TorchConvNet()), jt.mixed_precision(LinenConvNet())
-    loaded = load_torch(state_of(model, SMALL_IMAGES), module.state_dict())
-    np.testing.assert_array_equal(
-        to_torch(loaded, module)["fc1.weight"], module.fc1.weight.detach()
-    )
-
-
 def test_bfloat16_arrays_are_converted_both_ways() -> None:
     class Half(nn.Module):
         @nn.compact
@@ -809,20 +600,6 @@ def test_a_safetensors_file_has_sorted_names_so_only_numbers_tell_the_order(tmp_
         jt.errors.InputError, match=r"or module.state_dict\(\) in place of a safetensors"
     ):
         load_torch(state_of(Branches(), INPUTS), tmp_path / "branches.safetensors")
-
-
-def test_functions_in_plain_jax_are_matched_by_the_numbers_in_their_names() -> None:
-    def init(key, inputs):
-        shapes = {"1": (5, 4), "2": (3, 5), "10": (3, 3)}
-        return {name: {"weight": jnp.zeros(shape)} for name, shape in shapes.items()}, {}
-
-    def apply(params, model_state, inputs, *, train, key):
-        for name in ("1", "2", "10"):
-            inputs = inputs @ params[name]["weight"].T
-        return inputs, model_state
-
-    module = dense(4, 5, 3, 3, bias=False)
-    assert_same_model(randomize(module), state_of(jt.Model(init, apply), INPUTS), INPUTS)
 
 
 class Bomb:
@@ -985,15 +762,11 @@ def test_options_of_a_wrong_type_are_refused(options) -> None:
 # Optimizers
 
 OPTIMIZERS = [
-    (torch.optim.SGD, {"momentum": 0.9}, jt.optimizers.sgd),
-    (torch.optim.SGD, {"momentum": 0.9, "nesterov": True}, jt.optimizers.sgd),
     (torch.optim.SGD, {"momentum": 0.8, "dampening": 0.3}, jt.optimizers.sgd),
     (torch.optim.SGD, {}, jt.optimizers.sgd),
-    (torch.optim.Adam, {"weight_decay": 0.01}, jt.optimizers.adam),
     (torch.optim.Adam, {"amsgrad": True, "betas": (0.9, 0.9)}, jt.optimizers.adam),
     (torch.optim.AdamW, {"weight_decay": 0.1}, jt.optimizers.adamw),
 ]
-LABELS = np.arange(5) % 3
 
 
 def torch_steps(module: Any, optimizer: Any, steps: int) -> list[float]:
@@ -1039,15 +812,12 @@ class LinenLayers(nn.Module):
 @pytest.mark.parametrize(
     ("theirs", "options", "ours"), OPTIMIZERS, ids=lambda value: getattr(value, "__name__", None)
 )
-@pytest.mark.parametrize("wrapped", [False, True], ids=["plain", "safeguards"])
-def test_a_pytorch_run_continues_with_the_same_numbers(theirs, options, ours, wrapped) -> None:
+def test_a_pytorch_run_continues_with_the_same_numbers(theirs, options, ours) -> None:
     module = randomize(TorchLayers())
     optimizer = theirs(module.parameters(), lr=0.3, **options)
     optimizer.param_groups[0]["lr"] = 0.02  # as after a scheduler
     torch_steps(module, optimizer, 5)
-    solver = ours(0.5, **options)
-    if wrapped:
-        solver = jt.optimizers.skip_nonfinite(jt.optimizers.clip_gradients(solver, 1e6))
+    solver = jt.optimizers.clip_gradients(ours(0.5, **options), 1e6)
     state = load_torch(
         state_of(LinenLayers(), SMALL_IMAGES, solver),
         module.state_dict(),
@@ -1058,19 +828,6 @@ def test_a_pytorch_run_continues_with_the_same_numbers(theirs, options, ours, wr
     np.testing.assert_allclose(losses, expected, rtol=2e-5)
     for name, tensor in to_torch(state, module).items():
         np.testing.assert_allclose(tensor, module.state_dict()[name], atol=2e-6)
-
-
-@pytest.mark.parametrize("started", [False, True])
-def test_an_optimizer_before_its_first_step_resets_ours(started: bool) -> None:
-    module = randomize(TorchLayers())
-    optimizer = torch.optim.Adam(module.parameters(), lr=0.02)
-    state = state_of(LinenLayers(), SMALL_IMAGES, jt.optimizers.adam(0.5))
-    if started:
-        state, _ = our_steps(state, 2)
-    state = load_torch(state, module.state_dict(), optimizer=optimizer.state_dict())
-    expected = torch_steps(module, optimizer, 3)
-    _, losses = our_steps(state, 3)
-    np.testing.assert_allclose(losses, expected, rtol=2e-5)
 
 
 def test_a_partly_filled_optimizer_is_refused() -> None:
@@ -1088,17 +845,6 @@ def test_a_partly_filled_optimizer_is_refused() -> None:
                 module.state_dict(),
                 optimizer=found,
             )
-
-
-def test_without_the_optimizer_state_the_numbers_differ() -> None:
-    module = randomize(TorchLayers())
-    optimizer = torch.optim.SGD(module.parameters(), lr=0.02, momentum=0.9)
-    torch_steps(module, optimizer, 5)
-    solver = jt.optimizers.sgd(0.02, momentum=0.9)
-    state = load_torch(state_of(LinenLayers(), SMALL_IMAGES, solver), module.state_dict())
-    expected = torch_steps(module, optimizer, 5)
-    _, losses = our_steps(state, 5)
-    assert not np.allclose(losses, expected, rtol=1e-3)
 
 
 def test_an_optimizer_of_optax_continues_a_run_with_batch_norm() -> None:
@@ -1203,18 +949,6 @@ def test_an_optimizer_that_does_not_fit_is_refused(theirs, ours, message: str) -
             state_of(LinenLayers(), SMALL_IMAGES, ours),
             module.state_dict(),
             optimizer=optimizer.state_dict(),
-        )
-
-
-@needs_unchecked_types
-def test_an_optimizer_itself_is_refused() -> None:
-    module = TorchLayers()
-    message = "optimizer is a SGD; expected optimizer.state_dict() of PyTorch"
-    with pytest.raises(jt.errors.InputError, match=re.escape(message)):
-        load_torch(
-            state_of(LinenLayers(), SMALL_IMAGES),
-            module.state_dict(),
-            optimizer=torch.optim.SGD(module.parameters(), 0.1),
         )
 
 
