@@ -31,7 +31,7 @@ _ELEMENTWISE = {
     *("convert_element_type", "copy", "copy_p", "cos", "cosh", "div", "eq", "erf", "erf_inv"),
     *("erfc", "exp", "exp2", "expm1", "floor", "ge", "gt", "integer_pow", "is_finite", "le"),
     *("log", "log1p", "logistic", "lt", "max", "min", "mul", "ne", "neg", "not", "or", "pow"),
-    *("optimization_barrier", "reduce_precision", "rem", "round", "rsqrt", "select_n", "sign"),
+    *("reduce_precision", "rem", "round", "rsqrt", "select_n", "sign"),
     *("sharding_constraint", "sin", "sinh", "sqrt", "square", "stop_gradient", "sub", "tan"),
     *("tanh", "xor"),
 }
@@ -252,7 +252,7 @@ def _run(jaxpr: Any, values: Sequence[_Value], uses: Uses) -> list[_Value]:
             ]
         else:
             results = [_of_parameters(equation, operands, x.aval.shape) for x in equation.outvars]
-        if uses.steps == 0 and results[0].is_raw and name != "reshape":
+        if uses.steps == 0 and results and results[0].is_raw and name != "reshape":
             uses.normalized.append(equation if name in _ELEMENTWISE else None)
         known.update(zip(equation.outvars, results, strict=True))
     return [read(x) for x in jaxpr.outvars]
@@ -265,7 +265,7 @@ def _result(equation: Any, operands: Sequence[_Value], shape: Shape, uses: Uses)
         return _elementwise(equation, operands, shape, uses)
     data = [x for x in operands if x.axes is not None]
     sources = _sources(equation, data[0].shape, shape)
-    is_alone = len(data) == 1 and not any(x.parameters for x in operands if x is not data[0])
+    is_alone = data == [operands[0]] and not any(x.parameters for x in operands[1:])
     if is_alone and sources is not None and name != "reshape":
         return _moved(equation, data[0], sources, shape, uses)
     operands = [_settled(equation, x, uses) for x in operands]
@@ -613,14 +613,28 @@ def _sources(equation: Any, old: Shape, new: Shape) -> list[int | None] | None:
             return None
         found = {b[0]: a[0] for a, b in pairs}
         return [found.get(i) for i in range(len(new))]
-    if name in _ALONG_AXES or (name in _ELEMENTWISE and old == new):
+    is_take = name == "gather" and _taken_axis(equation, old, new) is not None
+    if is_take or name in _ALONG_AXES or (name in _ELEMENTWISE and old == new):
         return list(range(len(old)))
     return None
+
+
+def _taken_axis(equation: Any, old: Shape, new: Shape) -> int | None:
+    """Returns the axis along which a gather takes entries, as `jax.numpy.take` and resizing do."""
+    numbers = equation.params["dimension_numbers"]
+    if len(numbers.start_index_map) != 1 or len(old) != len(new):
+        return None
+    (axis,) = numbers.start_index_map
+    is_kept = all(a == b for i, (a, b) in enumerate(zip(old, new, strict=True)) if i != axis)
+    others = tuple(i for i in range(len(old)) if i != axis)
+    return axis if is_kept and numbers.offset_dims == others else None
 
 
 def _acted(equation: Any, value: _Value, shape: Shape) -> set[int]:
     """Returns the axes whose entries an operation selects or combines."""
     name, options = equation.primitive.name, equation.params
+    if name == "gather":
+        return {_taken_axis(equation, value.shape, shape) or 0}
     if name not in _ALONG_AXES:
         return set()
     axes = {i for i, (a, b) in enumerate(zip(value.shape, shape, strict=True)) if a != b}

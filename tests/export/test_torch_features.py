@@ -106,6 +106,18 @@ def torch_attention_by_pixel(m, x):
     return m.fc((x * torch.sigmoid(m.map(maps)))[:, :, 1:3].mean(2).flatten(1))
 
 
+def upsampled(module, images):
+    x = conv()(images)
+    y = jax.image.resize(conv(4)(x), (len(x), 4, 4, 4), "nearest")
+    return nn.Dense(2)(flat(nn.Conv(2, (3, 3), padding="VALID")(jnp.concatenate([x, y], -1))))
+
+
+def torch_upsampled(m, x):
+    x = m.conv(x)
+    y = torch.nn.functional.interpolate(m.conv2(x), size=(4, 4))
+    return m.fc(m.conv3(torch.cat([x, y], 1)).flatten(1))
+
+
 def recurrent(module, sequences):
     x = nn.Conv(4, (3,), padding="VALID")(sequences)
     return nn.Dense(3)(nn.RNN(nn.OptimizedLSTMCell(5))(x)[:, -1])
@@ -184,6 +196,17 @@ EXACT = {
         Torch(
             torch_attention_by_pixel,
             **layers(12, gate=torch.nn.Linear(3, 3), map=torch.nn.Conv2d(2, 1, 3, padding=1)),
+        ),
+    ),
+    "upsampled": (
+        upsampled,
+        Torch(
+            torch_upsampled,
+            **layers(
+                8,
+                conv2=torch.nn.Conv2d(3, 4, 3),
+                conv3=torch.nn.Conv2d(7, 2, 3),
+            ),
         ),
     ),
     "vision transformer": (
