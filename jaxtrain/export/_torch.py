@@ -168,13 +168,13 @@ def to_torch(
                 f"{first} and {full} are one tensor in PyTorch, and differ in the state; expected "
                 "a module that does not tie them"
             )
-    is_counter = {
+    counters = {
         full
-        for layer, _ in pairs
-        for part, full in layer.tensors.items()
-        if part not in layer.shapes
+        for theirs, _ in pairs
+        for part, full in theirs.tensors.items()
+        if part not in theirs.shapes
     }
-    kept = {full: x for full, x in tensors.items() if full in is_counter or not strict}
+    kept = {full: x for full, x in tensors.items() if full in counters or not strict}
     result = {full: _to_tensor(array) for full, array in (kept | found).items()}
     if strict and hasattr(like, "named_modules"):
         check_outputs(evaluated, like, result, pairs, uses)
@@ -223,8 +223,8 @@ def _check_names(value: Any, argument: str, kind: type, what: str, example: str)
 
 def _named_by_us(layer: Layer) -> TorchLayer:
     """Returns a layer of PyTorch with our path as its name."""
-    tensors = {part: ".".join(filter(None, [layer.path, part])) for part in layer.tensors}
-    return TorchLayer(layer.path, tensors, layer.tensors)
+    tensors = {part: ".".join(filter(None, [layer.path, part])) for part in layer.shapes}
+    return TorchLayer(layer.path, tensors, layer.shapes)
 
 
 def _leaves(state: TrainState) -> dict[str, Any]:
@@ -271,13 +271,12 @@ def _feature_orders(pairs: Pairs, uses: Uses | None, channels: Mapping[str, int]
             argument="channels",
         )
     orders: dict[str, dict[int, np.ndarray | None]] = {}
-    has_convolutions = any(len(x) > 2 for _, ours in pairs for x in ours.tensors.values())
+    has_convolutions = any(len(x) > 2 for _, ours in pairs for x in ours.shapes.values())
     for theirs, ours in pairs:
         name = theirs.name
         where = ours.path or "the model"
         if name in channels:
-            shapes = {shape for shape in ours.tensors.values()}
-            size = max(shapes, key=len)[-1]
+            size = max(ours.shapes.values(), key=len)[-1]
             if channels[name] < 1 or size % channels[name]:
                 raise InputError(
                     f"channels has {channels[name]} for {name}, which has {size} inputs; expected "
@@ -287,7 +286,7 @@ def _feature_orders(pairs: Pairs, uses: Uses | None, channels: Mapping[str, int]
             order = np.arange(size).reshape(-1, channels[name]).T.reshape(-1)
             orders |= {path: {axis: order} for path, axis in ours.inputs.items()}
         elif uses is None:
-            is_dense = any(len(shape) == 2 for shape in ours.tensors.values())
+            is_dense = any(len(shape) == 2 for shape in ours.shapes.values())
             if has_convolutions and ours.inputs and is_dense:
                 raise InputError(
                     f"{where} may flatten the features of a convolution, which a Model of "

@@ -54,7 +54,7 @@ class Layer(NamedTuple):
     inputs: Mapping[str, int] = MappingProxyType({})
 
     @property
-    def tensors(self) -> dict[str, Shape]:
+    def shapes(self) -> dict[str, Shape]:
         """Shapes of PyTorch's tensors by name."""
         return {name: shape for entry in self.entries for name, shape in entry.tensors.items()}
 

@@ -6,7 +6,7 @@ import itertools
 import re
 from collections import Counter
 from collections.abc import Collection, Mapping, Sequence
-from typing import NamedTuple, NoReturn, TypeVar
+from typing import Any, NamedTuple, NoReturn, TypeVar
 
 from jaxtrain.errors import InputError
 from jaxtrain.export._torch_layers import Layer, Shape
@@ -37,7 +37,7 @@ class TorchLayer(NamedTuple):
     shapes: dict[str, Shape]
 
 
-def torch_layers(shapes: Mapping[str, Shape]) -> list[TorchLayer]:
+def _torch_layers(shapes: Mapping[str, Shape]) -> list[TorchLayer]:
     """Groups the tensors of a state dict by layer.
 
     The layers of a deep LSTM are layers of their own, "lstm.l0" and "lstm.l1".
@@ -67,7 +67,7 @@ def _split(full: str, names: Collection[str]) -> tuple[str, str]:
     return (name, part) if part in _PARTS else (full, "")
 
 
-def have_creation_order(tensors: Sequence[str]) -> bool:
+def _have_creation_order(tensors: Sequence[str]) -> bool:
     """Returns whether tensors are in the order of a module, or in one that a file gave them.
 
     A safetensors file sorts the names; once loaded, the tensors of a layer may also be apart.
@@ -96,13 +96,13 @@ def match(
     Raises:
       InputError: a layer has no counterpart, or more than one possible.
     """
-    theirs = torch_layers(shapes)
+    theirs = _torch_layers(shapes)
     pairs = _mapped(theirs, ours, mapping)
-    is_created_in_order = have_creation_order(list(shapes))
+    is_created_in_order = _have_creation_order(list(shapes))
     if not is_created_in_order:
-        theirs = sorted(theirs, key=lambda layer: natural_sort_key(layer.name))
+        theirs = sorted(theirs, key=lambda layer: _natural_sort_key(layer.name))
     if not is_called_in_order:
-        ours = sorted(ours, key=lambda layer: natural_sort_key(layer.path))
+        ours = sorted(ours, key=lambda layer: _natural_sort_key(layer.path))
     theirs_left = [layer for layer in theirs if layer.name not in pairs]
     taken = {layer.path for layer in pairs.values()}
     left = [layer for layer in ours if layer.path not in taken]
@@ -166,33 +166,26 @@ def _by_shapes(
     """Returns pairs of equal shapes, several of which must have a known order."""
     groups: dict[_Signature, tuple[list[TorchLayer], list[Layer]]] = {}
     for layer in theirs:
-        groups.setdefault(_signature(layer.shapes), ([], []))[0].append(layer)
+        groups.setdefault(_signature(layer), ([], []))[0].append(layer)
     for own in ours:
-        groups.setdefault(_signature(own.tensors), ([], []))[1].append(own)
+        groups.setdefault(_signature(own), ([], []))[1].append(own)
     groups = {signature: group for signature, group in groups.items() if all(group)}
-
-    def is_in_sequence(shapes: Mapping[str, Shape]) -> bool:
-        signature = _signature(shapes)
-        return signature in groups and not _is_single(signature)
-
+    in_sequence = {signature for signature in groups if not _is_single(signature)}
+    created = [layer for layer in theirs if _signature(layer) in in_sequence]
+    called = [layer for layer in ours if _signature(layer) in in_sequence]
+    different = [pair for pair in zip(created, called, strict=False) if not _fits(*pair)]
+    are_known = is_created_in_order and is_called_in_order
+    are_in_order = are_known and not different and len(created) == len(called)
     where = ""
-    are_in_order = is_created_in_order and is_called_in_order
-    if are_in_order:
-        created = [layer for layer in theirs if is_in_sequence(layer.shapes)]
-        called = [layer for layer in ours if is_in_sequence(layer.tensors)]
-        different = [pair for pair in zip(created, called, strict=False) if not _fits(*pair)]
-        are_in_order = not different and len(created) == len(called)
-        if different:
-            where = (
-                f" (the orders first differ at {different[0][0].name} and {different[0][1].path})"
-            )
+    if are_known and different:
+        where = f" (the orders first differ at {different[0][0].name} and {different[0][1].path})"
     pairs: dict[str, Layer] = {}
     for signature, (some, own_some) in groups.items():
         # Single parameters of a module come before its layers, wherever they are used.
-        is_called = is_called_in_order and not _is_single(signature)
+        is_called = is_called_in_order and signature in in_sequence
         # If not all layers are in the same order, numbers in names may tell that of these.
-        names_known = numbers_give_order([layer.name for layer in some])
-        paths_known = numbers_give_order([layer.path for layer in own_some])
+        names_known = _numbers_give_order([layer.name for layer in some])
+        paths_known = _numbers_give_order([layer.path for layer in own_some])
         is_clear = (are_in_order and is_called) or (
             (names_known or (is_created_in_order and not is_called)) and (paths_known or is_called)
         )
@@ -258,26 +251,21 @@ def _mapped(
 
 def _check_counts(theirs: Sequence[TorchLayer], ours: Sequence[Layer]) -> None:
     """Raises InputError, naming all tensors that differ, unless there are as many of each shape."""
-    counts_ours = Counter(_signature(layer.tensors) for layer in ours)
-    counts_theirs = Counter(_signature(layer.shapes) for layer in theirs)
-    extra = _left_over([(_signature(layer.shapes), layer) for layer in theirs], counts_ours)
-    missing = _left_over([(_signature(layer.tensors), layer) for layer in ours], counts_theirs)
-    if not extra and not missing:
-        return
+    extra, missing = _left_over(theirs, ours), _left_over(ours, theirs)
     if len(extra) == len(missing):
         texts = [_difference(a, b) for a, b in zip(extra, missing, strict=True)]
     else:
         texts = [
-            f"{full} {list(layer.shapes[part])} has no counterpart in the model"
+            f"{layer.tensors[part]} {list(shape)} has no counterpart in the model"
             for layer in extra
-            for part, full in layer.tensors.items()
-            if part in layer.shapes
+            for part, shape in layer.shapes.items()
         ]
-        texts += [
-            f"{layer.path or 'the model'} needs {_needs(layer)}, which the state dict does not have"
-            for layer in missing
-        ]
-    _raise_misfits(texts)
+        for own in missing:
+            needs = ", ".join(f"{x or 'a tensor'} {list(shape)}" for x, shape in own.shapes.items())
+            where = own.path or "the model"
+            texts.append(f"{where} needs {needs}, which the state dict does not have")
+    if texts:
+        _raise_misfits(texts)
 
 
 def _raise_misfits(texts: Sequence[str]) -> NoReturn:
@@ -287,14 +275,12 @@ def _raise_misfits(texts: Sequence[str]) -> NoReturn:
     )
 
 
-def _left_over(
-    layers: Sequence[tuple[_Signature, _AnyLayer]], counts: Mapping[_Signature, int]
-) -> list[_AnyLayer]:
+def _left_over(layers: Sequence[_AnyLayer], others: Sequence[Any]) -> list[_AnyLayer]:
     """Returns the layers beyond the number that the other side has of their shapes."""
-    left, found = Counter(counts), []
-    for signature, layer in layers:
-        if left[signature] > 0:
-            left[signature] -= 1
+    left, found = Counter(map(_signature, others)), []
+    for layer in layers:
+        if left[_signature(layer)] > 0:
+            left[_signature(layer)] -= 1
         else:
             found.append(layer)
     return found
@@ -304,7 +290,7 @@ def _difference(theirs: TorchLayer, ours: Layer) -> str:
     """Describes how a layer of PyTorch differs from the one that should be the same."""
     texts = []
     where = f"for {ours.path}" if ours.path else "for the model"
-    for part, shape in ours.tensors.items():
+    for part, shape in ours.shapes.items():
         full = theirs.tensors.get(part, ".".join(filter(None, [theirs.name, part])))
         found = theirs.shapes.get(part)
         if found is None:
@@ -315,30 +301,26 @@ def _difference(theirs: TorchLayer, ours: Layer) -> str:
     texts += [
         f"{theirs.tensors[part]} {list(shape)} is not used by {ours.path or 'the model'}"
         for part, shape in theirs.shapes.items()
-        if part not in ours.tensors
+        if part not in ours.shapes
     ]
     return "; ".join(texts)
 
 
-def _needs(layer: Layer) -> str:
-    return ", ".join(f"{name or 'a tensor'} {list(shape)}" for name, shape in layer.tensors.items())
-
-
 def _fits(theirs: TorchLayer, ours: Layer) -> bool:
-    return _signature(theirs.shapes) == _signature(ours.tensors)
+    return _signature(theirs) == _signature(ours)
 
 
-def _signature(shapes: Mapping[str, Shape]) -> _Signature:
-    return tuple(sorted(shapes.items()))
+def _signature(layer: Any) -> _Signature:
+    return tuple(sorted(layer.shapes.items()))
 
 
-def natural_sort_key(name: str) -> list[tuple[int, int | str]]:
+def _natural_sort_key(name: str) -> list[tuple[int, int | str]]:
     """Returns a key that sorts numbers in names by their value."""
     parts = re.split(r"(\d+)", name)
     return [(0, int(part)) if part.isdigit() else (1, part) for part in parts]
 
 
-def numbers_give_order(names: Sequence[str]) -> bool:
+def _numbers_give_order(names: Sequence[str]) -> bool:
     """Returns whether the numbers in some dotted names tell their order."""
     paths = [name.split(".") for name in names]
     for a in paths:
