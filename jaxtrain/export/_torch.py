@@ -51,7 +51,7 @@ def load_torch(
       source: the module, `module.state_dict()`, or a file: ".safetensors", ".pt", ".pth" or ".bin".
         The last three are read with `weights_only=True`, so that they cannot run code. With the
         module, both sides are run on the same random inputs and compared, if the module takes
-        inputs like those of `state`.
+        inputs like those of `state`, and if `strict`.
       mapping: paths in the model by names of layers in PyTorch, such as {"fc1": "Dense_0"}, where
         order and shapes do not determine them.
       strict: False keeps the layers of both sides that have no counterpart as they are, such as a

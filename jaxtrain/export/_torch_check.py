@@ -96,7 +96,8 @@ def check_outputs(
 def _random(shape: jax.ShapeDtypeStruct, generator: np.random.Generator) -> np.ndarray:
     if jnp.issubdtype(shape.dtype, jnp.floating):
         return generator.normal(size=shape.shape).astype(shape.dtype)
-    return generator.integers(0, 2, shape.shape).astype(shape.dtype)
+    limit = 256 if shape.dtype == np.uint8 else 2  # pixels, or tokens of any vocabulary
+    return generator.integers(0, limit, shape.shape).astype(shape.dtype)
 
 
 def _normalized(state: TrainState, uses: Uses, inputs: PyTree) -> Iterator[list[np.ndarray]]:
