@@ -118,7 +118,7 @@ def _layouts(arrays: Sequence[np.ndarray]) -> Iterator[list[np.ndarray]]:
         lambda x: x[:, None],
     )
     for layout in layouts:
-        yield [np.ascontiguousarray(layout(x)) for x in arrays]
+        yield [np.array(layout(x), order="C") for x in arrays]
 
 
 def _run_module(
