@@ -318,6 +318,23 @@ def test_equal_names_match_before_the_order() -> None:
     assert_same_model(randomize(module), state_of(Named(), INPUTS), INPUTS)
 
 
+class Nested(nn.Module):
+    """Is called in another order than its layers are named: the outer one is created first."""
+
+    @nn.compact
+    def __call__(self, inputs):
+        return nn.Dense(4)(nn.tanh(nn.Dense(4)(inputs)))
+
+
+def test_the_order_of_calls_decides_not_that_of_names() -> None:
+    module = torch.nn.Sequential(torch.nn.Linear(4, 4), torch.nn.Tanh(), torch.nn.Linear(4, 4))
+    state = state_of(Nested(), INPUTS)
+    assert_same_model(randomize(module), state, INPUTS)
+    loaded = load_torch(state, randomize(module).state_dict())
+    expected = module[0].weight.detach().T
+    np.testing.assert_array_equal(loaded.params["Dense_1"]["kernel"], expected)
+
+
 class Branches(nn.Module):
     """Two layers of equal shape, one of which has another layer before it."""
 
@@ -385,6 +402,30 @@ def test_a_mapping_names_known_layers_of_equal_shapes() -> None:
     ):
         with pytest.raises(jt.errors.InputError, match=re.escape(message)):
             load_torch(state, module.state_dict(), mapping=mapping)
+
+
+def test_cells_in_one_loop_are_in_the_order_of_their_names() -> None:
+    class Stacked(nn.Module):
+        """Two cells in one loop over the rows of an image."""
+
+        def setup(self):
+            self.cells = [nn.OptimizedLSTMCell(8) for _ in range(2)]
+
+        def __call__(self, images):
+            def step(module, carry, outputs):
+                carry = list(carry)
+                for index, cell in enumerate(module.cells):
+                    carry[index], outputs = cell(carry[index], outputs)
+                return tuple(carry), outputs
+
+            start = ((jnp.zeros((len(images), 8)),) * 2,) * 2
+            options = {"variable_broadcast": "params", "split_rngs": {"params": False}}
+            _, outputs = nn.scan(step, in_axes=1, out_axes=1, **options)(self, start, images)
+            return outputs[:, -1]
+
+    module = torch.nn.ModuleList([torch.nn.LSTM(8, 8, num_layers=2, batch_first=True)])
+    module.forward = lambda images: module[0](images)[0][:, -1]
+    assert_same_model(randomize(module), state_of(Stacked(), SMALL_IMAGES), SMALL_IMAGES)
 
 
 def test_functions_with_a_convolution_need_the_flattened_channels() -> None:
