@@ -266,6 +266,18 @@ def test_linear_regression_writes_what_others_rely_on(tmp_path: Path, capsys) ->
         linear_regression.run(config)
 
 
+def digits_losses(folder: Path, **flags) -> list[str]:
+    flags |= {"dataset": "digits", "epochs": 2, "log_interval": 0}
+    mnist.run(mnist.Config(folder, **flags))
+    return [row["test_loss"] for row in read_history(folder)]
+
+
+@pytest.fixture(scope="module")
+def usual_losses(tmp_path_factory) -> list[str]:
+    return digits_losses(tmp_path_factory.mktemp("usual"))
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "flag",
     [
@@ -275,14 +287,8 @@ def test_linear_regression_writes_what_others_rely_on(tmp_path: Path, capsys) ->
     ],
     ids=str,
 )
-@pytest.mark.slow
-def test_every_flag_changes_the_training(flag, tmp_path: Path) -> None:
-    def losses(**flags) -> list[str]:
-        flags |= {"dataset": "digits", "epochs": 2, "log_interval": 0, "overwrite": True}
-        mnist.run(mnist.Config(**flags, output_dir=tmp_path))
-        return [row["test_loss"] for row in read_history(tmp_path)]
-
-    assert losses(**flag) != losses()
+def test_every_flag_changes_the_training(flag, usual_losses, tmp_path: Path) -> None:
+    assert digits_losses(tmp_path, **flag) != usual_losses
 
 
 @pytest.mark.parametrize(
