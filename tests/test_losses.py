@@ -132,29 +132,6 @@ def test_weighted_sum_refuses_no_terms_and_nan_weights(terms) -> None:
         jt.losses.weighted_sum(*terms)
 
 
-def test_single_losses_looks_into_wrapped_and_combined_losses() -> None:
-    """Labels are checked for the losses found."""
-
-    @functools.wraps(jt.losses.cross_entropy)
-    def scaled(predictions, targets):
-        return 2 * jt.losses.cross_entropy(predictions, targets)
-
-    @jax.jit
-    def own(predictions, targets):
-        return predictions[:, 0]
-
-    partial = functools.partial(scaled)
-    loss_fn = jt.losses.weighted_sum((1.0, jt.losses.weighted_sum((0.5, partial))), (2.0, own))
-    found = jt.losses.single_losses(loss_fn)
-    assert found & jt.losses.LABEL_LOSSES == {jt.losses.cross_entropy}
-    assert not found & jt.losses.PROBABILITY_LOSSES
-    assert jt.losses.single_losses(own).isdisjoint(jt.losses.LABEL_LOSSES)
-    assert jt.losses.single_losses(jax.jit(jt.losses.soft_cross_entropy)) & (
-        jt.losses.PROBABILITY_LOSSES
-    )
-    assert jt.losses.name_of(partial) == "cross_entropy"
-
-
 @pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float8_e4m3fn])
 @pytest.mark.parametrize(
     "loss_fn",
@@ -172,12 +149,6 @@ def test_half_precision_is_converted_to_float32_before_the_loss(loss_fn, dtype) 
     assert gradient.dtype == dtype
 
 
-def test_float64_stays_float64() -> None:
-    with jax.enable_x64(True):
-        values = jt.losses.mean_squared_error(jnp.ones((2, 3)), jnp.zeros((2, 3)))
-        assert values.dtype == jnp.float64
-
-
 def test_cross_entropy_per_token_equals_that_of_each_token_alone() -> None:
     random = np.random.default_rng(1)
     logits = jnp.asarray(random.normal(size=(3, 4, 7)), jnp.float32)
@@ -185,16 +156,6 @@ def test_cross_entropy_per_token_equals_that_of_each_token_alone() -> None:
     values = jt.losses.cross_entropy(logits, labels.at[1, 2].set(7))
     flat = jt.losses.cross_entropy(logits.reshape(12, 7), labels.reshape(12)).reshape(3, 4)
     np.testing.assert_allclose(values, flat.at[1, 2].set(jnp.nan), rtol=1e-6)
-
-
-def test_losses_do_not_rely_on_rank_promotion() -> None:
-    pair = jnp.full((2, 3, 4), 0.5), jnp.full((2, 3, 4), 0.25)
-    with jax.numpy_rank_promotion("raise"):
-        for loss_fn in (*REGRESSION, *jt.losses.PROBABILITY_LOSSES):
-            loss_fn(*pair)
-            jax.grad(lambda p, loss_fn=loss_fn: loss_fn(p, pair[1]).sum())(pair[0])
-        jt.losses.cross_entropy(pair[0], jnp.zeros((2, 3), int))
-        jt.losses.weighted_sum((0.5, jt.losses.mean_squared_error))(*pair)
 
 
 ALL_SHAPED = [
@@ -239,10 +200,3 @@ def test_cross_entropy_refuses_options_out_of_range() -> None:
         jt.errors.InputError, match=r"weight has the shape \(2,\); expected one number per"
     ):
         jt.losses.cross_entropy(logits, labels, weight=jnp.ones(2))
-
-
-def test_labels_are_checked_with_label_smoothing_too(small_state, small_classes) -> None:
-    loss_fn = functools.partial(jt.losses.cross_entropy, label_smoothing=0.1)
-    wrong = jt.Dataset(small_classes.inputs, small_classes.targets + 5)
-    with pytest.raises(jt.errors.InputError, match="targets"):
-        jt.fit(small_state, wrong, loss_fn=loss_fn)

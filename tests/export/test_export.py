@@ -194,14 +194,6 @@ def test_pipes_devices_and_huge_files_are_refused_before_they_are_read(tmp_path:
         jt.load(tmp_path / "sparse", state)
 
 
-def test_a_link_to_a_file_is_followed(tmp_path: Path) -> None:
-    saved = state_of(Network())
-    jt.save(tmp_path / "model.safetensors", saved)
-    (tmp_path / "latest").symlink_to("model.safetensors")
-    loaded = jt.load(tmp_path / "latest", state_of(Network(), seed=1))
-    assert_identical(loaded.params, saved.params)
-
-
 def test_the_placement_of_the_state_is_kept(tmp_path: Path) -> None:
     device = jax.devices()[-1]
     state = state_of(Network())

@@ -90,19 +90,6 @@ def test_half_precision_gradients_have_a_norm_in_float32(size: int, value: float
     assert float(norm_of(state)) == pytest.approx(value * size**0.5, rel=1e-3)
 
 
-def test_the_dtype_of_the_record_does_not_change() -> None:
-    """So that a loop can carry the state, whatever the dtype of the gradients."""
-    optimizer = record_gradient_norm(optax.identity())
-    before = optimizer.init(jnp.zeros(2))
-    with jax.enable_x64(True):
-        wide = jnp.array([3.0, 4.0], jnp.float64)
-        _, state = optimizer.update(wide, before)
-        _, wide_state = optimizer.update(wide, optimizer.init(wide))
-    assert (norm_of(before).dtype, norm_of(state).dtype) == (jnp.float32, jnp.float32)
-    assert norm_of(wide_state).dtype == jnp.float64
-    assert float(norm_of(state)) == float(norm_of(wide_state)) == 5
-
-
 def test_a_nan_gradient_has_a_nan_norm_although_the_step_is_skipped() -> None:
     optimizer = record_gradient_norm(skip_nonfinite(jt.optimizers.adam(0.1)))
     updates, state = after(optimizer, GRADS, NANS)
@@ -140,19 +127,6 @@ def test_accumulation_records_each_batch_or_each_mean() -> None:
     _, last = after(outside, GRADS, weight=jnp.array(3.0), last=jnp.array(True))
     assert last.inner.batches == 0  # both arguments reached the wrapped optimizer
     assert has_accumulation(last)
-
-
-def test_the_average_of_the_parameters_does_not_change() -> None:
-    sgd = jt.optimizers.sgd(0.1)
-    expected = after(jt.optimizers.average_parameters(sgd, 0.5), GRADS, GRADS)[1].average
-    for optimizer in (
-        record_gradient_norm(jt.optimizers.average_parameters(sgd, 0.5)),
-        jt.optimizers.average_parameters(record_gradient_norm(sgd), 0.5),
-    ):
-        _, state = after(optimizer, GRADS, GRADS)
-        assert norm_of(state) == 5
-        average = jt.optimizers.averaged_params(state)
-        jax.tree.map(np.testing.assert_array_equal, average, expected)
 
 
 def rosenbrock(x):

@@ -84,12 +84,6 @@ def test_a_second_moment_that_would_overflow_skips_the_step() -> None:
     assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(state))
 
 
-def test_an_update_that_overflows_skips_the_step() -> None:
-    optimizer = skip_nonfinite(optax.sgd(1e30))
-    _, state = optimizer.update(with_number(GOOD, 0, 1e30), optimizer.init(PARAMS), PARAMS)
-    assert skipped_steps(state) == 1
-
-
 def test_a_model_state_that_becomes_nonfinite_skips_the_step() -> None:
     """An infinity that was in the state before is accepted, as are integers and keys."""
     optimizer = skip_nonfinite(optax.sgd(0.1))
@@ -106,17 +100,6 @@ def test_a_model_state_that_becomes_nonfinite_skips_the_step() -> None:
         after = before | {"mean": jnp.array([0.0, number])}
         _, state = optimizer.update(GOOD, state, PARAMS, model_states=(before, after))
     assert skipped_steps(state) == 2
-
-
-def test_any_number_of_steps_can_be_skipped() -> None:
-    optimizer = skip_nonfinite(optax.sgd(0.1, momentum=0.9))
-    state = optimizer.init(PARAMS)
-    bad = with_number(GOOD, 0, jnp.nan)
-    state = jax.lax.fori_loop(0, 1000, lambda _, s: optimizer.update(bad, s, PARAMS)[1], state)
-    assert skipped_steps(state) == 1000
-    updates, state = optimizer.update(GOOD, state, PARAMS)
-    np.testing.assert_allclose(updates["b"], 0.1)
-    assert last_step_finite(state)
 
 
 @pytest.mark.parametrize("bad", [[True], [False, True, True, False], [True, False, False, True]])

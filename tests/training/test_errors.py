@@ -95,7 +95,8 @@ def test_labels_of_wrapped_losses_are_checked(small_state, small_classes) -> Non
         return 2 * LOSS(predictions, targets)
 
     wrong = small_classes.replace(targets=small_classes.targets + 1)
-    for loss_fn in (wrapped, functools.partial(LOSS), jt.losses.weighted_sum((0.5, LOSS))):
+    nested = jt.losses.weighted_sum((0.1, LOSS), (0.5, jt.losses.weighted_sum((2.0, wrapped))))
+    for loss_fn in (wrapped, functools.partial(LOSS, label_smoothing=0.1), nested):
         with refused(r"train\.targets holds the label 3"):
             jt.fit(small_state, wrong, loss_fn=loss_fn)
     weighted = wrong.replace(weights=jnp.ones(50))
