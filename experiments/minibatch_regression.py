@@ -82,17 +82,18 @@ def train(
     state = jt.init_state(jt.models.LinearRegression(), optimizer, data.inputs[:1], key=key)
     start = {"weight": jnp.array([[START_WEIGHT]]), "bias": jnp.array([START_BIAS])}
     path = [(START_WEIGHT, START_BIAS)]
+    full = config.as_published  # each of an epoch's eight steps is an epoch of one full batch
 
     def add_point(run: jt.Run) -> None:
         path.append((run.state.params["weight"].item(), run.state.params["bias"].item()))
         step = run.epoch * run.steps_per_epoch + run.step
-        if log_interval and step % log_interval == 0:
-            epoch, batch = divmod(step - 1, STEPS_PER_EPOCH)
+        # The first step after a resume follows a point that is missing.
+        if log_interval and step % log_interval == 0 and not (run.resumed and len(path) == 2):
+            epoch, batch = divmod(step - 1, STEPS_PER_EPOCH if full else run.steps_per_epoch)
             (w, b), (dw, db) = path[-1], np.subtract(path[-1], path[-2])
             line = f"epoch {epoch + 1} batch {batch + 1}  loss {run.losses[-1]:.6f}  "
             print(f"{line}Δw {dw:+.6f}  Δb {db:+.6f}  w {w:.6f}  b {b:.6f}", file=sys.stderr)
 
-    full = config.as_published  # each of an epoch's eight steps is an epoch of one full batch
     state, history = jt.fit(
         state.replace(params=start),
         data,
@@ -102,7 +103,8 @@ def train(
         key=None if full else key,
         callbacks=[*callbacks, jt.callbacks.every_steps(1, add_point)],
     )
-    return state, np.array(path), len(path) <= len(history.step_losses)
+    is_incomplete = len(path) <= len(history.step_losses)  # the run has resumed
+    return state, np.array(path), is_incomplete
 
 
 def compare(

@@ -40,6 +40,8 @@ def run(config: Config) -> dict[str, Any]:
     """Trains the T2 network (784-256-128-64-10) at each learning rate from several seeds."""
     flags.check(config, "seeds", minimum=1)
     flags.check_rates(config)
+    if config.epochs is not None:
+        flags.check(config, "epochs", minimum=1)
     with command.run_folder(config) as folder:
         data = command.load_images(config)
         result = sweep(config, data, folder)
@@ -81,7 +83,7 @@ def sweep(config: Config, data: jt.data.Resolved, folder: runs.RunFolder) -> jt.
     mean, std = jt.data.STATISTICS[data.name]
     model = jt.models.FeedForward(mean=mean, std=std)
     train_data, validation_data = data.train.split(0.1, jax.random.key(0))
-    epochs = config.epochs or EPOCHS.get(data.name, 3)
+    epochs = EPOCHS.get(data.name, 3) if config.epochs is None else config.epochs
 
     def run(learning_rate: jax.Array, seed: jax.Array) -> tuple[jt.TrainState, dict]:
         init_key, shuffle_key = jax.random.split(jax.random.key(seed))

@@ -15,7 +15,7 @@ import pytest
 
 import jaxtrain as jt
 from jaxtrain.data import download
-from jaxtrain.data.mnist import SOURCES, Source
+from jaxtrain.data.mnist import DOWNLOADS, Download
 from tests.test_mnist import CONTENTS, assert_loaded, elsewhere  # noqa: F401
 
 FILES = {f"{name}.gz": gzip.compress(content) for name, content in CONTENTS.items()}
@@ -40,7 +40,7 @@ def mirrors(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[tuple[P
     thread.start()
     checksums = tuple(hashlib.sha256(content).hexdigest() for content in FILES.values())
     urls = tuple(f"http://127.0.0.1:{server.server_port}/{folder.name}/" for folder in folders)
-    monkeypatch.setitem(SOURCES, "mnist", Source(urls, checksums))
+    monkeypatch.setitem(DOWNLOADS, "mnist", Download(urls, checksums))
     yield folders
     server.shutdown()
     thread.join()
@@ -76,7 +76,7 @@ def test_the_next_mirror_is_used_where_one_has_no_such_file(mirrors, first) -> N
 
 def test_the_error_says_what_each_mirror_did_and_no_file_stays(tmp_path: Path, mirrors) -> None:
     offer(mirrors[0], DAMAGED)
-    one, other = map(re.escape, SOURCES["mnist"].mirrors)
+    one, other = map(re.escape, DOWNLOADS["mnist"].mirrors)
     expected = (
         rf"^mnist is not on disk and could not be downloaded \({one}: train-images.*another "
         rf"checksum, .*, {other}: the server answered 404 File not found\); put .* digits"
@@ -93,7 +93,7 @@ def test_servers_that_are_down_or_silent_are_named_in_time(monkeypatch) -> None:
         silent.bind(("127.0.0.1", 0))
         silent.listen()
         urls = "http://127.0.0.1:9/", f"http://127.0.0.1:{silent.getsockname()[1]}/"
-        monkeypatch.setitem(SOURCES, "mnist", Source(urls, ("0" * 64,) * 4))
+        monkeypatch.setitem(DOWNLOADS, "mnist", Download(urls, ("0" * 64,) * 4))
         expected = rf"{urls[0]}: no connection, {urls[1]}: no answer in "
         with pytest.raises(jt.errors.DataUnavailableError, match=expected):
             jt.data.load("mnist")

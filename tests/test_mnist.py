@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 import jaxtrain as jt
-from jaxtrain.data.mnist import FILES, SOURCES, Source
+from jaxtrain.data.mnist import DOWNLOADS, FILES, Download
 from tests.test_idx import encode
 
 PIXELS = np.arange(5 * 28 * 28, dtype=np.uint32).reshape(5, 28, 28).astype(np.uint8)
@@ -27,8 +27,8 @@ def elsewhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("JAXTRAIN_DATA_DIR", raising=False)
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     monkeypatch.setenv("no_proxy", "127.0.0.1")
-    for name in SOURCES:
-        monkeypatch.setitem(SOURCES, name, Source(("http://127.0.0.1:9/",), ("0" * 64,) * 4))
+    for name in DOWNLOADS:
+        monkeypatch.setitem(DOWNLOADS, name, Download(("http://127.0.0.1:9/",), ("0" * 64,) * 4))
 
 
 def write_files(folder: Path, compressed: bool = False, **changed: bytes | None) -> Path:

@@ -82,7 +82,6 @@ class BoardLogger(Logger):
         rate = learning_rate(run.state)
         if rate is not None:
             self._scalars(max(losses), {"learning_rate": rate})
-        self._flush()
 
     def _write_epoch(self, run: Run, step: int) -> None:
         row = {name: x for name, x in run.rows[-1].items() if np.size(x) == 1}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import hashlib
 import json
 import math
@@ -146,6 +147,11 @@ def read_file(
     try:
         content = read_regular_file(path, maximum)
     except (OSError, ValueError, MemoryError) as error:  # ValueError: a null character in the path
+        if getattr(error, "errno", None) == errno.EFBIG:
+            raise InputError(
+                f"{path} is larger than a checkpoint of this model; expected the same model, or "
+                "another directory"
+            ) from error
         reason = getattr(error, "strerror", None) or str(error) or "it is too large"
         raise InputError(f"{path} cannot be read ({reason}); fix that and try again") from error
     start = 8 + int.from_bytes(content[:8], "little")

@@ -25,7 +25,7 @@ def describe_function(function: Any) -> str:
 
     That is, of a function, its instructions with their constants, its default arguments and the
     variables that it has captured; of a `functools.partial`, the function and the arguments; of a
-    method or a callable object, the methods of its class and the instance's fields.
+    method or a callable object, the methods and constants of its class and the instance's fields.
     Arguments, variables and fields are compared by their content, functions among them by the
     same rules.
 
@@ -42,7 +42,7 @@ def describe_function(function: Any) -> str:
 def _digest(value: Any, seen: _Seen) -> str:
     if isinstance(value, _SCALARS):
         return repr(value)
-    if isinstance(value, np.ndarray | jax.Array):
+    if isinstance(value, np.ndarray | jax.Array) and not getattr(value.dtype, "hasobject", False):
         return f"array {digest(value)}"
     if id(value) not in seen:
         seen[id(value)] = value, "..."  # where the value contains itself
@@ -77,6 +77,8 @@ def _parts(value: Any) -> list[Any]:
             return [value.__name__]
         case Mapping():
             return [part for item in value.items() for part in item]
+        case np.ndarray():  # of objects, such as strings
+            return [value.shape, *value.ravel().tolist()]
         case list() | tuple() | set() | frozenset():
             return list(value)
     kind: Any = type(value)
@@ -104,19 +106,24 @@ def _instructions(code: types.CodeType, function: types.FunctionType) -> list[An
 
 
 def _instance(value: Any) -> list[Any]:
-    """Returns the class of an object with its methods, and the object's fields."""
+    """Returns the class of an object with its methods and constants, and the object's fields."""
     if isinstance(value, type):  # of a class method
         return [value]
     kind = type(value)
     members = {name: each for base in reversed(kind.__mro__) for name, each in vars(base).items()}
-    methods = {
-        name: each
+    # The functions of properties, class methods and static methods.
+    members = {
+        name: getattr(each, "fget", getattr(each, "__func__", each))
         for name, each in members.items()
-        if _counts(each, kind.__module__) and (name == "__call__" or not name.startswith("__"))
+        if name == "__call__" or not name.startswith("__")
     }
+    members = {name: each for name, each in members.items() if _counts(each, kind.__module__)}
+    if dataclasses.is_dataclass(value):  # without cached properties
+        names = [field.name for field in dataclasses.fields(value)]
+        return [kind, _by_name(members), [getattr(value, name, None) for name in names]]
     state = object.__getstate__(value)  # __dict__, or a pair of it and the slots
     fields = state if isinstance(state, tuple) else (state,)
-    return [kind, _by_name(methods), *(_by_name(each or {}) for each in fields)]
+    return [kind, _by_name(members), *(_by_name(each or {}) for each in fields)]
 
 
 def _counts(value: Any, module: str) -> bool:

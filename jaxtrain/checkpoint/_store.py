@@ -69,10 +69,10 @@ class CheckpointStore:
         """
         try:
             self.wait()
-        except StorageError as failure:
-            if error is None:  # otherwise it would hide the other error
+        except BaseException as failure:
+            if error is None or not isinstance(failure, StorageError):
                 error = failure
-                raise
+                raise  # a StorageError would hide the error that ended the run
         finally:
             self._thread.shutdown()
             if self._lock is not None:

@@ -1,1 +1,1 @@
-"""What scripts need around training: flags, run folder, progress, tables, plots, signals."""
+"""What only scripts need: flags, the run folder, the compilation cache, tables and plots."""

@@ -194,7 +194,7 @@ def check(config: Any, name: str, minimum: int, maximum: int | None = None) -> N
 
 
 def check_rates(config: Any) -> None:
-    """Raises InputError unless `learning_rates` are rates; in a sweep they have no values."""
+    """Raises InputError unless `learning_rates` are valid; in a sweep they would be traced."""
     if not config.learning_rates:
         raise InputError("--learning-rates is empty; expected at least one, such as 0.01")
     for rate in config.learning_rates:

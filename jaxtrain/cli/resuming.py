@@ -12,7 +12,7 @@ from jaxtrain._files import lock_folder
 from jaxtrain.callbacks.checkpoint import Checkpoint
 from jaxtrain.checkpoint import DamagedError, checkpoint_path, list_checkpoints, read_file
 from jaxtrain.cli.flags import TrainingFlags
-from jaxtrain.errors import InputError
+from jaxtrain.errors import InputError, StorageError
 
 # Flags that may change when a run resumes: they do not decide what it computes.
 _FREE = {
@@ -85,7 +85,10 @@ def resumes(config: TrainingFlags) -> bool:
 
 def _has_checkpoints(folder: Path) -> bool:
     """Returns whether a run has checkpoints, or one of its parts."""
-    parts = [folder, *folder.iterdir()] if folder.is_dir() else []
+    try:
+        parts = [folder, *folder.iterdir()]
+    except OSError:  # there is no such folder
+        return False
     return any(list_checkpoints(part) for part in parts)
 
 
@@ -94,13 +97,17 @@ def _remove_other_run(folder: Path, configuration: dict[str, Any]) -> None:
 
     Raises:
       InputError: another run is using the folder.
+      StorageError: a checkpoint cannot be removed.
     """
     found = [checkpoint_path(folder, *at) for at in list_checkpoints(folder)]
     if not found or any(_has_configuration(path, configuration) for path in reversed(found)):
         return
     with lock_folder(folder, "checkpoint folder"):
         for path in found:
-            path.unlink()
+            try:
+                path.unlink()
+            except OSError as error:
+                raise StorageError(path, error.strerror or str(error)) from error
     print(f"removed the checkpoints of another run in {folder}", file=sys.stderr)
 
 

@@ -6,9 +6,9 @@ import math
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any, NamedTuple
 
-from rich.console import Console
 from rich.table import Table
 
+from jaxtrain._terminal import make_console
 from jaxtrain.callbacks.progress import accuracy_text as accuracy_text
 
 
@@ -53,7 +53,7 @@ def print_comparisons(title: str, comparisons: Iterable[Comparison]) -> None:
     for row in comparison_rows(comparisons):
         table.add_row(*row)
     if table.row_count:
-        Console(highlight=False).print(table)
+        make_console().print(table)
 
 
 def print_table(title: str, rows: Mapping[str, str]) -> None:
@@ -61,7 +61,7 @@ def print_table(title: str, rows: Mapping[str, str]) -> None:
     table = Table(title=title, show_header=False, title_justify="left")
     for name, value in rows.items():
         table.add_row(name, value)
-    Console(highlight=False).print(table)
+    make_console().print(table)
 
 
 def times(summary: Mapping[str, Any]) -> dict[str, str]:

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from jaxtrain._arguments import check_shard
 from jaxtrain.data.digits import load_digits
 from jaxtrain.data.idx import Images, read_idx
-from jaxtrain.data.mnist import SOURCES, load_mnist
+from jaxtrain.data.mnist import DOWNLOADS, load_mnist
 from jaxtrain.data.stream import Stream, stream
 from jaxtrain.data.synthetic import line, noisy_line, points_on_line
 from jaxtrain.data.tfds import TFDS_PREFIX, load_tfds, open_tfds
@@ -33,7 +33,7 @@ __all__ = [
     "stream",
 ]
 
-NAMES = ("auto", *SOURCES, "digits")
+NAMES = ("auto", *DOWNLOADS, "digits")
 """The names that `load` accepts, besides those of TensorFlow Datasets."""
 
 STATISTICS = {
@@ -160,7 +160,7 @@ def _load_arrays(
 ) -> tuple[Images, Images]:
     if name == "digits":
         return load_digits()
-    if name in SOURCES:
+    if name in DOWNLOADS:
         return load_mnist(name, data_dir)
     if name.startswith(TFDS_PREFIX):
         return load_tfds(name.removeprefix(TFDS_PREFIX), data_dir)

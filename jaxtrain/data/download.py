@@ -9,7 +9,7 @@ from pathlib import Path
 
 from jaxtrain._extras import needs_extra
 
-# Seconds until one of the mirrors must answer, and until it must send more of a file.
+# Seconds in which each mirror must answer, and between two parts of a file.
 ANSWER_SECONDS = 6.0
 _SILENCE_SECONDS = 10.0
 
@@ -48,8 +48,10 @@ def fetch(files: Mapping[str, str], mirrors: Sequence[str], folder: Path) -> Non
             try:
                 pooch.retrieve(mirror + file, checksum, file, folder, downloader=download)
                 break
-            except (requests.RequestException, ValueError) as error:
+            except requests.RequestException as error:
                 problems[mirror] = f"{file}: {_describe(error)}"
+            except ValueError:  # of Pooch
+                problems[mirror] = f"{file}: a file with another checksum, which was removed"
         else:
             raise DownloadError(", ".join(f"{mirror}: {problems[mirror]}" for mirror in mirrors))
 
@@ -75,8 +77,10 @@ def _ask(mirrors: Sequence[str], file: str) -> dict[str, str]:
     threads = [threading.Thread(target=ask, args=(each,), daemon=True) for each in mirrors]
     for thread in threads:
         thread.start()
-    for thread in threads:
+    for mirror, thread in zip(mirrors, threads, strict=True):
         thread.join(max(0.0, deadline - time.monotonic()))
+        if mirror not in problems:  # the preferred one of those that answer
+            break
     return dict(problems)
 
 
@@ -91,6 +95,4 @@ def _describe(error: Exception) -> str:
         return "no answer in time"
     if type(error) is requests.ConnectionError:
         return "no connection"
-    if isinstance(error, requests.RequestException):
-        return type(error).__name__
-    return "a file with another checksum, which was removed"  # ValueError of pooch
+    return type(error).__name__

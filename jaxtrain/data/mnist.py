@@ -21,7 +21,7 @@ CLASSES = 10
 DATA_DIR_VARIABLE = "JAXTRAIN_DATA_DIR"
 
 
-class Source(NamedTuple):
+class Download(NamedTuple):
     """Where a data set is downloaded from.
 
     Attributes:
@@ -33,8 +33,8 @@ class Source(NamedTuple):
     checksums: tuple[str, str, str, str]
 
 
-SOURCES = {
-    "mnist": Source(
+DOWNLOADS = {
+    "mnist": Download(
         mirrors=(
             "https://storage.googleapis.com/cvdf-datasets/mnist/",
             "https://ossci-datasets.s3.amazonaws.com/mnist/",
@@ -46,7 +46,7 @@ SOURCES = {
             "f7ae60f92e00ec6debd23a6088c31dbd2371eca3ffa0defaefb259924204aec6",
         ),
     ),
-    "fashion_mnist": Source(
+    "fashion_mnist": Download(
         mirrors=(
             "http://fashion-mnist.s3-website.eu-central-1.amazonaws.com/",
             "https://raw.githubusercontent.com/zalandoresearch/fashion-mnist/master/data/fashion/",
@@ -58,7 +58,7 @@ SOURCES = {
             "67da17c76eaffca5446c3361aaab5c3cd6d1c2608764d35dfb1850b086bf8dd5",
         ),
     ),
-    "kmnist": Source(
+    "kmnist": Download(
         mirrors=("http://codh.rois.ac.jp/kmnist/dataset/kmnist/",),
         checksums=(
             "51467d22d8cc72929e2a028a0428f2086b092bb31cfb79c69cc0a90ce135fde4",
@@ -123,7 +123,7 @@ def _find_file(folder: Path, file: str) -> Path | None:
 
 def _folders(name: str, data_dir: Path) -> list[Path]:
     """Returns the folders to search; not one named after another data set with the same files."""
-    is_other = data_dir.name in SOURCES and data_dir.name != name
+    is_other = data_dir.name in DOWNLOADS and data_dir.name != name
     return [data_dir / name] + ([] if is_other else [data_dir])
 
 
@@ -180,7 +180,7 @@ def _download(name: str, data_dir: str | os.PathLike[str] | None) -> Path:
 
     folder = pooch.os_cache("jaxtrain") / "data" / name
     files = [f"{file}.gz" for pair in FILES.values() for file in pair]
-    mirrors, checksums = SOURCES[name]
+    mirrors, checksums = DOWNLOADS[name]
     try:
         fetch(dict(zip(files, checksums, strict=True)), mirrors, folder)
     except DownloadError as error:

@@ -34,12 +34,12 @@ from jaxtrain.export._prediction import (
 from jaxtrain.training.state import TrainState
 
 # Each element of a window is an operation of the file.
-MAX_WINDOW = 64
+_MAX_WINDOW = 64
 # Examples of the comparison.
-MAX_SAMPLES = 16
-HINT = "use jaxtrain.export.stablehlo, which takes every model"
+_MAX_SAMPLES = 16
+_HINT = "use jaxtrain.export.stablehlo, which takes every model"
 # The packages whose functions jax2onnx replaces.
-PATCHED = ("jax", "flax", "equinox")
+_PATCHED = ("jax", "flax", "equinox")
 
 
 def onnx(
@@ -106,7 +106,7 @@ def onnx(
 
     samples = [
         # At least two, since the file takes any number.
-        np.repeat(np.asarray(leaf[:MAX_SAMPLES], spec.dtype), 2 if len(leaf) == 1 else 1, axis=0)
+        np.repeat(np.asarray(leaf[:_MAX_SAMPLES], spec.dtype), 2 if len(leaf) == 1 else 1, axis=0)
         for leaf, spec in zip(jax.tree.leaves(inputs), jax.tree.leaves(specs), strict=True)
     ]
     try:
@@ -126,7 +126,7 @@ def onnx(
         found = session.run(None, dict(zip(names, samples, strict=True)))
     except Exception as error:  # jax2onnx and onnxruntime raise different types
         reason = (str(error).splitlines() or [type(error).__name__])[0]
-        raise InputError(f"jax2onnx cannot convert the model: {reason}; {HINT}") from error
+        raise InputError(f"jax2onnx cannot convert the model: {reason}; {_HINT}") from error
     sample = jax.tree.unflatten(jax.tree.structure(inputs), samples)
     wanted = jax.tree.leaves(jax.jit(predict)(sample))
     for ours, theirs in zip(map(np.asarray, wanted), found, strict=True):
@@ -135,7 +135,7 @@ def onnx(
             difference = np.max(np.abs(ours[differs].astype(float) - theirs[differs]))
             raise InputError(
                 f"the ONNX model differs from that in JAX by {difference:g}; expected at most "
-                f"1e-5: {HINT}"
+                f"1e-5: {_HINT}"
             )
     write_atomically(file, content)
 
@@ -181,7 +181,7 @@ def _is_pooling(
     window_dimensions: Any, base_dilation: Any, window_dilation: Any, padding: Any, **_: Any
 ) -> bool:
     plain = {*base_dilation, *window_dilation} == {1} and not any(map(any, padding))
-    return plain and math.prod(window_dimensions) <= MAX_WINDOW
+    return plain and math.prod(window_dimensions) <= _MAX_WINDOW
 
 
 def _max_pool(x: Any, *, shape: Any, window_dimensions: Any, window_strides: Any, **_: Any) -> Any:
@@ -203,12 +203,12 @@ def _restored() -> Iterator[None]:
 
     jax2onnx replaces functions while it traces, and leaves some, such as `jax.numpy.cumsum`.
     """
-    modules = [m for name, m in [*sys.modules.items()] if name.partition(".")[0] in PATCHED]
+    modules = [m for name, m in [*sys.modules.items()] if name.partition(".")[0] in _PATCHED]
     classes = [
         value
         for module in modules
         for value in [*vars(module).values()]
-        if isinstance(value, type) and value.__module__.partition(".")[0] in PATCHED
+        if isinstance(value, type) and value.__module__.partition(".")[0] in _PATCHED
     ]
     owners = {id(owner): owner for owner in (*modules, *classes)}
     before = [(owner, dict(vars(owner))) for owner in owners.values()]

@@ -161,9 +161,10 @@ def to_torch(
             theirs.tensors[part]: array for part, array in to_tensors(ours, arrays, orders).items()
         }
     for full, first in tied.items():
-        if first in found and not np.array_equal(
-            found.setdefault(full, found[first]), found[first]
-        ):
+        if first not in found:
+            continue
+        own = found.setdefault(full, found[first])
+        if not np.array_equal(own, found[first]):
             raise InputError(
                 f"{first} and {full} are one tensor in PyTorch, and differ in the state; expected "
                 "a module that does not tie them"

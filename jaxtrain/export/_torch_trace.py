@@ -1,4 +1,4 @@
-"""Traces in which order PyTorch has the features that each parameter of a network meets.
+"""Traces the order in which PyTorch stores the features that each parameter acts on.
 
 PyTorch's images are [channels, height, width], Flax's [height, width, channels]. The trace follows
 the axes of every value from the convolutions to the parameters. Some operations leave open whether
@@ -538,7 +538,7 @@ def _blocks(old: Shape, new: Shape) -> Iterator[tuple[list[int], list[int]]]:
 
 
 def _scan(equation: Any, operands: Sequence[_Value], uses: Uses) -> list[_Value]:
-    """Traces the body of a loop, twice, since what it carries depends on the inputs at last."""
+    """Traces the body of a loop until no further carry depends on the inputs."""
     options = equation.params
     body, first = options["jaxpr"].jaxpr, options["num_consts"]
     last = first + options["num_carry"]
@@ -556,12 +556,15 @@ def _scan(equation: Any, operands: Sequence[_Value], uses: Uses) -> list[_Value]
         for x in operands[last:]
     ]
     results: list[_Value] = []
-    for _ in range(2):
+    for _ in range(len(carried) + 1):
+        known = [value.axes is None for value in carried]
         results = _run(body, [*constants, *operands[:first], *carried, *entries], uses)
         carried = [
             new if old.axes is None else old if new.axes is None else _joined([old, new], uses)
             for old, new in zip(carried, results, strict=False)
         ]
+        if [value.axes is None for value in carried] == known:
+            break
     stacked = []
     for value, x in zip(results[len(carried) :], equation.outvars[len(carried) :], strict=True):
         found = _Value(x.aval.shape, is_as_written=value.is_as_written)

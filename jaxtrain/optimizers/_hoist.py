@@ -142,7 +142,10 @@ def _copy(node: Any, replace: Callable[[Any], Any], copies: dict[int, Any]) -> A
         return items
     if not _is_copied_object(node):
         return replace(node)
-    instance = copies[id(node)] = copy.copy(node)
+    try:
+        instance = copies[id(node)] = copy.copy(node)
+    except Exception:  # some objects cannot be copied; a tracer inside them stays in place
+        return replace(node)
     if instance is not node:  # copy returns some objects themselves, such as cached functions
         for name, value in vars(node).items():
             object.__setattr__(instance, name, visit(value))

@@ -318,7 +318,11 @@ class SweepResult:
           path: the file; replaced if it exists.
         """
         columns = self._long_columns()
-        names = [n for n, cells in columns.items() if not isinstance(cells[0], np.ndarray)]
+        names = [
+            n
+            for n, cells in columns.items()
+            if not any(isinstance(cell, np.ndarray) for cell in cells[:1])
+        ]
         text = io.StringIO()
         writer = csv.writer(text, lineterminator="\n")
         writer.writerow(names)

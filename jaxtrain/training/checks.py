@@ -1,4 +1,4 @@
-"""Checks of data, state and results, on the host: before anything compiles, and of each call."""
+"""Checks on the host: of arguments before anything compiles, and of the results of each call."""
 
 from __future__ import annotations
 
@@ -19,6 +19,8 @@ from jaxtrain.optimizers._inspect import has_clipping, has_line_search
 from jaxtrain.optimizers._safeguards import stays_finite, without_records
 from jaxtrain.training.state import TrainState, check_state_type
 from jaxtrain.training.step import Objective, predict_batch
+
+_SKIPPED_HINT = "try a smaller learning rate, gradient clipping or scaled inputs"
 
 
 def checked_data(data: Any, name: str) -> Dataset:
@@ -317,7 +319,7 @@ def check_state(before: Any, after: Any, epoch: int, step: int, row: Mapping[str
         return
     rate, hint = row.get("learning_rate"), ""
     if "skipped_steps" in row:
-        hint = "try a smaller learning rate, gradient clipping or scaled inputs"
+        hint = _SKIPPED_HINT
     leaves = jax.tree.leaves(without_records(before))
     for (path, new), old in zip(named_arrays(without_records(after), ""), leaves, strict=True):
         if jnp.issubdtype(new.dtype, jnp.inexact):
@@ -331,7 +333,7 @@ def check_epoch(losses: np.ndarray, row: Mapping[str, Any], epoch: int) -> None:
     """Raises NonFiniteError if every step of an epoch was skipped, or a held-out loss is wrong."""
     skipped, rate, hint = row.get("skipped_steps"), row.get("learning_rate"), ""
     if skipped is not None:
-        hint = "try a smaller learning rate, gradient clipping or scaled inputs"
+        hint = _SKIPPED_HINT
     if skipped == len(losses):  # further epochs would change nothing
         quantity, value = "training loss or gradient of every step", float(losses[0])
         hint = "check the data, or try a smaller learning rate"

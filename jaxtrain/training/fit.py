@@ -352,11 +352,12 @@ class _Trainer:
         with advice, contextlib.closing(segments):
             for segment in segments:
                 while run.step < segment.start + segment.steps:
-                    pauses = [each.next_pause(run) or 0 for each in self.callbacks]
-                    pause = min((step for step in pauses if step > run.step), default=math.inf)
+                    pauses = {each: each.next_pause(run) or 0 for each in self.callbacks}
+                    later = [step for step in pauses.values() if step > run.step]
+                    pause = min(later, default=math.inf)
                     run = self._take_steps(run, segment, pause)
                     is_last = run.step == segment.start + segment.last + 1
-                    if run.step == pause:  # a callback may save the state
+                    if any(each.saves and pauses[each] == run.step for each in self.callbacks):
                         values = _to_host(recorded(run.state))
                         check_state(before, run.state, run.epoch + 1, run.step, values)
                     now = time.perf_counter()

@@ -301,7 +301,8 @@ def evaluate(
     dataset = as_dataset(dataset, "dataset")
     with parallel.mesh_of(state, dataset):
         check_data(state, dataset, loss_fn, "dataset")
-        return compiled_evaluate(state, dataset, objective, batch_size=batch_size)
+        size = min(batch_size, len(dataset))
+        return compiled_evaluate(state, dataset, objective, batch_size=size)
 
 
 def evaluate_source(

@@ -48,6 +48,10 @@ class Shift:
     def moved(self, each): return each + self.size * 30
     @staticmethod
     def scaled(each, rng): return 40
+    @property
+    def offset(self): return 50
+    @functools.cached_property
+    def squared(self): return self.size ** 2
 
 class Inherited(Shift):
     pass
@@ -116,6 +120,12 @@ DIFFERENT = {
     "call": (CLASSES + "function = Shift(0.1)", "20", "21"),
     "inherited call": (CLASSES + "function = Inherited(0.1)", "20", "21"),
     "method": (CLASSES + "function = Shift(0.1)", "30", "31"),
+    "property": (CLASSES + "function = Shift(0.1)", "50", "51"),
+    "captured strings": (
+        MAKE + "function = make(np.array(['a', None], object))",
+        "'a', None",
+        "'b', None",
+    ),
     "static method": (CLASSES + "function = Shift.scaled", "40", "41"),
     "slot": (CLASSES + "function = Slots(0.1)", "0.1", "0.3"),
     "instance of a method": (CLASSES + "function = Plain(0.1).apply", "0.1", "0.3"),
@@ -137,6 +147,11 @@ SAME = {
         "def inner(): return 1\ninner.__module__ = 'x'\ndef function(each, rng): return inner()",
         "1",
         "2",
+    ),
+    "cached property": (
+        CLASSES + "function = Shift(0.1); function.squared",
+        "function.squared",
+        "None",
     ),
     "order of keywords": (
         "def f(each, rng, a, b): return each\nfunction = functools.partial(f, a=1, b=2)",
