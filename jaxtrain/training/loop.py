@@ -129,13 +129,16 @@ def empty_log(
 
 def first_log(state: Any, batch: Dataset, objective: Objective) -> StepLog:
     """Returns an empty log on the host, for batches of the shapes of `batch`."""
-
-    def log(state: Any, batch: Dataset) -> StepLog:
-        return empty_log(state, lambda index: batch, objective, 0)
-
     with parallel.without_mesh():  # the shapes do not depend on it
-        shapes = jax.eval_shape(log, to_shapes(state), batch)._replace(recorded={})
+        shapes = _log_of_no_steps.eval_shape(to_shapes(state), batch, objective)
+    shapes = shapes._replace(recorded={})
     return jax.tree.map(lambda leaf: np.zeros(leaf.shape, leaf.dtype), shapes)
+
+
+# Jitted functions keep their traces, so the next `fit` or evaluation need not trace again.
+@functools.partial(jax.jit, static_argnames="objective")
+def _log_of_no_steps(state: Any, batch: Dataset, objective: Objective) -> StepLog:
+    return empty_log(state, lambda index: batch, objective, 0)
 
 
 @functools.partial(jax.jit, static_argnames="objective", donate_argnames="state")
@@ -311,9 +314,8 @@ def evaluate_source(
     """Returns the mean loss and the metrics of a source; see `evaluate`."""
     if isinstance(source, InMemory):
         return compiled_evaluate(state, source.sample, objective, batch_size=source.batch_size)
-    of_batch = functools.partial(evaluation_sums, objective=objective)
     with parallel.without_mesh():
-        shapes = jax.eval_shape(of_batch, to_shapes(state), source.batch_shapes())
+        shapes = _batch_sums.eval_shape(to_shapes(state), source.batch_shapes(), objective)
     sums: Any = jax.tree.map(lambda leaf: np.zeros(leaf.shape, leaf.dtype), shapes)
     with contextlib.closing(source.segments(epoch)) as segments:
         for segment in segments:
@@ -336,6 +338,9 @@ def compiled_evaluate(
         return total
 
     return finish_metrics(parallel.on_auto_axes(sums, state, dataset), objective.evaluated)
+
+
+_batch_sums = jax.jit(evaluation_sums, static_argnames="objective")
 
 
 @functools.partial(jax.jit, static_argnames="objective")
