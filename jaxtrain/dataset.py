@@ -56,7 +56,7 @@ class Dataset:
         if not isinstance(index, slice):
             raise InputError(
                 f"the index is {index!r}; expected a slice such as dataset[:32], or "
-                "dataset.take(indices)"
+                "dataset.take(indices); the arrays are dataset.inputs and dataset.targets"
             )
         return jax.tree.map(lambda array: array[index], self)
 

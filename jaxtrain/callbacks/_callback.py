@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Literal, NamedTuple
+import types
+from collections.abc import Callable, Iterable
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
+
+from jaxtrain.errors import InputError
 
 if TYPE_CHECKING:
     from jaxtrain.training.fit import Run
@@ -84,3 +88,46 @@ class Callback:
 
     def on_runs_end(self, error: BaseException | None) -> None:
         """Called at the end of each sweep that was started, also after an error."""
+
+
+class FunctionCallback(Callback):
+    """A function in the place of one method."""
+
+    def __init__(self, method: str, function: Callable[[Any], Any]) -> None:
+        setattr(self, method, function)
+
+
+def checked_callbacks(callbacks: Any, method: str) -> list[Callback]:
+    """Returns the callbacks of `fit` or `sweep`, where a function takes the place of `method`."""
+    if isinstance(callbacks, Callback) or not isinstance(callbacks, Iterable):
+        raise InputError(
+            f"callbacks is {callbacks!r}; expected a list, such as [jaxtrain.callbacks.progress()]",
+            argument="callbacks",
+        )
+    found = list(callbacks)
+    for each in found:
+        if problem := _problem(each):
+            raise InputError(f"callbacks has {problem}", argument="callbacks")
+    return [
+        each if isinstance(each, Callback) else FunctionCallback(method, each) for each in found
+    ]
+
+
+def _problem(each: Any) -> str | None:
+    """Returns what is wrong with a callback, and what was expected."""
+    if isinstance(each, type):
+        return f"the class {each.__name__}; expected an object, such as {each.__name__}(...)"
+    if not isinstance(each, Callback) and not callable(each):
+        return f"{each!r}; expected what jaxtrain.callbacks returns, or a function"
+    if isinstance(each, types.FunctionType) and each.__module__.startswith("jaxtrain.callbacks."):
+        name = each.__name__
+        return f"the function {name} itself; expected its result, jaxtrain.callbacks.{name}(...)"
+    known = [name for name in dir(Callback) if name.startswith("on_")]
+    if isinstance(each, Callback):
+        for name in dir(each):
+            if name.startswith("on_") and name not in known:
+                return (
+                    f"the callback {type(each).__name__} with the method {name}, which is never "
+                    f"called; expected {', '.join(known)}"
+                )
+    return None

@@ -6,7 +6,7 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 from jaxtrain._arguments import check_integer
-from jaxtrain.callbacks._callback import Callback
+from jaxtrain.callbacks._callback import Callback, FunctionCallback
 from jaxtrain.errors import InputError
 
 if TYPE_CHECKING:
@@ -43,9 +43,9 @@ def every_steps(steps: int, function: Callable[[Run], Any] | Callback) -> Callba
             f"function is {function!r}; expected a function of the run or a callback",
             argument="function",
         )
-    return _EverySteps(
-        steps, function if isinstance(function, Callback) else _FunctionOfRun(function)
-    )
+    if not isinstance(function, Callback):
+        function = FunctionCallback("on_steps", function)
+    return _EverySteps(steps, function)
 
 
 class _EverySteps(Callback):
@@ -75,11 +75,3 @@ class _EverySteps(Callback):
     def on_end(self, run: Run, error: BaseException | None) -> None:
         """Calls the callback's."""
         self._callback.on_end(run, error)
-
-
-class _FunctionOfRun(Callback):
-    def __init__(self, function: Callable[[Run], Any]) -> None:
-        self._function = function
-
-    def on_steps(self, run: Run) -> None:
-        self._function(run)

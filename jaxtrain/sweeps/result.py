@@ -182,7 +182,7 @@ class SweepResult:
         if len(shapes) > 1:
             raise InputError(
                 f"{name} has the shapes {', '.join(map(str, sorted(shapes)))} in different runs; "
-                "expected the same shape in all of them"
+                "expected the same shape in all of them; to_pandas() and run(index) have all of them"
             )
         order = np.argsort([index for indices, _ in self._outputs for index in indices])
         numpy = isinstance(parts[0], np.ndarray)  # PRNG keys are arrays of JAX
@@ -254,10 +254,10 @@ class SweepResult:
         groups = [runs for _, runs in self._grid.split(over)]
         means = np.array([values[runs].mean() for runs in groups])
         if np.isnan(means).all():
-            averaged = f", averaged over {', '.join(axis_names(over))}" if over else ""
+            kind = "configurations, averaged over " + ", ".join(axis_names(over))
             raise InputError(
-                f"{column} is NaN in all {len(means)} runs{averaged}; expected one that has not "
-                "diverged: try smaller learning rates"
+                f"{column} is NaN in all {len(means)} {kind if over else 'runs'}; expected one "
+                "without a diverged run: try smaller learning rates"
             )
         return self.run(groups[int(np.nanargmin(means))][0])
 

@@ -17,6 +17,7 @@ from jaxtrain import _device_memory
 from jaxtrain._arguments import check_integer
 from jaxtrain._processes import are_joined
 from jaxtrain.callbacks import Callback, SweepProgress
+from jaxtrain.callbacks._callback import checked_callbacks
 from jaxtrain.callbacks.progress import default_callbacks
 from jaxtrain.errors import InputError
 from jaxtrain.parallel import axis_size, mesh_of
@@ -59,7 +60,8 @@ def sweep(
       zipped: pairs the axes: configuration k takes the k-th value of each. By default, the
         configurations are the product of the axes.
       static_argnames: axes of numbers to compile for each value of, since these change shapes:
-        batch sizes, widths, depths, epochs. Their values arrive as they are.
+        batch sizes, widths, depths. Their values arrive as they are. The histories of all runs
+        must have the same shapes, so the number of epochs cannot be an axis.
       at_once: how many runs to train at once. "auto" trains one run, then 8, 64, ... at once,
         as long as this takes at least a quarter less time per run and at most half of the free
         memory. On CPUs, a large network alone may occupy all cores, so that "auto" returns to 1.
@@ -91,7 +93,9 @@ def sweep(
       >>> table = result.table(over="seed")  # print(table) shows it
     """
     grid = make_grid(run, axes, zipped=zipped, static_argnames=static_argnames)
-    callbacks = _checked_callbacks(callbacks)
+    callbacks = default_callbacks() if callbacks is None else callbacks
+    called = checked_callbacks(callbacks, "on_runs")
+    _check_called(called)
     if at_once != "auto":
         check_integer(at_once, "at_once", minimum=1)
     with contextlib.ExitStack() as stack:
@@ -107,7 +111,7 @@ def sweep(
         store = None
         if checkpoint is not None:
             store = stack.enter_context(open_store(checkpoint, grid, programs))
-        report = stack.enter_context(_reporting(callbacks))
+        report = stack.enter_context(_reporting(called))
         training = _Training(grid, programs, store, report)
         training.restore()
         for index in range(len(programs)):
@@ -194,32 +198,17 @@ class _Training:
         return SweepResult(self._grid, outputs)
 
 
-def _checked_callbacks(
-    callbacks: Sequence[Callback | Callable[[SweepProgress], Any]] | None,
-) -> list[Callback]:
-    """Returns the callbacks, functions as callbacks, or the default ones for None."""
-    if callbacks is None:
-        return default_callbacks()
-    if isinstance(callbacks, Callback) or not isinstance(callbacks, Sequence):
-        raise InputError(
-            f"callbacks is a {type(callbacks).__name__}; expected a list", argument="callbacks"
-        )
+def _check_called(callbacks: list[Callback]) -> None:
+    """Raises InputError for a callback that has no method for sweeps."""
     for each in callbacks:
-        if not isinstance(each, Callback) and not callable(each):
+        if "on_runs" not in vars(each) and type(each).on_runs is Callback.on_runs:
             raise InputError(
-                f"callbacks has {each!r}; expected callbacks such as "
-                "jaxtrain.callbacks.progress(), or functions of a SweepProgress",
+                f"callbacks has the callback {type(each).__name__.strip('_')}, which a sweep does "
+                "not call; expected functions, or callbacks with on_runs, such as "
+                "jaxtrain.callbacks.progress(): checkpoint= keeps finished runs, and jaxtrain.train "
+                "takes early_stopping=",
                 argument="callbacks",
             )
-    return [each if isinstance(each, Callback) else _Function(each) for each in callbacks]
-
-
-class _Function(Callback):
-    def __init__(self, function: Callable[[SweepProgress], Any]) -> None:
-        self._function = function
-
-    def on_runs(self, progress: SweepProgress) -> None:
-        self._function(progress)
 
 
 @contextlib.contextmanager

@@ -21,6 +21,7 @@ from jaxtrain._compile_time import CompileTime
 from jaxtrain._device_memory import memory_advice
 from jaxtrain._processes import agree, check_same_start, process_lost_errors
 from jaxtrain.callbacks import Callback
+from jaxtrain.callbacks._callback import checked_callbacks
 from jaxtrain.callbacks.progress import default_callbacks
 from jaxtrain.checkpoint import digest_program, identify
 from jaxtrain.data.stream import Source
@@ -212,7 +213,8 @@ def fit(
         stream.
       test: evaluated after each epoch; may be a stream; None skips it.
       loss_fn: per-example loss; may be left out with `step_fn` and without evaluations.
-      metric_fns: metrics by name, of the training, test and validation data.
+      metric_fns: metrics by name, of the training, test and validation data. With `step_fn`, of
+        test and validation data: the step returns those of the training data.
       epochs: passes over `train` after `state`. Epochs restored from a checkpoint count, so a
         resumed run trains only the remaining ones.
       batch_size: examples per step, of all devices together; a stream of batches has its own.
@@ -263,7 +265,8 @@ def fit(
       (10,)
     """
     check_integer(epochs, "epochs", minimum=0)
-    called = _checked_callbacks(callbacks)
+    callbacks = default_callbacks() if callbacks is None else callbacks
+    called = _in_order(checked_callbacks(callbacks, "on_epoch"))
     with contextlib.ExitStack() as stack:
         in_memory = train if isinstance(train, Dataset | tuple) else None
         check_not_traced(state, in_memory, key)
@@ -405,6 +408,12 @@ def _replaced(run: Run, result: Any) -> Run:
     """Applies the return value of `on_epoch`: a changed run, or True to end the run."""
     if isinstance(result, Run):
         return result
+    if isinstance(result, type(run.state)):
+        raise InputError(
+            f"a callback returned a {type(result).__name__}; expected None, True to end the run, "
+            "or a changed run: run.replace(state=...)",
+            argument="callbacks",
+        )
     ends = np.ndim(result) == 0 and np.asarray(result).dtype == bool and bool(result)
     return run.replace(is_over=run.is_over or ends)
 
@@ -440,39 +449,16 @@ def _to_host(row: dict[str, Any]) -> dict[str, Any]:
     return numbers
 
 
-class _Function(Callback):
-    """A function as a callback."""
-
-    def __init__(self, function: Callable[[Run], Any]) -> None:
-        self.on_epoch = function  # type: ignore[assignment, method-assign]
-
-
-def _checked_callbacks(callbacks: Any) -> list[Callback]:
+def _in_order(callbacks: list[Callback]) -> list[Callback]:
     """Returns the callbacks in the order in which they are called: those that save are last."""
-    if callbacks is None:
-        callbacks = default_callbacks()
-    if isinstance(callbacks, Callback) or not isinstance(callbacks, Iterable):
-        raise InputError(
-            f"callbacks is {callbacks!r}; expected a list, such as [jaxtrain.callbacks.progress()]",
-            argument="callbacks",
-        )
-    found = []
-    for each in callbacks:
-        if isinstance(each, type) or not (isinstance(each, Callback) or callable(each)):
-            raise InputError(
-                f"callbacks has {each!r}; expected what jaxtrain.callbacks returns, or a function "
-                "of the run",
-                argument="callbacks",
-            )
-        found.append(each if isinstance(each, Callback) else _Function(each))
-    monitored = sorted({each.monitor for each in found if each.monitor is not None})
+    monitored = sorted({each.monitor for each in callbacks if each.monitor is not None})
     if len(monitored) > 1:
         raise InputError(
             f"the callbacks judge epochs by {' and '.join(monitored)}; expected one column, since "
             "fit returns one best state",
             argument="callbacks",
         )
-    return sorted(found, key=lambda each: each.saves)
+    return sorted(callbacks, key=lambda each: each.saves)
 
 
 def _describe(

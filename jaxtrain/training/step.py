@@ -360,6 +360,7 @@ def make_objective(
                 f"the metric {name} is {metric!r}; expected a function, or a pair of functions "
                 "(sums, finish)"
             )
+        _check_hashable(metric, f"the metric {name}")
     return Objective(loss_fn, tuple(metric_fns.items()), step_fn)
 
 
@@ -370,12 +371,17 @@ def check_loss(loss_fn: Any) -> None:
         raise InputError(
             f"loss_fn is {found}; expected a function, such as jaxtrain.losses.cross_entropy"
         )
+    _check_hashable(loss_fn, "loss_fn")
+
+
+def _check_hashable(function: Any, name: str) -> None:
     try:
-        hash(loss_fn)
+        hash(function)
     except TypeError as error:
         raise InputError(
-            f"loss_fn is a {type(loss_fn).__name__}, which is not hashable; expected a function, "
-            "since it is static in the compiled step"
+            f"{name} is a {type(function).__name__}, which is not hashable; expected a function, "
+            "or an object of a class with @dataclass(frozen=True), since it is static in the "
+            "compiled step"
         ) from error
 
 

@@ -348,8 +348,17 @@ def test_a_run_that_alone_does_not_fit_is_an_error(monkeypatch, kind) -> None:
         ({"offset": [1]}, {}, "missing a required argument: 'slope'"),
         ({"slope": [1]}, {"static_argnames": ["width"]}, "static_argnames has 'width'; expected"),
         ({"slope": [np.ones(2)]}, {}, "the axis slope has arrays; expected numbers"),
-        ({"slope": [1]}, {"callbacks": [3]}, r"callbacks has 3; expected callbacks such as"),
-        ({"slope": [1]}, {"callbacks": print}, "callbacks is a builtin_.*; expected a list"),
+        (
+            {"slope": [1]},
+            {"callbacks": [3]},
+            "callbacks has 3; expected what jaxtrain.callbacks returns",
+        ),
+        ({"slope": [1]}, {"callbacks": print}, "callbacks is <built-in .*; expected a list"),
+        (
+            {"slope": [1]},
+            {"callbacks": [jt.callbacks.early_stopping(2)]},
+            "callbacks has the callback EarlyStopping, which a sweep does not call",
+        ),
         ({"slope": [1]}, {"at_once": 0}, "at_once is 0; expected an integer of at least 1"),
         (
             {"slope": [1], "offset": [1, 2]},

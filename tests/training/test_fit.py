@@ -380,13 +380,21 @@ def test_the_end_is_called_for_all_callbacks_that_were_started(small_state, smal
     assert raised.value.state.epoch == 0
 
 
+class Misnamed(jt.callbacks.Callback):
+    def on_epoch_end(self, run):
+        """The name in other libraries."""
+
+
 @pytest.mark.skipif(hasattr(jt.init_state, "__wrapped__"), reason="the type checker raises first")
 @pytest.mark.parametrize(
     ("callbacks", "message"),
     [
         (jt.callbacks.early_stopping(3), r"callbacks is .*; expected a list"),
         ([3], "callbacks has 3; expected what jaxtrain.callbacks returns"),
-        ([jt.callbacks.Callback], "callbacks has <class"),
+        ([jt.callbacks.Callback], "callbacks has the class Callback; expected an object"),
+        ([jt.callbacks.progress], "callbacks has the function progress itself"),
+        ([Misnamed()], "the callback Misnamed with the method on_epoch_end, which is never called"),
+        ([lambda run: run.state], r"returned a TrainState; .*run\.replace\(state="),
     ],
 )
 def test_what_is_no_callback_is_refused(small_state, small_classes, callbacks, message) -> None:
