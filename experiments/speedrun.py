@@ -37,7 +37,7 @@ class Config(flags.DatasetFlags, flags.ExperimentFlags):
     """Fraction of the steps in which the rate rises to it."""
     label_smoothing: float = 0.1
     """Fraction of each target that is spread over all classes."""
-    parallel: int = 1
+    at_once: int = 1
     """Runs to train at once, in one program."""
 
 
@@ -71,7 +71,7 @@ def run(config: Config) -> dict[str, Any]:
         result = jt.sweep(
             functools.partial(train, config, data),
             {"seed": range(config.seeds)},
-            at_once=config.parallel,
+            at_once=config.at_once,
             callbacks=[*folder.callbacks(), jt.callbacks.progress(1)],
         )
         accuracies = result.final("test_accuracy")

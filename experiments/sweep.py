@@ -30,7 +30,7 @@ class Config(flags.DatasetFlags, flags.ExperimentFlags):
     """Passes over the training images; None means 3, or 20 on digits."""
     batch_size: int = 64
     """Examples per step."""
-    parallel: int | None = None
+    at_once: int | None = None
     """Runs to train at once; None finds out how many pay off."""
     checkpoint_dir: Path | None = None
     """Keep finished runs here; the same command then resumes after an interruption."""
@@ -104,7 +104,7 @@ def sweep(config: Config, data: jt.data.Resolved, folder: runs.RunFolder) -> jt.
     return jt.sweep(
         run,
         {"learning_rate": config.learning_rates, "seed": range(config.seeds)},
-        at_once="auto" if config.parallel is None else config.parallel,
+        at_once="auto" if config.at_once is None else config.at_once,
         checkpoint=config.checkpoint_dir,
         callbacks=[*folder.callbacks(), jt.callbacks.progress(1)],
     )

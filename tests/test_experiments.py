@@ -307,7 +307,7 @@ def test_every_flag_changes_the_training(flag, usual_losses, tmp_path: Path) -> 
         (mnist, {"dataset": "digits", "validation": 1.5}, r"fraction is 1\.5"),
         (speedrun, {"seeds": 0}, "seeds is 0"),
         (speedrun, {"dataset": "digits", "warmup": -1.0}, r"pct_start is -1\.0"),
-        (sweep, {"dataset": "digits", "seeds": 1, "parallel": 0}, "at_once is 0"),
+        (sweep, {"dataset": "digits", "seeds": 1, "at_once": 0}, "at_once is 0"),
     ],
 )
 def test_a_flag_out_of_range_is_named_and_earlier_results_stay(

@@ -31,7 +31,6 @@ FLAG_OF_ARGUMENT = {
     "dropout_rate": "dropout",
     "fraction": "validation",
     "learning_rate": "learning_rates",
-    "at_once": "parallel",
     "directory": "checkpoint_dir",
     "every": "checkpoint_every",
     "pct_start": "warmup",

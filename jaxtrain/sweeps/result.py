@@ -182,7 +182,7 @@ class SweepResult:
         if len(shapes) > 1:
             raise InputError(
                 f"{name} has the shapes {', '.join(map(str, sorted(shapes)))} in different runs; "
-                "expected the same shape in all of them; to_pandas() and run(index) have all of them"
+                "expected the same shape in all of them: to_pandas() and run(index) take any"
             )
         order = np.argsort([index for indices, _ in self._outputs for index in indices])
         numpy = isinstance(parts[0], np.ndarray)  # PRNG keys are arrays of JAX

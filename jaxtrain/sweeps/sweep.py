@@ -205,8 +205,8 @@ def _check_called(callbacks: list[Callback]) -> None:
             raise InputError(
                 f"callbacks has the callback {type(each).__name__.strip('_')}, which a sweep does "
                 "not call; expected functions, or callbacks with on_runs, such as "
-                "jaxtrain.callbacks.progress(): checkpoint= keeps finished runs, and jaxtrain.train "
-                "takes early_stopping=",
+                "jaxtrain.callbacks.progress(): checkpoint= keeps finished runs, and "
+                "jaxtrain.train takes early_stopping=",
                 argument="callbacks",
             )
 
