@@ -11,6 +11,8 @@ from pathlib import Path
 CACHE = Path(__file__).parents[1] / ".jax_cache"
 os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(CACHE))
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.1")
+# PyTorch's threads spin while they wait, and the tests run in several processes.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 # Simulated devices, for the tests of meshes; all other tests use the first one.
 os.environ.setdefault("XLA_FLAGS", "--xla_force_host_platform_device_count=8")
 # The tests run in several processes, which share a GPU where there is one.
