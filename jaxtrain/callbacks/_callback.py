@@ -119,7 +119,8 @@ def _problem(each: Any) -> str | None:
         return f"the class {each.__name__}; expected an object, such as {each.__name__}(...)"
     if not isinstance(each, Callback) and not callable(each):
         return f"{each!r}; expected what jaxtrain.callbacks returns, or a function"
-    if isinstance(each, types.FunctionType) and each.__module__.startswith("jaxtrain.callbacks."):
+    module = getattr(each, "__module__", None) or ""
+    if isinstance(each, types.FunctionType) and module.startswith("jaxtrain.callbacks."):
         name = each.__name__
         return f"the function {name} itself; expected its result, jaxtrain.callbacks.{name}(...)"
     known = [name for name in dir(Callback) if name.startswith("on_")]
