@@ -57,31 +57,34 @@ def fetch(files: Mapping[str, str], mirrors: Sequence[str], folder: Path) -> Non
 
 
 def _ask(mirrors: Sequence[str], file: str) -> dict[str, str]:
-    """Returns what is wrong with each mirror that does not offer a file.
+    """Returns what is wrong with the mirrors before the first one that offers a file.
 
     Asks all at once in threads, since resolving a host name has no time limit.
     """
     import requests
 
-    problems = dict.fromkeys(mirrors, f"no answer in {ANSWER_SECONDS:g} s")
+    answers: dict[str, str] = {}
 
     def ask(mirror: str) -> None:
         try:
             answer = requests.head(mirror + file, timeout=ANSWER_SECONDS, allow_redirects=True)
             answer.raise_for_status()
-            del problems[mirror]
+            answers[mirror] = ""
         except Exception as error:
-            problems[mirror] = _describe(error)
+            answers[mirror] = _describe(error)
 
     deadline = time.monotonic() + ANSWER_SECONDS
     threads = [threading.Thread(target=ask, args=(each,), daemon=True) for each in mirrors]
     for thread in threads:
         thread.start()
+    problems: dict[str, str] = {}
     for mirror, thread in zip(mirrors, threads, strict=True):
         thread.join(max(0.0, deadline - time.monotonic()))
-        if mirror not in problems:  # the preferred one of those that answer
+        problem = answers.get(mirror, f"no answer in {ANSWER_SECONDS:g} s")
+        if not problem:
             break
-    return dict(problems)
+        problems[mirror] = problem
+    return problems
 
 
 def _describe(error: Exception) -> str:
