@@ -1,6 +1,7 @@
 """Callbacks: what `fit` and `sweep` call as they proceed, to show, save, log and stop runs."""
 
 from jaxtrain.callbacks._callback import Callback, SweepProgress
+from jaxtrain.callbacks._callback import checked_callbacks as checked_callbacks
 from jaxtrain.callbacks.checkpoint import checkpoint
 from jaxtrain.callbacks.csv import csv
 from jaxtrain.callbacks.early_stopping import early_stopping

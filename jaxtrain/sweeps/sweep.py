@@ -16,8 +16,7 @@ from jaxtyping import PyTree
 from jaxtrain import _device_memory
 from jaxtrain._arguments import check_integer
 from jaxtrain._processes import are_joined
-from jaxtrain.callbacks import Callback, SweepProgress
-from jaxtrain.callbacks._callback import checked_callbacks
+from jaxtrain.callbacks import Callback, SweepProgress, checked_callbacks
 from jaxtrain.callbacks.progress import default_callbacks
 from jaxtrain.errors import InputError
 from jaxtrain.parallel import axis_size, mesh_of

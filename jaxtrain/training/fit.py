@@ -20,8 +20,7 @@ from jaxtrain._arguments import check_integer
 from jaxtrain._compile_time import CompileTime
 from jaxtrain._device_memory import memory_advice
 from jaxtrain._processes import agree, check_same_start, process_lost_errors
-from jaxtrain.callbacks import Callback
-from jaxtrain.callbacks._callback import checked_callbacks
+from jaxtrain.callbacks import Callback, checked_callbacks
 from jaxtrain.callbacks.progress import default_callbacks
 from jaxtrain.checkpoint import digest_program, identify
 from jaxtrain.data.stream import Source

@@ -48,7 +48,8 @@ class Objective(NamedTuple):
     @property
     def evaluated(self) -> MetricItems:
         """The loss and the metrics of held-out data."""
-        return (("loss", self.loss_fn), *self.metrics)  # type: ignore[arg-type]
+        loss = () if self.loss_fn is None else (("loss", self.loss_fn),)
+        return (*loss, *self.metrics)
 
 
 class Auxiliary(NamedTuple):
