@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 import flax.linen as nn
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Num
+from jaxtyping import Array, Float, Shaped
 
 from jaxtrain.errors import InputError
 from jaxtrain.models._dropout import Dropout, check_rate
@@ -31,7 +31,7 @@ class LinearRegression(nn.Module):
 
     @nn.compact
     def __call__(
-        self, inputs: Num[Array, "batch inputs"], train: bool = False
+        self, inputs: Shaped[Array, "batch inputs"], train: bool = False
     ) -> Float[Array, "batch features"]:
         """Returns the predictions; `train` has no effect."""
         shape, dtype = (inputs.shape[-1], self.features), jnp.result_type(inputs, jnp.float32)
@@ -68,7 +68,7 @@ class FeedForward(nn.Module):
 
     @nn.compact
     def __call__(
-        self, inputs: Num[Array, "batch ..."], train: bool = False
+        self, inputs: Shaped[Array, "batch ..."], train: bool = False
     ) -> Float[Array, "batch classes"]:
         """Returns the logits of a batch.
 

@@ -219,4 +219,4 @@ def test_mixed_precision_trains_as_well_on_digits(digits: jt.data.Resolved) -> N
         metrics = {"accuracy": jt.metrics.accuracy}
         return float(jt.evaluate(state, digits.test, LOSS, metrics)["accuracy"])
 
-    assert accuracy(jt.mixed_precision(network)) == pytest.approx(accuracy(network), abs=0.02)
+    assert accuracy(jt.mixed_precision(network)) > accuracy(network) - 0.02
