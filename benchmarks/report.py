@@ -239,7 +239,7 @@ def markdown(headings: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
 
 
 def device_name(results: Results) -> str:
-    """Returns the name of the GPU, or of the processor where there is no GPU."""
+    """Returns the name of the device: the GPU, or else the processor."""
     machine = results["machine"]
     return str(machine["processor"] if machine["device"] == "cpu" else machine["device"])
 

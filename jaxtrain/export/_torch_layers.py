@@ -271,7 +271,7 @@ def _joined(name: str, parts: Sequence[_Leaf], inputs: int | None = None) -> Ent
 
 
 def _two_biases(biases: Sequence[_Leaf]) -> Entry:
-    """Returns the bias of an LSTM, the sum of PyTorch's two; back, the first of them is 0."""
+    """Returns the bias of an LSTM: the sum of PyTorch's two, or to PyTorch, 0 and the bias."""
     entry = _joined("", biases)
 
     def to_torch(arrays: Arrays) -> Arrays:

@@ -104,6 +104,11 @@ def train(
             "jaxtrain.callbacks.early_stopping(...)",
             argument="early_stopping",
         )
+    for name, metric in (state_metrics or {}).items():
+        if not callable(metric):
+            raise InputError(
+                f"the state metric {name} is {metric!r}; expected a function of the state"
+            )
     held_out = {"test": test, "validation": validation}
     sizes = (batch_size, test_batch_size)
     with contextlib.ExitStack() as stack:
@@ -188,22 +193,12 @@ def prepare(
         *(state_metrics or {}),
         *recorded(state),
     ]
-    _check_columns(columns, state_metrics or {})
-    return state, sources, objective, tuple(columns)
-
-
-def _check_columns(columns: list[str], state_metrics: Mapping[str, Any]) -> None:
-    """Raises InputError if a state metric is not a function, or two columns have one name."""
-    for name, metric in state_metrics.items():
-        if not callable(metric):
-            raise InputError(
-                f"the state metric {name} is {metric!r}; expected a function of the state"
-            )
     for name in columns:
         if columns.count(name) > 1 or name in ("step_losses", "seconds"):
             raise InputError(
                 f"the history would have two columns named {name!r}; rename one of the metrics"
             )
+    return state, sources, objective, tuple(columns)
 
 
 def history_row(

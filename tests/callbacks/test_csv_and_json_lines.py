@@ -175,7 +175,7 @@ def test_incomplete_lines_of_a_killed_run_are_removed(tmp_path: Path) -> None:
     assert [row["epoch"] for row in read_csv(tmp_path / "log.csv")] == ["1", "2"]
     assert [row["step"] for row in read_csv(tmp_path / "steps.csv")] == [*map(str, range(1, 11))]
     assert len(read_lines(tmp_path / "log.jsonl")) == 12
-    (tmp_path / "log.jsonl").write_text('{"event": "st')  # a part of the first line
+    (tmp_path / "log.jsonl").write_text('{"event": "st')  # an incomplete first line
     fit([jt.callbacks.json_lines(tmp_path / "log.jsonl")], 1)
     assert len(read_lines(tmp_path / "log.jsonl")) == STEPS + 1
 
