@@ -5,7 +5,6 @@ The build needs no network if MNIST is in `$JAXTRAIN_DATA_DIR`; without it, T2 t
 
 from __future__ import annotations
 
-import inspect
 import os
 import re
 import sys
@@ -69,12 +68,12 @@ myst_heading_anchors = 3
 myst_enable_extensions = ["colon_fence"]
 
 # Reference. Names of other packages are not links, because their indexes are not available offline.
-# Nor are type variables, and the class that `early_stopping` returns, which has no entry.
+# Nor are type variables, and the classes that `early_stopping` and `checkpoint` return.
 nitpicky = True
 nitpick_ignore_regex = [
     (r"py:.*", r"(?!jaxtrain\.).*"),
     (r"py:.*", r".*\._.*"),
-    (r"py:class", r"jaxtrain\.(training\.\w+\.State|callbacks\.early_stopping\.EarlyStopping)"),
+    (r"py:class", r"jaxtrain\.(training\.\w+\.State|callbacks\.\w+\.(EarlyStopping|Checkpoint))"),
 ]
 default_role = "code"  # docstrings are Markdown as much as reStructuredText
 autodoc_member_order = "bysource"
@@ -117,8 +116,6 @@ def shorten_arrays(
     app: Any, what: str, name: str, obj: Any, options: Any, arguments: str, result: str
 ) -> tuple[str, str]:
     """Writes `Float[Array, "batch"]` in a signature as the code does."""
-    if inspect.isclass(obj) and what == "function":  # `callbacks.checkpoint`
-        result = "Callback"
     short = [part and part.replace("jaxlib._jax.Array", "Array") for part in (arguments, result)]
     return short[0], short[1]
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+import functools
 import json
 import os
 import reprlib
@@ -24,7 +26,16 @@ if TYPE_CHECKING:
     from jaxtrain.training.fit import Run
 
 
-class Checkpoint(Callback):
+def checkpoint(
+    directory: str | os.PathLike[str],
+    *,
+    every: int = 1,
+    every_steps: int | None = None,
+    keep: int = 3,
+    resume: Literal["auto", "required", "never"] = "auto",
+    configuration: Mapping[str, Any] | None = None,
+    best: str | None = None,
+) -> Checkpoint:
     """Saves the run in a folder; the same call of `fit` resumes from its newest checkpoint.
 
     A run resumes if its data, their order, the batch sizes, the columns of the history, the key and
@@ -57,34 +68,32 @@ class Checkpoint(Callback):
       >>> # The same call resumes; here, after the last of 5 epochs:
       >>> trained, history = jt.fit(state, train, loss_fn=loss_fn, callbacks=[checkpoint])
     """
+    check_integer(every, "every", minimum=1)
+    check_integer(keep, "keep", minimum=1)
+    if every_steps is not None:
+        check_integer(every_steps, "every_steps", minimum=1)
+    if resume not in ("auto", "required", "never"):
+        raise InputError(
+            f"resume is {resume!r}; expected 'auto', 'required' or 'never'", argument="resume"
+        )
+    settings = _to_json({} if configuration is None else configuration)
+    return Checkpoint(_absolute(directory), every, every_steps, keep, resume, settings, best)
 
+
+@dataclasses.dataclass(eq=False)
+class Checkpoint(Callback):
+    """What `checkpoint` returns; the attributes are its arguments."""
+
+    directory: Path
+    every: int
+    every_steps: int | None
+    keep: int
+    resume: Literal["auto", "required", "never"]
+    configuration: dict[str, Any]
+    monitor: str | None
     saves = True
-
-    def __init__(
-        self,
-        directory: str | os.PathLike[str],
-        *,
-        every: int = 1,
-        every_steps: int | None = None,
-        keep: int = 3,
-        resume: Literal["auto", "required", "never"] = "auto",
-        configuration: Mapping[str, Any] | None = None,
-        best: str | None = None,
-    ) -> None:
-        self.directory = _absolute(directory)
-        check_integer(every, "every", minimum=1)
-        check_integer(keep, "keep", minimum=1)
-        if every_steps is not None:
-            check_integer(every_steps, "every_steps", minimum=1)
-        if resume not in ("auto", "required", "never"):
-            raise InputError(
-                f"resume is {resume!r}; expected 'auto', 'required' or 'never'", argument="resume"
-            )
-        self.every, self.every_steps, self.keep, self.resume = every, every_steps, keep, resume
-        self.configuration = _to_json({} if configuration is None else configuration)
-        self.monitor = best
-        self._store: CheckpointStore | None = None
-        self._seekable = False
+    _store: CheckpointStore | None = None
+    _seekable: bool = False
 
     def on_start(self, run: Run) -> Run | None:
         """Locks the folder, and returns the run of the newest checkpoint."""
@@ -105,12 +114,7 @@ class Checkpoint(Callback):
             )
         identity = {**described, "configuration": self.configuration}
         self._store = CheckpointStore(self.directory, identity, self.keep)
-
-        def check(recorded: dict[str, Any], where: str) -> list[str]:
-            warned = check_same_run(identity, recorded, where)
-            identity["start"] = recorded["start"]
-            return warned
-
+        check = functools.partial(check_same_run, identity)
         found = self._store.restore(
             run.state, run.columns, check, sums=run.log.sums, resume=self.resume
         )
@@ -177,9 +181,6 @@ class Checkpoint(Callback):
                 part=part,
             )
         )
-
-
-checkpoint = Checkpoint
 
 
 def _resumed(run: Run, found: Snapshot) -> Run:

@@ -83,7 +83,7 @@ class EarlyStopping(Callback):
                 argument = "validation"
             raise InputError(
                 f"early_stopping monitors {self.monitor!r}, but the history has the columns "
-                f"{', '.join(columns)}; expected one of these{hint}",
+                f"{', '.join(columns)}; expected one with a number per epoch{hint}",
                 argument=argument,
             )
 
@@ -95,9 +95,10 @@ class EarlyStopping(Callback):
     def on_epoch(self, run: Run) -> Run:
         """Keeps the state of the best epoch, and ends the run."""
         if np.ndim(run.rows[-1][self.monitor]):
+            numbers = [name for name, value in run.rows[-1].items() if np.ndim(value) == 0]
             raise InputError(
                 f"early_stopping monitors {self.monitor!r}, which has an array per epoch; expected "
-                "a column of numbers",
+                f"one of {', '.join(numbers)}",
                 argument="callbacks",
             )
         if is_improvement(run.rows, self.monitor, self.mode):

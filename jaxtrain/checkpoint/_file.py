@@ -25,7 +25,7 @@ from jaxtrain._placement import is_key, to_words
 from jaxtrain._safetensors import DTYPES, MAX_HEADER_BYTES, place, to_host
 from jaxtrain.errors import InputError, printable
 
-_FORMAT = 3
+_FORMAT = 4
 _MAX_HISTORY_BYTES = 2**30
 _CHECKSUM, _ZEROS = re.compile(rb'"sha256":"([0-9a-f]{64})"'), b"0" * 64
 

@@ -15,7 +15,6 @@ from jaxtrain._placement import to_numpy
 from jaxtrain._versions import device_name, versions
 from jaxtrain.errors import InputError, printable
 
-_CODE = "the code of the model, the loss or the optimizer"
 _CURRENT_MESH = re.compile(r" ctx_mesh=\w+\((?:[^()]|\([^()]*\))*\)")
 
 
@@ -29,11 +28,6 @@ def digest(tree: PyTree) -> str:
     return found.hexdigest()[:16]
 
 
-def digest_text(text: str) -> str:
-    """Returns a short SHA-256 of a text."""
-    return hashlib.sha256(text.encode()).hexdigest()[:16]
-
-
 def digest_program(traced: jax.stages.Traced) -> str:
     """Returns a digest of a traced function and of the arrays that it has captured.
 
@@ -41,7 +35,7 @@ def digest_program(traced: jax.stages.Traced) -> str:
     another number of devices.
     """
     text = _CURRENT_MESH.sub("", without_addresses(str(traced.jaxpr)))
-    return digest_text(text) + digest(traced.jaxpr.consts)
+    return _digest_text(text) + digest(traced.jaxpr.consts)
 
 
 def without_addresses(text: str) -> str:
@@ -63,27 +57,25 @@ def identify(
       state: the state before the first step, with attributes `step` and `key`.
       settings: what must agree for a run to resume: data, order of the examples, batch sizes,
         columns.
-      program: the digest of the traced step; another one causes a warning.
-      descriptions: model, loss, optimizer and so on, which explain another program.
+      program: the digest of the traced step; another one causes a warning, and so do other initial
+        parameters or another state of the optimizer, which has the learning rate.
+      descriptions: model, loss, optimizer and so on, which explain the warning.
       seekable: whether the training data can resume within an epoch.
     """
-    # Every part of a TrainState that a change of settings may have initialized differently.
-    parts = [name for name in ("params", "opt_state") if hasattr(state, name)]
-    start = {name: digest(getattr(state, name)) for name in parts} or {"state": digest(state)}
+    start = [getattr(state, name) for name in ("params", "opt_state") if hasattr(state, name)]
     leaves = [leaf for leaf in jax.tree.leaves(state) if isinstance(leaf, jax.Array)]
     devices = len(set().union(*(leaf.sharding.device_set for leaf in leaves)))
     return {
-        "settings": dict(settings),
-        "program": program,
+        "settings": {**settings, "the key of the state": digest(state.key)},
+        "step": int(state.step),
+        "digest": _digest_text(program + digest(start or state)),
         "descriptions": {name: without_addresses(text) for name, text in descriptions.items()},
         "versions": {**versions(), "device": device_name(), "devices": devices},
-        "key": digest(state.key),
-        "start": {"step": int(state.step), **start},
         "seekable": seekable,
     }
 
 
-def check_same_run(current: dict[str, Any], recorded: dict[str, Any], where: str) -> list[str]:
+def check_same_run(current: dict[str, Any], recorded: dict[str, Any], where: str) -> str | None:
     """Checks that a checkpoint belongs to this run.
 
     Args:
@@ -92,41 +84,33 @@ def check_same_run(current: dict[str, Any], recorded: dict[str, Any], where: str
       where: describes the checkpoint.
 
     Returns:
-      Warnings: the code of the model or the loss, versions, or initial values differ.
+      A warning if the code, the initial values or the versions differ.
 
     Raises:
       InputError: settings or the key differ.
     """
     refused = _differences(recorded["configuration"], current["configuration"])
     refused |= _differences(recorded["settings"], current["settings"])
-    if recorded["key"] != current["key"]:
-        refused["the key of the state"] = recorded["key"], current["key"]
     if refused:
         raise InputError(
             f"{where} belongs to another run: {_format(refused)}; use the same settings, or "
             "another checkpoint directory"
         )
-    warned = []
-    changed = _differences(recorded["descriptions"], current["descriptions"])
     moved = _differences(recorded["versions"], current["versions"])
-    if recorded["program"] != current["program"]:
-        named = _format(changed | moved) or _CODE
-        warned.append(
-            f"{where} was written by other code ({named}); the run resumes with the current code"
+    # A state that a run has returned has other values, but continues it.
+    if recorded["digest"] != current["digest"] and recorded["step"] == current["step"]:
+        changed = _differences(recorded["descriptions"], current["descriptions"]) | moved
+        named = _format(changed) or "of the model, the loss, the optimizer or the parameters"
+        return printable(
+            f"{where} was written by other code or from other initial values ({named}); the run "
+            "resumes with the current code and the values of the checkpoint"
         )
-    elif moved:
-        warned.append(
+    if moved:
+        return printable(
             f"{where} was written with other versions or on another device ({_format(moved)}); the "
             "last digits may differ from here on"
         )
-    then, now = recorded["start"], current["start"]
-    if then != now and then["step"] == now["step"]:
-        names = f" ({_format(changed)})" if changed else ""
-        warned.append(
-            f"{where} belongs to a run that began with another initial "
-            f"{', '.join(_differences(then, now))}{names}; the values in the checkpoint are used"
-        )
-    return [printable(message) for message in warned]
+    return None
 
 
 def _differences(then: dict[str, Any], now: dict[str, Any]) -> dict[str, tuple[Any, Any]]:
@@ -138,3 +122,7 @@ def _format(differences: dict[str, tuple[Any, Any]]) -> str:
     return ", ".join(
         f"{name} was {then} and is now {now}" for name, (then, now) in differences.items()
     )
+
+
+def _digest_text(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()[:16]

@@ -109,7 +109,7 @@ class CheckpointStore:
         self,
         like: PyTree,
         columns: Sequence[str],
-        check: Callable[[dict[str, Any], str], Sequence[str]],
+        check: Callable[[dict[str, Any], str], str | None],
         *,
         sums: PyTree = (),
         resume: str = "auto",
@@ -119,8 +119,8 @@ class CheckpointStore:
         Args:
           like: a state of the structure, shapes, dtypes and placement to restore.
           columns: the names of the history's columns, in order.
-          check: called with the recorded metadata and a description of the checkpoint; returns
-            warnings, and raises InputError if it belongs to another run.
+          check: called with the recorded metadata and a description of the checkpoint; returns a
+            warning or None, and raises InputError if it belongs to another run.
           sums: as `like`, for the sums of the metrics in a checkpoint within an epoch.
           resume: "auto", "required" or "never".
 
@@ -149,7 +149,7 @@ class CheckpointStore:
             try:
                 record, arrays = _file.read_file(path, _file.largest_size(like))
                 with _file.malformed_is_damaged(path):
-                    warned = check(record["metadata"], f"the checkpoint {path}")
+                    message = check(record["metadata"], f"the checkpoint {path}")
                 snapshot = _file.unflatten(record, arrays, like, sums, list(columns), path)
             except DamagedError as error:
                 damaged[path] = str(error)
@@ -162,7 +162,7 @@ class CheckpointStore:
                     f"resuming after {last}",
                     stacklevel=_FIT,
                 )
-            for message in warned:
+            if message is not None:
                 warnings.warn(message, stacklevel=_FIT)
             return snapshot
         if damaged:

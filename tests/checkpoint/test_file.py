@@ -189,7 +189,7 @@ def test_other_programs_read_the_arrays_and_the_record(tmp_path: Path) -> None:
     np.testing.assert_array_equal(found["state.w"], make_state(3)["w"])
     assert found["history.1.train_loss"].tolist() == [2, 1.5, 1]
     record, _ = read_file(path)
-    assert (record["format"], record["metadata"], record["columns"]) == (3, METADATA, COLUMNS)
+    assert (record["format"], record["metadata"], record["columns"]) == (4, METADATA, COLUMNS)
     assert record["leaves"]["state.key"] == "['key'] of key<threefry2x32>[]"
     assert json.loads(json.dumps(record)) == record
 

@@ -31,53 +31,51 @@ def identity(*, step=0, seed=0, params=1.0, rate=0.1, program="a", **changes: An
     return found | {"configuration": changes.get("configuration", {})}
 
 
-def check(**changes: Any) -> list[str]:
+def check(**changes: Any) -> str | None:
     return check_same_run(identity(**changes), identity(), "it")
 
 
 def test_the_same_run_is_accepted_silently() -> None:
-    assert check() == []
+    assert check() is None
     # A run that continues from a later state has other values.
-    assert check(step=8, params=2.0, rate=0.3) == []
+    assert check(step=8, params=2.0, rate=0.3) is None
     # The text of a model may differ from process to process.
-    assert check(descriptions={"model": "B()"}) == []
+    assert check(descriptions={"model": "B()"}) is None
 
 
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"settings": {"batch_size": 17}}, "another run: batch_size was 16 and is now 17; use"),
+        ({"settings": {"batch_size": 17}}, "batch_size was 16 and is now 17; use the same"),
         ({"settings": {"new": None}, "seed": 1}, "the key of the state was [0-9a-f]+ and is now"),
         (
             {"settings": {"training data": "9"}, "configuration": {"rate": 1}},
-            "another run: rate was None and is now 1, training data was 50 examples and is now 9;",
+            "rate was None and is now 1, training data was 50 examples and is now 9;",
         ),
     ],
 )
 def test_other_settings_and_keys_are_refused(changes, message: str) -> None:
-    with pytest.raises(InputError, match=f"it belongs to {message}|{message}"):
+    with pytest.raises(InputError, match=f"it belongs to another run: {message}"):
         check(**changes)
 
 
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        (
-            {"program": "b"},
-            r"by other code \(the code of the model, the loss or the optimizer\); the run resumes",
-        ),
+        ({"program": "b"}, r"values \(of the model, the loss, the optimizer or the parameters\);"),
         (
             {"program": "b", "descriptions": {"loss": "l1"}, "versions": {"jax": "9"}},
-            r"by other code \(loss was mse and is now l1, jax was \S+ and is now 9\)",
+            r"by other code .*\(loss was mse and is now l1, jax was \S+ and is now 9\)",
         ),
         ({"versions": {"python": "3.99"}}, r"other versions .*\(python was \S+ and is now 3.99\)"),
-        ({"params": 2.0}, "a run that began with another initial params; the values in the"),
+        ({"params": 2.0}, "from other initial values .* the values of the checkpoint"),
         (
             {"rate": 0.2, "descriptions": {"learning_rate": "0.2"}},
-            r"another initial opt_state \(learning_rate was None and is now 0.2\); the values",
+            r"other initial values \(learning_rate was None and is now 0.2\); the run",
         ),
     ],
 )
 def test_other_code_versions_and_initial_values_cause_a_warning(changes, message: str) -> None:
-    (found,) = check(**changes)
+    found = check(**changes)
+    assert found is not None
     assert re.search(message, found)

@@ -307,8 +307,8 @@ def test_a_checkpoint_of_another_run_is_refused_before_structures_are_compared(t
 def test_a_warning_of_the_check_is_given_if_the_run_resumes(tmp_path: Path) -> None:
     write(tmp_path)
 
-    def check(recorded, where: str) -> list[str]:
-        return ["other versions"]
+    def check(recorded, where: str) -> str:
+        return "other versions"
 
     with pytest.warns(UserWarning, match="other versions") as told:
         restore(tmp_path, check=check)

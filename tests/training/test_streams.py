@@ -443,7 +443,11 @@ def test_another_stream_is_another_run(tmp_path: Path) -> None:
     fit(jt.data.stream(DATA, 16, KEY), epochs=1, callbacks=[checkpoint])
     noisy = jt.data.stream(DATA, 16, KEY, transform=add_noise)
     for other in (jt.data.stream(DATA, 16), jt.data.stream(DATA[:49], 16, KEY), DATA, noisy):
-        message = "transformed by add_noise" if other is noisy else r"train data was Stream\(50"
+        message = (
+            "transformed by <function add_noise>"
+            if other is noisy
+            else r"train data was Stream\(50"
+        )
         with pytest.raises(jt.errors.InputError, match=rf"another run:.*{message}"):
             fit(other, batch_size=16, callbacks=[checkpoint])
 
