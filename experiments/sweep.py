@@ -65,7 +65,7 @@ def run(config: Config) -> dict[str, Any]:
             test_loss=best.history["test_loss"][-1],
             test_accuracy=best.history["test_accuracy"][-1],
             runs=len(result.configurations),
-            table=[dict(zip(table.headings, row, strict=True)) for row in table.rows],
+            table=table.frame.to_dict("records"),
         )
         print(f"T2 on {data.name}, {summary['epochs']} epochs, mean ± deviation over seeds:")
         print(table)

@@ -6,7 +6,6 @@ import functools
 import json
 import os
 import pickle
-import re
 import subprocess
 import sys
 from pathlib import Path

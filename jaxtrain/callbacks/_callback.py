@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import collections
 import types
 from collections.abc import Callable, Iterable
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 from jaxtrain.errors import InputError
@@ -42,6 +44,8 @@ class Callback:
 
     Attributes:
       monitor: the column of the history by which the callback judges an epoch; None if it does not.
+      writes: the files or folders that the callback writes as a log, absolute; no other callback of
+        the same call may write them.
       saves: whether the callback stores runs. Such callbacks are started first, so that the others
         see a restored run, and are otherwise called last, so that they store what the others
         decided.
@@ -55,6 +59,7 @@ class Callback:
 
     monitor: str | None = None
     saves: bool = False
+    writes: tuple[Path, ...] = ()
 
     def on_start(self, run: Run) -> Run | None:
         """Called before the first step; a run that it returns replaces the current one."""
@@ -108,6 +113,13 @@ def checked_callbacks(callbacks: Any, method: str) -> list[Callback]:
     for each in found:
         if problem := _problem(each):
             raise InputError(f"callbacks has {problem}", argument="callbacks")
+    written = collections.Counter(path for each in found for path in getattr(each, "writes", ()))
+    for path, count in written.items():
+        if count > 1:
+            raise InputError(
+                f"callbacks has {count} loggers that write {path}; expected one, or other files",
+                argument="callbacks",
+            )
     return [
         each if isinstance(each, Callback) else FunctionCallback(method, each) for each in found
     ]

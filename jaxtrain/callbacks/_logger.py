@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import math
 import os
 import warnings
 from collections.abc import Callable
@@ -12,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from jaxtrain._arguments import checked_path
 from jaxtrain._files import make_folder, read_regular_file
+from jaxtrain._json import rounded
 from jaxtrain._processes import shows_progress
 from jaxtrain.callbacks._callback import Callback
 from jaxtrain.errors import InputError, StorageError, printable
@@ -28,8 +28,9 @@ class Logger(Callback):
     Subclasses define the methods from `_start` to `_close`, which may raise any Exception.
     """
 
-    def __init__(self, kind: str, place: Path) -> None:
-        """Takes the name used in warnings, such as "CSV", and the file or folder."""
+    def __init__(self, kind: str, place: Path, *others: Path) -> None:
+        """Takes the name used in warnings, such as "CSV", and the files or the folder."""
+        self.writes = tuple(path.resolve() for path in (place, *others))
         self._kind = kind
         self._place = place
         self._step: int | None = None  # the latest one logged; None before the first run
@@ -139,21 +140,7 @@ def checked_file(
 def learning_rate(state: Any) -> float | None:
     """Returns the learning rate of the latest step, if the optimizer records one."""
     rate = current_learning_rate(getattr(state, "opt_state", None))
-    # float32 has seven digits: 0.01, not 0.009999999776.
-    return None if rate is None else float(f"{float(rate):.7g}")
-
-
-def to_python(value: Any) -> Any:
-    """Returns a number or an array of NumPy as Python's numbers, in nested lists."""
-    return value.tolist() if hasattr(value, "tolist") else value
-
-
-def to_json(value: Any) -> Any:
-    """Returns a value with null in place of numbers that are not finite, which JSON lacks."""
-    value = to_python(value)
-    if isinstance(value, list):
-        return [to_json(element) for element in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value
+    return None if rate is None else rounded(rate)
 
 
 def _reason(error: Exception) -> str:

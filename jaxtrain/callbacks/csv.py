@@ -12,8 +12,9 @@ from typing import TYPE_CHECKING, Any, TextIO
 import numpy as np
 
 from jaxtrain._files import read_regular_file, write_atomically
+from jaxtrain._json import to_json
 from jaxtrain.callbacks._callback import Callback
-from jaxtrain.callbacks._logger import Logger, checked_file, to_json, to_python
+from jaxtrain.callbacks._logger import Logger, checked_file
 from jaxtrain.errors import InputError
 
 if TYPE_CHECKING:
@@ -57,7 +58,7 @@ def csv(path: str | os.PathLike[str], *, steps: str | os.PathLike[str] | None = 
 
 class _Csv(Logger):
     def __init__(self, epochs: Path, steps: Path | None) -> None:
-        super().__init__("CSV", epochs)
+        super().__init__("CSV", epochs, *([] if steps is None else [steps]))
         self._epochs = _Table(epochs)
         self._steps = None if steps is None else _Table(steps)
 
@@ -135,7 +136,7 @@ def _is_header(line: bytes) -> bool:
 
 def _to_cell(value: Any) -> Any:
     """Returns an array as JSON, and a number unchanged, so that NaN and infinity remain."""
-    return json.dumps(to_json(value)) if np.ndim(value) else to_python(value)
+    return json.dumps(to_json(value)) if np.ndim(value) else np.asarray(value).item()
 
 
 def _to_text(columns: list[str], rows: list[dict[str, Any]]) -> str:

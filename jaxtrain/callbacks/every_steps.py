@@ -53,7 +53,7 @@ class _EverySteps(Callback):
 
     def __init__(self, steps: int, callback: Callback) -> None:
         self._steps, self._callback = steps, callback
-        self.monitor, self.saves = callback.monitor, callback.saves
+        self.monitor, self.saves, self.writes = callback.monitor, callback.saves, callback.writes
 
     def next_pause(self, run: Run) -> int:
         """Returns the next multiple of `steps`."""

@@ -8,8 +8,9 @@ from contextlib import suppress
 from typing import TYPE_CHECKING, Any, TextIO
 
 from jaxtrain._files import read_regular_file, write_atomically
+from jaxtrain._json import to_json
 from jaxtrain.callbacks._callback import Callback
-from jaxtrain.callbacks._logger import Logger, checked_file, learning_rate, to_json
+from jaxtrain.callbacks._logger import Logger, checked_file, learning_rate
 
 if TYPE_CHECKING:
     from jaxtrain.training.fit import Run
@@ -74,8 +75,7 @@ class _JsonLines(Logger):
     def _write(self, rows: list[dict[str, Any]]) -> None:
         assert self._file is not None
         for row in rows:
-            values = {name: to_json(value) for name, value in row.items()}
-            self._file.write(json.dumps(values, allow_nan=False) + "\n")
+            self._file.write(json.dumps(to_json(row), allow_nan=False) + "\n")
         self._file.flush()
 
 

@@ -70,6 +70,7 @@ class _Wandb(BoardLogger):
         self, place: Path, histograms: bool, package: Any, options: dict[str, Any]
     ) -> None:
         super().__init__("Weights & Biases", place, histograms)
+        self.writes = ()  # each has a folder of its own there
         self._package = package
         self._options = options
         self._run: Any = None

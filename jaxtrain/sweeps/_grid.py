@@ -93,28 +93,6 @@ class Grid:
         axes = {name: tuple(map(_with_tuples, each)) for name, each in saved["axes"].items()}
         return cls(axes, saved["zipped"])
 
-    def split(self, over: Any) -> list[tuple[dict[str, int], list[int]]]:
-        """Returns the runs of each configuration of the axes that are not averaged.
-
-        Args:
-          over: the name of the axis over which to average, or several.
-
-        Returns:
-          For each configuration its position on the other axes, by name, and its runs.
-        """
-        averaged = axis_names(over)
-        for name in averaged:
-            if name not in self.axes:
-                raise InputError(
-                    f"over has {name!r}; expected axes of the sweep: {', '.join(self.axes)}",
-                    argument="over",
-                )
-        found: dict[tuple[int, ...], tuple[dict[str, int], list[int]]] = {}
-        for run, each in enumerate(self.positions):
-            at = {name: position for name, position in each.items() if name not in averaged}
-            found.setdefault(tuple(at.values()), (at, []))[1].append(run)
-        return list(found.values())
-
     @property
     def groups(self) -> list[Group]:
         """The runs grouped by their static values."""
@@ -262,11 +240,6 @@ def _check_range(name: str, value: Any) -> None:
             f"{jnp.finfo(dtype).tiny:.2g} to {jnp.finfo(dtype).max:.2g}",
             argument="axes",
         )
-
-
-def axis_names(over: Any) -> tuple[str, ...]:
-    """Returns the axes to average over, given as one name or several."""
-    return (over,) if isinstance(over, str) else tuple(over)
 
 
 def _with_tuples(value: Any) -> Any:

@@ -10,24 +10,17 @@ import numpy as np
 from jaxtrain import _figures
 from jaxtrain.errors import InputError
 from jaxtrain.sweeps._grid import Grid
-from jaxtrain.sweeps.result import mean_and_deviation
 
 # An axis whose positive values span more than this factor has a logarithmic scale.
 _LOG_SPAN = 20
 _COLORS = (
-    _figures.BLUE,
-    _figures.VERMILION,
-    _figures.GREEN,
-    _figures.ORANGE,
-    _figures.PURPLE,
-    _figures.SKY,
+    *(_figures.BLUE, _figures.VERMILION, _figures.GREEN),
+    *(_figures.ORANGE, _figures.PURPLE, _figures.SKY),
 )
 
 
-def line_plot(
-    grid: Grid, column: str, values: np.ndarray, x: str | None, over: tuple[str, ...]
-) -> _figures.Figure:
-    """Draws the final values of a column against one axis, with a band over others."""
+def line_plot(grid: Grid, groups: Any, x: str | None, over: tuple[str, ...]) -> _figures.Figure:
+    """Draws final values, grouped by the axes that are not in `over`, against one of them."""
     x = x or next((name for name in grid.axes if name not in over), None)
     if x is None:
         raise InputError(
@@ -35,45 +28,39 @@ def line_plot(
         )
     _check_axes(grid, (x,), over)
     xs, ticks, is_log = _scale(grid, x)
-    lines: dict[tuple[tuple[str, int], ...], list[tuple[float, float, float]]] = {}
-    for at, runs in grid.split(over):
-        position = xs[at.pop(x)]
-        mean, deviation, _ = mean_and_deviation(values.ravel()[runs])
-        lines.setdefault(tuple(at.items()), []).append((position, mean, deviation))
     figure = _figures.Figure(figsize=(6.5, 4), layout="constrained")
     ax = figure.subplots()
-    for number, (rest, points) in enumerate(lines.items()):
-        label = ", ".join(f"{name} {grid.labels[name][at]}" for name, at in rest)
-        positions, means, deviations = np.array(sorted(points)).T
+    points = groups.agg(["mean", "std"]).fillna({"std": 0}).reset_index()
+    rest = [name for name in grid.axes if name not in (x, *over)]
+    lines = points.groupby(rest, sort=False) if rest else [((), points)]
+    for number, (at, line) in enumerate(lines):
+        label = ", ".join(f"{n} {grid.labels[n][i]}" for n, i in zip(rest, at, strict=True))
+        line = line.assign(x=[xs[position] for position in line[x]]).sort_values("x")
         color = _COLORS[number % len(_COLORS)]
         marker = "osDv^P"[(number + number // len(_COLORS)) % 6]  # another one for each color
         style: dict[str, Any] = {"color": color, "marker": marker, "markersize": 5}
-        ax.plot(positions, means, label=label or None, **style)
+        ax.plot(line["x"], line["mean"], label=label or None, **style)
         if over:
-            lower, upper = means - deviations, means + deviations
-            ax.fill_between(positions, lower, upper, color=color, alpha=0.2)
+            band = line["mean"] - line["std"], line["mean"] + line["std"]
+            ax.fill_between(line["x"], *band, color=color, alpha=0.2)
     if is_log:
         ax.set_xscale("log")
     if ticks:
         ax.set_xticks(xs, labels=ticks)
-    if any(lines):
+    if rest:
         ax.legend(fontsize=8)
-    band = f", mean ± standard deviation over {', '.join(over)}" if over else ""
-    _figures.label_axes(ax, x.replace("_", " "), column.replace("_", " "))
+    column = _words(groups.obj.name)
+    band_title = f", mean ± standard deviation over {', '.join(over)}" if over else ""
+    _figures.label_axes(ax, _words(x), column)
     _show_percent(ax.yaxis, column)
-    figure.suptitle(f"{column.replace('_', ' ')}{band}", fontsize=11)
+    figure.suptitle(column + band_title, fontsize=11)
     return figure
 
 
-def heat_map(
-    grid: Grid,
-    column: str,
-    values: np.ndarray,
-    x: str | None,
-    y: str | None,
-    over: tuple[str, ...],
-) -> _figures.Figure:
-    """Draws the final values of a column over two axes, averaged over others."""
+def heat_map_axes(
+    grid: Grid, x: str | None, y: str | None, over: tuple[str, ...]
+) -> tuple[str, str, tuple[str, ...]]:
+    """Returns x, y and the axes to average over, where they are not given."""
     names = ", ".join(grid.axes)
     if grid.zipped and len(grid.axes) > 1:
         raise InputError(f"the sweep's axes {names} are zipped; expected a product of two axes")
@@ -91,29 +78,31 @@ def heat_map(
         )
     y = y or free.pop(0)
     x = x or free.pop(0)
-    over = over or tuple(free)
-    cells = [(at[y], at[x], values.ravel()[runs]) for at, runs in grid.split(over)]
-    rows, columns = (sorted({cell[axis] for cell in cells}) for axis in (0, 1))
-    image = np.empty((len(rows), len(columns)))
-    for row, at, found in cells:
-        image[rows.index(row), columns.index(at)] = mean_and_deviation(found)[0]
-    size = (2.6 + max(3.0, 0.75 * len(columns)), 1.8 + max(1.6, 0.42 * len(rows)))
+    return x, y, over or tuple(free)
+
+
+def heat_map(grid: Grid, groups: Any, x: str, y: str, over: tuple[str, ...]) -> _figures.Figure:
+    """Draws final values, grouped by x and y, in a field of colors and numbers."""
+    column = _words(groups.obj.name)
+    means = groups.agg(["mean"])["mean"].unstack(x).sort_index()
+    image = means.to_numpy()
+    size = (2.6 + max(3.0, 0.75 * image.shape[1]), 1.8 + max(1.6, 0.42 * image.shape[0]))
     figure = _figures.Figure(figsize=size, layout="constrained")
     ax = figure.subplots()
     drawn = ax.imshow(image, cmap="viridis", aspect="auto")
-    ax.set_xticks(range(len(columns)), labels=[grid.labels[x][at] for at in columns])
-    ax.set_yticks(range(len(rows)), labels=[grid.labels[y][at] for at in rows])
+    ax.set_xticks(range(image.shape[1]), labels=[grid.labels[x][at] for at in means.columns])
+    ax.set_yticks(range(image.shape[0]), labels=[grid.labels[y][at] for at in means.index])
     low, high = (0.0, 1.0) if np.isnan(image).all() else (np.nanmin(image), np.nanmax(image))
     digits = ".2%" if _is_fraction(column) else ".3g"
     for (row, at), value in np.ndenumerate(image):
         text = "diverged" if np.isnan(value) else f"{value:{digits}}"
         color = "white" if value < (low + high) / 2 else "black"
         ax.text(at, row, text, ha="center", va="center", fontsize=8, color=color)
-    _figures.label_axes(ax, x.replace("_", " "), y.replace("_", " "), grid=False)
-    bar = figure.colorbar(drawn, ax=ax, label=column.replace("_", " "))
+    _figures.label_axes(ax, _words(x), _words(y), grid=False)
+    bar = figure.colorbar(drawn, ax=ax, label=column)
     _show_percent(bar.ax.yaxis, column)
     mean = f", mean over {', '.join(over)}" if over else ""
-    figure.suptitle(f"{column.replace('_', ' ')}{mean}", fontsize=11)
+    figure.suptitle(column + mean, fontsize=11)
     return figure
 
 
@@ -132,6 +121,10 @@ def _scale(grid: Grid, x: str) -> tuple[list[float], list[str], bool]:
         return list(range(len(values))), list(grid.labels[x]), False
     is_log = min(values) > 0 and max(values) > _LOG_SPAN * min(values)
     return list(map(float, values)), [], is_log
+
+
+def _words(name: str) -> str:
+    return name.replace("_", " ")
 
 
 def _is_fraction(column: str) -> bool:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
 import os
 import warnings
@@ -22,40 +21,35 @@ from jaxtrain.sweeps._program import Program
 _DESCRIPTION = "checkpoint folder"
 
 
-@contextlib.contextmanager
-def open_store(
-    folder: str | os.PathLike[str], grid: Grid, programs: Sequence[Program]
-) -> Iterator[Store]:
-    """Opens the folder of a sweep for this process alone.
-
-    Args:
-      folder: the folder; made if it is missing.
-      grid: the sweep's configurations.
-      programs: the programs of its groups.
-
-    Raises:
-      InputError: the folder is in use, or cannot be written.
-    """
-    path = Path(folder)
-    make_folder(path, _DESCRIPTION)
-    lock = lock_folder(path, _DESCRIPTION)
-    try:
-        yield Store(path, grid, programs)
-    finally:
-        lock.release()
-
-
 class Store:
     """The finished runs in a folder, one file for those that were trained at once."""
 
-    def __init__(self, path: Path, grid: Grid, programs: Sequence[Program]) -> None:
-        self._path = path
+    def __init__(
+        self, folder: str | os.PathLike[str], grid: Grid, programs: Sequence[Program]
+    ) -> None:
+        """Opens the folder of a sweep for this process alone, until `close`.
+
+        Args:
+          folder: the folder; made if it is missing.
+          grid: the sweep's configurations.
+          programs: the programs of its groups.
+
+        Raises:
+          InputError: the folder is in use, or cannot be written.
+        """
+        self._path = Path(folder)
+        make_folder(self._path, _DESCRIPTION)
         identity = {
             "grid": grid.to_json(),
             "run": [program.digest() for program in programs],
             "versions": {**versions(), "device": device_name()},
         }
         self._identity = json.loads(json.dumps(identity))  # tuples become lists, as in a file
+        self._lock = lock_folder(self._path, _DESCRIPTION)
+
+    def close(self) -> None:
+        """Releases the folder."""
+        self._lock.release()
 
     def restore(self) -> Iterator[tuple[int, list[int], list[np.ndarray]]]:
         """Yields the group, the positions in it, and the leaves of the runs of each file.

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import csv
 import dataclasses
-import io
 import numbers
 import operator
 import os
@@ -18,11 +16,11 @@ import numpy as np
 from jaxtyping import PyTree
 
 from jaxtrain._extras import needs_extra
-from jaxtrain._files import write_atomically
+from jaxtrain._files import write_atomically, write_csv
 from jaxtrain.callbacks.early_stopping import Mode, infer_mode
 from jaxtrain.checkpoint import encode_arrays, read_arrays
 from jaxtrain.errors import InputError
-from jaxtrain.sweeps._grid import Grid, axis_names
+from jaxtrain.sweeps._grid import Grid
 from jaxtrain.training.state import TrainState
 
 if TYPE_CHECKING:
@@ -47,28 +45,26 @@ class SweepRun(NamedTuple):
     state: TrainState | None
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, repr=False, eq=False)
 class SweepTable:
-    """A table of a sweep, which prints itself.
+    """The final values of a sweep, averaged over some axes; prints as a table.
 
     Attributes:
-      headings: the names of the columns.
-      rows: the cells of each row, as text.
+      frame: one row per configuration of the other axes: its value on each of them, the mean of
+        each column over the finite runs and, after averaging, their standard deviation as
+        `NAME_deviation`; and how many of its runs have `diverged`.
+      cells: the columns that are printed, as text.
     """
 
-    headings: list[str]
-    rows: list[list[str]]
+    frame: pandas.DataFrame
+    cells: dict[str, list[str]]
 
     def __str__(self) -> str:
-        lines = [self.headings, *self.rows]
-        widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
-        return "\n".join(
-            "  ".join(cell.rjust(width) for cell, width in zip(line, widths, strict=True)).rstrip()
-            for line in lines
-        )
+        columns = [[name, *cells] for name, cells in self.cells.items()]
+        aligned = [[cell.rjust(max(map(len, column))) for cell in column] for column in columns]
+        return "\n".join("  ".join(line).rstrip() for line in zip(*aligned, strict=True))
 
-    def __repr__(self) -> str:
-        return str(self)
+    __repr__ = __str__
 
 
 class SweepResult:
@@ -249,17 +245,20 @@ class SweepResult:
         """
         if mode not in (None, "min", "max"):
             raise InputError(f"mode is {mode!r}; expected 'min' or 'max'", argument="mode")
-        sign = 1 if (mode or infer_mode(column)) == "min" else -1
-        values = sign * np.ravel(self.final(column))
-        groups = [runs for _, runs in self._grid.split(over)]
-        means = np.array([values[runs].mean() for runs in groups])
-        if np.isnan(means).all():
-            kind = "configurations, averaged over " + ", ".join(axis_names(over))
+        names = _axis_names(over)
+        values, runs = np.ravel(self.final(column)), range(len(self.configurations))
+        if names:
+            groups = self._grouped([column], names)[column]
+            values = groups.agg(lambda each: each.mean(skipna=False)).to_numpy()
+            runs = groups.head(1).index
+        values = values if (mode or infer_mode(column)) == "min" else -values
+        if np.isnan(values).all():
+            kind = f"configurations, averaged over {', '.join(names)}" if names else "runs"
             raise InputError(
-                f"{column} is NaN in all {len(means)} {kind if over else 'runs'}; expected one "
-                "without a diverged run: try smaller learning rates"
+                f"{column} is NaN in all {len(values)} {kind}; expected one without a diverged "
+                "run: try smaller learning rates"
             )
-        return self.run(groups[int(np.nanargmin(means))][0])
+        return self.run(runs[int(np.nanargmin(values))])
 
     def table(self, columns: Sequence[str] | None = None, *, over: Any = ()) -> SweepTable:
         """Returns the final values as a table, averaged over some of the axes.
@@ -271,22 +270,55 @@ class SweepResult:
 
         Raises:
           InputError: there is no such axis or column.
+          MissingExtraError: pandas is not installed.
         """
         if isinstance(columns, str):
             columns = [columns]
         if columns is None:
             columns = [n for n in self.columns if n == "train_loss" or n.startswith(_HELD_OUT)]
             columns = columns or [n for n in self.columns if self[n].ndim <= len(self.shape) + 1]
-        finals = {name: np.ravel(self.final(name)) for name in columns}
-        finite = np.all([np.isfinite(each) for each in finals.values()], axis=0)
-        headings = [name for name in self.axes if name not in axis_names(over)] + list(columns)
-        rows = []
-        for at, runs in self._grid.split(over):
-            labels = [self._grid.labels[name][position] for name, position in at.items()]
-            cells = [_cell(finals[name][runs]) for name in columns]
-            diverged = f"{len(runs) - sum(finite[runs])} of {len(runs)}"
-            rows.append([*labels, *cells, *([] if finite.all() else [diverged])])
-        return SweepTable(headings + ([] if finite.all() else ["diverged"]), rows)
+        names = _axis_names(over)
+        groups = self._grouped(columns, names)
+        means, deviations, runs = groups.mean(), groups.std(), groups.size()
+        diverged = groups.apply(lambda each: each.isna().any(axis=1).sum())
+        values: dict[str, list[Any]] = {}
+        cells: dict[str, list[str]] = {}
+        for level, name in enumerate(each for each in self.axes if each not in names):
+            at = means.index.get_level_values(level)
+            values[name] = [self._grid.cells[name][position] for position in at]
+            cells[name] = [self._grid.labels[name][position] for position in at]
+        for name in columns:
+            title = self._title(name)
+            values[title] = means[name].tolist()
+            cells[title] = list(map(_cell, means[name], deviations[name]))
+            if names:
+                values[f"{title}_deviation"] = deviations[name].tolist()
+        values["diverged"] = diverged.tolist()
+        if diverged.any():
+            cells["diverged"] = [f"{n} of {size}" for n, size in zip(diverged, runs, strict=True)]
+        return SweepTable(_pandas().DataFrame(values), cells)
+
+    def _title(self, column: str) -> str:
+        """Returns the name of a column beside the axes."""
+        return f"history_{column}" if column in self.axes else column
+
+    def _grouped(self, columns: Sequence[str], over: tuple[str, ...]) -> Any:
+        """Returns the final values, NaN if not finite, grouped by the axes that are not averaged.
+
+        The groups of pandas have one row per run; their index has the positions on these axes.
+        """
+        pandas = _pandas()
+        for name in over:
+            if name not in self.axes:
+                raise InputError(
+                    f"over has {name!r}; expected axes of the sweep: {', '.join(self.axes)}",
+                    argument="over",
+                )
+        finals = {name: np.ravel(self.final(name)).astype(float) for name in columns}
+        frame = pandas.DataFrame(finals).replace([np.inf, -np.inf], np.nan)
+        positions = pandas.DataFrame(self._grid.positions)
+        axes = [positions[name] for name in self.axes if name not in over]
+        return frame.groupby(axes or np.zeros(len(frame)), sort=False)
 
     def to_pandas(self) -> pandas.DataFrame:
         """Returns the histories in long format: one row per run and epoch.
@@ -306,10 +338,7 @@ class SweepResult:
              0 0.0   1.0
              1 3.0   4.0
         """
-        with needs_extra("experiments"):
-            import pandas
-
-        return pandas.DataFrame(self._long_columns())
+        return _pandas().DataFrame(self._long_columns())
 
     def to_csv(self, path: str | os.PathLike[str]) -> None:
         """Writes the histories as CSV: the rows of `to_pandas`, without columns of arrays.
@@ -318,16 +347,8 @@ class SweepResult:
           path: the file; replaced if it exists.
         """
         columns = self._long_columns()
-        names = [
-            n
-            for n, cells in columns.items()
-            if not any(isinstance(cell, np.ndarray) for cell in cells[:1])
-        ]
-        text = io.StringIO()
-        writer = csv.writer(text, lineterminator="\n")
-        writer.writerow(names)
-        writer.writerows(zip(*(columns[name] for name in names), strict=True))
-        write_atomically(Path(path), text.getvalue().encode())
+        numbers = {n: c for n, c in columns.items() if not isinstance(c[0], np.ndarray)}
+        write_csv(Path(path), numbers)
 
     def _long_columns(self) -> dict[str, list[Any]]:
         """Returns the columns of `to_pandas`, each with one cell per run and epoch."""
@@ -336,7 +357,7 @@ class SweepResult:
             for row, index in enumerate(indices):
                 for name, column in (history_of(tree) or {}).items():
                     histories[index][name] = np.asarray(column[row])
-        titles = {name: f"history_{name}" if name in self.axes else name for name in self.columns}
+        titles = {name: self._title(name) for name in self.columns}
         columns: dict[str, list[Any]] = {n: [] for n in ("run", *self.axes, *titles.values())}
         for index, history in enumerate(histories):
             epochs = max((len(each) for each in history.values() if each.ndim == 1), default=1)
@@ -390,7 +411,8 @@ class SweepResult:
         """
         from jaxtrain.sweeps import _pictures  # needs matplotlib
 
-        return _pictures.line_plot(self._grid, column, self.final(column), x, axis_names(over))
+        names = _axis_names(over)
+        return _pictures.line_plot(self._grid, self._grouped([column], names)[column], x, names)
 
     def heat_map(
         self, column: str, *, x: str | None = None, y: str | None = None, over: Any = ()
@@ -412,7 +434,8 @@ class SweepResult:
         """
         from jaxtrain.sweeps import _pictures  # needs matplotlib
 
-        return _pictures.heat_map(self._grid, column, self.final(column), x, y, axis_names(over))
+        x, y, names = _pictures.heat_map_axes(self._grid, x, y, _axis_names(over))
+        return _pictures.heat_map(self._grid, self._grouped([column], names)[column], x, y, names)
 
 
 def load_sweep(path: str | os.PathLike[str]) -> SweepResult:
@@ -454,25 +477,24 @@ def history_of(output: PyTree) -> Any:
     return output if is_history else None
 
 
-def mean_and_deviation(values: np.ndarray) -> tuple[float, float, int]:
-    """Returns mean and standard deviation of the finite values, and how many they are.
-
-    Both are NaN without finite values; the deviation of one value is 0.
-    """
-    finite = np.asarray(values[np.isfinite(values)], np.float64)
-    if not len(finite):
-        return np.nan, np.nan, 0
-    deviation = np.std(finite, ddof=1) if len(finite) > 1 else 0.0
-    return float(finite.mean()), float(deviation), len(finite)
-
-
 def _state(output: PyTree) -> TrainState | None:
     """Returns the state in what a run returns, or None."""
     is_pair = isinstance(output, tuple) and len(output) == 2
     return output[0] if is_pair and isinstance(output[0], TrainState) else None
 
 
-def _cell(values: np.ndarray) -> str:
-    """Returns the mean of the finite values, with their standard deviation if there are several."""
-    mean, deviation, count = mean_and_deviation(values)
-    return f"{mean:.4g} ± {deviation:.2g}" if count > 1 else f"{mean:.4g}"
+def _pandas() -> Any:
+    with needs_extra("experiments"):
+        import pandas
+
+    return pandas
+
+
+def _axis_names(over: Any) -> tuple[str, ...]:
+    """Returns the axes to average over, given as one name or several."""
+    return (over,) if isinstance(over, str) else tuple(over)
+
+
+def _cell(mean: float, deviation: float) -> str:
+    """Returns a mean as text, with the standard deviation if there is one."""
+    return f"{mean:.4g}" if np.isnan(deviation) else f"{mean:.4g} ± {deviation:.2g}"

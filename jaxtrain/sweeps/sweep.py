@@ -22,7 +22,7 @@ from jaxtrain.errors import InputError
 from jaxtrain.parallel import axis_size, mesh_of
 from jaxtrain.sweeps._grid import Grid, make_grid
 from jaxtrain.sweeps._program import Program
-from jaxtrain.sweeps._store import Store, open_store
+from jaxtrain.sweeps._store import Store
 from jaxtrain.sweeps.result import SweepResult, history_of
 
 # "auto" multiplies the number of runs at once by this, as long as the time per run falls below
@@ -109,7 +109,7 @@ def sweep(
         _check_columns(grid, programs)
         store = None
         if checkpoint is not None:
-            store = stack.enter_context(open_store(checkpoint, grid, programs))
+            store = stack.enter_context(contextlib.closing(Store(checkpoint, grid, programs)))
         report = stack.enter_context(_reporting(called))
         training = _Training(grid, programs, store, report)
         training.restore()

@@ -11,6 +11,7 @@ import numpy as np
 from jaxtyping import Array, PyTree
 
 from jaxtrain import parallel
+from jaxtrain._json import rounded
 from jaxtrain._placement import to_numpy
 from jaxtrain.dataset import Dataset, as_dataset, describe_array, named_arrays
 from jaxtrain.errors import InputError, NonFiniteError
@@ -346,11 +347,6 @@ def check_epoch(losses: np.ndarray, row: Mapping[str, Any], epoch: int) -> None:
 @jax.jit
 def _stays_finite(before: PyTree, after: PyTree) -> Array:
     return parallel.on_auto_axes(stays_finite, before, after)
-
-
-def rounded(rate: Any) -> float:
-    """Returns a float32 with its seven digits: 0.01, not 0.009999999776."""
-    return float(f"{float(rate):.7g}")
 
 
 def _strongly_typed(leaf: Any) -> Array:

@@ -19,6 +19,7 @@ from jaxtrain import parallel
 from jaxtrain._arguments import check_integer
 from jaxtrain._compile_time import CompileTime
 from jaxtrain._device_memory import memory_advice
+from jaxtrain._json import rounded
 from jaxtrain._processes import agree, check_same_start, process_lost_errors
 from jaxtrain.callbacks import Callback, checked_callbacks
 from jaxtrain.callbacks.progress import default_callbacks
@@ -34,7 +35,6 @@ from jaxtrain.training.checks import (
     check_state,
     check_step_count,
     check_steps,
-    rounded,
 )
 from jaxtrain.training.loop import (
     StepLog,

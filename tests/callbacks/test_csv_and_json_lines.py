@@ -205,6 +205,21 @@ def test_wrong_arguments_are_refused_before_anything_is_written(tmp_path: Path) 
     assert {path.name for path in tmp_path.iterdir()} == {"file", "link.csv"}
 
 
+def test_two_loggers_of_one_file_are_refused(tmp_path: Path) -> None:
+    """Each would write its rows."""
+    log = jt.callbacks.csv(tmp_path / "log.csv", steps=tmp_path / "steps.csv")
+    for other in (
+        log,
+        jt.callbacks.csv(tmp_path / "." / "log.csv"),
+        jt.callbacks.csv(tmp_path / "other.csv", steps=tmp_path / "log.csv"),
+        jt.callbacks.json_lines(tmp_path / "steps.csv"),
+        jt.callbacks.every_steps(2, jt.callbacks.csv(tmp_path / "log.csv")),
+    ):
+        with pytest.raises(jt.errors.InputError, match=r"2 loggers that write .*; expected one"):
+            fit([log, other])
+    assert list(tmp_path.iterdir()) == []
+
+
 @pytest.mark.parametrize("content", ["name,grade\nMia,1\n", '{"name": "Mia"}\n', "\n\0"])
 def test_a_file_of_other_content_is_refused_and_kept(tmp_path: Path, content: str) -> None:
     mine = tmp_path / "mine"

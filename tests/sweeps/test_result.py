@@ -127,12 +127,14 @@ def test_a_missing_column_is_named(result) -> None:
 
 
 def test_the_table_shows_mean_and_sample_standard_deviation(result) -> None:
-    table = result.table(["test_loss"], over="seed")
-    assert table.headings == ["slope", "test_loss"]
-    assert table.rows == [["4", "2 ± 1"], ["8", "3 ± 1"]]  # of 1, 2, 3 and 2, 3, 4
+    table = result.table(["test_loss"], over="seed")  # of 1, 2, 3 and 2, 3, 4
     assert str(table) == "slope  test_loss\n    4      2 ± 1\n    8      3 ± 1"
-    assert len(result.table().rows) == 6
-    assert result.table(["test_loss"], over=["slope", "seed"]).rows == [["2.5 ± 1"]]
+    assert table.frame.to_dict("records") == [
+        {"slope": 4.0, "test_loss": 2.0, "test_loss_deviation": 1.0, "diverged": 0},
+        {"slope": 8.0, "test_loss": 3.0, "test_loss_deviation": 1.0, "diverged": 0},
+    ]
+    assert len(result.table().frame) == 6
+    assert str(result.table(["test_loss"], over=["slope", "seed"])) == "test_loss\n  2.5 ± 1"
     with pytest.raises(
         jt.errors.InputError, match="over has 'x'; expected axes of the sweep: slope, seed"
     ):
@@ -140,9 +142,20 @@ def test_the_table_shows_mean_and_sample_standard_deviation(result) -> None:
 
 
 def test_the_table_counts_diverged_runs(diverged) -> None:
-    table = diverged.table(["test_loss"], over="seed")
-    assert table.headings == ["slope", "test_loss", "diverged"]
-    assert table.rows == [["4", "2 ± 1", "0 of 3"], ["9", "nan", "3 of 3"]]
+    table = diverged.table("test_loss", over="seed")
+    assert str(table).splitlines() == [
+        "slope  test_loss  diverged",
+        "    4      2 ± 1    0 of 3",
+        "    9        nan    3 of 3",
+    ]
+    assert table.frame["diverged"].tolist() == [0, 3]
+
+
+def test_a_column_with_the_name_of_an_axis_is_told_apart() -> None:
+    result = jt.sweep(lambda rate, seed: {"rate": rate / 2}, {"rate": [1.0, 2.0], "seed": [0, 1]})
+    assert str(result.table(over="seed")).splitlines()[0] == "rate  history_rate"
+    assert result.line_plot("rate", over="seed").axes[0].lines[0].get_ydata().tolist() == [0.5, 1]
+    assert result.heat_map("rate").axes[0].images[0].get_array().tolist() == [[0.5, 0.5], [1, 1]]
 
 
 def test_a_data_frame_has_one_row_per_run_and_epoch(result) -> None:

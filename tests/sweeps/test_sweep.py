@@ -164,8 +164,7 @@ def test_an_axis_may_have_modules_or_functions(name, values, labels, tmp_path) -
         return state, {"test_loss": jt.eval_step(state, data, arguments["loss_fn"])["loss"]}
 
     result = jt.sweep(run, {name: values, "rate": [0.01, 0.1]}, at_once=1)
-    table = result.table(["test_loss"], over="rate")
-    assert [row[0] for row in table.rows] == labels
+    assert result.table(["test_loss"], over="rate").frame[name].tolist() == labels
     assert result.to_pandas()[name].tolist() == [each for each in labels for _ in range(2)]
     _, expected = run(jnp.float32(0.1), **{name: values[-1]})
     np.testing.assert_allclose(result["test_loss"][-1, -1], expected["test_loss"], rtol=1e-5)
