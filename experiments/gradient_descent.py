@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import signal
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+if __name__ == "__main__":  # Ctrl-C during the imports shows no traceback
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 import jax
 import jax.numpy as jnp
@@ -63,7 +67,7 @@ def descend(
     config: Config, folder: runs.RunFolder, name: str, data: jt.Dataset, **options: Any
 ) -> np.ndarray:
     """Returns the weight at the start and after each epoch, [epochs + 1]."""
-    model, optimizer = jt.models.LinearRegression(use_bias=False), flags.make_optimizer(config)
+    model, optimizer = jt.models.LinearRegression(use_bias=False), flags.make_line_optimizer(config)
     state = jt.init_state(model, optimizer, data.inputs[:1], key=jax.random.key(0))
     progress = jt.callbacks.progress(config.log_interval, max(1, config.log_interval))
     _, history = jt.fit(

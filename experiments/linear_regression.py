@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import signal
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
+
+if __name__ == "__main__":  # Ctrl-C during the imports shows no traceback
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 import jax.numpy as jnp
 
@@ -54,7 +58,7 @@ def run(config: Config) -> dict[str, Any]:
         train, test = jt.data.line(WEIGHT, BIAS)
         before = jt.init_state(
             jt.models.LinearRegression(),
-            flags.make_optimizer(config),
+            flags.make_line_optimizer(config),
             train.inputs[:1],
             key=flags.seed_key(config.seed),
         )

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import signal
 import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+if __name__ == "__main__":  # Ctrl-C during the imports shows no traceback
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 import jax.numpy as jnp
 import numpy as np
@@ -78,7 +82,7 @@ def train(
     config: Config, data: jt.Dataset, callbacks: list[jt.callbacks.Callback], log_interval: int
 ) -> tuple[jt.TrainState, np.ndarray, bool]:
     """Returns the state, (w, b) before and after each step, and whether some are missing."""
-    key, optimizer = flags.seed_key(config.seed), flags.make_optimizer(config)
+    key, optimizer = flags.seed_key(config.seed), flags.make_line_optimizer(config)
     state = jt.init_state(jt.models.LinearRegression(), optimizer, data.inputs[:1], key=key)
     start = {"weight": jnp.array([[START_WEIGHT]]), "bias": jnp.array([START_BIAS])}
     path = [(START_WEIGHT, START_BIAS)]

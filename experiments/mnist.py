@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import functools
+import signal
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
+
+if __name__ == "__main__":  # Ctrl-C during the imports shows no traceback
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 import jax
 
@@ -66,13 +70,13 @@ def run(config: Config) -> dict[str, Any]:
 
         mean, std = jt.data.STATISTICS[data.name]
         model = jt.models.FeedForward(dropout_rate=config.dropout, mean=mean, std=std)
-        optimizer = functools.partial(flags.make_scheduled, config, len(train))
+        optimizer = functools.partial(flags.make_optimizer, config, len(train))
         state = jt.init_state(model, optimizer(), train.inputs[:1], key=init_key)
         if config.find_learning_rate:
             found = jt.find_learning_rate(state, train, optimizer, **steps)
             # Two digits, so that --learning-rate with the printed rate repeats the run.
             config = folder.config = replace(config, learning_rate=float(f"{found.suggestion:.2g}"))
-            state = jt.with_optimizer(state, flags.make_scheduled(config, len(train)))
+            state = jt.with_optimizer(state, flags.make_optimizer(config, len(train)))
 
         stopping = [] if config.patience is None else [jt.callbacks.early_stopping(config.patience)]
         progress = jt.callbacks.progress(config.log_interval)

@@ -16,7 +16,6 @@ from typing import TypeVar
 from jaxtrain.cli.compilation_cache import set_up_compilation_cache
 from jaxtrain.cli.devices import select_device
 from jaxtrain.cli.flags import DatasetFlags, ExperimentFlags, flag_of
-from jaxtrain.cli.parsing import parse
 from jaxtrain.cli.runs import RunFolder
 from jaxtrain.data import Resolved, load_resolved
 from jaxtrain.errors import (
@@ -53,15 +52,18 @@ class Terminated(BaseException):
 def main(config_type: type[Config], run: Callable[[Config], object]) -> None:
     """Runs an experiment with the configuration that the command line gives.
 
-    A user's mistake ends with one sentence on stderr and status 1, Ctrl-C with one line and 130,
-    SIGTERM with one line and 143.
+    A user's mistake ends with one sentence on stderr and status 1, one in the flags with tyro's
+    message and 2, Ctrl-C with one line and 130, SIGTERM with one line and 143.
 
     Args:
       config_type: a dataclass; its fields are the flags, their docstrings the help.
       run: the experiment; its docstring is the description.
     """
     with report_errors(config_type):
-        run(parse(config_type, run.__doc__, sys.argv[1:]))
+        import tyro
+
+        options = (tyro.conf.OmitArgPrefixes,)
+        run(tyro.cli(config_type, description=run.__doc__, config=options))
 
 
 @contextlib.contextmanager

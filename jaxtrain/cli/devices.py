@@ -11,11 +11,11 @@ from jaxtrain._arguments import check_integer
 from jaxtrain.errors import InputError
 from jaxtrain.parallel import AXIS
 
-Device = Literal["auto", "cpu", "gpu"]
+DeviceName = Literal["auto", "cpu", "gpu"]
 _SIMULATED = "xla_force_host_platform_device_count"  # the older name of jax_num_cpu_devices
 
 
-def select_device(device: Device, count: int = 1) -> None:
+def select_device(device: DeviceName, count: int = 1) -> None:
     """Makes JAX compute on `device` (`auto`: JAX's default); call it before the first array.
 
     Args:

@@ -16,9 +16,8 @@ from jaxtyping import Array, Key
 
 from jaxtrain import optimizers
 from jaxtrain._arguments import check_integer
-from jaxtrain.cli.devices import Device
+from jaxtrain.cli.devices import DeviceName
 from jaxtrain.cli.logs import LogName
-from jaxtrain.cli.parsing import flag_types
 from jaxtrain.errors import InputError
 from jaxtrain.optimizers import Record, clip_gradients, skip_nonfinite
 
@@ -27,7 +26,7 @@ OptimizerName = Literal["sgd", "adam", "adamw", "rmsprop", "rprop", "adagrad", "
 DatasetName = Literal["auto", "mnist", "fashion_mnist", "kmnist", "digits"]
 
 # Arguments of the library whose flag has another name.
-FLAG_OF_ARGUMENT = {
+_FLAG_OF_ARGUMENT = {
     "dropout_rate": "dropout",
     "fraction": "validation",
     "learning_rate": "learning_rates",
@@ -45,7 +44,7 @@ class ExperimentFlags:
     """Folder of the results."""
     overwrite: bool = False
     """Replace the results of a finished run in that folder."""
-    device: Device = "auto"
+    device: DeviceName = "auto"
     """Where to compute; auto uses a GPU if there is one."""
     compilation_cache: bool = True
     """Keep compiled programs in the user's cache folder, so that the next run starts sooner."""
@@ -127,7 +126,7 @@ def with_optimizer_defaults(config: Config, sgd_rate: float) -> Config:
     return dataclasses.replace(config, **changes)
 
 
-def make_scheduled(
+def make_optimizer(
     config: Any, examples: int, rate: optax.ScalarOrSchedule | None = None
 ) -> optax.GradientTransformation:
     """Returns the optimizer that `OptimizerFlags` name, with the safeguards of `TrainingFlags`.
@@ -147,14 +146,14 @@ def make_scheduled(
     return with_safeguards(optimizers.make(config.optimizer, rate, **options), config)
 
 
-def make_optimizer(config: LineFlags) -> optax.GradientTransformation:
-    """Returns the solver that the flags name, with their safeguards; it records the line.
+def make_line_optimizer(config: LineFlags) -> optax.GradientTransformation:
+    """Returns the optimizer that `LineFlags` name, with safeguards; it records the line.
 
     Raises:
       InputError: the learning rate or the gradient norm is out of range.
     """
-    solver = optimizers.make(config.optimizer, config.learning_rate)
-    return record_line(with_safeguards(solver, config))
+    optimizer = optimizers.make(config.optimizer, config.learning_rate)
+    return record_line(with_safeguards(optimizer, config))
 
 
 def record_line(optimizer: optax.GradientTransformation) -> optax.GradientTransformation:
@@ -226,12 +225,10 @@ def has_defaults(config: Any, *names: str, defaults: Any = None) -> bool:
     return all(getattr(config, name) == getattr(expected, name) for name in names)
 
 
-def flag_of(argument: str | None, config_type: type) -> str | None:
+def flag_of(argument: Any, config_type: Any) -> str | None:
     """Returns the flag of an experiment that sets an argument of the library, or None."""
-    if argument is None:
-        return None
-    for name in (argument, FLAG_OF_ARGUMENT.get(argument, argument)):
-        flag = f"--{name.replace('_', '-')}"
-        if flag in flag_types(config_type):
-            return flag
+    names = [field.name for field in dataclasses.fields(config_type)]
+    for name in (argument, _FLAG_OF_ARGUMENT.get(argument)):
+        if name in names:
+            return f"--{name.replace('_', '-')}"
     return None

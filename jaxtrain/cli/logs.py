@@ -7,22 +7,11 @@ from pathlib import Path
 from typing import Any, Literal
 
 from jaxtrain import callbacks
-from jaxtrain._extras import needs_extra
 from jaxtrain.callbacks import Callback
 
 LogName = Literal["tensorboard", "csv", "jsonl", "wandb"]
 
 _PROJECT = "jaxtrain"  # of Weights & Biases
-
-
-def check_packages(names: Sequence[LogName]) -> None:
-    """Raises MissingExtraError if a package is not installed that these loggers need."""
-    if "tensorboard" in names:
-        with needs_extra("tensorboard"):
-            import tensorboardX  # noqa: F401
-    if "wandb" in names:
-        with needs_extra("wandb"):
-            import wandb  # noqa: F401
 
 
 def make_loggers(
@@ -39,17 +28,21 @@ def make_loggers(
       part: name of the run in an experiment of several, else "".
       histograms: whether to log histograms of the parameters.
       config: the configuration as JSON, for Weights & Biases.
+
+    Raises:
+      MissingExtraError: a package is not installed.
     """
     suffix = f"_{part}" if part else ""
-
-    def make(name: LogName) -> Callback:
-        if name == "tensorboard":
-            return callbacks.tensorboard(folder / name / part, histograms=histograms)
-        if name == "csv":
-            return callbacks.csv(folder / f"log{suffix}.csv", steps=folder / f"steps{suffix}.csv")
-        if name == "jsonl":
-            return callbacks.json_lines(folder / f"log{suffix}.jsonl")
-        run = {"name": f"{folder.name}{suffix}", "group": folder.name, "config": config}
-        return callbacks.wandb(_PROJECT, folder=folder, histograms=histograms, **run)
-
-    return [make(name) for name in dict.fromkeys(names)]
+    run = {"name": f"{folder.name}{suffix}", "group": folder.name, "config": config}
+    make = {
+        "wandb": lambda: callbacks.wandb(_PROJECT, folder=folder, histograms=histograms, **run),
+        "tensorboard": lambda: callbacks.tensorboard(
+            folder / "tensorboard" / part, histograms=histograms
+        ),
+        "csv": lambda: callbacks.csv(
+            folder / f"log{suffix}.csv", steps=folder / f"steps{suffix}.csv"
+        ),
+        "jsonl": lambda: callbacks.json_lines(folder / f"log{suffix}.jsonl"),
+    }
+    # In this order, a missing package is noticed before a folder is made.
+    return [make[name]() for name in make if name in names]

@@ -71,7 +71,7 @@ def of_classifier(
 
 
 def learning_curves(history: History, title: str) -> Figure:
-    """Draws the loss of each step and epoch, and the test accuracy if any, against the epoch."""
+    """Draws the loss of each step and epoch, and the accuracies if any, against the epoch."""
     accuracy = "test_accuracy" in history
     width = 9 if accuracy else 6
     figure, axes = subplots(title, 1, 2 if accuracy else 1, size=(width, 3.8), squeeze=False)
@@ -91,11 +91,16 @@ def learning_curves(history: History, title: str) -> Figure:
     label_axes(left, "epoch", "loss (log scale)")
     left.legend()
     if accuracy:
-        right.plot(epochs, history["test_accuracy"], **TEST, marker=marker)
-        right.set_title(f"{history['test_accuracy'][-1]:.2%} after the last epoch", fontsize=10)
+        if "train_accuracy" in history:
+            curve = history["train_accuracy"]
+            right.plot(epochs - middle, curve, **TRAIN, marker=marker, label="training, in epoch")
+        right.plot(epochs, history["test_accuracy"], **TEST, marker=marker, label="test")
+        last = f"test: {history['test_accuracy'][-1]:.2%} after the last epoch"
+        right.set_title(last, fontsize=10)
         right.margins(y=0.12)
         right.yaxis.set_major_formatter(PercentFormatter(1.0))
-        label_axes(right, "epoch", "test accuracy")
+        label_axes(right, "epoch", "accuracy")
+        right.legend()
     for ax in figure.axes:
         ax.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
     return figure

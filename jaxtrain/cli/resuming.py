@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from jaxtrain import callbacks
 from jaxtrain._files import lock_folder
 from jaxtrain.callbacks.checkpoint import Checkpoint
 from jaxtrain.checkpoint import DamagedError, checkpoint_path, list_checkpoints, read_file
@@ -47,16 +48,16 @@ def checkpoint_callbacks(
         return []
     if part and resume == "required" and _has_checkpoints(config.checkpoint_dir):
         resume = "auto"  # later parts may not have begun when an earlier one was interrupted
-    names = [field.name for field in dataclasses.fields(config) if field.name not in _FREE]
-    callback = Checkpoint(
+    values = {field.name: getattr(config, field.name) for field in dataclasses.fields(config)}
+    callback = callbacks.checkpoint(
         config.checkpoint_dir / part,
         every=config.checkpoint_every,
         keep=config.keep,
         resume=resume,
-        configuration={name: getattr(config, name) for name in names} | known,
+        configuration={name: x for name, x in values.items() if name not in _FREE} | known,
     )
     if config.overwrite and resume == "auto":
-        _remove_other_run(callback.directory, callback.configuration)
+        _remove_other_run(callback)
     return [callback]
 
 
@@ -85,35 +86,29 @@ def resumes(config: TrainingFlags) -> bool:
 
 def _has_checkpoints(folder: Path) -> bool:
     """Returns whether a run has checkpoints, or one of its parts."""
-    try:
-        parts = [folder, *folder.iterdir()]
-    except OSError:  # there is no such folder
-        return False
-    return any(list_checkpoints(part) for part in parts)
+    return any(map(list_checkpoints, [folder, *folder.glob("*/")]))
 
 
-def _remove_other_run(folder: Path, configuration: dict[str, Any]) -> None:
-    """Removes the checkpoints in a folder unless an intact one has this configuration.
+def _remove_other_run(callback: Checkpoint) -> None:
+    """Removes the checkpoints in a folder unless an intact one has the same configuration.
 
     Raises:
       InputError: another run is using the folder.
       StorageError: a checkpoint cannot be removed.
     """
+    folder = callback.directory
     found = [checkpoint_path(folder, *at) for at in list_checkpoints(folder)]
-    if not found or any(_has_configuration(path, configuration) for path in reversed(found)):
-        return
-    with lock_folder(folder, "checkpoint folder"):
-        for path in found:
-            try:
-                path.unlink()
-            except OSError as error:
-                raise StorageError(path, error.strerror or str(error)) from error
-    print(f"removed the checkpoints of another run in {folder}", file=sys.stderr)
-
-
-def _has_configuration(path: Path, configuration: dict[str, Any]) -> bool:
-    try:
-        record, _ = read_file(path)
-    except DamagedError:
-        return False
-    return record["metadata"].get("configuration") == configuration
+    for path in reversed(found):
+        try:
+            if read_file(path)[0]["metadata"].get("configuration") == callback.configuration:
+                return
+        except DamagedError:
+            continue
+    if found:
+        with lock_folder(folder, "checkpoint folder"):
+            for path in found:
+                try:
+                    path.unlink()
+                except OSError as error:
+                    raise StorageError(path, error.strerror or str(error)) from error
+        print(f"removed the checkpoints of another run in {folder}", file=sys.stderr)

@@ -2,24 +2,19 @@
 
 from __future__ import annotations
 
-import csv
 import dataclasses
-import io
 import json
-import math
 import time
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import jax
-import numpy as np
-
-from jaxtrain._files import PART, lock_folder, make_folder, write_atomically
+from jaxtrain._files import PART, lock_folder, make_folder, write_atomically, write_csv
+from jaxtrain._json import to_json
 from jaxtrain._versions import device_name, versions
 from jaxtrain.callbacks import Callback, SweepProgress
 from jaxtrain.cli.flags import ExperimentFlags, TrainingFlags
-from jaxtrain.cli.logs import check_packages, make_loggers
+from jaxtrain.cli.logs import make_loggers
 from jaxtrain.cli.resuming import checkpoint_callbacks, resumes
 from jaxtrain.cli.tables import Comparison
 from jaxtrain.errors import InputError, StorageError, add_recovery_note
@@ -54,13 +49,10 @@ class RunFolder:
           InputError: the folder cannot be made or written, or contains a finished run. (Entering
             the context raises it if another run is writing there.)
         """
-        training = config if isinstance(config, TrainingFlags) else None
-        check_packages(training.log if training else ())
         self.path = config.output_dir
         self.config = config
-        make_folder(self.path, _DESCRIPTION)
-        may_write = config.overwrite or (training is not None and resumes(training))
-        if (self.path / "summary.json").exists() and not may_write:
+        may_write = isinstance(config, TrainingFlags) and resumes(config)
+        if (self.path / "summary.json").exists() and not (config.overwrite or may_write):
             raise InputError(
                 f"the output folder {self.path} contains a finished run; choose another "
                 "folder with --output-dir, or replace it with --overwrite"
@@ -71,6 +63,8 @@ class RunFolder:
         self._loggers: dict[str, list[Callback]] = {}  # by part
         self._rows: list[dict[str, Any]] = []
         self._compile_seconds = self._sweep_seconds = self._history_written = 0.0
+        self._part_loggers("")  # a missing package is noticed before the folder is made
+        make_folder(self.path, _DESCRIPTION)
 
     def __enter__(self) -> RunFolder:
         self._lock = lock_folder(self.path, _DESCRIPTION)
@@ -139,40 +133,23 @@ class RunFolder:
         return self._loggers.get(part, [])
 
     def write_summary(
-        self,
-        experiment: str,
-        *,
-        dataset: str | None = None,
-        epochs: int = 0,
-        seed: int | None = None,
-        train_loss: float | None = None,
-        test_loss: float | None = None,
-        figures: Iterable[Comparison] = (),
-        **more: Any,
+        self, experiment: str, *, figures: Iterable[Comparison] = (), **entries: Any
     ) -> dict[str, Any]:
         """Writes `summary.json`, with the times, device and versions of the run.
 
         Args:
           experiment: name of the script.
-          dataset: name of the data set, if there is one.
-          epochs: epochs of the history.
-          seed: the seed, if anything is random.
-          train_loss: the last loss of the training data.
-          test_loss: the last loss of the test data.
           figures: the original's figures beside ours.
-          more: further entries.
+          entries: `dataset`, `epochs`, `seed`, the last `train_loss` and `test_loss`, and others.
 
         Returns:
-          All entries.
+          All entries; those of the names above that are not given are None, and `epochs` is 0.
         """
-        entries = {
-            "experiment": experiment,
-            "dataset": dataset,
-            "epochs": epochs,
-            "seed": seed,
-            "train_loss": train_loss,
-            "test_loss": test_loss,
-            **more,
+        names = ("experiment", "dataset", "epochs", "seed", "train_loss", "test_loss")
+        summary = {
+            **dict.fromkeys(names),
+            **{"experiment": experiment, "epochs": 0},
+            **entries,
             "figures": [figure._asdict() for figure in figures],
             "device": device_name(),
             "compile_seconds": self._compile_seconds,
@@ -181,16 +158,12 @@ class RunFolder:
             "pictures": self._pictures,
             "versions": versions(),
         }
-        self._write_json("summary.json", entries)
-        return entries
+        self._write_json("summary.json", summary)
+        return summary
 
     def write_table(self, name: str, columns: Mapping[str, Any]) -> None:
         """Writes a CSV file from columns of equal length."""
-        text = io.StringIO()
-        writer = csv.writer(text, lineterminator="\n")
-        writer.writerow(columns)
-        writer.writerows(zip(*columns.values(), strict=True))
-        write_atomically(self.path / name, text.getvalue().encode())
+        write_csv(self.path / name, columns)
 
     def write_model(self, state: TrainState) -> None:
         """Writes the trained parameters as `model.safetensors`, which `load` reads."""
@@ -259,16 +232,3 @@ class _Rows(Callback):
             self._folder.start()
         self._folder._compile_seconds += progress.compile_seconds
         self._folder._sweep_seconds += progress.seconds
-
-
-def to_json(value: Any) -> Any:
-    """Returns the nearest JSON value; a number that is not finite becomes null."""
-    if isinstance(value, Mapping):
-        return {str(key): to_json(entry) for key, entry in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [to_json(entry) for entry in value]
-    if isinstance(value, (np.ndarray, np.generic, jax.Array)):
-        return to_json(np.asarray(value).tolist())
-    if isinstance(value, float):
-        return value if math.isfinite(value) else None
-    return value if value is None or isinstance(value, (bool, int, str)) else str(value)

@@ -133,7 +133,5 @@ def test_a_column_of_arrays_cannot_be_monitored(small_state, small_classes) -> N
 
     options = {**OPTIONS, "metric_fns": {"ones": (ones, lambda sums: sums)}}
     stopping = jt.callbacks.early_stopping(3, "test_ones")
-    with pytest.raises(
-        jt.errors.InputError, match=r"has an array.*one of epoch, train_l"
-    ):
+    with pytest.raises(jt.errors.InputError, match=r"has an array.*one of epoch, train_l"):
         jt.fit(small_state, small_classes, small_classes, callbacks=[stopping], **options)
