@@ -61,8 +61,9 @@ SPEEDRUN_NAMES = {
 
 def readme_section(machines: dict[str, Results]) -> str:
     """Returns the text between the README's marks: a summary of the first CPU machine."""
-    on_cpu = [each for each in machines.values() if each["machine"]["device"] == "cpu"]
-    results, machine = on_cpu[0], on_cpu[0]["machine"]
+    results = _readme_results(machines)
+    machine = results["machine"]
+    has_gpu = any(each["machine"]["device"] != "cpu" for each in machines.values())
     values = medians(results, "memory")[PROCESS]
     memory = [f"{values[name]:.0f} MiB" for name in (OURS, EAGER, "pytorch-pixels")]
     return "\n\n".join(
@@ -76,11 +77,15 @@ def readme_section(machines: dict[str, Results]) -> str:
             f"Machine: {device_name(results)}, {machine['cores']} cores. Software: "
             f"Python {machine['python']}, JAX {machine['versions']['jax']}, "
             f"PyTorch {machine['versions']['torch']}. "
-            f"{'' if len(on_cpu) < len(machines) else 'No GPU results yet. '}"
+            f"{'' if has_gpu else 'No GPU results yet. '}"
             "Method and all results: [docs/benchmarks.md](docs/benchmarks.md). Why jaxtrain loses "
             "where it does: [NOTES.md](benchmarks/NOTES.md).",
         ]
     )
+
+
+def _readme_results(machines: dict[str, Results]) -> Results:
+    return next(each for each in machines.values() if each["machine"]["device"] == "cpu")
 
 
 def summary_table(results: Results) -> str:
@@ -147,32 +152,35 @@ def ranking(results: Results) -> str:
 
 
 def page_section(machines: dict[str, Results]) -> str:
-    """Returns the text between the marks of docs/benchmarks.md: the tables of every machine."""
+    """Returns the text between the marks of docs/benchmarks.md: the tables of every machine.
+
+    The README has the ranking and the suite `speedrun` of the first one.
+    """
     parts = []
     for name, results in machines.items():
         heading = f"## {device_name(results)} (`{name}`)"
-        parts += [heading, f"{machine_line(results)}.", ranking(results)]
+        parts += [heading, f"{machine_line(results)}."]
         text = "Time per epoch of each network and peer in multiples of jaxtrain's"
         parts.append(f"![{text}](images/{name}_epoch_ratios.png)")
         for suite, table in TABLES.items():
-            if medians(results, suite):
+            is_in_readme = suite == "speedrun" and results is _readme_results(machines)
+            if medians(results, suite) and not is_in_readme:
                 parts += [f"### Suite `{suite}`", table(results)]
     return "\n\n".join(parts)
 
 
 def suite_table(results: Results, suite: str) -> str:
-    """Returns the medians, with the ratio to jaxtrain's; the fastest library is bold."""
+    """Returns jaxtrain's medians, and the others' ratios to them; the fastest library is bold."""
     found = medians(results, suite)
 
     def cell(case: str, peer: str) -> str:
         if peer not in found[case]:
             return ""
-        text = duration(found[case][peer])
-        if peer == fastest(found[case]):
-            text = f"**{text}**"
-        if peer != OURS:
-            text += f", {with_interval(ratio_to_ours(results, suite, case, peer))}"
-        return text
+        if peer == OURS:
+            text = duration(found[case][peer])
+        else:
+            text = with_interval(ratio_to_ours(results, suite, case, peer))
+        return f"**{text}**" if peer == fastest(found[case]) else text
 
     names = [name for name in PEERS if any(name in each for each in found.values())]
     rows = [[label(name), *(cell(case, name) for case in found)] for name in names]
@@ -180,17 +188,17 @@ def suite_table(results: Results, suite: str) -> str:
 
 
 def step_table(results: Results) -> str:
-    """Returns the medians of single steps, and the ratio of the fastest other library."""
+    """Returns the medians of single steps in ms, and the ratio of the fastest other library."""
     found = medians(results, "step")
     names = [name for name in PEERS if any(name in each for each in found.values())]
     rows = []
     for case, each in found.items():
         best, other = fastest(each), fastest(each, without=(*NO_LIBRARIES, OURS))
-        cells = [duration(each[name]) for name in names]
+        cells = [number(1000 * each[name]) for name in names]
         cells[names.index(best)] = f"**{cells[names.index(best)]}**"
         ratio = with_interval(ratio_to_ours(results, "step", case, other))
-        rows.append([case, *cells, ratio])
-    return markdown(["case", *map(label, names), "fastest other / jaxtrain (95 %)"], rows)
+        rows.append([case.replace(", batch", ""), *cells, ratio])
+    return markdown(["network, batch (ms)", *map(label, names), "fastest other (95 %)"], rows)
 
 
 def process_table(results: Results) -> str:
@@ -199,16 +207,11 @@ def process_table(results: Results) -> str:
     rows = []
     for name in seconds:
         facts = find(results, "run", PROCESS, name)["facts"]
-        ratios = [
-            ""
-            if name in (OURS, WARM_CACHE)
-            else with_interval(ratio_to_ours(results, suite, PROCESS, name))
-            for suite in ("run", "memory")
-        ]
-        mib = f"{memory[name]:.0f} MiB"
-        cells = [duration(seconds[name]), ratios[0], mib, ratios[1], f"{facts['accuracy']:.2%}"]
+        is_ours = name in (OURS, WARM_CACHE)
+        ratio = "" if is_ours else with_interval(ratio_to_ours(results, "run", PROCESS, name))
+        cells = [f"{seconds[name]:.3g}", ratio, f"{memory[name]:.0f}", f"{facts['accuracy']:.2%}"]
         rows.append([label(name), *cells])
-    headings = [PROCESS, "time", "ratio (95 %)", "peak memory", "ratio (95 %)", "test accuracy"]
+    headings = [PROCESS, "seconds", "ratio (95 %)", "peak memory, MiB", "test accuracy"]
     return markdown(headings, rows)
 
 
@@ -253,14 +256,14 @@ def machine_line(results: Results) -> str:
     return (
         f"{device}{machine['processor']}, {machine['cores']} cores, {machine['system']}; "
         f"{machine['precision']}; Python {machine['python']}, {versions}; "
-        f"flags: {flags or 'none'}; commit {machine['commit'] or 'unknown'}"
+        f"{flags and f'flags: {flags}; '}commit {machine['commit'] or 'unknown'}"
     )
 
 
 def with_interval(value: Ratio) -> str:
-    """Returns the ratio with its interval, for example "2 × (1.9 – 2.1)"."""
+    """Returns the ratio with its interval, for example "2 × (1.9–2.1)"."""
     low, median, high = map(number, value)
-    return f"{median} ×" if low == high else f"{median} × ({low} – {high})"
+    return f"{median} ×" if low == high else f"{median} × ({low}–{high})"
 
 
 def number(value: float) -> str:

@@ -82,7 +82,7 @@ def run(config: Config) -> dict[str, Any]:
     return summary
 
 
-def sweep(config: Config, data: jt.data.Resolved, folder: runs.RunFolder) -> jt.SweepResult:
+def sweep(config: Config, data: jt.data.Resolved, folder: runs.RunFolder) -> jt.sweeps.SweepResult:
     """Trains all runs; a tenth of the training images is held out for validation."""
     mean, std = jt.data.STATISTICS[data.name]
     model = jt.models.FeedForward(mean=mean, std=std)

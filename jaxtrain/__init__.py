@@ -22,23 +22,16 @@ from jaxtrain import (
     models,
     optimizers,
     parallel,
+    sweeps,
 )
 from jaxtrain.adapters import mixed_precision
 from jaxtrain.dataset import Dataset
 from jaxtrain.export import load, save
-from jaxtrain.inspect import Summary, summary
+from jaxtrain.inspect import summary
 from jaxtrain.lowerings import use_cpu_lowerings
 from jaxtrain.model import Model
-from jaxtrain.optimizers import Minimum, minimize
-from jaxtrain.sweeps import (
-    RangeTest,
-    SweepResult,
-    SweepRun,
-    SweepTable,
-    find_learning_rate,
-    load_sweep,
-    sweep,
-)
+from jaxtrain.optimizers import minimize
+from jaxtrain.sweeps import find_learning_rate, load_sweep, sweep
 from jaxtrain.training.fit import History, Run, fit
 from jaxtrain.training.loop import evaluate, predict, train_epoch
 from jaxtrain.training.run import train
@@ -50,14 +43,8 @@ __version__ = "0.2.0"
 __all__ = [
     "Dataset",
     "History",
-    "Minimum",
     "Model",
-    "RangeTest",
     "Run",
-    "Summary",
-    "SweepResult",
-    "SweepRun",
-    "SweepTable",
     "TrainState",
     "apply_gradients",
     "callbacks",
@@ -83,6 +70,7 @@ __all__ = [
     "save",
     "summary",
     "sweep",
+    "sweeps",
     "to_module",
     "train",
     "train_epoch",

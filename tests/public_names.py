@@ -12,7 +12,7 @@ import jaxtrain as jt
 
 MODULES = (
     *("callbacks", "data", "errors", "export"),
-    *("losses", "metrics", "models", "optimizers", "parallel"),
+    *("losses", "metrics", "models", "optimizers", "parallel", "sweeps"),
 )
 
 # Of the modules without `__all__`: what other modules of the package use.

@@ -28,12 +28,12 @@ PACKAGES = {
     **dict.fromkeys(("data.load", "data.load_resolved"), "sklearn"),
     **dict.fromkeys(("data.stream", "data.Stream"), "grain"),
     "data.open_tfds": "tensorflow_datasets",
-    **dict.fromkeys(("SweepResult", "find_learning_rate"), "matplotlib"),
+    **dict.fromkeys(("sweeps.SweepResult", "find_learning_rate"), "matplotlib"),
 }
 
 # Functions return these or call callbacks with them, and have examples.
 RESULTS = {
-    *("Minimum", "RangeTest", "Run", "SweepRun", "SweepTable", "Summary"),
+    *("Run", "sweeps.RangeTest", "sweeps.SweepRun", "sweeps.SweepTable"),
     *("callbacks.SweepProgress", "data.Resolved", "losses.WeightedSum", "optimizers.Minimum"),
 }
 

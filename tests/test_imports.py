@@ -48,6 +48,7 @@ ORDER = [
         "_placement",
         "_safetensors",
         "_device_memory",
+        "_json",
         "lowerings",
         "dataset",
         "model",

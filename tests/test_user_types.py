@@ -101,7 +101,7 @@ def run(learning_rate: float, seed: int) -> tuple[jt.TrainState, dict[str, jax.A
 
 result = jt.sweep(run, {"learning_rate": [1e-3, 1e-2], "seed": range(2)})
 print(result["test_loss"].shape, result.table(over="seed"))
-best: jt.SweepRun = result.best("test_loss")
+best: jt.sweeps.SweepRun = result.best("test_loss")
 jt.save("model.safetensors", state)
 state = jt.load("model.safetensors", state)
 """

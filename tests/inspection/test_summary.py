@@ -17,6 +17,7 @@ from flax import nnx
 
 import jaxtrain as jt
 from jaxtrain import adapters
+from jaxtrain.inspect import Summary
 
 KEY = jax.random.key(0)
 BATCH = 8
@@ -114,7 +115,7 @@ CNN_FLOPS = {
 CNN_PARAMETERS = {"first": 80, "norm": 16, "second": 1168, "drop": 0, "head": 4010}
 
 
-def check_totals(state: jt.TrainState, found: jt.Summary) -> None:
+def check_totals(state: jt.TrainState, found: Summary) -> None:
     """The columns add up to the totals, and memory covers the parameters."""
     leaves = jax.tree.leaves(state.params)
     assert found.parameters == sum(leaf.size for leaf in leaves)

@@ -25,12 +25,12 @@ def run(slope, seed):
 
 
 @pytest.fixture(scope="module")
-def result() -> jt.SweepResult:
+def result() -> jt.sweeps.SweepResult:
     return jt.sweep(run, {"slope": [4.0, 8.0], "seed": [0, 1, 2]})
 
 
 @pytest.fixture(scope="module")
-def diverged() -> jt.SweepResult:
+def diverged() -> jt.sweeps.SweepResult:
     return jt.sweep(run, {"slope": [4.0, 9.0], "seed": [0, 1, 2]})
 
 
