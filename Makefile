@@ -2,6 +2,8 @@
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
+# Compiling all files of all packages takes longer than compiling those that are imported.
+INSTALL := pip install --quiet --no-compile
 # Processes that run the tests; 0 runs them in this one, to debug.
 WORKERS ?= 2
 
@@ -40,25 +42,24 @@ test-all: $(VENV)/installed-test  ## run all tests, also those that start proces
 	$(BIN)/python $(PYTEST) $(ARGS)
 
 # In a virtual environment of its own: make test-without-torch PYTHON=python3.13
-test-without-torch:  ## run the fast tests without PyTorch (PYTHON=python3.13 picks another Python)
-	$(PYTHON) -m venv .venv-without-torch
-	.venv-without-torch/bin/python -m pip install --quiet --editable '.[test]'
+test-without-torch: .venv-without-torch/installed  ## run the fast tests without PyTorch (PYTHON=python3.13 picks another Python)
 	.venv-without-torch/bin/python $(PYTEST) -m "not slow" $(ARGS)
 
 # The sdist's tests of what can differ from a clone: files that it lacks, and the package as installed.
 SDIST_TESTS := $(addprefix tests/,test_packaging.py test_imports.py test_user_types.py)
 SDIST_TESTS += tests/models/test_models.py
+SDIST_TOOLS := pytest pytest-xdist hypothesis
 
 package:  ## build the wheel and the sdist, install the wheel, train a model in a folder, test the sdist
 	rm -rf build && mkdir -p build/folder build/sdist
 	$(PYTHON) -m venv build/tools
-	build/tools/bin/python -m pip install --quiet build
+	build/tools/bin/python -m $(INSTALL) build
 	build/tools/bin/python -m build --outdir build/dist .
 	$(PYTHON) -m venv build/venv
-	build/venv/bin/python -m pip install --quiet build/dist/*.whl
+	build/venv/bin/python -m $(INSTALL) build/dist/*.whl
 	cd build/folder && ../venv/bin/python $(CURDIR)/tests/own_model.py
 	tar -xzf build/dist/*.tar.gz -C build/sdist --strip-components 1
-	build/venv/bin/python -m pip install --quiet "$$(echo build/dist/*.whl)[test,types]"
+	build/venv/bin/python -m $(INSTALL) "$$(echo build/dist/*.whl)[types]" $(SDIST_TOOLS)
 	cd build/sdist && ../venv/bin/python -m pytest --quiet --numprocesses $(WORKERS) $(SDIST_TESTS)
 
 docs: $(VENV)/installed-docs  ## build the site in docs/_build/html; every tutorial is executed
@@ -92,21 +93,26 @@ $(BIN)/python:
 	$(PYTHON) -m venv $(VENV)
 
 $(VENV)/installed: $(METADATA) | $(BIN)/python
-	$(BIN)/python -m pip install --quiet --editable '.[experiments]'
+	$(BIN)/python -m $(INSTALL) --editable '.[experiments]'
 	touch $@
 
 $(VENV)/installed-test: $(METADATA) | $(BIN)/python
-	$(BIN)/python -m pip install --quiet --editable '.[test,torch]'
+	$(BIN)/python -m $(INSTALL) --editable '.[test,torch]'
 	touch $@ $(VENV)/installed
 
 $(VENV)/installed-bench: $(METADATA) | $(BIN)/python
-	$(BIN)/python -m pip install --quiet --editable '.[bench]'
+	$(BIN)/python -m $(INSTALL) --editable '.[bench]'
 	touch $@ $(VENV)/installed
 
 $(VENV)/installed-docs: $(METADATA) | $(BIN)/python
-	$(BIN)/python -m pip install --quiet --editable '.[docs]'
+	$(BIN)/python -m $(INSTALL) --editable '.[docs]'
 	touch $@ $(VENV)/installed
 
 $(VENV)/installed-dev: $(METADATA) | $(BIN)/python
-	$(BIN)/python -m pip install --quiet --editable '.[dev]'
-	touch $@ $(VENV)/installed-test $(VENV)/installed-bench $(VENV)/installed
+	$(BIN)/python -m $(INSTALL) --editable '.[dev]'
+	touch $@ $(addprefix $(VENV)/installed,-test -bench -docs) $(VENV)/installed
+
+.venv-without-torch/installed: $(METADATA)
+	$(PYTHON) -m venv .venv-without-torch
+	.venv-without-torch/bin/python -m $(INSTALL) --editable '.[test]'
+	touch $@
