@@ -95,15 +95,15 @@ def unfinished(folder: Path) -> list[Path]:
         pytest.param(("--streamed",), 1, id="stream with workers, accumulated gradients"),
     ],
 )
-def test_a_run_killed_20_times_ends_in_the_same_bits(environment, tmp_path, flags, more) -> None:
+def test_a_run_killed_6_times_ends_in_the_same_bits(environment, tmp_path, flags, more) -> None:
     """SIGKILL at random moments, every second time while a checkpoint is being written.
 
-    The stream is read by another process every second time.
+    Another process reads the stream in two runs. `JAXTRAIN_KILLS` sets another number of kills.
     """
     moments = random.Random(0)
     folder = tmp_path / "checkpoints"
-    while_writing = 0
-    for kill in range(20):
+    kills, while_writing = int(os.environ.get("JAXTRAIN_KILLS", "6")), 0
+    for kill in range(kills):
         before = list_checkpoints(folder)
         for leftover in unfinished(folder):  # the run removes it too, but later
             leftover.unlink()
@@ -120,7 +120,7 @@ def test_a_run_killed_20_times_ends_in_the_same_bits(environment, tmp_path, flag
         while_writing += bool(unfinished(folder))
         for found in list_checkpoints(folder):
             verify(checkpoint_path(folder, *found))
-    assert while_writing >= 5
+    assert while_writing >= kills // 4
     epochs = list_checkpoints(folder)[-1][0] + more
     resumed, _ = run(environment, "-m", "tests.survivor", folder, epochs, *flags)
     assert not unfinished(folder)

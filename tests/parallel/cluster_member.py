@@ -3,9 +3,9 @@
     python -m tests.parallel.cluster_member ADDRESS PROCESSES PROCESS_ID FOLDER EPOCHS [FLAGS]
 
 Prints a digest of the final state and history, and then the files that the process wrote to the
-folder of checkpoints. `--slow` waits after each epoch, `--streamed` reads the training data as a
-stream and saves every 3 steps, `--stopped` ends within the second epoch, and `--failing` raises
-an error in process 1 after the first epoch. `--logged` also logs to the folder.
+folder of checkpoints. `--slow` waits after each step, `--streamed` reads the training data as a
+stream and saves every 3 steps, and `--failing` raises an error in process 1 after the first epoch.
+`--logged` also logs to the folder.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ import jax
 import jaxtrain as jt
 from jaxtrain.checkpoint import digest
 
-SECONDS_PER_SLOW_EPOCH = 0.3
+SECONDS_PER_SLOW_STEP = 0.1
 TRAINED, TESTED, BATCH = 512, 200, 64
 
 
@@ -30,7 +30,6 @@ def train(
     *,
     slow: bool = False,
     streamed: bool = False,
-    stopped: bool = False,
     failing: bool = False,
     logged: bool = False,
 ) -> str:
@@ -48,23 +47,20 @@ def train(
     processes = jax.process_count()
     mesh = jax.make_mesh((processes,), ("data",), devices=jax.devices()[:processes])
 
+    def wait(run: jt.Run) -> None:
+        time.sleep(SECONDS_PER_SLOW_STEP)
+
     def after_epoch(run: jt.Run) -> None:
-        if slow:
-            time.sleep(SECONDS_PER_SLOW_EPOCH)
         if failing and jax.process_index() == 1:
             raise RuntimeError("the disk is gone")
-
-    def stop(run: jt.Run) -> None:
-        if (run.epoch + 1, run.step) >= (2, 5):
-            sys.exit("stopped")
 
     callbacks = [
         jt.callbacks.progress(),
         jt.callbacks.checkpoint(folder, every_steps=3 if streamed else None),
         after_epoch,
     ]
-    if stopped:
-        callbacks.append(jt.callbacks.every_steps(1, stop))
+    if slow:
+        callbacks.append(jt.callbacks.every_steps(1, wait))
     if logged:
         callbacks.append(jt.callbacks.csv(folder / "log.csv"))
         callbacks.append(jt.callbacks.json_lines(folder / "log.jsonl"))
@@ -105,9 +101,6 @@ if __name__ == "__main__":
     address, processes, process_id, directory, epochs = sys.argv[1:6]
     changed = record_changes(Path(directory))
     jt.parallel.initialize(address, int(processes), int(process_id))
-    flags = {
-        name: f"--{name}" in sys.argv
-        for name in ("slow", "streamed", "stopped", "failing", "logged")
-    }
+    flags = {name: f"--{name}" in sys.argv for name in ("slow", "streamed", "failing", "logged")}
     print(train(Path(directory), int(epochs), **flags))
     print(*sorted(set(changed)))

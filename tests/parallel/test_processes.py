@@ -22,7 +22,7 @@ import numpy as np
 import pytest
 
 import jaxtrain as jt
-from jaxtrain.checkpoint import checkpoint_path, list_checkpoints, list_epochs, read_file
+from jaxtrain.checkpoint import checkpoint_path, list_checkpoints, read_file
 from tests.parallel import cluster_member
 from tests.test_readme import ROOT
 
@@ -60,8 +60,8 @@ class Cluster:
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
             address = f"127.0.0.1:{free.getsockname()[1]}"
-        environment = {name: value for name, value in os.environ.items() if name != "XLA_FLAGS"}
-        environment["PYTHONPATH"] = str(ROOT)
+        flags = os.environ["XLA_FLAGS"].replace("device_count=8", "device_count=1")
+        environment = {**os.environ, "PYTHONPATH": str(ROOT), "XLA_FLAGS": flags}
         self.processes = [
             subprocess.Popen(
                 [sys.executable, *map(str, (*command, address, PROCESSES, process_id, *arguments))],
@@ -168,23 +168,27 @@ class Killed(NamedTuple):
 
 
 @pytest.fixture(scope="module")
-def killed(trained: Trained, tmp_path_factory) -> Killed:
-    """Kills process 1, starts both again and kills process 0, and starts both again."""
+def killed(tmp_path_factory) -> Killed:
+    """Kills process 1, starts both again and kills process 0, and starts both again.
+
+    The processes read streams, and are killed within an epoch.
+    """
     folder = tmp_path_factory.mktemp("killed") / "checkpoints"
     ended = []
     for victim in (1, 0):
-        before = max(list_epochs(folder), default=0) if folder.exists() else 0
-        with cluster(*MEMBER, arguments=(folder, EPOCHS, "--slow")) as running:
-            running.wait_for(
-                lambda before=before: (
-                    folder.exists() and max(list_epochs(folder), default=0) > before
-                )
-            )
+        with cluster(*MEMBER, arguments=(folder, EPOCHS, "--streamed", "--slow")) as running:
+            before = newest(folder)
+            running.wait_for(lambda old=before: newest(folder) > old and newest(folder)[1] == 3)
             running.processes[victim].kill()
             ended.append(running.end_of(1 - victim, SECONDS_TO_END))
-    assert max(list_epochs(folder)) < EPOCHS, "the run ended before it was killed"
-    with cluster(*MEMBER, arguments=(folder, EPOCHS)) as running:
+    assert newest(folder)[1] > 0, "the run was not killed within an epoch"
+    with cluster(*MEMBER, arguments=(folder, EPOCHS, "--streamed")) as running:
         return Killed(folder, ended, running.results())
+
+
+def newest(folder: Path) -> tuple[int, int]:
+    """Returns the completed epochs and the step of the newest checkpoint."""
+    return max(list_checkpoints(folder), default=(0, 0)) if folder.exists() else (0, 0)
 
 
 def test_the_first_process_ends_with_one_line_if_another_is_killed(killed: Killed) -> None:
@@ -213,27 +217,14 @@ def test_the_other_processes_end_if_the_first_is_killed(killed: Killed) -> None:
     assert killed.ended[1].err
 
 
-def test_both_resume_with_the_numbers_of_an_uninterrupted_run(
+def test_both_resume_within_an_epoch_with_the_numbers_of_an_uninterrupted_run(
     trained: Trained, killed: Killed
 ) -> None:
-    assert_same_checkpoint(killed.folder, trained.folder, EPOCHS, 1e-6)
-    # It did not start from the beginning.
-    assert "resum" in killed.resumed[0].err.lower()
-
-
-def test_streams_resume_within_an_epoch_with_the_numbers_of_one_process(tmp_path: Path) -> None:
     """Each process reads its rows of every batch, and keeps its position in the checkpoint."""
-    folder, epochs = tmp_path / "streamed", 3
-    with cluster(*MEMBER, arguments=(folder, epochs, "--streamed", "--stopped")) as running:
-        stopped = [running.end_of(each, SECONDS_TO_TRAIN) for each in range(PROCESSES)]
-    assert [each.status for each in stopped] == [1, 1], stopped
-    assert list_checkpoints(folder)[-1] == (1, 3)
-    with cluster(*MEMBER, arguments=(folder, epochs, "--streamed")) as running:
-        first, second = running.results()
-    assert "resuming after step 3 of epoch 2" in first.err
+    assert_same_checkpoint(killed.folder, trained.folder, EPOCHS, 1e-5)
+    first, second = killed.resumed
+    assert "resuming after step" in first.err
     assert first.out.splitlines()[0] == second.out.splitlines()[0]
-    cluster_member.train(tmp_path / "alone", epochs)
-    assert_same_checkpoint(folder, tmp_path / "alone", epochs, 1e-5)
 
 
 def test_the_program_of_the_page_gives_the_numbers_of_one_process(tmp_path: Path) -> None:
