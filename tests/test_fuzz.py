@@ -1,6 +1,6 @@
 """Files with any content: every parser returns a correct result or raises InputError.
 
-About 500 inputs; `JAXTRAIN_FUZZ=100000 make test ARGS=tests/test_fuzz.py` tries 80,000.
+About 500 inputs; `JAXTRAIN_FUZZ=100000 make test ARGS=tests/test_fuzz.py` tries 100,000.
 """
 
 from __future__ import annotations
@@ -16,7 +16,9 @@ from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
 import jaxtrain as jt
+from jaxtrain.checkpoint import DamagedError, checkpoint_path, verify
 from jaxtrain.data import read_idx
+from tests.checkpoint.helpers import write
 from tests.test_idx import encode, header
 
 INPUTS = int(os.environ.get("JAXTRAIN_FUZZ", "600"))
@@ -96,3 +98,23 @@ def test_model_files_of_any_content_are_loaded_or_refused(
         jax.tree.leaves(loaded.params), jax.tree.leaves(model.params), strict=True
     ):
         assert (ours.dtype, ours.shape) == (theirs.dtype, theirs.shape)
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory) -> bytes:
+    folder = tmp_path_factory.mktemp("checkpoint")
+    write(folder, 3)
+    return checkpoint_path(folder, 3).read_bytes()
+
+
+@fuzz(0.3)
+@given(data=st.data())
+def test_any_change_of_a_checkpoint_is_detected(tmp_path: Path, checkpoint: bytes, data) -> None:
+    content = data.draw(st.one_of(damages(checkpoint), st.binary(max_size=64)))
+    path = checkpoint_path(tmp_path, 3)
+    path.write_bytes(content)
+    if content == checkpoint:
+        verify(path)
+    else:
+        with pytest.raises(DamagedError):
+            verify(path)

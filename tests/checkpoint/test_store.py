@@ -335,18 +335,3 @@ def test_a_folder_that_cannot_be_created_is_named(tmp_path: Path) -> None:
     assert list_epochs(Path("a\0b")) == list_epochs(tmp_path / "file") == []
     with pytest.raises(InputError, match="cannot be read"):
         verify("a\0b")
-
-
-def test_control_characters_in_folder_names_are_escaped(tmp_path: Path) -> None:
-    folder = tmp_path / "line\nbreak \x1b[31mred \udcff é"
-    write(folder, 1, 2)
-    checkpoint_path(folder, 2).write_bytes(b"")
-    with pytest.warns(UserWarning, match="damaged") as told:
-        restore(folder)
-    with pytest.raises(InputError) as error:
-        restore(folder, {})
-    with pytest.raises(KeyboardInterrupt) as interrupt, open_store(folder):
-        raise KeyboardInterrupt
-    texts = [str(told[0].message), str(error.value), *recovery_notes(interrupt.value)]
-    assert len(texts) == 3
-    assert all(text.isprintable() and text.encode() for text in texts)

@@ -190,6 +190,28 @@ def test_arguments_of_another_type_are_refused(small_state, small_classes) -> No
         jt.init_state(MODEL, SGD, small_classes, key=KEY)
 
 
+@pytest.mark.parametrize("value", [2.5, "64", None, True, float("nan"), -1])
+def test_values_that_are_not_counts_are_refused(small_state, small_classes, value) -> None:
+    with refused(f"epochs is {value!r}; expected an integer of at least 0"):
+        jt.fit(small_state, small_classes, loss_fn=LOSS, epochs=value)
+
+
+def test_data_without_examples_are_refused(small_state) -> None:
+    with refused(r"dataset\.targets is a scalar; expected an array"):
+        jt.evaluate(small_state, jt.Dataset(np.ones((1, 6)), np.float32(1)), LOSS)
+    with refused(r"dataset\.inputs is empty"):
+        jt.evaluate(small_state, jt.Dataset({}, np.ones(1)), LOSS)
+
+
+def test_invalid_optimizers_and_metrics_are_refused(small_state, small_classes) -> None:
+    with refused("optimizer is 'adam'; expected an optax"):
+        jt.init_state(MODEL, "adam", small_classes.inputs, key=KEY)
+    with refused(r"metric_fns is <.*accuracy"):
+        jt.evaluate(small_state, small_classes, LOSS, jt.metrics.accuracy)
+    with refused("the metric a is 3; expected a function, or a pair"):
+        jt.evaluate(small_state, small_classes, LOSS, {"a": 3})
+
+
 @pytest.mark.parametrize("weights", [-jnp.ones(50), jnp.zeros(50)])
 def test_negative_or_all_zero_weights_are_refused(small_state, small_classes, weights) -> None:
     with refused(r"train\.weights ranges from .*; expected weights of at least 0"):

@@ -279,7 +279,6 @@ def test_a_nonfinite_test_loss_stops_the_run(divergence) -> None:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"epochs": -1}, "epochs is -1; expected an integer of at least 0"),
         ({"batch_size": 0}, "batch_size is 0"),
         ({"test_batch_size": 0}, "test_batch_size is 0"),
     ],

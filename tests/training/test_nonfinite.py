@@ -276,18 +276,13 @@ def test_bytes_booleans_and_half_precision_are_accepted() -> None:
         jt.fit(state, data, loss_fn=MSE, epochs=0)
 
 
-@pytest.mark.parametrize(
-    "optimizer",
-    [jt.optimizers.adam(1e-3), jt.optimizers.adagrad(1e-3)],
-    ids=["adam", "adagrad"],
-)
-def test_an_infinite_second_moment_ends_the_run(tmp_path: Path, optimizer) -> None:
+def test_an_infinite_second_moment_ends_the_run(tmp_path: Path) -> None:
     """The square of a gradient of 1e20 overflows; the update is then 0, and no loss shows it."""
 
     def far(predictions, targets):
         return predictions[:, 0] * targets[:, 0]
 
-    state, data = line([1.0, 1e20, 1.0], optimizer)
+    state, data = line([1.0, 1e20, 1.0], jt.optimizers.adam(1e-3))
     with pytest.raises(
         jt.errors.NonFiniteError, match=r"opt_state\..* became inf in epoch 1, step 3"
     ):
@@ -300,23 +295,6 @@ def test_an_infinite_second_moment_ends_the_run(tmp_path: Path, optimizer) -> No
             callbacks=[jt.callbacks.checkpoint(tmp_path)],
         )
     assert list_epochs(tmp_path) == []
-
-
-def test_nan_in_batch_statistics_ends_the_run_without_test_data() -> None:
-    class Network(nn.Module):
-        @nn.compact
-        def __call__(self, inputs, train: bool = False):
-            mean = self.variable("batch_stats", "mean", lambda: jnp.zeros(()))
-            if train:
-                mean.value = jnp.log(inputs.min() - 2)  # NaN
-            return nn.Dense(1)(inputs)
-
-    data = jt.Dataset(jnp.ones((4, 1)), jnp.ones((4, 1)))
-    state = jt.init_state(Network(), optax.sgd(0.1), data.inputs, key=jax.random.key(0))
-    with pytest.raises(
-        jt.errors.NonFiniteError, match=r"model_state\.batch_stats\.mean became nan"
-    ):
-        jt.fit(state, data, loss_fn=MSE, epochs=1)
 
 
 def test_a_nan_of_the_training_loss_advises_to_check_the_labels(small_state) -> None:

@@ -98,8 +98,9 @@ def test_evaluation_uses_the_average_only_if_asked(small_classes, evaluate: bool
     assert jt.optimizers.averaged_params(plain.opt_state) is None
 
 
-@pytest.mark.parametrize("weighted", [False, True])
-@pytest.mark.parametrize("optimizer", [SGD, ADAM], ids=["sgd", "adam"])
+@pytest.mark.parametrize(
+    ("optimizer", "weighted"), [(SGD, True), (ADAM, False)], ids=["sgd, weighted", "adam"]
+)
 def test_accumulated_steps_equal_steps_on_larger_batches(
     small_classes, optimizer, weighted: bool
 ) -> None:
@@ -204,19 +205,3 @@ def test_mixed_precision_equals_a_cast_by_hand(small_classes) -> None:
     np.testing.assert_allclose(
         jt.predict(state, small_classes.inputs), logits.astype(jnp.float32), rtol=1e-2, atol=1e-2
     )
-
-
-def test_mixed_precision_trains_as_well_on_digits(digits: jt.data.Resolved) -> None:
-    mean, std = jt.data.STATISTICS["digits"]
-    network = jt.models.FeedForward((32, 10), mean=mean, std=std)
-
-    def accuracy(model) -> float:
-        inputs, key = digits.train.inputs[:1], jax.random.key(0)
-        state = jt.init_state(model, jt.optimizers.sgd(0.05, momentum=0.9), inputs, key=key)
-        for epoch in range(5):
-            key = jax.random.key(epoch)
-            state, _ = jt.train_epoch(state, digits.train, LOSS, batch_size=64, key=key)
-        metrics = {"accuracy": jt.metrics.accuracy}
-        return float(jt.evaluate(state, digits.test, LOSS, metrics)["accuracy"])
-
-    assert accuracy(jt.mixed_precision(network)) > accuracy(network) - 0.02

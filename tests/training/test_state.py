@@ -66,9 +66,7 @@ def test_with_optimizer_starts_a_new_optimizer_on_trained_parameters(
 
 
 OPTIMIZERS = {
-    "optax.sgd, swept rate": lambda x: optax.sgd(x),
     "optax.sgd, swept momentum": lambda x: optax.sgd(0.01, momentum=x),
-    "jaxtrain sgd, swept momentum": lambda x: jt.optimizers.sgd(0.01, momentum=x),
     "clipped, swept rate": lambda x: jt.optimizers.clip_gradients(jt.optimizers.adam(x), 1.0),
 }
 
