@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import functools
 import json
-import os
-import pickle
-import subprocess
+import re
 import sys
 from pathlib import Path
 from typing import Any
@@ -18,7 +16,6 @@ import numpy as np
 import pytest
 
 import jaxtrain as jt
-from jaxtrain.data.stream import _Reader
 from jaxtrain.dataset import epoch_order
 from jaxtrain.errors import InputError, MissingExtraError
 from tests.test_tfds import prepare
@@ -243,20 +240,6 @@ def test_workers_read_and_transform_the_same_batches(mapped: jt.Dataset) -> None
     batches.close()
 
 
-def test_a_pickled_reader_of_a_file_is_small_and_opens_the_file(tmp_path: Path) -> None:
-    """As a worker receives it."""
-    path = tmp_path / "large.bin"
-    path.write_bytes(os.urandom(8 * 2**20))
-    array = np.memmap(path, np.uint8, "r", 4096, (100, 2**16))[7:90]
-
-    reader = _Reader(jt.Dataset(array), np.arange(83), 8, 11, (0, 1), None, 0)
-    pickled = pickle.dumps(reader)
-    assert len(pickled) < 10_000
-    opened = pickle.loads(pickled)._source.inputs
-    np.testing.assert_array_equal(opened, array)
-    assert opened.mode == "r"
-
-
 @pytest.mark.parametrize("transform", [None, add_noise], ids=["as stored", "transformed"])
 def test_an_epoch_starts_at_any_batch_and_continues_at_its_position(transform: Any) -> None:
     source = Examples()
@@ -298,7 +281,7 @@ def test_its_text_tells_what_is_read() -> None:
         for size in (0.1, 0.1, 0.3)
     )
     assert one == same != other
-    assert one.endswith(", transformed by functools.partial(<function shift>, size=0.1))")
+    assert re.search(r", transformed by shift \([0-9a-f]{16}\)\)$", one)
 
 
 UNTYPED = pytest.mark.skipif(
@@ -371,31 +354,6 @@ def test_examples_that_cannot_be_used_are_named(source, transform, message) -> N
 def test_an_error_of_a_transform_is_its_own() -> None:
     with pytest.raises(KeyError, match="no such field"):
         list(jt.data.stream(DATA, 16, transform=fail))
-
-
-def test_a_file_that_becomes_shorter_is_an_error_and_ends_no_process(tmp_path: Path) -> None:
-    offset = 40_960
-    program = f"""
-import os, numpy as np, jaxtrain as jt
-with open("data.bin", "wb") as file:
-    file.write(bytes({offset} + 8 * 4096))
-rows = np.memmap("data.bin", np.uint8, "r", {offset}, (8, 4096))
-batches = iter(jt.data.stream(jt.Dataset(rows), 1))
-print(len(next(batches)))
-os.truncate("data.bin", {offset} + 9000)
-try:
-    print(len(list(batches)))
-except jt.errors.InputError as error:
-    print(error)
-"""
-    result = subprocess.run(
-        [sys.executable, "-c", program], cwd=tmp_path, capture_output=True, text=True, check=False
-    )
-    first, _, rest = result.stdout.partition("\n")
-    assert (result.returncode, first) == (0, "1"), result.stderr
-    path = tmp_path / "data.bin"
-    expected = f"the file {path} has {offset + 9000} bytes, and had {offset + 8 * 4096} when it was"
-    assert rest.startswith(f"{expected} opened; expected a file that does not change")
 
 
 def test_a_missing_package_names_its_extra(monkeypatch) -> None:

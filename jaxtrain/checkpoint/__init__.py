@@ -10,6 +10,7 @@ from jaxtrain.checkpoint._file import (
     read_file,
     verify,
 )
+from jaxtrain.checkpoint._functions import describe_function
 from jaxtrain.checkpoint._identity import (
     check_same_run,
     digest,
@@ -26,6 +27,7 @@ __all__ = [
     "Snapshot",
     "check_same_run",
     "checkpoint_path",
+    "describe_function",
     "digest",
     "digest_program",
     "encode_arrays",

@@ -35,7 +35,7 @@ def digest_program(traced: jax.stages.Traced) -> str:
     another number of devices.
     """
     text = _CURRENT_MESH.sub("", without_addresses(str(traced.jaxpr)))
-    return _digest_text(text) + digest(traced.jaxpr.consts)
+    return digest_text(text) + digest(traced.jaxpr.consts)
 
 
 def without_addresses(text: str) -> str:
@@ -68,7 +68,7 @@ def identify(
     return {
         "settings": {**settings, "the key of the state": digest(state.key)},
         "step": int(state.step),
-        "digest": _digest_text(program + digest(start or state)),
+        "digest": digest_text(program + digest(start or state)),
         "descriptions": {name: without_addresses(text) for name, text in descriptions.items()},
         "versions": {**versions(), "device": device_name(), "devices": devices},
         "seekable": seekable,
@@ -124,5 +124,5 @@ def _format(differences: dict[str, tuple[Any, Any]]) -> str:
     )
 
 
-def _digest_text(text: str) -> str:
+def digest_text(text: str) -> str:
     return hashlib.sha256(text.encode()).hexdigest()[:16]

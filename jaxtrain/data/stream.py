@@ -16,7 +16,7 @@ from jaxtyping import Array, Key
 
 from jaxtrain._arguments import check_integer, check_key, check_shard
 from jaxtrain._extras import needs_extra
-from jaxtrain.checkpoint import digest, without_addresses
+from jaxtrain.checkpoint import describe_function, digest
 from jaxtrain.data.tfds import TFDS_PREFIX, open_tfds
 from jaxtrain.dataset import Dataset, check_dataset, epoch_order
 from jaxtrain.errors import InputError
@@ -85,7 +85,7 @@ class Stream:
         # Without the shard: several processes train on the same batches as one.
         order = "as stored" if self._key is None else f"shuffled by key {digest(self._key)}"
         if self._transform is not None:
-            order += f", transformed by {without_addresses(repr(self._transform))}"
+            order += f", transformed by {describe_function(self._transform)}"
         return f"Stream({self.examples} examples in batches of {self.batch_size}, {order})"
 
     def __iter__(self) -> Iterator[Dataset]:

@@ -211,15 +211,6 @@ def test_mapped_files_and_streams_of_them_give_the_bits_of_data_in_memory(
     assert_same_run(fit_in_memory(copied), shuffled)
 
 
-def test_an_epoch_and_then_another_equal_two(shuffled) -> None:
-    stream = jt.data.stream(DATA, 16, KEY)
-    state, first = fit(stream, epochs=1)
-    state, second = fit(stream, state, epochs=1)
-    assert_identical(state, shuffled[0])
-    for name, values in without_clock(shuffled[1]).items():
-        assert_identical(values, np.concatenate([first[name], second[name]]))
-
-
 def clipped() -> Any:
     optimizer = jt.optimizers.clip_gradients(jt.optimizers.adam(0.05), 0.5)
     return jt.optimizers.accumulate_gradients(optimizer, 2)
@@ -326,7 +317,6 @@ def add_noise(example: Any, rng: np.random.Generator) -> Any:
 
 SAFEGUARDED = jt.optimizers.skip_nonfinite(OPTIMIZER)
 RESUMABLE: dict[str, tuple[Any, dict[str, Any]]] = {
-    "in memory": (lambda: DATA, {"batch_size": 16, "key": KEY}),
     "transformed, with a safeguard": (
         lambda: jt.data.stream(DATA, 16, KEY, transform=add_noise),
         {"optimizer": SAFEGUARDED},
@@ -356,22 +346,6 @@ def test_a_run_resumes_within_an_epoch_to_the_same_bits(tmp_path: Path, kind: st
     start = recorder.start
     assert (start.resumed, start.epoch, start.step) == (True, 1, 2)
     assert list_checkpoints(tmp_path)[-1] == (2, 0)
-
-
-@pytest.mark.slow
-def test_a_run_resumes_with_another_number_of_workers(tmp_path: Path) -> None:
-    """Each start of a worker takes seconds: one until the interruption, two after it."""
-    options = {"transform": add_noise}
-    straight = fit(jt.data.stream(DATA, 16, KEY, **options))
-    checkpoint = jt.callbacks.checkpoint(tmp_path, every_steps=2)
-    with pytest.raises(Stop):
-        fit(
-            jt.data.stream(DATA, 16, KEY, workers=1, **options),
-            callbacks=[checkpoint, stop_at(2, 3)],
-        )
-    assert list_checkpoints(tmp_path)[-1] == (1, 2)
-    two = jt.data.stream(DATA, 16, KEY, workers=2, **options)
-    assert_same_run(fit(two, callbacks=[checkpoint]), straight)
 
 
 def test_a_resumed_run_reads_and_reports_only_the_rest_of_an_epoch(tmp_path: Path) -> None:
@@ -443,11 +417,7 @@ def test_another_stream_is_another_run(tmp_path: Path) -> None:
     fit(jt.data.stream(DATA, 16, KEY), epochs=1, callbacks=[checkpoint])
     noisy = jt.data.stream(DATA, 16, KEY, transform=add_noise)
     for other in (jt.data.stream(DATA, 16), jt.data.stream(DATA[:49], 16, KEY), DATA, noisy):
-        message = (
-            "transformed by <function add_noise>"
-            if other is noisy
-            else r"train data was Stream\(50"
-        )
+        message = "transformed by add_noise" if other is noisy else r"train data was Stream\(50"
         with pytest.raises(jt.errors.InputError, match=rf"another run:.*{message}"):
             fit(other, batch_size=16, callbacks=[checkpoint])
 
@@ -464,14 +434,6 @@ def test_a_mesh_of_eight_devices_gives_the_numbers_of_one(shuffled) -> None:
     np.testing.assert_allclose(history["validation_loss"][-1], final, rtol=1e-5)
     with pytest.raises(jt.errors.InputError, match="batch_size is 12 on 8 devices"):
         fit(jt.data.stream(DATA, 12), mesh=mesh)
-
-
-def test_nan_in_a_stream_on_a_mesh_names_the_step() -> None:
-    inputs = DATA.inputs.copy()
-    inputs[40] = np.nan
-    stream = jt.data.stream(DATA.replace(inputs=inputs), 16)
-    with pytest.raises(jt.errors.NonFiniteError, match="epoch 1, step 3"):
-        fit(stream, mesh=jax.make_mesh((8,), ("data",)))
 
 
 def test_the_reader_is_at_most_three_segments_ahead() -> None:
@@ -514,12 +476,12 @@ def test_many_epochs_leave_no_threads_and_no_open_files() -> None:
     assert not any(np.greater(resources(), before))
 
 
-def run_program(folder: Path, program: str, *arguments: str) -> Any:
+def run_program(folder: Path, program: str) -> Any:
     """Runs a program that ends within two minutes."""
     path = folder / "program.py"
     path.write_text(textwrap.dedent(program))
     return subprocess.run(
-        [sys.executable, path.name, *arguments],
+        [sys.executable, path.name],
         cwd=folder,
         capture_output=True,
         text=True,
@@ -542,17 +504,6 @@ BAD = {
         r"batch 3 of train is Dataset\(inputs=float32\[16,5\].*; expected the shapes and "
         r"dtypes of the first batch, Dataset\(inputs=float32\[16,6\].*, and at most 16 examples",
     ),
-    "dtype": (
-        changed(inputs=DATA.inputs[:16].astype(np.float16)),
-        r"batch 3 of train is Dataset\(inputs=float16\[16,6\].*; expected the shapes and dty",
-    ),
-    "weights": (
-        changed(weights=np.ones(16, np.float32)),
-        r"batch 3 of train is .*weights=float32\[16\]\); expected the shapes and dtypes of",
-    ),
-    "structure": (changed(inputs={"x": DATA.inputs[:16]}), "batch 3 of train is .*the first"),
-    "lengths": (changed(targets=DATA.targets[:15]), "batch 3 of train is .*; expected the shapes"),
-    "a scalar": (changed(targets=np.int32(1)), "batch 3 of train is .*; expected the shapes"),
     "larger": ([*BATCHES[:2], DATA[:17]], "batch 3 of train .* at most 16 examples"),
     "empty": ([*BATCHES[:2], DATA[:0]], "batch 3 of train is .*; expected the shapes"),
     "an array": (
@@ -560,7 +511,6 @@ BAD = {
         r"^batch 3 of train is a ndarray; expected \(inputs, targets\), .* a dict with these",
     ),
     "text": ([*BATCHES[:2], "ab"], "^batch 3 of train is a str; expected"),
-    "four fields": ([*BATCHES[:2], (1, 2, 3, 4)], "^batch 3 of train is a tuple of 4; exp"),
     "other names": (
         [*BATCHES[:2], {"inputs": DATA.inputs[:16], "targets": DATA.targets[:16], "id": 1}],
         "^batch 3 of train is a dict of inputs, targets, id; expected",
@@ -756,7 +706,7 @@ def test_a_stream_may_fill_the_same_arrays_again(ordered) -> None:
 
 
 WORKERS = """
-import os, signal, sys
+import os, signal
 import numpy as np
 
 
@@ -782,12 +732,7 @@ if __name__ == "__main__":
     def mark(run):
         open("second epoch", "w").close()
 
-    if sys.argv[1] == "torch":
-        from torch.utils.data import DataLoader
-
-        stream = DataLoader(Examples(), 16, num_workers=1)
-    else:
-        stream = jt.data.stream(Examples(), 16, workers=1)
+    stream = jt.data.stream(Examples(), 16, workers=1)
     try:
         jt.fit(state, stream, loss_fn=jt.losses.cross_entropy, epochs=2, callbacks=[mark])
     except Exception as error:
@@ -795,23 +740,13 @@ if __name__ == "__main__":
 """
 
 
-# PyTorch notices a dead process by a signal, or by its closed pipe.
-DEATHS = {
-    "torch": r"RuntimeError\|1\|DataLoader worker \(pid"
-    r"|StreamError\|1\|.*(DataLoader worker|Connection|EOF)",
-    "grain": r"StreamError\|1\|.*Worker process was terminated unexpectedly with exit code",
-}
-
-
 @pytest.mark.slow
-@pytest.mark.parametrize("library", DEATHS)
-def test_a_worker_that_dies_ends_the_run_with_an_error(tmp_path: Path, library: str) -> None:
+def test_a_worker_that_dies_ends_the_run_with_an_error(tmp_path: Path) -> None:
     """In the second epoch, so that the state and the history are those of the first."""
-    if library == "torch":
-        pytest.importorskip("torch")
-    result = run_program(tmp_path, WORKERS, library)
+    result = run_program(tmp_path, WORKERS)
     [line] = [line for line in result.stdout.splitlines() if "|" in line] or [result.stderr]
-    assert re.match(DEATHS[library], line), line
+    message = "Worker process was terminated unexpectedly with exit code"
+    assert re.match(rf"StreamError\|1\|.*{message}", line), line
     assert result.returncode == 0
 
 
