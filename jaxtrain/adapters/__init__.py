@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
+import jax
 from jaxtyping import PyTree
 
-from jaxtrain.adapters._precision import MixedPrecision, cast_model, mixed_precision
+from jaxtrain.adapters._modes import call_by_name, check_modes
+from jaxtrain.adapters._precision import CastApply, MixedPrecision, cast_model, mixed_precision
 from jaxtrain.adapters._recording import Call, Recorder
 from jaxtrain.adapters._shared import (
     AdaptedApply,
     BatchStatistics,
+    Static,
     describe_type,
     named_statistics,
 )
@@ -26,30 +30,33 @@ __all__ = [
     "Recorder",
     "adapt",
     "batch_statistics",
+    "checked",
     "example_inputs",
     "mixed_precision",
     "recording",
     "to_module",
-    "with_example",
 ]
 
 _EXPECTED = "expected a Linen, NNX or Equinox module or a jaxtrain.Model(init, apply)"
 
 
-def adapt(model: Any, rngs: Sequence[str]) -> tuple[Model, tuple[PyTree, PyTree] | None]:
+def adapt(
+    model: Any, rngs: Sequence[str], call: Callable[..., Any] | None
+) -> tuple[Model, tuple[PyTree, PyTree] | None]:
     """Returns the Model of a network, and the variables that the network already contains.
 
     Args:
       model: a Linen, NNX or Equinox module, the pair (module, state) of
         `eqx.nn.make_with_state`, or a `Model`.
       rngs: names of the RNG streams that a Linen module draws from in training.
+      call: the function that calls the module, or None; see `init_state`.
 
     Returns:
       The Model, whose two functions are equal for equal modules; and the pair
       (params, model_state) of the module, or None if `Model.init` makes them.
 
     Raises:
-      InputError: `model` is something else, or `rngs` is not a sequence of names.
+      InputError: `model` is something else, or another argument has the wrong type.
     """
     is_names = isinstance(rngs, Sequence) and all(isinstance(name, str) for name in rngs)
     if isinstance(rngs, str) or not is_names:
@@ -57,11 +64,19 @@ def adapt(model: Any, rngs: Sequence[str]) -> tuple[Model, tuple[PyTree, PyTree]
             f"rngs is {rngs!r}; expected the names of RNG streams, such as ('dropout', 'latent')"
         )
     if isinstance(model, MixedPrecision):
-        adapted, held = adapt(model.model, rngs)
+        adapted, held = adapt(model.model, rngs, call)
         return cast_model(adapted, model.dtype), held
     if isinstance(model, Model):
         _check_model(model)
+        if call is not None:
+            raise InputError(
+                "call is given with a Model; expected a module, or the call in Model.apply"
+            )
         return model, None
+    if call is not None and not callable(call):
+        raise InputError(
+            f"call is {call!r}; expected a function call(module, inputs, *, train, rngs)"
+        )
     if isinstance(model, type):
         raise InputError(
             f"model is the class {model.__name__}; expected an instance of it, such as "
@@ -70,18 +85,19 @@ def adapt(model: Any, rngs: Sequence[str]) -> tuple[Model, tuple[PyTree, PyTree]
     # Frameworks are recognized by the names of base classes, so that none is imported.
     is_pair = isinstance(model, tuple) and len(model) == 2
     bases = [_bases(part) for part in model] if is_pair else [_bases(model)]
+    function = Static(call_by_name if call is None else call)
     if all(any(base.startswith("equinox.") for base in part) for part in bases):
         from jaxtrain.adapters import _equinox
 
-        return _equinox.adapt(model)
+        return _equinox.adapt(model, function)
     if "flax.linen.module.Module" in bases[0] and not is_pair:
         from jaxtrain.adapters import _linen
 
-        return _linen.adapt(model, rngs)
+        return _linen.adapt(model, rngs, function)
     if any(base.startswith("flax.nnx.") for base in bases[0]) and not is_pair:
         from jaxtrain.adapters import _nnx
 
-        return _nnx.adapt(model)
+        return _nnx.adapt(model, function)
     raise InputError(f"model is a {describe_type(model)}; {_EXPECTED}{_hint(model, bases[0])}")
 
 
@@ -99,30 +115,41 @@ def to_module(model: Model, params: PyTree, model_state: PyTree) -> Any:
     Raises:
       InputError: the model is a Linen module, or a `Model` of plain functions.
     """
-    build: Callable[..., Any] | None = getattr(model.apply, "to_module", None)
-    if build is None:
+    apply = _of_module(model)
+    if apply is None:
         raise InputError(
             "the model is a Model of plain functions, which has no module; use "
             "model.apply(state.params, state.model_state, inputs, train=False, key=None)"
         )
-    return build(params, model_state)
+    return apply.to_module(params, model_state)
 
 
-def with_example(model: Model, inputs: PyTree) -> Model:
+def checked(model: Model, params: PyTree, model_state: PyTree, inputs: PyTree) -> Model:
     """Returns a Model that knows the shapes of its inputs; it is equal to the given one.
 
     Args:
       model: any Model; one of plain functions is returned unchanged.
+      params: its parameters.
+      model_state: its model state.
       inputs: inputs for `model.apply`.
+
+    Raises:
+      InputError: see `check_modes`.
     """
-    if not isinstance(model.apply, AdaptedApply):
+    apply = _of_module(model)
+    if apply is None:
         return model
-    return model._replace(apply=model.apply.with_example(inputs))
+    shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), inputs)
+    apply = dataclasses.replace(apply, example=shapes)
+    check_modes(apply, params, model_state)
+    if isinstance(model.apply, CastApply):
+        return model._replace(apply=dataclasses.replace(model.apply, apply=apply))
+    return model._replace(apply=apply)
 
 
 def example_inputs(model: Model) -> PyTree | None:
-    """Returns the shapes of `with_example`, or None for a Model of plain functions."""
-    return model.apply.example if isinstance(model.apply, AdaptedApply) else None
+    """Returns the shapes that `checked` received, or None for a Model of plain functions."""
+    return getattr(_of_module(model), "example", None)
 
 
 def batch_statistics(
@@ -139,9 +166,10 @@ def batch_statistics(
       The paths of the statistics, such as "model_state.batch_stats.BatchNorm_0.mean", by the path
       of the layer among the parameters, such as "BatchNorm_0".
     """
-    if not isinstance(model.apply, AdaptedApply):
+    apply = _of_module(model)
+    if apply is None:
         return named_statistics(model_state, skip=0)
-    return model.apply.batch_statistics(params, model_state)
+    return apply.batch_statistics(params, model_state)
 
 
 @contextlib.contextmanager
@@ -155,10 +183,15 @@ def recording(model: Model, params: PyTree, model_state: PyTree) -> Iterator[Rec
       params: its parameters.
       model_state: its model state.
     """
-    recorder = Recorder()
-    record: Callable[..., Any] | None = getattr(model.apply, "recording", None)
-    with contextlib.nullcontext() if record is None else record(recorder, params, model_state):
+    apply, recorder = _of_module(model), Recorder()
+    with apply.recording(recorder, params, model_state) if apply else contextlib.nullcontext():
         yield recorder
+
+
+def _of_module(model: Model) -> AdaptedApply | None:
+    """Returns the function of a module, also of one in mixed precision."""
+    apply = model.apply.apply if isinstance(model.apply, CastApply) else model.apply
+    return apply if isinstance(apply, AdaptedApply) else None
 
 
 def _check_model(model: Model) -> None:

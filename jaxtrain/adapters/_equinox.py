@@ -18,9 +18,9 @@ from jaxtrain.adapters._shared import (
     BatchStatistics,
     RefuseInit,
     Static,
-    call_parameters,
     describe_type,
     to_arrays,
+    unused_key,
 )
 from jaxtrain.dataset import named_arrays
 from jaxtrain.errors import InputError
@@ -32,11 +32,12 @@ _AXIS = "batch"
 _MANY_UPDATES = 2**20
 
 
-def adapt(model: Any) -> tuple[Model, tuple[PyTree, PyTree]]:
+def adapt(model: Any, call: Static) -> tuple[Model, tuple[PyTree, PyTree]]:
     """Returns the Model of an Equinox module with its parameters and its other arrays.
 
     Args:
       model: a module, or the pair (module, state) of `eqx.nn.make_with_state`.
+      call: the function that calls the module on one example.
 
     Raises:
       InputError: `model` is something else, or its state is missing.
@@ -44,7 +45,6 @@ def adapt(model: Any) -> tuple[Model, tuple[PyTree, PyTree]]:
     module, state = model if isinstance(model, tuple) else (model, None)
     if not isinstance(module, eqx.Module):
         raise InputError(f"model is a {describe_type(module)}; expected an eqx.Module")
-    takes_key = "key" in call_parameters(module)
     if state is None:
         module, state = _split_state(module)
     # Modules that differ only in their mode must compare equal.
@@ -57,7 +57,8 @@ def adapt(model: Any) -> tuple[Model, tuple[PyTree, PyTree]]:
     if jax.tree.leaves(constants):
         model_state["constants"] = to_arrays(constants)
     leaves, structure = jax.tree.flatten(static)
-    apply = Apply(static, Static((tuple(leaves), structure)), takes_key)
+    identity = Static((tuple(leaves), structure))
+    apply = Apply(static, identity, call=call, kind=type(module))
     return Model(RefuseInit(), apply), (to_arrays(params), model_state)
 
 
@@ -68,31 +69,22 @@ class Apply(AdaptedApply):
     # The module without its arrays, and a hashable form of it for comparisons.
     static: Any = dataclasses.field(compare=False)
     identity: Static = dataclasses.field(repr=False)
-    takes_key: bool = dataclasses.field(repr=False)
 
-    def __call__(
-        self,
-        params: PyTree,
-        model_state: dict[str, Any],
-        inputs: PyTree,
-        *,
-        train: bool,
-        key: Any,
-    ) -> tuple[Any, dict[str, Any]]:
-        """Returns the outputs for a batch and, in training, the updated `eqx.nn.State`."""
+    def run(
+        self, params: PyTree, model_state: Any, inputs: PyTree, *, train: bool, key: Any
+    ) -> tuple[Any, Any]:
+        """Returns the outputs for a batch and the updated `eqx.nn.State`."""
         module = self._combine(params, model_state, inference=not train)
         if train:
             batch = jax.tree.leaves(inputs)[0].shape[0]
             keys, key_axis = jax.random.split(key, batch), 0
         else:
-            # Unused in inference mode, but modules may split it.
-            keys, key_axis = jax.random.key(0), None
+            keys, key_axis = unused_key() if key is None else key, None
 
         def call(example: PyTree, state: Any, key: Any) -> tuple[Any, Any]:
-            options = {"key": key} if self.takes_key else {}
             if state is None:
-                return module(example, **options), None
-            return module(example, state, **options)
+                return self.call.value(module, example, train=train, rngs=key), None
+            return self.call.value(module, example, state, train=train, rngs=key)
 
         call = jax.vmap(call, in_axes=(0, None, key_axis), out_axes=(0, None), axis_name=_AXIS)
         try:
@@ -104,16 +96,14 @@ class Apply(AdaptedApply):
                 f"the module {type(module).__name__} reduces over an axis other than the batch "
                 f"({error}); expected axis_name={_AXIS!r}"
             ) from error
-        if not train or state is None:
-            return outputs, model_state
-        return outputs, {**model_state, "state": state}
+        return outputs, model_state if state is None else {**model_state, "state": state}
 
     def recording(
         self, recorder: Recorder, params: PyTree, model_state: dict[str, Any]
     ) -> contextlib.AbstractContextManager[None]:
         """Records the calls of the module and its submodules, on one example."""
         module = self._combine(params, model_state, inference=False)
-        return patched_calls(recorder, {type(node) for node, _ in _modules(module)}, _find_paths)
+        return patched_calls(recorder, module, _modules, eqx.nn.Dropout)
 
     def batch_statistics(
         self, params: PyTree, model_state: dict[str, Any]
@@ -153,23 +143,18 @@ class Apply(AdaptedApply):
         return eqx.nn.inference_mode(module, value=inference)
 
 
-def _modules(module: Any, path: Path = ()) -> list[tuple[Any, Path]]:
+def _modules(module: Any, path: Path = ()) -> list[tuple[Path, Any]]:
     """Returns the nested modules with their paths."""
 
     def is_nested(node: Any) -> bool:
         return node is not module and isinstance(node, eqx.Module)
 
-    found = [(module, path)]
+    found = [(path, module)]
     for keys, node in jax.tree_util.tree_leaves_with_path(module, is_leaf=is_nested):
         if is_nested(node):
             names = (jax.tree_util.keystr((key,), simple=True) for key in keys)
             found += _modules(node, (*path, *names))
     return found
-
-
-def _find_paths(module: Any) -> dict[int, Path]:
-    # In reverse, so that a module at several paths has the first one.
-    return {id(node): path for node, path in reversed(_modules(module))}
 
 
 def _split_state(module: Any) -> tuple[Any, Any]:

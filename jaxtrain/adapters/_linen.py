@@ -20,30 +20,18 @@ from jaxtrain.adapters._shared import (
     AdaptedApply,
     BatchStatistics,
     Static,
-    call_parameters,
+    draws_in_evaluation,
     named_statistics,
+    unused_key,
 )
 from jaxtrain.errors import InputError
 from jaxtrain.model import Model
 
-# Other names for `train`. Without the check in `adapt`, such a module would not be in training
-# mode during training.
-_OTHER_MODES = frozenset({"training", "is_training", "deterministic", "use_running_average"})
 
-
-def adapt(module: nn.Module, rngs: Sequence[str]) -> tuple[Model, None]:
+def adapt(module: nn.Module, rngs: Sequence[str], call: Static) -> tuple[Model, None]:
     """Returns the Model of a Linen module; its parameters come from `Model.init`."""
-    accepted = call_parameters(module)
-    other = sorted(_OTHER_MODES & accepted)
-    if other and "train" not in accepted:
-        raise InputError(
-            f"the __call__ of {type(module).__name__} takes {other[0]!r} and not 'train'; expected "
-            "a module that is called as module(inputs, train: bool): rename the argument, or wrap "
-            "the module"
-        )
-    # A **kwargs does not count: `nn.Sequential` would pass `train` to its layers.
-    arguments = Static(module), tuple(rngs), "train" in accepted
-    return Model(Init(*arguments), Apply(*arguments)), None
+    arguments = Static(module), tuple(rngs)
+    return Model(Init(*arguments, call), Apply(*arguments, call=call, kind=type(module))), None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -52,7 +40,7 @@ class Init:
 
     module: Static = dataclasses.field(repr=False)
     rngs: tuple[str, ...] = dataclasses.field(repr=False)
-    takes_train: bool = dataclasses.field(repr=False)
+    call: Static = dataclasses.field(repr=False)
 
     def __call__(self, key: jax.Array, inputs: PyTree) -> tuple[PyTree, PyTree]:
         """Returns fresh parameters and the other collections; the values of `inputs` are unused."""
@@ -65,8 +53,8 @@ class Init:
     def _init(self, key: jax.Array, inputs: PyTree) -> dict[str, Any]:
         others = [name for name in self.rngs if name not in ("params", "dropout")]
         rngs = {"params": key, **_streams(key, others)}
-        train = {"train": False} if self.takes_train else {}
-        return self.module.value.init(rngs, inputs, **train)
+        call = functools.partial(self.call.value, train=False, rngs=_streams(key, self.rngs))
+        return self.module.value.init(rngs, inputs, method=call)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -75,41 +63,36 @@ class Apply(AdaptedApply):
 
     module: Static
     rngs: tuple[str, ...]
-    takes_train: bool = dataclasses.field(repr=False)
 
-    def __call__(
-        self,
-        params: PyTree,
-        model_state: dict[str, Any],
-        inputs: PyTree,
-        *,
-        train: bool,
-        key: jax.Array | None,
-    ) -> tuple[Any, dict[str, Any]]:
+    def run(
+        self, params: PyTree, model_state: Any, inputs: PyTree, *, train: bool, key: Any
+    ) -> tuple[Any, Any]:
         """Returns the outputs and, in training, the updated collections."""
         variables = {"params": params, **model_state}
-        options: dict[str, Any] = {"train": train} if self.takes_train else {}
+        streams = _streams(unused_key() if key is None else key, self.rngs)
+        call = functools.partial(self.call.value, train=train, rngs=streams)
         try:
             if not train:
-                return self.module.value.apply(variables, inputs, **options), model_state
+                return self.module.value.apply(variables, inputs, method=call), model_state
             outputs, updated = self.module.value.apply(
                 variables,
                 inputs,
-                **options,
-                rngs=_streams(key, self.rngs),
+                method=call,
+                rngs=streams,
                 mutable=list(model_state),
             )
         except flax.errors.ScopeCollectionNotFound as error:
             raise InputError(
                 f"model_state has the collections {sorted(model_state)}, but not all that "
-                f"{type(self.module.value).__name__} needs; expected the model_state that "
+                f"{self.kind.__name__} needs; expected the model_state that "
                 f"init_state returns (Flax: {error})"
             ) from error
         except flax.errors.InvalidRngError as error:
             raise InputError(
-                f"{type(self.module.value).__name__} draws from an RNG stream without a key "
-                f"({str(error).split(' (http')[0]}); expected its name in "
-                "init_state(rngs=...), and no draws in evaluation"
+                f"{self.kind.__name__} draws from an RNG stream without a key "
+                f"({str(error).split(' (http')[0]}); expected its name in init_state(rngs=...)"
+                if train
+                else draws_in_evaluation(self.kind)
             ) from error
         return outputs, dict(updated)
 
@@ -118,10 +101,9 @@ class Apply(AdaptedApply):
         """Records the calls of the module and its submodules."""
 
         def intercept(method: Any, args: Any, kwargs: Any, context: Any) -> Any:
-            module = context.module
             if context.method_name == "setup":  # runs before the first call, without inputs
                 return method(*args, **kwargs)
-            return recorder.call(module.path, type(module).__name__, method, args, kwargs)
+            return recorder.call(context.module.path, context.module, method, args, kwargs)
 
         with nn.intercept_methods(intercept):
             yield

@@ -17,27 +17,26 @@ from jaxtrain.adapters._shared import (
     BatchStatistics,
     RefuseInit,
     Static,
-    call_parameters,
     describe_type,
     named_statistics,
     to_arrays,
+    unused_key,
 )
 from jaxtrain.errors import InputError
 from jaxtrain.model import Model
 
 
-def adapt(module: Any) -> tuple[Model, tuple[PyTree, PyTree]]:
+def adapt(module: Any, call: Static) -> tuple[Model, tuple[PyTree, PyTree]]:
     """Returns the Model of an NNX module with its parameters and its other variables."""
     if not isinstance(module, nnx.Module):
         raise InputError(f"model is a {describe_type(module)}; expected an nnx.Module")
-    takes_train = "train" in call_parameters(module)
     module = nnx.clone(module)  # the user's module is not modified
     nnx.pop(module, nnx.Intermediate)  # outputs of an earlier call
     module.train()  # modules that differ only in their mode must compare equal
     graphdef, *states = nnx.split(module, nnx.Param, ...)
     params, model_state = (to_arrays(nnx.to_pure_dict(state)) for state in states)
-    model = Model(RefuseInit(), Apply(Static(graphdef), _describe(module), takes_train))
-    return model, (params, model_state)
+    apply = Apply(Static(graphdef), _describe(module), call=call, kind=type(module))
+    return Model(RefuseInit(), apply), (params, model_state)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -46,27 +45,15 @@ class Apply(AdaptedApply):
 
     graphdef: Static = dataclasses.field(repr=False)
     description: str = dataclasses.field(compare=False)
-    takes_train: bool = dataclasses.field(repr=False)
 
-    def __call__(
-        self,
-        params: PyTree,
-        model_state: dict[str, Any],
-        inputs: PyTree,
-        *,
-        train: bool,
-        key: jax.Array | None,
-    ) -> tuple[Any, dict[str, Any]]:
-        """Returns the outputs and, in training, the updated variables."""
+    def run(
+        self, params: PyTree, model_state: Any, inputs: PyTree, *, train: bool, key: Any
+    ) -> tuple[Any, Any]:
+        """Returns the outputs and the updated variables."""
         module = nnx.merge(self.graphdef.value, params, model_state)
-        if train:
-            module.train()
-            _reseed(module, key)
-        else:
-            module.eval()
-        outputs = module(inputs, train=train) if self.takes_train else module(inputs)
-        if not train:
-            return outputs, model_state
+        module.train() if train else module.eval()
+        rngs = nnx.Rngs(unused_key()) if key is None else _reseed(module, key)
+        outputs = self.call.value(module, inputs, train=train, rngs=rngs)
         # Each step draws from its own key, so the RNG state is not updated.
         changing = nnx.state(module, nnx.Not(nnx.Any(nnx.Param, nnx.RngState)))
         return outputs, _update(model_state, nnx.to_pure_dict(changing))
@@ -76,7 +63,7 @@ class Apply(AdaptedApply):
     ) -> contextlib.AbstractContextManager[None]:
         """Records the calls of the module and its submodules."""
         module = nnx.merge(self.graphdef.value, params, model_state)
-        return patched_calls(recorder, {type(node) for _, node in _modules(module)}, _find_paths)
+        return patched_calls(recorder, module, _modules, nnx.Dropout)
 
     def batch_statistics(self, params: PyTree, model_state: PyTree) -> dict[str, BatchStatistics]:
         """Returns the statistics by layer; they have the path of their layer."""
@@ -98,12 +85,8 @@ def _modules(module: nnx.Module) -> list[tuple[Path, nnx.Module]]:
     ]
 
 
-def _find_paths(module: nnx.Module) -> dict[int, Path]:
-    return {id(node): path for path, node in _modules(module)}
-
-
-def _reseed(module: nnx.Module, key: Any) -> None:
-    """Restarts every RNG stream of a module with its own key."""
+def _reseed(module: nnx.Module, key: Any) -> nnx.Rngs:
+    """Restarts every RNG stream of a module with its own key; returns one more."""
     if not jnp.issubdtype(key.dtype, jax.dtypes.prng_key):
         key = jax.random.wrap_key_data(key)
     streams = [node for _, node in nnx.iter_graph(module) if isinstance(node, nnx.RngStream)]
@@ -112,6 +95,7 @@ def _reseed(module: nnx.Module, key: Any) -> None:
         shape = stream.key[...].shape  # a module made under vmap has one key per layer
         stream.key[...] = jax.random.split(stream_key, shape) if shape else stream_key
         stream.count[...] = jnp.zeros(shape, jnp.uint32)
+    return nnx.Rngs(jax.random.fold_in(key, len(streams)))
 
 
 def _update(old: Any, new: Any) -> Any:

@@ -9,7 +9,6 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import PyTree
 
-from jaxtrain.adapters._shared import AdaptedApply, BatchStatistics, named_statistics
 from jaxtrain.errors import InputError
 from jaxtrain.model import Model
 
@@ -55,7 +54,7 @@ def mixed_precision(model: Any, dtype: Any = "bfloat16") -> MixedPrecision:
 
 
 @dataclasses.dataclass(frozen=True)
-class CastApply(AdaptedApply):
+class CastApply:
     """`Model.apply` on parameters and inputs that are cast to a dtype.
 
     Attributes:
@@ -81,22 +80,6 @@ class CastApply(AdaptedApply):
             model_state,
         )
         return _cast(outputs, "float32"), new_state
-
-    def batch_statistics(self, params: PyTree, model_state: PyTree) -> dict[str, BatchStatistics]:
-        """Returns those of the network."""
-        if isinstance(self.apply, AdaptedApply):
-            return self.apply.batch_statistics(params, model_state)
-        return named_statistics(model_state, skip=0)
-
-    @property
-    def recording(self) -> Any:
-        """The function that records the calls of the network's layers."""
-        return getattr(self.apply, "recording", None)
-
-    @property
-    def to_module(self) -> Any:
-        """The function that rebuilds the network's module, which computes in float32."""
-        return getattr(self.apply, "to_module", None)
 
 
 def cast_model(model: Model, dtype: str) -> Model:

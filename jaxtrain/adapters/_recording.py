@@ -51,15 +51,18 @@ class Recorder:
         return threading.get_ident() == self._thread
 
     def call(
-        self, path: Path, kind: str, function: Callable[..., Any], args: Any, kwargs: Any
+        self, path: Path | None, layer: Any, function: Callable[..., Any], args: Any, kwargs: Any
     ) -> Any:
-        """Calls the function of a layer and records it; in another thread, only calls it."""
-        if not self.is_of_this_thread:
+        """Calls the function of a layer and records it; in another thread, only calls it.
+
+        The path is None for a layer that JAX has rebuilt, in a loop for example.
+        """
+        if path is None or not self.is_of_this_thread:
             return function(*args, **kwargs)
         is_first = path not in self._calls
         if is_first:
             self._indices[path] = len(self._calls)
-            self._calls[path] = Call(path, kind, _shapes((args, kwargs)), ())
+            self._calls[path] = Call(path, type(layer).__name__, _shapes((args, kwargs)), ())
         with jax.named_scope(f"jaxtrain_layer_{self._indices[path]}"):
             outputs = function(*args, **kwargs)
         if is_first:
@@ -74,16 +77,21 @@ class Recorder:
 
 @contextlib.contextmanager
 def patched_calls(
-    recorder: Recorder, classes: Iterable[type], find_paths: Callable[[Any], dict[int, Path]]
+    recorder: Recorder,
+    module: Any,
+    modules: Callable[[Any], Iterable[tuple[Path, Any]]],
+    dropout: type,
 ) -> Iterator[None]:
     """Records the calls of all layers of a network whose framework has no hook for it.
 
     Args:
       recorder: receives the calls.
-      classes: the classes of the layers, whose `__call__` is replaced in the meantime.
-      find_paths: returns the path of each layer by its `id`, for the network that is called first.
+      module: the network; in the meantime, `__call__` of the classes of its layers is replaced.
+      modules: returns the layers of the network that is called first, each with its path.
+      dropout: a class of layers that the network may create while it is called.
     """
     paths: dict[int, Path] = {}
+    classes = {dropout, *(type(layer) for _, layer in modules(module))}
     owners = {base for cls in classes for base in cls.__mro__ if "__call__" in vars(base)}
 
     def wrap(original: Any) -> Callable[..., Any]:
@@ -93,11 +101,9 @@ def patched_calls(
             if not recorder.is_of_this_thread:  # perhaps of another network
                 return function(*args, **kwargs)
             if not paths:
-                paths.update(find_paths(self))
-            path = paths.get(id(self))
-            if path is None:  # a layer that JAX has rebuilt, in a loop for example
-                return function(*args, **kwargs)
-            return recorder.call(path, type(self).__name__, function, args, kwargs)
+                for path, layer in modules(self):
+                    paths.setdefault(id(layer), path)
+            return recorder.call(paths.get(id(self)), self, function, args, kwargs)
 
         return call
 

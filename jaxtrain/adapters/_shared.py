@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import abc
+import contextlib
 import dataclasses
-import inspect
+import re
 from typing import Any, NamedTuple, NoReturn
 
 import jax
@@ -11,6 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import PyTree
 
+from jaxtrain.adapters._recording import Recorder
 from jaxtrain.dataset import named_arrays
 from jaxtrain.errors import InputError
 
@@ -63,24 +66,69 @@ class BatchStatistics(NamedTuple):
     scale: float = 1.0
 
 
-@dataclasses.dataclass(frozen=True)
-class AdaptedApply:
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class AdaptedApply(abc.ABC):
     """Base of the `Model.apply` of modules.
 
     Attributes:
+      kind: the class of the module.
+      call: the function that calls the module.
       example: shapes of the inputs; states of equal modules compare equal whatever it is.
     """
 
-    example: PyTree = dataclasses.field(default=None, kw_only=True, compare=False, repr=False)
+    kind: type = dataclasses.field(compare=False, repr=False)
+    call: Static = dataclasses.field(repr=False)
+    example: PyTree = dataclasses.field(default=None, compare=False, repr=False)
 
-    def with_example(self, inputs: PyTree) -> Any:
-        """Returns the same function with the shapes of some inputs."""
-        shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), inputs)
-        return dataclasses.replace(self, example=shapes)
+    def __call__(
+        self, params: PyTree, model_state: Any, inputs: PyTree, *, train: bool, key: Any
+    ) -> tuple[Any, Any]:
+        """Returns the outputs and, in training, the updated model state."""
+        outputs, updated = self.call_module(params, model_state, inputs, train=train, key=key)
+        return outputs, updated if train else model_state
 
-    def batch_statistics(self, params: PyTree, model_state: PyTree) -> dict[str, BatchStatistics]:
+    def call_module(
+        self, params: PyTree, model_state: Any, inputs: PyTree, *, train: bool, key: Any
+    ) -> tuple[Any, Any]:
+        """Calls the module; an axis over which its layers reduce further has size 1."""
+
+        def run(*arguments: Any) -> tuple[Any, Any]:
+            return self.run(*arguments, train=train, key=key)
+
+        try:
+            return run(params, model_state, inputs)
+        except NameError as error:
+            axis = re.search(r"unbound axis name: (\w+)", str(error))
+            if axis is None:
+                raise
+        options: Any = {"in_axes": None, "out_axes": None, "axis_size": 1, "axis_name": axis[1]}
+        return jax.vmap(run, **options)(params, model_state, inputs)
+
+    @abc.abstractmethod
+    def run(
+        self, params: PyTree, model_state: Any, inputs: PyTree, *, train: bool, key: Any
+    ) -> tuple[Any, Any]:
+        """Returns the outputs of `call` and the model state after it; `key` may be None."""
+
+    @abc.abstractmethod
+    def recording(
+        self, recorder: Recorder, params: PyTree, model_state: Any
+    ) -> contextlib.AbstractContextManager[None]:
+        """Records the calls of the module and its submodules."""
+
+    @abc.abstractmethod
+    def batch_statistics(self, params: PyTree, model_state: Any) -> dict[str, BatchStatistics]:
         """Returns where the model state has the running statistics of batch norm, by layer."""
-        return {}
+
+    @abc.abstractmethod
+    def to_module(self, params: PyTree, model_state: Any) -> Any:
+        """Returns the module with these variables, in evaluation mode."""
+
+
+def unused_key() -> Any:
+    """Returns a key for evaluation, in which modules may split it but not draw from it."""
+    with jax.ensure_compile_time_eval():
+        return jax.random.key(0)
 
 
 def named_statistics(model_state: PyTree, skip: int) -> dict[str, BatchStatistics]:
@@ -121,20 +169,13 @@ def describe_type(value: Any) -> str:
     return name if package == "builtins" else f"{package}.{name}"
 
 
-def call_parameters(module: Any) -> frozenset[str]:
-    """Returns the names that a module's `__call__` accepts as keywords.
-
-    Raises:
-      InputError: the module has no `__call__`.
-    """
-    if not callable(module):
-        raise InputError(
-            f"the module {type(module).__name__} has no __call__; expected one that maps inputs "
-            "to outputs"
-        )
-    parameters = inspect.signature(type(module).__call__).parameters.values()
-    keywords = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
-    return frozenset(parameter.name for parameter in parameters if parameter.kind in keywords)
+def draws_in_evaluation(kind: type) -> str:
+    """Returns the message for a module that draws random numbers in evaluation."""
+    return (
+        f"{kind.__name__} draws random numbers in evaluation; expected outputs that the inputs "
+        "determine: draw in training alone, by the argument train of __call__ or by call=..., or "
+        "from a fixed key"
+    )
 
 
 def to_arrays(tree: PyTree) -> PyTree:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, no_type_check
 
 import jax
@@ -85,26 +85,41 @@ def init_state(
     *,
     key: Key[Array, ""],
     rngs: Sequence[str] = ("dropout",),
+    call: Callable[..., Any] | None = None,
 ) -> TrainState:
     """Returns the state before the first step.
 
     Args:
-      model: a Linen module, called as `module(inputs, train: bool)` or `module(inputs)`; an NNX or
-        Equinox module, whose own parameters are the initial ones; or a `Model`.
+      model: a Linen module; an NNX or Equinox module, whose own parameters are the initial ones; or
+        a `Model`.
       optimizer: any optax transformation; `jaxtrain.optimizers` has those of `torch.optim`.
       sample_inputs: inputs with the shapes and dtypes of training; one example is enough, and the
         values are not used.
       key: PRNG key; determines the initial parameters and every random draw of the model.
       rngs: names of the RNG streams that a Linen module draws from in training.
+      call: how the module is called, `call(module, inputs, *, train, rngs) -> outputs`. By default
+        it is `module(inputs)`, with each of these arguments that the module has: train, training,
+        is_training, is_train or enable_dropout; deterministic, inference, eval or
+        use_running_average, which are `not train`; and key or rngs. A tuple of inputs is passed as
+        several arguments if the module takes so many. `rngs` is a dict of keys for Linen, an
+        `nnx.Rngs` for NNX, and the key of one example for Equinox, which gets one example as
+        `inputs`, and `call(module, inputs, state, *, train, rngs) -> (outputs, state)` if the
+        module is stateful.
 
     Returns:
       A TrainState at step 0.
 
     Raises:
-      InputError: an argument has the wrong type.
+      InputError: an argument has the wrong type; without `call`, a layer with dropout or batch norm
+        is in the mode of evaluation during training, or the reverse; or evaluation draws random
+        numbers.
 
     Example:
       >>> state = jt.init_state(model, optax.adam(1e-3), train.inputs[:1], key=jax.random.key(0))
+      >>> def call(module, inputs, *, train, rngs):
+      ...     return module(inputs["pixels"] / 255, train=train)
+      >>> sample = {"pixels": train.inputs[:1]}
+      >>> state = jt.init_state(model, optimizer, sample, key=key, call=call)
     """
     check_key(key)
     _check_optimizer(optimizer)
@@ -114,8 +129,9 @@ def init_state(
         if not isinstance(leaf, jax.ShapeDtypeStruct):
             check_array(leaf, path)
     params_key, state_key = jax.random.split(key)
-    adapted, held = adapters.adapt(model, rngs)
+    adapted, held = adapters.adapt(model, rngs, call)
     params, model_state = adapted.init(params_key, sample_inputs) if held is None else held
+    adapted = adapters.checked(adapted, params, model_state, sample_inputs)
     optimizer, opt_state = hoist_tracers(optimizer, params)
     return TrainState(
         # Arrays from the start: Python integers would compile the first step twice.
@@ -125,7 +141,7 @@ def init_state(
         model_state=model_state,
         opt_state=opt_state,
         key=state_key,
-        model=adapters.with_example(adapted, sample_inputs),
+        model=adapted,
         optimizer=optimizer,
     )
 

@@ -257,7 +257,7 @@ def torch_module() -> Any:
         (lambda: None, "NoneType; expected a Linen, NNX or Equinox module"),
         (lambda: jt.Model(len, None), "Model.apply is None"),
         (lambda: jt.Model(len, Unhashable()), "not hashable"),
-        (nn.Module, "the module Module has no __call__"),
+        (lambda: type("Empty", (nn.Module,), {})(), "the module Empty has no __call__"),
         (lambda: nnx.Rngs(0), r"flax.Rngs; expected an nnx.Module"),
         (lambda: MODULES["Equinox"]()[1], "equinox.State; expected an eqx.Module"),
         (lambda: MODULES["Equinox"]()[0], r"comes without its state; expected the pair"),

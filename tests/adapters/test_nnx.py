@@ -10,7 +10,7 @@ from flax import nnx
 from jaxtyping import Array
 
 import jaxtrain as jt
-from tests.adapters.helpers import DATA, INPUTS, KEY, LOSS, assert_equal, evaluate, init, train
+from tests.adapters.helpers import DATA, INPUTS, KEY, LOSS, assert_equal, init, train
 
 
 class Network(nnx.Module):
@@ -73,8 +73,9 @@ def test_a_raw_key_and_a_batch_of_streams_work() -> None:
         def __init__(self) -> None:
             self.rngs = nnx.RngStream(jax.random.split(KEY, 3), tag="dropout")
 
-        def __call__(self, x: Array) -> Array:
-            return jax.vmap(lambda key: jax.random.normal(key, (4,)))(self.rngs.key[...])
+        def __call__(self, x: Array, train: bool) -> Array:
+            draw = jax.vmap(lambda key: jax.random.normal(key, (4,)))
+            return draw(self.rngs.key[...]) if train else x
 
     outputs, _ = train(init(Layers()), jax.random.PRNGKey(0))
     assert len(np.unique(np.asarray(outputs))) == 12
@@ -133,12 +134,3 @@ def test_sown_outputs_are_not_part_of_the_state() -> None:
     module(INPUTS)
     state = init(module)
     assert state.model_state == train(state)[1] == {}
-
-
-def test_the_argument_train_is_passed_to_a_module_that_has_it() -> None:
-    class Flagged(nnx.Module):
-        def __call__(self, x: Array, train: bool = False) -> Array:
-            return x if train else -x
-
-    state = init(Flagged())
-    assert_equal((train(state)[0], evaluate(state)[0]), (INPUTS, -INPUTS))

@@ -1,0 +1,221 @@
+"""How a module is called in training and in evaluation, and a check that the two differ."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import inspect
+from collections.abc import Iterator
+from typing import Any
+
+import jax
+from jax.interpreters.partial_eval import dce_jaxpr
+from jaxtyping import PyTree
+
+from jaxtrain.adapters._recording import Path, Recorder
+from jaxtrain.adapters._shared import AdaptedApply, Static, draws_in_evaluation, unused_key
+from jaxtrain.errors import InputError
+
+# The names of arguments that switch between training and evaluation, with the value in training.
+_MODES = {
+    **dict.fromkeys(("train", "training", "is_training", "is_train", "enable_dropout"), True),
+    **dict.fromkeys(("deterministic", "inference", "eval", "use_running_average"), False),
+}
+_RNGS = ("key", "rngs")
+_Parameter = inspect.Parameter
+_EITHER, _EMPTY = _Parameter.POSITIONAL_OR_KEYWORD, _Parameter.empty
+_RATES = ("rate", "p", "dropout_rate")
+
+
+def call_by_name(
+    module: Any, inputs: PyTree, *state: Any, train: bool, rngs: Any, **options: Any
+) -> Any:
+    """Calls a module with the mode and the randomness that its signature asks for.
+
+    A tuple of inputs is passed as several arguments if the module takes so many. `state` is the
+    `eqx.nn.State` of a stateful Equinox module.
+    """
+    kind = type(module)
+    if not callable(module):
+        raise InputError(
+            f"the module {kind.__name__} has no __call__; expected one that maps inputs to "
+            "outputs, or init_state(..., call=lambda module, inputs, *, train, rngs: ...)"
+        )
+    named, positional, takes_all = _parameters(kind)
+    for name, default in named.items():
+        # The default None leaves the mode to a field of that name.
+        is_left = default is None and isinstance(getattr(module, name, None), bool)
+        if name in _MODES and not is_left:
+            options.setdefault(name, _MODES[name] == train)
+        elif name == ("key" if isinstance(rngs, jax.Array) else "rngs"):
+            options[name] = rngs
+    is_tuple = type(inputs) is tuple and (takes_all or 1 < len(inputs) <= len(positional))
+    arguments = (*(inputs if is_tuple else (inputs,)), *state)
+    try:
+        inspect.signature(kind.__call__).bind(module, *arguments, **options)
+    except TypeError as error:
+        raise InputError(
+            f"init_state calls {kind.__name__} with inputs and the mode: {error}; expected inputs "
+            f"that are a tuple in the order of its arguments, or {_way_out(kind)}"
+        ) from error
+    return module(*arguments, **options)
+
+
+def check_modes(apply: AdaptedApply, params: PyTree, model_state: PyTree) -> None:
+    """Traces a module in both modes, on the shapes of its example and once per module.
+
+    Raises:
+      InputError: a layer with dropout or batch norm is in the wrong mode, unless the user says how
+        the module is called; or evaluation draws random numbers.
+    """
+    leaves, structure = jax.tree.flatten((params, model_state, apply.example))
+    avals = [
+        jax.ShapeDtypeStruct(x.shape, x.dtype, weak_type=getattr(x, "weak_type", False))
+        for x in leaves
+    ]
+    _check_modes(apply, Static((tuple(avals), structure)))
+
+
+@functools.lru_cache(maxsize=256)
+def _check_modes(apply: AdaptedApply, shapes: Static) -> None:
+    leaves, structure = shapes.value
+    arguments = jax.tree.unflatten(structure, leaves)
+    kind, is_by_name = apply.kind, apply.call.value is call_by_name
+    for train in (True, False):
+        draws, error = _trace(apply, arguments, train, is_by_name)
+        if is_by_name and (draws != train or error is not None):
+            for name, value in _parameters(kind)[0].items():
+                if name in _MODES or not isinstance(value, bool):
+                    continue
+                call = Static(functools.partial(call_by_name, **{name: not value}))
+                other = dataclasses.replace(apply, call=call)
+                try:
+                    changed, failure = _trace(other, arguments, train, is_by_name)
+                except Exception:  # a value that the module does not support
+                    continue
+                if failure is None and (error is not None or changed != draws):
+                    raise InputError(
+                        f"the argument {name}={value} of {kind.__name__}.__call__ switches between "
+                        "training and evaluation, and init_state does not pass it; expected "
+                        f"{_way_out(kind, name, train != value)}"
+                    )
+        if error is not None:
+            raise error
+
+
+def _trace(
+    apply: AdaptedApply, arguments: Any, train: bool, has_check: bool
+) -> tuple[bool, InputError | None]:
+    """Traces a module; returns whether its results depend on the PRNG key, and what is wrong."""
+
+    def run(key: Any, params: PyTree, model_state: PyTree, inputs: PyTree) -> Any:
+        recorder = _ModeCheck(train) if has_check else Recorder()
+        with apply.recording(recorder, params, model_state):
+            results = apply.call_module(params, model_state, inputs, train=train, key=key)
+        return results if train else results[0]
+
+    try:
+        jaxpr: Any = jax.make_jaxpr(run)(unused_key(), *arguments).jaxpr
+    except InputError as error:
+        return False, error
+    draws = dce_jaxpr(jaxpr, [True] * len(jaxpr.outvars))[1][0]
+    return draws, InputError(draws_in_evaluation(apply.kind)) if draws and not train else None
+
+
+class _ModeCheck(Recorder):
+    """Raises InputError when a layer with dropout or batch norm is in the wrong mode."""
+
+    def __init__(self, train: bool) -> None:
+        super().__init__()
+        self._train = train
+        # The layers that are being called, each with its arguments.
+        self._stack: list[tuple[Any, dict[str, Any]]] = []
+
+    def call(self, path: Path | None, layer: Any, function: Any, args: Any, kwargs: Any) -> Any:
+        """Checks the mode of a layer and calls it."""
+        if not self.is_of_this_thread:
+            return function(*args, **kwargs)
+        self._stack.append((layer, _bind(function, args, kwargs)))
+        try:
+            modes = list(self._modes(*self._stack[-1]))
+            if _has_mode(layer) and modes and modes[0][1] != (_MODES[modes[0][0]] == self._train):
+                self._refuse(path, modes[0])
+            return function(*args, **kwargs)
+        finally:
+            self._stack.pop()
+
+    def _modes(self, layer: Any, arguments: dict[str, Any]) -> Iterator[tuple[str, bool]]:
+        """Yields what sets the mode of a layer; an argument precedes an attribute."""
+        for read in (arguments.get, lambda name: getattr(layer, name, None)):
+            found = ((name, read(name)) for name in _MODES)
+            yield from ((name, value) for name, value in found if isinstance(value, bool))
+
+    def _refuse(self, path: Path | None, mode: tuple[str, bool]) -> None:
+        wrong = [
+            (layer, name, value)
+            for layer, arguments in self._stack[:-1]
+            for name, value in self._modes(layer, arguments)
+            if value != (_MODES[name] == self._train)
+        ]
+        owner, (name, value) = (wrong[0][0], wrong[0][1:]) if wrong else (self._stack[-1][0], mode)
+        layer, network = (type(self._stack[n][0]) for n in (-1, 0))
+        modes = ("training", "evaluation") if self._train else ("evaluation", "training")
+        place = f" {'.'.join(path)!r}" if path else ""
+        raise InputError(
+            f"in {modes[0]}, {layer.__name__}{place} of "
+            f"{network.__name__} is in {modes[1]} mode because of {name}={value} of "
+            f"{type(owner).__name__}; expected {modes[0]} mode: set it by an argument train of "
+            f"{network.__name__}.__call__, or say that the module is called as it should be, by "
+            f"{_way_out(network)}"
+        )
+
+
+def _has_mode(layer: Any) -> bool:
+    """Returns whether a layer normalizes over the batch, or drops with a rate."""
+    rates = (getattr(layer, name, None) for name in _RATES)
+    return any(base.__name__ == "BatchNorm" for base in type(layer).__mro__) or any(
+        isinstance(rate, int | float) and rate > 0 for rate in rates
+    )
+
+
+def _bind(function: Any, args: Any, kwargs: Any) -> dict[str, Any]:
+    """Returns the arguments of a call by name; {} if they do not fit."""
+    try:
+        bound = inspect.signature(function).bind(*args, **kwargs)
+    except TypeError:
+        return {}
+    bound.apply_defaults()
+    return bound.arguments
+
+
+def _parameters(kind: type) -> tuple[dict[str, Any], list[str], bool]:
+    """Returns what a class's `__call__` takes.
+
+    Returns:
+      The parameters that may be passed by name, with their defaults; the names of those for inputs;
+      and whether it takes any number of them.
+    """
+    parameters = list(inspect.signature(kind.__call__).parameters.values())[1:]
+    named = {x.name: x.default for x in parameters if x.kind in (_EITHER, _Parameter.KEYWORD_ONLY)}
+    others = {*_MODES, *_RNGS, "state"}
+    positional = [x.name for x in parameters if x.kind in (_Parameter.POSITIONAL_ONLY, _EITHER)]
+    takes_all = any(x.kind == _Parameter.VAR_POSITIONAL for x in parameters)
+    return named, [name for name in positional if name not in others], takes_all
+
+
+def _way_out(kind: type, switch: str = "", value_in_training: bool = True) -> str:
+    """Returns the argument of `init_state` that calls a module, as source text."""
+    named, positional, _ = _parameters(kind)
+    modes = {name: value for name, value in _MODES.items() if name in named}
+    if switch:
+        modes[switch] = value_in_training
+    required = [name for name in positional if named.get(name, _EMPTY) is _EMPTY]
+    arguments = [f'inputs["{name}"]' for name in required] if len(required) > 1 else ["inputs"]
+    has_state = named.get("state") is _EMPTY
+    arguments += ["state"] * has_state
+    arguments += [f"{name}={'' if value else 'not '}train" for name, value in modes.items()]
+    arguments += [f"{name}=rngs" for name in _RNGS if name in named]
+    return (
+        f"init_state(..., call=lambda module, inputs, {'state, ' * has_state}*, train, rngs: "
+        f"module({', '.join(arguments)}))"
+    )
