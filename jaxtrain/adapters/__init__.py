@@ -45,18 +45,9 @@ def adapt(
 ) -> tuple[Model, tuple[PyTree, PyTree] | None]:
     """Returns the Model of a network, and the variables that the network already contains.
 
-    Args:
-      model: a Linen, NNX or Equinox module, the pair (module, state) of
-        `eqx.nn.make_with_state`, or a `Model`.
-      rngs: names of the RNG streams that a Linen module draws from in training.
-      call: the function that calls the module, or None; see `init_state`.
-
-    Returns:
-      The Model, whose two functions are equal for equal modules; and the pair
-      (params, model_state) of the module, or None if `Model.init` makes them.
-
-    Raises:
-      InputError: `model` is something else, or another argument has the wrong type.
+    The arguments are those of `init_state`; `model` may also be the pair (module, state) of
+    `eqx.nn.make_with_state`. The two functions of the Model are equal for equal modules. The
+    variables are the pair (params, model_state), or None if `Model.init` makes them.
     """
     is_names = isinstance(rngs, Sequence) and all(isinstance(name, str) for name in rngs)
     if isinstance(rngs, str) or not is_names:
@@ -102,19 +93,7 @@ def adapt(
 
 
 def to_module(model: Model, params: PyTree, model_state: PyTree) -> Any:
-    """Returns the trained module, in evaluation mode.
-
-    Args:
-      model: a Model that `adapt` returned for an NNX or Equinox module.
-      params: its parameters.
-      model_state: its model state.
-
-    Returns:
-      A new NNX module; or the Equinox module, as a pair with its `eqx.nn.State` if it has one.
-
-    Raises:
-      InputError: the model is a Linen module, or a `Model` of plain functions.
-    """
+    """Returns the trained module, in evaluation mode; see `jaxtrain.to_module`."""
     apply = _of_module(model)
     if apply is None:
         raise InputError(
@@ -125,17 +104,7 @@ def to_module(model: Model, params: PyTree, model_state: PyTree) -> Any:
 
 
 def checked(model: Model, params: PyTree, model_state: PyTree, inputs: PyTree) -> Model:
-    """Returns a Model that knows the shapes of its inputs; it is equal to the given one.
-
-    Args:
-      model: any Model; one of plain functions is returned unchanged.
-      params: its parameters.
-      model_state: its model state.
-      inputs: inputs for `model.apply`.
-
-    Raises:
-      InputError: see `check_modes`.
-    """
+    """Returns an equal Model that knows the shapes of its inputs, after `check_modes`."""
     apply = _of_module(model)
     if apply is None:
         return model
@@ -155,16 +124,10 @@ def example_inputs(model: Model) -> PyTree | None:
 def batch_statistics(
     model: Model, params: PyTree, model_state: PyTree
 ) -> dict[str, BatchStatistics]:
-    """Returns where a model state has the running statistics of batch norm, by layer.
+    """Returns where a model state has the running statistics of batch norm.
 
-    Args:
-      model: any Model; one of plain functions has them at the paths of the layers.
-      params: its parameters.
-      model_state: its model state.
-
-    Returns:
-      The paths of the statistics, such as "model_state.batch_stats.BatchNorm_0.mean", by the path
-      of the layer among the parameters, such as "BatchNorm_0".
+    The keys are the paths of the layers among the parameters, such as "BatchNorm_0". A Model of
+    plain functions has the statistics at these paths as well.
     """
     apply = _of_module(model)
     if apply is None:
@@ -174,15 +137,7 @@ def batch_statistics(
 
 @contextlib.contextmanager
 def recording(model: Model, params: PyTree, model_state: PyTree) -> Iterator[Recorder]:
-    """Yields a recorder of the layers that `model.apply` calls while it is traced inside.
-
-    A `Model` of plain functions has no layers.
-
-    Args:
-      model: a Model that `adapt` returned.
-      params: its parameters.
-      model_state: its model state.
-    """
+    """Yields a recorder of the layers that `model.apply` calls while it is traced inside."""
     apply, recorder = _of_module(model), Recorder()
     with apply.recording(recorder, params, model_state) if apply else contextlib.nullcontext():
         yield recorder

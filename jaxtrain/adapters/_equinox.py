@@ -33,15 +33,7 @@ _MANY_UPDATES = 2**20
 
 
 def adapt(model: Any, call: Static) -> tuple[Model, tuple[PyTree, PyTree]]:
-    """Returns the Model of an Equinox module with its parameters and its other arrays.
-
-    Args:
-      model: a module, or the pair (module, state) of `eqx.nn.make_with_state`.
-      call: the function that calls the module on one example.
-
-    Raises:
-      InputError: `model` is something else, or its state is missing.
-    """
+    """Returns the Model of an Equinox module with its parameters and its other arrays."""
     module, state = model if isinstance(model, tuple) else (model, None)
     if not isinstance(module, eqx.Module):
         raise InputError(f"model is a {describe_type(module)}; expected an eqx.Module")
@@ -70,9 +62,7 @@ class Apply(AdaptedApply):
     static: Any = dataclasses.field(compare=False)
     identity: Static = dataclasses.field(repr=False)
 
-    def run(
-        self, params: PyTree, model_state: Any, inputs: PyTree, *, train: bool, key: Any
-    ) -> tuple[Any, Any]:
+    def run(self, params: Any, model_state: Any, inputs: Any, train: bool, key: Any) -> Any:
         """Returns the outputs for a batch and the updated `eqx.nn.State`."""
         module = self._combine(params, model_state, inference=not train)
         if train:

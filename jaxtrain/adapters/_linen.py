@@ -64,9 +64,7 @@ class Apply(AdaptedApply):
     module: Static
     rngs: tuple[str, ...]
 
-    def run(
-        self, params: PyTree, model_state: Any, inputs: PyTree, *, train: bool, key: Any
-    ) -> tuple[Any, Any]:
+    def run(self, params: Any, model_state: Any, inputs: Any, train: bool, key: Any) -> Any:
         """Returns the outputs and, in training, the updated collections."""
         variables = {"params": params, **model_state}
         streams = _streams(unused_key() if key is None else key, self.rngs)

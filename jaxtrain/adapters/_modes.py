@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import functools
 import inspect
-from collections.abc import Iterator
 from typing import Any
 
 import jax
@@ -83,40 +82,37 @@ def _check_modes(apply: AdaptedApply, shapes: Static) -> None:
     kind, is_by_name = apply.kind, apply.call.value is call_by_name
     for train in (True, False):
         draws, error = _trace(apply, arguments, train, is_by_name)
-        if is_by_name and (draws != train or error is not None):
-            for name, value in _parameters(kind)[0].items():
-                if name in _MODES or not isinstance(value, bool):
-                    continue
-                call = Static(functools.partial(call_by_name, **{name: not value}))
-                other = dataclasses.replace(apply, call=call)
-                try:
-                    changed, failure = _trace(other, arguments, train, is_by_name)
-                except Exception:  # a value that the module does not support
-                    continue
-                if failure is None and (error is not None or changed != draws):
-                    raise InputError(
-                        f"the argument {name}={value} of {kind.__name__}.__call__ switches between "
-                        "training and evaluation, and init_state does not pass it; expected "
-                        f"{_way_out(kind, name, train != value)}"
-                    )
+        switches = _parameters(kind)[0] if is_by_name and (error or draws != train) else {}
+        for name, value in switches.items():
+            if name in _MODES or not isinstance(value, bool):
+                continue
+            call = Static(functools.partial(call_by_name, **{name: not value}))
+            other = dataclasses.replace(apply, call=call)
+            changed, failure = _trace(other, arguments, train, is_by_name)
+            if failure is None and (error is not None or changed != draws):
+                raise InputError(
+                    f"the argument {name}={value} of {kind.__name__}.__call__ switches between "
+                    "training and evaluation, and init_state does not pass it; expected "
+                    f"{_way_out(kind, name, train != value)}"
+                )
         if error is not None:
             raise error
 
 
 def _trace(
     apply: AdaptedApply, arguments: Any, train: bool, has_check: bool
-) -> tuple[bool, InputError | None]:
+) -> tuple[bool, Exception | None]:
     """Traces a module; returns whether its results depend on the PRNG key, and what is wrong."""
 
     def run(key: Any, params: PyTree, model_state: PyTree, inputs: PyTree) -> Any:
         recorder = _ModeCheck(train) if has_check else Recorder()
         with apply.recording(recorder, params, model_state):
-            results = apply.call_module(params, model_state, inputs, train=train, key=key)
+            results = apply.call_module(params, model_state, inputs, train, key)
         return results if train else results[0]
 
     try:
         jaxpr: Any = jax.make_jaxpr(run)(unused_key(), *arguments).jaxpr
-    except InputError as error:
+    except Exception as error:  # raised by the caller
         return False, error
     draws = dce_jaxpr(jaxpr, [True] * len(jaxpr.outvars))[1][0]
     return draws, InputError(draws_in_evaluation(apply.kind)) if draws and not train else None
@@ -128,46 +124,50 @@ class _ModeCheck(Recorder):
     def __init__(self, train: bool) -> None:
         super().__init__()
         self._train = train
-        # The layers that are being called, each with its arguments.
-        self._stack: list[tuple[Any, dict[str, Any]]] = []
+        # The layers that are being called, each with its mode if that is the wrong one.
+        self._stack: list[tuple[type, tuple[str, bool] | None]] = []
 
     def call(self, path: Path | None, layer: Any, function: Any, args: Any, kwargs: Any) -> Any:
         """Checks the mode of a layer and calls it."""
         if not self.is_of_this_thread:
             return function(*args, **kwargs)
-        self._stack.append((layer, _bind(function, args, kwargs)))
+        mode = _mode(layer, function, args, kwargs)
+        is_right = mode is None or mode[1] == (_MODES[mode[0]] == self._train)
+        self._stack.append((type(layer), None if is_right else mode))
         try:
-            modes = list(self._modes(*self._stack[-1]))
-            if _has_mode(layer) and modes and modes[0][1] != (_MODES[modes[0][0]] == self._train):
-                self._refuse(path, modes[0])
+            if not is_right and _has_mode(layer):
+                self._refuse(path)
             return function(*args, **kwargs)
         finally:
             self._stack.pop()
 
-    def _modes(self, layer: Any, arguments: dict[str, Any]) -> Iterator[tuple[str, bool]]:
-        """Yields what sets the mode of a layer; an argument precedes an attribute."""
-        for read in (arguments.get, lambda name: getattr(layer, name, None)):
-            found = ((name, read(name)) for name in _MODES)
-            yield from ((name, value) for name, value in found if isinstance(value, bool))
-
-    def _refuse(self, path: Path | None, mode: tuple[str, bool]) -> None:
-        wrong = [
-            (layer, name, value)
-            for layer, arguments in self._stack[:-1]
-            for name, value in self._modes(layer, arguments)
-            if value != (_MODES[name] == self._train)
-        ]
-        owner, (name, value) = (wrong[0][0], wrong[0][1:]) if wrong else (self._stack[-1][0], mode)
-        layer, network = (type(self._stack[n][0]) for n in (-1, 0))
-        modes = ("training", "evaluation") if self._train else ("evaluation", "training")
-        place = f" {'.'.join(path)!r}" if path else ""
+    def _refuse(self, path: Path | None) -> None:
+        network, layer = self._stack[0][0], self._stack[-1][0]
+        owner, mode = next((owner, mode) for owner, mode in self._stack if mode is not None)
+        now, other = ("training", "evaluation") if self._train else ("evaluation", "training")
+        place = f"{layer.__name__} {'.'.join(path)!r}" if path else layer.__name__
         raise InputError(
-            f"in {modes[0]}, {layer.__name__}{place} of "
-            f"{network.__name__} is in {modes[1]} mode because of {name}={value} of "
-            f"{type(owner).__name__}; expected {modes[0]} mode: set it by an argument train of "
+            f"in {now}, {place} of {network.__name__} is in {other} mode because of {mode[0]}="
+            f"{mode[1]} of {owner.__name__}; expected {now} mode: set it by an argument train of "
             f"{network.__name__}.__call__, or say that the module is called as it should be, by "
             f"{_way_out(network)}"
         )
+
+
+def _mode(layer: Any, function: Any, args: Any, kwargs: Any) -> tuple[str, bool] | None:
+    """Returns the name and the value that set a layer's mode; an argument precedes a field."""
+    try:
+        bound = inspect.signature(function).bind(*args, **kwargs)
+        bound.apply_defaults()
+        arguments = bound.arguments
+    except TypeError:
+        arguments = {}
+    for read in (arguments.get, lambda name: getattr(layer, name, None)):
+        for name in _MODES:
+            value = read(name)
+            if isinstance(value, bool):
+                return name, value
+    return None
 
 
 def _has_mode(layer: Any) -> bool:
@@ -176,16 +176,6 @@ def _has_mode(layer: Any) -> bool:
     return any(base.__name__ == "BatchNorm" for base in type(layer).__mro__) or any(
         isinstance(rate, int | float) and rate > 0 for rate in rates
     )
-
-
-def _bind(function: Any, args: Any, kwargs: Any) -> dict[str, Any]:
-    """Returns the arguments of a call by name; {} if they do not fit."""
-    try:
-        bound = inspect.signature(function).bind(*args, **kwargs)
-    except TypeError:
-        return {}
-    bound.apply_defaults()
-    return bound.arguments
 
 
 def _parameters(kind: type) -> tuple[dict[str, Any], list[str], bool]:

@@ -46,9 +46,7 @@ class Apply(AdaptedApply):
     graphdef: Static = dataclasses.field(repr=False)
     description: str = dataclasses.field(compare=False)
 
-    def run(
-        self, params: PyTree, model_state: Any, inputs: PyTree, *, train: bool, key: Any
-    ) -> tuple[Any, Any]:
+    def run(self, params: Any, model_state: Any, inputs: Any, train: bool, key: Any) -> Any:
         """Returns the outputs and the updated variables."""
         module = nnx.merge(self.graphdef.value, params, model_state)
         module.train() if train else module.eval()

@@ -84,11 +84,8 @@ def patched_calls(
 ) -> Iterator[None]:
     """Records the calls of all layers of a network whose framework has no hook for it.
 
-    Args:
-      recorder: receives the calls.
-      module: the network; in the meantime, `__call__` of the classes of its layers is replaced.
-      modules: returns the layers of the network that is called first, each with its path.
-      dropout: a class of layers that the network may create while it is called.
+    In the meantime, `__call__` of the classes of the layers is replaced. `modules` returns the
+    layers of a network with their paths. The network may also create `dropout` layers in its call.
     """
     paths: dict[int, Path] = {}
     classes = {dropout, *(type(layer) for _, layer in modules(module))}

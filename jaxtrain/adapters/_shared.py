@@ -84,30 +84,25 @@ class AdaptedApply(abc.ABC):
         self, params: PyTree, model_state: Any, inputs: PyTree, *, train: bool, key: Any
     ) -> tuple[Any, Any]:
         """Returns the outputs and, in training, the updated model state."""
-        outputs, updated = self.call_module(params, model_state, inputs, train=train, key=key)
+        outputs, updated = self.call_module(params, model_state, inputs, train, key)
         return outputs, updated if train else model_state
 
     def call_module(
-        self, params: PyTree, model_state: Any, inputs: PyTree, *, train: bool, key: Any
-    ) -> tuple[Any, Any]:
-        """Calls the module; an axis over which its layers reduce further has size 1."""
-
-        def run(*arguments: Any) -> tuple[Any, Any]:
-            return self.run(*arguments, train=train, key=key)
-
+        self, params: PyTree, model_state: Any, inputs: PyTree, train: bool, key: Any
+    ) -> Any:
+        """Calls `run`; an axis over which layers reduce besides the batch has size 1."""
         try:
-            return run(params, model_state, inputs)
+            return self.run(params, model_state, inputs, train, key)
         except NameError as error:
             axis = re.search(r"unbound axis name: (\w+)", str(error))
             if axis is None:
                 raise
         options: Any = {"in_axes": None, "out_axes": None, "axis_size": 1, "axis_name": axis[1]}
-        return jax.vmap(run, **options)(params, model_state, inputs)
+        call = jax.vmap(lambda p, s, x: self.run(p, s, x, train, key), **options)
+        return call(params, model_state, inputs)
 
     @abc.abstractmethod
-    def run(
-        self, params: PyTree, model_state: Any, inputs: PyTree, *, train: bool, key: Any
-    ) -> tuple[Any, Any]:
+    def run(self, params: Any, model_state: Any, inputs: Any, train: bool, key: Any) -> Any:
         """Returns the outputs of `call` and the model state after it; `key` may be None."""
 
     @abc.abstractmethod

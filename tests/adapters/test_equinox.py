@@ -90,10 +90,6 @@ def test_a_stateless_module_is_returned_alone() -> None:
     assert_close(jax.vmap(jt.to_module(state))(INPUTS), evaluate(state)[0])
 
 
-def test_a_module_without_the_argument_key_is_called_without_it() -> None:
-    assert_equal(train(init(Scale(jnp.asarray(2.0))))[0], 2 * INPUTS)
-
-
 def test_inputs_and_outputs_may_be_pytrees() -> None:
     class Sum(eqx.Module):
         def __call__(self, inputs: Any) -> dict[str, Array]:

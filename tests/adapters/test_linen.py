@@ -60,13 +60,6 @@ def test_rng_streams_are_a_sequence_of_names() -> None:
         init(Network(), rngs="dropout")
 
 
-def test_a_module_without_the_argument_train_is_called_without_it() -> None:
-    module = nn.Sequential([nn.Dense(5), nn.relu, nn.Dense(3)])
-    state = init(module)
-    expected = module.apply({"params": state.params}, INPUTS)
-    assert_equal((train(state)[0], evaluate(state)[0]), (expected, expected))
-
-
 def test_a_module_without_parameters_has_none() -> None:
     state = init(nn.Sequential([jnp.square]))
     assert (state.params, state.model_state) == ({}, {})

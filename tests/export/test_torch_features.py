@@ -80,7 +80,8 @@ def layer_norm(module, images):
 
 
 def batch_norm(module, images):
-    return nn.Dense(2)(nn.BatchNorm(use_running_average=True)(flat(conv()(images))))
+    train = module.is_mutable_collection("batch_stats")
+    return nn.Dense(2)(nn.BatchNorm(use_running_average=not train)(flat(conv()(images))))
 
 
 def linear(module, images):
