@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import jax
 import numpy as np
 
-from jaxtrain._arguments import check_integer
+from jaxtrain._arguments import check_integer, checked_path
 from jaxtrain._processes import are_joined, gather
 from jaxtrain.callbacks._callback import Callback
 from jaxtrain.callbacks.early_stopping import is_improvement
@@ -244,26 +244,14 @@ def _own_position(part: PartOfEpoch) -> Any:
 
 def _absolute(directory: Any) -> Path:
     """Returns the folder's absolute path, since the program may change its working directory."""
-    try:
-        path = Path(directory)
-        absolute = path.absolute()
-    except TypeError as error:
-        raise InputError(
-            f"directory is {directory!r}; expected a path", argument="directory"
-        ) from error
-    except OSError as error:
-        raise InputError(
-            f"directory is {str(directory)!r}, relative to a current folder that was removed; "
-            "expected an absolute path",
-            argument="directory",
-        ) from error
+    path = checked_path(directory, "directory")
     if path == Path():
         raise InputError(
             f"directory is {str(directory)!r}, the current folder; expected a folder for the "
             "checkpoints alone, such as 'checkpoints'",
             argument="directory",
         )
-    return absolute
+    return path.absolute()
 
 
 def _to_json(configuration: Mapping[str, Any]) -> dict[str, Any]:
