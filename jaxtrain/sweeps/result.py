@@ -83,26 +83,18 @@ class SweepResult:
       >>> result = jt.sweep(run, {"learning_rate": [0.01, 0.1], "seed": range(3)})
       >>> result["test_accuracy"].shape  # of each epoch
       (2, 3, 5)
-      >>> result.final("test_accuracy").shape
-      (2, 3)
       >>> best = result.best("test_accuracy", over="seed")
       >>> metrics = jt.evaluate(best.state, test, loss_fn)
       >>> table = result.table(over="seed")  # print(table) shows it
       >>> result.line_plot("test_loss", over="seed").savefig("losses.png")
-      >>> frame = result.to_pandas()  # a row per run and epoch
-      >>> result.to_csv("runs.csv")
     """
 
     def __init__(
         self, grid: Grid, outputs: list[tuple[list[int], PyTree]], rows: list[int] | None = None
     ) -> None:
-        """Makes the result from what the runs have returned.
+        """Takes the grid; for each group, which runs it has and their outputs, stacked.
 
-        Args:
-          grid: the configurations of the sweep.
-          outputs: for each group of runs with the same shapes, which runs they are and what they
-            have returned, stacked along a leading axis.
-          rows: the epoch of each run's state, as an index; by default from the states.
+        `rows` are the indices of the epochs of the runs' states, by default from the states.
         """
         self.axes = grid.axes
         self.configurations = grid.configurations
@@ -161,16 +153,14 @@ class SweepResult:
           InputError: there is no such column, or its shape differs between the runs.
         """
         if column not in self.columns:
-            found = f"; expected one of {', '.join(self.columns)}"
-            if not self.columns:
-                found = (
-                    ", since its runs return no history; expected run to return (state, history) "
-                    "or a dict of arrays"
-                )
-            raise InputError(f"the sweep has no column {column!r}{found}")
-        return self._stack(
-            f"the column {column!r}", [history_of(t)[column] for _, t in self._outputs]
-        )
+            raise InputError(
+                f"the sweep has no column {column!r}; expected one of {', '.join(self.columns)}"
+                if self.columns
+                else f"the sweep has no column {column!r}, since its runs return no history; "
+                "expected run to return (state, history) or a dict of arrays"
+            )
+        columns = [history_of(tree)[column] for _, tree in self._outputs]
+        return self._stack(f"the column {column!r}", columns)
 
     def _stack(self, name: str, parts: list[Any]) -> Any:
         """Returns the arrays of all groups as one array of shape [axes..., ...]."""
@@ -204,10 +194,9 @@ class SweepResult:
         if extra == 0:
             return values
         if extra > 1:
-            shape = list(values.shape[len(self.shape) :])
             raise InputError(
-                f"the column {column!r} has the shape {shape} in each run; expected one value per "
-                "epoch"
+                f"the column {column!r} has the shape {list(values.shape[-extra:])} in each run; "
+                "expected one value per epoch"
             )
         rows = np.array(self._rows)
         rows = np.where((rows < 0) | (rows >= values.shape[-1]), values.shape[-1] - 1, rows)
@@ -281,14 +270,12 @@ class SweepResult:
         groups = self._grouped(columns, names)
         means, deviations, runs = groups.mean(), groups.std(), groups.size()
         diverged = groups.apply(lambda each: each.isna().any(axis=1).sum())
-        values: dict[str, list[Any]] = {}
-        cells: dict[str, list[str]] = {}
+        values, cells = {}, {}
         for level, name in enumerate(each for each in self.axes if each not in names):
             at = means.index.get_level_values(level)
             values[name] = [self._grid.cells[name][position] for position in at]
             cells[name] = [self._grid.labels[name][position] for position in at]
-        for name in columns:
-            title = self._title(name)
+        for name, title in zip(columns, map(self._title, columns), strict=True):
             values[title] = means[name].tolist()
             cells[title] = list(map(_cell, means[name], deviations[name]))
             if names:
@@ -354,11 +341,11 @@ class SweepResult:
         """Returns the columns of `to_pandas`, each with one cell per run and epoch."""
         histories: list[dict[str, np.ndarray]] = [{} for _ in self.configurations]
         for indices, tree in self._outputs:
-            for row, index in enumerate(indices):
-                for name, column in (history_of(tree) or {}).items():
-                    histories[index][name] = np.asarray(column[row])
-        titles = {name: self._title(name) for name in self.columns}
-        columns: dict[str, list[Any]] = {n: [] for n in ("run", *self.axes, *titles.values())}
+            for name, column in (history_of(tree) or {}).items():
+                for index, values in zip(indices, np.asarray(column), strict=True):
+                    histories[index][name] = np.asarray(values)
+        titles = map(self._title, self.columns)
+        columns: dict[str, list[Any]] = {name: [] for name in ("run", *self.axes, *titles)}
         for index, history in enumerate(histories):
             epochs = max((len(each) for each in history.values() if each.ndim == 1), default=1)
             trained = np.flatnonzero(history.get("epoch", ()))  # 0 after early stopping
@@ -367,8 +354,8 @@ class SweepResult:
             for name, position in self._grid.positions[index].items():
                 columns[name] += [self._grid.cells[name][position]] * rows
             for name, each in history.items():
-                is_per_epoch = each.ndim and len(each) == epochs
-                columns[titles[name]] += list(each[:rows]) if is_per_epoch else [each[()]] * rows
+                per_epoch = each.ndim and len(each) == epochs
+                columns[self._title(name)] += list(each[:rows]) if per_epoch else [each[()]] * rows
         return columns
 
     def save(self, path: str | os.PathLike[str]) -> None:

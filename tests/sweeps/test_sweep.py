@@ -207,24 +207,21 @@ def test_runs_are_trained_in_batches_of_equal_size(at_once, expected) -> None:
     assert (events[-1].done, events[-1].total) == (10, 10)
 
 
-def test_auto_stops_growing_when_a_larger_batch_saves_no_time(monkeypatch) -> None:
-    seconds = {1: 8.0, 8: 16.0, 64: 128.0}  # 8, 2 and 2 per run
-    clock = [0.0]
-    train = _program.Program.train
-
-    def slow(self, positions, size):
-        clock[0] += seconds[size]
-        return train(self, positions, size)
-
-    monkeypatch.setattr(_program.Program, "train", slow)
-    monkeypatch.setattr("time.perf_counter", lambda: clock[0])
-    events = []
-    jt.sweep(line, {"slope": range(97)}, callbacks=[events.append])
-    assert sizes(events) == [1, 8, 64, 8, 8, 8]
-
-
-def test_auto_compiles_for_the_rest_only_where_that_pays(monkeypatch) -> None:
-    seconds = {1: 8.0, 8: 16.0, 5: 10.0}
+@pytest.mark.parametrize(
+    ("runs", "seconds", "compile_seconds", "expected"),
+    [
+        # A larger batch saves no time: 8, 2 and 2 seconds per run.
+        (97, {1: 8.0, 8: 16.0, 64: 128.0}, 0.0, [1, 8, 64, 8, 8, 8]),
+        # A program for the last runs is compiled only where that pays.
+        (18, {1: 8.0, 8: 16.0, 5: 10.0}, 6.0, [1, 8, 5, 5]),
+        (18, {1: 8.0, 8: 16.0, 5: 10.0}, 24.0, [1, 8, 8, 8]),
+        # So little work is left that a larger program does not pay.
+        (4, {1: 8.0}, 99.0, [1, 1, 1, 1]),
+    ],
+)
+def test_auto_trains_as_many_at_once_as_pay_off(
+    monkeypatch, runs, seconds, compile_seconds, expected
+) -> None:
     clock = [0.0]
     train, compile_ = _program.Program.train, _program.Program.compile
 
@@ -232,27 +229,16 @@ def test_auto_compiles_for_the_rest_only_where_that_pays(monkeypatch) -> None:
         clock[0] += seconds[size]
         return train(self, positions, size)
 
-    def compile_in(compile_seconds):
-        def compile(self, size):
-            compile_(self, size)
-            return compile_seconds
-
-        return compile
+    def compile_in(self, size):
+        compile_(self, size)
+        return compile_seconds
 
     monkeypatch.setattr(_program.Program, "train", slow)
+    monkeypatch.setattr(_program.Program, "compile", compile_in)
     monkeypatch.setattr("time.perf_counter", lambda: clock[0])
-    for compile_seconds, expected in ((6.0, [1, 8, 5, 5]), (24.0, [1, 8, 8, 8])):
-        monkeypatch.setattr(_program.Program, "compile", compile_in(compile_seconds))
-        events = []
-        jt.sweep(line, {"slope": range(18)}, callbacks=[events.append])
-        assert sizes(events) == expected
-
-
-def test_auto_does_not_try_more_where_little_work_is_left(monkeypatch) -> None:
-    monkeypatch.setattr(_program.Program, "compile", lambda self, size: self._compile(size) or 99.0)
     events = []
-    jt.sweep(line, {"slope": range(4)}, callbacks=[events.append])
-    assert sizes(events) == [1, 1, 1, 1]
+    jt.sweep(line, {"slope": range(runs)}, callbacks=[events.append])
+    assert sizes(events) == expected
 
 
 @pytest.mark.parametrize("by", ["estimate", "compiler"])
@@ -371,21 +357,38 @@ def test_bad_grids_are_named(axes, options, message) -> None:
         jt.sweep(line, axes, **options)
 
 
-@wrong_types
-def test_a_run_must_be_a_function() -> None:
-    with pytest.raises(jt.errors.InputError, match=r"run is 3; expected a function, run\(slope\)"):
-        jt.sweep(3, {"slope": [1]})
-
-
-def test_a_number_used_as_a_shape_must_be_static() -> None:
-    with pytest.raises(jt.errors.InputError, match=r"width.*static_argnames"):
-        jt.sweep(lambda width: {"sum": jnp.ones(width).sum()}, {"width": [1, 2]})
-    with pytest.raises(jt.errors.InputError, match=r"slope.*static_argnames"):
-        jt.sweep(lambda slope: {"x": slope if slope > 1 else 1}, {"slope": [1, 2]})
-    with pytest.raises(
-        jt.errors.InputError, match=r"traced \(.+\); .*jt\.train .* without float\(\)"
-    ):
-        jt.sweep(lambda slope: {"x": float(slope)}, {"slope": [1, 2]})
+@pytest.mark.parametrize(
+    ("run", "axes", "message"),
+    [
+        pytest.param(
+            *(3, {"slope": [1]}, r"run is 3; expected a function, run\(slope\)"), marks=wrong_types
+        ),
+        (
+            lambda width: {"sum": jnp.ones(width).sum()},
+            {"width": [1, 2]},
+            r"traced \(.+\); .*jt\.train .* without float\(\).*width.*static_argnames",
+        ),
+        (
+            lambda slope: {"x": slope if slope > 1 else 1},
+            {"slope": [1, 2]},
+            r"traced \(.+\); .*slope.*static_argnames",
+        ),
+        (lambda slope: {"x": float(slope)}, {"slope": [1, 2]}, r"traced \(.+\)"),
+        (
+            lambda slope: {"x": slope, "name": "a"},
+            {"slope": [1, 2]},
+            "run returns 'a'; expected arrays or numbers",
+        ),
+        (
+            lambda name: {name: 1.0},
+            {"name": ["a", "b"]},
+            "run returns the columns b with name b, but the columns a",
+        ),
+    ],
+)
+def test_a_run_that_cannot_be_swept_is_named(run, axes, message) -> None:
+    with pytest.raises(jt.errors.InputError, match=message):
+        jt.sweep(run, axes)
 
 
 def test_a_run_that_calls_fit_is_pointed_to_train(small_state, small_classes) -> None:
@@ -394,18 +397,6 @@ def test_a_run_that_calls_fit_is_pointed_to_train(small_state, small_classes) ->
 
     with pytest.raises(jt.errors.InputError, match=r"call jaxtrain\.train"):
         jt.sweep(run, {"seed": range(2)})
-
-
-def test_a_run_that_returns_text_is_an_error() -> None:
-    with pytest.raises(jt.errors.InputError, match="run returns 'a'; expected arrays or numbers"):
-        jt.sweep(lambda slope: {"x": slope, "name": "a"}, {"slope": [1, 2]})
-
-
-def test_columns_must_not_depend_on_the_values() -> None:
-    with pytest.raises(
-        jt.errors.InputError, match=r"run returns the columns b with name b, but the columns a"
-    ):
-        jt.sweep(lambda name: {name: 1.0}, {"name": ["a", "b"]})
 
 
 def test_a_column_of_different_shapes_is_refused_when_it_is_read() -> None:
