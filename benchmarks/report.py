@@ -55,15 +55,14 @@ PYTORCH_SWEEPS = (EAGER, "pytorch-batched")
 SPEEDRUN_NAMES = {
     OURS: "`make speedrun`",
     RECIPE: "the same recipe in eager PyTorch",
-    EXAMPLE: "PyTorch's MNIST example, to its first epoch above 99 %",
+    EXAMPLE: "PyTorch's MNIST example, until above 99 %",
 }
 
 
 def readme_section(machines: dict[str, Results]) -> str:
     """Returns the text between the README's marks: a summary of the first CPU machine."""
-    results = _readme_results(machines)
-    machine = results["machine"]
-    has_gpu = any(each["machine"]["device"] != "cpu" for each in machines.values())
+    on_cpu = [each for each in machines.values() if each["machine"]["device"] == "cpu"]
+    results, machine = on_cpu[0], on_cpu[0]["machine"]
     values = medians(results, "memory")[PROCESS]
     memory = [f"{values[name]:.0f} MiB" for name in (OURS, EAGER, "pytorch-pixels")]
     return "\n\n".join(
@@ -77,15 +76,11 @@ def readme_section(machines: dict[str, Results]) -> str:
             f"Machine: {device_name(results)}, {machine['cores']} cores. Software: "
             f"Python {machine['python']}, JAX {machine['versions']['jax']}, "
             f"PyTorch {machine['versions']['torch']}. "
-            f"{'' if has_gpu else 'No GPU results yet. '}"
+            f"{'' if len(on_cpu) < len(machines) else 'No GPU results yet. '}"
             "Method and all results: [docs/benchmarks.md](docs/benchmarks.md). Why jaxtrain loses "
             "where it does: [NOTES.md](benchmarks/NOTES.md).",
         ]
     )
-
-
-def _readme_results(machines: dict[str, Results]) -> Results:
-    return next(each for each in machines.values() if each["machine"]["device"] == "cpu")
 
 
 def summary_table(results: Results) -> str:
@@ -152,10 +147,7 @@ def ranking(results: Results) -> str:
 
 
 def page_section(machines: dict[str, Results]) -> str:
-    """Returns the text between the marks of docs/benchmarks.md: the tables of every machine.
-
-    The README has the ranking and the suite `speedrun` of the first one.
-    """
+    """Returns the text between the marks of docs/benchmarks.md: the tables of every machine."""
     parts = []
     for name, results in machines.items():
         heading = f"## {device_name(results)} (`{name}`)"
@@ -163,14 +155,16 @@ def page_section(machines: dict[str, Results]) -> str:
         text = "Time per epoch of each network and peer in multiples of jaxtrain's"
         parts.append(f"![{text}](images/{name}_epoch_ratios.png)")
         for suite, table in TABLES.items():
-            is_in_readme = suite == "speedrun" and results is _readme_results(machines)
-            if medians(results, suite) and not is_in_readme:
+            if medians(results, suite):
                 parts += [f"### Suite `{suite}`", table(results)]
     return "\n\n".join(parts)
 
 
 def suite_table(results: Results, suite: str) -> str:
-    """Returns jaxtrain's medians, and the others' ratios to them; the fastest library is bold."""
+    """Returns jaxtrain's medians, and the others' ratios to them; the fastest library is bold.
+
+    Peers of a single case are left out; the suite `run` has them.
+    """
     found = medians(results, suite)
 
     def cell(case: str, peer: str) -> str:
@@ -182,7 +176,7 @@ def suite_table(results: Results, suite: str) -> str:
             text = with_interval(ratio_to_ours(results, suite, case, peer))
         return f"**{text}**" if peer == fastest(found[case]) else text
 
-    names = [name for name in PEERS if any(name in each for each in found.values())]
+    names = [name for name in PEERS if sum(name in each for each in found.values()) > 1]
     rows = [[label(name), *(cell(case, name) for case in found)] for name in names]
     return markdown(["peer", *(case.removesuffix(", batch 64") for case in found)], rows)
 
