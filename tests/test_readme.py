@@ -36,7 +36,13 @@ def test_the_readme_has_code_and_fits_on_130_lines() -> None:
     assert len(README.read_text().splitlines()) <= README_LINES
 
 
-@pytest.mark.parametrize("page", [p for p in [README, *DOCS] if code_blocks(p)], ids=name_of)
+PAGES = [
+    README,
+    *(pytest.param(page, marks=pytest.mark.slow) for page in DOCS if code_blocks(page)),
+]
+
+
+@pytest.mark.parametrize("page", PAGES, ids=name_of)
 def test_code_runs_from_top_to_bottom_and_prints_what_its_comments_say(
     page: Path, tmp_path: Path, monkeypatch, capsys
 ) -> None:

@@ -128,6 +128,7 @@ def test_a_run_killed_6_times_ends_in_the_same_bits(environment, tmp_path, flags
     assert resumed == straight
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_an_interrupted_run_says_how_to_resume(environment, tmp_path: Path, number: int) -> None:
     folder, out = tmp_path / "checkpoints", tmp_path / "out"
@@ -375,6 +376,7 @@ else:
     assert out.strip() == "it fits"
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(jax.default_backend() == "gpu", reason="limits the memory of a CPU")
 def test_data_that_do_not_fit_advise_no_batch_size(environment) -> None:
     """600 MiB of images to copy as float32, with 100 MiB to do it in."""

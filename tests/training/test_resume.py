@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import os
 import shutil
 import warnings
@@ -381,6 +382,29 @@ def test_other_versions_resume_with_a_warning(
         fit(small_state, small_classes, tmp_path, epochs=1)
     with pytest.warns(UserWarning, match=r"jax was 0\.0\.1 and is now .* last digits may differ"):
         assert_same_run(fit(small_state, small_classes, tmp_path), straight)
+
+
+REPRS = itertools.count()
+
+
+class Unsteady(nn.Module):
+    """Its repr differs each time, as that of a set of strings differs between processes."""
+
+    @nn.compact
+    def __call__(self, inputs, train: bool = False):
+        return nn.Dense(3)(inputs)
+
+    def __repr__(self) -> str:
+        return f"Unsteady({next(REPRS)})"
+
+
+def test_a_model_whose_repr_depends_on_the_hash_seed_resumes(tmp_path: Path, small_classes) -> None:
+    optimizer, inputs = jt.optimizers.sgd(0.1), small_classes.inputs[:1]
+    state = jt.init_state(Unsteady(), optimizer, inputs, key=jax.random.key(0))
+    with warnings.catch_warnings(action="error"):
+        fit(state, small_classes, tmp_path, epochs=1)
+        _, history = fit(state, small_classes, tmp_path)
+    assert history["epoch"].tolist() == [1, 2]
 
 
 def test_a_renamed_checkpoint_folder_stops_the_run(tmp_path, small_state, small_classes) -> None:
