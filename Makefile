@@ -2,8 +2,9 @@
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
-# Compiling all files of all packages takes longer than compiling those that are imported.
+# Python compiles the files that are imported, and keeps the results; compiling all takes longer.
 INSTALL := pip install --quiet --no-compile
+export PYTHONDONTWRITEBYTECODE :=
 # Processes that run the tests; 0 runs them in this one, to debug.
 WORKERS ?= 2
 
