@@ -146,9 +146,10 @@ class _ModeCheck(Recorder):
         owner, mode = next((owner, mode) for owner, mode in self._stack if mode is not None)
         now, other = ("training", "evaluation") if self._train else ("evaluation", "training")
         place = f"{layer.__name__} {'.'.join(path)!r}" if path else layer.__name__
+        whole = f" of {network.__name__}" if len(self._stack) > 1 else ""
         raise InputError(
-            f"in {now}, {place} of {network.__name__} is in {other} mode because of {mode[0]}="
-            f"{mode[1]} of {owner.__name__}; expected {now} mode: set it by an argument train of "
+            f"in {now}, {place}{whole} is in {other} mode because of {mode[0]}={mode[1]} of "
+            f"{owner.__name__}; expected {now} mode: set it by an argument train of "
             f"{network.__name__}.__call__, or say that the module is called as it should be, by "
             f"{_way_out(network)}"
         )
