@@ -175,6 +175,26 @@ def check_dataset(dataset: Any, name: str) -> None:
         raise InputError(f"{name} is empty; expected at least one example")
 
 
+def has_weight(weights: Any, array: Any) -> Any:
+    """Returns where the values of an array have a weight other than 0.
+
+    This is the rule by which weights belong to inputs, predictions and targets: a value belongs to
+    all weights that have its indices on the leading axes that both shapes share.
+
+    Args:
+      weights: [examples] or [examples, time], of NumPy or JAX.
+      array: [examples, ...].
+
+    Returns:
+      A mask with the number of axes of `array`, to which it broadcasts.
+    """
+    pairs = zip(weights.shape, array.shape, strict=False)
+    shared = next((i for i, (one, other) in enumerate(pairs) if one != other), None)
+    shared = min(weights.ndim, array.ndim) if shared is None else shared
+    mask = (weights != 0).any(axis=tuple(range(shared, weights.ndim)))
+    return mask.reshape(mask.shape + (1,) * (array.ndim - shared))
+
+
 def check_inputs(inputs: PyTree) -> None:
     """Raises InputError unless there is at least one example."""
     if isinstance(inputs, Dataset):

@@ -452,11 +452,11 @@ def _sum_over_example(values: Array) -> Array:
 
 
 def _norm(vectors: Array) -> Array:
-    """Returns the length of each row, with gradient 0 at length 0."""
+    """Returns the length of each row, with gradient 0 at length 0; NaN stays NaN."""
     squares = jnp.sum(jnp.square(vectors), axis=-1)
-    positive = squares > 0
+    is_zero = squares == 0
     # Two wheres: the branch not taken must be differentiable as well, or its NaN leaks through.
-    return jnp.where(positive, jnp.sqrt(jnp.where(positive, squares, 1.0)), 0.0)
+    return jnp.where(is_zero, 0.0, jnp.sqrt(jnp.where(is_zero, 1.0, squares)))
 
 
 def _at_least(values: Array, least: float) -> Array:

@@ -1,6 +1,9 @@
-"""Metrics on cases solved by hand, and compared with scikit-learn's."""
+"""Metrics on cases solved by hand, on arrays, in evaluation, and in training."""
 
 from __future__ import annotations
+
+import dataclasses
+import functools
 
 import flax.linen as nn
 import jax
@@ -13,7 +16,6 @@ from sklearn.metrics import (
     confusion_matrix,
     f1_score,
     r2_score,
-    recall_score,
     roc_auc_score,
     top_k_accuracy_score,
 )
@@ -22,19 +24,45 @@ import jaxtrain as jt
 
 LOGITS = jnp.array([[2.0, 1.0, 0.0], [0.0, 3.0, 1.0], [0.0, 1.0, 0.5], [0.0, 0.0, 9.0]])
 LABELS = jnp.array([0, 1, 2, 2])
+# Its predictions are its inputs.
+IDENTITY = jt.Model(
+    lambda key, inputs: ({"w": jnp.zeros(())}, {}),
+    lambda params, state, inputs, *, train, key: (inputs, state),
+)
+# What takes the logits of classes, with a value by hand for LOGITS and LABELS: the recalls are 1, 1
+# and 1/2, the precisions 1, 1/2 and 1, and F1 1, 2/3 and 2/3.
+BY_HAND = {
+    jt.metrics.balanced_accuracy: 2.5 / 3,
+    jt.metrics.recall(None): [1, 1, 0.5],
+    jt.metrics.recall("macro"): 2.5 / 3,
+    jt.metrics.precision(None): [1, 0.5, 1],
+    jt.metrics.precision("weighted"): (1 + 0.5 + 2 * 1) / 4,
+    jt.metrics.f1(None): [1, 2 / 3, 2 / 3],
+    jt.metrics.f1("macro"): 7 / 9,
+    jt.metrics.f1("micro"): 3 / 4,
+    jt.metrics.f1("weighted"): (1 + 3 * 2 / 3) / 4,
+    jt.metrics.confusion_matrix: [[1, 0, 0], [0, 1, 0], [0, 1, 1]],
+}
+
+
+def evaluated(metric, predictions, targets, weights=None, batch_size=1000):
+    """Returns a metric as `evaluate` computes it."""
+    predictions = jnp.asarray(predictions)
+    state = jt.init_state(IDENTITY, optax.sgd(0.1), predictions[:1], key=jax.random.key(0))
+
+    def no_loss(predictions, targets):
+        return jnp.zeros(len(predictions) if weights is None else predictions.shape[: weights.ndim])
+
+    data = jt.Dataset(predictions, jnp.asarray(targets), weights)
+    found = jt.evaluate(state, data, no_loss, {"metric": metric}, batch_size=batch_size)
+    return np.asarray(found["metric"])
+
+
+# Classes and labels.
 
 
 def test_accuracy_is_1_where_the_largest_logit_is_that_of_the_label() -> None:
     np.testing.assert_array_equal(jt.metrics.accuracy(LOGITS, LABELS), [1, 1, 0, 1])
-
-
-@pytest.mark.parametrize("shape", [(4,), (4, 1)])
-def test_one_logit_per_example_is_refused(shape: tuple[int, ...]) -> None:
-    message = r"received predictions of shape .*; expected logits of two or more classes"
-    with pytest.raises(jt.errors.InputError, match=f"accuracy {message}"):
-        jt.metrics.accuracy(jnp.zeros(shape), jnp.zeros(4, int))
-    with pytest.raises(jt.errors.InputError, match=f"confusion_matrix {message}"):
-        on_arrays(jt.metrics.confusion_matrix, jnp.zeros(shape), jnp.zeros(4, int))
 
 
 def test_accuracy_of_sequences_is_per_token() -> None:
@@ -42,101 +70,47 @@ def test_accuracy_of_sequences_is_per_token() -> None:
     np.testing.assert_array_equal(values, [[1, 1, 0, 1], [1, 0, 0, 0]])
 
 
-def test_balanced_accuracy_equals_a_solution_by_hand() -> None:
-    """The recalls are 1, 1 and 1/2; without weights, every example has weight 1."""
-    sums, finish = jt.metrics.balanced_accuracy
-    np.testing.assert_allclose(finish(sums(LOGITS, LABELS, None)), 2.5 / 3, rtol=1e-6)
-    ignored = jnp.array([1.0, 1.0, 0.0, 1.0])
-    np.testing.assert_allclose(finish(sums(LOGITS, LABELS, ignored)), 1.0)
-    tokens = sums(LOGITS[None], LABELS[None], ignored[None])
-    np.testing.assert_allclose(finish(tokens), 1.0)
+@pytest.mark.parametrize("metric", BY_HAND, ids=lambda each: f"{each.__name__}")
+def test_metrics_of_classes_equal_solutions_by_hand(metric) -> None:
+    np.testing.assert_allclose(metric(LOGITS, LABELS), BY_HAND[metric], rtol=1e-6)
+    ignored = jnp.array([1.0, 1.0, 0.0, 1.0])  # the only wrong prediction
+    perfect = np.eye(3) if metric is jt.metrics.confusion_matrix else np.ones_like(BY_HAND[metric])
+    np.testing.assert_allclose(metric(LOGITS, LABELS, ignored), perfect, rtol=1e-6)
 
 
-def accumulated(metric, predictions, targets, weights) -> np.ndarray:
-    """Returns a metric of two batches, with weights."""
-    sums, finish = metric
-    parts = [
-        sums(*(jnp.asarray(array[part]) for array in (predictions, targets, weights)))
-        for part in (slice(0, 7), slice(7, None))
-    ]
-    return np.asarray(finish(jax.tree.map(jnp.add, *parts)))
+@pytest.mark.parametrize(
+    ("scores", "targets", "threshold"),
+    [
+        ([2.0, 0.5, -1.0, 1.0, -3.0], [1, 0, 1, 1, 0], 0.0),
+        ([[0.9], [0.6], [0.2], [0.8], [0.4]], [[True], [False], [True], [True], [False]], 0.5),
+        ([[0.0, 2.0], [1.0, 1.5], [3.0, 2.0], [0.0, 1.0], [1.0, 0.0]], [1, 0, 1, 1, 0], 0.0),
+    ],
+)
+def test_binary_scores_are_those_of_class_1(scores, targets, threshold) -> None:
+    """Of three predicted positives two are right, of three positives two are found."""
+    scores, targets = jnp.array(scores), jnp.array(targets)
+    for name, micro in (("precision", 3 / 5), ("recall", 3 / 5), ("f1", 3 / 5)):
+        make = functools.partial(getattr(jt.metrics, name), threshold=threshold)
+        assert make("binary")(scores, targets) == pytest.approx(2 / 3)
+        assert make("micro")(scores, targets) == pytest.approx(micro)
+        np.testing.assert_allclose(make(None)(scores, targets), [1 / 2, 2 / 3], rtol=1e-6)
 
 
-def test_macro_f1_equals_a_solution_by_hand() -> None:
-    """F1 is 1, 2/3 (precision 1/2, recall 1) and 2/3 (precision 1, recall 1/2)."""
-    sums, finish = jt.metrics.macro_f1
-    np.testing.assert_allclose(finish(sums(LOGITS, LABELS, None)), (1 + 4 / 3) / 3, rtol=1e-6)
+def test_labels_are_averaged_as_scikit_learn_does() -> None:
+    """The second label is never positive, and counts as 0 in a mean; it is NaN by itself."""
+    scores = jnp.array([[1.0, -1.0], [1.0, -1.0], [-1.0, -1.0]])
+    targets = jnp.array([[1, 0], [0, 0], [1, 0]])
+    assert jt.metrics.f1("macro")(scores, targets) == pytest.approx(0.25)
+    assert jt.metrics.f1("weighted")(scores, targets) == pytest.approx(0.5)
+    np.testing.assert_array_equal(jt.metrics.f1(None)(scores, targets), [0.5, np.nan])
 
 
-def random_classes(seed: int, classes: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Returns logits, labels and weights of 12 examples; a class may have none."""
-    random = np.random.default_rng(seed)
-    logits = random.normal(size=(12, classes)).astype(np.float32)
-    labels = random.integers(0, classes, 12).astype(np.uint8)
-    return logits, labels, random.uniform(0.1, 2, 12).astype(np.float32)
-
-
-@pytest.mark.filterwarnings("ignore:y_pred contains classes not in y_true")
-@pytest.mark.parametrize("classes", [2, 6])
-@pytest.mark.parametrize("seed", range(4))
-def test_metrics_of_classes_match_scikit_learn(seed: int, classes: int) -> None:
-    """On two batches, with weights."""
-    logits, labels, weights = data = random_classes(seed, classes)
-    predicted, metrics = logits.argmax(axis=1), jt.metrics
-    weighted = {"sample_weight": weights}
-    known = {"labels": range(classes), **weighted}
-    expected = balanced_accuracy_score(labels, predicted, **weighted)
-    assert accumulated(metrics.balanced_accuracy, *data) == pytest.approx(expected, rel=1e-5)
-    expected = f1_score(labels, predicted, average="macro", **weighted)
-    assert accumulated(metrics.macro_f1, *data) == pytest.approx(expected, rel=1e-5)
-    expected = confusion_matrix(labels, predicted, **known)
-    np.testing.assert_allclose(accumulated(metrics.confusion_matrix, *data), expected, rtol=1e-5)
-    expected = recall_score(labels, predicted, average=None, zero_division=np.nan, **known)
-    np.testing.assert_allclose(accumulated(metrics.per_class_accuracy, *data), expected, rtol=1e-5)
-
-
-@pytest.mark.parametrize("scale", [1e-3, 1.0, 1e3])
-def test_roc_auc_matches_scikit_learn(scale: float) -> None:
-    for seed in range(3):
-        random = np.random.default_rng(seed)
-        labels = np.arange(500) % 2
-        scores = (scale * (random.normal(size=500) + labels)).astype(np.float32)
-        weights = random.uniform(0.1, 2, 500).astype(np.float32)
-        found = accumulated(jt.metrics.roc_auc, scores[:, None], labels, weights)
-        expected = roc_auc_score(labels, scores, sample_weight=weights)
-        assert found == pytest.approx(expected, abs=1e-3)
-
-
-def test_roc_auc_equals_solutions_by_hand() -> None:
-    sums, finish = jt.metrics.roc_auc
-
-    def auc(scores: list, labels: list) -> float:
-        return float(finish(sums(jnp.array(scores), jnp.array(labels), None)))
-
-    assert auc([0.1, 0.4, 0.35, 0.8], [0, 0, 1, 1]) == 0.75
-    assert auc([-2.0, -1.0, 1.0, 2.0], [0, 0, 1, 1]) == 1
-    assert auc([2.0, 1.0, -1.0, -2.0], [0, 0, 1, 1]) == 0
-    assert auc([0.0, -0.0], [0, 1]) == 0.5
-    assert np.isnan(auc([1.0, 2.0], [1, 1]))
-
-
-@pytest.mark.parametrize("offset", [0.0, 3.0, 30.0])
-def test_r2_matches_scikit_learn(offset: float) -> None:
-    for seed in range(3):
-        random = np.random.default_rng(seed)
-        targets = (random.normal(size=(40, 2)) + offset).astype(np.float32)
-        predictions = (targets + random.normal(size=(40, 2))).astype(np.float32)
-        weights = random.uniform(0.1, 2, 40).astype(np.float32)
-        found = accumulated(jt.metrics.r2, predictions, targets, weights)
-        expected = r2_score(targets, predictions, sample_weight=weights)
-        assert found == pytest.approx(expected, rel=1e-3, abs=1e-3)
-
-
-def test_r2_of_constant_targets_is_1_only_for_exact_predictions() -> None:
-    sums, finish = jt.metrics.r2
-    targets = jnp.ones((3, 1))
-    assert finish(sums(targets, targets, None)) == 1
-    assert finish(sums(targets + 1, targets, None)) == 0
+def test_absent_classes_are_nan_alone_and_left_out_of_a_mean() -> None:
+    labels = jnp.array([0, 1, 1, 1])
+    found = jt.metrics.recall(None)(LOGITS, labels)
+    np.testing.assert_allclose(found, [1, 2 / 3, np.nan], rtol=1e-6)
+    assert jt.metrics.balanced_accuracy(LOGITS, labels) == pytest.approx(5 / 6)
+    assert jt.metrics.recall("macro")(LOGITS, labels) == pytest.approx(5 / 9)  # it is predicted
 
 
 def test_top_k_accuracy_matches_scikit_learn() -> None:
@@ -150,56 +124,18 @@ def test_top_k_accuracy_matches_scikit_learn() -> None:
         jt.metrics.top_k_accuracy(0)
 
 
-def test_accumulated_metrics_are_computed_in_evaluation(small_state, small_classes) -> None:
-    metrics = {"f1": jt.metrics.macro_f1, "top_2": jt.metrics.top_k_accuracy(2)}
-    found = jt.evaluate(small_state, small_classes, jt.losses.cross_entropy, metrics, batch_size=16)
-    logits = np.asarray(jt.predict(small_state, small_classes.inputs))
-    labels = np.asarray(small_classes.targets)
-    expected = f1_score(labels, logits.argmax(axis=1), average="macro")
-    assert found["f1"] == pytest.approx(expected, rel=1e-5)
-    assert found["top_2"] == pytest.approx(top_k_accuracy_score(labels, logits, k=2))
-
-
-def on_arrays(metric, predictions, targets, weights=None) -> np.ndarray:
-    sums, finish = metric
-    return np.asarray(finish(sums(predictions, targets, weights)))
-
-
-def test_confusion_matrix_counts_labels_in_rows() -> None:
-    found = on_arrays(jt.metrics.confusion_matrix, LOGITS, LABELS)
-    np.testing.assert_array_equal(found, [[1, 0, 0], [0, 1, 0], [0, 1, 1]])
-    assert found.dtype == np.float32
-
-
 def test_confusion_matrix_takes_uint8_labels() -> None:
     labels = jnp.arange(20, dtype=jnp.uint8)
-    found = on_arrays(jt.metrics.confusion_matrix, jnp.eye(20), labels)
+    found = jt.metrics.confusion_matrix(jnp.eye(20), labels)
     np.testing.assert_array_equal(found, np.eye(20))
+    assert found.dtype == np.float32
 
 
 def test_weights_that_are_a_mask_are_counted() -> None:
     """Booleans are converted, since they cannot be added."""
     twice = jnp.concatenate([LOGITS, LOGITS]), jnp.concatenate([LABELS, LABELS])
-    mask = jnp.arange(8) != 2
-    found = on_arrays(jt.metrics.confusion_matrix, *twice, mask)
+    found = jt.metrics.confusion_matrix(*twice, jnp.arange(8) != 2)
     np.testing.assert_array_equal(found, [[2, 0, 0], [0, 2, 0], [0, 1, 2]])
-    recall = on_arrays(jt.metrics.per_class_accuracy, *twice, mask)
-    np.testing.assert_allclose(recall, [1, 1, 2 / 3], rtol=1e-6)
-
-
-def test_confusion_matrix_leaves_out_labels_outside_the_classes() -> None:
-    """The index of the label −1, and of 3, would be in the table if it wrapped around."""
-    found = on_arrays(jt.metrics.confusion_matrix, LOGITS, jnp.array([0, -1, 3, 2]))
-    np.testing.assert_array_equal(found, [[1, 0, 0], [0, 0, 0], [0, 0, 1]])
-
-
-def test_per_class_accuracy_equals_a_solution_by_hand() -> None:
-    """One of two examples of class 2 is right; class 1 has no examples left."""
-    found = on_arrays(jt.metrics.per_class_accuracy, LOGITS, LABELS)
-    np.testing.assert_array_equal(found, [1, 1, 0.5])
-    weights = jnp.array([1.0, 0.0, 1.0, 3.0])
-    found = on_arrays(jt.metrics.per_class_accuracy, LOGITS, LABELS, weights)
-    np.testing.assert_array_equal(found, [1, np.nan, 0.75])
 
 
 @pytest.mark.parametrize("weights", [None, jnp.array([1.0, 0.5]), jnp.ones((2, 4)).at[1].set(0.5)])
@@ -207,36 +143,314 @@ def test_tokens_have_their_own_weights_or_those_of_their_sequence(weights) -> No
     logits, labels = jnp.stack([LOGITS, LOGITS]), jnp.stack([LABELS, 0 * LABELS])
     second = 1 if weights is None else 0.5
     counts = np.array([[1 + second, 2 * second, second], [0, 1, 0], [0, 1, 1]])
-    found = on_arrays(jt.metrics.confusion_matrix, logits, labels, weights)
+    found = jt.metrics.confusion_matrix(logits, labels, weights)
     np.testing.assert_array_equal(found, counts)
-    recalls = (np.diag(counts) / counts.sum(axis=1)).astype(np.float32)
-    found = on_arrays(jt.metrics.per_class_accuracy, logits, labels, weights)
-    np.testing.assert_allclose(found, recalls, rtol=1e-6)
-    found = on_arrays(jt.metrics.balanced_accuracy, logits, labels, weights)
-    np.testing.assert_allclose(found, recalls.mean(), rtol=1e-6)
     f1 = 2 * np.diag(counts) / (counts.sum(axis=0) + counts.sum(axis=1))
-    found = on_arrays(jt.metrics.macro_f1, logits, labels, weights)
+    found = jt.metrics.f1("macro")(logits, labels, weights)
     np.testing.assert_allclose(found, f1.mean(), rtol=1e-6)
 
 
-TABLES = {"confusion": jt.metrics.confusion_matrix, "recall": jt.metrics.per_class_accuracy}
+# The area under the ROC curve.
+
+
+def auc(scores: list, labels: list) -> float:
+    return float(jt.metrics.roc_auc()(jnp.array(scores), jnp.array(labels)))
+
+
+def test_roc_auc_equals_solutions_by_hand() -> None:
+    assert auc([0.1, 0.4, 0.35, 0.8], [0, 0, 1, 1]) == 0.75
+    assert auc([-2.0, -1.0, 1.0, 2.0], [0, 0, 1, 1]) == 1
+    assert auc([2.0, 1.0, -1.0, -2.0], [0, 0, 1, 1]) == 0
+    assert auc([0.0, -0.0], [0, 1]) == 0.5
+    assert auc([-np.inf, np.inf, np.inf], [0, 0, 1]) == 0.75
+    assert np.isnan(auc([1.0, 2.0], [1, 1]))
+
+
+@pytest.mark.parametrize(("scale", "offset"), [(1.0, 0.0), (0.05, 3.0), (1e-3, 1.0), (1e3, 1e5)])
+@pytest.mark.parametrize("batch_size", [77, 4000])
+def test_roc_auc_is_exact_wherever_the_scores_lie(scale, offset, batch_size) -> None:
+    """Scores that share an offset, as probabilities near 1 do, differ in their last bits only."""
+    random = np.random.default_rng(0)
+    labels = np.arange(4000) % 2
+    scores = (offset + scale * (random.normal(size=4000) + 1.5 * labels)).astype(np.float32)
+    found = evaluated(jt.metrics.roc_auc(), scores, labels, batch_size=batch_size)
+    assert found == pytest.approx(roc_auc_score(labels, scores), abs=1e-6)
+
+
+def test_classes_are_ranked_where_their_probability_rounds_to_1() -> None:
+    """By log odds, which order probabilities that are equal in float32."""
+    margins = np.linspace(20, 40, 60, dtype=np.float32)
+    logits, labels = np.stack([margins, 0 * margins], axis=1), (np.arange(60) < 30).astype(int)
+    found = jt.metrics.roc_auc(None)(logits, labels)
+    np.testing.assert_allclose(found, [roc_auc_score(1 - labels, margins)] * 2)
+
+
+SMALL_AUC = dataclasses.replace(jt.metrics.roc_auc(), capacity=(512, 1024))
+
+
+@pytest.mark.parametrize("order", ["random", "by score", "by label"])
+def test_more_scores_than_are_kept_change_the_area_little(order: str) -> None:
+    """With 512 of 20,000 scores, with weights; the error falls with the number that is kept."""
+    random = np.random.default_rng(0)
+    labels = (random.uniform(size=20_000) < 0.3).astype(int)
+    scores = (100 + random.normal(size=20_000) + labels).astype(np.float32)
+    weights = random.uniform(0, 2, 20_000).astype(np.float32)
+    at = {"random": slice(None), "by score": np.argsort(scores), "by label": np.argsort(labels)}
+    data = [values[at[order]] for values in (scores, labels, weights)]
+    found = evaluated(SMALL_AUC, *data, batch_size=300)
+    expected = roc_auc_score(labels, scores, sample_weight=weights)
+    assert found == pytest.approx(expected, abs=2e-4)
+    with_nan = [np.where(np.arange(20_000) == 7, np.nan, data[0]), *data[1:]]
+    assert np.isnan(evaluated(SMALL_AUC, *with_nan, batch_size=300))
+
+
+def test_runs_that_are_mapped_merge_their_own_scores() -> None:
+    """Under `vmap`, as in a sweep."""
+    random = np.random.default_rng(0)
+    labels = random.integers(0, 2, 2000)
+    scores = jnp.asarray(random.normal(size=(3, 2000)) + labels[None], jnp.float32)
+
+    def area(scores):
+        total = jax.tree.map(jnp.zeros_like, SMALL_AUC.update(None, scores, labels, jnp.ones(2000)))
+        for part in jnp.split(jnp.arange(2000), 10):
+            total = SMALL_AUC.update(total, scores[part], jnp.asarray(labels)[part], jnp.ones(200))
+        return SMALL_AUC.finish(total)
+
+    expected = [roc_auc_score(labels, each) for each in scores]
+    np.testing.assert_allclose(jax.jit(jax.vmap(area))(scores), expected, atol=1e-3)
+
+
+# R².
+
+
+@pytest.mark.parametrize("batch_size", [1, 4, 1000])
+@pytest.mark.parametrize("case", ["almost constant", "far from 0"])
+def test_r2_does_not_cancel(case: str, batch_size: int) -> None:
+    random = np.random.default_rng(0)
+    targets = np.array([-5.1608, -5.1609, *[-5.1608] * 4], np.float32)
+    predictions = targets + 1
+    if case == "far from 0":
+        targets = (-311_030 + 6 * random.normal(size=200)).astype(np.float32)
+        predictions = targets + 3 * random.normal(size=200).astype(np.float32)
+    expected = r2_score(targets.astype(float), predictions.astype(float))
+    assert expected < -7e8 if case == "almost constant" else 0.6 < expected < 0.8
+    found = evaluated(jt.metrics.r2, predictions, targets, batch_size=batch_size)
+    assert found == pytest.approx(expected, rel=1e-6)
+
+
+def test_r2_of_constant_targets_is_1_only_for_exact_predictions() -> None:
+    targets = jnp.full((3, 1), 0.1)
+    assert jt.metrics.r2(targets, targets) == 1
+    assert jt.metrics.r2(targets + 1, targets) == 0
+    assert evaluated(jt.metrics.r2, targets + 1, targets, batch_size=2) == 0
+
+
+def test_r2_of_one_example_is_nan() -> None:
+    one = jnp.ones((1, 1))
+    assert np.isnan(jt.metrics.r2(one, one))
+    assert np.isnan(jt.metrics.r2(jnp.ones(3), jnp.arange(3.0), jnp.array([0.0, 2.0, 0.0])))
+
+
+def test_r2_with_weights_per_output_is_the_mean_of_the_outputs() -> None:
+    random = np.random.default_rng(0)
+    predictions, targets, weights = random.uniform(size=(3, 9, 2)).astype(np.float32)
+    expected = np.mean(
+        [r2_score(targets[:, i], predictions[:, i], sample_weight=weights[:, i]) for i in (0, 1)]
+    )
+    found = evaluated(jt.metrics.r2, predictions, targets, weights, batch_size=4)
+    assert found == pytest.approx(expected, rel=1e-5)
+
+
+# What has weight 0, what is out of range, and shapes.
+
+
+NAN = float("nan")
+
+
+def test_a_weight_of_zero_hides_everything_from_every_metric() -> None:
+    """R² is that of the first three examples."""
+    weights = jnp.array([1, 1, 1, 0])
+    predictions, targets = jnp.array([1.0, 2, 4, NAN]), jnp.array([1.0, 2, 3, NAN])
+    assert jt.metrics.r2(predictions, targets, weights) == 0.5
+    assert evaluated(jt.metrics.r2, predictions, targets, weights) == 0.5
+    scores, labels = jnp.array([1.0, 2.0, 1.5, NAN]), jnp.array([0, 1, 1, -7])
+    for metric in (jt.metrics.roc_auc(), jt.metrics.recall("binary")):
+        assert metric(scores, labels, weights) == 1
+        assert evaluated(metric, scores, labels, weights, batch_size=3) == 1
+    for metric, expected in BY_HAND.items():
+        padded = jnp.concatenate([LOGITS, LOGITS.at[:2].set(NAN)])
+        labels = jnp.concatenate([LABELS, jnp.array([0, -1, -1, 100])])
+        found = evaluated(metric, padded, labels, jnp.arange(8) < 4, batch_size=5)
+        np.testing.assert_allclose(found, expected, rtol=1e-6)
+
+
+@pytest.mark.parametrize("label", [-1, 3, 1000])
+@pytest.mark.parametrize(
+    "metric",
+    [*BY_HAND, jt.metrics.roc_auc(), jt.metrics.accuracy, jt.metrics.top_k_accuracy(2)],
+)
+def test_a_label_that_is_no_class_gives_nan_and_is_refused_in_evaluation(metric, label) -> None:
+    """JAX's indexing would clamp it, wrap around, or leave it out."""
+    labels = LABELS.at[1].set(label)
+    found = np.asarray(metric(LOGITS, labels))
+    assert np.isnan(found[1] if isinstance(metric, type(jt.metrics.accuracy)) else found).any()
+    with pytest.raises(jt.errors.InputError, match=f"the label {label}; expected labels from 0 to"):
+        evaluated(metric, LOGITS, labels)
+
+
+def test_a_binary_target_other_than_0_and_1_gives_nan_and_is_refused_in_evaluation() -> None:
+    scores, targets = jnp.array([1.0, -1.0, 0.5]), jnp.array([1, 0, 2])
+    for metric in (jt.metrics.roc_auc(), jt.metrics.f1("binary"), jt.metrics.confusion_matrix):
+        assert np.isnan(metric(scores, targets)).all()
+        assert np.isnan(metric(scores, targets / 2)).all()
+        with pytest.raises(jt.errors.InputError, match="the label 2; expected labels from 0 to 1"):
+            evaluated(metric, scores, targets)
+
+
+def test_a_nan_prediction_gives_nan_or_is_wrong() -> None:
+    """It ranks neither highest, nor among the top."""
+    assert np.isnan(auc([1.0, NAN, 2.0], [0, 1, 1]))
+    assert np.isnan(jt.metrics.r2(jnp.array([1.0, NAN]), jnp.array([1.0, 2.0])))
+    logits = LOGITS.at[1, 1].set(NAN)
+    assert np.isnan(jt.metrics.f1("macro")(logits, LABELS))
+    np.testing.assert_array_equal(jt.metrics.top_k_accuracy(2)(logits, LABELS), [1, 0, 1, 1])
+
+
+def test_metrics_of_no_weight_are_nan() -> None:
+    nothing = jnp.zeros(4)
+    for metric in (*BY_HAND, jt.metrics.roc_auc(), jt.metrics.accuracy):
+        found = evaluated(metric, LOGITS, LABELS, nothing)
+        expected = np.zeros((3, 3)) if metric is jt.metrics.confusion_matrix else np.nan
+        np.testing.assert_array_equal(found, np.broadcast_to(expected, found.shape))
+    assert np.isnan(evaluated(jt.metrics.r2, jnp.ones(4), jnp.arange(4.0), nothing))
+
+
+@pytest.mark.parametrize(
+    ("metric", "predictions", "targets", "message"),
+    [
+        (jt.metrics.accuracy, (4,), (4,), r"accuracy received .*logits of two or more classes"),
+        (jt.metrics.accuracy, (4, 1), (4,), r"accuracy received .*logits of two or more classes"),
+        (jt.metrics.accuracy, (4, 3), (4, 1), "accuracy received predictions"),
+        (jt.metrics.accuracy, (4, 2, 3), (4,), r"targets of accuracy .*\(4,\); .*logits, \(4, 2\)"),
+        (jt.metrics.top_k_accuracy(2), (4, 2, 3), (4,), "targets of top_2_accuracy have the shape"),
+        (jt.metrics.confusion_matrix, (4, 3), (4, 3), "confusion_matrix received predictions"),
+        (jt.metrics.balanced_accuracy, (4, 3), (4, 3), "balanced_accuracy with the average 'macro"),
+        (jt.metrics.f1("binary"), (4, 3), (4,), "f1 with the average 'binary' .*one score per exa"),
+        (jt.metrics.f1("macro"), (9, 7, 3), (9,), r"f1 received .*\(9, 7, 3\) and .*\(9,\)"),
+        (jt.metrics.roc_auc(), (4,), (4, 1), r"roc_auc received .*\(4,\) and .*\(4, 1\)"),
+        (jt.metrics.r2, (4, 1), (4,), r"r2 received predictions of shape \(4, 1\) .*same shape"),
+    ],
+)
+def test_shapes_that_do_not_fit_are_refused_by_the_name_of_the_metric(
+    metric, predictions, targets, message
+) -> None:
+    arrays = jnp.zeros(predictions), jnp.zeros(targets, int)
+    with pytest.raises(jt.errors.InputError, match=message):
+        metric(*arrays)
+    with pytest.raises(jt.errors.InputError, match=message):
+        evaluated(metric, *arrays)
+
+
+def test_weights_and_labels_of_another_kind_are_refused() -> None:
+    with pytest.raises(jt.errors.InputError, match=r"the weights of r2 have the shape \(4, 2\)"):
+        jt.metrics.r2(jnp.ones((4, 3)), jnp.ones((4, 3)), jnp.ones((4, 2)))
+    with pytest.raises(jt.errors.InputError, match=r"weights has the shape \(3,\) for 4 examples"):
+        jt.metrics.r2(jnp.ones((4, 3)), jnp.ones((4, 3)), jnp.ones(3))
+    with pytest.raises(jt.errors.InputError, match="targets of accuracy have the dtype float32"):
+        jt.metrics.accuracy(LOGITS, LABELS.astype(float))
+    with pytest.raises(jt.errors.InputError, match=r"average of f1 is 'mean'; expected None, 'bin"):
+        jt.metrics.f1("mean")
+    with pytest.raises(jt.errors.InputError, match=r"average of roc_auc is 'binary'; expected"):
+        jt.metrics.roc_auc("binary")
+
+
+# In evaluation and training.
+
+
+def test_equal_metrics_share_their_program(small_state, small_classes) -> None:
+    traced = []
+
+    def loss_fn(predictions, targets):
+        traced.append(1)
+        return jt.losses.cross_entropy(predictions, targets)
+
+    for _ in range(2):
+        metrics = {"f1": jt.metrics.f1("macro"), "top_2": jt.metrics.top_k_accuracy(2)}
+        found = jt.evaluate(small_state, small_classes, loss_fn, metrics, batch_size=50)
+        traced.append(2)
+    assert traced.index(2) == traced.count(1)
+    logits = np.asarray(jt.predict(small_state, small_classes.inputs))
+    labels = np.asarray(small_classes.targets)
+    expected = f1_score(labels, logits.argmax(axis=1), average="macro")
+    assert found["f1"] == pytest.approx(expected, rel=1e-5)
+    assert found["top_2"] == pytest.approx(top_k_accuracy_score(labels, logits, k=2))
+
+
+ALL = {
+    "confusion": jt.metrics.confusion_matrix,
+    "recall": jt.metrics.recall(None),
+    "balanced": jt.metrics.balanced_accuracy,
+    "auc": jt.metrics.roc_auc(),
+    "accuracy": jt.metrics.accuracy,
+}
 
 
 @pytest.mark.parametrize("batch_size", [16, 50])
-def test_tables_of_batches_are_those_of_the_data_set(
+def test_metrics_of_batches_are_those_of_the_data_set(
     batch_size: int, small_state, small_classes
 ) -> None:
     """Weights that are multiples of 1/4 have the same sum in any order."""
     data = small_classes.replace(weights=(jnp.arange(50) % 5) / 4)
+    logits = np.asarray(jt.predict(small_state, data.inputs), float)
+    labels, weights = np.asarray(data.targets), np.asarray(data.weights)
+    table = confusion_matrix(labels, logits.argmax(axis=1), sample_weight=weights)
+    recalls = np.diag(table) / table.sum(axis=1)
+    probabilities = np.exp(logits) / np.exp(logits).sum(axis=1, keepdims=True)
+    areas = [
+        roc_auc_score(labels == each, probabilities[:, each], sample_weight=weights)
+        for each in range(3)
+    ]
     for dataset in (data, [data[:20], data[20:30], data[30:]]):  # the list is a stream
         found = jt.evaluate(
-            small_state, dataset, jt.losses.cross_entropy, TABLES, batch_size=batch_size
+            small_state, dataset, jt.losses.cross_entropy, ALL, batch_size=batch_size
         )
-        logits = np.asarray(jt.predict(small_state, data.inputs))
-        expected = confusion_matrix(data.targets, logits.argmax(axis=1), sample_weight=data.weights)
-        np.testing.assert_array_equal(found["confusion"], expected)
-        recalls = np.diag(expected) / expected.sum(axis=1)
+        np.testing.assert_array_equal(found["confusion"], table)
         np.testing.assert_allclose(found["recall"], recalls, rtol=1e-6)
+        assert found["balanced"] == pytest.approx(recalls.mean(), rel=1e-6)
+        assert found["accuracy"] == pytest.approx(np.trace(table) / table.sum(), rel=1e-6)
+        assert found["auc"] == pytest.approx(np.mean(areas), rel=1e-6)
+
+
+def test_metrics_are_mapped_over_models(small_classes) -> None:
+    """As `jax.vmap` over runs does; each has its own table."""
+    logits = jax.random.normal(jax.random.key(0), (3, 50, 4))
+    table = jt.metrics.confusion_matrix
+    found = jax.vmap(lambda each: table(each, small_classes.targets))(logits)
+    for ours, each in zip(found, np.asarray(logits), strict=True):
+        expected = confusion_matrix(small_classes.targets, each.argmax(axis=1), labels=range(4))
+        np.testing.assert_array_equal(ours, expected)
+
+
+def test_training_reports_metrics_and_skipped_steps_leave_them_as_they_are(small_classes) -> None:
+    """The predictions of the second of four batches overflow. Runs under vmap do the same."""
+    data = small_classes.replace(inputs=small_classes.inputs.at[20].set(3e38))[:48]
+    metrics = {"auc": dataclasses.replace(ALL["auc"], capacity=(32, 96)), "f1": jt.metrics.f1(None)}
+    model = jt.models.FeedForward((3,), mean=0.0, std=1.0)
+    optimizer = jt.optimizers.skip_nonfinite(jt.optimizers.sgd(0.0))
+
+    def run(seed):
+        state = jt.init_state(model, optimizer, data.inputs[:1], key=jax.random.key(seed))
+        options = {"loss_fn": jt.losses.cross_entropy, "metric_fns": metrics, "epochs": 1}
+        return jt.train(state, data, batch_size=12, **options)
+
+    state, history = run(0)
+    kept = np.r_[0:12, 24:48]
+    logits, labels = jt.predict(state, data.inputs[kept]), data.targets[kept]
+    np.testing.assert_allclose(history["train_f1"][0], metrics["f1"](logits, labels), rtol=1e-6)
+    np.testing.assert_allclose(history["train_auc"][0], ALL["auc"](logits, labels), atol=0.05)
+    mapped = jax.jit(jax.vmap(run))(jnp.arange(2))[1]
+    for name in ("train_f1", "train_auc"):
+        np.testing.assert_allclose(mapped[name][0], history[name], rtol=1e-6)
 
 
 def loss_per_sequence(logits, labels):
@@ -258,22 +472,13 @@ def test_tables_of_tokens_are_those_of_all_tokens(per_token: bool) -> None:
     data = jt.Dataset(tokens, labels, weights=mask if per_token else None)
     loss_fn = jt.losses.cross_entropy if per_token else loss_per_sequence
     state = jt.init_state(Tagger(), optax.sgd(0.1), tokens, key=jax.random.key(0))
-    found = jt.evaluate(state, data, loss_fn, TABLES, batch_size=4)
+    found = jt.evaluate(state, data, loss_fn, ALL | {"accuracy": loss_fn}, batch_size=4)
     chosen, kept = np.argmax(jt.predict(state, tokens), axis=-1), np.asarray(labels) >= 0
     expected = confusion_matrix(np.asarray(labels)[kept], chosen[kept])
     assert expected.shape == (3, 3)
     np.testing.assert_array_equal(found["confusion"], expected)
-    np.testing.assert_allclose(found["recall"], np.diag(expected) / expected.sum(axis=1), rtol=1e-6)
-
-
-def test_tables_are_mapped_over_models(small_classes) -> None:
-    """As `jax.vmap` over runs does; each has its own table."""
-    logits = jax.random.normal(jax.random.key(0), (3, 50, 4))
-    sums, finish = jt.metrics.confusion_matrix
-    found = jax.vmap(lambda each: finish(sums(each, small_classes.targets)))(logits)
-    for table, each in zip(found, np.asarray(logits), strict=True):
-        expected = confusion_matrix(small_classes.targets, each.argmax(axis=1), labels=range(4))
-        np.testing.assert_array_equal(table, expected)
+    expected = balanced_accuracy_score(np.asarray(labels)[kept], chosen[kept])
+    assert found["balanced"] == pytest.approx(expected, rel=1e-6)
 
 
 @pytest.mark.parametrize(("count", "text"), [(12, "12"), (np.float32(12), "12"), (0.25, "0.25")])

@@ -116,7 +116,7 @@ class Checkpoint(Callback):
         self._store = CheckpointStore(self.directory, identity, self.keep)
         check = functools.partial(check_same_run, identity)
         found = self._store.restore(
-            run.state, run.columns, check, sums=run.log.sums, resume=self.resume
+            run.state, run.columns, check, sums=run.log.totals, resume=self.resume
         )
         return None if found is None else _resumed(run, found)
 
@@ -139,7 +139,7 @@ class Checkpoint(Callback):
                     examples=run.examples,
                     loss=run.log.loss,
                     weight=run.log.weight,
-                    sums=run.log.sums,
+                    sums=run.log.totals,
                     counts=run.counts,
                     seconds=run.seconds,
                     positions=positions,
@@ -215,7 +215,7 @@ def _resumed(run: Run, found: Snapshot) -> Run:
     return run.replace(
         step=part.step,
         examples=part.examples,
-        log=run.log._replace(loss=part.loss, weight=part.weight, sums=part.sums),
+        log=run.log._replace(loss=part.loss, weight=part.weight, totals=part.sums),
         losses=np.empty(0, np.float32),
         position=_own_position(part),
         counts=part.counts,

@@ -6,7 +6,6 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-import jax.numpy as jnp
 import numpy as np
 from numpy.typing import ArrayLike
 
@@ -64,8 +63,7 @@ def of_classifier(
         pictures["overfitting.png"] = generalization_gap(history, title)
     labels, predicted = np.asarray(test.targets), np.argmax(logits, axis=-1)
     pictures["predictions.png"] = predictions(np.asarray(test.inputs), labels, predicted)
-    sums, finish = metrics.confusion_matrix
-    counts = np.asarray(finish(sums(jnp.asarray(logits), test.targets))).astype(int)
+    counts = np.asarray(metrics.confusion_matrix(logits, test.targets)).astype(int)
     picture = confusion_matrix(counts, f"{title}: {len(labels)} test images")
     return pictures | {"confusion_matrix.png": picture}
 

@@ -13,13 +13,14 @@ from jaxtyping import Array, PyTree
 from jaxtrain import parallel
 from jaxtrain._json import rounded
 from jaxtrain._placement import to_numpy
-from jaxtrain.dataset import Dataset, as_dataset, describe_array, named_arrays
+from jaxtrain.dataset import Dataset, as_dataset, describe_array, has_weight, named_arrays
 from jaxtrain.errors import InputError, NonFiniteError
 from jaxtrain.losses import LABEL_LOSSES, PROBABILITY_LOSSES, Loss, single_losses
+from jaxtrain.metrics import takes_labels
 from jaxtrain.optimizers._inspect import has_clipping, has_line_search
 from jaxtrain.optimizers._safeguards import stays_finite, without_records
 from jaxtrain.training.state import TrainState, check_state_type
-from jaxtrain.training.step import Objective, predict_batch
+from jaxtrain.training.step import MetricItems, Objective, predict_batch
 
 _SKIPPED_HINT = "try a smaller learning rate, gradient clipping or scaled inputs"
 
@@ -59,9 +60,10 @@ def check_values(dataset: Dataset, name: str) -> None:
     """Raises InputError unless all values are finite in the dtypes that JAX gives them.
 
     By default JAX converts 64-bit values to 32 bits: 1e300 would become infinite, and the label
-    2³² + 1 would become 1. Arrays whose values are not available are skipped: those that are
-    traced or spread over several hosts.
+    2³² + 1 would become 1. Values of weight 0 may be anything. Arrays whose values are not
+    available are skipped: those that are traced or spread over several hosts.
     """
+    weights = dataset.weights
     for path, array in named_arrays(dataset, name):
         dtype = array.dtype
         target = jax.dtypes.canonicalize_dtype(dtype)
@@ -77,12 +79,16 @@ def check_values(dataset: Dataset, name: str) -> None:
             if limits.min <= low and high <= limits.max:
                 continue
             wrong = ~((values >= limits.min) & (values <= limits.max))
+        if weights is not None and array is not weights and _has_values(weights):
+            wrong &= has_weight(np.asarray(weights), values)
+            if not wrong.any():
+                continue
         position = np.unravel_index(int(np.argmax(wrong)), values.shape)
         index = ", ".join(map(str, position))
         kind = "finite numbers" if floating else "integers"
         raise InputError(
             f"{path} holds {values[position]} at [{index}]; expected {kind} that {target} can "
-            "hold: fix or drop such examples"
+            "hold: fix or drop such examples, or give them the weight 0"
         )
 
 
@@ -121,7 +127,9 @@ def check_run(state: Any, sources: Mapping[str, Any], objective: Objective) -> t
         )
     for source in sources.values():
         if source is not train or step_fn is None:
-            source.limits = check_data(state, source.sample, objective.loss_fn, source.name)
+            source.limits = check_data(
+                state, source.sample, objective.loss_fn, source.name, objective.metrics
+            )
     train.check_division()
     if step_fn is not None:
         return check_step_fn(step_fn, state, train.batch_shapes())
@@ -187,40 +195,52 @@ def check_step_count(before: Any, after: Any, steps: int) -> None:
 
 
 class TargetLimits(NamedTuple):
-    """The values that a loss takes as targets.
+    """The values that the loss and the metrics take as targets.
 
     Attributes:
       low: the smallest.
       high: the largest.
-      is_label: whether they are class labels, else probabilities.
+      kind: what they are: "label" or "probability".
+      reason: why, for messages.
     """
 
     low: int
     high: int
-    is_label: bool
+    kind: str
+    reason: str
 
 
 def check_data(
-    state: TrainState, data: Dataset, loss_fn: Loss | None, name: str
+    state: TrainState, data: Dataset, loss_fn: Loss | None, name: str, metrics: MetricItems = ()
 ) -> TargetLimits | None:
-    """Raises InputError unless the model takes the inputs and the loss takes the targets.
+    """Raises InputError unless the model takes the inputs, and loss and metrics the targets.
 
-    JAX clamps an index out of range, so a wrong label would train silently. Examples of weight 0
-    may have any label. `data` is a data set or the first batch of a stream. Returns the limits,
+    JAX clamps an index out of range, so a wrong label would train silently. What has weight 0 may
+    have any label. `data` is a data set or the first batch of a stream. Returns the limits,
     against which later batches are checked.
     """
     outputs, limits = _outputs(state, data, name), None
     targets, losses = data.targets, set() if loss_fn is None else single_losses(loss_fn)
     if isinstance(targets, (np.ndarray, jax.Array)):
         # Targets of another dtype are refused by the loss itself.
-        if losses & LABEL_LOSSES and jnp.issubdtype(targets.dtype, jnp.integer):
-            if hasattr(outputs, "shape"):
-                limits = TargetLimits(0, outputs.shape[-1] - 1, is_label=True)
-        elif losses & PROBABILITY_LOSSES:
-            limits = TargetLimits(0, 1, is_label=False)
+        if hasattr(outputs, "shape") and jnp.issubdtype(targets.dtype, jnp.integer):
+            labelled = next((each for each, metric in metrics if takes_labels(metric)), None)
+            if losses & LABEL_LOSSES or (labelled and _has_classes(outputs, targets)):
+                count = outputs.shape[-1]
+                reason = f"the model has {count} outputs"
+                limits = TargetLimits(0, count - 1, "label", reason)
+            elif labelled:
+                reason = f"the metric {labelled} takes 0 and 1 for one score per target"
+                limits = TargetLimits(0, 1, "label", reason)
+        if limits is None and losses & PROBABILITY_LOSSES:
+            limits = TargetLimits(0, 1, "probability", "the loss is a cross entropy")
     if all(map(_has_values, jax.tree.leaves((targets, data.weights)))):
         check_limits(targets, data.weights, limits, name)
     return limits
+
+
+def _has_classes(outputs: Any, targets: Any) -> bool:
+    return len(outputs.shape) > targets.ndim and outputs.shape[-1] > 1
 
 
 def _outputs(state: TrainState, data: Dataset, name: str) -> Any:
@@ -252,22 +272,17 @@ def check_limits(targets: Any, weights: Any, limits: TargetLimits | None, name: 
     if limits is None:
         return
     values = np.asarray(targets)
-    if weights is not None and np.shape(weights) == values.shape:
-        values = values[np.asarray(weights) != 0]
+    if weights is not None:
+        values = values[np.broadcast_to(has_weight(np.asarray(weights), values), values.shape)]
         if not values.size:
             return
     low, high = values.min(), values.max()
-    if limits.low <= low and high <= limits.high:
-        return
-    if limits.is_label:
+    if low < limits.low or high > limits.high:  # a NaN is found elsewhere
+        wrong = low if low < limits.low else high
+        plural = "labels" if limits.kind == "label" else "values"
         raise InputError(
-            f"{name}.targets holds the label {low if low < 0 else high}; expected labels from 0 to "
-            f"{limits.high}, since the model has {limits.high + 1} outputs"
-        )
-    if low < 0 or high > 1:  # a NaN is found elsewhere
-        raise InputError(
-            f"{name}.targets holds the probability {low if low < 0 else high}; expected values "
-            "from 0 to 1, since the loss is a cross entropy"
+            f"{name}.targets holds the {limits.kind} {wrong}; expected {plural} from {limits.low} "
+            f"to {limits.high}, since {limits.reason}: give others the weight 0"
         )
 
 

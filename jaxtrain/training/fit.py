@@ -93,7 +93,7 @@ class Run:
       step: steps taken in the epoch in progress; 0 between epochs.
       examples: examples used in the epoch in progress.
       losses: the losses of the steps since the previous `on_steps`.
-      log: the epoch in progress: the loss and the weight of each step, the sums of the metrics.
+      log: the epoch in progress: the loss and the weight of each step, the totals of the metrics.
       counts: the counters of the optimizer at the start of the epoch in progress.
       position: where the training stream resumes; None for data in memory.
       seconds: time spent in the epoch in progress, without compiling.
@@ -154,7 +154,7 @@ class Run:
             log=StepLog(
                 np.append(self.log.loss, losses),
                 np.append(self.log.weight, weights),
-                jax.tree.map(np.asarray, log.sums),
+                jax.tree.map(np.asarray, log.totals),
             ),
         )
 
@@ -173,7 +173,7 @@ class Run:
             position=None,
             seconds=0.0,
             log=StepLog(
-                self.log.loss[:0], self.log.weight[:0], jax.tree.map(np.zeros_like, self.log.sums)
+                self.log.loss[:0], self.log.weight[:0], jax.tree.map(np.zeros_like, self.log.totals)
             ),
         )
 
@@ -376,7 +376,7 @@ class _Trainer:
         stop = min(first + steps, segment.steps, pause - segment.start)
         stop = agree(int(stop))  # all processes take the same steps at once
         started, compiled = time.perf_counter(), self.timer.seconds
-        state, log = compiled_steps(run.state, run.log.sums, segment, first, stop, self.objective)
+        state, log = compiled_steps(run.state, run.log.totals, segment, first, stop, self.objective)
         run = run.after_steps(state, segment, stop, log)  # waits for the device
         check_steps(log, segment.start, run.epoch + 1)
         if self.timer.seconds == compiled:
@@ -470,7 +470,7 @@ def _describe(
     source = sources["train"]
     step = functools.partial(take_step, objective=objective, last=False)
     with parallel.without_mesh():  # the run may resume on other devices
-        program = jax.jit(step).trace(to_shapes(state), source.batch_shapes())
+        program = jax.jit(step).trace(to_shapes(state), None, source.batch_shapes())
     rate = recorded(state).get("learning_rate")
     return identify(
         state,
@@ -481,10 +481,7 @@ def _describe(
         descriptions={
             "model": repr(getattr(state, "model", None)),
             "loss": name_of(objective.step_fn or objective.loss_fn),
-            "metrics": ", ".join(
-                "+".join(map(name_of, each if isinstance(each, tuple) else (each,)))
-                for _, each in objective.metrics
-            ),
+            "metrics": ", ".join(name_of(metric) for _, metric in objective.metrics),
             "learning rate": "unknown" if rate is None else f"{rounded(rate):g}",
         },
         seekable=source.is_seekable,

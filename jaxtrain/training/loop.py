@@ -34,7 +34,8 @@ from jaxtrain.training.step import (
     Metrics,
     Objective,
     StepFn,
-    evaluation_sums,
+    Totals,
+    evaluate_batch,
     finish_metrics,
     make_objective,
     predict_batch,
@@ -51,19 +52,19 @@ class StepLog(NamedTuple):
     Attributes:
       loss: the loss of each step before its update, [steps].
       weight: the total weight of the examples of each step, [steps].
-      sums: sums over all steps of the metrics of their own predictions, for `finish_metrics`.
+      totals: the metrics of the steps' own predictions over all steps, for `finish_metrics`.
       recorded: what the optimizer records in each step of a call, by name, [steps].
     """
 
     loss: Any
     weight: Any
-    sums: dict[str, Any]
+    totals: Totals
     recorded: dict[str, Any] = {}  # noqa: RUF012
 
 
 def train_steps(
     state: Any,
-    sums: dict[str, Any] | None,
+    totals: Totals | None,
     segment: Segment,
     first: int | Array,
     stop: int | Array,
@@ -76,33 +77,34 @@ def train_steps(
 
     Args:
       state: where to start.
-      sums: sums of the metrics over the earlier steps of the epoch, so that they do not depend on
-        how an epoch is divided into calls; None for the first steps.
+      totals: those of the metrics over the earlier steps of the epoch, so that they do not depend
+        on how an epoch is divided into calls; None for the first steps.
       segment: the data.
       first: the first step to take, counted from 0 in the segment.
       stop: the step to stop before.
       objective: what the steps minimize and measure.
 
     Returns:
-      The state after them, and their log, in which steps that are not taken are 0, with the sums
+      The state after them, and their log, in which steps that are not taken are 0, with the totals
       over the epoch so far.
     """
 
     def step(index: Any, carry: tuple[Any, StepLog]) -> tuple[Any, StepLog]:
         state, log = carry
         batch = segment.batch(index)
-        state, loss, sums = take_step(state, batch, objective, index == segment.last)
+        is_last = index == segment.last
+        state, loss, totals = take_step(state, log.totals, batch, objective, is_last)
         return state, StepLog(
             log.loss.at[index].set(loss),
             log.weight.at[index].set(total_weight(batch)),
-            jax.tree.map(jnp.add, log.sums, sums),
+            totals,
             jax.tree.map(
                 lambda values, new: values.at[index].set(new), log.recorded, recorded(state)
             ),
         )
 
     log = empty_log(state, segment.batch, objective, segment.capacity)
-    log = log if sums is None else log._replace(sums=sums)
+    log = log if totals is None else log._replace(totals=totals)
     return lax.fori_loop(first, stop, step, (state, log))
 
 
@@ -112,17 +114,17 @@ def empty_log(
     """Returns a zero-filled log for `steps` steps."""
 
     def step(state: Any) -> Any:
-        state, loss, sums = take_step(state, batch(0), objective, last=False)
-        return loss, sums, recorded(state)
+        state, loss, totals = take_step(state, None, batch(0), objective, last=False)
+        return loss, totals, recorded(state)
 
     def zeros(leaf: Any, length: tuple[int, ...] = ()) -> Array:
         return jnp.zeros((*length, *leaf.shape), leaf.dtype)
 
-    loss, sums, values = jax.eval_shape(step, state)
+    loss, totals, values = jax.eval_shape(step, state)
     return StepLog(
         zeros(loss, (steps,)),
         jnp.zeros(steps),
-        jax.tree.map(zeros, sums),
+        jax.tree.map(zeros, totals),
         jax.tree.map(lambda leaf: zeros(leaf, (steps,)), values),
     )
 
@@ -144,7 +146,7 @@ def _log_of_no_steps(state: Any, batch: Dataset, objective: Objective) -> StepLo
 @functools.partial(jax.jit, static_argnames="objective", donate_argnames="state")
 def compiled_steps(
     state: Any,
-    sums: dict[str, Any] | None,
+    totals: Totals | None,
     segment: Segment,
     first: int | Array,
     stop: int | Array,
@@ -152,7 +154,7 @@ def compiled_steps(
 ) -> tuple[Any, StepLog]:
     """Jitted `train_steps`, which donates `state`."""
     steps = functools.partial(train_steps, objective=objective)
-    return parallel.on_auto_axes(steps, state, sums, segment, first, stop, like=(state, None))
+    return parallel.on_auto_axes(steps, state, totals, segment, first, stop, like=(state, None))
 
 
 @jax.jit
@@ -235,12 +237,12 @@ def train_in_order(
     """Trains on every example of a data set in memory; for use inside a larger program."""
     logs: list[StepLog] = []
     for segment in segments_in_order(dataset, order, batch_size):
-        sums = logs[-1].sums if logs else None
-        state, log = train_steps(state, sums, segment, 0, segment.steps, objective)
+        totals = logs[-1].totals if logs else None
+        state, log = train_steps(state, totals, segment, 0, segment.steps, objective)
         logs.append(log)
     loss = jnp.concatenate([log.loss for log in logs])
     weight = jnp.concatenate([log.weight for log in logs])
-    return state, StepLog(loss, weight, logs[-1].sums)
+    return state, StepLog(loss, weight, logs[-1].totals)
 
 
 def _train_on_stream(
@@ -299,11 +301,13 @@ def evaluate(
         with parallel.mesh_of(state):
             source = Streamed(dataset, "dataset", batch_size, None, 1)
             with contextlib.closing(source):
-                source.limits = check_data(state, source.sample, loss_fn, "dataset")
+                source.limits = check_data(
+                    state, source.sample, loss_fn, "dataset", objective.metrics
+                )
                 return evaluate_source(state, source, objective)
     dataset = as_dataset(dataset, "dataset")
     with parallel.mesh_of(state, dataset):
-        check_data(state, dataset, loss_fn, "dataset")
+        check_data(state, dataset, loss_fn, "dataset", objective.metrics)
         size = min(batch_size, len(dataset))
         return compiled_evaluate(state, dataset, objective, batch_size=size)
 
@@ -315,13 +319,13 @@ def evaluate_source(
     if isinstance(source, InMemory):
         return compiled_evaluate(state, source.sample, objective, batch_size=source.batch_size)
     with parallel.without_mesh():
-        shapes = _batch_sums.eval_shape(to_shapes(state), source.batch_shapes(), objective)
-    sums: Any = jax.tree.map(lambda leaf: np.zeros(leaf.shape, leaf.dtype), shapes)
+        shapes = _first_totals.eval_shape(to_shapes(state), None, source.batch_shapes(), objective)
+    totals: Any = jax.tree.map(lambda leaf: np.zeros(leaf.shape, leaf.dtype), shapes)
     with contextlib.closing(source.segments(epoch)) as segments:
         for segment in segments:
-            jax.block_until_ready(sums)  # segments take memory
-            sums = _compiled_sums(state, sums, segment, segment.steps, objective)
-    return finish_metrics(sums, objective.evaluated)
+            jax.block_until_ready(totals)  # segments take memory
+            totals = _compiled_totals(state, totals, segment, segment.steps, objective)
+    return finish_metrics(totals, objective.evaluated)
 
 
 @functools.partial(jax.jit, static_argnames=("objective", "batch_size"))
@@ -330,44 +334,43 @@ def compiled_evaluate(
 ) -> Metrics:
     """Returns the same as `evaluate` on data in memory, compiled and without checks."""
 
-    def sums(state: TrainState, dataset: Dataset) -> dict[str, Any]:
-        total = None
+    def evaluate_all(state: TrainState, dataset: Dataset) -> Totals:
+        totals = None
         for segment in _batched(dataset, batch_size):
-            total = eval_steps(state, total, segment, segment.steps, objective)
-        assert total is not None  # a data set has at least one example
-        return total
+            totals = eval_steps(state, totals, segment, segment.steps, objective)
+        assert totals is not None  # a data set has at least one example
+        return totals
 
-    return finish_metrics(parallel.on_auto_axes(sums, state, dataset), objective.evaluated)
+    return finish_metrics(parallel.on_auto_axes(evaluate_all, state, dataset), objective.evaluated)
 
 
-_batch_sums = jax.jit(evaluation_sums, static_argnames="objective")
+_first_totals = jax.jit(evaluate_batch, static_argnames="objective")
 
 
 @functools.partial(jax.jit, static_argnames="objective")
-def _compiled_sums(
-    state: TrainState, sums: dict[str, Any], segment: Segment, stop: Array, objective: Objective
-) -> dict[str, Any]:
+def _compiled_totals(
+    state: TrainState, totals: Totals, segment: Segment, stop: Array, objective: Objective
+) -> Totals:
     steps = functools.partial(eval_steps, objective=objective)
-    return parallel.on_auto_axes(steps, state, sums, segment, stop)
+    return parallel.on_auto_axes(steps, state, totals, segment, stop)
 
 
 def eval_steps(
     state: TrainState,
-    sums: dict[str, Any] | None,
+    totals: Totals | None,
     segment: Segment,
     stop: int | Array,
     objective: Objective,
-) -> dict[str, Any]:
-    """Adds the sums of the metrics over the first `stop` batches of a segment to earlier sums."""
-    of_batch = functools.partial(evaluation_sums, state, objective=objective)
-    if sums is None:
-        shapes = jax.eval_shape(lambda: of_batch(segment.batch(0)))
-        sums = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), shapes)
+) -> Totals:
+    """Returns the totals of the metrics after the first `stop` batches of a segment."""
 
-    def add(index: Any, total: dict[str, Any]) -> dict[str, Any]:
-        return jax.tree.map(jnp.add, total, of_batch(segment.batch(index)))
+    def step(index: Any, totals: Totals | None) -> Totals:
+        return evaluate_batch(state, totals, segment.batch(index), objective)
 
-    return lax.fori_loop(0, stop, add, sums)
+    if totals is None:
+        shapes = jax.eval_shape(lambda: step(0, None))
+        totals = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), shapes)
+    return lax.fori_loop(0, stop, step, totals)
 
 
 def predict(state: TrainState, inputs: PyTree, *, batch_size: int = 1000) -> Any:

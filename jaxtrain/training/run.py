@@ -29,7 +29,6 @@ from jaxtrain.training.step import (
     StepFn,
     finish_metrics,
     make_objective,
-    safe_divide,
 )
 
 State = TypeVar("State")
@@ -217,7 +216,7 @@ def history_row(
     row = {"train_loss": mean_step_loss(log.loss, log.weight, skip_nonfinite=skips)}
     row |= {
         f"train_{name}": value
-        for name, value in finish_metrics(log.sums, objective.trained).items()
+        for name, value in finish_metrics(log.totals, objective.trained).items()
     }
     for part, metrics in evaluations.items():
         row |= {f"{part}_{name}": value for name, value in metrics.items()}
@@ -233,7 +232,7 @@ def mean_step_loss(
     """Returns the mean over an epoch's examples of the loss before each update.
 
     `weights` are the total weights of the examples of each step. With `skip_nonfinite`, steps whose
-    loss is NaN or infinite are left out.
+    loss is NaN or infinite are left out. NaN if no step has a weight.
     """
     weights = weights.astype(losses.dtype)
     if skip_nonfinite:
@@ -248,7 +247,7 @@ def mean_step_loss(
     # since XLA fuses it with the operations around it.
     zero = jnp.zeros((), losses.dtype)
     (loss, total), _ = lax.scan(add, (zero, zero), (losses, weights))
-    return safe_divide(loss, total)
+    return loss / total
 
 
 @functools.partial(

@@ -12,10 +12,20 @@ import optax
 from jaxtyping import Array, Bool, Float, PyTree
 
 from jaxtrain import parallel
-from jaxtrain.dataset import Dataset, as_dataset, check_dataset, named_arrays
+from jaxtrain.dataset import Dataset, as_dataset, check_dataset, has_weight, named_arrays
 from jaxtrain.errors import InputError
-from jaxtrain.losses import Loss, at_least_float32, name_of
-from jaxtrain.metrics import AnyArray, Metric
+from jaxtrain.losses import Loss, at_least_float32
+from jaxtrain.metrics import AccumulatedMetric, Metric
+from jaxtrain.metrics._metric import (
+    AnyArray,
+    Mean,
+    as_accumulated,
+    as_weights,
+    mean_of,
+    per_example,
+    vector_sum,
+    without_ignored,
+)
 from jaxtrain.optimizers._inspect import has_accumulation, last_step_finite
 from jaxtrain.training.state import TrainState, check_state_type
 
@@ -24,7 +34,9 @@ Batch = Dataset | tuple[Any, ...]
 """What a step takes: a `Dataset`, or a tuple (inputs, targets) or (inputs, targets, weights)."""
 StepFn = Callable[[Any, Dataset], tuple[Any, dict[str, Any]]]
 """A custom step function: `step_fn(state, batch) -> (state, {"loss": ...})`."""
-MetricItems = tuple[tuple[str, Metric], ...]
+MetricItems = tuple[tuple[str, AccumulatedMetric], ...]
+Totals = dict[str, Any]
+"""What the metrics have accumulated so far, by name."""
 
 
 class Objective(NamedTuple):
@@ -48,7 +60,7 @@ class Objective(NamedTuple):
     @property
     def evaluated(self) -> MetricItems:
         """The loss and the metrics of held-out data."""
-        loss = () if self.loss_fn is None else (("loss", self.loss_fn),)
+        loss = () if self.loss_fn is None else (("loss", Mean(self.loss_fn)),)
         return (*loss, *self.metrics)
 
 
@@ -113,31 +125,36 @@ def _train_step(state: TrainState, batch: Dataset, loss_fn: Loss) -> tuple[Train
 
 
 def take_step(
-    state: Any, batch: Dataset, objective: Objective, last: bool | Bool[Array, ""]
-) -> tuple[Any, Float[Array, ""], dict[str, Any]]:
+    state: Any,
+    totals: Totals | None,
+    batch: Dataset,
+    objective: Objective,
+    last: bool | Bool[Array, ""],
+) -> tuple[Any, Float[Array, ""], Totals]:
     """Takes one step inside a larger program, and measures its predictions.
 
     `last` is whether the step ends an epoch, for `accumulate_gradients`.
 
     Returns:
-      The next state, the loss, and the sums of the metrics for `finish_metrics`, or those of the
-      other values that `step_fn` returns. With `skip_nonfinite`, a step whose loss is not finite
-      has sums of 0.
+      The next state, the loss, and the totals of the metrics after the step, or those of the means
+      of the other values that `step_fn` returns. With `skip_nonfinite`, a step whose loss is not
+      finite leaves the totals as they are.
     """
     if objective.step_fn is not None:
         state, values = objective.step_fn(state, batch)
         weight = jnp.asarray(total_weight(batch), jnp.float32)
         means = {name: at_least_float32(jnp.asarray(x, float)) for name, x in values.items()}
         loss = means.pop("loss")
-        sums: Any = {name: (mean * weight, weight) for name, mean in means.items()}
+        after: Totals = {name: (mean * weight, weight) for name, mean in means.items()}
+        after = after if totals is None else jax.tree.map(jnp.add, totals, after)
     else:
         assert objective.loss_fn is not None  # checked on the host
         state, loss, aux = update(state, batch, objective.loss_fn, last=last)
-        sums = metric_sums(aux.predictions, batch, objective.metrics)
-    if last_step_finite(getattr(state, "opt_state", ())) is not None:
+        after = update_metrics(totals, aux.predictions, batch, objective.metrics)
+    if totals is not None and last_step_finite(getattr(state, "opt_state", ())) is not None:
         finite = jnp.isfinite(loss)  # as in `mean_step_loss`
-        sums = jax.tree.map(lambda leaf: jnp.where(finite, leaf, 0), sums)
-    return state, loss, sums
+        after = jax.tree.map(functools.partial(jnp.where, finite), after, totals)
+    return state, loss, after
 
 
 def update(
@@ -283,17 +300,20 @@ def _mean_loss(
     predictions, model_state = state.model.apply(
         params,
         state.model_state,
-        batch.inputs,
+        model_inputs(batch),
         train=True,
         key=jax.random.fold_in(state.key, state.step),
     )
     if batch.weights is None:
-        mean = vector_sum(per_example(loss_fn, to_float32(predictions), batch)) / len(batch)
+        losses = per_example(loss_fn, to_float32(predictions), batch.targets, (len(batch),))
+        mean = vector_sum(losses) / len(batch)
     else:
-        weights = jnp.asarray(batch.weights)
+        weights = as_weights(batch.weights)
         seen = stop_gradients_at_zero_weight(to_float32(predictions), weights)
-        losses = weighted(per_example(loss_fn, seen, batch), batch)
-        mean = safe_divide(jnp.sum(losses), jnp.sum(weights))
+        losses = per_example(loss_fn, seen, batch.targets, weights.shape)
+        # A weight of 0 also hides a NaN, such as that of a padded label.
+        total = jnp.sum(jnp.where(weights == 0, 0, losses) * weights)
+        mean = safe_divide(total, jnp.sum(weights))
     return mean, Auxiliary(model_state, predictions)
 
 
@@ -331,8 +351,10 @@ def eval_step(
 @functools.partial(jax.jit, static_argnames="objective")
 def _eval_step(state: TrainState, batch: Dataset, objective: Objective) -> Metrics:
     check_dataset(batch, "batch")
-    sums = functools.partial(evaluation_sums, objective=objective)
-    return finish_metrics(parallel.on_auto_axes(sums, state, batch), objective.evaluated)
+    totals = parallel.on_auto_axes(
+        functools.partial(evaluate_batch, objective=objective), state, None, batch
+    )
+    return finish_metrics(totals, objective.evaluated)
 
 
 def make_objective(
@@ -362,7 +384,8 @@ def make_objective(
                 "(sums, finish)"
             )
         _check_hashable(metric, f"the metric {name}")
-    return Objective(loss_fn, tuple(metric_fns.items()), step_fn)
+    metrics = tuple((name, as_accumulated(metric)) for name, metric in metric_fns.items())
+    return Objective(loss_fn, metrics, step_fn)
 
 
 def check_loss(loss_fn: Any) -> None:
@@ -386,42 +409,55 @@ def _check_hashable(function: Any, name: str) -> None:
         ) from error
 
 
-def evaluation_sums(state: TrainState, batch: Dataset, objective: Objective) -> dict[str, Any]:
-    """Returns the sums of loss and metrics over a batch, with the model in evaluation mode."""
+def evaluate_batch(
+    state: TrainState, totals: Totals | None, batch: Dataset, objective: Objective
+) -> Totals:
+    """Returns the totals of loss and metrics after a batch, with the model in evaluation mode."""
     batch = parallel.divide(batch)
-    return metric_sums(predict_batch(state, batch.inputs), batch, objective.evaluated)
+    predictions = predict_batch(state, model_inputs(batch))
+    return update_metrics(totals, predictions, batch, objective.evaluated)
 
 
-def metric_sums(predictions: Any, batch: Dataset, metrics: MetricItems) -> dict[str, Any]:
-    """Returns the sums of each metric over the predictions of a batch, for `finish_metrics`."""
-    predictions = to_float32(predictions)
-    weights = jnp.ones(len(batch)) if batch.weights is None else jnp.asarray(batch.weights)
-
-    def sums(metric: Metric) -> Any:
-        if isinstance(metric, tuple):
-            return metric[0](predictions, batch.targets, weights)
-        values = per_example(metric, predictions, batch)
-        # In float32 at least: half precision overflows within a few hundred examples.
-        dtype = jnp.promote_types(values.dtype, jnp.float32)
-        if batch.weights is None:
-            return vector_sum(values.astype(dtype)), jnp.asarray(len(batch), dtype)
-        return jnp.sum(weighted(values, batch), dtype=dtype), jnp.sum(weights)
-
-    return {name: sums(metric) for name, metric in metrics}
-
-
-def finish_metrics(sums: dict[str, Any], metrics: MetricItems) -> Metrics:
-    """Returns each metric from its sums: a (weighted) mean, or the result of its `finish`."""
-    pairs = {name: metric[1] for name, metric in metrics if isinstance(metric, tuple)}
-
-    def finish(name: str, found: Any) -> Any:
-        # The sums of an epoch of `fit` are NumPy's.
-        return pairs[name](jax.tree.map(jnp.asarray, found))
-
+def update_metrics(
+    totals: Totals | None, predictions: Any, batch: Dataset, metrics: MetricItems
+) -> Totals:
+    """Returns the totals of the metrics after one more batch; None stands for no batch before."""
+    predictions, targets = to_float32(predictions), batch.targets
+    if batch.weights is None:
+        weights = jnp.ones(len(batch))
+    else:
+        weights = as_weights(batch.weights)
+        predictions, targets = without_ignored((predictions, targets), weights)
     return {
-        name: finish(name, found) if name in pairs else safe_divide(*found)
-        for name, found in sums.items()
+        name: metric.update(None if totals is None else totals[name], predictions, targets, weights)
+        for name, metric in metrics
     }
+
+
+# In `fit` the totals of an epoch are NumPy's, and each operation would be compiled by itself.
+@functools.partial(jax.jit, static_argnames="metrics")
+def finish_metrics(totals: Totals, metrics: MetricItems) -> Metrics:
+    """Returns each metric from its total; values that `step_fn` returns are weighted means."""
+    finish = {name: metric.finish for name, metric in metrics}
+    return {name: finish.get(name, mean_of)(total) for name, total in totals.items()}
+
+
+def model_inputs(batch: Dataset) -> PyTree:
+    """Returns the inputs of a batch, with 0 in place of NaN and infinity of weight 0.
+
+    Their derivatives would make all parameters NaN, although the loss does not depend on them.
+    Finite inputs stay as they are, since layers such as batch norm see them.
+    """
+    if batch.weights is None:
+        return batch.inputs
+    weights = jnp.asarray(batch.weights)
+
+    def hide(leaf: Array) -> Array:
+        if not jnp.issubdtype(leaf.dtype, jnp.inexact):
+            return leaf
+        return jnp.where(has_weight(weights, leaf) | jnp.isfinite(leaf), leaf, 0)
+
+    return jax.tree.map(hide, batch.inputs)
 
 
 def predict_batch(state: TrainState, inputs: PyTree) -> Any:
@@ -431,20 +467,6 @@ def predict_batch(state: TrainState, inputs: PyTree) -> Any:
     )[0]
 
 
-def per_example(fn: Any, predictions: Any, batch: Dataset) -> Float[Array, "batch ..."]:
-    """Returns `fn(predictions, targets)`, checked to be one value per example or weight."""
-    values = fn(predictions, batch.targets)
-    expected = (len(batch),) if batch.weights is None else jnp.shape(batch.weights)
-    if jnp.shape(values) != expected:
-        per = "example" if len(expected) == 1 else "weight"
-        raise InputError(
-            f"{name_of(fn)} returned the shape {jnp.shape(values)} for a batch of {len(batch)}; "
-            f"expected one value per {per}, {expected}: leave the mean over the batch to the step, "
-            "and pass a loss per token with weights of its shape"
-        )
-    return values
-
-
 def stop_gradients_at_zero_weight(predictions: Any, weights: Array) -> Any:
     """Stops gradients of losses with weight 0, which may be NaN, such as those of padded targets.
 
@@ -452,18 +474,9 @@ def stop_gradients_at_zero_weight(predictions: Any, weights: Array) -> Any:
     """
 
     def select(leaf: Array) -> Array:
-        if leaf.shape[: weights.ndim] != weights.shape:
-            return leaf
-        mask = (weights != 0).reshape(weights.shape + (1,) * (leaf.ndim - weights.ndim))
-        return jnp.where(mask, leaf, jax.lax.stop_gradient(leaf))
+        return jnp.where(has_weight(weights, leaf), leaf, jax.lax.stop_gradient(leaf))
 
     return jax.tree.map(select, predictions)
-
-
-def weighted(values: Array, batch: Dataset) -> Array:
-    """Returns values times weights; a weight of 0 also hides a NaN (of a padded label)."""
-    weights = jnp.asarray(batch.weights)
-    return jnp.where(weights == 0, 0, values) * weights
 
 
 def to_float32(predictions: Any) -> Any:
@@ -471,15 +484,6 @@ def to_float32(predictions: Any) -> Any:
     return jax.tree.map(at_least_float32, predictions)
 
 
-def vector_sum(values: Array) -> Array:
-    """Returns the sum of a vector, as a dot product.
-
-    XLA:CPU fuses `jnp.sum` with the reshaping of predictions [batch, 1] before it, and then takes
-    several times as long under `vmap`.
-    """
-    return jnp.dot(values, jnp.ones_like(values), precision=jax.lax.Precision.HIGHEST)
-
-
 def safe_divide(total: AnyArray, weight: AnyArray) -> Array:
-    """Returns total / weight, or 0 if the weight is 0 because the batch is entirely masked."""
+    """Returns total / weight, or 0 if a batch to train on has no weight: it changes nothing."""
     return jnp.where(weight == 0, 0.0, total / jnp.where(weight == 0, 1, weight))

@@ -147,7 +147,7 @@ def test_a_resumed_run_says_where_it_resumes(capsys, tmp_path, line_state, line_
 
 
 def test_the_monitored_column_is_in_the_line(capsys, small_state, small_classes) -> None:
-    metrics = {"accuracy": jt.metrics.accuracy, "f1": jt.metrics.macro_f1}
+    metrics = {"accuracy": jt.metrics.accuracy, "f1": jt.metrics.f1("macro")}
     stopping = jt.callbacks.early_stopping(3, "test_f1")
     callbacks = [jt.callbacks.progress(), stopping]
     options = {"loss_fn": jt.losses.cross_entropy, "epochs": 1, "callbacks": callbacks}

@@ -184,7 +184,7 @@ def test_the_training_metrics_are_those_of_the_steps_own_predictions(
 def test_arrays_may_be_columns_of_the_history(small_state, small_classes) -> None:
     metric_fns = {
         "confusion": jt.metrics.confusion_matrix,
-        "recall": jt.metrics.per_class_accuracy,
+        "recall": jt.metrics.recall(None),
         "accuracy": jt.metrics.accuracy,
     }
     _, history = fit(small_state, small_classes, metric_fns=metric_fns, epochs=2)

@@ -1,0 +1,209 @@
+"""The one interface of all metrics: a total that each batch updates, and that is finished once."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Callable
+from typing import Any, TypeAlias
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.typing import ArrayLike
+from jaxtyping import Array, Float, PyTree
+
+from jaxtrain.dataset import has_weight
+from jaxtrain.errors import InputError
+from jaxtrain.losses import name_of
+
+AnyArray: TypeAlias = Array | np.ndarray
+PerExampleMetric: TypeAlias = Callable[[Any, Any], Array]
+"""A function `metric(predictions, targets) -> [batch]`, whose weighted mean is reported."""
+
+
+@dataclasses.dataclass(frozen=True)
+class AccumulatedMetric:
+    """Base class of metrics that are not means over examples, such as R² and the area under ROC.
+
+    Where sums over the batches are enough, a pair of functions (sums, finish) is shorter. For
+    anything else, derive a frozen dataclass: equal objects share their compiled programs.
+
+    A metric on arrays is called: `metric(predictions, targets, weights=None)` returns its value.
+
+    Example:
+      >>> @dataclasses.dataclass(frozen=True)
+      ... class LargestError(jt.metrics.AccumulatedMetric):
+      ...     def update(self, total, predictions, targets, weights):
+      ...         errors = jnp.where(weights > 0, jnp.abs(predictions - targets)[:, 0], 0)
+      ...         return jnp.maximum(0 if total is None else total, jnp.max(errors))
+      ...
+      ...     def finish(self, total):
+      ...         return total
+      >>> LargestError()(jnp.array([[1.0], [5.0]]), jnp.array([[1.5], [3.0]]))
+      Array(2., dtype=float32)
+    """
+
+    def update(self, total: Any, predictions: Any, targets: Any, weights: Array) -> PyTree:
+        """Returns the total after one more batch.
+
+        Args:
+          total: that of the batches before, a pytree of arrays. It is None, or 0 in every array,
+            before the first batch, which must give the same.
+          predictions: the model's outputs, float32 at least, and 0 where the weight is 0.
+          targets: those of the data set, and 0 where the weight is 0.
+          weights: floating-point weights, [batch] or [batch, time]: 1 where the data have none.
+        """
+        raise NotImplementedError
+
+    def finish(self, total: Any) -> Array:
+        """Returns the metric, an array of any shape, from the total of all batches."""
+        raise NotImplementedError
+
+    def __call__(
+        self, predictions: Any, targets: Any, weights: AnyArray | None = None
+    ) -> Float[Array, "..."]:
+        """Returns the metric of arrays."""
+        return _value(self, predictions, targets, weights)
+
+    def total_of(self, predictions: Any, targets: Any, weights: Array) -> PyTree:
+        """Returns the total of all examples at once."""
+        return self.update(None, predictions, targets, weights)
+
+    @property
+    def __name__(self) -> str:
+        return type(self).__qualname__
+
+
+@dataclasses.dataclass(frozen=True)
+class Mean(AccumulatedMetric):
+    """The weighted mean of a function of each example; a loss is one too."""
+
+    function: PerExampleMetric
+
+    @property
+    def __name__(self) -> str:
+        return name_of(self.function)
+
+    def update(self, total: Any, predictions: Any, targets: Any, weights: Array) -> PyTree:
+        values = per_example(self.function, predictions, targets, jnp.shape(weights))
+        # In float32 at least: half precision overflows within a few hundred examples.
+        dtype = jnp.promote_types(values.dtype, jnp.float32)
+        values = jnp.where(weights == 0, 0, values.astype(dtype))
+        sums = vector_sum(values, weights.astype(dtype)), jnp.sum(weights, dtype=dtype)
+        return sums if total is None else jax.tree.map(jnp.add, total, sums)
+
+    def finish(self, total: Any) -> Array:
+        return mean_of(total)
+
+
+@dataclasses.dataclass(frozen=True)
+class Sums(AccumulatedMetric):
+    """A pair of functions (sums, finish)."""
+
+    sums: Callable[[Any, Any, Any], PyTree]
+    result: Callable[[Any], Array]
+
+    @property
+    def __name__(self) -> str:
+        return f"{name_of(self.sums)}+{name_of(self.result)}"
+
+    def update(self, total: Any, predictions: Any, targets: Any, weights: Array) -> PyTree:
+        sums = self.sums(predictions, targets, weights)
+        return sums if total is None else jax.tree.map(jnp.add, total, sums)
+
+    def finish(self, total: Any) -> Array:
+        return self.result(total)
+
+
+Metric: TypeAlias = (
+    PerExampleMetric
+    | tuple[Callable[[Any, Any, Any], PyTree], Callable[[Any], Array]]
+    | AccumulatedMetric
+)
+"""What `evaluate` takes as a metric: a `PerExampleMetric`, a pair (sums, finish), or an
+`AccumulatedMetric`."""
+
+
+def as_accumulated(metric: Metric) -> AccumulatedMetric:
+    """Returns any metric in the interface that the loops know."""
+    if isinstance(metric, AccumulatedMetric):
+        return metric
+    return Sums(*metric) if isinstance(metric, tuple) else Mean(metric)
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _value(
+    metric: AccumulatedMetric, predictions: Any, targets: Any, weights: Array | None
+) -> Array:
+    length = jax.tree.leaves((targets, predictions))[0].shape[0]
+    if weights is None:
+        return metric.finish(metric.total_of(predictions, targets, jnp.ones(length)))
+    weights = as_weights(weights)
+    if weights.shape[:1] != (length,):
+        raise InputError(
+            f"weights has the shape {weights.shape} for {length} examples; expected one per "
+            "example, or one per target"
+        )
+    predictions, targets = without_ignored((predictions, targets), weights)
+    return metric.finish(metric.total_of(predictions, targets, weights))
+
+
+def as_weights(weights: ArrayLike) -> Array:
+    """Returns weights as floating-point numbers; a mask is converted."""
+    array = jnp.asarray(weights)
+    return array.astype(jnp.promote_types(array.dtype, jnp.float32))
+
+
+def without_ignored(tree: PyTree, weights: Array) -> PyTree:
+    """Returns arrays with 0 in place of values of weight 0, which may be NaN or no label."""
+
+    def hide(leaf: Array) -> Array:
+        return jnp.where(has_weight(weights, leaf), leaf, jnp.zeros((), leaf.dtype))
+
+    return jax.tree.map(hide, tree)
+
+
+def per_example(
+    function: Any, predictions: Any, targets: Any, expected: tuple[int, ...]
+) -> Float[Array, "..."]:
+    """Returns `function(predictions, targets)`, checked to be one value per example or weight."""
+    values = function(predictions, targets)
+    if jnp.shape(values) != expected:
+        per = "example" if len(expected) == 1 else "weight"
+        raise InputError(
+            f"{name_of(function)} returned the shape {jnp.shape(values)} for a batch of "
+            f"{expected[0]}; expected one value per {per}, {expected}: leave the mean over the "
+            "batch to the step, and pass a loss per token with weights of its shape"
+        )
+    return values
+
+
+def vector_sum(values: Array, weights: Array | None = None) -> Array:
+    """Returns the sum of values, or of values times weights, as a dot product.
+
+    XLA:CPU fuses `jnp.sum` with the reshaping of predictions [batch, 1] before it, and then takes
+    several times as long under `vmap`.
+    """
+    weights = jnp.ones_like(values) if weights is None else weights
+    return jnp.dot(values.ravel(), weights.ravel(), precision=jax.lax.Precision.HIGHEST)
+
+
+def mean_of(total: tuple[Any, Any]) -> Array:
+    """Returns sum / weight: NaN where nothing has weight."""
+    return total[0] / total[1]
+
+
+def label_weights(weights: Array, shape: tuple[int, ...], name: str) -> Float[Array, "..."]:
+    """Returns weights as an array of the shape of the targets: each label has its example's.
+
+    Raises InputError unless they are along the leading axes of the targets.
+    """
+    if weights.shape != shape[: weights.ndim]:
+        raise InputError(
+            f"the weights of {name} have the shape {weights.shape}; expected one per example or "
+            f"per target, along the leading axes of {shape}"
+        )
+    return jnp.broadcast_to(
+        weights.reshape(weights.shape + (1,) * (len(shape) - weights.ndim)), shape
+    )
