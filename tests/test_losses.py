@@ -83,6 +83,20 @@ def test_the_distance_of_equal_vectors_has_gradient_zero() -> None:
     np.testing.assert_array_equal(gradient, 0)
 
 
+@pytest.mark.parametrize(
+    "loss_fn",
+    [*REGRESSION, *sorted(jt.losses.PROBABILITY_LOSSES, key=jt.losses.name_of)],
+    ids=jt.losses.name_of,
+)
+def test_the_loss_of_nan_is_nan(loss_fn) -> None:
+    """A run that has diverged must not have the smallest loss."""
+    pair = jnp.full((2, 3, 4), 0.5)
+    with_nan = pair.at[1, 0, 2].set(jnp.nan)
+    for arguments in ((with_nan, pair), (pair, with_nan)):
+        found = np.isnan(loss_fn(*arguments)).reshape(2, -1).any(axis=1)
+        np.testing.assert_array_equal(found, [False, True])
+
+
 def test_cosine_distances_by_hand() -> None:
     """The same direction, a right angle, the opposite, 60°, and the zero vector."""
     right = jnp.array([1.0, 0.0])

@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Integer, Shaped
+from jaxtyping import Array, Float, Shaped
 
 from jaxtrain._arguments import check_integer
 from jaxtrain.errors import InputError
@@ -20,7 +20,7 @@ from jaxtrain.metrics._metric import (
 
 
 def accuracy(
-    predictions: Float[AnyArray, "*batch classes"], targets: Integer[AnyArray, "..."]
+    predictions: Float[AnyArray, "*batch classes"], targets: Shaped[AnyArray, "..."]
 ) -> Float[Array, "..."]:
     """Returns 1 where the largest logit is that of the label, else 0.
 
@@ -78,7 +78,7 @@ class TopK:
     def __call__(
         self,
         predictions: Float[AnyArray, "*batch classes"],
-        targets: Integer[AnyArray, "..."],
+        targets: Shaped[AnyArray, "..."],
     ) -> Float[Array, "..."]:
         check_classes(self.__name__, predictions, targets)
         inside = _in_range(targets, predictions.shape[-1])

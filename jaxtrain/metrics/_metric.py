@@ -32,6 +32,7 @@ class AccumulatedMetric:
     A metric on arrays is called: `metric(predictions, targets, weights=None)` returns its value.
 
     Example:
+      >>> import dataclasses
       >>> @dataclasses.dataclass(frozen=True)
       ... class LargestError(jt.metrics.AccumulatedMetric):
       ...     def update(self, total, predictions, targets, weights):
@@ -60,9 +61,7 @@ class AccumulatedMetric:
         """Returns the metric, an array of any shape, from the total of all batches."""
         raise NotImplementedError
 
-    def __call__(
-        self, predictions: Any, targets: Any, weights: AnyArray | None = None
-    ) -> Float[Array, "..."]:
+    def __call__(self, predictions: Any, targets: Any, weights: AnyArray | None = None) -> Array:
         """Returns the metric of arrays."""
         return _value(self, predictions, targets, weights)
 

@@ -102,12 +102,21 @@ def _scores(predictions: Array, targets: Array, weights: Array) -> _Scores:
 
 
 def _log_odds(logits: Array) -> Array:
-    """Returns log(p / (1 − p)) of the softmax, which ranks also where p rounds to 1."""
+    """Returns log(p / (1 − p)) of the softmax, plus a constant, [examples, classes].
+
+    It orders examples as p does, also where p rounds to 1, and where all p are almost equal.
+    """
+    classes = logits.shape[-1]
     logits = logits - jnp.max(logits, axis=-1, keepdims=True)
-    log_p = jax.nn.log_softmax(logits)
-    is_largest = jnp.arange(logits.shape[-1])[None] == jnp.argmax(logits, axis=-1, keepdims=True)
+    is_largest = jnp.arange(classes)[None] == jnp.argmax(logits, axis=-1, keepdims=True)
     others = jax.nn.logsumexp(jnp.where(is_largest, -jnp.inf, logits), axis=-1, keepdims=True)
-    return jnp.where(is_largest, logits - others, log_p - jnp.log1p(-jnp.exp(log_p)))
+    log_p = jax.nn.log_softmax(logits)
+    odds = jnp.where(is_largest, logits - others, log_p - jnp.log1p(-jnp.exp(log_p)))
+    # log(p / (1 − p)) = logit − log(sum of the exponentials of the others)
+    powers = jnp.expm1(logits)
+    mean = (jnp.sum(powers, axis=-1, keepdims=True) - powers) / (classes - 1)
+    are_close = jnp.min(logits, axis=-1, keepdims=True) > -1
+    return jnp.where(are_close, logits - jnp.log1p(mean), odds + jnp.log(classes - 1.0))
 
 
 def _append(total: _Scores, part: list[Array]) -> _Scores:

@@ -145,7 +145,9 @@ def take_step(
         weight = jnp.asarray(total_weight(batch), jnp.float32)
         means = {name: at_least_float32(jnp.asarray(x, float)) for name, x in values.items()}
         loss = means.pop("loss")
-        after: Totals = {name: (mean * weight, weight) for name, mean in means.items()}
+        after: Totals = {
+            name: (jnp.where(weight == 0, 0, mean * weight), weight) for name, mean in means.items()
+        }
         after = after if totals is None else jax.tree.map(jnp.add, totals, after)
     else:
         assert objective.loss_fn is not None  # checked on the host

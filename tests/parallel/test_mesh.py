@@ -346,6 +346,7 @@ def test_weights_and_metrics_of_pairs_agree_with_one_device(small: Alone, mesh: 
         return jnp.sum(weights * LOSS(predictions, targets)), jnp.sum(weights)
 
     metrics = {"perplexity": (sums, lambda sums: jnp.exp(sums[0] / sums[1]))} | METRICS
+    metrics |= {"auc": jt.metrics.roc_auc(), "recall": jt.metrics.recall(None)}
     data = small.test.replace(weights=jnp.arange(EXAMPLES) % 3 / 2)
     expected = jt.evaluate(small.state, data, LOSS, metrics, batch_size=TEST_BATCH_SIZE)
     state, copy = jt.parallel.replicate((small.state, data), mesh)

@@ -13,6 +13,7 @@ import jaxtrain as jt
 from tests.training.helpers import assert_close
 
 LOSS, MSE = jt.losses.cross_entropy, jt.losses.mean_squared_error
+MAE = jt.losses.mean_absolute_error
 LINEAR, SGD = jt.models.LinearRegression(), jt.optimizers.sgd(0.1)
 
 
@@ -165,6 +166,13 @@ def test_a_batch_of_zero_weights_does_not_change_the_parameters() -> None:
     jax.tree.map(np.testing.assert_array_equal, after.params, state.params)
 
 
+def test_evaluation_of_no_weight_is_nan() -> None:
+    """There is nothing whose mean could be taken; 0 would be the best loss."""
+    state, data = line(jnp.zeros(12))
+    for found in (jt.evaluate(state, data, MSE, {"mae": MAE}), jt.eval_step(state, data, MSE)):
+        assert np.isnan(list(found.values())).all()
+
+
 def test_a_pair_of_functions_defines_an_accumulated_metric(small_state, small_classes) -> None:
     """Perplexity is the exponential of a mean."""
 
@@ -221,3 +229,57 @@ def test_a_weight_of_zero_keeps_nan_out_of_the_gradient(loss_fn) -> None:
     theirs, expected = jt.train_step(state, rest, loss_fn)
     assert metrics["loss"] == pytest.approx(float(expected["loss"]), rel=1e-5)
     assert_close(ours.params, theirs.params, rtol=1e-4)
+
+
+@pytest.mark.parametrize("wrong", [jnp.nan, jnp.inf])
+def test_a_weight_of_zero_hides_what_is_not_finite_from_training(wrong) -> None:
+    """In inputs and targets, of all that trains and evaluates."""
+    state, data = line(jnp.ones(12).at[1].set(0.0))
+    bad = jt.Dataset(data.inputs.at[1].set(wrong), data.targets.at[1].set(wrong), data.weights)
+    options = {"loss_fn": MSE, "metric_fns": {"mae": MAE, "r2": jt.metrics.r2}, "batch_size": 4}
+    ours, history = jt.fit(state, bad, bad, epochs=2, **options)
+    theirs, expected = jt.fit(state, data, data, epochs=2, **options)
+    assert_close(ours.params, theirs.params, rtol=1e-6)
+    assert_close(jt.train(state, bad, bad, epochs=2, **options)[0].params, ours.params, rtol=1e-6)
+    for name in ("train_loss", "train_r2", "test_mae", "test_r2"):
+        np.testing.assert_allclose(history[name], expected[name], rtol=1e-6)
+    after, losses = jt.train_epoch(state, bad, MSE, batch_size=4)
+    expected_after, expected_losses = jt.train_epoch(state, data, MSE, batch_size=4)
+    assert_close(after.params, expected_after.params, rtol=1e-6)
+    np.testing.assert_allclose(losses, expected_losses, rtol=1e-6)
+    counted = bad.replace(weights=data.weights.at[1].set(0.5))
+    with pytest.raises(jt.errors.InputError, match=r"train.inputs holds (nan|inf) at \[1, 0\]"):
+        jt.fit(state, counted, epochs=1, **options)
+
+
+def test_weights_per_token_hide_padded_inputs_and_weights_per_output_missing_targets() -> None:
+    """An input without weights of its own is hidden where its example has none at all."""
+    inputs = jax.random.normal(jax.random.key(0), (6, 4, 2))
+    mask = jnp.arange(4)[None] < 2 + jnp.arange(6)[:, None] % 3
+
+    class PerToken(nn.Module):
+        @nn.compact
+        def __call__(self, inputs, train: bool = False):
+            return nn.Dense(3)(inputs)
+
+    state = jt.init_state(PerToken(), SGD, inputs, key=jax.random.key(0))
+    labels = jnp.where(mask, 1, -1)
+    padded = jt.Dataset(jnp.where(mask[..., None], inputs, jnp.nan), labels, mask)
+    expected = jt.train_step(state, padded.replace(inputs=inputs), LOSS)[0]
+    assert_close(jt.train_step(state, padded, LOSS)[0].params, expected.params, rtol=1e-6)
+
+    def per_output(predictions, targets):
+        return jnp.square(predictions - targets)
+
+    state = jt.init_state(nn.Dense(3), SGD, inputs[:, 0], key=jax.random.key(0))
+    weights = jnp.ones((6, 3)).at[0].set(0.0).at[2, 1].set(0.0)
+    whole = jt.Dataset(inputs[:, 0], jnp.ones((6, 3)), weights)
+    missing = whole.replace(
+        inputs=whole.inputs.at[0].set(jnp.nan), targets=jnp.where(weights > 0, 1.0, jnp.nan)
+    )
+    expected = jt.fit(state, whole, loss_fn=per_output, epochs=1)[0]
+    found = jt.fit(state, missing, loss_fn=per_output, epochs=1)[0]
+    assert_close(found.params, expected.params, rtol=1e-6)
+    broken = missing.replace(inputs=missing.inputs.at[2, 1].set(jnp.nan))
+    with pytest.raises(jt.errors.InputError, match=r"train.inputs holds nan at \[2, 1\]"):
+        jt.fit(state, broken, loss_fn=per_output, epochs=1)
