@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import collections
 import dataclasses
 from typing import Any, NamedTuple, no_type_check
 
@@ -12,6 +13,8 @@ from jaxtyping import Array, PyTree
 
 from jaxtrain.optimizers._transforms import global_norm
 
+_INJECTED = (optax.InjectHyperparamsState, optax.InjectStatefulHyperparamsState)
+_Plateau = optax.contrib.ReduceLROnPlateauState
 LINE_SEARCHES = (optax.ScaleByZoomLinesearchState, optax.ScaleByBacktrackingLinesearchState)
 
 
@@ -58,11 +61,14 @@ def records(opt_state: PyTree) -> dict[str, Record]:
       opt_state: `state.opt_state`.
 
     Returns:
-      `skipped_steps`, with `skip_nonfinite`; `learning_rate`, that of the latest step, if the
-      state has exactly one; then each other `Record` in the order of the state. The optimizers of
-      this package record their learning rate, except Rprop, which has a step size per parameter,
-      and L-BFGS, which searches along each direction. Of several records of one name, as those of
-      `optax.multi_transform`, the value is the largest, or NaN if one is NaN.
+      `skipped_steps`, with `skip_nonfinite`; `learning_rate`, that of the latest update, if it is
+      known; then each other `Record` in the order of the state. Of several records of one name, as
+      those of `optax.multi_transform`, the value is the largest, or NaN if one is NaN.
+
+      The optimizers of this package and `optax.inject_hyperparams` keep their learning rate, except
+      Rprop, which has a step size per parameter, and L-BFGS, which searches along each direction. A
+      scale that `optax.contrib.reduce_on_plateau` applies after the optimizer is included. The rate
+      is unknown if there are several, or if another transformation follows that may scale updates.
 
     Example:
       >>> optimizer = jt.optimizers.skip_nonfinite(jt.optimizers.sgd(0.5))
@@ -78,9 +84,11 @@ def records(opt_state: PyTree) -> dict[str, Record]:
     for record in find_nodes(opt_state, Record):
         first = found.get(record.name)
         found[record.name] = record if first is None else _largest(first, record)
-    rate = _learning_rate(opt_state)
-    if rate is not None:
-        found.setdefault("learning_rate", Record("learning_rate", rate))
+    explicit = "learning_rate" in found  # a Record of a user's own transformation
+    rates = _rates(opt_state, explicit)
+    found.pop("learning_rate", None)
+    if len(rates) == 1 and rates[0] is not None:
+        found["learning_rate"] = Record("learning_rate", rates[0])
     leading = [name for name in ("skipped_steps", "learning_rate") if name in found]
     return {name: found[name] for name in dict.fromkeys([*leading, *found])}
 
@@ -145,15 +153,55 @@ def find_nodes(tree: PyTree, *kinds: type) -> list[Any]:
     return [leaf for leaf in leaves if isinstance(leaf, kinds)]
 
 
+def children(node: PyTree) -> list[Any]:
+    """Returns the nodes directly inside a node of a pytree; [] for a leaf."""
+    found = jax.tree.leaves(node, is_leaf=lambda each: each is not node)
+    return [each for each in found if each is not node]
+
+
+def is_chain(node: Any) -> bool:
+    """Returns whether a node is the state of `optax.chain` or `optax.named_chain`."""
+    return type(node) in (tuple, collections.OrderedDict)
+
+
+def is_transformation(node: Any) -> bool:
+    """Returns whether a node is the state of a transformation of optax, rather than an array."""
+    return isinstance(node, tuple)
+
+
+def injected_rate(node: Any) -> Array | None:
+    """Returns the learning rate in a state of `optax.inject_hyperparams`, or None."""
+    return node.hyperparams.get("learning_rate") if isinstance(node, _INJECTED) else None
+
+
 def _largest(first: Record, second: Record) -> Record:
     value = jnp.maximum(first.value, second.value)
     return Record(first.name, value, first.counts or second.counts)
 
 
-def _learning_rate(opt_state: PyTree) -> Array | None:
-    if find_nodes(opt_state, *LINE_SEARCHES):  # their learning rate is the length of a step
-        return None
-    found = optax.tree_utils.tree_get_all_with_path(
-        opt_state, "learning_rate", filtering=lambda path, value: hasattr(value, "dtype")
-    )
-    return found[0][1] if len(found) == 1 else None
+def _rates(node: Any, explicit: bool) -> list[Array | None]:
+    """Returns each learning rate in a state, with None in place of one that is unknown.
+
+    With `explicit`, a rate is a `Record` of that name; otherwise, that of `inject_hyperparams`.
+    """
+    if isinstance(node, Record):
+        return [node.value] if explicit and node.name == "learning_rate" else []
+    if not explicit and injected_rate(node) is not None:
+        return [injected_rate(node)]
+    if isinstance(node, (*LINE_SEARCHES, _Plateau)):
+        return [None]  # the length of a step, or a scale of gradients
+    found: list[Array | None] = []
+    if isinstance(node, optax.transforms.PartitionState):
+        parts = [part.inner_state for part in node.inner_states.values()]
+        found = [rate for part in parts for rate in _rates(part, explicit)]
+        moving = sum(part != optax.EmptyState() for part in parts)  # not optax.set_to_zero
+        return [*found, None] if moving > len(found) else found
+    for child in children(node):
+        follows = bool(found) and is_chain(node)
+        if follows and isinstance(child, _Plateau):
+            found = [None if rate is None else rate * child.scale for rate in found]
+        elif follows and is_transformation(child) and not explicit:
+            found = [*found, None]  # it may scale the updates
+        else:
+            found += _rates(child, explicit)
+    return found

@@ -1,8 +1,9 @@
-"""Records of an optimizer's state: which are found, and the gradient norm."""
+"""Records of an optimizer's state: which are found, the gradient norm, and the learning rate."""
 
 from __future__ import annotations
 
 import dataclasses
+import functools
 from typing import NamedTuple
 
 import jax
@@ -241,4 +242,103 @@ def test_a_recorded_learning_rate_precedes_that_of_the_state() -> None:
     found = records(both)
     assert list(found) == ["learning_rate", "norm"]
     assert found["learning_rate"].value == pytest.approx(0.1)
-    assert "learning_rate" not in records([opt_state, opt_state])  # which of the two?
+
+
+def falling(count):
+    return 0.5 * 0.9**count
+
+
+def scheduled():
+    return jt.optimizers.sgd(falling)
+
+
+def plateau(optimizer):
+    """Each second update without improvement divides the rate by ten."""
+    return optax.chain(optimizer, optax.contrib.reduce_on_plateau(factor=0.1, patience=2))
+
+
+def multi_steps(optimizer):
+    return optax.MultiSteps(optimizer, 2).gradient_transformation()
+
+
+def record_rate(schedule):
+    """A user's transformation: scales by a schedule, and records the rate."""
+
+    def init(params):
+        return (jnp.zeros((), jnp.int32), Record("learning_rate", jnp.zeros(())))
+
+    def update(updates, state, params=None):
+        rate = jnp.asarray(schedule(state[0]))
+        updates = jax.tree.map(lambda leaf: -rate * leaf, updates)
+        return updates, (state[0] + 1, Record("learning_rate", rate))
+
+    return optax.GradientTransformation(init, update)
+
+
+def partition(weight, bias):
+    return optax.partition({"a": weight, "b": bias}, {"weight": "a", "bias": "b"})
+
+
+ACCUMULATED = functools.partial(jt.optimizers.accumulate_gradients, steps=2)
+CLIPPED = functools.partial(jt.optimizers.clip_gradients, max_gradient_norm=100.0)
+RATES = {
+    "number": jt.optimizers.sgd(0.5),
+    "schedule": scheduled(),
+    "own record": record_rate(falling),
+    "injected": optax.inject_hyperparams(optax.sgd)(learning_rate=falling),
+    "plateau": plateau(jt.optimizers.sgd(0.5)),
+    "schedule, plateau": plateau(scheduled()),
+    "own record, plateau": plateau(record_rate(falling)),
+    "two plateaus": plateau(plateau(scheduled())),
+    "clip, plateau": CLIPPED(plateau(scheduled())),
+    "plateau, clip": plateau(CLIPPED(scheduled())),
+    "accumulate": ACCUMULATED(scheduled()),
+    "accumulate, plateau": ACCUMULATED(plateau(scheduled())),
+    "MultiSteps": multi_steps(scheduled()),
+    "plateau of MultiSteps": plateau(multi_steps(scheduled())),
+    "plateau of accumulate": plateau(ACCUMULATED(scheduled())),
+    "all": skip_nonfinite(
+        jt.optimizers.average_parameters(
+            record_gradient_norm(ACCUMULATED(plateau(CLIPPED(scheduled()))))
+        )
+    ),
+    "apply_if_finite": optax.apply_if_finite(plateau(scheduled()), 3),
+    "frozen": partition(plateau(scheduled()), optax.set_to_zero()),
+    "masked": optax.masked(plateau(scheduled()), {"weight": True, "bias": False}),
+}
+
+
+@pytest.mark.parametrize("name", RATES)
+def test_the_learning_rate_is_the_length_of_the_step(name: str) -> None:
+    """On a constant gradient, whose mean over batches it also is; 0 where nothing is updated."""
+    optimizer = optax.with_extra_args_support(RATES[name])
+    state, lengths = optimizer.init(PARAMS), set()
+    update = jax.jit(optimizer.update)
+    for value in (1.0, 1.0, 1.0, 0.5, 0.5, 0.5, 0.5, 0.5):
+        updates, state = update(GRADS, state, PARAMS, value=jnp.array(value))
+        length = float(-updates["weight"][0, 0] / GRADS["weight"][0, 0])
+        if length:
+            assert records(state)["learning_rate"].value == pytest.approx(length, rel=1e-6)
+            lengths.add(round(length, 8))
+    assert len(lengths) > 1 or name == "number"
+
+
+@pytest.mark.parametrize(
+    "optimizer",
+    [
+        optax.sgd(0.5),
+        optax.sgd(falling),
+        optax.chain(optax.contrib.reduce_on_plateau(), jt.optimizers.sgd(0.5)),
+        optax.chain(jt.optimizers.sgd(0.5), optax.scale(0.1)),
+        optax.named_chain(("sgd", jt.optimizers.sgd(0.5)), ("scale", optax.scale(0.1))),
+        optax.chain(jt.optimizers.sgd(0.5), jt.optimizers.sgd(0.1)),
+        plateau(optax.adam(0.5)),
+        partition(jt.optimizers.sgd(0.5), jt.optimizers.sgd(0.1)),
+        partition(jt.optimizers.sgd(0.5), optax.sgd(0.1)),
+        partition(record_rate(falling), record_rate(falling)),
+        jt.optimizers.rprop(0.1),
+        jt.optimizers.lbfgs(),
+    ],
+)
+def test_a_learning_rate_that_is_unknown_is_not_reported(optimizer) -> None:
+    assert "learning_rate" not in records(optimizer.init(PARAMS))
