@@ -16,7 +16,6 @@ from jaxtrain._placement import to_words
 from jaxtrain._safetensors import DTYPES, MAX_HEADER_BYTES, place, to_host
 from jaxtrain.dataset import named_arrays
 from jaxtrain.errors import InputError
-from jaxtrain.optimizers._averaging import restart_average
 from jaxtrain.training.state import TrainState
 
 
@@ -105,7 +104,6 @@ def load(path: str | os.PathLike[str], state: TrainState) -> TrainState:
     params = jax.tree.unflatten(jax.tree.structure(state.params), values[:count])
     return state.replace(
         params=params,
-        opt_state=restart_average(state.opt_state, params),
         model_state=jax.tree.unflatten(jax.tree.structure(state.model_state), values[count:]),
     )
 

@@ -19,7 +19,6 @@ from jaxtrain.export._torch_layers import to_torch as to_tensors
 from jaxtrain.export._torch_match import TorchLayer, match
 from jaxtrain.export._torch_optimizer import load_optimizer
 from jaxtrain.export._torch_trace import Uses, trace_uses
-from jaxtrain.optimizers._averaging import restart_average
 from jaxtrain.training.state import TrainState, check_state_type
 
 Pairs = list[tuple[TorchLayer, Layer]]
@@ -94,10 +93,8 @@ def load_torch(
     opt_state = state.opt_state
     if optimizer is not None:
         opt_state = load_optimizer(state, optimizer, tensors, pairs, orders)
-    loaded = state.replace(
-        params=params,
-        model_state=with_arrays(state.model_state, "model_state", found),
-        opt_state=restart_average(opt_state, params),
+    loaded = state.replace(opt_state=opt_state).replace(
+        params=params, model_state=with_arrays(state.model_state, "model_state", found)
     )
     if strict and hasattr(source, "named_modules"):
         check_outputs(loaded, source, source.state_dict(), pairs, uses)

@@ -3,14 +3,19 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
+import operator
 from typing import Any, no_type_check
 
 import jax
 import jax.numpy as jnp
 import optax
-from jaxtyping import Array, Int, PyTree
+from jaxtyping import Array, Bool, Int, PyTree
 
+from jaxtrain.optimizers._accumulation import AccumulationState
 from jaxtrain.optimizers._numbers import Number, check_number
+from jaxtrain.optimizers._records import find_nodes
+from jaxtrain.optimizers._safeguards import SkipNonfiniteState
 
 
 # Not type-checked at run time: JAX rebuilds pytrees with placeholders for their leaves.
@@ -23,7 +28,7 @@ class AverageState:
     Attributes:
       inner: state of the wrapped optimizer.
       average: the average, with the structure of the parameters.
-      count: updates so far.
+      count: updates of the parameters so far.
       evaluate: whether evaluation and prediction use the average (static).
     """
 
@@ -39,8 +44,14 @@ def average_parameters(
     """Returns an optimizer that also keeps an exponential moving average of the parameters.
 
     Same as `torch.optim.swa_utils.AveragedModel` with `get_ema_multi_avg_fn(decay)`, updated after
-    each step: the average starts as the parameters after the first step, and then moves towards
-    the parameters by 1 − decay of the difference. It does not change the training.
+    each update of the parameters: the average starts as the parameters after the first one, and
+    then moves towards the parameters by 1 − decay of the difference. It does not change the
+    training. Steps that `skip_nonfinite` leaves out, and those that only accumulate gradients, do
+    not move it, whatever the order of these wrappers.
+
+    `state.replace(params=...)`, `load` and `load_torch` start the average anew with their
+    parameters. Batch statistics remain those of training; `jt.update_batch_stats` recomputes them
+    for the average.
 
     `averaged_params(state.opt_state)` returns the average.
 
@@ -48,8 +59,7 @@ def average_parameters(
       optimizer: any optax transformation.
       decay: the part of the average that remains in each step, 0 … 1.
       evaluate: whether `evaluate`, `predict`, the evaluations of `fit` and `train`, `save`,
-        `to_module` and all exports use the average in place of the parameters. Batch statistics are
-        those of training.
+        `to_module` and all exports use the average in place of the parameters.
 
     Raises:
       InputError: the decay is not in 0 … 1.
@@ -72,18 +82,32 @@ def average_parameters(
         updates: PyTree, state: AverageState, params: PyTree | None = None, **extra_args: Any
     ) -> tuple[PyTree, AverageState]:
         updates, inner_state = inner.update(updates, state.inner, params, **extra_args)
-        first = state.count == 0
+        first, updated = state.count == 0, has_updated(inner_state)
 
         def move(average: Array, new: Array) -> Array:
             if not jnp.issubdtype(average.dtype, jnp.inexact):
-                return new
+                return jnp.where(updated, new, average)
             moved = average + jnp.asarray(1 - decay, average.dtype) * (new - average)
-            return jnp.where(first, new, moved)
+            return jnp.where(updated, jnp.where(first, new, moved), average)
 
         average = jax.tree.map(move, state.average, optax.apply_updates(params, updates))
-        return updates, AverageState(inner_state, average, state.count + 1, evaluate)
+        return updates, AverageState(inner_state, average, state.count + updated, evaluate)
 
     return optax.GradientTransformationExtraArgs(init, update)
+
+
+def has_updated(opt_state: PyTree) -> Bool[Array, ""] | bool:
+    """Returns whether the latest step was to change the parameters.
+
+    False if `skip_nonfinite` left it out, or if it only accumulated gradients.
+
+    Args:
+      opt_state: state of an optimizer after the step.
+    """
+    flags = [node.updated for node in find_nodes(opt_state, AccumulationState)]
+    flags = flags or [node.finite for node in find_nodes(opt_state, SkipNonfiniteState)]
+    flags += [node.mini_step == 0 for node in find_nodes(opt_state, optax.MultiStepsState)]
+    return functools.reduce(operator.and_, flags, True)
 
 
 def restart_average(opt_state: PyTree, params: PyTree) -> PyTree:

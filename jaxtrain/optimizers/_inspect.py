@@ -1,31 +1,60 @@
-"""Queries of optimizer states, also of chained and wrapped optimizers."""
+"""Queries and checks of optimizer states, also of chained and wrapped optimizers."""
 
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
 from typing import Any
 
+import jax
 import jax.numpy as jnp
+import optax
 from jaxtyping import Array, Bool, Float, Int, PyTree
 
+from jaxtrain.errors import InputError
 from jaxtrain.optimizers._accumulation import AccumulationState
 from jaxtrain.optimizers._averaging import AverageState
-from jaxtrain.optimizers._records import LINE_SEARCHES, find_nodes, records
+from jaxtrain.optimizers._records import (
+    LINE_SEARCHES,
+    children,
+    find_nodes,
+    injected_rate,
+    is_chain,
+    is_transformation,
+    records,
+)
 from jaxtrain.optimizers._safeguards import SkipNonfiniteState
 from jaxtrain.optimizers._transforms import ClippingState
 
 
 def current_learning_rate(opt_state: Any) -> Float[Array, "..."] | None:
-    """Returns the learning rate of the latest step, or None if the state does not record one.
-
-    The optimizers of this package record it, except Rprop, which has a step size per parameter,
-    and L-BFGS, which searches along each direction.
+    """Returns the learning rate of the latest update, or None if it is unknown; see `records`.
 
     Args:
       opt_state: `state.opt_state`.
     """
     record = records(opt_state).get("learning_rate")
     return None if record is None else record.value
+
+
+def map_constant_rates(function: Callable[[Array], Any], opt_state: Any) -> Any:
+    """Returns an optimizer state with a function applied to each learning rate that is a number.
+
+    Those are the rates of this package's optimizers and of `optax.inject_hyperparams`, unless they
+    follow a schedule.
+
+    Args:
+      function: of a rate, a scalar.
+      opt_state: `state.opt_state`.
+    """
+
+    def change(node: Any) -> Any:
+        rate = injected_rate(node)
+        if rate is None or "learning_rate" in getattr(node, "hyperparams_states", ()):
+            return node
+        return node._replace(hyperparams={**node.hyperparams, "learning_rate": function(rate)})
+
+    return jax.tree.map(change, opt_state, is_leaf=lambda node: injected_rate(node) is not None)
 
 
 def has_line_search(opt_state: Any) -> bool:
@@ -102,3 +131,54 @@ def evaluation_params(opt_state: Any, params: PyTree) -> PyTree:
     """
     states = [state for state in find_nodes(opt_state, AverageState) if state.evaluate]
     return states[0].average if states else params
+
+
+def check_order(opt_state: Any, params: PyTree) -> None:
+    """Raises InputError if wrappers of an optimizer are in an order in which they do not work.
+
+    Args:
+      opt_state: the initial state of the optimizer.
+      params: the parameters.
+    """
+    structure: Any = jax.tree.structure(params)
+    for state in find_nodes(opt_state, AverageState):
+        if jax.tree.structure(state.average) != structure:
+            raise InputError(
+                "average_parameters averages some of the parameters only; expected it around the "
+                "complete optimizer: average_parameters(optax.partition(...))",
+                argument="optimizer",
+            )
+    _check_order(opt_state, skips=False, accumulates=False)
+
+
+def _check_order(node: Any, skips: bool, accumulates: bool) -> None:
+    inner, expected = "", ""
+    if accumulates and isinstance(node, SkipNonfiniteState):
+        inner = "skip_nonfinite is inside accumulated gradients, so a bad batch removes others"
+        expected = "skip_nonfinite(accumulate_gradients(optimizer, steps))"
+    elif accumulates and isinstance(node, AccumulationState):
+        inner = "accumulate_gradients is inside accumulated gradients"
+        expected = "one accumulate_gradients, with the product of the steps"
+    elif accumulates and isinstance(node, LINE_SEARCHES):
+        inner = "an optimizer with a line search (L-BFGS) is inside accumulated gradients"
+        expected = "another optimizer, or all examples in one batch"
+    elif is_chain(node):
+        *before, _ = [each for each in children(node) if is_transformation(each)] or [None]
+        if find_nodes(before, SkipNonfiniteState):
+            inner = "another transformation of an optax.chain follows skip_nonfinite"
+            expected = "skip_nonfinite(optax.chain(...))"
+        elif find_nodes(before, AverageState):
+            inner = "another transformation of an optax.chain follows average_parameters"
+            expected = "average_parameters(optax.chain(...))"
+        elif skips and find_nodes(before, AccumulationState):
+            inner = (
+                "another transformation of an optax.chain follows accumulate_gradients inside "
+                "skip_nonfinite"
+            )
+            expected = "skip_nonfinite(accumulate_gradients(optax.chain(...), steps))"
+    if inner:
+        raise InputError(f"{inner}; expected {expected}", argument="optimizer")
+    skips = skips or isinstance(node, SkipNonfiniteState)
+    accumulates = accumulates or isinstance(node, (AccumulationState, optax.MultiStepsState))
+    for child in children(node):
+        _check_order(child, skips, accumulates)

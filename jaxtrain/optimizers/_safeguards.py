@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
 from typing import Any, NamedTuple
 
@@ -12,8 +13,9 @@ import optax
 from jaxtyping import Array, Bool, PyTree
 
 from jaxtrain.errors import InputError
+from jaxtrain.optimizers._accumulation import AccumulationState, without_batches
 from jaxtrain.optimizers._numbers import Number, check_number
-from jaxtrain.optimizers._records import Record
+from jaxtrain.optimizers._records import Record, find_nodes
 from jaxtrain.optimizers._transforms import clip_by_global_norm
 
 
@@ -72,6 +74,9 @@ def skip_nonfinite(
     are infinite from the start are allowed.) The updates of a skipped step are 0, the optimizer
     state does not change, and the step is counted.
 
+    Around `accumulate_gradients`, a bad batch counts as one of the batches of its update, and adds
+    nothing to it. If the update itself is not finite, all of its batches are left out.
+
     Unlike `optax.apply_if_finite`, it has no limit on consecutive steps, and it covers the model
     state: `apply_gradients` passes it as `model_states`, and keeps the old one if the step is
     skipped.
@@ -116,21 +121,71 @@ def skip_nonfinite(
     ) -> tuple[PyTree, SkipNonfiniteState]:
         if value is not None:
             extra_args["value"] = value
-        new_updates, new_inner = inner.update(updates, state.inner, params, **extra_args)
         # Updates alone are not enough: optax.zero_nans and Rprop hide a NaN gradient.
-        finite = all_finite((updates, value, new_updates)) & stays_finite(state.inner, new_inner)
+        usable = all_finite((updates, value))
         if model_states is not None:
-            finite &= stays_finite(*model_states)
+            usable &= stays_finite(*model_states)
+        if value is not None:
+            extra_args["value"] = value
+        old = state.inner
+        if find_nodes(old, AccumulationState):
+            # Only the batch is left out: the epoch's last update is made with the others.
+            extra_args["skip"] = ~usable
+            updates = jax.tree.map(functools.partial(_zero_unless, usable), updates)
+            if value is not None:
+                extra_args["value"] = _zero_unless(usable, value)
+            updates, new = inner.update(updates, old, params, **extra_args)
+            taken = all_finite(updates) & stays_finite(old, new)
+            new, old = _without_batch(new, old, usable), _without_batches(old)
+            finite = usable & taken
+        else:
+            updates, new = inner.update(updates, old, params, **extra_args)
+            taken = finite = usable & all_finite(updates) & stays_finite(old, new)
         return (
-            jax.tree.map(lambda leaf: jnp.where(finite, leaf, jnp.zeros_like(leaf)), new_updates),
+            jax.tree.map(functools.partial(_zero_unless, taken), updates),
             SkipNonfiniteState(
-                jax.tree.map(lambda new, old: jnp.where(finite, new, old), new_inner, state.inner),
+                jax.tree.map(functools.partial(jnp.where, taken), new, old),
                 dataclasses.replace(state.skipped, value=state.skipped.value + ~finite),
                 finite,
             ),
         )
 
     return optax.GradientTransformationExtraArgs(init, update)
+
+
+def _zero_unless(condition: Array, leaf: Array) -> Array:
+    return jnp.where(condition, leaf, jnp.zeros_like(leaf))
+
+
+def _without_batch(new: PyTree, old: PyTree, usable: Array) -> PyTree:
+    """Returns the state after a batch that is left out unless it is usable.
+
+    Then records stay, and other states around `accumulate_gradients` change only if the batch
+    completes an update of others.
+    """
+    states = find_nodes(new, AccumulationState)
+    updated = functools.reduce(jnp.logical_or, [state.updated for state in states])
+
+    def choose(new: Any, old: Any) -> Any:
+        if isinstance(new, AccumulationState):
+            return new
+        keep = usable if isinstance(new, Record) else usable | updated
+        return jax.tree.map(functools.partial(jnp.where, keep), new, old)
+
+    return jax.tree.map(choose, new, old, is_leaf=_is_accumulation_or_record)
+
+
+def _without_batches(tree: PyTree) -> PyTree:
+    """Drops the batches that have accumulated, since their update is not finite."""
+
+    def drop(node: Any) -> Any:
+        return without_batches(node) if isinstance(node, AccumulationState) else node
+
+    return jax.tree.map(drop, tree, is_leaf=_is_accumulation_or_record)
+
+
+def _is_accumulation_or_record(node: Any) -> bool:
+    return isinstance(node, (AccumulationState, Record))
 
 
 def all_finite(tree: PyTree) -> Bool[Array, ""]:

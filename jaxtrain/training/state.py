@@ -17,8 +17,9 @@ from jaxtrain._arguments import check_key
 from jaxtrain.dataset import Dataset, check_array, named_arrays
 from jaxtrain.errors import InputError
 from jaxtrain.model import Model
+from jaxtrain.optimizers._averaging import restart_average
 from jaxtrain.optimizers._hoist import hoist_tracers
-from jaxtrain.optimizers._inspect import evaluation_params
+from jaxtrain.optimizers._inspect import check_order, evaluation_params
 from jaxtrain.optimizers._records import records
 
 
@@ -67,7 +68,13 @@ class TrainState:
         return evaluation_params(self.opt_state, self.params)
 
     def replace(self, **changes: Any) -> TrainState:
-        """Returns a copy with some fields replaced."""
+        """Returns a copy with some fields replaced.
+
+        With new `params`, an average of the parameters starts anew with them, unless `opt_state` is
+        replaced too.
+        """
+        if "params" in changes and "opt_state" not in changes:
+            changes["opt_state"] = restart_average(self.opt_state, changes["params"])
         return dataclasses.replace(self, **changes)
 
     def __repr__(self) -> str:
@@ -111,8 +118,8 @@ def init_state(
 
     Raises:
       InputError: an argument has the wrong type; without `call`, a layer with dropout or batch norm
-        is in the mode of evaluation during training, or the reverse; or evaluation draws random
-        numbers.
+        is in the mode of evaluation during training, or the reverse; evaluation draws random
+        numbers; or wrappers of the optimizer are in an order in which they do not work.
 
     Example:
       >>> state = jt.init_state(model, optax.adam(1e-3), train.inputs[:1], key=jax.random.key(0))
@@ -122,7 +129,6 @@ def init_state(
       >>> state = jt.init_state(model, optimizer, sample, key=key, call=call)
     """
     check_key(key)
-    _check_optimizer(optimizer)
     if isinstance(sample_inputs, Dataset):
         raise InputError("sample_inputs is a Dataset; expected its inputs, dataset.inputs[:1]")
     for path, leaf in named_arrays(sample_inputs, "sample_inputs"):
@@ -132,7 +138,7 @@ def init_state(
     adapted, held = adapters.adapt(model, rngs, call)
     params, model_state = adapted.init(params_key, sample_inputs) if held is None else held
     adapted = adapters.checked(adapted, params, model_state, sample_inputs)
-    optimizer, opt_state = hoist_tracers(optimizer, params)
+    optimizer, opt_state = _initialized(optimizer, params)
     return TrainState(
         # Arrays from the start: Python integers would compile the first step twice.
         step=jnp.zeros((), jnp.int32),
@@ -154,14 +160,14 @@ def with_optimizer(state: TrainState, optimizer: optax.GradientTransformation) -
       optimizer: any optax transformation.
 
     Raises:
-      InputError: `optimizer` is not an optax transformation.
+      InputError: `optimizer` is not an optax transformation, or its wrappers are in an order in
+        which they do not work.
 
     Example:
       >>> state = jt.with_optimizer(state, jt.optimizers.sgd(1e-4))  # fine-tuning
     """
     check_state_type(state)
-    _check_optimizer(optimizer)
-    optimizer, opt_state = hoist_tracers(optimizer, state.params)
+    optimizer, opt_state = _initialized(optimizer, state.params)
     return state.replace(optimizer=optimizer, opt_state=opt_state)
 
 
@@ -245,7 +251,8 @@ def check_state_type(state: Any, step_fn: Any = None) -> None:
         )
 
 
-def _check_optimizer(optimizer: Any) -> None:
+def _initialized(optimizer: Any, params: PyTree) -> tuple[optax.GradientTransformation, PyTree]:
+    """Returns a checked optimizer and its initial state; see `hoist_tracers`."""
     if not isinstance(optimizer, optax.GradientTransformation):
         if hasattr(optimizer, "gradient_transformation"):  # optax.MultiSteps
             raise InputError(
@@ -256,6 +263,9 @@ def _check_optimizer(optimizer: Any) -> None:
             f"optimizer is {optimizer!r}; expected an optax transformation, such as "
             "jaxtrain.optimizers.sgd(0.01)"
         )
+    optimizer, opt_state = hoist_tracers(optimizer, params)
+    check_order(opt_state, params)
+    return optimizer, opt_state
 
 
 def _describe(leaf: Any) -> str:

@@ -98,6 +98,35 @@ def test_evaluation_uses_the_average_only_if_asked(small_classes, evaluate: bool
     assert jt.optimizers.averaged_params(plain.opt_state) is None
 
 
+@pytest.mark.parametrize("evaluate", [True, False])
+def test_parameters_that_are_put_in_are_those_that_come_out(
+    small_classes, tmp_path, evaluate: bool
+) -> None:
+    """The average starts anew with them; the next update replaces it, as at the start of a run."""
+    torch = pytest.importorskip("torch")
+    optimizer = jt.optimizers.average_parameters(SGD, 0.9, evaluate=evaluate)
+    state, _ = jt.train_epoch(make_state(optimizer, small_classes), small_classes, LOSS)
+    other = jt.init_state(state.model, SGD, small_classes.inputs[:1], key=jax.random.key(7))
+    expected = jt.predict(other, small_classes.inputs)
+    jt.save(tmp_path / "other", other)
+    states = {
+        "replace": state.replace(params=other.params),
+        "load": jt.load(tmp_path / "other", state),
+        "load_torch": jt.export.load_torch(state, jt.export.to_torch(other)),
+    }
+    for name, put_in in states.items():
+        np.testing.assert_array_equal(jt.predict(put_in, small_classes.inputs), expected, name)
+        assert_identical(jt.optimizers.averaged_params(put_in.opt_state), other.params)
+        jt.save(tmp_path / name, put_in)
+        assert (tmp_path / name).read_bytes() == (tmp_path / "other").read_bytes()
+        for key, tensor in jt.export.to_torch(put_in).items():
+            assert torch.equal(tensor, jt.export.to_torch(other)[key])
+        trained, _ = jt.train_step(put_in, small_classes, LOSS)
+        assert_identical(jt.optimizers.averaged_params(trained.opt_state), trained.params)
+    kept = state.replace(params=other.params, opt_state=state.opt_state)
+    assert_identical(kept.opt_state, state.opt_state)
+
+
 @pytest.mark.parametrize(
     ("optimizer", "weighted"), [(SGD, True), (ADAM, False)], ids=["sgd, weighted", "adam"]
 )
