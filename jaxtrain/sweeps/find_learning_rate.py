@@ -12,15 +12,16 @@ import numpy as np
 import optax
 from jax import lax
 from jax.typing import ArrayLike
-from jaxtyping import Array, Float, Int, Key
+from jaxtyping import Array, Int, Key
 
 from jaxtrain._arguments import check_integer, check_key
 from jaxtrain.dataset import Dataset
 from jaxtrain.errors import InputError
 from jaxtrain.losses import Loss
-from jaxtrain.optimizers._inspect import has_line_search
+from jaxtrain.optimizers._averaging import has_updated
+from jaxtrain.optimizers._inspect import has_line_search, last_step_finite
 from jaxtrain.training.checks import check_data, checked_data, checked_state
-from jaxtrain.training.state import TrainState, with_optimizer
+from jaxtrain.training.state import TrainState, recorded, with_optimizer
 from jaxtrain.training.step import Batch, check_loss, update
 
 if TYPE_CHECKING:
@@ -30,15 +31,17 @@ if TYPE_CHECKING:
 _DIVERGED = 4.0
 # Fraction of the steps in a smoothing window, and its minimum number of steps.
 _WINDOW, _LEAST_WINDOW = 0.1, 5
+# A loss that falls does so by more than this multiple of the noise of the smoothed losses.
+_LEAST_FALL = 8.0
 
 
 class RangeTest(NamedTuple):
     """The result of a learning rate range test.
 
     Attributes:
-      rates: the learning rate of each step, up to where the run diverged, [steps].
-      losses: the loss of each step before its update, [steps].
-      smoothed_losses: the losses, smoothed by a line through the neighboring steps, [steps].
+      rates: the learning rate of each update, up to where the run diverged, [steps].
+      losses: the loss before each update, the mean over its batches, [steps].
+      smoothed_losses: the losses, smoothed by a line through the neighboring ones, [steps].
       suggestion: the rate at which the smoothed loss falls fastest.
     """
 
@@ -96,19 +99,22 @@ def find_learning_rate(
     Args:
       state: the parameters to start from; not modified. Its optimizer is not used.
       train: inputs and targets with leading axis [examples], a `Dataset` or a tuple.
-      make_optimizer: makes the optimizer from a schedule, such as `jt.optimizers.adam`.
+      make_optimizer: makes the optimizer from a schedule, such as `jt.optimizers.adam`. The
+        schedule is one rate per update, whatever the count; with accumulated gradients, an update
+        takes several batches.
       loss_fn: per-example loss.
-      lowest: the rate of the first step.
-      highest: the rate of the last step.
-      steps: steps to train; with more, the loss falls at lower rates.
+      lowest: the rate of the first update.
+      highest: the rate of the last update.
+      steps: updates to make; with more, the loss falls at lower rates.
       batch_size: examples per step.
       key: PRNG key of the shuffle; None keeps the stored order.
 
     Returns:
-      The rates, losses and smoothed losses up to where the run diverged, and the suggestion.
+      The rates, losses and smoothed losses up to where the run diverged, and the suggestion. The
+      rates are those that the optimizer records, if it does.
 
     Raises:
-      InputError: an argument is out of range, or the loss falls at no rate.
+      InputError: an argument is out of range, or the loss falls at no rate by more than its noise.
 
     Example:
       >>> range_test = jt.find_learning_rate(
@@ -133,14 +139,17 @@ def find_learning_rate(
             "an optimizer from a schedule, such as jaxtrain.optimizers.adam, without parentheses",
             argument="make_optimizer",
         )
-    ramp = optax.exponential_decay(lowest, steps - 1, highest / lowest)
     calls = []
 
-    def schedule(count: ArrayLike) -> ArrayLike:
-        calls.append(count)
-        return ramp(count)
+    def optimizer_with(rate: ArrayLike) -> optax.GradientTransformation:
+        def schedule(count: ArrayLike) -> ArrayLike:
+            calls.append(True)
+            return rate
 
-    state = checked_state(with_optimizer(state, make_optimizer(schedule)))
+        return make_optimizer(schedule)
+
+    ramp = jnp.geomspace(lowest, highest, steps)
+    state = checked_state(with_optimizer(state, optimizer_with(ramp[0])))
     if has_line_search(state.opt_state):
         raise InputError(
             "make_optimizer makes an optimizer with a line search, such as L-BFGS, which finds the "
@@ -150,14 +159,56 @@ def find_learning_rate(
     dataset = checked_data(train, "train")
     check_data(state, dataset, loss_fn, "train")
     batches = _batches(len(dataset), min(batch_size, len(dataset)), steps, key)
-    losses = np.asarray(_losses(state, dataset, batches, loss_fn), float)
-    if not calls:  # while the step was traced
+
+    @jax.jit
+    def run(state: TrainState, updates: Array, dataset: Dataset) -> tuple[Any, _Log]:
+        def step(carry: tuple[TrainState, Array], indices: Array) -> tuple[Any, _Log]:
+            state, updates = carry
+            rate = ramp[jnp.minimum(updates, steps - 1)]
+            after = state.replace(optimizer=optimizer_with(rate))  # only used while traced
+            after, loss, _ = update(after, dataset.take(indices), loss_fn)
+            updated = jnp.asarray(has_updated(after.opt_state))
+            used = recorded(after).get("learning_rate", rate)
+            after = after.replace(optimizer=state.optimizer)
+            return (after, updates + updated), _Log(loss, used, updated)
+
+        return lax.scan(step, (state, updates), batches)
+
+    updates, before = jnp.zeros((), jnp.int32), -1
+    logs = []
+    while before < updates < steps:  # once, unless an update takes several batches
+        before = int(updates)
+        (state, updates), log = run(state, updates, dataset)
+        logs.append(log)
+    if not calls:
         raise InputError(
             "make_optimizer ignores the schedule that it is given; expected a function that passes "
             "it on as the learning rate, such as jaxtrain.optimizers.adam",
             argument="make_optimizer",
         )
-    return _result(np.asarray(jax.vmap(ramp)(jnp.arange(steps)), float), losses)
+    log = jax.tree.map(lambda *parts: np.concatenate(parts), *logs)
+    skips = last_step_finite(state.opt_state) is not None
+    return _result(*_per_update(log, steps, skips))
+
+
+class _Log(NamedTuple):
+    """The loss of each batch, the rate that is recorded after it, and whether it ends an update."""
+
+    losses: Any
+    rates: Any
+    updated: Any
+
+
+def _per_update(log: _Log, steps: int, skips: bool) -> tuple[np.ndarray, np.ndarray]:
+    """Returns the rate and the mean loss of each of the first `steps` updates."""
+    updates = np.cumsum(log.updated) - log.updated  # that a batch belongs to
+    count = min(steps, int(log.updated.sum()))
+    used = (updates < count) & (np.isfinite(log.losses) if skips else True)
+    sums = np.bincount(updates[used], log.losses[used], count)
+    return (
+        np.asarray(log.rates[log.updated][:count], float),
+        sums / np.maximum(np.bincount(updates[used], minlength=count), 1),
+    )
 
 
 def _batches(
@@ -173,17 +224,6 @@ def _batches(
     return orders[: steps * batch_size].reshape(steps, batch_size)
 
 
-@functools.partial(jax.jit, static_argnames="loss_fn")
-def _losses(
-    state: TrainState, dataset: Dataset, batches: Int[Array, "steps batch"], loss_fn: Loss
-) -> Float[Array, "steps"]:
-    def step(state: TrainState, indices: Array) -> tuple[TrainState, Any]:
-        state, loss, _ = update(state, dataset.take(indices), loss_fn)
-        return state, loss
-
-    return lax.scan(step, state, batches)[1]
-
-
 def _result(rates: np.ndarray, losses: np.ndarray) -> RangeTest:
     """Returns the losses up to where the run diverges, and where they fall fastest."""
     from scipy.signal import savgol_filter  # takes a while to import
@@ -192,9 +232,13 @@ def _result(rates: np.ndarray, losses: np.ndarray) -> RangeTest:
     count = len(losses) if finite.all() else int(np.argmin(finite))
     window = max(_LEAST_WINDOW, round(_WINDOW * len(losses))) // 2 * 2 + 1
     if count < window:
+        rate = f"{rates[count]:.3g}, after {count} updates" if count < len(losses) else ""
         raise InputError(
-            f"the loss is {losses[count]:g} at the learning rate {rates[count]:.3g}, after {count} "
-            "steps; expected finite losses at low rates: lower lowest, or scale the inputs"
+            f"the loss is {losses[count]:g} at the learning rate {rate}; expected finite losses at "
+            "low rates: lower lowest, or scale the inputs"
+            if rate
+            else f"the optimizer makes {count} updates and then none; expected updates by finite "
+            "gradients, or accumulation over fewer batches"
         )
     smoothed = savgol_filter(losses[:count], window, polyorder=1)
     lowest = np.minimum.accumulate(smoothed)
@@ -203,11 +247,15 @@ def _result(rates: np.ndarray, losses: np.ndarray) -> RangeTest:
         count = max(window, int(np.argmax(diverged)))
         smoothed = savgol_filter(losses[:count], window, polyorder=1)
     slopes = savgol_filter(losses[:count], window, polyorder=1, deriv=1)
-    falling = slopes[: int(np.argmin(smoothed)) + 1]
-    at = int(np.argmin(falling))
-    if not falling[at] < 0:
+    end = int(np.argmin(smoothed)) + 1
+    at = int(np.argmin(slopes[:end]))
+    # The noise of the smoothed losses: of the mean over a window, and of rounding.
+    noise = np.std(losses[:end] - smoothed[:end]) / np.sqrt(window)
+    noise += np.finfo(np.float32).eps * np.abs(smoothed[:end]).max()
+    if smoothed[:end].max() - smoothed[end - 1] <= _LEAST_FALL * noise:
         raise InputError(
-            f"the loss falls at no learning rate from {rates[0]:.3g} to {rates[count - 1]:.3g}; "
-            "expected it to fall: choose another range, or check the model and the data"
+            f"the loss falls at no learning rate from {rates[0]:.3g} to {rates[count - 1]:.3g} by "
+            "more than its noise, so there is no suggestion; expected it to fall: choose another "
+            "range or a larger batch_size, or check the model and the data"
         )
     return RangeTest(rates[:count], losses[:count], smoothed, float(rates[at]))

@@ -129,9 +129,67 @@ def test_the_picture_shows_losses_and_suggestion() -> None:
     ] == f"suggestion: {test.suggestion:.2g}"
 
 
-def test_a_loss_that_never_falls_is_an_error() -> None:
+@pytest.mark.parametrize(
+    "losses",
+    [
+        1 + np.linspace(0, 1, len(RATES)),
+        np.full(len(RATES), 2.3),
+        2.3 + np.random.default_rng(0).normal(0, 1e-7, len(RATES)),  # rounding
+        2.3 + np.random.default_rng(0).normal(0, 0.5, len(RATES)),  # of different batches
+    ],
+    ids=["rises", "constant", "rounding", "noise"],
+)
+def test_a_loss_that_never_falls_is_an_error(losses) -> None:
     with pytest.raises(jt.errors.InputError, match=r"falls at no learning rate from 1e-05"):
-        _result(RATES, 1 + np.linspace(0, 1, len(RATES)))
+        _result(RATES, losses)
+
+
+def test_a_model_that_does_not_learn_has_no_suggestion(state, small_classes) -> None:
+    def loss_fn(predictions, targets):
+        return 1.0 + 0 * predictions[:, 0]
+
+    with pytest.raises(jt.errors.InputError, match="so there is no suggestion"):
+        jt.find_learning_rate(state, small_classes, jt.optimizers.sgd, loss_fn=loss_fn)
+
+
+MAKERS = {
+    "accumulated": lambda rate: jt.optimizers.accumulate_gradients(jt.optimizers.sgd(rate), 2),
+    "MultiSteps": lambda rate: optax.MultiSteps(optax.sgd(rate), 2).gradient_transformation(),
+    "skipping": lambda rate: jt.optimizers.skip_nonfinite(MAKERS["accumulated"](rate)),
+    "schedule of a schedule": lambda rate: jt.optimizers.accumulate_gradients(
+        jt.optimizers.sgd(lambda count: rate(count // 10)), 2
+    ),
+}
+
+
+@pytest.mark.parametrize("name", MAKERS)
+def test_accumulated_updates_are_made_at_the_rates_that_are_reported(
+    state, small_classes, name: str
+) -> None:
+    """Two batches per update. A rate is tried once, and its loss is the mean of both batches."""
+    data = small_classes[:48]
+    test = jt.find_learning_rate(
+        *(state, data, MAKERS[name]),
+        **{"loss_fn": LOSS, "lowest": 1e-3, "highest": 0.5, "steps": 20, "batch_size": 24},
+    )
+    np.testing.assert_allclose(test.rates, np.geomspace(1e-3, 0.5, 20), rtol=1e-5)
+    for rate, loss in zip(test.rates, test.losses, strict=True):
+        state = jt.with_optimizer(state, jt.optimizers.sgd(float(rate)))
+        state, metrics = jt.train_step(state, data, LOSS)
+        np.testing.assert_allclose(loss, metrics["loss"], rtol=1e-5)
+
+
+def test_the_rates_are_those_that_the_optimizer_applies(state, small_classes) -> None:
+    def make_optimizer(rate):
+        scale = optax.contrib.reduce_on_plateau(factor=0.5, patience=1, rtol=1.0)  # in each step
+        return optax.chain(jt.optimizers.sgd(lambda count: 3 * rate(count)), scale)
+
+    test = jt.find_learning_rate(
+        *(state, small_classes, make_optimizer),
+        **{"loss_fn": LOSS, "lowest": 0.01, "highest": 10.0, "steps": 20, "batch_size": 50},
+    )
+    expected = 3 * np.geomspace(0.01, 10, 20) * 0.5 ** np.arange(1, 21)
+    np.testing.assert_allclose(test.rates, expected[: len(test.rates)], rtol=1e-5)
 
 
 def test_a_loss_that_is_nan_from_the_start_is_an_error(state, small_classes) -> None:
