@@ -9,6 +9,7 @@ from jaxtrain.callbacks.every_steps import every_steps
 from jaxtrain.callbacks.json_lines import json_lines
 from jaxtrain.callbacks.profile import profile
 from jaxtrain.callbacks.progress import progress
+from jaxtrain.callbacks.reduce_on_plateau import reduce_on_plateau
 from jaxtrain.callbacks.tensorboard import tensorboard
 from jaxtrain.callbacks.wandb import wandb
 
@@ -22,6 +23,7 @@ __all__ = [
     "json_lines",
     "profile",
     "progress",
+    "reduce_on_plateau",
     "tensorboard",
     "wandb",
 ]
