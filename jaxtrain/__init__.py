@@ -30,8 +30,9 @@ from jaxtrain.export import load, save
 from jaxtrain.inspect import summary
 from jaxtrain.lowerings import use_cpu_lowerings
 from jaxtrain.model import Model
-from jaxtrain.optimizers import minimize
+from jaxtrain.optimizers._minimize import Minimum, minimize
 from jaxtrain.sweeps import find_learning_rate, load_sweep, sweep
+from jaxtrain.training.batch_stats import update_batch_stats
 from jaxtrain.training.fit import History, Run, fit
 from jaxtrain.training.loop import evaluate, predict, train_epoch
 from jaxtrain.training.run import train
@@ -43,6 +44,7 @@ __version__ = "0.2.0"
 __all__ = [
     "Dataset",
     "History",
+    "Minimum",
     "Model",
     "Run",
     "TrainState",
@@ -75,6 +77,7 @@ __all__ = [
     "train",
     "train_epoch",
     "train_step",
+    "update_batch_stats",
     "use_cpu_lowerings",
     "with_optimizer",
 ]

@@ -40,10 +40,7 @@ def definitions(module: ModuleType) -> dict[str, str | None]:
 
 
 def public_names() -> dict[str, Any]:
-    """Returns the public functions, classes and constants by name, such as "losses.huber".
-
-    A name that is public twice, such as `minimize` and `optimizers.minimize`, is there twice.
-    """
+    """Returns the public functions, classes and constants by name, such as "losses.huber"."""
     names = {
         name: getattr(jt, name) for name in jt.__all__ if not inspect.ismodule(getattr(jt, name))
     }

@@ -33,8 +33,8 @@ PACKAGES = {
 
 # Functions return these or call callbacks with them, and have examples.
 RESULTS = {
-    *("Run", "sweeps.RangeTest", "sweeps.SweepRun", "sweeps.SweepTable"),
-    *("callbacks.SweepProgress", "data.Resolved", "losses.WeightedSum", "optimizers.Minimum"),
+    *("Minimum", "Run", "sweeps.RangeTest", "sweeps.SweepRun", "sweeps.SweepTable"),
+    *("callbacks.SweepProgress", "data.Resolved", "losses.WeightedSum"),
 }
 
 

@@ -1,9 +1,9 @@
-"""Optimizers with the semantics of `torch.optim`, safeguards, schedules, and `minimize`."""
+"""Optimizers with the semantics of `torch.optim`, schedules, safeguards, and records."""
 
 from jaxtrain.optimizers._accumulation import accumulate_gradients
 from jaxtrain.optimizers._averaging import average_parameters
 from jaxtrain.optimizers._inspect import averaged_params
-from jaxtrain.optimizers._minimize import Minimum, Stop, minimize
+from jaxtrain.optimizers._minimize import Stop
 from jaxtrain.optimizers._records import Record, record_gradient_norm, records
 from jaxtrain.optimizers._safeguards import clip_gradients, skip_nonfinite
 from jaxtrain.optimizers._schedules import (
@@ -25,7 +25,6 @@ from jaxtrain.optimizers._torch import (
 )
 
 __all__ = [
-    "Minimum",
     "Record",
     "Stop",
     "accumulate_gradients",
@@ -40,7 +39,6 @@ __all__ = [
     "lbfgs",
     "linear_lr",
     "make",
-    "minimize",
     "one_cycle_lr",
     "record_gradient_norm",
     "records",
