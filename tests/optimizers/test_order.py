@@ -13,8 +13,8 @@ import pytest
 
 import jaxtrain as jt
 
-# All pairs on many cases: JAXTRAIN_FUZZ=1000 make test ARGS=tests/optimizers/test_order.py
-CASES = int(os.environ.get("JAXTRAIN_FUZZ", "30"))
+# All pairs on many cases: JAXTRAIN_CASES=1000 make test ARGS=tests/optimizers/test_order.py
+CASES = int(os.environ.get("JAXTRAIN_CASES", "30"))
 RATE, NORM, DECAY, STEPS, BATCH_SIZE, EPOCHS = 0.1, 1.0, 0.6, 3, 2, 2
 # With these, an observation that is the second one without improvement halves the rate.
 PLATEAU = optax.contrib.reduce_on_plateau(factor=0.5, patience=2, rtol=1e-4)
@@ -39,7 +39,7 @@ ORDERS = [
     ("average", "skip", "accumulate", "plateau", "record", "clip"),
     ("average", "clip", "plateau", "accumulate", "record"),
 ]
-if "JAXTRAIN_FUZZ" in os.environ:
+if "JAXTRAIN_CASES" in os.environ:
     ORDERS += PAIRS
 
 
