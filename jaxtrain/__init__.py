@@ -25,6 +25,7 @@ from jaxtrain import (
     sweeps,
 )
 from jaxtrain.adapters import mixed_precision
+from jaxtrain.checkpoint import load_checkpoint
 from jaxtrain.dataset import Dataset
 from jaxtrain.export import load, save
 from jaxtrain.inspect import summary
@@ -60,6 +61,7 @@ __all__ = [
     "gradients",
     "init_state",
     "load",
+    "load_checkpoint",
     "load_sweep",
     "losses",
     "metrics",

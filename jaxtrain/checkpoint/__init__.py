@@ -18,6 +18,7 @@ from jaxtrain.checkpoint._identity import (
     identify,
     without_addresses,
 )
+from jaxtrain.checkpoint._load import load_checkpoint
 from jaxtrain.checkpoint._store import CheckpointStore, list_checkpoints, list_epochs
 
 __all__ = [
@@ -34,6 +35,7 @@ __all__ = [
     "identify",
     "list_checkpoints",
     "list_epochs",
+    "load_checkpoint",
     "read_arrays",
     "read_file",
     "verify",

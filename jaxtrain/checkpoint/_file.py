@@ -97,7 +97,9 @@ def flatten(
     if part is not None:
         record["part"] = part._asdict()
         trees |= {name: record["part"].pop(name) for name in ("loss", "weight", "sums")}
-    leaves = {name: each for root in trees for name, each in _leaves(root, trees[root]).items()}
+    leaves = {
+        name: each for root in trees for name, each in describe_leaves(root, trees[root]).items()
+    }
     arrays = {name: to_host(leaf, name) for name, (_, leaf) in leaves.items()}
     specs = {name: spec for name, (spec, _) in leaves.items()}
     return arrays, record | {"leaves": specs, "metadata": dict(metadata)}
@@ -229,7 +231,7 @@ def unflatten(
         likes = {"state": like}
         likes |= {"best": like} if record["best"] == "stored" else {}
         likes |= {"sums": sums} if step else {}
-        trees = {root: _leaves(root, tree) for root, tree in likes.items()}
+        trees = {root: describe_leaves(root, tree) for root, tree in likes.items()}
         expected = {name: pair for tree in trees.values() for name, pair in tree.items()}
         found = [s for name, s in specs.items() if name.split(".")[0] in ("state", "best", "sums")]
         for theirs, ours in zip_longest(found, [spec for spec, _ in expected.values()]):
@@ -244,7 +246,7 @@ def unflatten(
                 f"{', '.join(record['columns'])}, and that of this run {', '.join(columns)}; use "
                 "the same metrics and optimizer, or another checkpoint directory"
             )
-        names = _leaves("history", [{column: 0} for column in columns])
+        names = describe_leaves("history", [{column: 0} for column in columns])
         history = {column: arrays[name].copy() for column, name in zip(columns, names, strict=True)}
         part = None
         if step:
@@ -297,7 +299,7 @@ def _view(content: bytes, start: int, entry: dict[str, Any]) -> np.ndarray:
     return array.reshape(entry["shape"])
 
 
-def _leaves(root: str, tree: PyTree) -> dict[str, tuple[str, Any]]:
+def describe_leaves(root: str, tree: PyTree) -> dict[str, tuple[str, Any]]:
     """Returns each leaf and its description by name, such as "state.params.Dense_0.kernel"."""
     found: dict[str, tuple[str, Any]] = {}
     for path, leaf in tree_util.tree_leaves_with_path(tree):
