@@ -13,6 +13,7 @@ from jax import lax
 from jaxtyping import Array, Float, Int, PyTree
 
 from jaxtrain._arguments import check_integer
+from jaxtrain._carry import keep_types
 from jaxtrain.optimizers._inspect import has_line_search
 
 
@@ -112,7 +113,8 @@ def minimize(
       the loss is no longer finite (it diverged), and when a line search does not move.
 
     Raises:
-      InputError: max_steps is not an integer of at least 0, or is 2³¹ − 1 or more.
+      InputError: max_steps is not an integer of at least 0, or is 2³¹ − 1 or more; or the optimizer
+        changes the type of its state.
 
     Example:
       >>> def loss_fn(x):
@@ -151,26 +153,30 @@ def minimize(
         )
         params = optax.apply_updates(point.params, updates)
         if searches:
-            # The search has evaluated this point already.
             find = optax.tree_utils.tree_get
             loss, grad = find(opt_state, "value"), find(opt_state, "grad")
             evaluations = find(opt_state, "num_linesearch_steps")
+            if grad is None:  # the search has evaluated this point already, without its gradient
+                loss, grad = evaluate(params)
+                evaluations += 1
             same = jax.tree.map(lambda a, b: jnp.all(a == b), params, point.params)
             stalled = jnp.all(jnp.array(jax.tree.leaves(same)))
         else:
             loss, grad = evaluate(params)
             evaluations, stalled = 1, jnp.zeros((), bool)
         steps = point.steps + 1
-        return _Point(
+        after = _Point(
             params,
             opt_state,
             loss,
             grad,
             point.losses.at[steps].set(loss),
             steps,
-            point.evaluations + evaluations,
+            # The optimizer may count in int64.
+            point.evaluations + jnp.asarray(evaluations, jnp.int32),
             stalled,
         )
+        return keep_types(after, point, "the optimizer")
 
     loss, grad = evaluate(params)
     first = _Point(

@@ -11,6 +11,7 @@ import numpy as np
 from jaxtyping import Array, PyTree
 
 from jaxtrain import parallel
+from jaxtrain._carry import keep_types
 from jaxtrain._json import rounded
 from jaxtrain._placement import to_numpy
 from jaxtrain.dataset import Dataset, as_dataset, describe_array, has_weight, named_arrays
@@ -167,20 +168,7 @@ def check_step_fn(step_fn: Any, state: Any, batch: Dataset) -> tuple[str, ...]:
             "loss",
             argument="step_fn",
         )
-    ours: Any = jax.tree.structure(state)
-    if jax.tree.structure(after) != ours:
-        raise InputError(
-            "step_fn returned a state of another structure; expected that of the state it is given",
-            argument="step_fn",
-        )
-    before = jax.eval_shape(lambda: state)
-    for (path, new), old in zip(named_arrays(after, "state"), jax.tree.leaves(before), strict=True):
-        if (new.shape, new.dtype) != (old.shape, old.dtype):
-            raise InputError(
-                f"step_fn returned {path} as {describe_array(new)}; expected "
-                f"{describe_array(old)}, as in the state it is given",
-                argument="step_fn",
-            )
+    jax.eval_shape(lambda after: keep_types(after, state, "step_fn", argument="step_fn"), after)
     return tuple(name for name in values if name != "loss")
 
 

@@ -15,6 +15,7 @@ from jaxtyping import Array, Float, Key, PyTree
 
 from jaxtrain import parallel
 from jaxtrain._arguments import check_integer, check_key
+from jaxtrain._carry import keep_types
 from jaxtrain.data.batches import is_stream
 from jaxtrain.data.stream import Source
 from jaxtrain.dataset import Dataset, as_dataset, check_inputs, epoch_order
@@ -90,10 +91,11 @@ def train_steps(
     """
 
     def step(index: Any, carry: tuple[Any, StepLog]) -> tuple[Any, StepLog]:
-        state, log = carry
+        before, log = carry
         batch = segment.batch(index)
         is_last = index == segment.last
-        state, loss, totals = take_step(state, log.totals, batch, objective, is_last)
+        state, loss, totals = take_step(before, log.totals, batch, objective, is_last)
+        state = keep_types(state, before, "the training step")
         return state, StepLog(
             log.loss.at[index].set(loss),
             log.weight.at[index].set(total_weight(batch)),

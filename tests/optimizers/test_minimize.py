@@ -122,3 +122,41 @@ def test_line_searches_refuse_mini_batches(small_state, small_classes) -> None:
         after, _ = train(50)
         start = jt.evaluate(state, small_classes, loss_fn)["loss"]
         assert jt.evaluate(after, small_classes, loss_fn)["loss"] < start
+
+
+BACKTRACKING = optax.scale_by_backtracking_linesearch(20)
+
+
+@pytest.mark.parametrize(
+    "optimizer",
+    [
+        jt.optimizers.lbfgs(),
+        optax.lbfgs(linesearch=BACKTRACKING),  # which does not keep the gradient
+        optax.lbfgs(linesearch=optax.scale_by_backtracking_linesearch(20, store_grad=True)),
+    ],
+    ids=["zoom", "backtracking", "backtracking with gradient"],
+)
+def test_line_searches_of_any_kind_minimize(optimizer) -> None:
+    result = jt.minimize(parabola, jnp.zeros(3), optimizer, max_steps=20, loss_threshold=1e-6)
+    np.testing.assert_allclose(result.params, 3, atol=1e-3)
+    assert result.evaluations > result.steps
+
+
+@pytest.mark.parametrize("optimizer", [jt.optimizers.lbfgs(), optax.lbfgs(linesearch=BACKTRACKING)])
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+def test_line_searches_minimize_with_64_bits(optimizer, dtype) -> None:
+    with jax.enable_x64(True):
+        start = jnp.zeros(3, dtype)
+        result = jt.minimize(parabola, start, optimizer, max_steps=20, loss_threshold=1e-6)
+        assert result.params.dtype == dtype
+        np.testing.assert_allclose(result.params, 3, atol=1e-3)
+
+
+def test_an_optimizer_that_changes_the_type_of_its_state_is_named() -> None:
+    def update(grads, count, params=None):
+        return grads, count + 0.5
+
+    optimizer = optax.GradientTransformation(lambda params: jnp.zeros((), jnp.int32), update)
+    message = r"returned state\.opt_state as float32\[\]; expected int32\[\]"
+    with pytest.raises(jt.errors.InputError, match=message):
+        jt.minimize(parabola, jnp.array(0.0), optimizer, max_steps=3)
