@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Literal
 
+import jax.numpy as jnp
 import numpy as np
 
 from jaxtrain._arguments import check_integer
@@ -22,17 +24,26 @@ _SMALLER_IS_BETTER = ("loss", "error", "distance")
 
 
 def early_stopping(
-    patience: int, monitor: str = "validation_loss", mode: Mode | None = None
+    patience: int,
+    monitor: str = "validation_loss",
+    mode: Mode | None = None,
+    *,
+    min_delta: float = 0.0,
+    min_epochs: int = 0,
 ) -> EarlyStopping:
     """Ends a run after `patience` epochs without an improvement of one column of the history.
 
-    `fit` and `train` then return the state of the best epoch, the first of equally good ones.
+    `fit` and `train` then return the state of the best epoch, the first of equally good ones. The
+    rules are those of `keras.callbacks.EarlyStopping(restore_best_weights=True)`.
 
     Args:
       patience: epochs without improvement after which to stop, at least 1.
       monitor: the column to watch.
       mode: "min" if smaller is better, "max" if larger is better. None infers it from the column's
         name: "min" if it ends in loss, error or distance, otherwise "max".
+      min_delta: an epoch is an improvement if it is better than the best one by more than this.
+      min_epochs: epochs at the start of the run that are not judged: the run does not stop in them,
+        and none of them is the best (`start_from_epoch` of Keras).
 
     Raises:
       InputError: an argument is out of range; `fit` and `train` raise it if the history has no such
@@ -52,7 +63,13 @@ def early_stopping(
         )
     if mode not in (None, "min", "max"):
         raise InputError(f"mode is {mode!r}; expected 'min' or 'max'", argument="mode")
-    return EarlyStopping(patience, monitor, mode or infer_mode(monitor))
+    if not 0 <= min_delta < math.inf:
+        raise InputError(
+            f"min_delta is {min_delta}; expected a finite number of at least 0",
+            argument="min_delta",
+        )
+    check_integer(min_epochs, "min_epochs", minimum=0)
+    return EarlyStopping(patience, monitor, mode or infer_mode(monitor), min_delta, min_epochs)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -63,16 +80,19 @@ class EarlyStopping(Callback):
       patience: epochs without improvement after which to stop.
       monitor: the column to watch.
       mode: "min" if smaller is better, "max" if larger is better.
+      min_delta: by how much an epoch must be better to be an improvement.
+      min_epochs: epochs at the start that are not judged.
     """
 
     patience: int
     monitor: str = "validation_loss"
     mode: Mode = "min"
+    min_delta: float = 0.0
+    min_epochs: int = 0
 
-    @property
-    def sign(self) -> int:
-        """1 if smaller is better, -1 if larger is better."""
-        return _sign(self.mode)
+    def is_better(self, new: Any, best: Any) -> Any:
+        """Returns whether a value, a number or a traced array, improves on the best so far."""
+        return is_better(new, best, _sign(self.mode), self.min_delta)
 
     def check_columns(self, columns: Sequence[str]) -> None:
         """Raises InputError if the watched column is missing from the history."""
@@ -90,7 +110,7 @@ class EarlyStopping(Callback):
     def on_start(self, run: Run) -> Run | None:
         """Checks the column, and ends a restored run that is over already."""
         self.check_columns(run.columns)
-        return run.replace(is_over=True) if self._is_over(run.rows) else None
+        return run.replace(is_over=True) if self._waited(run.rows) >= self.patience else None
 
     def on_epoch(self, run: Run) -> Run:
         """Keeps the state of the best epoch, and ends the run."""
@@ -101,13 +121,15 @@ class EarlyStopping(Callback):
                 f"one of {', '.join(numbers)}",
                 argument="callbacks",
             )
-        if is_improvement(run.rows, self.monitor, self.mode):
+        waited = self._waited(run.rows)
+        if waited == 0:
             return run.replace(best=run.state)
-        return run.replace(is_over=run.is_over or self._is_over(run.rows))
+        return run.replace(is_over=run.is_over or waited >= self.patience)
 
-    def _is_over(self, rows: Sequence[Mapping[str, Any]]) -> bool:
-        waited = len(rows) - 1 - best_row(rows, self.monitor, self.mode)
-        return waited >= self.patience
+    def _waited(self, rows: Sequence[Mapping[str, Any]]) -> int:
+        """Returns the number of epochs since the best one; -1 before any is judged."""
+        judged = rows[self.min_epochs :]
+        return len(judged) - 1 - best_row(judged, self.monitor, self.mode, self.min_delta)
 
 
 def infer_mode(column: str) -> Mode:
@@ -115,11 +137,18 @@ def infer_mode(column: str) -> Mode:
     return "min" if column.endswith(_SMALLER_IS_BETTER) else "max"
 
 
-def best_row(rows: Sequence[Mapping[str, Any]], column: str, mode: Mode | None = None) -> int:
+def best_row(
+    rows: Sequence[Mapping[str, Any]],
+    column: str,
+    mode: Mode | None = None,
+    min_delta: float = 0.0,
+) -> int:
     """Returns the index of the best row, the first of equally good ones; 0 if there is none."""
     sign, best = _sign(mode or infer_mode(column)), 0
+    # In the precision of the compiled `train`, so that both stop after the same epoch.
+    values = np.asarray([row[column] for row in rows], jnp.result_type(float))
     for index in range(1, len(rows)):
-        if is_better(rows[index][column], rows[best][column], sign):
+        if is_better(values[index], values[best], sign, min_delta):
             best = index
     return best
 
@@ -131,15 +160,16 @@ def is_improvement(
     return best_row(rows, column, mode) == len(rows) - 1
 
 
-def is_better(new: Any, best: Any, sign: int) -> Any:
+def is_better(new: Any, best: Any, sign: int, min_delta: float = 0.0) -> Any:
     """Returns whether a value is better than the best so far; NaN is the worst.
 
     Args:
       new: the value, a number or a traced array.
       best: the best value so far.
       sign: 1 if smaller is better, -1 if larger is better.
+      min_delta: the difference that it must exceed.
     """
-    return (sign * new < sign * best) | ((best != best) & (new == new))
+    return (sign * new < sign * best - min_delta) | ((best != best) & (new == new))
 
 
 def _sign(mode: Mode) -> int:

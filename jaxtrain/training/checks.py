@@ -14,7 +14,7 @@ from jaxtrain import parallel
 from jaxtrain._carry import keep_types
 from jaxtrain._json import rounded
 from jaxtrain._placement import to_numpy
-from jaxtrain.dataset import Dataset, as_dataset, describe_array, has_weight, named_arrays
+from jaxtrain.dataset import Dataset, as_dataset, has_weight, named_arrays
 from jaxtrain.errors import InputError, NonFiniteError
 from jaxtrain.losses import LABEL_LOSSES, PROBABILITY_LOSSES, Loss, single_losses
 from jaxtrain.metrics import takes_labels

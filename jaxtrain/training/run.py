@@ -307,21 +307,22 @@ def _scan_until_stopped(
 ) -> tuple[Any, dict[str, Array]]:
     """Returns the best state and the history; epochs after the end are not trained."""
     no_row = jax.tree.map(_missing, jax.eval_shape(one_epoch, state)[1])
+    start, dtype = early_stopping.min_epochs, jnp.result_type(float)
 
-    def run_unless_stopped(carry: Any, first: Array) -> tuple[Any, dict[str, Array]]:
+    def run_unless_stopped(carry: Any, index: Array) -> tuple[Any, dict[str, Array]]:
         state, best_state, best, waited = carry
         stopped = waited >= early_stopping.patience
         state, row = lax.cond(stopped, lambda state: (state, no_row), one_epoch, state)
-        value = jnp.asarray(early_stopping.sign * row[early_stopping.monitor], best.dtype)
-        better = (value < best) | (jnp.isnan(best) & ~jnp.isnan(value))  # NaN is the worst
-        better = first | (better & ~stopped)
+        value = jnp.asarray(row[early_stopping.monitor], dtype)
+        better = early_stopping.is_better(value, best) & ~stopped
+        # The first epoch that is judged is the best so far; before it, the current one is kept.
+        better |= index <= start
         best_state = jax.tree.map(lambda new, old: jnp.where(better, new, old), state, best_state)
         best, waited = jnp.where(better, value, best), jnp.where(better, 0, waited + 1)
         return (state, best_state, best, waited), row
 
-    nothing = jnp.array(jnp.nan, jnp.result_type(float))
-    carry = (state, state, nothing, jnp.array(0))
-    carry, history = lax.scan(run_unless_stopped, carry, jnp.arange(epochs) == 0)
+    carry = (state, state, jnp.array(jnp.nan, dtype), jnp.array(0))
+    carry, history = lax.scan(run_unless_stopped, carry, jnp.arange(epochs))
     return carry[1], history
 
 

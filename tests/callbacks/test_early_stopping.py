@@ -91,19 +91,19 @@ def test_nan_is_the_worst() -> None:
 
 
 @pytest.mark.parametrize(
-    ("monitor", "sign"),
+    ("monitor", "mode"),
     [
-        ("validation_loss", 1),
-        ("test_mean_squared_error", 1),
-        ("test_euclidean_distance", 1),
-        ("validation_accuracy", -1),
-        ("validation_f1", -1),
+        ("validation_loss", "min"),
+        ("test_mean_squared_error", "min"),
+        ("test_euclidean_distance", "min"),
+        ("validation_accuracy", "max"),
+        ("validation_f1", "max"),
     ],
 )
-def test_the_name_of_a_column_tells_what_is_better(monitor: str, sign: int) -> None:
-    assert jt.callbacks.early_stopping(1, monitor).sign == sign
-    assert jt.callbacks.early_stopping(1, monitor, mode="min").sign == 1
-    assert jt.callbacks.early_stopping(1, monitor, mode="max").sign == -1
+def test_the_name_of_a_column_tells_what_is_better(monitor: str, mode: str) -> None:
+    assert jt.callbacks.early_stopping(1, monitor).mode == mode
+    assert jt.callbacks.early_stopping(1, monitor, mode="min").mode == "min"
+    assert jt.callbacks.early_stopping(1, monitor, mode="max").mode == "max"
 
 
 def test_equal_settings_share_a_compiled_program() -> None:
@@ -135,3 +135,69 @@ def test_a_column_of_arrays_cannot_be_monitored(small_state, small_classes) -> N
     stopping = jt.callbacks.early_stopping(3, "test_ones")
     with pytest.raises(jt.errors.InputError, match=r"has an array.*one of epoch, train_l"):
         jt.fit(small_state, small_classes, small_classes, callbacks=[stopping], **options)
+
+
+def keras_rule(values, patience, sign, min_delta, min_epochs):
+    """`keras.callbacks.EarlyStopping`: the number of epochs, and the index of the best or None."""
+    best, best_epoch, waited = None, None, 0
+    for epoch, value in enumerate(values):
+        if epoch < min_epochs:
+            continue
+        waited += 1
+        if best is None or sign * value + np.float32(min_delta) < sign * best:
+            best, best_epoch, waited = value, epoch, 0
+        if waited >= patience:
+            return epoch + 1, best_epoch
+    return len(values), best_epoch
+
+
+WANDERING = np.array([0.1, 0.9, 0.8, 0.85, 0.74, 0.76, 0.7, 0.71, 0.5, 0.6, 0.6, 0.6], np.float32)
+WANDER = jt.Model(
+    lambda key, inputs: ({"w": jnp.zeros(())}, {}),
+    lambda params, state, inputs, *, train, key: (inputs, state),
+)
+
+
+@pytest.mark.parametrize("sign", [1, -1])
+@pytest.mark.parametrize(
+    ("patience", "min_delta", "min_epochs"),
+    [(2, 0.0, 0), (2, 0.0, 1), (3, 0.15, 0), (2, 0.05, 1), (1, 0.2, 4), (2, 0.0, 12), (9, 0.3, 2)],
+)
+def test_min_delta_and_min_epochs_are_those_of_keras(patience, min_delta, min_epochs, sign) -> None:
+    """The monitored value of each epoch is given, in `fit` and in the compiled `train`."""
+    values = sign * WANDERING
+    expected, best = keras_rule(values, patience, sign, min_delta, min_epochs)
+
+    def step(state, batch):
+        value = jnp.asarray(values)[state.step]
+        return state.replace(step=state.step + 1), {"loss": value}
+
+    stopping = jt.callbacks.early_stopping(
+        patience,
+        "train_loss",
+        mode="min" if sign == 1 else "max",
+        min_delta=min_delta,
+        min_epochs=min_epochs,
+    )
+    data = jt.Dataset(np.zeros((1, 1), np.float32))
+    state = jt.init_state(WANDER, jt.optimizers.sgd(0.1), data.inputs, key=jax.random.key(0))
+    options = {"step_fn": step, "epochs": len(values)}
+    after, history = jt.fit(state, data, callbacks=[stopping], **options)
+    assert len(history["epoch"]) == expected
+    assert after.epoch == (expected if best is None else best + 1)
+    compiled, rows = jt.train(state, data, early_stopping=stopping, **options)
+    assert np.count_nonzero(rows["epoch"]) == expected
+    assert compiled.epoch == after.epoch
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"min_delta": -0.1}, "min_delta is -0.1; expected a finite number of at least 0"),
+        ({"min_delta": NAN}, "min_delta is nan"),
+        ({"min_epochs": -1}, "min_epochs is -1; expected an integer of at least 0"),
+    ],
+)
+def test_options_out_of_range_are_refused(options, message) -> None:
+    with pytest.raises(jt.errors.InputError, match=message):
+        jt.callbacks.early_stopping(1, **options)
