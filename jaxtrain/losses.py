@@ -1,7 +1,8 @@
 """Losses: one value per example, `loss(predictions, targets) -> [batch]`.
 
 A step minimizes the (weighted) mean over the batch. Where a loss of PyTorch has a `reduction`,
-the functions here return its value for each example, averaged over all axes but the first.
+the functions here return its value for each example, averaged over all axes but the first. A loss
+that weights the examples itself, such as one with class weights, returns a `WeightedMean`.
 
 Half-precision predictions are promoted, so that values and reductions are float32.
 
@@ -15,8 +16,9 @@ from __future__ import annotations
 import dataclasses
 import functools
 import math
+import operator
 from collections.abc import Callable
-from typing import Any, TypeAlias
+from typing import Any, TypeAlias, no_type_check, overload
 
 import jax
 import jax.numpy as jnp
@@ -28,10 +30,81 @@ from jaxtyping import Array, Float, Shaped
 from jaxtrain.errors import InputError
 
 AnyArray: TypeAlias = Array | np.ndarray
-Loss: TypeAlias = Callable[[Any, Any], Array]
+
+
+# Not type-checked at run time: JAX rebuilds pytrees with placeholders for their leaves.
+@no_type_check
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True, eq=False)
+class WeightedMean:
+    """A loss, returned in place of an array [batch], whose mean is Σ values / Σ weights.
+
+    `cross_entropy` with class weights and `ignore_nan` return it. It may be added to other losses
+    and multiplied by numbers, as arrays may. The mean of a sum is the sum of the means, as in
+    PyTorch.
+
+    Attributes:
+      values: for each example the loss times its weight, [batch] or [batch, time].
+      weights: the weight of each example, of the same shape.
+      added: the losses that were added.
+
+    Example:
+      >>> def loss_fn(predictions, targets):  # the mean over the examples with positive targets
+      ...     errors = jt.losses.mean_absolute_error(predictions, targets)
+      ...     is_positive = targets[:, 0] > 0
+      ...     return jt.losses.WeightedMean(jnp.where(is_positive, errors, 0), is_positive)
+      >>> data = jt.data.points_on_line()
+      >>> state = jt.init_state(nn.Dense(1), optimizer, data.inputs, key=key)
+      >>> state, losses = jt.train_epoch(state, data, loss_fn)
+    """
+
+    values: Array
+    weights: Array
+    added: tuple[Any, ...] = ()
+
+    __array_ufunc__ = None  # so that NumPy's numbers leave the operation to this class
+
+    def __add__(self, other: Any) -> WeightedMean:
+        return dataclasses.replace(self, added=(*self.added, other))
+
+    def __radd__(self, other: Any) -> WeightedMean:
+        is_zero = isinstance(other, int) and other == 0  # where `sum` starts
+        return self if is_zero else self + other
+
+    def __mul__(self, factor: Any) -> WeightedMean:
+        added = tuple(factor * each for each in self.added)
+        return WeightedMean(factor * self.values, self.weights, added)
+
+    __rmul__ = __mul__
+
+    def __truediv__(self, divisor: Any) -> WeightedMean:
+        return self * (1 / divisor)
+
+    def __neg__(self) -> WeightedMean:
+        return self * -1.0
+
+    def __sub__(self, other: Any) -> WeightedMean:
+        return self + -1.0 * other
+
+    def __rsub__(self, other: Any) -> WeightedMean:
+        return -self + other
+
+
+def mean_terms(loss: Array | WeightedMean) -> list[tuple[Array, Array | None]]:
+    """Returns the pairs (values, weights) whose means a loss adds up.
+
+    The weights are None for an array, whose entries count once each.
+    """
+    if not isinstance(loss, WeightedMean):
+        return [(loss, None)]
+    return [(loss.values, loss.weights), *(pair for x in loss.added for pair in mean_terms(x))]
+
+
+Loss: TypeAlias = Callable[[Any, Any], Any]
 """A function `loss(predictions, targets) -> [batch]`, with one value per example.
 
-A value per token, [batch, time], is also accepted. Predictions and targets may be pytrees.
+A value per token, [batch, time], is also accepted, and a `WeightedMean`. Predictions and targets
+may be pytrees.
 """
 
 
@@ -216,13 +289,25 @@ def cosine_distance(
     return 1 - jnp.sum(directions[0] * directions[1], axis=-1)
 
 
+@overload
+def cross_entropy(
+    predictions: AnyArray, targets: AnyArray, *, label_smoothing: float = 0.0, weight: None = None
+) -> Array: ...
+
+
+@overload
+def cross_entropy(
+    predictions: AnyArray, targets: AnyArray, *, label_smoothing: float = 0.0, weight: AnyArray
+) -> WeightedMean: ...
+
+
 def cross_entropy(
     predictions: Float[AnyArray, "*batch classes"],
     targets: Shaped[AnyArray, "..."],
     *,
     label_smoothing: float = 0.0,
     weight: Float[AnyArray, "..."] | None = None,
-) -> Float[Array, "*batch"]:
+) -> Float[Array, "*batch"] | WeightedMean:
     """Returns −log softmax(logits)[label] (`torch.nn.CrossEntropyLoss`).
 
     Args:
@@ -231,12 +316,12 @@ def cross_entropy(
         gives NaN; JAX's indexing would clamp it to the nearest class.
       label_smoothing: the part of each target that is spread evenly over all classes, 0 … 1
         (Szegedy et al., 2016, https://arxiv.org/abs/1512.00567).
-      weight: a factor for each class, as in PyTorch with `reduction="none"`. PyTorch's mean
-        divides by the sum of the labels' weights; for that mean, give these weights to the
-        examples instead: `dataset.replace(weights=weight[dataset.targets])`.
+      weight: a weight for each class, by which the terms of the loss are multiplied, those of the
+        smoothing by the weights of their own classes. As in PyTorch, the mean over a batch is the
+        sum of the losses divided by the sum of the labels' weights.
 
     Returns:
-      One loss per label.
+      One loss per label; with `weight`, a `WeightedMean`.
 
     Raises:
       InputError: labels are not integers, there is not one label per row of logits, or an option
@@ -245,7 +330,10 @@ def cross_entropy(
     Example:
       >>> jt.losses.cross_entropy(jnp.array([[0.0, 0.0]]), jnp.array([1]))  # log 2
       Array([0.693...], dtype=float32)
-      >>> loss_fn = functools.partial(jt.losses.cross_entropy, label_smoothing=0.1)
+      >>> loss_fn = functools.partial(
+      ...     jt.losses.cross_entropy, label_smoothing=0.1, weight=jnp.linspace(1.0, 3.0, 10)
+      ... )
+      >>> state, losses = jt.train_epoch(state, train, loss_fn)
     """
     if targets is None:
         raise InputError("targets is None; expected integer class labels")
@@ -260,6 +348,53 @@ def cross_entropy(
             f"of the logits, {predictions.shape[:-1]}"
         )
     classes = predictions.shape[-1]
+    _check_options(label_smoothing, weight, classes)
+    # Narrow labels would wrap in the comparison: 256 is 0 as uint8.
+    targets = targets.astype(jnp.int32)
+    logits = at_least_float32(predictions)
+    loss = optax.softmax_cross_entropy_with_integer_labels(logits, targets)
+    if weight is not None:
+        weight = jnp.asarray(weight, logits.dtype)
+        loss = loss * weight[targets]
+    if label_smoothing:
+        smooth = jnp.mean(_weighted_by_class(-jax.nn.log_softmax(logits), weight), axis=-1)
+        loss = (1 - label_smoothing) * loss + label_smoothing * smooth
+    loss = jnp.where((targets >= 0) & (targets < classes), loss, jnp.nan)
+    return loss if weight is None else WeightedMean(loss, weight[targets])
+
+
+def soft_cross_entropy(
+    predictions: Float[AnyArray, "*batch classes"],
+    targets: Float[AnyArray, "..."],
+    *,
+    label_smoothing: float = 0.0,
+    weight: Float[AnyArray, "..."] | None = None,
+) -> Float[Array, "*batch"]:
+    """Returns −Σ p log softmax(logits) for a target distribution p (`torch.nn.CrossEntropyLoss`).
+
+    Args:
+      predictions: logits [batch, classes], or [batch, time, classes].
+      targets: probabilities of the same shape; each row sums to 1 (not checked).
+      label_smoothing: as in `cross_entropy`.
+      weight: a weight for each class, by which its term is multiplied. As in PyTorch, the mean over
+        a batch still divides by the number of examples, unlike that of `cross_entropy`.
+
+    Raises:
+      InputError: the shapes differ, or an option is out of range.
+
+    Example:
+      >>> jt.losses.soft_cross_entropy(jnp.array([[0.0, 0.0]]), jnp.array([[0.1, 0.9]]))  # log 2
+      Array([0.693...], dtype=float32)
+    """
+    predictions, targets = _check_and_promote(predictions, targets)
+    classes = predictions.shape[-1]
+    _check_options(label_smoothing, weight, classes)
+    if label_smoothing:
+        targets = (1 - label_smoothing) * targets + label_smoothing / classes
+    return optax.softmax_cross_entropy(predictions, _weighted_by_class(targets, weight))
+
+
+def _check_options(label_smoothing: float, weight: AnyArray | None, classes: int) -> None:
     if not 0 <= label_smoothing <= 1:
         raise InputError(
             f"label_smoothing is {label_smoothing}; expected a number from 0 to 1",
@@ -270,38 +405,13 @@ def cross_entropy(
             f"weight has the shape {weight.shape}; expected one number per class, ({classes},)",
             argument="weight",
         )
-    # Narrow labels would wrap in the comparison: 256 is 0 as uint8.
-    targets = targets.astype(jnp.int32)
-    logits = at_least_float32(predictions)
-    loss = optax.softmax_cross_entropy_with_integer_labels(logits, targets)
-    if weight is not None:
-        loss = loss * jnp.asarray(weight, logits.dtype)[targets]
-    if label_smoothing:
-        each = -jax.nn.log_softmax(logits)
-        if weight is not None:
-            each = each * jnp.broadcast_to(jnp.asarray(weight, logits.dtype), each.shape)
-        loss = (1 - label_smoothing) * loss + label_smoothing * jnp.mean(each, axis=-1)
-    return jnp.where((targets >= 0) & (targets < classes), loss, jnp.nan)
 
 
-def soft_cross_entropy(
-    predictions: Float[AnyArray, "*batch classes"], targets: Float[AnyArray, "..."]
-) -> Float[Array, "*batch"]:
-    """Returns −Σ p log softmax(logits) for a target distribution p (`torch.nn.CrossEntropyLoss`).
-
-    Args:
-      predictions: logits [batch, classes], or [batch, time, classes].
-      targets: probabilities of the same shape; each row sums to 1 (not checked).
-
-    Raises:
-      InputError: the shapes differ.
-
-    Example:
-      >>> jt.losses.soft_cross_entropy(jnp.array([[0.0, 0.0]]), jnp.array([[0.1, 0.9]]))  # log 2
-      Array([0.693...], dtype=float32)
-    """
-    predictions, targets = _check_and_promote(predictions, targets)
-    return optax.softmax_cross_entropy(predictions, targets)
+def _weighted_by_class(values: Array, weight: AnyArray | None) -> Array:
+    """Returns values [..., classes] times the weights of their classes."""
+    if weight is None:
+        return values
+    return values * jnp.broadcast_to(jnp.asarray(weight, values.dtype), values.shape)
 
 
 def binary_cross_entropy(
@@ -364,11 +474,12 @@ class WeightedSum:
     def __name__(self) -> str:
         return f"({' + '.join(f'{weight} * {name_of(term)}' for weight, term in self.terms)})"
 
-    def __call__(self, predictions: Array, targets: Array) -> Array:
-        """Returns Σ weight · loss for each example, [batch]."""
-        return jnp.sum(
-            jnp.stack([weight * term(predictions, targets) for weight, term in self.terms]), axis=0
-        )
+    def __call__(self, predictions: Array, targets: Array) -> Array | WeightedMean:
+        """Returns Σ weight · loss for each example, [batch], or a `WeightedMean`."""
+        terms = [weight * term(predictions, targets) for weight, term in self.terms]
+        if any(isinstance(term, WeightedMean) for term in terms):
+            return functools.reduce(operator.add, terms)
+        return jnp.sum(jnp.stack(terms), axis=0)
 
 
 def weighted_sum(*terms: tuple[float, Loss]) -> Loss:
@@ -397,6 +508,57 @@ def weighted_sum(*terms: tuple[float, Loss]) -> Loss:
     return WeightedSum(terms)
 
 
+def ignore_nan(loss_fn: Loss) -> Loss:
+    """Returns a loss that leaves out the outputs whose target is NaN, that is, missing.
+
+    The loss is applied to each output on its own, and its mean is that over the outputs of a batch
+    that have a target: `loss(prediction[mask], target[mask]).mean()` in PyTorch. An example without
+    any target does not count. Build it once and pass the same object to every step. As a metric,
+    it reports the mean over the outputs that have a target.
+
+    Args:
+      loss_fn: a loss that is averaged over the outputs, such as `mean_squared_error`,
+        `sigmoid_binary_cross_entropy`, or a `weighted_sum` of them.
+
+    Raises:
+      InputError: the loss is one of those that compare examples as a whole.
+
+    Example:
+      >>> loss_fn = jt.losses.ignore_nan(jt.losses.mean_absolute_error)
+      >>> targets = jnp.array([[0.0, jnp.nan], [6.0, 6.0]])
+      >>> loss = loss_fn(jnp.array([[1.0, 2.0], [3.0, 4.0]]), targets)
+      >>> loss.values.sum() / loss.weights.sum()  # (1 + 3 + 2) / 3
+      Array(2., dtype=float32)
+    """
+    if whole := single_losses(loss_fn) & WHOLE_EXAMPLE_LOSSES:
+        raise InputError(
+            f"loss_fn is {name_of(min(whole, key=name_of))}, which compares examples as a whole; "
+            "expected a loss that is averaged over the outputs, such as mean_squared_error",
+            argument="loss_fn",
+        )
+
+    @functools.wraps(loss_fn)
+    def masked(predictions: AnyArray, targets: AnyArray) -> WeightedMean:
+        predictions, targets = _check_and_promote(predictions, targets)
+        is_present = ~jnp.isnan(targets)
+        # 1 is a valid target of every loss, so that the gradients of both branches are finite.
+        complete = jnp.where(is_present, targets, 1)
+        values: Any = loss_fn(predictions.reshape(-1, 1), complete.reshape(-1, 1))
+        if jnp.shape(values) != (targets.size,):
+            raise InputError(
+                f"{name_of(loss_fn)} returned the shape {jnp.shape(values)} for {targets.size} "
+                f"outputs, each as an example of its own; expected {(targets.size,)}",
+                argument="loss_fn",
+            )
+        values = values.reshape(targets.shape)
+        return WeightedMean(
+            _sum_over_example(jnp.where(is_present, values, 0)),
+            _sum_over_example(is_present.astype(values.dtype)),
+        )
+
+    return masked
+
+
 def name_of(function: Any) -> str:
     """Returns the name of a loss or metric for messages."""
     if isinstance(function, functools.partial):
@@ -418,6 +580,11 @@ def single_losses(loss_fn: Loss) -> set[Loss]:
 LABEL_LOSSES: frozenset[Loss] = frozenset({cross_entropy})
 PROBABILITY_LOSSES: frozenset[Loss] = frozenset(
     {soft_cross_entropy, binary_cross_entropy, sigmoid_binary_cross_entropy}
+)
+
+# Losses that are not the mean of a loss of each output.
+WHOLE_EXAMPLE_LOSSES: frozenset[Loss] = frozenset(
+    {cross_entropy, soft_cross_entropy, cosine_distance, euclidean_distance, squared_error_sum}
 )
 
 

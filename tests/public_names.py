@@ -19,7 +19,8 @@ MODULES = (
 INTERNAL = {
     *("errors.NO_SPACE", "errors.add_recovery_note", "errors.printable", "errors.recovery_notes"),
     *("losses.AnyArray", "losses.LABEL_LOSSES", "losses.PROBABILITY_LOSSES", "metrics.AnyArray"),
-    *("losses.at_least_float32", "losses.name_of", "losses.single_losses"),
+    *("losses.at_least_float32", "losses.mean_terms", "losses.name_of", "losses.single_losses"),
+    "losses.WHOLE_EXAMPLE_LOSSES",
 }
 
 

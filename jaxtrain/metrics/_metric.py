@@ -15,7 +15,7 @@ from jaxtyping import Array, Float, PyTree
 
 from jaxtrain.dataset import has_weight
 from jaxtrain.errors import InputError
-from jaxtrain.losses import name_of
+from jaxtrain.losses import WeightedMean, mean_terms, name_of
 
 AnyArray: TypeAlias = Array | np.ndarray
 PerExampleMetric: TypeAlias = Callable[[Any, Any], Array]
@@ -85,15 +85,12 @@ class Mean(AccumulatedMetric):
         return name_of(self.function)
 
     def update(self, total: Any, predictions: Any, targets: Any, weights: Array) -> PyTree:
-        values = per_example(self.function, predictions, targets, jnp.shape(weights))
-        # In float32 at least: half precision overflows within a few hundred examples.
-        dtype = jnp.promote_types(values.dtype, jnp.float32)
-        values = jnp.where(weights == 0, 0, values.astype(dtype))
-        sums = vector_sum(values, weights.astype(dtype)), jnp.sum(weights, dtype=dtype)
+        result = per_example(self.function, predictions, targets, jnp.shape(weights))
+        sums = mean_totals(result, weights)
         return sums if total is None else jax.tree.map(jnp.add, total, sums)
 
     def finish(self, total: Any) -> Array:
-        return mean_of(total)
+        return sum_of_means(total)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -165,17 +162,46 @@ def without_ignored(tree: PyTree, weights: Array) -> PyTree:
 
 def per_example(
     function: Any, predictions: Any, targets: Any, expected: tuple[int, ...]
-) -> Float[Array, "..."]:
-    """Returns `function(predictions, targets)`, checked to be one value per example or weight."""
-    values = function(predictions, targets)
-    if jnp.shape(values) != expected:
-        per = "example" if len(expected) == 1 else "weight"
-        raise InputError(
-            f"{name_of(function)} returned the shape {jnp.shape(values)} for a batch of "
-            f"{expected[0]}; expected one value per {per}, {expected}: leave the mean over the "
-            "batch to the step, and pass a loss per token with weights of its shape"
-        )
-    return values
+) -> Array | WeightedMean:
+    """Returns `function(predictions, targets)`, checked to have one value per example or weight."""
+    result = function(predictions, targets)
+    for array in (each for pair in mean_terms(result) for each in pair if each is not None):
+        if jnp.shape(array) != expected:
+            per = "example" if len(expected) == 1 else "weight"
+            raise InputError(
+                f"{name_of(function)} returned the shape {jnp.shape(array)} for a batch of "
+                f"{expected[0]}; expected one value per {per}, {expected}: leave the mean over the "
+                "batch to the step, and pass a loss per token with weights of its shape"
+            )
+    return result
+
+
+def mean_totals(result: Array | WeightedMean, weights: Array | None) -> list[tuple[Array, Array]]:
+    """Returns (Σ values, Σ weights) for each mean that the result of a loss or metric adds up.
+
+    Args:
+      result: what `per_example` returned.
+      weights: one per value; None weights all equally.
+    """
+
+    def total(values: Array, own: Array | None) -> tuple[Array, Array]:
+        # In float32 at least: half precision overflows within a few hundred examples.
+        dtype = jnp.promote_types(values.dtype, jnp.float32)
+        values = values.astype(dtype)
+        if weights is None:
+            weight = values.size if own is None else jnp.sum(own, dtype=dtype)
+            return vector_sum(values), jnp.asarray(weight, dtype)
+        # A weight of 0 also hides a NaN, such as that of a padded label.
+        each = weights.astype(dtype)
+        weight = each if own is None else jnp.where(each == 0, 0, own.astype(dtype)) * each
+        return vector_sum(jnp.where(each == 0, 0, values), each), jnp.sum(weight)
+
+    return [total(*pair) for pair in mean_terms(result)]
+
+
+def sum_of_means(totals: list[tuple[Array, Array]]) -> Array:
+    """Returns the sum of the means of `mean_totals`: NaN where nothing has weight."""
+    return functools.reduce(jnp.add, [values / weight for values, weight in totals])
 
 
 def vector_sum(values: Array, weights: Array | None = None) -> Array:
@@ -186,11 +212,6 @@ def vector_sum(values: Array, weights: Array | None = None) -> Array:
     """
     weights = jnp.ones_like(values) if weights is None else weights
     return jnp.dot(values.ravel(), weights.ravel(), precision=jax.lax.Precision.HIGHEST)
-
-
-def mean_of(total: tuple[Any, Any]) -> Array:
-    """Returns sum / weight: NaN where nothing has weight."""
-    return total[0] / total[1]
 
 
 def label_weights(weights: Array, shape: tuple[int, ...], name: str) -> Float[Array, "..."]:

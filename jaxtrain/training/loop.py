@@ -41,7 +41,6 @@ from jaxtrain.training.step import (
     make_objective,
     predict_batch,
     take_step,
-    total_weight,
 )
 
 State = TypeVar("State")
@@ -94,11 +93,11 @@ def train_steps(
         before, log = carry
         batch = segment.batch(index)
         is_last = index == segment.last
-        state, loss, totals = take_step(before, log.totals, batch, objective, is_last)
+        state, loss, weight, totals = take_step(before, log.totals, batch, objective, is_last)
         state = keep_types(state, before, "the training step")
         return state, StepLog(
             log.loss.at[index].set(loss),
-            log.weight.at[index].set(total_weight(batch)),
+            log.weight.at[index].set(weight),
             totals,
             jax.tree.map(
                 lambda values, new: values.at[index].set(new), log.recorded, recorded(state)
@@ -116,7 +115,7 @@ def empty_log(
     """Returns a zero-filled log for `steps` steps."""
 
     def step(state: Any) -> Any:
-        state, loss, totals = take_step(state, None, batch(0), objective, last=False)
+        state, loss, _, totals = take_step(state, None, batch(0), objective, last=False)
         return loss, totals, recorded(state)
 
     def zeros(leaf: Any, length: tuple[int, ...] = ()) -> Array:

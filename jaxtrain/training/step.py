@@ -17,13 +17,12 @@ from jaxtrain.errors import InputError
 from jaxtrain.losses import Loss, at_least_float32
 from jaxtrain.metrics import AccumulatedMetric, Metric
 from jaxtrain.metrics._metric import (
-    AnyArray,
     Mean,
     as_accumulated,
     as_weights,
-    mean_of,
+    mean_totals,
     per_example,
-    vector_sum,
+    sum_of_means,
     without_ignored,
 )
 from jaxtrain.optimizers._inspect import has_accumulation, last_step_finite
@@ -70,10 +69,13 @@ class Auxiliary(NamedTuple):
     Attributes:
       model_state: the model state after the batch.
       predictions: the model's outputs in training mode, [batch, ...].
+      weight: the total weight of the batch, by which means over several batches are weighted:
+        without weights, its number of examples.
     """
 
     model_state: PyTree
     predictions: PyTree
+    weight: Float[Array, ""]
 
 
 def train_step(state: TrainState, batch: Batch, loss_fn: Loss) -> tuple[TrainState, Metrics]:
@@ -130,15 +132,15 @@ def take_step(
     batch: Dataset,
     objective: Objective,
     last: bool | Bool[Array, ""],
-) -> tuple[Any, Float[Array, ""], Totals]:
+) -> tuple[Any, Float[Array, ""], Float[Array, ""], Totals]:
     """Takes one step inside a larger program, and measures its predictions.
 
     `last` is whether the step ends an epoch, for `accumulate_gradients`.
 
     Returns:
-      The next state, the loss, and the totals of the metrics after the step, or those of the means
-      of the other values that `step_fn` returns. With `skip_nonfinite`, a step whose loss is not
-      finite leaves the totals as they are.
+      The next state, the loss, the total weight of the batch, and the totals of the metrics after
+      the step, or those of the means of the other values that `step_fn` returns. With
+      `skip_nonfinite`, a step whose loss is not finite leaves the totals as they are.
     """
     if objective.step_fn is not None:
         state, values = objective.step_fn(state, batch)
@@ -146,17 +148,19 @@ def take_step(
         means = {name: at_least_float32(jnp.asarray(x, float)) for name, x in values.items()}
         loss = means.pop("loss")
         after: Totals = {
-            name: (jnp.where(weight == 0, 0, mean * weight), weight) for name, mean in means.items()
+            name: [(jnp.where(weight == 0, 0, mean * weight), weight)]
+            for name, mean in means.items()
         }
         after = after if totals is None else jax.tree.map(jnp.add, totals, after)
     else:
         assert objective.loss_fn is not None  # checked on the host
         state, loss, aux = update(state, batch, objective.loss_fn, last=last)
+        weight = aux.weight
         after = update_metrics(totals, aux.predictions, batch, objective.metrics)
     if totals is not None and last_step_finite(getattr(state, "opt_state", ())) is not None:
         finite = jnp.isfinite(loss)  # as in `mean_step_loss`
         after = jax.tree.map(functools.partial(jnp.where, finite), after, totals)
-    return state, loss, after
+    return state, loss, weight, after
 
 
 def update(
@@ -166,7 +170,7 @@ def update(
     (loss, aux), grads = gradients(state, batch, loss_fn)
     extra_args: dict[str, Any] = {}
     if has_accumulation(state.opt_state):  # other optimizers may refuse unknown arguments
-        extra_args = {"weight": total_weight(batch), "last": last}
+        extra_args = {"weight": aux.weight, "last": last}
     next_state = apply_gradients(
         state,
         grads,
@@ -222,7 +226,8 @@ def gradients(
         value_and_grad = jax.value_and_grad(_mean_loss, has_aux=True)
         return value_and_grad(state.params, state, parallel.divide(batch), loss_fn)
 
-    auxiliary = Auxiliary(state.model_state, parallel.first_axis(batch))
+    weight: Any = None  # on every device
+    auxiliary = Auxiliary(state.model_state, parallel.first_axis(batch), weight)
     like = ((None, auxiliary), state.params)
     return parallel.on_auto_axes(compute, state, batch, like=like)
 
@@ -306,17 +311,26 @@ def _mean_loss(
         train=True,
         key=jax.random.fold_in(state.key, state.step),
     )
-    if batch.weights is None:
-        losses = per_example(loss_fn, to_float32(predictions), batch.targets, (len(batch),))
-        mean = vector_sum(losses) / len(batch)
-    else:
+    mean, weight = mean_loss(loss_fn, predictions, batch)
+    return mean, Auxiliary(model_state, predictions, weight)
+
+
+def mean_loss(
+    loss_fn: Loss, predictions: Any, batch: Dataset
+) -> tuple[Float[Array, ""], Float[Array, ""]]:
+    """Returns the (weighted) mean loss of a batch, and the total weight of the batch.
+
+    A loss that is a single `WeightedMean` has a total weight of its own; otherwise the batch has.
+    """
+    predictions, weights = to_float32(predictions), None
+    if batch.weights is not None:
         weights = as_weights(batch.weights)
-        seen = stop_gradients_at_zero_weight(to_float32(predictions), weights)
-        losses = per_example(loss_fn, seen, batch.targets, weights.shape)
-        # A weight of 0 also hides a NaN, such as that of a padded label.
-        total = jnp.sum(jnp.where(weights == 0, 0, losses) * weights)
-        mean = safe_divide(total, jnp.sum(weights))
-    return mean, Auxiliary(model_state, predictions)
+        predictions = stop_gradients_at_zero_weight(predictions, weights)
+    shape = (len(batch),) if weights is None else weights.shape
+    totals = mean_totals(per_example(loss_fn, predictions, batch.targets, shape), weights)
+    weight = totals[0][1] if len(totals) == 1 else total_weight(batch)
+    mean = functools.reduce(jnp.add, [safe_divide(*pair) for pair in totals])
+    return mean, jnp.asarray(weight, mean.dtype)
 
 
 def eval_step(
@@ -441,7 +455,7 @@ def update_metrics(
 def finish_metrics(totals: Totals, metrics: MetricItems) -> Metrics:
     """Returns each metric from its total; values that `step_fn` returns are weighted means."""
     finish = {name: metric.finish for name, metric in metrics}
-    return {name: finish.get(name, mean_of)(total) for name, total in totals.items()}
+    return {name: finish.get(name, sum_of_means)(total) for name, total in totals.items()}
 
 
 def model_inputs(batch: Dataset) -> PyTree:
@@ -486,6 +500,6 @@ def to_float32(predictions: Any) -> Any:
     return jax.tree.map(at_least_float32, predictions)
 
 
-def safe_divide(total: AnyArray, weight: AnyArray) -> Array:
+def safe_divide(total: Array, weight: Array) -> Array:
     """Returns total / weight, or 0 if a batch to train on has no weight: it changes nothing."""
     return jnp.where(weight == 0, 0.0, total / jnp.where(weight == 0, 1, weight))

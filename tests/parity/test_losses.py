@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import functools
 
+import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
@@ -163,45 +165,119 @@ def test_bfloat16_cross_entropy_matches_pytorchs_autocast() -> None:
     np.testing.assert_allclose(values.mean(), theirs.mean(), rtol=1e-6)
 
 
-@settings(max_examples=20)
+def mean_and_grad(loss_fn, predictions, targets, weights=None):
+    """The mean of a step on these predictions, and its gradient."""
+
+    def mean(predictions):
+        batch = jt.Dataset(predictions, targets, weights)
+        return jt.gradients(IDENTITY.replace(params=predictions), batch, loss_fn)[0][0]
+
+    return jax.value_and_grad(mean)(jnp.asarray(predictions))
+
+
+# Its predictions are its parameters.
+IDENTITY = jt.init_state(
+    jt.Model(
+        lambda key, inputs: (jnp.zeros(()), {}),
+        lambda params, state, inputs, *, train, key: (params, state),
+    ),
+    optax.sgd(0.1),
+    np.zeros((1, 1), np.float32),
+    key=jax.random.key(0),
+)
+
+
+@settings(max_examples=40)
 @given(
-    logits=hnp.arrays(np.float32, (4, 5), elements=st.floats(-20, 20, width=32)),
-    labels=hnp.arrays(np.int32, 4, elements=st.integers(0, 4)),
-    weight=hnp.arrays(np.float32, 5, elements=st.floats(0.125, 4, width=32)),
+    logits=hnp.arrays(np.float32, (6, 5), elements=st.floats(-20, 20, width=32)),
+    labels=hnp.arrays(np.int32, 6, elements=st.integers(0, 4)),
+    weight=hnp.arrays(
+        np.float32, 5, elements=st.one_of(st.just(0.0), st.floats(0.125, 4, width=32))
+    ),
     label_smoothing=st.sampled_from([0.0, 0.1, 1.0]),
+    kept=hnp.arrays(np.bool_, 6),
     weighted=st.booleans(),
 )
-def test_options_of_cross_entropy_match_pytorch(
-    logits, labels, weight, label_smoothing, weighted
+def test_options_of_cross_entropy_match_pytorchs_mean(
+    logits, labels, weight, label_smoothing, kept, weighted
 ) -> None:
+    """Labels of weight 0 here are those with `ignore_index` there."""
+    assume(kept.any() and (not weighted or weight[labels[kept]].sum() > 0))
     loss_fn = functools.partial(
         jt.losses.cross_entropy,
         label_smoothing=label_smoothing,
         weight=jnp.asarray(weight) if weighted else None,
     )
-
-    def theirs(predictions, targets):
-        return F.cross_entropy(
-            predictions,
-            targets.long(),
-            weight=torch.tensor(weight) if weighted else None,
-            label_smoothing=label_smoothing,
-            reduction="none",
-        )
-
-    assert_matches_pytorch(loss_fn, theirs, logits, labels, rtol=1e-5, scale=10.0)
-
-
-def test_a_step_with_class_weights_on_the_examples_has_pytorchs_mean(
-    small_state, small_classes
-) -> None:
-    weight = np.array([0.5, 1.0, 3.0], np.float32)
-    batch = small_classes[:16]
-    weights = jnp.asarray(weight)[batch.targets]
-    weighted = jt.Dataset(batch.inputs, batch.targets, weights)
-    loss = jt.evaluate(small_state, weighted, jt.losses.cross_entropy)["loss"]
-    logits = np.array(jt.predict(small_state, batch.inputs))
-    expected = torch.nn.CrossEntropyLoss(weight=torch.tensor(weight))(
-        torch.tensor(logits), torch.tensor(np.array(batch.targets)).long()
+    masked = np.where(kept, labels, -1)
+    mean, gradient = mean_and_grad(loss_fn, logits, masked, kept.astype(np.float32))
+    theirs = torch.nn.CrossEntropyLoss(
+        weight=torch.tensor(weight) if weighted else None, label_smoothing=label_smoothing
     )
-    np.testing.assert_allclose(loss, expected.item(), rtol=1e-6)
+    leaf = torch.tensor(logits, requires_grad=True)
+    expected = theirs(leaf, torch.tensor(np.where(kept, labels, -100)).long())
+    expected.backward()
+    np.testing.assert_allclose(mean, expected.item(), rtol=1e-5, atol=1e-5)
+    np.testing.assert_allclose(gradient, leaf.grad, rtol=1e-4, atol=1e-5)
+
+
+@settings(max_examples=20)
+@given(
+    logits=hnp.arrays(np.float32, (4, 5), elements=st.floats(-20, 20, width=32)),
+    targets=hnp.arrays(np.float32, (4, 5), elements=st.floats(0.0625, 1, width=32)),
+    weight=hnp.arrays(np.float32, 5, elements=st.floats(0, 4, width=32)),
+    label_smoothing=st.sampled_from([0.0, 0.1, 1.0]),
+)
+def test_options_of_soft_cross_entropy_match_pytorchs_mean(
+    logits, targets, weight, label_smoothing
+) -> None:
+    targets = targets / targets.sum(axis=1, keepdims=True)
+    loss_fn = functools.partial(
+        jt.losses.soft_cross_entropy, weight=jnp.asarray(weight), label_smoothing=label_smoothing
+    )
+    mean, gradient = mean_and_grad(loss_fn, logits, targets)
+    leaf = torch.tensor(logits, requires_grad=True)
+    theirs = torch.nn.CrossEntropyLoss(torch.tensor(weight), label_smoothing=label_smoothing)
+    expected = theirs(leaf, torch.tensor(targets))
+    expected.backward()
+    np.testing.assert_allclose(mean, expected.item(), rtol=1e-5, atol=1e-5)
+    np.testing.assert_allclose(gradient, leaf.grad, rtol=1e-4, atol=1e-5)
+
+
+def test_weighted_means_add_up_as_pytorchs_means() -> None:
+    """A sum of losses with other weights each, by every operator that a loss may use."""
+    random = np.random.default_rng(2)
+    logits = random.normal(size=(6, 5)).astype(np.float32)
+    labels, others = random.integers(0, 5, (2, 6))
+    weight = np.linspace(0.5, 3, 5, dtype=np.float32)
+    balanced = functools.partial(jt.losses.cross_entropy, weight=jnp.asarray(weight))
+
+    def loss_fn(predictions, targets):
+        first, second = (balanced(predictions, targets[:, i]) for i in (0, 1))
+        squares = jt.losses.mean_squared_error(predictions, jnp.zeros((6, 5)))
+        each = sum([np.float32(0.5) * first, -second / 4])
+        return 2 - squares + 3 * each - first
+
+    targets = np.stack([labels, others], axis=1)
+    mean, gradient = mean_and_grad(loss_fn, logits, targets)
+    leaf = torch.tensor(logits, requires_grad=True)
+    theirs = torch.nn.CrossEntropyLoss(torch.tensor(weight))
+    one, two = (theirs(leaf, torch.tensor(each)) for each in (labels, others))
+    expected = 2 - (leaf**2).mean() + 3 * (0.5 * one - two / 4) - one
+    expected.backward()
+    np.testing.assert_allclose(mean, expected.item(), rtol=1e-5)
+    np.testing.assert_allclose(gradient, leaf.grad, rtol=1e-4, atol=1e-6)
+
+
+def test_weighted_sums_of_weighted_means_are_sums_of_pytorchs_means() -> None:
+    random = np.random.default_rng(4)
+    logits = random.normal(size=(6, 5)).astype(np.float32)
+    labels = random.integers(0, 5, 6)
+    weight = np.linspace(0.5, 3, 5, dtype=np.float32)
+    loss_fn = jt.losses.weighted_sum(
+        (1.0, functools.partial(jt.losses.cross_entropy, weight=jnp.asarray(weight))),
+        (0.3, jt.losses.cross_entropy),
+    )
+    mean, _ = mean_and_grad(loss_fn, logits, labels)
+    pair = torch.tensor(logits), torch.tensor(labels)
+    expected = F.cross_entropy(*pair, weight=torch.tensor(weight)) + 0.3 * F.cross_entropy(*pair)
+    np.testing.assert_allclose(mean, expected.item(), rtol=1e-5)
