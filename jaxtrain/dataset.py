@@ -31,6 +31,8 @@ class Dataset:
       targets: array, or pytree of arrays, [examples, ...]; None if the loss needs none.
       weights: weights of the losses, [examples], or [examples, time] for a loss per token; None
         weights all equally.
+      drop_last: whether training leaves out the last batch of an epoch if it is smaller than the
+        others, as `jt.data.stream(..., drop_last=True)` does; evaluations use all examples.
 
     Example:
       >>> dataset = jt.Dataset(jnp.ones((100, 3)), jnp.zeros(100, jnp.int32))
@@ -43,13 +45,19 @@ class Dataset:
     inputs: PyTree
     targets: PyTree = None
     weights: ArrayLike | None = None
+    drop_last: bool = dataclasses.field(default=False, kw_only=True, metadata={"static": True})
 
     def __len__(self) -> int:
         return jax.tree.leaves(self)[0].shape[0]
 
     def __repr__(self) -> str:
         fields = {each.name: getattr(self, each.name) for each in dataclasses.fields(self)}
-        shown = [f"{name}={_describe(tree)}" for name, tree in fields.items() if tree is not None]
+        # Without targets, weights and drop_last where they have their defaults.
+        shown = [
+            f"{name}={_describe(tree)}"
+            for name, tree in fields.items()
+            if tree is not None and tree is not False
+        ]
         return f"Dataset({', '.join(shown)})"
 
     def __getitem__(self, index: slice) -> Dataset:
@@ -147,6 +155,11 @@ def as_dataset(data: Any, name: str) -> Dataset:
     return data
 
 
+def complete(data: Any) -> Any:
+    """Returns data to evaluate: a `Dataset` without `drop_last`; anything else as it is."""
+    return data.replace(drop_last=False) if isinstance(data, Dataset) else data
+
+
 def check_dataset(dataset: Any, name: str) -> None:
     """Raises InputError unless all arrays of a Dataset have the same, positive, length."""
     if not isinstance(dataset, Dataset):
@@ -157,6 +170,8 @@ def check_dataset(dataset: Any, name: str) -> None:
             f"{name} is {found}; expected a jaxtrain.Dataset(inputs, targets), or a tuple "
             "(inputs, targets)"
         )
+    if not isinstance(dataset.drop_last, bool):
+        raise InputError(f"{name}.drop_last is {dataset.drop_last!r}; expected True or False")
     arrays = named_arrays(dataset, name)
     for path, array in arrays:
         check_array(array, path)

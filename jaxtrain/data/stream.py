@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import dataclasses
 import functools
 import mmap
 import operator
@@ -34,7 +33,7 @@ class Source(Protocol):
 Transform = Callable[[Any, np.random.Generator], Any]
 # The pages of larger files are dropped from the memory of the process after each batch.
 _LARGE_BYTES = 2**26
-_FIELDS = tuple(field.name for field in dataclasses.fields(Dataset))
+_FIELDS = ("inputs", "targets", "weights")
 
 
 class Stream:
@@ -160,7 +159,8 @@ def stream(
         `np.random.Generator` for augmentation. It may turn an example of any form into one of the
         above.
       workers: number of processes that read and transform; with 0, `fit` reads in a thread.
-      drop_last: leaves out the last batch of an epoch if it is smaller than the others.
+      drop_last: leaves out the last batch of an epoch if it is smaller than the others, as does
+        `drop_last` of a `Dataset`.
       shard: `(index, count)` reads the rows of process `index` of `count` processes, an equal
         part of each batch. None takes both numbers from JAX.
 
@@ -187,6 +187,7 @@ def stream(
         import grain  # noqa: F401
     if isinstance(source, Dataset):
         check_dataset(source, "source")
+        drop_last = drop_last or source.drop_last
         # Memory-mapped arrays stay as they are.
         source = jax.tree.map(
             lambda array: array if isinstance(array, np.ndarray) else np.asarray(array), source

@@ -2,28 +2,33 @@
 
 from __future__ import annotations
 
+import contextlib
+import functools
+import warnings
 from collections.abc import Mapping
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, NoReturn
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, PyTree
 
-from jaxtrain import parallel
+from jaxtrain import adapters, parallel
 from jaxtrain._carry import keep_types
 from jaxtrain._json import rounded
-from jaxtrain._placement import to_numpy
+from jaxtrain._placement import is_key, to_numpy
 from jaxtrain.dataset import Dataset, as_dataset, has_weight, named_arrays
 from jaxtrain.errors import InputError, NonFiniteError
 from jaxtrain.losses import LABEL_LOSSES, PROBABILITY_LOSSES, Loss, single_losses
 from jaxtrain.metrics import takes_labels
 from jaxtrain.optimizers._inspect import has_clipping, has_line_search
-from jaxtrain.optimizers._safeguards import stays_finite, without_records
+from jaxtrain.optimizers._safeguards import all_finite, stays_finite, without_records
 from jaxtrain.training.state import TrainState, check_state_type
-from jaxtrain.training.step import MetricItems, Objective, predict_batch
+from jaxtrain.training.step import MetricItems, Objective, mean_loss, predict_batch
 
 _SKIPPED_HINT = "try a smaller learning rate, gradient clipping or scaled inputs"
+# How many examples with missing targets `check_missing_targets` tries.
+_TRIED = 64
 
 
 def checked_data(data: Any, name: str) -> Dataset:
@@ -60,9 +65,10 @@ def check_not_traced(*arguments: Any) -> None:
 def check_values(dataset: Dataset, name: str) -> None:
     """Raises InputError unless all values are finite in the dtypes that JAX gives them.
 
-    By default JAX converts 64-bit values to 32 bits: 1e300 would become infinite, and the label
-    2³² + 1 would become 1. Values of weight 0 may be anything. Arrays whose values are not
-    available are skipped: those that are traced or spread over several hosts.
+    Targets may be NaN, where `check_missing_targets` decides. By default JAX converts 64-bit values
+    to 32 bits: 1e300 would become infinite, and the label 2³² + 1 would become 1. Values of weight
+    0 may be anything. Arrays whose values are not available are skipped: those that are traced or
+    spread over several hosts.
     """
     weights = dataset.weights
     for path, array in named_arrays(dataset, name):
@@ -82,15 +88,111 @@ def check_values(dataset: Dataset, name: str) -> None:
             wrong = ~((values >= limits.min) & (values <= limits.max))
         if weights is not None and array is not weights and _has_values(weights):
             wrong &= has_weight(np.asarray(weights), values)
-            if not wrong.any():
-                continue
-        position = np.unravel_index(int(np.argmax(wrong)), values.shape)
-        index = ", ".join(map(str, position))
-        kind = "finite numbers" if floating else "integers"
-        raise InputError(
-            f"{path} holds {values[position]} at [{index}]; expected {kind} that {target} can "
-            "hold: fix or drop such examples, or give them the weight 0"
+        if path.startswith(f"{name}.targets") and floating:
+            wrong &= ~np.isnan(values)
+        if wrong.any():
+            kind = "finite numbers" if floating else "integers"
+            advice = "fix or drop such examples, or give them the weight 0"
+            _refuse(path, values, wrong, f"{kind} that {target} can hold: {advice}")
+
+
+def check_missing_targets(
+    state: TrainState, data: Dataset, loss_fn: Loss | None, name: str
+) -> None:
+    """Raises InputError if targets are NaN, and the loss or its gradient at such examples is, too.
+
+    A loss that leaves them out, as `losses.ignore_nan` does, has finite values and gradients.
+    """
+    missing = {}
+    for path, array in named_arrays(data.targets, f"{name}.targets"):
+        if jnp.issubdtype(array.dtype, jnp.floating) and _has_values(array):
+            values = np.asarray(array)
+            if np.isnan(values.min()):  # NaN propagates; without a temporary copy of the data
+                missing[path] = values
+    if not missing or loss_fn is None:
+        return
+    rows = [np.isnan(x).reshape(len(x), -1).any(axis=1) for x in missing.values()]
+    few = np.flatnonzero(np.any(rows, axis=0))[:_TRIED]
+    with jax.ensure_compile_time_eval():
+        predictions = jax.tree.map(
+            lambda leaf: jnp.full((len(few), *leaf.shape[1:]), 0.5, leaf.dtype),
+            _outputs(state, data, name),
         )
+        batch = data.take(jnp.asarray(few))
+        value_and_grad = jax.value_and_grad(
+            lambda x: mean_loss(loss_fn, x, batch)[0], allow_int=True
+        )
+        loss, grads = value_and_grad(predictions)
+        # The gradients of integers have no numbers.
+        grads = [leaf for leaf in jax.tree.leaves(grads) if leaf.dtype != jax.dtypes.float0]
+        finite = all_finite((loss, grads))
+    if not isinstance(finite, jax.core.Tracer) and not finite:
+        path, values = next(iter(missing.items()))
+        _refuse(
+            path,
+            values,
+            np.isnan(values),
+            "finite numbers: fix or drop such examples, or leave out missing targets by "
+            "jaxtrain.losses.ignore_nan(loss_fn)",
+        )
+
+
+def _refuse(path: str, values: np.ndarray, wrong: np.ndarray, expected: str) -> NoReturn:
+    position = np.unravel_index(int(np.argmax(wrong)), values.shape)
+    index = ", ".join(map(str, position))
+    raise InputError(f"{path} holds {values[position]} at [{index}]; expected {expected}")
+
+
+def warn_of_single_examples(state: Any, source: Any) -> None:
+    """Warns once if batch norm normalizes single values, whose variance is 0.
+
+    That is, if a batch has one example, and a layer of batch norm has one value of each channel per
+    example. PyTorch raises an error in that case.
+    """
+    size, examples = source.batch_size, source.examples
+    if size > 1 and examples % size != 1:
+        return
+    layers = _single_value_layers(state, source.batch_shapes())
+    if not layers:
+        return
+    which = "each" if size == 1 else "the last"
+    advice = "another batch_size"
+    if size > 1:
+        advice += ", or drop_last=True in the Dataset or the stream, which leaves out that batch"
+    warnings.warn(
+        f"{which} batch of {source.name} has one example, so batch norm ({', '.join(layers)}) "
+        "normalizes each value by itself: outputs are constant, and the running variance shrinks; "
+        f"expected at least 2 examples: use {advice}",
+        stacklevel=5,
+    )
+
+
+def _single_value_layers(state: Any, batch: Dataset) -> list[str]:
+    """Returns the layers of batch norm that have one value of each channel per example."""
+    if not isinstance(state, TrainState) or not jax.tree.leaves(state.model_state):
+        return []
+    variables = (state.params, state.model_state)
+    # Zeros, since an Equinox module reads a counter, and the state may be traced.
+    params, model_state = jax.tree.map(
+        lambda leaf: leaf if is_key(leaf) else np.zeros(leaf.shape, leaf.dtype), variables
+    )
+    sizes = dict(named_arrays(model_state, "model_state"))
+    apply = functools.partial(state.model.apply, train=True)
+    inputs = jax.tree.map(lambda x: jax.ShapeDtypeStruct((1, *x.shape[1:]), x.dtype), batch.inputs)
+    # Whatever is wrong with the model, its first step reports; this is about a warning.
+    with contextlib.suppress(Exception):
+        statistics = adapters.batch_statistics(state.model, params, model_state)
+        with adapters.recording(state.model, params, model_state) as recorder:
+            jax.eval_shape(
+                lambda *args: apply(*args[:3], key=args[3]), *variables, inputs, state.key
+            )
+        calls = {".".join(call.path): call.inputs for call in recorder.calls}
+        return [
+            layer
+            for layer, found in statistics.items()
+            if calls.get(layer) and calls[layer][0].size == sizes[found.mean].size
+        ]
+    return []
 
 
 def checked_state(state: Any, step_fn: Any = None) -> Any:
@@ -132,6 +234,8 @@ def check_run(state: Any, sources: Mapping[str, Any], objective: Objective) -> t
                 state, source.sample, objective.loss_fn, source.name, objective.metrics
             )
     train.check_division()
+    if step_fn is None:
+        warn_of_single_examples(state, train)
     if step_fn is not None:
         return check_step_fn(step_fn, state, train.batch_shapes())
     examples = train.examples or train.batch_size * (train.steps or 2)  # unknown: more than one
@@ -262,6 +366,10 @@ def check_limits(targets: Any, weights: Any, limits: TargetLimits | None, name: 
     values = np.asarray(targets)
     if weights is not None:
         values = values[np.broadcast_to(has_weight(np.asarray(weights), values), values.shape)]
+        if not values.size:
+            return
+    if limits.kind != "label" and np.isnan(values.min()):
+        values = values[~np.isnan(values)]  # missing targets
         if not values.size:
             return
     low, high = values.min(), values.max()

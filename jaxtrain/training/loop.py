@@ -18,7 +18,7 @@ from jaxtrain._arguments import check_integer, check_key
 from jaxtrain._carry import keep_types
 from jaxtrain.data.batches import is_stream
 from jaxtrain.data.stream import Source
-from jaxtrain.dataset import Dataset, as_dataset, check_inputs, epoch_order
+from jaxtrain.dataset import Dataset, as_dataset, check_inputs, complete, epoch_order
 from jaxtrain.losses import Loss
 from jaxtrain.metrics import Metric
 from jaxtrain.training.checks import check_data, check_run
@@ -176,7 +176,8 @@ def train_epoch(
 ) -> tuple[State, Float[Array, "steps"]]:
     """Trains on every example once.
 
-    A partial last batch is averaged over its own examples. On a data set in memory the function is
+    A partial last batch is averaged over its own examples, or left out if the `Dataset` has
+    `drop_last`. On a data set in memory the function is
     one compiled program, which may be called under `jit`, scanned over epochs, and vmapped over
     states.
 
@@ -298,6 +299,7 @@ def evaluate(
     check_state_type(state)
     check_integer(batch_size, "batch_size", minimum=1)
     objective = make_objective(loss_fn, metric_fns)
+    dataset = complete(dataset)
     if is_stream(dataset):
         with parallel.mesh_of(state):
             source = Streamed(dataset, "dataset", batch_size, None, 1)

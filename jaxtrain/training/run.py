@@ -16,11 +16,11 @@ from jaxtrain import parallel
 from jaxtrain._arguments import check_integer, check_key
 from jaxtrain._device_memory import memory_advice
 from jaxtrain.callbacks.early_stopping import EarlyStopping
-from jaxtrain.dataset import Dataset, epoch_order
+from jaxtrain.dataset import Dataset, complete, epoch_order
 from jaxtrain.errors import InputError
 from jaxtrain.losses import Loss
 from jaxtrain.metrics import Metric
-from jaxtrain.training.checks import check_run, checked_state
+from jaxtrain.training.checks import check_missing_targets, check_run, checked_state
 from jaxtrain.training.loop import StepLog, compiled_evaluate, train_in_order
 from jaxtrain.training.sources import InMemory, Streamed, make_source
 from jaxtrain.training.state import counters, next_epoch, recorded, with_epoch
@@ -169,7 +169,7 @@ def prepare(
     if key is not None:
         check_key(key)
     state = checked_state(state, step_fn)
-    held_out = {name: data for name, data in held_out.items() if data is not None}
+    held_out = {name: complete(data) for name, data in held_out.items() if data is not None}
     objective = make_objective(loss_fn, metric_fns, step_fn)
     if loss_fn is None and (held_out or metric_fns):
         raise InputError(
@@ -183,6 +183,9 @@ def prepare(
             sources[name] = make_source(data, name, batch_sizes[1], None, epoch, stack)
             sources[name].close()  # workers would run until the first evaluation
     own = check_run(state, sources, objective)
+    for source in sources.values():
+        if isinstance(source, InMemory) and (source is not sources["train"] or step_fn is None):
+            check_missing_targets(state, source.sample, loss_fn, source.name)
     trained = (*own, *(name for name, _ in objective.trained))
     evaluated = [name for name, _ in objective.evaluated]
     columns = [

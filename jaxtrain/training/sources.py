@@ -92,11 +92,6 @@ jax.tree_util.register_dataclass(
 )
 
 
-def num_steps(examples: int, batch_size: int) -> int:
-    """Returns the number of steps per epoch, a partial last batch included."""
-    return -(-examples // batch_size)
-
-
 def segments_in_order(
     dataset: Dataset, order: Int[Array, "examples"], batch_size: int
 ) -> list[Segment]:
@@ -104,7 +99,8 @@ def segments_in_order(
     examples = len(dataset)
     batch_size = min(batch_size, examples)
     steps, rest = divmod(examples, batch_size)
-    if not rest:
+    if dataset.drop_last or not rest:
+        order = order[: steps * batch_size]
         return [Segment(dataset, order, steps - 1, batch_size, 0, steps)]
     return [
         Segment(dataset, order[:-rest], -1, batch_size, 0, steps),
@@ -128,10 +124,11 @@ class InMemory:
     limits: TargetLimits | None = None  # all values are checked before training
 
     def __init__(self, data: Dataset, name: str, batch_size: int, key: Key[Array, ""] | None):
-        self.name, self.sample, self._key = name, data, key
+        self.name, self.sample, self._key, self._asked = name, data, key, batch_size
         self.batch_size = min(batch_size, len(data))
-        self.examples = len(data)
-        self.steps = num_steps(len(data), self.batch_size)
+        rest = len(data) % self.batch_size
+        self.examples = len(data) - (rest if data.drop_last else 0)
+        self.steps = -(-self.examples // self.batch_size)
 
     def segments(self, epoch: int, skip: int = 0, position: Any = None) -> Segments:
         """Yields the segments of an epoch that have steps after the first `skip`."""
@@ -143,12 +140,17 @@ class InMemory:
 
     def _order(self, epoch: int) -> Array:
         key = None if self._key is None else jax.random.fold_in(self._key, epoch)
-        order = epoch_order(self.examples, key)
+        order = epoch_order(len(self.sample), key)
         mesh = parallel.current_mesh()
         return order if mesh is None else parallel.replicate(order, mesh)
 
     def check_division(self) -> None:
-        """Raises InputError if the devices of the mesh do not divide the batches."""
+        """Raises InputError if there is no complete batch, or the devices do not divide them."""
+        if self.sample.drop_last and self._asked > len(self.sample):
+            raise InputError(
+                f"{self.name} has {len(self.sample)} examples for batches of {self._asked}, and "
+                "drop_last is True; expected at least one complete batch: use a smaller batch_size"
+            )
         parallel.check_batch_size(self.batch_size, self.examples)
 
     def batch_shapes(self) -> Dataset:
@@ -158,7 +160,8 @@ class InMemory:
     def describe(self) -> str:
         """Returns what must be the same for a run to resume: the data and their order."""
         order = "as stored" if self._key is None else f"shuffled by key {digest(self._key)}"
-        return f"{self.examples} examples with the digest {digest(self.sample)}, {order}"
+        order += ", without a partial last batch" if self.sample.drop_last else ""
+        return f"{len(self.sample)} examples with the digest {digest(self.sample)}, {order}"
 
     def close(self) -> None:
         """Does nothing: no stream is open."""

@@ -226,11 +226,10 @@ def test_a_nonfinite_gradient_in_the_last_step_of_an_epoch_ends_the_run(tmp_path
 @pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
 @pytest.mark.parametrize("kind", [np.asarray, jnp.asarray])
 def test_nan_and_infinity_in_the_data_are_refused(field: str, bad: float, kind) -> None:
-    arrays = {"inputs": np.ones((4, 3), np.float32), "targets": np.ones((4, 1), np.float32)}
+    arrays = {"inputs": np.ones((4, 1), np.float32), "targets": np.ones((4, 1), np.float32)}
     arrays[field][2, -1] = bad
     data = jt.Dataset(**{name: kind(array) for name, array in arrays.items()})
-    column = arrays[field].shape[1] - 1
-    message = rf"train\.{field} holds {bad} at \[2, {column}\]; expected finite numbers"
+    message = rf"train\.{field} holds {bad} at \[2, 0\]; expected finite numbers"
     with pytest.raises(jt.errors.InputError, match=message):
         jt.fit(line([0.0])[0], data, loss_fn=MSE)
 
