@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import errno
 import os
 from collections.abc import Mapping
 from pathlib import Path
@@ -11,11 +10,12 @@ from typing import Any
 import jax
 import numpy as np
 
-from jaxtrain._files import read_regular_file, write_atomically
+from jaxtrain._files import write_atomically
 from jaxtrain._placement import to_words
 from jaxtrain._safetensors import DTYPES, MAX_HEADER_BYTES, place, to_host
 from jaxtrain.dataset import named_arrays
 from jaxtrain.errors import InputError
+from jaxtrain.export._files import read_file
 from jaxtrain.training.state import TrainState
 
 
@@ -112,19 +112,9 @@ def _read(path: Path, array_bytes: int) -> dict[str, Any]:
     """Reads names, dtypes, shapes and bytes of a file for arrays of `array_bytes` in total."""
     import safetensors
 
+    content = read_file(path, array_bytes + MAX_HEADER_BYTES)
     try:
-        # A link to the file is fine; a device or a pipe, which would hang, is not.
-        content = read_regular_file(path.resolve(strict=True), array_bytes + MAX_HEADER_BYTES)
         return dict(safetensors.deserialize(content))
-    except OSError as error:
-        if error.errno == errno.EFBIG:
-            raise InputError(
-                f"{path} is larger than a file of this model, whose arrays have {array_bytes} "
-                "bytes; expected a file of the same model"
-            ) from error
-        raise InputError(f"{path} cannot be read: {error.strerror or error}") from error
-    except (ValueError, RuntimeError) as error:  # a null character in the path, or a loop of links
-        raise InputError(f"{path} cannot be read: {error}") from error
     except safetensors.SafetensorError as error:
         raise InputError(
             f"{path} is not a complete safetensors file ({error}); expected one written by "

@@ -14,10 +14,11 @@ from jaxtyping import PyTree
 
 from jaxtrain import parallel
 from jaxtrain._arguments import checked_path
-from jaxtrain._files import read_regular_file, write_atomically
+from jaxtrain._files import write_atomically
 from jaxtrain._versions import current_device
 from jaxtrain.dataset import check_inputs, describe_array, named_arrays
 from jaxtrain.errors import InputError
+from jaxtrain.export._files import read_file
 from jaxtrain.export._prediction import (
     export_error,
     prediction_function,
@@ -153,16 +154,7 @@ def load_stablehlo(path: str | os.PathLike[str]) -> Callable[[PyTree], Any]:
 
 def _read(path: Path) -> bytes:
     """Returns the content of a file without its digest, which is checked."""
-    try:
-        # A link to the file is fine; a device or a pipe, which would hang, is not.
-        content = read_regular_file(path.resolve(strict=True))
-    except (OSError, ValueError, RuntimeError) as error:  # a null character, or a loop of links
-        reason = getattr(error, "strerror", None) or error
-        if path.is_dir():
-            reason = "it is a directory"
-        raise InputError(
-            f"{path} cannot be read ({reason}); expected a file by jaxtrain.export.stablehlo"
-        ) from error
+    content = read_file(path)
     content, digest = content[:-DIGEST_BYTES], content[-DIGEST_BYTES:]
     if hashlib.sha256(content).digest() != digest:
         raise InputError(

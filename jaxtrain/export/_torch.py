@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
-from typing import Any
+from collections.abc import Callable, Collection, Mapping
+from typing import Any, TypeVar
 
 import numpy as np
 
@@ -11,17 +11,18 @@ from jaxtrain._extras import needs_extra
 from jaxtrain._placement import to_numpy
 from jaxtrain.dataset import named_arrays
 from jaxtrain.errors import InputError
-from jaxtrain.export._torch_check import check_outputs
+from jaxtrain.export._torch_check import compare_outputs
 from jaxtrain.export._torch_files import read_state_dict
 from jaxtrain.export._torch_layers import Layer, Orders, layers_of, with_arrays
 from jaxtrain.export._torch_layers import to_ours as to_our_arrays
 from jaxtrain.export._torch_layers import to_torch as to_tensors
 from jaxtrain.export._torch_match import TorchLayer, match
 from jaxtrain.export._torch_optimizer import load_optimizer
-from jaxtrain.export._torch_trace import Uses, trace_uses
+from jaxtrain.export._torch_trace import Axis, Uses, trace_uses
 from jaxtrain.training.state import TrainState, check_state_type
 
 Pairs = list[tuple[TorchLayer, Layer]]
+_Converted = TypeVar("_Converted")
 
 
 def load_torch(
@@ -30,7 +31,6 @@ def load_torch(
     *,
     mapping: Mapping[str, str] | None = None,
     strict: bool = True,
-    channels: Mapping[str, int] | None = None,
     optimizer: Mapping[str, Any] | None = None,
 ) -> TrainState:
     """Returns a state with the weights of a PyTorch model.
@@ -43,7 +43,8 @@ def load_torch(
     The function converts dense, embedding and convolution layers, batch, layer and group norm, LSTM
     cells, multi-head attention, and single parameters of equal shape. PyTorch flattens images as
     [channels, height, width] and Flax as [height, width, channels]. Layers behind a flatten are
-    reordered, or refused if the order in PyTorch is in doubt.
+    reordered. If their order in PyTorch is in doubt, they are refused, unless the outputs of the
+    module decide.
 
     Args:
       state: a state of the same network, made by `init_state`.
@@ -55,9 +56,6 @@ def load_torch(
         order and shapes do not determine them.
       strict: False keeps the layers of both sides that have no counterpart as they are, such as a
         new last layer.
-      channels: by name of a dense or norm layer in PyTorch, the number of channels of the images
-        [channels, height, width] that are flattened before it, 1 for none. By default it is found
-        by tracing the network; a `Model` of functions with convolutions needs it.
       optimizer: `optimizer.state_dict()` of `torch.optim.SGD`, `Adam` or `AdamW`. The momentum, the
         step count and the learning rate are loaded into the optimizer of `state`. Other options,
         such as betas and weight decay, are not compared: pass the same to both.
@@ -83,21 +81,28 @@ def load_torch(
     tensors, tied = read_state_dict(source)
     uses = trace_uses(state)
     pairs = _match(tensors, tied, state, uses, mapping, strict)
-    orders = _feature_orders(pairs, uses, channels)
-    _check_dtypes(tensors, pairs, _leaves(state))
-    found: dict[str, np.ndarray] = {}
-    for theirs, ours in pairs:
-        parts = {part: tensors[full] for part, full in theirs.tensors.items()}
-        found |= to_our_arrays(ours, parts, orders)
-    params = with_arrays(state.params, "params", found)
-    opt_state = state.opt_state
+
+    def convert(orders: Orders) -> TrainState:
+        found: dict[str, np.ndarray] = {}
+        for theirs, ours in pairs:
+            parts = {part: tensors[full] for part, full in theirs.tensors.items()}
+            found |= to_our_arrays(ours, parts, orders)
+        return state.replace(
+            params=with_arrays(state.params, "params", found),
+            model_state=with_arrays(state.model_state, "model_state", found),
+        )
+
+    def compare(loaded: TrainState) -> str | None:
+        if not strict or uses is None or not hasattr(source, "named_modules"):
+            return None
+        return compare_outputs(loaded, source, source.state_dict(), pairs, uses)
+
+    loaded, orders = _converted(pairs, uses, convert, compare)
     if optimizer is not None:
         opt_state = load_optimizer(state, optimizer, tensors, pairs, orders)
-    loaded = state.replace(opt_state=opt_state).replace(
-        params=params, model_state=with_arrays(state.model_state, "model_state", found)
-    )
-    if strict and hasattr(source, "named_modules"):
-        check_outputs(loaded, source, source.state_dict(), pairs, uses)
+        loaded = state.replace(opt_state=opt_state).replace(
+            params=loaded.params, model_state=loaded.model_state
+        )
     return loaded
 
 
@@ -107,7 +112,6 @@ def to_torch(
     *,
     mapping: Mapping[str, str] | None = None,
     strict: bool = True,
-    channels: Mapping[str, int] | None = None,
 ) -> dict[str, Any]:
     """Returns the weights as a state dict of PyTorch.
 
@@ -118,7 +122,6 @@ def to_torch(
         changed. None names the tensors by our paths, such as "Dense_0.weight".
       mapping: as in `load_torch`.
       strict: False keeps the tensors of `like` that have no counterpart, such as further buffers.
-      channels: as in `load_torch`; without `like`, by our paths.
 
     Returns:
       Tensors on the CPU by name, for `module.load_state_dict`: the parameters that `predict` uses,
@@ -149,34 +152,86 @@ def to_torch(
     else:
         tensors, tied = read_state_dict(like)
         pairs = _match(tensors, tied, state, uses, mapping, strict)
-    orders = _feature_orders(pairs, uses, channels)
     evaluated = state.replace(params=state.evaluation_params)
     arrays = {path: to_numpy(leaf) for path, leaf in _leaves(evaluated).items()}
-    found: dict[str, np.ndarray] = {}
-    for theirs, ours in pairs:
-        found |= {
-            theirs.tensors[part]: array for part, array in to_tensors(ours, arrays, orders).items()
-        }
-    for full, first in tied.items():
-        if first not in found:
-            continue
-        own = found.setdefault(full, found[first])
-        if not np.array_equal(own, found[first]):
-            raise InputError(
-                f"{first} and {full} are one tensor in PyTorch, and differ in the state; expected "
-                "a module that does not tie them"
-            )
     counters = {
         full
         for theirs, _ in pairs
         for part, full in theirs.tensors.items()
         if part not in theirs.shapes
     }
-    kept = {full: x for full, x in tensors.items() if full in counters or not strict}
-    result = {full: _to_tensor(array) for full, array in (kept | found).items()}
-    if strict and hasattr(like, "named_modules"):
-        check_outputs(evaluated, like, result, pairs, uses)
-    return result
+
+    def convert(orders: Orders) -> dict[str, Any]:
+        found: dict[str, np.ndarray] = {}
+        for theirs, ours in pairs:
+            parts = to_tensors(ours, arrays, orders)
+            found |= {theirs.tensors[part]: array for part, array in parts.items()}
+        for full, first in tied.items():
+            own = found.setdefault(full, found[first]) if first in found else None
+            if own is not None and not np.array_equal(own, found[first]):
+                raise InputError(
+                    f"{first} and {full} are one tensor in PyTorch, and differ in the state; "
+                    "expected a module that does not tie them"
+                )
+        kept = {full: x for full, x in tensors.items() if full in counters or not strict}
+        return {full: _to_tensor(array) for full, array in (kept | found).items()}
+
+    def compare(found: dict[str, Any]) -> str | None:
+        if not strict or uses is None or not hasattr(like, "named_modules"):
+            return None
+        return compare_outputs(evaluated, like, found, pairs, uses)
+
+    found, _ = _converted(pairs, uses, convert, compare)
+    return found
+
+
+def _converted(
+    pairs: Pairs,
+    uses: Uses | None,
+    convert: Callable[[Orders], _Converted],
+    compare: Callable[[_Converted], str | None],
+) -> tuple[_Converted, Orders]:
+    """Returns what `convert` returns for the order of features that PyTorch has, and this order.
+
+    Args:
+      pairs: layers of PyTorch with ours.
+      uses: the traced network.
+      convert: converts the weights in given orders of features.
+      compare: returns how the outputs differ, "" if they do not, and None if that is unknown.
+
+    Raises:
+      InputError: the outputs differ, or the order is in doubt.
+    """
+    orders: dict[str, np.ndarray] = {}
+    in_doubt: dict[str, str] = {}  # names of layers by path
+    has_convolutions = any(len(x) > 2 for _, ours in pairs for x in ours.shapes.values())
+    for where, entry in ((ours.path, x) for _, ours in pairs for x in ours.entries):
+        for path in entry.paths:
+            if uses is not None:
+                axis = uses.features.get(path) or Axis()
+            else:
+                is_dense = len(entry.shape) > 1 and entry.axis is not None
+                axis = Axis(is_sure=not (has_convolutions and is_dense))
+            if axis.order is not None and entry.axis is not None:
+                orders[path] = axis.order
+            if not axis.is_sure or (axis.order is not None and path not in orders):
+                in_doubt[path] = where or "the model"
+    as_written = {path: order for path, order in orders.items() if path not in in_doubt}
+    readings = [orders, as_written] if len(as_written) < len(orders) else [orders]
+    results = [(convert(reading), reading) for reading in readings]
+    differences = [compare(result) for result, _ in results]
+    same = [x for x, difference in zip(results, differences, strict=True) if difference == ""]
+    if any(differences) and not same:
+        raise InputError(next(filter(None, differences)))
+    if len(same) == 1 or not in_doubt:
+        return (same or results)[0]
+    raise InputError(
+        f"the order of the features that {next(iter(in_doubt.values()))} takes is in doubt, since "
+        "images are [channels, height, width] in PyTorch; expected a network that transposes them "
+        "to this order before it flattens them, or the PyTorch module in place of its state dict, "
+        "so that outputs are compared (or leave the layer out by strict=False, and convert it by "
+        "hand)"
+    )
 
 
 def _match(
@@ -188,17 +243,20 @@ def _match(
     strict: bool,
 ) -> Pairs:
     """Returns pairs of layers; of tied tensors, those that the model also has twice, or one."""
-    _check_names(mapping, "mapping", str, "paths of layers", "{'fc1': 'Dense_0'}")
+    if not isinstance(mapping or {}, Mapping) or not all(
+        isinstance(x, str) for pair in (mapping or {}).items() for x in pair
+    ):
+        raise InputError(
+            f"mapping is {mapping!r}; expected paths of layers by names of layers, such as "
+            "{'fc1': 'Dense_0'}",
+            argument="mapping",
+        )
     layers = layers_of(state, uses)
 
     def pairs_of(names: Collection[str]) -> Pairs:
-        return match(
-            {full: tensors[full].shape for full in tensors if full in names},
-            layers,
-            mapping or {},
-            is_called_in_order=uses is not None,
-            strict=strict,
-        )
+        shapes = {full: tensors[full].shape for full in tensors if full in names}
+        are_called = uses is not None
+        return match(shapes, layers, mapping or {}, is_called_in_order=are_called, strict=strict)
 
     if tied:
         try:
@@ -206,17 +264,6 @@ def _match(
         except InputError:
             pass
     return pairs_of(tensors.keys() - tied.keys())
-
-
-def _check_names(value: Any, argument: str, kind: type, what: str, example: str) -> None:
-    is_mapping = isinstance(value, Mapping) and all(
-        isinstance(name, str) and isinstance(entry, kind) for name, entry in value.items()
-    )
-    if value is not None and not is_mapping:
-        raise InputError(
-            f"{argument} is {value!r}; expected {what} by names of layers, such as {example}",
-            argument=argument,
-        )
 
 
 def _named_by_us(layer: Layer) -> TorchLayer:
@@ -229,84 +276,6 @@ def _leaves(state: TrainState) -> dict[str, Any]:
     return dict(
         [*named_arrays(state.params, "params"), *named_arrays(state.model_state, "model_state")]
     )
-
-
-def _check_dtypes(
-    tensors: Mapping[str, np.ndarray], pairs: Pairs, leaves: Mapping[str, Any]
-) -> None:
-    wrong: dict[tuple[str, str], list[str]] = {}
-    for theirs, ours in pairs:
-        for entry in ours.entries:
-            expected = leaves[entry.paths[0]].dtype.name
-            for full in (theirs.tensors[part] for part in entry.tensors):
-                if tensors[full].dtype.name != expected:
-                    wrong.setdefault((tensors[full].dtype.name, expected), []).append(full)
-    if wrong:
-        texts = [
-            f"the dtype is {found}, where the model has {expected}, for {', '.join(names)}"
-            for (found, expected), names in wrong.items()
-        ]
-        raise InputError(
-            f"{'; '.join(texts)}; expected the dtypes of the model: convert the tensors, for "
-            "example by {name: tensor.float() for name, tensor in state_dict.items()}"
-        )
-
-
-def _feature_orders(pairs: Pairs, uses: Uses | None, channels: Mapping[str, int] | None) -> Orders:
-    """Returns the order of PyTorch's features by path and axis, from the trace or `channels`.
-
-    Raises:
-      InputError: it is in doubt for a layer.
-    """
-    _check_names(channels, "channels", int, "numbers of channels", "{'fc1': 64}")
-    channels = channels or {}
-    layers = {theirs.name: ours for theirs, ours in pairs if ours.inputs}
-    unknown = channels.keys() - layers.keys()
-    if unknown:
-        raise InputError(
-            f"channels has the layer {min(unknown)!r}; expected one of the dense and norm layers, "
-            f"{', '.join(layers) or 'of which there is none'}",
-            argument="channels",
-        )
-    orders: dict[str, dict[int, np.ndarray | None]] = {}
-    has_convolutions = any(len(x) > 2 for _, ours in pairs for x in ours.shapes.values())
-    for theirs, ours in pairs:
-        name = theirs.name
-        where = ours.path or "the model"
-        if name in channels:
-            size = max(ours.shapes.values(), key=len)[-1]
-            if channels[name] < 1 or size % channels[name]:
-                raise InputError(
-                    f"channels has {channels[name]} for {name}, which has {size} inputs; expected "
-                    "a divisor",
-                    argument="channels",
-                )
-            order = np.arange(size).reshape(-1, channels[name]).T.reshape(-1)
-            orders |= {path: {axis: order} for path, axis in ours.inputs.items()}
-        elif uses is None:
-            is_dense = any(len(shape) == 2 for shape in ours.shapes.values())
-            if has_convolutions and ours.inputs and is_dense:
-                raise InputError(
-                    f"{where} may flatten the features of a convolution, which a Model of "
-                    f"functions does not tell; expected their number of channels, or 1 for none: "
-                    f"channels={{{name!r}: 1}}",
-                    argument="channels",
-                )
-        elif uses.unclear.intersection(ours.paths):
-            hint = (
-                f", or channels={{{name!r}: ...}} with their number in PyTorch"
-                if ours.inputs
-                else ""
-            )
-            raise InputError(
-                f"the order of the features that {where} takes is in doubt, since images are "
-                "[channels, height, width] in PyTorch; expected a network that transposes them to "
-                f"this order before it flattens or reshapes them{hint}",
-                argument="channels",
-            )
-        else:
-            orders |= {path: uses.feature_orders.get(path, {}) for path in ours.paths}
-    return orders
 
 
 def _to_tensor(array: np.ndarray) -> Any:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import errno
+import io
 import os
 import pickle
 import warnings
@@ -10,12 +10,13 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import jax.numpy as jnp
 import numpy as np
 
 from jaxtrain._extras import needs_extra
-from jaxtrain._files import read_regular_file
 from jaxtrain._safetensors import DTYPES
 from jaxtrain.errors import InputError
+from jaxtrain.export._files import read_file
 
 _SAFETENSORS, _PICKLES = (".safetensors",), (".pt", ".pth", ".bin")
 
@@ -76,10 +77,9 @@ def read_state_dict(source: Any) -> StateDict:
         try:
             tensors[str(key)] = to_array(value)
         except (TypeError, ValueError, RuntimeError, NotImplementedError) as error:
-            reason = (str(error).splitlines() or [type(error).__name__])[0]
             raise InputError(
-                f"{key} of {name} cannot be read ({reason}); expected a dense tensor of a dtype of "
-                "NumPy, or bfloat16"
+                f"{key} of {name} cannot be read ({_reason(error)}); expected a dense tensor of a "
+                "dtype of NumPy, or bfloat16"
             ) from error
     return StateDict(tensors, tied)
 
@@ -107,36 +107,32 @@ def to_array(tensor: Any) -> np.ndarray:
 
 
 def _read_file(path: Path) -> Any:
+    import safetensors
+
     if path.suffix not in (*_SAFETENSORS, *_PICKLES):
         raise InputError(
             f"{path} has the suffix {path.suffix!r}; expected a file of PyTorch weights, "
             f"{', '.join((*_SAFETENSORS, *_PICKLES))}"
         )
+    content = read_file(path)
+    if path.suffix in _PICKLES:
+        with needs_extra("torch"):
+            import torch
     try:
-        path = path.resolve(strict=True)
         if path.suffix in _PICKLES:
-            with needs_extra("torch"):
-                import torch  # noqa: F401
-            read_regular_file(path, 0)  # raises for a directory, a pipe or a missing file
-    except (OSError, ValueError, RuntimeError) as error:  # a null character, or a loop of links
-        if getattr(error, "errno", None) != errno.EFBIG:
-            reason = getattr(error, "strerror", None) or error
-            raise InputError(f"{path} cannot be read: {reason}") from error
-    return _read_safetensors(path) if path.suffix in _SAFETENSORS else _read_pickle(path)
-
-
-def _read_safetensors(path: Path) -> dict[str, np.ndarray]:
-    import jax.numpy as jnp
-    import safetensors
-
-    try:
-        entries = dict(safetensors.deserialize(read_regular_file(path)))
-    except OSError as error:
-        raise InputError(f"{path} cannot be read: {error.strerror or error}") from error
-    except safetensors.SafetensorError as error:
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")  # of deprecated storage types in old files
+                return torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
+        entries = dict(safetensors.deserialize(content))
+    except pickle.UnpicklingError as error:
         raise InputError(
-            f"{path} is not a complete safetensors file ({error}); expected one written by "
-            "safetensors.torch.save_file: copy or download it again"
+            f"{path} contains objects other than tensors, which could run code, or is damaged; "
+            "expected a file written by torch.save(module.state_dict(), path)"
+        ) from error
+    except Exception as error:  # PyTorch and safetensors raise different types
+        raise InputError(
+            f"{path} is not a complete file of weights ({_reason(error)}); expected one written by "
+            "torch.save or safetensors: copy or download it again"
         ) from error
     # Sorted, since the file does not preserve the order of the state dict.
     return {
@@ -147,20 +143,5 @@ def _read_safetensors(path: Path) -> dict[str, np.ndarray]:
     }
 
 
-def _read_pickle(path: Path) -> Any:
-    import torch
-
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # of deprecated storage types in old files
-            return torch.load(path, map_location="cpu", weights_only=True)
-    except pickle.UnpicklingError as error:
-        raise InputError(
-            f"{path} contains objects other than tensors, which could run code, or is damaged; "
-            "expected a file written by torch.save(module.state_dict(), path)"
-        ) from error
-    except (RuntimeError, EOFError, OSError, ValueError, KeyError) as error:
-        reason = (str(error).splitlines() or [type(error).__name__])[0]
-        raise InputError(
-            f"{path} is not a complete file of PyTorch ({reason}); copy or download it again"
-        ) from error
+def _reason(error: Exception) -> str:
+    return (str(error).splitlines() or [type(error).__name__])[0]

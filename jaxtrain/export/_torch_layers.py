@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import jax
@@ -20,24 +19,46 @@ from jaxtrain.export._torch_trace import Uses
 from jaxtrain.training.state import TrainState
 
 Shape = tuple[int, ...]
-Arrays = list[np.ndarray]
-Orders = Mapping[str, Mapping[int, np.ndarray | None]]
+# By path of an array, the order of the features that it meets: PyTorch's entry j is entry order[j].
+Orders = Mapping[str, np.ndarray]
+
+
+class _Leaf(NamedTuple):
+    """The path of an array in the state, such as "params.Dense_0.kernel", and its shape."""
+
+    path: str
+    shape: Shape
 
 
 class Entry(NamedTuple):
-    """Tensors of PyTorch and the arrays that have the same values in another layout.
+    """A tensor of PyTorch and the arrays that have the same values in another order.
 
     Attributes:
-      tensors: shapes of PyTorch's tensors by their name within the layer.
-      paths: paths of the arrays in the state, such as "params.Dense_0.kernel".
-      to_ours: returns the arrays from the tensors.
-      to_torch: the inverse.
+      tensor: its name within the layer, such as "weight".
+      shape: its shape.
+      leaves: the arrays.
+      build: moves the entries of the arrays to those of the tensor.
+      axis: the axis of the arrays along which they meet the features of the layer before, if any.
+      added: a tensor of the same shape whose values PyTorch adds: the other bias of an LSTM.
     """
 
-    tensors: dict[str, Shape]
-    paths: tuple[str, ...]
-    to_ours: Callable[[Arrays], Arrays]
-    to_torch: Callable[[Arrays], Arrays]
+    tensor: str
+    shape: Shape
+    leaves: tuple[_Leaf, ...]
+    build: Callable[[list[np.ndarray]], np.ndarray]
+    axis: int | None = None
+    added: str | None = None
+
+    @property
+    def paths(self) -> list[str]:
+        """Paths of the arrays."""
+        return [leaf.path for leaf in self.leaves]
+
+    def arranged(self, arrays: Sequence[np.ndarray], orders: Orders) -> np.ndarray:
+        """Returns the tensor of some arrays."""
+        pairs = zip(self.paths, arrays, strict=True)
+        found = [x.take(orders[path], self.axis) if path in orders else x for path, x in pairs]
+        return self.build(found).reshape(self.shape)
 
 
 class Layer(NamedTuple):
@@ -46,29 +67,23 @@ class Layer(NamedTuple):
     Attributes:
       path: its path, such as "Block_0.Dense_0".
       entries: its arrays, each once.
-      inputs: by path, the axis of an array along which it meets the features of the layer before.
+      statistics: of batch norm, whose arrays are among the entries.
     """
 
     path: str
     entries: tuple[Entry, ...]
-    inputs: Mapping[str, int] = MappingProxyType({})
+    statistics: BatchStatistics | None = None
 
     @property
     def shapes(self) -> dict[str, Shape]:
         """Shapes of PyTorch's tensors by name."""
-        return {name: shape for entry in self.entries for name, shape in entry.tensors.items()}
+        names = ((name, x.shape) for x in self.entries for name in (x.added, x.tensor))
+        return {name: shape for name, shape in names if name is not None}
 
     @property
     def paths(self) -> list[str]:
         """Paths of its arrays."""
         return [path for entry in self.entries for path in entry.paths]
-
-
-class _Leaf(NamedTuple):
-    """The path and the shape of an array."""
-
-    path: str
-    shape: Shape
 
 
 _Node = dict[str, Any]  # of nodes and leaves
@@ -79,18 +94,24 @@ def to_ours(layer: Layer, tensors: Mapping[str, np.ndarray], orders: Orders) -> 
 
     Args:
       layer: the layer.
-      tensors: those of an entry are all there, or none is.
-      orders: as `Uses.feature_orders`.
+      tensors: all tensors of the layer, or some.
+      orders: of features.
     """
     found: dict[str, Any] = {}
     for entry in layer.entries:
-        if not entry.tensors.keys() <= tensors.keys():
-            continue
-        arrays = entry.to_ours([tensors[part] for part in entry.tensors])
-        for path, array in zip(entry.paths, arrays, strict=True):
-            for axis, order in orders.get(path, {}).items():
-                array = array if order is None else array.take(np.argsort(order), axis)
-            found[path] = array
+        if entry.tensor in tensors:
+            tensor = tensors[entry.tensor]
+            tensor = tensor if entry.added is None else tensor + tensors[entry.added]
+            # The entries of the arrays are numbered, and each takes the value where its number is.
+            sizes = [math.prod(leaf.shape) for leaf in entry.leaves]
+            parts = np.split(np.arange(sum(sizes)), np.cumsum(sizes)[:-1])
+            numbers = [x.reshape(leaf.shape) for x, leaf in zip(parts, entry.leaves, strict=True)]
+            values = np.empty_like(tensor, shape=sum(sizes))
+            values[entry.arranged(numbers, orders).reshape(-1)] = tensor.reshape(-1)
+            for part, leaf in zip(parts, entry.leaves, strict=True):
+                found[leaf.path] = values[part].reshape(leaf.shape)
+    if layer.statistics is not None and layer.statistics.final_count is not None:
+        found[layer.statistics.counter] = layer.statistics.final_count
     return found
 
 
@@ -98,13 +119,12 @@ def to_torch(layer: Layer, arrays: Mapping[str, np.ndarray], orders: Orders) -> 
     """Returns PyTorch's tensors of a layer by name, from its arrays by path."""
     found: dict[str, Any] = {}
     for entry in layer.entries:
-        parts = []
-        for path in entry.paths:
-            array = arrays[path]
-            for axis, order in orders.get(path, {}).items():
-                array = array if order is None else array.take(order, axis)
-            parts.append(array)
-        found |= zip(entry.tensors, entry.to_torch(parts), strict=True)
+        tensor = entry.arranged([arrays[path] for path in entry.paths], orders)
+        if layer.statistics is not None and entry.tensor.startswith("running_"):
+            tensor = tensor / np.asarray(layer.statistics.scale, tensor.dtype)
+        if entry.added is not None:
+            found[entry.added] = np.zeros_like(tensor)
+        found[entry.tensor] = tensor
     return found
 
 
@@ -130,188 +150,113 @@ def layers_of(state: TrainState, uses: Uses | None) -> list[Layer]:
         for parent in parents:
             node = node.setdefault(parent, {})
         node[name] = _Leaf(f"params.{path}", leaf.shape)
+    found = {layer.path: layer for layer in _layers(tree, "", uses)}
     leaves = dict(named_arrays(state.model_state, "model_state"))
-    statistics = {
-        path: _running_statistics(found, leaves[found.mean].shape)
-        for path, found in adapters.batch_statistics(
-            state.model, state.params, state.model_state
-        ).items()
-    }
-    found = _layers(tree, "", statistics, uses)
-    found += [_norm(path, [entry]) for path, entry in statistics.items()]  # without parameters
+    batch_norms = adapters.batch_statistics(state.model, state.params, state.model_state)
+    for path, statistics in batch_norms.items():
+        entries = [
+            _moved(name, _Leaf(leaf, leaves[leaf].shape), axis=0)
+            for name, leaf in (("running_mean", statistics.mean), ("running_var", statistics.var))
+        ]
+        own = found.get(path, Layer(path, ())).entries  # there may be no scale and bias
+        found[path] = Layer(path, (*own, *entries), statistics)
     if uses is None:
-        return found
-    last = len(uses.order)
+        return list(found.values())
+    numbers = {path: number for number, path in enumerate(uses.features)}
 
     def first_use(layer: Layer) -> int:
         paths = [path for path in layer.paths if path.startswith("params.")]
-        return min([uses.order.get(path, last) for path in paths] or [last])
+        return min((numbers.get(path, len(numbers)) for path in paths), default=len(numbers))
 
-    return sorted(found, key=first_use)
+    return sorted(found.values(), key=first_use)
 
 
-def _layers(node: _Node, path: str, statistics: dict[str, Entry], uses: Uses | None) -> list[Layer]:
-    """Returns the layers below a node; takes the statistics of those that have some."""
-    compound = _lstm(node) or _attention(node)
-    if compound:
-        return [Layer(path, tuple(compound))]
-    if node and all(isinstance(child, _Leaf) for child in node.values()):
-        layer = _layer(node, path, statistics, uses)
-        if layer is not None:
-            return [layer]
+def _layers(node: _Node, path: str, uses: Uses | None) -> list[Layer]:
+    """Returns the layers below a node."""
+    entries = _lstm(node) or _attention(node) or _simple(node, path, uses)
+    if entries:
+        return [Layer(path, tuple(entries))]
     found: list[Layer] = []
     for name, child in node.items():
         inner = f"{path}.{name}" if path else name
         if isinstance(child, _Leaf):
-            found.append(Layer(inner, (_same("", child),)))
+            found.append(Layer(inner, (_moved("", child),)))
         else:
-            found += _layers(child, inner, statistics, uses)
+            found += _layers(child, inner, uses)
     return found
 
 
-def _layer(
-    leaves: dict[str, _Leaf], path: str, statistics: dict[str, Entry], uses: Uses | None
-) -> Layer | None:
-    """Returns the layer of a node without further nodes; None if it has single parameters."""
-    names = leaves.keys() - {"bias"}
-    if len(names) > 1 or not names <= {"kernel", "scale", "embedding", "weight"}:
+def _simple(node: _Node, path: str, uses: Uses | None) -> list[Entry] | None:
+    """Returns the arrays of a dense, convolution, embedding or norm layer; None for others."""
+    names = node.keys() - {"bias"}
+    is_known = len(names) < 2 and names <= {"kernel", "scale", "embedding", "weight"}
+    if not node or not is_known or not all(isinstance(x, _Leaf) for x in node.values()):
         return None
-    bias = [_same("bias", leaves["bias"], is_vector=True)] if "bias" in leaves else []
-    if not names or len(leaves[min(names)].shape) == 1:
-        weight = [_same("weight", leaves[name]) for name in names]
-        return _norm(
-            path, [*weight, *bias, *([statistics.pop(path)] if path in statistics else [])]
-        )
-    (name,) = names
-    array, axes = leaves[name], len(leaves[name].shape)
-    if name == "kernel" and axes > 2 and uses is not None and array.path not in uses.convolutions:
-        return None  # such as a DenseGeneral, or layers that are stacked for a loop
-    # By the name also one without strides, which is a convolution to JAX.
+    name = min(names, default="bias")
+    array, axes = node[name], len(node[name].shape)
+    bias = [_moved("bias", node["bias"], axis=0 if axes == 1 else None)] if "bias" in node else []
+    if axes == 1:
+        return [*(_moved("weight", node[name], axis=0) for name in names), *bias]
     is_transposed = uses is not None and uses.convolutions.get(array.path, False)
+    # By the name also one without strides, which is a convolution to JAX.
     if axes > 2 and (is_transposed or "ConvTranspose" in array.path):
         raise InputError(
             f"{path} is a transposed convolution, whose weights are not converted; expected a "
             "network without one: set its weights by state.replace(params=...)"
         )
-    if name == "kernel":
-        return Layer(path, (_kernel(array), *bias), {array.path: axes - 2} if axes == 2 else {})
-    inputs = {array.path: 1} if name == "weight" and axes == 2 else {}
-    return Layer(path, (_same("weight", array), *bias), inputs)
+    if name != "kernel":
+        return [_moved("weight", array, axis=1 if (name, axes) == ("weight", 2) else None), *bias]
+    if axes > 2 and uses is not None and array.path not in uses.convolutions:
+        return None  # such as a DenseGeneral, or layers that are stacked for a loop
+    order = (axes - 1, axes - 2, *range(axes - 2))  # PyTorch has [outputs, inputs, ...]
+    return [_moved("weight", array, order, 0 if axes == 2 else None), *bias]
 
 
-def _norm(path: str, entries: Sequence[Entry]) -> Layer:
-    """Returns a layer of vectors, one entry per feature."""
-    vectors = {
-        array: 0
-        for entry in entries
-        for array in entry.paths[:2]  # not the counter of the statistics
-    }
-    return Layer(path, tuple(entries), vectors)
+def _moved(
+    name: str, leaf: _Leaf, order: Sequence[int] | None = None, axis: int | None = None
+) -> Entry:
+    """Returns an array whose axes PyTorch has in this order; as vectors, the biases of Equinox."""
+    order = order or range(len(leaf.shape))
+    shape = tuple(leaf.shape[i] for i in order)
+    shape = (math.prod(shape),) if name == "bias" else shape
+    return Entry(name, shape, (leaf,), lambda arrays: arrays[0].transpose(order), axis)
 
 
-def _same(name: str, leaf: _Leaf, *, is_vector: bool = False) -> Entry:
-    """Returns an array with PyTorch's layout; Equinox's biases of convolutions have more axes."""
-    shape = (math.prod(leaf.shape),) if is_vector else leaf.shape
-    return Entry(
-        {name: shape},
-        (leaf.path,),
-        lambda tensors: [tensors[0].reshape(leaf.shape)],
-        lambda arrays: [arrays[0].reshape(shape)],
-    )
-
-
-def _running_statistics(found: BatchStatistics, shape: Shape) -> Entry:
-    """Returns the running mean and variance of batch norm."""
-    paths = (found.mean, found.var, *([found.counter] if found.counter else []))
-    counter = [] if found.final_count is None else [found.final_count]
-    return Entry(
-        {"running_mean": shape, "running_var": shape},
-        paths,
-        lambda tensors: [*tensors, *counter],
-        lambda arrays: [x / np.asarray(found.scale, x.dtype) for x in arrays[:2]],
-    )
-
-
-def _kernel(kernel: _Leaf) -> Entry:
-    """Returns a kernel [..., inputs, outputs], PyTorch's weight [outputs, inputs, ...]."""
-    axes = len(kernel.shape)
-    order = (axes - 1, axes - 2, *range(axes - 2))
-    return Entry(
-        {"weight": tuple(kernel.shape[axis] for axis in order)},
-        (kernel.path,),
-        lambda tensors: [tensors[0].transpose(np.argsort(order))],
-        lambda arrays: [arrays[0].transpose(order)],
-    )
-
-
-def _joined(name: str, parts: Sequence[_Leaf], inputs: int | None = None) -> Entry:
+def _joined(name: str, leaves: Sequence[_Leaf], inputs: int | None = None) -> Entry:
     """Returns arrays that PyTorch stores as one: vectors, or kernels [inputs, ...]."""
-    shapes = [part.shape for part in parts]
-    sizes = [math.prod(shape) // (inputs or 1) for shape in shapes]
 
-    def to_ours(tensors: Arrays) -> Arrays:
-        split = np.split(tensors[0], np.cumsum(sizes)[:-1])
-        return [part.T.reshape(shape) for part, shape in zip(split, shapes, strict=True)]
+    def build(arrays: list[np.ndarray]) -> np.ndarray:
+        return np.concatenate([x.reshape(inputs or x.size, -1).T.reshape(-1) for x in arrays])
 
-    def to_torch(arrays: Arrays) -> Arrays:
-        return [
-            np.concatenate([x.reshape(-1, size).T for x, size in zip(arrays, sizes, strict=True)])
-        ]
-
-    if inputs is None:
-        return Entry(
-            {name: (sum(sizes),)},
-            tuple(part.path for part in parts),
-            to_ours,
-            lambda arrays: [np.concatenate([x.reshape(-1) for x in arrays])],
-        )
-    return Entry(
-        {name: (sum(sizes), inputs)}, tuple(part.path for part in parts), to_ours, to_torch
-    )
-
-
-def _two_biases(biases: Sequence[_Leaf]) -> Entry:
-    """Returns the bias of an LSTM: the sum of PyTorch's two, or to PyTorch, 0 and the bias."""
-    entry = _joined("", biases)
-
-    def to_torch(arrays: Arrays) -> Arrays:
-        (bias,) = entry.to_torch(arrays)
-        return [np.zeros_like(bias), bias]
-
-    return Entry(
-        dict.fromkeys(("bias_ih", "bias_hh"), entry.tensors[""]),
-        entry.paths,
-        lambda tensors: entry.to_ours([tensors[0] + tensors[1]]),
-        to_torch,
-    )
+    size = sum(math.prod(leaf.shape) for leaf in leaves)
+    shape = (size // inputs, inputs) if inputs else (size,)
+    return Entry(name, shape, tuple(leaves), build, 0 if inputs else None)
 
 
 def _lstm(node: _Node) -> list[Entry] | None:
     """Returns the arrays of an LSTM cell; PyTorch joins its gates in the order i, f, g, o."""
     nodes = {name.rstrip("_"): child for name, child in node.items()}
-    if {"weight_ih", "weight_hh"} <= set(nodes) <= {"weight_ih", "weight_hh", "bias"}:
-        bias = [_two_biases([node["bias"]])] if "bias" in node else []
-        return [_same(name, node[name]) for name in ("weight_ih", "weight_hh")] + bias
-    if nodes.keys() == {f"{source}{gate}" for source in "ih" for gate in "ifgo"}:
-        inner, outer = ([nodes[f"{source}{gate}"] for gate in "ifgo"] for source in "ih")
-    elif nodes.keys() == {"dense_i", "dense_h"}:
-        inner, outer = [nodes["dense_i"]], [nodes["dense_h"]]
+    if {"weight_ih", "weight_hh"} <= nodes.keys() <= {"weight_ih", "weight_hh", "bias"}:
+        entries = [_moved(name, node[name], axis=1) for name in ("weight_ih", "weight_hh")]
+        biases = [node["bias"]] if "bias" in node else []
     else:
-        return None
-    if _axes_of_kernels(nodes) != {2}:
-        return None
-    kernels = {"weight_ih": inner, "weight_hh": outer}
-    entries = [
-        _joined(name, [x["kernel"] for x in part], part[0]["kernel"].shape[0])
-        for name, part in kernels.items()
-    ]
-    biases = [x["bias"] for x in outer if "bias" in x]
-    return [*entries, *([_two_biases(biases)] if biases else [])]
+        gates = "ifgo" if "ii" in nodes else ["dense_"]
+        sides = [[f"{x}{g}" if "ii" in nodes else f"{g}{x}" for g in gates] for x in "ih"]
+        if nodes.keys() != {*sides[0], *sides[1]} or _axes_of_kernels(nodes) != {2}:
+            return None
+        entries = [
+            _joined(name, [nodes[x]["kernel"] for x in side], nodes[side[0]]["kernel"].shape[0])
+            for name, side in zip(("weight_ih", "weight_hh"), sides, strict=True)
+        ]
+        biases = [nodes[x]["bias"] for x in sides[1] if "bias" in nodes[x]]
+    if biases:  # the sum of PyTorch's two
+        entries.append(_joined("bias_hh", biases)._replace(added="bias_ih"))
+    return entries
 
 
 def _attention(node: _Node) -> list[Entry] | None:
     """Returns the arrays of multi-head attention as those of `torch.nn.MultiheadAttention`."""
-    if set(node) != {"query", "key", "value", "out"} or _axes_of_kernels(node) != {3}:
+    if node.keys() != {"query", "key", "value", "out"} or _axes_of_kernels(node) != {3}:
         return None
     inputs, out = [node[name] for name in ("query", "key", "value")], node["out"]
     width = inputs[0]["kernel"].shape[0]
@@ -323,7 +268,7 @@ def _attention(node: _Node) -> list[Entry] | None:
     ]
     if "bias" in out:
         entries.append(_joined("in_proj_bias", [part["bias"] for part in inputs]))
-        entries.append(_same("out_proj.bias", out["bias"]))
+        entries.append(_joined("out_proj.bias", [out["bias"]]))
     return entries
 
 

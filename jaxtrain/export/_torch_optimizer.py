@@ -26,8 +26,6 @@ _SLOTS: dict[type, dict[str, str]] = {
     optax.ScaleByAdamState: {"mu": "exp_avg", "nu": "exp_avg_sq"},
     AmsgradState: {"mu": "exp_avg", "nu": "exp_avg_sq", "nu_max": "max_exp_avg_sq"},
 }
-# Our names of the number of steps.
-_COUNTS = {"count", "step"}
 
 
 def load_optimizer(
@@ -52,80 +50,70 @@ def load_optimizer(
     """
     groups = _checked_groups(state_dict)
     theirs = {slot for group in groups for slot in _slots_of(group)}
-    nodes = [
-        node for node in jax.tree.leaves(state.opt_state, is_leaf=_has_slots) if _has_slots(node)
-    ]
+    leaves = jax.tree.leaves(state.opt_state, is_leaf=_has_slots)
+    nodes = [node for node in leaves if _has_slots(node)]
     ours = {slot for node in nodes for slot in _SLOTS[type(node)].values()}
-    if len(nodes) > 1 or theirs != ours:
-        raise InputError(
-            f"the PyTorch optimizer has {_listed(theirs)} for each parameter, where the optimizer "
-            f"of the state has {_listed(ours)}; expected the same kind of optimizer with the same "
-            "options",
-            argument="optimizer",
-        )
+    _check(
+        len(nodes) < 2 and theirs == ours,
+        f"{', '.join(sorted(theirs)) or 'no arrays'} for each parameter, where the optimizer of "
+        f"the state has {', '.join(sorted(ours)) or 'no arrays'}",
+        "the same kind of optimizer with the same options",
+    )
     slots = _slots_by_name(state_dict, tensors, pairs)
-    started = {name for name, values in slots.items() if theirs <= values.keys()}
-    steps = {int(to_array(slots[name]["step"])) for name in started if "step" in slots[name]}
-    if started not in (set(), set(slots)) or len(steps) > 1:
-        raise InputError(
-            f"the PyTorch optimizer has updated {len(started)} of {len(slots)} parameters, or "
-            "some of them more often than others; expected one that has updated all of them",
-            argument="optimizer",
-        )
+    started = [values for values in slots.values() if theirs <= values.keys()]
+    steps = {int(to_array(values["step"])) for values in started if "step" in values}
+    _check(
+        len(started) in (0, len(slots)) and len(steps) < 2,
+        f"updated {len(started)} of {len(slots)} parameters, or some of them more often",
+        "one that has updated all of them",
+    )
 
     def load(node: Any) -> Any:
         if not _has_slots(node):
             return node
-        changes = {
-            field: _loaded(getattr(node, field), slot, slots, pairs, orders)
-            if started
-            else jax.tree.map(jnp.zeros_like, getattr(node, field))
-            for field, slot in _SLOTS[type(node)].items()
-        }
+        changes = {}
+        for field, slot in _SLOTS[type(node)].items():
+            arrays: dict[str, Any] = {}
+            for layer, own in pairs:
+                found = {
+                    part: slots.get(full, {}).get(slot) for part, full in layer.tensors.items()
+                }
+                parts = {part: to_array(x) for part, x in found.items() if x is not None}
+                arrays |= to_ours(own, parts, orders)
+            zeros = jax.tree.map(jnp.zeros_like, getattr(node, field))
+            changes[field] = with_arrays(zeros, "params", arrays)
         if isinstance(node, DampedTraceState):
             changes["started"] = jnp.full_like(node.started, bool(started))
         return node._replace(**changes)
 
     opt_state = jax.tree.map(load, state.opt_state, is_leaf=_has_slots)
-    is_adam = "betas" in groups[0]
-    step = max(steps, default=0) if is_adam else None  # SGD does not count
-    return _with_counts(opt_state, float(groups[0]["lr"]), step)
+    is_adam = "betas" in groups[0]  # SGD does not count its steps
+    return _with_counts(opt_state, float(groups[0]["lr"]), max(steps, default=0), is_adam)
+
+
+def _check(is_valid: Any, found: str, expected: str) -> None:
+    if not is_valid:
+        raise InputError(
+            f"the PyTorch optimizer has {found}; expected {expected}", argument="optimizer"
+        )
 
 
 def _checked_groups(state_dict: Any) -> list[Mapping[str, Any]]:
     """Returns the parameter groups of an optimizer that can be loaded."""
     groups = state_dict.get("param_groups") if isinstance(state_dict, Mapping) else None
-    if (
-        not isinstance(groups, list)
-        or not isinstance(state_dict.get("state"), Mapping)
-        or not groups
-    ):
+    if not isinstance(groups, list) or not isinstance(state_dict.get("state"), Mapping):
         raise InputError(
             f"optimizer is a {type(state_dict).__name__}; expected optimizer.state_dict() of "
             "PyTorch, with 'state' and 'param_groups'",
             argument="optimizer",
         )
     for group in groups:
-        is_adam = {"betas", "amsgrad"} <= group.keys()
-        if not is_adam and not {"momentum", "dampening"} <= group.keys():
-            options = ", ".join(sorted(group.keys() - {"params", "param_names"}))
-            raise InputError(
-                f"the PyTorch optimizer has the options {options}; expected those of SGD, Adam or "
-                "AdamW, whose state can be loaded",
-                argument="optimizer",
-            )
-        if group.get("maximize"):
-            raise InputError(
-                "the PyTorch optimizer has maximize=True; expected one that minimizes",
-                argument="optimizer",
-            )
+        is_known = {"betas", "amsgrad"} <= group.keys() or {"momentum", "dampening"} <= group.keys()
+        options = ", ".join(sorted(group.keys() - {"params", "param_names"}))
+        _check(is_known, f"the options {options}", "those of SGD, Adam or AdamW")
+        _check(not group.get("maximize"), "maximize=True", "one that minimizes")
     rates = {float(group["lr"]) for group in groups}
-    if len(rates) > 1:
-        raise InputError(
-            f"the PyTorch optimizer has the learning rates {sorted(rates)}; expected one for all "
-            "parameters",
-            argument="optimizer",
-        )
+    _check(len(rates) == 1, f"the learning rates {sorted(rates)}", "one for all parameters")
     return groups
 
 
@@ -140,105 +128,67 @@ def _slots_by_name(
     state_dict: Mapping[str, Any],
     tensors: Mapping[str, np.ndarray],
     pairs: Sequence[tuple[TorchLayer, Layer]],
-) -> dict[str, Mapping[str, Any]]:
+) -> dict[str, dict[str, Any]]:
     """Returns the arrays of the optimizer by the name of the parameter."""
-    parameters = {
-        theirs.tensors[part]
-        for theirs, ours in pairs
-        for entry in ours.entries
-        if entry.paths[0].startswith("params")
-        for part in entry.tensors
-    }
-    groups = state_dict["param_groups"]
-    numbers = [number for group in groups for number in group["params"]]
-    if all("param_names" in group for group in groups):
-        names = [name for group in groups for name in group["param_names"]]
-    else:
-        names = [name for name in tensors if name in parameters]
-        if len(groups) > 1:
+    entries = [(layer, entry) for layer, own in pairs for entry in own.entries]
+    entries = [x for x in entries if x[1].paths[0].startswith("params")]
+    for layer, entry in entries:
+        if entry.added is not None:
             raise InputError(
-                f"the PyTorch optimizer has {len(groups)} parameter groups without names; expected "
-                "one group, or an optimizer made with module.named_parameters()",
-                argument="optimizer",
-            )
-    if len(numbers) != len(names) or set(names) != parameters:
-        raise InputError(
-            f"the PyTorch optimizer has {len(numbers)} parameters, where the model has "
-            f"{len(parameters)}; expected the optimizer of all parameters of this model",
-            argument="optimizer",
-        )
-    found: dict[str, Mapping[str, Any]] = {}
-    for number, name in zip(numbers, names, strict=True):
-        values = {
-            slot: value
-            for slot, value in state_dict["state"].get(number, {}).items()
-            if value is not None
-        }
-        for slot, value in values.items():
-            if slot != "step" and tuple(value.shape) != tensors[name].shape:
-                raise InputError(
-                    f"the PyTorch optimizer has {slot} of shape {list(value.shape)} for {name}, "
-                    f"which has the shape {list(tensors[name].shape)}; expected the optimizer of "
-                    "this model",
-                    argument="optimizer",
-                )
-        found[name] = values
-    return found
-
-
-def _loaded(
-    tree: PyTree,
-    slot: str,
-    slots: Mapping[str, Mapping[str, Any]],
-    pairs: Sequence[tuple[TorchLayer, Layer]],
-    orders: Orders,
-) -> PyTree:
-    """Returns a pytree like the parameters with the arrays of one slot."""
-    arrays: dict[str, Any] = {}
-    for theirs, ours in pairs:
-        entries = [entry for entry in ours.entries if entry.paths[0].startswith("params")]
-        if any(len(entry.tensors) > 1 for entry in entries):
-            raise InputError(
-                f"{theirs.name} has two biases in PyTorch, which are trained separately, and one "
+                f"{layer.name} has two biases in PyTorch, which are trained separately, and one "
                 "here; expected no LSTM with biases: pass optimizer=None to load its weights alone",
                 argument="optimizer",
             )
-        parts = {
-            part: to_array(slots[theirs.tensors[part]][slot])
-            for entry in entries
-            for part in entry.tensors
-            if slot in slots[theirs.tensors[part]]
-        }
-        arrays |= to_ours(ours, parts, orders)
-    return with_arrays(tree, "params", arrays)
+    parameters = {layer.tensors[entry.tensor] for layer, entry in entries}
+    groups = state_dict["param_groups"]
+    numbers = [number for group in groups for number in group["params"]]
+    names = [name for name in tensors if name in parameters]
+    if all("param_names" in group for group in groups):
+        names = [name for group in groups for name in group["param_names"]]
+    else:
+        _check(
+            len(groups) == 1,
+            f"{len(groups)} parameter groups without names",
+            "one group, or an optimizer made with module.named_parameters()",
+        )
+    _check(
+        len(numbers) == len(names) and set(names) == parameters,
+        f"{len(numbers)} parameters, where the model has {len(parameters)}",
+        "the optimizer of all parameters of this model",
+    )
+    found: dict[str, dict[str, Any]] = {}
+    for number, name in zip(numbers, names, strict=True):
+        values = state_dict["state"].get(number, {})
+        found[name] = {slot: value for slot, value in values.items() if value is not None}
+        for slot, value in found[name].items():
+            _check(
+                slot == "step" or tuple(value.shape) == tensors[name].shape,
+                f"{slot} of another shape than {name}, which has {list(tensors[name].shape)}",
+                "the optimizer of this model",
+            )
+    return found
 
 
-def _with_counts(opt_state: PyTree, rate: float, step: int | None) -> PyTree:
+def _with_counts(opt_state: PyTree, rate: float, step: int, is_adam: bool) -> PyTree:
     """Returns an optimizer state with the learning rate and the number of steps of PyTorch.
 
     A learning rate that follows a schedule is not replaced.
     """
     leaves = jax.tree_util.tree_leaves_with_path(opt_state)
     paths = [jax.tree_util.keystr(path, simple=True, separator=".") for path, _ in leaves]
-    scheduled = any("hyperparams_states.learning_rate" in path for path in paths)
-    if not any(path.endswith("hyperparams.learning_rate") for path in paths):
+    rates = [path for path in paths if path.endswith("hyperparams.learning_rate")]
+    if not rates:
         warnings.warn(
             f"the optimizer of the state does not record its learning rate, so PyTorch's {rate:g} "
             "is not loaded; make it with this rate, or use jaxtrain.optimizers",
             stacklevel=4,
         )
-    found: dict[str, np.ndarray] = {}
-    for path in paths:
-        if path.endswith("hyperparams.learning_rate") and not scheduled:
-            found[path] = np.asarray(rate)
-        elif path.rpartition(".")[2] in _COUNTS and step is not None:
-            found[path] = np.asarray(step)
-    return with_arrays(opt_state, "", found)
+    if any("hyperparams_states.learning_rate" in path for path in paths):
+        rates = []
+    counts = [path for path in paths if is_adam and path.rpartition(".")[2] in ("count", "step")]
+    values = dict.fromkeys(rates, np.asarray(rate)) | dict.fromkeys(counts, np.asarray(step))
+    return with_arrays(opt_state, "", values)
 
 
 def _has_slots(node: Any) -> bool:
     return type(node) in _SLOTS
-
-
-def _listed(names: set[str]) -> str:
-    return ", ".join(sorted(names)) or "no arrays"
