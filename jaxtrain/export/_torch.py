@@ -221,16 +221,17 @@ def _converted(
     results = [(convert(reading), reading) for reading in readings]
     differences = [compare(result) for result, _ in results]
     same = [x for x, difference in zip(results, differences, strict=True) if difference == ""]
+    doubt = f"the order of the features that {next(iter(in_doubt.values()), '')} takes is in doubt"
     if any(differences) and not same:
-        raise InputError(next(filter(None, differences)))
+        text = next(filter(None, differences))
+        raise InputError(f"{text}; {doubt}" if in_doubt else text)
     if len(same) == 1 or not in_doubt:
         return (same or results)[0]
+    module = "" if same else ", or the PyTorch module itself, so that outputs are compared"
     raise InputError(
-        f"the order of the features that {next(iter(in_doubt.values()))} takes is in doubt, since "
-        "images are [channels, height, width] in PyTorch; expected a network that transposes them "
-        "to this order before it flattens them, or the PyTorch module in place of its state dict, "
-        "so that outputs are compared (or leave the layer out by strict=False, and convert it by "
-        "hand)"
+        f"{doubt}, since images are [channels, height, width] in PyTorch; expected a network that "
+        f"transposes them to this order before it flattens them{module} (or leave the layer out by "
+        "strict=False, and convert it by hand)"
     )
 
 

@@ -199,12 +199,12 @@ def _by_shapes(
     are_called_in_order: bool,
 ) -> dict[str, Layer]:
     """Returns pairs of equal shapes, several of which must have a known order."""
-    shared = set(map(_signature, theirs)) & set(map(_signature, ours))
+    expected = set(map(_signature, ours))
+    shared = [x for x in dict.fromkeys(map(_signature, theirs)) if x in expected]
     # Single parameters of a module come before its layers, wherever they are used.
-    singles = {signature for signature in shared if signature[0][0] == ""}
-    created, called = (
-        [x for x in layers if _signature(x) in shared - singles] for layers in (theirs, ours)
-    )
+    ordered = [signature for signature in shared if signature[0][0] != ""]
+    created = [x for x in theirs if _signature(x) in ordered]
+    called = [x for x in ours if _signature(x) in ordered]
     are_known = are_created_in_order and are_called_in_order
     differing = next((x for x in zip(created, called, strict=False) if not _fits(*x)), None)
     is_same_order = are_known and differing is None and len(created) == len(called)
@@ -213,13 +213,15 @@ def _by_shapes(
         some: list[Any] = [x for x in theirs if _signature(x) == signature]
         own: list[Any] = [x for x in ours if _signature(x) == signature]
         names, paths = [x.name for x in some], [x.path for x in own]
-        if len(some) > 1 and not (is_same_order and signature not in singles):
-            is_numbered = _numbers_give_order(names) and _numbers_give_order(paths)
-            if not is_numbered or len(some) != len(own):
+        is_called = are_called_in_order and signature in ordered
+        is_in_order = len(some) == 1 or (is_same_order and is_called)
+        if not is_in_order or len(some) != len(own):
+            is_numbered = is_called or _numbers_give_order(paths)
+            if not (is_numbered and _numbers_give_order(names)) or len(some) != len(own):
                 where = ""
                 if are_known and differing is not None:
-                    a, b = differing
-                    where = f" (the orders first differ at {a.name} and {b.path})"
+                    where = f" (the orders first differ at {differing[0].name} and "
+                    where += f"{differing[1].path})"
                 raise InputError(
                     f"the order of the layers does not determine which of {_listed(names)} in "
                     f"PyTorch is which of {_listed(paths)} in the model{where}; expected a "
@@ -228,7 +230,8 @@ def _by_shapes(
                     argument="mapping",
                 )
             names.sort(key=_natural_sort_key)
-            own.sort(key=lambda layer: _natural_sort_key(layer.path))
+            if not is_called:
+                own.sort(key=lambda layer: _natural_sort_key(layer.path))
         pairs |= zip(names, own, strict=True)
     return pairs
 

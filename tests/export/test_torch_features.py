@@ -51,19 +51,6 @@ def torch_dense(inputs: int, function: Callable[..., Any], **layers: Any) -> Any
     return randomize(Torch(forward, **layers))
 
 
-def by_pixel(x):
-    x = x * nn.sigmoid(nn.Dense(3)(x.mean((1, 2))))[:, None, None]
-    maps = jnp.concatenate([x.mean(-1, keepdims=True), x.max(-1, keepdims=True)], -1)
-    x = x * nn.sigmoid(nn.Conv(1, (3, 3), padding=1)(maps))
-    return x[:, 1:3].mean(1)
-
-
-def torch_by_pixel(m, x, _):
-    x = x * torch.sigmoid(m.gate(x.mean((2, 3))))[:, :, None, None]
-    maps = torch.cat([x.mean(1, keepdim=True), x.amax(1, keepdim=True)], 1)
-    return (x * torch.sigmoid(m.map(maps)))[:, :, 1:3].mean(2)
-
-
 def upsampled(x):
     y = jax.image.resize(conv(4)(x), (len(x), 4, 4, 4), "nearest")
     return conv(2)(jnp.concatenate([x, y], -1))
@@ -143,9 +130,12 @@ EXACT = {
         ),
     ),
     "attention by channel and by pixel": (
-        dense(by_pixel),
+        dense(lambda x: x * nn.Dense(3)(x.mean((1, 2)))[:, None, None] * conv(1, 1)(x)),
         torch_dense(
-            12, torch_by_pixel, gate=torch.nn.Linear(3, 3), map=torch.nn.Conv2d(2, 1, 3, padding=1)
+            48,
+            lambda m, x, _: x * m.gate(x.mean((2, 3)))[:, :, None, None] * m.map(x),
+            gate=torch.nn.Linear(3, 3),
+            map=torch.nn.Conv2d(3, 1, 1),
         ),
     ),
     "upsampled": (
@@ -211,7 +201,7 @@ DOUBTFUL = {
 def test_an_order_in_doubt_is_refused_unless_the_outputs_of_the_module_decide(case: str) -> None:
     model, module = DOUBTFUL[case]
     state = state_of(model, IMAGES)
-    message = "^the order of the features that .* takes is in doubt, .* or the PyTorch module in pl"
+    message = "^the order of the features that .* takes is in doubt, .*, or the PyTorch module its"
     for convert in (load_torch, to_torch):
         with pytest.raises(InputError, match=message):
             convert(state, module.state_dict())
