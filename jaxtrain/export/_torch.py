@@ -61,13 +61,13 @@ def load_torch(
         such as betas and weight decay, are not compared: pass the same to both.
 
     Returns:
-      The state with these parameters and running statistics; its step, epoch and key are kept. An
-      average of the parameters starts anew with them.
+      The state with these parameters and running statistics, in its own dtypes; its step, epoch and
+      key are kept. An average of the parameters starts anew with them.
 
     Raises:
-      InputError: tensors are missing, additional, or differ in shape or dtype, all of which are
-        named; the order of layers or of features is unclear; the outputs of both sides differ; the
-        file cannot be read; or the optimizers differ.
+      InputError: layers are missing, additional, or differ in shape, all of which are named; the
+        order of layers or of features is unclear; the outputs of both sides differ; the file cannot
+        be read; or the optimizers differ.
       MissingExtraError: the file is a ".pt" file, and PyTorch is not installed.
 
     Example:
