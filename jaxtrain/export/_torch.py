@@ -93,9 +93,7 @@ def load_torch(
         )
 
     def compare(loaded: TrainState) -> str | None:
-        if not strict or uses is None or not hasattr(source, "named_modules"):
-            return None
-        return compare_outputs(loaded, source, source.state_dict(), pairs, uses)
+        return compare_outputs(loaded, source, None, pairs, uses) if strict else None
 
     loaded, orders = _converted(pairs, uses, convert, compare)
     if optimizer is not None:
@@ -177,12 +175,9 @@ def to_torch(
         return {full: _to_tensor(array) for full, array in (kept | found).items()}
 
     def compare(found: dict[str, Any]) -> str | None:
-        if not strict or uses is None or not hasattr(like, "named_modules"):
-            return None
-        return compare_outputs(evaluated, like, found, pairs, uses)
+        return compare_outputs(evaluated, like, found, pairs, uses) if strict else None
 
-    found, _ = _converted(pairs, uses, convert, compare)
-    return found
+    return _converted(pairs, uses, convert, compare)[0]
 
 
 def _converted(

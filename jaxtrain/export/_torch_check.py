@@ -23,23 +23,26 @@ _LAST = (lambda x: x, jax.nn.log_softmax, jax.nn.softmax, jax.nn.sigmoid)
 def compare_outputs(
     state: TrainState,
     module: Any,
-    tensors: Mapping[str, Any],
+    tensors: Mapping[str, Any] | None,
     pairs: Sequence[tuple[TorchLayer, Layer]],
-    uses: Uses,
+    uses: Uses | None,
 ) -> str | None:
     """Returns how the outputs of both sides differ for the same random inputs.
 
     Args:
       state: the state, with the weights.
-      module: the PyTorch module; it is not changed.
-      tensors: its weights, as tensors by name.
+      module: the PyTorch module, which is not changed; anything else is not compared.
+      tensors: the weights to run it with, by name; None for its own.
       pairs: layers of PyTorch with ours.
-      uses: the traced network.
+      uses: the traced network; None if there is none to compare.
 
     Returns:
       The difference in words; "" if there is none; None if the module does not take such inputs, in
       PyTorch's layout or in ours.
     """
+    if uses is None or not hasattr(module, "named_modules"):
+        return None
+    tensors = module.state_dict() if tensors is None else tensors
     generator = np.random.default_rng(0)
     inputs = jax.tree.map(lambda x: _random(x, generator), sample_shapes(state))
     outputs = uses.jaxpr.jaxpr.outvars
