@@ -28,7 +28,7 @@ from jaxtrain.adapters import mixed_precision
 from jaxtrain.checkpoint import load_checkpoint
 from jaxtrain.dataset import Dataset
 from jaxtrain.export import load, save
-from jaxtrain.inspect import summary
+from jaxtrain.inspect import summary, verify
 from jaxtrain.lowerings import use_cpu_lowerings
 from jaxtrain.model import Model
 from jaxtrain.optimizers._minimize import Minimum, minimize
@@ -81,5 +81,6 @@ __all__ = [
     "train_step",
     "update_batch_stats",
     "use_cpu_lowerings",
+    "verify",
     "with_optimizer",
 ]

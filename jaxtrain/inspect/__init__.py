@@ -1,5 +1,6 @@
 """Looks at a network and its training step without training it."""
 
 from jaxtrain.inspect.summary import Summary, summary
+from jaxtrain.inspect.verify import Verification, verify
 
-__all__ = ["Summary", "summary"]
+__all__ = ["Summary", "Verification", "summary", "verify"]

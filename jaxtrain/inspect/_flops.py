@@ -8,11 +8,13 @@ from __future__ import annotations
 
 import math
 from collections import defaultdict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import jax.numpy as jnp
 from jax.extend import core as jex
+
+from jaxtrain._compiler import inner_jaxprs
 
 # One operation per element of the result.
 _ELEMENTWISE = frozenset(
@@ -63,7 +65,7 @@ def _count(jaxpr: Any, outer: str, layer_of: Callable[[str], Any]) -> dict[Any, 
         if own is not None:
             total[layer_of(stack)] += own
             continue
-        parts = [_count(inner, stack, layer_of) for inner in _inner_jaxprs(params)]
+        parts = [_count(inner, stack, layer_of) for inner in inner_jaxprs(params)]
         if name == "cond":
             parts = [max(parts, key=_total)]
         factor = params["length"] if name == "scan" else math.nan if name == "while" else 1
@@ -77,15 +79,6 @@ def _count(jaxpr: Any, outer: str, layer_of: Callable[[str], Any]) -> dict[Any, 
 def _total(flops: dict[Any, float]) -> float:
     found = sum(flops.values())
     return math.inf if math.isnan(found) else found
-
-
-def _inner_jaxprs(params: dict[str, Any]) -> Iterator[Any]:
-    for value in params.values():
-        for each in value if isinstance(value, tuple | list) else (value,):
-            if isinstance(each, jex.ClosedJaxpr):
-                yield each.jaxpr
-            elif isinstance(each, jex.Jaxpr):
-                yield each
 
 
 def _own_flops(name: str, equation: Any) -> float | None:

@@ -16,6 +16,7 @@ from jax.sharding import PartitionSpec as P
 from jaxtyping import PyTree
 
 from jaxtrain import _device_memory, parallel
+from jaxtrain._compiler import options_for
 from jaxtrain._placement import to_words
 from jaxtrain.checkpoint import digest_program
 from jaxtrain.errors import InputError
@@ -136,7 +137,8 @@ class Program:
                 )
                 captured = parallel.replicate(captured, mesh)
                 shapes = self._shapes_of(size * parallel.axis_size(), _sharding(mesh))
-            compiled = jax.jit(train).lower(captured, shapes).compile()
+            options = options_for(traced.jaxpr)
+            compiled = jax.jit(train).lower(captured, shapes).compile(options)
             self._compiled[size] = _Compiled(compiled, captured, time.perf_counter() - started)
 
     def fits(self, size: int) -> bool:

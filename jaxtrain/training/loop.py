@@ -16,6 +16,7 @@ from jaxtyping import Array, Float, Key, PyTree
 from jaxtrain import parallel
 from jaxtrain._arguments import check_integer, check_key
 from jaxtrain._carry import keep_types
+from jaxtrain._compiler import limit_rows
 from jaxtrain.data.batches import is_stream
 from jaxtrain.data.stream import Source
 from jaxtrain.dataset import Dataset, as_dataset, check_inputs, complete, epoch_order
@@ -437,7 +438,7 @@ def _batched(dataset: Dataset, batch_size: int) -> list[Segment]:
     examples = len(dataset)
     devices = _parts(examples)
     part = examples // devices
-    size = max(1, min(-(-batch_size // devices), part))  # of one device
+    size = max(1, min(limit_rows(-(-batch_size // devices)), part))  # of one device
     steps, rest = divmod(part, size)
 
     def parts(array: Array) -> Array:

@@ -12,6 +12,7 @@ import optax
 from jaxtyping import Array, Bool, Float, PyTree
 
 from jaxtrain import parallel
+from jaxtrain._compiler import limit_rows
 from jaxtrain.dataset import Dataset, as_dataset, check_dataset, has_weight, named_arrays
 from jaxtrain.errors import InputError
 from jaxtrain.losses import Loss, at_least_float32
@@ -429,9 +430,15 @@ def evaluate_batch(
     state: TrainState, totals: Totals | None, batch: Dataset, objective: Objective
 ) -> Totals:
     """Returns the totals of loss and metrics after a batch, with the model in evaluation mode."""
-    batch = parallel.divide(batch)
-    predictions = predict_batch(state, model_inputs(batch))
-    return update_metrics(totals, predictions, batch, objective.evaluated)
+    devices = parallel.axis_size()
+    # A batch of a stream or of `eval_step` may have more rows than are compiled correctly.
+    size = devices * limit_rows(-(-len(batch) // devices))
+    for start in range(0, len(batch), size):
+        part = parallel.divide(batch[start : start + size])
+        predictions = predict_batch(state, model_inputs(part))
+        totals = update_metrics(totals, predictions, part, objective.evaluated)
+    assert totals is not None  # a batch has at least one example
+    return totals
 
 
 def update_metrics(

@@ -1,0 +1,71 @@
+"""Known faults of XLA's compiler for CPUs, by version, and how the library keeps clear of them.
+
+docs/compiler.md lists them; tests/test_compiler.py runs the programs that show them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import jax
+from jax.extend import core as jex
+from jaxlib.version import __version__ as JAXLIB
+
+# Without the kernels of YNNPACK, in which most of the known faults are.
+WITHOUT_YNN = {"xla_cpu_experimental_ynn_fusion_type": ""}
+# Flags that switch off a part of the compiler; `verify` tries them in this order.
+KNOWN_FLAGS = WITHOUT_YNN | {
+    "xla_cpu_use_fusion_emitters": False,
+    "xla_cpu_enable_fast_min_max": False,
+    "xla_allow_excess_precision": False,
+    "xla_gpu_enable_triton_gemm": False,
+    "xla_gpu_enable_cudnn_fmha": False,
+    "xla_backend_optimization_level": 0,
+}
+# Products with a small matrix and a reduction after it are wrong beyond this many rows of float32;
+# with half as many of float64. See https://github.com/jax-ml/jax/issues/39103.
+WRONG_ROWS = frozenset({"0.10.2"})
+_ROWS = 32_768
+# Arrays with more axes may end the process. See https://github.com/jax-ml/jax/issues/39257.
+_MAX_RANK = 6
+
+
+def is_on_cpu() -> bool:
+    """Returns whether JAX compiles for a CPU by default."""
+    device: Any = jax.config.jax_default_device  # type: ignore[attr-defined]
+    if device is None:
+        return jax.default_backend() == "cpu"
+    return str(getattr(device, "platform", device)) == "cpu"
+
+
+def limit_rows(size: int) -> int:
+    """Returns the number of rows to evaluate at once: `size`, or what is compiled correctly."""
+    if JAXLIB not in WRONG_ROWS or not is_on_cpu():
+        return size
+    double: Any = jax.config.jax_enable_x64  # type: ignore[attr-defined]
+    return min(size, _ROWS // 2 if double else _ROWS)
+
+
+def options_for(program: jex.ClosedJaxpr) -> dict[str, Any]:
+    """Returns the `compiler_options` with which a program does not end the process."""
+    return WITHOUT_YNN if is_on_cpu() and _rank(program.jaxpr) > _MAX_RANK else {}
+
+
+def inner_jaxprs(params: dict[str, Any]) -> Iterator[Any]:
+    """Yields the programs among the parameters of an operation, such as the body of a loop."""
+    for value in params.values():
+        for each in value if isinstance(value, tuple | list) else (value,):
+            if isinstance(each, jex.ClosedJaxpr):
+                yield each.jaxpr
+            elif isinstance(each, jex.Jaxpr):
+                yield each
+
+
+def _rank(jaxpr: Any) -> int:
+    """Returns the largest number of axes of an array in a program."""
+    found = [len(getattr(each.aval, "shape", ())) for each in jaxpr.invars]
+    for equation in jaxpr.eqns:
+        found += [len(getattr(each.aval, "shape", ())) for each in equation.outvars]
+        found += map(_rank, inner_jaxprs(equation.params))
+    return max(found, default=0)
