@@ -70,6 +70,7 @@ def descend(
     model, optimizer = jt.models.LinearRegression(use_bias=False), flags.make_line_optimizer(config)
     state = jt.init_state(model, optimizer, data.inputs[:1], key=jax.random.key(0))
     progress = jt.callbacks.progress(config.log_interval, max(1, config.log_interval))
+    command.verify_step(config, state, data[: options["batch_size"]], options["loss_fn"])
     _, history = jt.fit(
         state.replace(params={"weight": jnp.array([[START]])}),
         data,

@@ -67,6 +67,7 @@ def run(config: Config) -> dict[str, Any]:
             before = before.replace(params=start)
         loss_fn = getattr(jt.losses, config.loss)
         progress = jt.callbacks.progress(config.log_interval, max(1, config.log_interval))
+        command.verify_step(config, before, train, loss_fn)
         after, history = jt.fit(
             before,
             train,

@@ -98,6 +98,7 @@ def train(
             line = f"epoch {epoch + 1} batch {batch + 1}  loss {run.losses[-1]:.6f}  "
             print(f"{line}Δw {dw:+.6f}  Δb {db:+.6f}  w {w:.6f}  b {b:.6f}", file=sys.stderr)
 
+    command.verify_step(config, state, data[: config.batch_size], LOSS)
     state, history = jt.fit(
         state.replace(params=start),
         data,

@@ -81,6 +81,7 @@ def run(config: Config) -> dict[str, Any]:
         stopping = [] if config.patience is None else [jt.callbacks.early_stopping(config.patience)]
         progress = jt.callbacks.progress(config.log_interval)
         assert config.epochs is not None
+        command.verify_step(config, state, train[: config.batch_size], LOSS)
         state, history = jt.fit(
             state,
             train,

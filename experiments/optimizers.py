@@ -66,8 +66,10 @@ def run(config: Config) -> dict[str, Any]:
             size = len(train) if name in FULL_BATCH else config.batch_size
             options: dict[str, Any] = {"loss_fn": LOSS, "batch_size": size, "key": key}
             rate = choose_rate(name, config, data, validation, **options)
+            start = make_start(name, rate, config, data)
+            command.verify_step(config, start, train[:size], LOSS)
             _, history = jt.fit(
-                make_start(name, rate, config, data),
+                start,
                 train,
                 data.test,
                 metric_fns={"accuracy": jt.metrics.accuracy},

@@ -5,8 +5,8 @@ docs/compiler.md lists them; tests/test_compiler.py runs the programs that show 
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from typing import Any
+from collections.abc import Callable, Iterator
+from typing import Any, TypeVar
 
 import jax
 from jax.extend import core as jex
@@ -29,6 +29,30 @@ WRONG_ROWS = frozenset({"0.10.2"})
 _ROWS = 32_768
 # Arrays with more axes may end the process. See https://github.com/jax-ml/jax/issues/39257.
 _MAX_RANK = 6
+
+
+# A program keeps the model and the optimizer that it was compiled for, and takes some MiB.
+_MAX_PROGRAMS = 32
+_bounded: list[Any] = []
+
+Function = TypeVar("Function", bound=Callable[..., Any])
+
+
+def bounded(function: Function) -> Function:
+    """Lets `release_programs` drop the programs of a jitted function, a decorator."""
+    _bounded.append(function)
+    return function
+
+
+def release_programs() -> None:
+    """Drops the programs of the functions that have many, most of them for dead optimizers.
+
+    JAX keeps each program for as long as the function exists. Those that are in use are compiled
+    again. Called where a new model or optimizer appears, never while a program is traced.
+    """
+    for function in _bounded:
+        if function._cache_size() > _MAX_PROGRAMS:
+            function.clear_cache()
 
 
 def is_on_cpu() -> bool:

@@ -15,9 +15,10 @@ from typing import TypeVar
 
 from jaxtrain.cli.compilation_cache import set_up_compilation_cache
 from jaxtrain.cli.devices import select_device
-from jaxtrain.cli.flags import DatasetFlags, ExperimentFlags, flag_of
+from jaxtrain.cli.flags import DatasetFlags, ExperimentFlags, TrainingFlags, flag_of
 from jaxtrain.cli.runs import RunFolder
 from jaxtrain.data import Resolved, load_resolved
+from jaxtrain.dataset import Dataset
 from jaxtrain.errors import (
     DataUnavailableError,
     InputError,
@@ -28,6 +29,9 @@ from jaxtrain.errors import (
     StreamError,
     recovery_notes,
 )
+from jaxtrain.inspect import verify
+from jaxtrain.losses import Loss
+from jaxtrain.training.state import TrainState
 
 Config = TypeVar("Config")
 _EXPECTED = (
@@ -141,6 +145,22 @@ def load_images(config: DatasetFlags) -> Resolved:
             f"This is not MNIST but scikit-learn's digits: {data.notice} (--data-dir FOLDER)."
         )
     return data
+
+
+def verify_step(config: TrainingFlags, state: TrainState, batch: Dataset, loss_fn: Loss) -> None:
+    """With --verify, computes one training step in several ways and prints the report on stderr.
+
+    Raises:
+      InputError: the ways differ by more than rounding.
+    """
+    if config.verify:
+        verification = verify(state, batch, loss_fn)
+        _print_line(str(verification))
+        if not verification.ok:
+            raise InputError(
+                "the compiled training step is wrong; expected differences of rounding alone: see "
+                "docs/compiler.md for versions and flags"
+            )
 
 
 @contextlib.contextmanager

@@ -84,6 +84,8 @@ class TrainingFlags(ExperimentFlags):
     """On a NaN or infinity in loss, gradient or state: end the run, or skip that step."""
     max_gradient_norm: float | None = None
     """Clip gradients to this global norm; None does not clip."""
+    verify: bool = False
+    """First compute one step in several ways, and end if they differ by more than rounding."""
 
 
 @dataclass(frozen=True)

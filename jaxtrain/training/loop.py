@@ -16,7 +16,7 @@ from jaxtyping import Array, Float, Key, PyTree
 from jaxtrain import parallel
 from jaxtrain._arguments import check_integer, check_key
 from jaxtrain._carry import keep_types
-from jaxtrain._compiler import limit_rows
+from jaxtrain._compiler import bounded, limit_rows
 from jaxtrain.data.batches import is_stream
 from jaxtrain.data.stream import Source
 from jaxtrain.dataset import Dataset, as_dataset, check_inputs, complete, epoch_order
@@ -140,11 +140,13 @@ def first_log(state: Any, batch: Dataset, objective: Objective) -> StepLog:
 
 
 # Jitted functions keep their traces, so the next `fit` or evaluation need not trace again.
+@bounded
 @functools.partial(jax.jit, static_argnames="objective")
 def _log_of_no_steps(state: Any, batch: Dataset, objective: Objective) -> StepLog:
     return empty_log(state, lambda index: batch, objective, 0)
 
 
+@bounded
 @functools.partial(jax.jit, static_argnames="objective", donate_argnames="state")
 def compiled_steps(
     state: Any,
@@ -159,6 +161,7 @@ def compiled_steps(
     return parallel.on_auto_axes(steps, state, totals, segment, first, stop, like=(state, None))
 
 
+@bounded
 @jax.jit
 def copied(state: Any) -> Any:
     """Returns a copy of the state, which `compiled_steps` may donate."""
@@ -218,6 +221,7 @@ def train_epoch(
         return _compiled_epoch(state, dataset, key, objective, min(batch_size, len(dataset)))
 
 
+@bounded
 @functools.partial(jax.jit, static_argnames=("objective", "batch_size"))
 def _compiled_epoch(
     state: Any,
@@ -332,6 +336,7 @@ def evaluate_source(
     return finish_metrics(totals, objective.evaluated)
 
 
+@bounded
 @functools.partial(jax.jit, static_argnames=("objective", "batch_size"))
 def compiled_evaluate(
     state: TrainState, dataset: Dataset, objective: Objective, *, batch_size: int
@@ -348,9 +353,10 @@ def compiled_evaluate(
     return finish_metrics(parallel.on_auto_axes(evaluate_all, state, dataset), objective.evaluated)
 
 
-_first_totals = jax.jit(evaluate_batch, static_argnames="objective")
+_first_totals = bounded(jax.jit(evaluate_batch, static_argnames="objective"))
 
 
+@bounded
 @functools.partial(jax.jit, static_argnames="objective")
 def _compiled_totals(
     state: TrainState, totals: Totals, segment: Segment, stop: Array, objective: Objective
@@ -407,6 +413,7 @@ def predict(state: TrainState, inputs: PyTree, *, batch_size: int = 1000) -> Any
         return _compiled_predict(state, inputs, batch_size=batch_size)
 
 
+@bounded
 @functools.partial(jax.jit, static_argnames="batch_size")
 def _compiled_predict(state: TrainState, inputs: PyTree, *, batch_size: int) -> Any:
     def run(state: TrainState, inputs: PyTree) -> Any:

@@ -14,6 +14,7 @@ from jaxtyping import Array, Float, Key
 
 from jaxtrain import parallel
 from jaxtrain._arguments import check_integer, check_key
+from jaxtrain._compiler import bounded
 from jaxtrain._device_memory import memory_advice
 from jaxtrain.callbacks.early_stopping import EarlyStopping
 from jaxtrain.dataset import Dataset, complete, epoch_order
@@ -253,6 +254,7 @@ def mean_step_loss(
     return loss / total
 
 
+@bounded
 @functools.partial(
     jax.jit,
     static_argnames=(

@@ -14,6 +14,7 @@ from jaxtyping import Array, Int, Key, PyTree
 
 from jaxtrain import adapters
 from jaxtrain._arguments import check_key
+from jaxtrain._compiler import release_programs
 from jaxtrain.dataset import Dataset, check_array, named_arrays
 from jaxtrain.errors import InputError
 from jaxtrain.model import Model
@@ -135,6 +136,8 @@ def init_state(
         if not isinstance(leaf, jax.ShapeDtypeStruct):
             check_array(leaf, path)
     params_key, state_key = jax.random.split(key)
+    if not isinstance(state_key, jax.core.Tracer):
+        release_programs()
     adapted, held = adapters.adapt(model, rngs, call)
     params, model_state = adapted.init(params_key, sample_inputs) if held is None else held
     adapted = adapters.checked(adapted, params, model_state, sample_inputs)
@@ -167,6 +170,8 @@ def with_optimizer(state: TrainState, optimizer: optax.GradientTransformation) -
       >>> state = jt.with_optimizer(state, jt.optimizers.sgd(1e-4))  # fine-tuning
     """
     check_state_type(state)
+    if not isinstance(state.key, jax.core.Tracer):
+        release_programs()
     optimizer, opt_state = _initialized(optimizer, state.params)
     return state.replace(optimizer=optimizer, opt_state=opt_state)
 

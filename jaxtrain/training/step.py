@@ -12,7 +12,7 @@ import optax
 from jaxtyping import Array, Bool, Float, PyTree
 
 from jaxtrain import parallel
-from jaxtrain._compiler import limit_rows
+from jaxtrain._compiler import bounded, limit_rows
 from jaxtrain.dataset import Dataset, as_dataset, check_dataset, has_weight, named_arrays
 from jaxtrain.errors import InputError
 from jaxtrain.losses import Loss, at_least_float32
@@ -118,6 +118,7 @@ def _as_batch(batch: Any) -> Dataset:
     return as_dataset(batch, "batch")
 
 
+@bounded
 @functools.partial(jax.jit, static_argnames="loss_fn")
 def _train_step(state: TrainState, batch: Dataset, loss_fn: Loss) -> tuple[TrainState, Metrics]:
     def step(state: TrainState, batch: Dataset) -> tuple[TrainState, Metrics]:
@@ -365,6 +366,7 @@ def eval_step(
         return _eval_step(state, batch, make_objective(loss_fn, metric_fns))
 
 
+@bounded
 @functools.partial(jax.jit, static_argnames="objective")
 def _eval_step(state: TrainState, batch: Dataset, objective: Objective) -> Metrics:
     check_dataset(batch, "batch")

@@ -128,10 +128,10 @@ def test_the_librarys_own_convolution_is_compared_with_that_of_xla(
 @pytest.mark.slow
 @pytest.mark.skipif(jax.default_backend() != "cpu", reason="a fault on CPUs")
 def test_the_known_fault_is_found_with_the_flag_that_removes_it() -> None:
-    def apply(params: Any, state: Any, x: Any, *, train: bool, key: Any) -> Any:
-        return jax.vmap(lambda row: jnp.sum((params @ row) ** 2))(x), state
+    def apply(scale: Any, matrix: Any, x: Any, *, train: bool, key: Any) -> Any:
+        return scale * jax.vmap(lambda row: jnp.sum((matrix @ row) ** 2))(x), matrix
 
-    model = jt.Model(lambda key, x: (jnp.eye(3), {}), apply)
+    model = jt.Model(lambda key, x: (jnp.ones(()), jnp.eye(3)), apply)
     rows = RNG.normal(size=(36_000, 3)).astype(np.float32)
 
     def loss(predictions: Any, targets: Any) -> Any:
@@ -140,6 +140,8 @@ def test_the_known_fault_is_found_with_the_flag_that_removes_it() -> None:
     found = verify(model, (rows, np.zeros(len(rows), np.float32)), loss)
     if _compiler.JAXLIB in _compiler.WRONG_ROWS:
         assert not found.ok
+        assert found.operation is not None
+        assert found.operation.startswith("reduce_sum -> float32[36000]")
         assert found.flag == "XLA_FLAGS=--xla_cpu_experimental_ynn_fusion_type="
     else:
         assert found.ok, found

@@ -1,0 +1,104 @@
+"""Known faults of XLA's compiler for CPUs: on which versions they are, and how we keep clear."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import jaxtrain as jt
+from jaxtrain._compiler import JAXLIB, WITHOUT_YNN, WRONG_ROWS
+
+pytestmark = pytest.mark.skipif(jax.default_backend() != "cpu", reason="faults on CPUs")
+
+ROWS = np.random.default_rng(0).normal(size=(36_000, 3)).astype(np.float32)
+RIGHT = (ROWS.astype(np.float64) ** 2).sum(1)
+
+# Programs that end the process, with the versions of jaxlib on which they do; None: all so far.
+# The first two are https://github.com/jax-ml/jax/issues/39257 and 40412, the last one is the
+# product of attention on [batch, 2, 2, 8, 8, 8] under vmap.
+CRASHES: dict[str, tuple[str, set[str] | None]] = {
+    "39257": (
+        "def f(a):\n"
+        "    rows = jnp.ones((10, 4, 6))[..., None, None, None, None, None]\n"
+        "    return jnp.log(jnp.maximum(jnp.sum(rows * a, axis=2), 2.2e-16))\n"
+        "a = jnp.ones((10, 4, 6, 9, 9, 9, 9, 9))\n",
+        {"0.10.2", "0.11.0"},
+    ),
+    "40412": (
+        "def f(a):\n    return jnp.sum(a * (a + 1), axis=3)\na = jnp.ones((3, 1, 2, 2, 8, 8, 8))\n",
+        {"0.10.2"},
+    ),
+    "rank 8": (
+        "def f(a):\n"
+        "    batch = (0, 1, 2, 3, 4, 6)\n"
+        "    return jax.lax.dot_general(a, a, (((7,), (7,)), (batch, batch)))\n"
+        "a = jnp.ones((3, 4, 2, 2, 8, 8, 2, 4))\n",
+        None,
+    ),
+}
+
+
+def norms(matrix: Any, rows: Any) -> Any:
+    return jax.vmap(lambda row: jnp.sum((matrix @ row) ** 2))(rows)
+
+
+def norm_state() -> jt.TrainState:
+    model = jt.Model(
+        lambda key, x: (jnp.eye(3), {}),
+        lambda params, state, x, *, train, key: (norms(params, x), state),
+    )
+    return jt.init_state(model, jt.optimizers.sgd(0.1), ROWS[:1], key=jax.random.key(0))
+
+
+@pytest.mark.parametrize("options", [None, WITHOUT_YNN], ids=["plain", "without YNNPACK"])
+def test_issue_39103_is_in_the_versions_that_we_list(options: Any) -> None:
+    found = jax.jit(norms, compiler_options=options)(jnp.eye(3), ROWS)
+    is_right = bool(np.allclose(found, RIGHT, rtol=1e-4))
+    assert is_right == (options is not None or JAXLIB not in WRONG_ROWS)
+
+
+def test_large_batches_are_evaluated_correctly() -> None:
+    state, size = norm_state(), len(ROWS)
+    data = jt.Dataset(ROWS, np.zeros(size, np.float32))
+
+    def loss(predictions: Any, targets: Any) -> Any:
+        return predictions
+
+    np.testing.assert_allclose(jt.predict(state, ROWS, batch_size=size), RIGHT, rtol=1e-4)
+    expected = pytest.approx(RIGHT.mean(), rel=1e-5)
+    assert jt.evaluate(state, data, loss, batch_size=size)["loss"] == expected
+    assert jt.eval_step(state, data, loss)["loss"] == expected
+    stream = [(data.inputs, data.targets)]
+    assert jt.evaluate(state, stream, loss)["loss"] == expected
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", CRASHES)
+def test_a_program_ends_the_process_on_the_versions_that_we_list(name: str) -> None:
+    program, versions = CRASHES[name]
+    code = f"import jax, jax.numpy as jnp\n{program}jax.jit(f)(a).block_until_ready()\n"
+    flag = "--xla_cpu_experimental_ynn_fusion_type="
+    for flags, ends in (("", versions is None or JAXLIB in versions), (flag, False)):
+        environment = os.environ | {"XLA_FLAGS": flags}
+        done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True)
+        assert (done.returncode < 0) == ends, done.stderr.decode()[-500:]
+
+
+def test_a_sweep_over_arrays_of_many_axes_does_not_end_the_process() -> None:
+    inputs, batch = jnp.ones((4, 2, 2, 8, 8, 2, 4)), (0, 1, 2, 3, 5)
+
+    def run(rate: Any) -> dict[str, Any]:
+        scaled = rate * inputs
+        product = jax.lax.dot_general(scaled, scaled, (((6,), (6,)), (batch, batch)))
+        return {"norm": jnp.sum(product)}
+
+    rates = np.array([1.0, 2.0, 3.0], np.float32)
+    found = jt.sweep(run, {"rate": rates}, at_once=3, callbacks=[])
+    np.testing.assert_allclose(found["norm"] / found["norm"][0], rates**2)
