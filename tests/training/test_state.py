@@ -99,10 +99,10 @@ def test_a_state_from_a_sweep_can_be_trained_further(small_state, small_classes,
 
 def test_programs_of_dead_optimizers_are_dropped(small_state, small_classes) -> None:
     batch, updates = small_classes[:4], []
-    for rate in np.linspace(0.1, 0.2, 20):
+    for rate in np.linspace(0.1, 0.2, 40):
         state = jt.with_optimizer(small_state, optax.sgd(rate))
         jt.train_step(state, batch, jt.losses.cross_entropy)
         updates.append(weakref.ref(state.optimizer.update))
     del state
     gc.collect()
-    assert sum(update() is not None for update in updates) < 12
+    assert sum(update() is not None for update in updates) < 36
