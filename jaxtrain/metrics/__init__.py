@@ -5,13 +5,19 @@ model, a metric is called: `jt.metrics.r2(predictions, targets, weights=None)`.
 
 Weights have the shape [batch], or that of the targets. What has weight 0 does not exist for a
 metric, whatever its values. Anything else that cannot be judged makes the metric NaN: a NaN
-prediction, a label that is not one of the classes, and no weight at all.
+prediction (which `accuracy` counts like any other), a label that is not one of the classes, and
+no weight at all.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any, TypeAlias
+
+from jaxtyping import Array, PyTree
+
 from jaxtrain.metrics._classes import ClassScore, ConfusionMatrix, TopK, accuracy, top_k_accuracy
-from jaxtrain.metrics._metric import AccumulatedMetric, Mean, Metric, PerExampleMetric
+from jaxtrain.metrics._metric import AccumulatedMetric, Mean
 from jaxtrain.metrics._r2 import R2
 from jaxtrain.metrics._roc_auc import RocAuc
 
@@ -29,6 +35,20 @@ __all__ = [
     "roc_auc",
     "top_k_accuracy",
 ]
+
+PerExampleMetric: TypeAlias = Callable[[Any, Any], Array]
+"""A function `metric(predictions, targets) -> [batch]`, whose weighted mean is reported."""
+
+Metric: TypeAlias = (
+    PerExampleMetric
+    | tuple[Callable[[Any, Any, Any], PyTree], Callable[[Any], Array]]
+    | AccumulatedMetric
+)
+"""What `evaluate` takes as a metric.
+
+A `PerExampleMetric`; a pair (sums, finish) of functions, `sums(predictions, targets, weights)` of a
+batch and `finish(sums)` of their sums over all batches; or an `AccumulatedMetric`.
+"""
 
 
 def f1(average: str | None, *, threshold: float = 0.0) -> AccumulatedMetric:
@@ -150,9 +170,9 @@ def roc_auc(average: str | None = "macro") -> AccumulatedMetric:
     classes is ranked by its softmax probability against the others (`multi_class="ovr"`).
 
     The area is exact up to 65,536 examples of at most 16 classes or labels, and up to 2**20 scores
-    of more. Beyond, half as many groups of scores are kept, which have about equal weight: the area
-    of a million examples changed by less than 1e-7 in random order, and by 2e-5 in the worst order
-    that was found. On arrays it is always exact.
+    of more. Beyond, neighboring scores are merged into half as many groups of about equal weight:
+    the area of a million examples changed by less than 1e-6 in random order and sorted by label,
+    and by 2e-5 in the worst order that was found. On arrays it is always exact.
 
     Args:
       average: "macro", the mean over classes or labels; "weighted", by how many examples have them;

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -14,7 +15,6 @@ from jaxtrain.errors import InputError
 from jaxtrain.metrics._metric import (
     AccumulatedMetric,
     AnyArray,
-    PerExampleMetric,
     label_weights,
 )
 
@@ -49,7 +49,7 @@ def accuracy(
     return jnp.where(_in_range(targets, predictions.shape[-1]), correct, jnp.nan)
 
 
-def top_k_accuracy(k: int) -> PerExampleMetric:
+def top_k_accuracy(k: int) -> Callable[[Any, Any], Array]:
     """Returns the metric that is 1 where the label is among the `k` largest logits, else 0.
 
     Args:

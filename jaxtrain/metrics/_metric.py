@@ -18,8 +18,6 @@ from jaxtrain.errors import InputError
 from jaxtrain.losses import WeightedMean, mean_terms, name_of
 
 AnyArray: TypeAlias = Array | np.ndarray
-PerExampleMetric: TypeAlias = Callable[[Any, Any], Array]
-"""A function `metric(predictions, targets) -> [batch]`, whose weighted mean is reported."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -78,7 +76,7 @@ class AccumulatedMetric:
 class Mean(AccumulatedMetric):
     """The weighted mean of a function of each example; a loss is one too."""
 
-    function: PerExampleMetric
+    function: Callable[[Any, Any], Array]
 
     @property
     def __name__(self) -> str:
@@ -112,16 +110,7 @@ class Sums(AccumulatedMetric):
         return self.result(total)
 
 
-Metric: TypeAlias = (
-    PerExampleMetric
-    | tuple[Callable[[Any, Any, Any], PyTree], Callable[[Any], Array]]
-    | AccumulatedMetric
-)
-"""What `evaluate` takes as a metric: a `PerExampleMetric`, a pair (sums, finish), or an
-`AccumulatedMetric`."""
-
-
-def as_accumulated(metric: Metric) -> AccumulatedMetric:
+def as_accumulated(metric: Any) -> AccumulatedMetric:
     """Returns any metric in the interface that the loops know."""
     if isinstance(metric, AccumulatedMetric):
         return metric
