@@ -64,6 +64,7 @@ class RunFolder:
         self._rows: list[dict[str, Any]] = []
         self._compile_seconds = self._sweep_seconds = self._history_written = 0.0
         self._part_loggers("")  # a missing package is noticed before the folder is made
+        self._loggers.clear()  # made again later: they record `config`, which may be replaced
         make_folder(self.path, _DESCRIPTION)
 
     def __enter__(self) -> RunFolder:
