@@ -155,8 +155,7 @@ def _mapped(
                 )
         if list(mapping.values()).count(path) > 1:
             raise InputError(
-                f"mapping has two layers for {path!r}; expected each layer once",
-                argument="mapping",
+                f"mapping has two layers for {path!r}; expected each layer once", argument="mapping"
             )
         if not _fits(by_name[name], by_path[path]):
             raise InputError(

@@ -184,10 +184,11 @@ def _run(
         operands, name = [read(x) for x in equation.invars], equation.primitive.name
         inner = equation.params.get("jaxpr") or equation.params.get("call_jaxpr")
         inner = getattr(inner, "jaxpr", inner)
-        is_call = inner is not None and name not in ("scan", "while", "cond", "pallas_call")
+        shapes = [x.aval.shape for x in inner.invars] if inner is not None else None
+        is_call = shapes == [x.shape for x in operands]
         if name == "scan":
             results = _scan(equation, operands, uses)
-        elif is_call and len(inner.invars) == len(operands):
+        elif is_call:
             constants = [_constant(x.aval.shape) for x in inner.constvars]
             results = _run(inner, [*constants, *operands], uses)
         else:
@@ -222,10 +223,12 @@ def _result(equation: Any, operands: Sequence[_Value], shape: Shape, uses: Uses)
         return _dot(equation, operands, shape, uses)
     if name == "concatenate":
         return _concatenate(equation.params["dimension"], operands, shape, uses)
-    axis = Axis(is_sure=all(x.is_plain for x in operands))
+    # Of branches, nothing is known.
+    is_opaque = any("jaxpr" in key or key == "branches" for key in equation.params)
+    is_known = all(x.is_plain and not (is_opaque and x.paths) for x in operands)
     for x in operands:
-        uses.note(x, [axis] * len(x.shape))
-    return _data(shape, [axis] * len(shape))
+        uses.note(x, [Axis(is_sure=is_known)] * len(x.shape))
+    return _data(shape, [Axis(is_sure=is_known)] * len(shape))
 
 
 def _elementwise(operands: Sequence[_Value], shape: Shape, uses: Uses) -> _Value:
