@@ -153,7 +153,7 @@ def skip_nonfinite(
     return optax.GradientTransformationExtraArgs(init, update)
 
 
-def _zero_unless(condition: Array, leaf: Array) -> Array:
+def _zero_unless(condition: Array, leaf: Any) -> Array:
     return jnp.where(condition, leaf, jnp.zeros_like(leaf))
 
 

@@ -9,7 +9,6 @@ import optax
 import pytest
 
 import jaxtrain as jt
-from jaxtrain.optimizers._inspect import current_learning_rate
 from jaxtrain.optimizers._torch import OPTIMIZERS
 
 
@@ -102,15 +101,3 @@ def test_make_refuses_arguments_that_an_optimizer_lacks_and_unknown_names() -> N
     with pytest.raises(jt.errors.InputError, match="'sdg'; expected one of sgd, adam"):
         jt.optimizers.make("sdg", 0.1)
     jt.optimizers.make("adam", 0.1, momentum=0.0)
-
-
-def test_the_current_learning_rate_is_read_from_the_state() -> None:
-    params = {"w": jnp.ones(2)}
-    optimizer = jt.optimizers.sgd(jt.optimizers.step_lr(0.5, 1, 0.1), momentum=0.9)
-    state = optimizer.init(params)
-    rates = []
-    for _ in range(3):
-        _, state = optimizer.update(params, state, params)
-        rates.append(float(current_learning_rate(state)))
-    np.testing.assert_allclose(rates, [0.5, 0.05, 0.005], rtol=1e-6)
-    assert current_learning_rate(optax.adam(0.1).init(params)) is None
