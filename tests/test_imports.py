@@ -34,6 +34,7 @@ ORDER = [
     *(
         "errors",
         "_compile_time",
+        "_compiler",
         "_extras",
         "_versions",
         "_arguments",

@@ -18,7 +18,7 @@ from jaxtrain.errors import InputError, StorageError
 # Flags that may change when a run resumes: they do not decide what it computes.
 _FREE = {
     *("epochs", "device", "devices", "compilation_cache", "data_dir", "output_dir", "overwrite"),
-    *("log", "log_histograms", "log_interval"),
+    *("log", "log_histograms", "log_interval", "verify"),
     *("checkpoint_dir", "checkpoint_every", "keep", "resume"),
 }
 

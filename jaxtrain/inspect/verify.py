@@ -63,6 +63,11 @@ class Verification:
       operation: the first operation whose result differs by more than rounding, with its place in
         the source; None if there is none.
       flag: the compiler's flag that removes the difference; None if none of the known ones does.
+
+    Example:
+      >>> verification = jt.verify(state, batch, loss_fn)
+      >>> verification.differences[1].way, verification.differences[1].ok
+      ('compiled', True)
     """
 
     differences: tuple[Difference, ...]

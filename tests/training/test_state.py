@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import gc
-import weakref
-
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -95,14 +92,3 @@ def test_a_state_from_a_sweep_can_be_trained_further(small_state, small_classes,
     assert_close(state.params, expected.params, rtol=1e-4)
     _, history = jt.fit(state, small_classes, loss_fn=LOSS, epochs=1)
     assert np.isfinite(history["train_loss"]).all()
-
-
-def test_programs_of_dead_optimizers_are_dropped(small_state, small_classes) -> None:
-    batch, updates = small_classes[:4], []
-    for rate in np.linspace(0.1, 0.2, 40):
-        state = jt.with_optimizer(small_state, optax.sgd(rate))
-        jt.train_step(state, batch, jt.losses.cross_entropy)
-        updates.append(weakref.ref(state.optimizer.update))
-    del state
-    gc.collect()
-    assert sum(update() is not None for update in updates) < 36
