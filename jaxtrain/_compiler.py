@@ -32,8 +32,9 @@ _MAX_RANK = 6
 
 
 # A program keeps the model and the optimizer that it was compiled for, and takes some MiB.
-_MAX_PROGRAMS = 32
+_MAX_PROGRAMS, _MAX_RELEASES = 16, 8
 _bounded: list[Any] = []
+_releases = 0
 
 Function = TypeVar("Function", bound=Callable[..., Any])
 
@@ -48,11 +49,18 @@ def release_programs() -> None:
     """Drops the programs of the functions that have many, most of them for dead optimizers.
 
     JAX keeps each program for as long as the function exists. Those that are in use are compiled
-    again. Called where a new model or optimizer appears, never while a program is traced.
+    again. JAX's caches of what it has traced keep the optimizers too, in less memory, and can only
+    be emptied together, which happens every few times. Called where a new model or optimizer
+    appears, never while a program is traced.
     """
-    for function in _bounded:
-        if function._cache_size() > _MAX_PROGRAMS:
-            function.clear_cache()
+    global _releases
+    full = [function for function in _bounded if function._cache_size() > _MAX_PROGRAMS]
+    for function in full:
+        function.clear_cache()
+    _releases += bool(full)
+    if _releases >= _MAX_RELEASES:
+        _releases = 0
+        jax.clear_caches()
 
 
 def is_on_cpu() -> bool:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import subprocess
 import sys
+import weakref
 from typing import Any
 
 import jax
@@ -13,6 +15,7 @@ import numpy as np
 import pytest
 
 import jaxtrain as jt
+from jaxtrain import _compiler
 from jaxtrain._compiler import JAXLIB, WITHOUT_YNN, WRONG_ROWS
 
 pytestmark = pytest.mark.skipif(jax.default_backend() != "cpu", reason="faults on CPUs")
@@ -102,3 +105,18 @@ def test_a_sweep_over_arrays_of_many_axes_does_not_end_the_process() -> None:
     rates = np.array([1.0, 2.0, 3.0], np.float32)
     found = jt.sweep(run, {"rate": rates}, at_once=3, callbacks=[])
     np.testing.assert_allclose(found["norm"] / found["norm"][0], rates**2)
+
+
+def test_programs_of_dead_optimizers_are_dropped(
+    small_state: jt.TrainState, small_classes: jt.Dataset, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(_compiler, "_MAX_PROGRAMS", 1)
+    monkeypatch.setattr(_compiler, "_MAX_RELEASES", 2)
+    batch, updates = small_classes[:4], []
+    for _ in range(6):
+        state = jt.with_optimizer(small_state, jt.optimizers.sgd(0.1))
+        jt.train_step(state, batch, jt.losses.cross_entropy)
+        updates.append(weakref.ref(state.optimizer.update))
+    del state
+    gc.collect()
+    assert sum(update() is not None for update in updates) <= 4
