@@ -75,7 +75,7 @@ def run(config: Config) -> dict[str, Any]:
     return summary
 
 
-def descend(config: Config, data: jt.Dataset) -> jt.optimizers.Minimum:
+def descend(config: Config, data: jt.Dataset) -> jt.Minimum:
     """Descends at all rates at once; each field of the result has a leading axis over them."""
     model = jt.models.LinearRegression()
     start = {"weight": jnp.zeros((1, 1)), "bias": jnp.zeros(1)}
@@ -85,7 +85,7 @@ def descend(config: Config, data: jt.Dataset) -> jt.optimizers.Minimum:
         predictions: Any = model.apply({"params": params}, data.inputs)
         return jt.losses.squared_error_sum(predictions, data.targets).sum()
 
-    def one(learning_rate: jax.Array) -> jt.optimizers.Minimum:
+    def one(learning_rate: jax.Array) -> jt.Minimum:
         optimizer = jt.optimizers.make(config.optimizer, learning_rate)
         return jt.minimize(loss, start, optimizer, **limits)
 
@@ -116,7 +116,7 @@ def logistic_regression(seed: int) -> list[tables.Comparison]:
     ]
 
 
-def compare(config: Config, result: jt.optimizers.Minimum) -> list[tables.Comparison]:
+def compare(config: Config, result: jt.Minimum) -> list[tables.Comparison]:
     """Returns the tutorial's figures, and scikit-learn's, beside ours."""
     sgd, params = jt.optimizers.sgd(0.01), jnp.zeros(())
     step = -sgd.update(jnp.array(2.5), sgd.init(params), params)[0].item()
@@ -129,7 +129,7 @@ def compare(config: Config, result: jt.optimizers.Minimum) -> list[tables.Compar
     return [*rows, *logistic_regression(config.seed)]
 
 
-def draw(config: Config, result: jt.optimizers.Minimum) -> plots.Figure:
+def draw(config: Config, result: jt.Minimum) -> plots.Figure:
     """Draws the loss of each rate against the step; a diverging one leaves the axes, dashed."""
     figure, ax = plots.subplots("T4: a small rate is slow, a large rate diverges", size=(8, 4.6))
     colors = [plots.GREY, plots.SKY, plots.BLUE, plots.GREEN, plots.ORANGE, plots.VERMILION]

@@ -260,8 +260,12 @@ def test_trained_running_statistics_return_to_pytorch(mode: str) -> None:
 @pytest.mark.parametrize("bias", [False, True])
 @pytest.mark.parametrize("scale", [False, True])
 def test_batch_norm_without_weight_or_bias(scale: bool, bias: bool) -> None:
-    options = {"use_running_average": True, "use_scale": scale, "use_bias": bias}
-    state = state_of(Port(lambda m, x: nn.BatchNorm(**options)(x)), INPUTS)
+    def norm_of(module, inputs):
+        train = module.is_mutable_collection("batch_stats")
+        norm = nn.BatchNorm(use_running_average=not train, use_scale=scale, use_bias=bias)
+        return norm(inputs)
+
+    state = state_of(Port(norm_of), INPUTS)
     norm = randomize(torch.nn.BatchNorm1d(4))
     tensors = {f"0.{name}": tensor for name, tensor in norm.state_dict().items()}
     for name, is_used, neutral in (("weight", scale, 1.0), ("bias", bias, 0.0)):

@@ -44,6 +44,12 @@ def dense(function: Callable[..., Any]) -> Port:
     return Port(lambda module, images: nn.Dense(2, name="fc")(flat(function(conv()(images)))))
 
 
+def batch_norm(module, images):
+    train = module.is_mutable_collection("batch_stats")
+    x = nn.BatchNorm(use_running_average=not train)(flat(conv()(images)))
+    return nn.Dense(2, name="fc")(x)
+
+
 def torch_dense(inputs: int, function: Callable[..., Any], **layers: Any) -> Any:
     """Returns the same in PyTorch; the function also takes the module and the images."""
     layers = {"conv": torch.nn.Conv2d(2, 3, 3), **layers, "fc": torch.nn.Linear(inputs, 2)}
@@ -102,7 +108,7 @@ EXACT = {
         torch_dense(48, lambda m, x, _: m.norm(x.flatten(1)), norm=torch.nn.LayerNorm(48)),
     ),
     "batch norm": (
-        dense(lambda x: nn.BatchNorm(use_running_average=True)(flat(x))),
+        Port(batch_norm),
         torch_dense(48, lambda m, x, _: m.norm(x.flatten(1)), norm=torch.nn.BatchNorm1d(48)),
     ),
     "group norm": (
