@@ -138,25 +138,24 @@ def verify(state: TrainState, batch: Batch, loss_fn: Loss) -> Verification:
     """
     check_state_type(state)
     check_loss(loss_fn)
-    batch = as_dataset(batch, "batch")
-    state, batch = jax.tree.map(jnp.asarray, (state, batch))
+    state, data = jax.tree.map(jnp.asarray, (state, as_dataset(batch, "batch")))
     with parallel.without_mesh():
         function = functools.partial(_results, loss_fn=loss_fn)
-        step = _Step(function, state, batch)
+        step = _Step(function, state, data)
         results, values = step.one_by_one()
         alone = step.compare(_OPERATIONS, results)
-        ways = [step.compare(way, run(function, state, batch)) for way, run in _WAYS.items()]
+        ways = [step.compare(way, run(function, state, data)) for way, run in _WAYS.items()]
         operation = None if alone.ok else step.first(values)
         flag = None
         if (wrong := next((each for each in ways if not each.ok), None)) is not None:
             run = _WAYS[wrong.way]
-            operation = operation or step.first(run(step.values, state, batch))
+            operation = operation or step.first(run(step.values, state, data))
             operation = operation or step.first_alone(run, wrong.quantity)
             flag = _removing_flag(
-                functools.partial(run, function, state, batch),
+                functools.partial(run, function, state, data),
                 lambda found: step.compare(wrong.way, found).ok,
             )
-        halves = [_halves(step, state, batch)] if len(batch) > 1 else []
+        halves = [_halves(step, state, data)] if len(data) > 1 else []
     return Verification((alone, *ways, *halves), operation, flag)
 
 
