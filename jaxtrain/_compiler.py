@@ -32,9 +32,8 @@ _MAX_RANK = 6
 
 
 # A program keeps the model and the optimizer that it was compiled for, and takes some MiB.
-_MAX_PROGRAMS, _MAX_RELEASES = 16, 8
+_MAX_PROGRAMS = 24
 _bounded: list[Any] = []
-_releases = 0
 
 Function = TypeVar("Function", bound=Callable[..., Any])
 
@@ -46,20 +45,15 @@ def bounded(function: Function) -> Function:
 
 
 def release_programs() -> None:
-    """Drops the programs of the functions that have many, most of them for dead optimizers.
+    """Drops all programs once a function has many of them, most of them for dead optimizers.
 
-    JAX keeps each program for as long as the function exists. Those that are in use are compiled
-    again. JAX's caches of what it has traced keep the optimizers too, in less memory, and can only
-    be emptied together, which happens every few times. Called where a new model or optimizer
-    appears, never while a program is traced.
+    JAX keeps each program for as long as the function exists, and what it has traced in caches that
+    can only be emptied together. Programs in use are compiled again. Called where a new model or
+    optimizer appears, never while a program is traced.
     """
-    global _releases
-    full = [function for function in _bounded if function._cache_size() > _MAX_PROGRAMS]
-    for function in full:
-        function.clear_cache()
-    _releases += bool(full)
-    if _releases >= _MAX_RELEASES:
-        _releases = 0
+    if any(function._cache_size() > _MAX_PROGRAMS for function in _bounded):
+        for function in _bounded:
+            function.clear_cache()
         jax.clear_caches()
 
 

@@ -82,7 +82,7 @@ class Interpreter:
         if name in _CALLS:
             inner = next(params[key] for key in _PROGRAMS if key in params)
             return self.run(inner, operands, is_loop=is_loop)
-        if self._unroll and name == "scan" and params["length"]:
+        if self._unroll and name == "scan" and params["length"] and "num_consts" in params:
             return self._scan(operands, **params)
         if self._unroll and name == "while":
             return self._while(operands, **params)
