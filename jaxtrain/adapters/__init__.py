@@ -30,10 +30,12 @@ __all__ = [
     "Recorder",
     "adapt",
     "batch_statistics",
+    "call_in_training",
     "checked",
     "example_inputs",
     "mixed_precision",
     "recording",
+    "sown_losses",
     "to_module",
 ]
 
@@ -41,7 +43,7 @@ _EXPECTED = "expected a Linen, NNX or Equinox module or a jaxtrain.Model(init, a
 
 
 def adapt(
-    model: Any, rngs: Sequence[str], call: Callable[..., Any] | None
+    model: Any, rngs: Sequence[str], sown_losses: Sequence[str], call: Callable[..., Any] | None
 ) -> tuple[Model, tuple[PyTree, PyTree] | None]:
     """Returns the Model of a network, and the variables that the network already contains.
 
@@ -49,14 +51,21 @@ def adapt(
     `eqx.nn.make_with_state`. The two functions of the Model are equal for equal modules. The
     variables are the pair (params, model_state), or None if `Model.init` makes them.
     """
-    is_names = isinstance(rngs, Sequence) and all(isinstance(name, str) for name in rngs)
-    if isinstance(rngs, str) or not is_names:
+    _check_names("rngs", rngs, "RNG streams, such as ('dropout', 'latent')")
+    _check_names("sown_losses", sown_losses, "collections, such as ('losses',)")
+    if isinstance(model, type):
         raise InputError(
-            f"rngs is {rngs!r}; expected the names of RNG streams, such as ('dropout', 'latent')"
+            f"model is the class {model.__name__}; expected an instance of it, such as "
+            f"{model.__name__}(...)"
         )
     if isinstance(model, MixedPrecision):
-        adapted, held = adapt(model.model, rngs, call)
+        adapted, held = adapt(model.model, rngs, sown_losses, call)
         return cast_model(adapted, model.dtype), held
+    if sown_losses and "flax.linen.module.Module" not in _bases(model):
+        raise InputError(
+            f"sown_losses is {sown_losses!r} for a {describe_type(model)}; expected a Linen "
+            "module, or no sown_losses"
+        )
     if isinstance(model, Model):
         _check_model(model)
         if call is not None:
@@ -67,11 +76,6 @@ def adapt(
     if call is not None and not callable(call):
         raise InputError(
             f"call is {call!r}; expected a function call(module, inputs, *, train, rngs)"
-        )
-    if isinstance(model, type):
-        raise InputError(
-            f"model is the class {model.__name__}; expected an instance of it, such as "
-            f"{model.__name__}(...)"
         )
     # Frameworks are recognized by the names of base classes, so that none is imported.
     is_pair = isinstance(model, tuple) and len(model) == 2
@@ -84,7 +88,7 @@ def adapt(
     if "flax.linen.module.Module" in bases[0] and not is_pair:
         from jaxtrain.adapters import _linen
 
-        return _linen.adapt(model, rngs, function)
+        return _linen.adapt(model, rngs, sown_losses, function)
     if any(base.startswith("flax.nnx.") for base in bases[0]) and not is_pair:
         from jaxtrain.adapters import _nnx
 
@@ -110,15 +114,32 @@ def checked(model: Model, params: PyTree, model_state: PyTree, inputs: PyTree) -
         return model
     shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), inputs)
     apply = dataclasses.replace(apply, example=shapes)
-    check_modes(apply, params, model_state)
-    if isinstance(model.apply, CastApply):
-        return model._replace(apply=dataclasses.replace(model.apply, apply=apply))
-    return model._replace(apply=apply)
+    check_modes(_returning_losses(apply), params, model_state)
+    return _with_apply(model, apply)
 
 
 def example_inputs(model: Model) -> PyTree | None:
     """Returns the shapes that `checked` received, or None for a Model of plain functions."""
     return getattr(_of_module(model), "example", None)
+
+
+def sown_losses(model: Model) -> tuple[str, ...]:
+    """Returns the collections in which the module sows losses."""
+    apply = _of_module(model)
+    return () if apply is None else apply.sown_losses
+
+
+def call_in_training(
+    model: Model, params: PyTree, model_state: PyTree, inputs: PyTree, *, key: Any
+) -> tuple[PyTree, PyTree, tuple[Any, ...]]:
+    """Returns the outputs and the model state of `model.apply`, and the losses that were sown."""
+    apply = _of_module(model)
+    if apply is None or not apply.sown_losses:
+        return (*model.apply(params, model_state, inputs, train=True, key=key), ())
+    model = _with_apply(model, _returning_losses(apply))
+    results, updated = model.apply(params, model_state, inputs, train=True, key=key)
+    outputs, losses = results
+    return outputs, updated, losses
 
 
 def batch_statistics(
@@ -147,6 +168,23 @@ def _of_module(model: Model) -> AdaptedApply | None:
     """Returns the function of a module, also of one in mixed precision."""
     apply = model.apply.apply if isinstance(model.apply, CastApply) else model.apply
     return apply if isinstance(apply, AdaptedApply) else None
+
+
+def _with_apply(model: Model, apply: AdaptedApply) -> Model:
+    """Returns the Model with another function of the module, also of one in mixed precision."""
+    if isinstance(model.apply, CastApply):
+        return model._replace(apply=dataclasses.replace(model.apply, apply=apply))
+    return model._replace(apply=apply)
+
+
+def _returning_losses(apply: AdaptedApply) -> AdaptedApply:
+    return dataclasses.replace(apply, returns_losses=True) if apply.sown_losses else apply
+
+
+def _check_names(argument: str, names: Any, expected: str) -> None:
+    is_names = isinstance(names, Sequence) and all(isinstance(name, str) for name in names)
+    if isinstance(names, str) or not is_names:
+        raise InputError(f"{argument} is {names!r}; expected the names of {expected}")
 
 
 def _check_model(model: Model) -> None:

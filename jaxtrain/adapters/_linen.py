@@ -13,6 +13,8 @@ import flax.errors
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+from flax.core import DenyList
+from flax.traverse_util import flatten_dict, unflatten_dict
 from jaxtyping import PyTree
 
 from jaxtrain.adapters._recording import Recorder
@@ -24,14 +26,18 @@ from jaxtrain.adapters._shared import (
     named_statistics,
     unused_key,
 )
+from jaxtrain.dataset import named_arrays
 from jaxtrain.errors import InputError
 from jaxtrain.model import Model
 
 
-def adapt(module: nn.Module, rngs: Sequence[str], call: Static) -> tuple[Model, None]:
+def adapt(
+    module: nn.Module, rngs: Sequence[str], sown_losses: Sequence[str], call: Static
+) -> tuple[Model, None]:
     """Returns the Model of a Linen module; its parameters come from `Model.init`."""
-    arguments = Static(module), tuple(rngs)
-    return Model(Init(*arguments, call), Apply(*arguments, call=call, kind=type(module))), None
+    arguments, losses = (Static(module), tuple(rngs)), tuple(sown_losses)
+    apply = Apply(*arguments, call=call, kind=type(module), sown_losses=losses)
+    return Model(Init(*arguments, call, losses), apply), None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -41,10 +47,11 @@ class Init:
     module: Static = dataclasses.field(repr=False)
     rngs: tuple[str, ...] = dataclasses.field(repr=False)
     call: Static = dataclasses.field(repr=False)
+    sown_losses: tuple[str, ...] = dataclasses.field(repr=False)
 
     def __call__(self, key: jax.Array, inputs: PyTree) -> tuple[PyTree, PyTree]:
         """Returns fresh parameters and the other collections; the values of `inputs` are unused."""
-        variables = dict(self._init(key, jax.tree.map(_concrete, inputs)))
+        variables = self._init(key, jax.tree.map(_concrete, inputs))
         params = variables.pop("params", {})
         return params, variables
 
@@ -54,7 +61,23 @@ class Init:
         others = [name for name in self.rngs if name not in ("params", "dropout")]
         rngs = {"params": key, **_streams(key, others)}
         call = functools.partial(self.call.value, train=False, rngs=_streams(key, self.rngs))
-        return self.module.value.init(rngs, inputs, method=call)
+        # Nothing is sown in a collection that is not mutable.
+        kept = DenyList(("intermediates", *self.sown_losses))
+        variables = self.module.value.init(rngs, inputs, method=call, mutable=kept)
+        found = flatten_dict(dict(variables), keep_empty_nodes=True)
+        if any(type(value) is tuple for value in found.values()):
+            # A call appends to the tuples that `sow` has made, and not to those of variables.
+            mutable = [name for name in variables if name != "params"]
+            apply = functools.partial(
+                self.module.value.apply, method=call, rngs=rngs, mutable=mutable
+            )
+            after = flatten_dict(dict(jax.eval_shape(apply, variables, inputs)[1]))
+            found = {
+                path: value
+                for path, value in found.items()
+                if type(value) is not tuple or len(value) == len(after[path])
+            }
+        return unflatten_dict(found)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -65,7 +88,7 @@ class Apply(AdaptedApply):
     rngs: tuple[str, ...]
 
     def run(self, params: Any, model_state: Any, inputs: Any, train: bool, key: Any) -> Any:
-        """Returns the outputs and, in training, the updated collections."""
+        """Returns the outputs and, in training, the updated collections; see `returns_losses`."""
         variables = {"params": params, **model_state}
         streams = _streams(unused_key() if key is None else key, self.rngs)
         call = functools.partial(self.call.value, train=train, rngs=streams)
@@ -77,7 +100,7 @@ class Apply(AdaptedApply):
                 inputs,
                 method=call,
                 rngs=streams,
-                mutable=list(model_state),
+                mutable=[*model_state, *(self.sown_losses if self.returns_losses else ())],
             )
         except flax.errors.ScopeCollectionNotFound as error:
             raise InputError(
@@ -92,7 +115,27 @@ class Apply(AdaptedApply):
                 if train
                 else draws_in_evaluation(self.kind)
             ) from error
-        return outputs, dict(updated)
+        updated = dict(updated)
+        if self.returns_losses:
+            sown = {name: updated.pop(name, {}) for name in self.sown_losses}
+            outputs = outputs, self._losses(sown)
+        return outputs, _without_sown(model_state, updated)
+
+    def _losses(self, sown: dict[str, Any]) -> tuple[Any, ...]:
+        """Returns the losses in the collections, after a check that they are scalars."""
+        for name, values in sown.items():
+            if not values:
+                raise InputError(
+                    f"sown_losses has {name!r}, and {self.kind.__name__} sows nothing there in "
+                    f"training; expected a collection of losses, by self.sow({name!r}, 'l2', value)"
+                )
+        for path, loss in named_arrays(sown, ""):
+            if jnp.shape(loss) != ():
+                raise InputError(
+                    f"{self.kind.__name__} sows {path} of shape {jnp.shape(loss)}; expected a "
+                    "scalar, such as its mean"
+                )
+        return tuple(map(jnp.asarray, jax.tree.leaves(sown)))
 
     @contextlib.contextmanager
     def recording(self, recorder: Recorder, params: PyTree, model_state: PyTree) -> Iterator[None]:
@@ -124,6 +167,15 @@ def _streams(key: Any, names: Iterable[str]) -> dict[str, Any]:
         name: key if name == "dropout" else jax.random.fold_in(key, zlib.crc32(name.encode()))
         for name in names
     }
+
+
+def _without_sown(before: dict[str, Any], after: dict[str, Any]) -> dict[str, Any]:
+    """Returns the collections after a call without the tuples that it has added by sowing."""
+    known = flatten_dict(before, keep_empty_nodes=True)
+    found = flatten_dict(after, keep_empty_nodes=True)
+    return unflatten_dict(
+        {path: x for path, x in found.items() if path in known or type(x) is not tuple}
+    )
 
 
 def _concrete(leaf: Any) -> Any:

@@ -74,11 +74,15 @@ class AdaptedApply(abc.ABC):
       kind: the class of the module.
       call: the function that calls the module.
       example: shapes of the inputs; states of equal modules compare equal whatever it is.
+      sown_losses: the collections in which a Linen module sows losses.
+      returns_losses: whether the outputs in training are pairs of outputs and sown losses.
     """
 
     kind: type = dataclasses.field(compare=False, repr=False)
     call: Static = dataclasses.field(repr=False)
     example: PyTree = dataclasses.field(default=None, compare=False, repr=False)
+    sown_losses: tuple[str, ...] = ()
+    returns_losses: bool = dataclasses.field(default=False, repr=False)
 
     def __call__(
         self, params: PyTree, model_state: Any, inputs: PyTree, *, train: bool, key: Any

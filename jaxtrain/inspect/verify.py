@@ -16,7 +16,7 @@ import numpy as np
 from jax import lax
 from jaxtyping import PyTree
 
-from jaxtrain import parallel
+from jaxtrain import adapters, parallel
 from jaxtrain._compiler import KNOWN_FLAGS, inner_jaxprs
 from jaxtrain.dataset import Dataset, as_dataset, named_arrays
 from jaxtrain.inspect._interpreter import Interpreter
@@ -105,8 +105,8 @@ def verify(state: TrainState, batch: Batch, loss_fn: Loss) -> Verification:
     The loss, the gradients, the predictions and the model state are computed in float64, one
     operation at a time, and compared with the same step in float32: operation by operation,
     compiled, compiled inside a loop, compiled under `vmap`, and as two half batches. The halves of
-    a model that draws random numbers or has a state, as dropout and batch norm do, legitimately
-    differ, so they are computed in evaluation mode.
+    a model that draws random numbers or has a state, as dropout and batch norm do, or that has sown
+    losses, legitimately differ, so they are computed in evaluation mode, without sown losses.
 
     What rounding explains is measured. The step in float64 is repeated with random changes of up to
     one unit in the last place of float32 (or of the type that the program has there) to the result
@@ -289,7 +289,7 @@ _WAYS = {_COMPILED: _compiled, "inside a loop": _in_loop, "under vmap": _vmapped
 
 def _halves(step: _Step, state: TrainState, batch: Dataset) -> Difference:
     way = _HALVES
-    if step.draws or jax.tree.leaves(state.model_state):
+    if step.draws or jax.tree.leaves(state.model_state) or adapters.sown_losses(state.model):
         way += ", evaluation mode"
         model = _in_evaluation_mode(state.model)
         state = state.replace(model=model)

@@ -93,6 +93,7 @@ def init_state(
     *,
     key: Key[Array, ""],
     rngs: Sequence[str] = ("dropout",),
+    sown_losses: Sequence[str] = (),
     call: Callable[..., Any] | None = None,
 ) -> TrainState:
     """Returns the state before the first step.
@@ -105,6 +106,9 @@ def init_state(
         values are not used.
       key: PRNG key; determines the initial parameters and every random draw of the model.
       rngs: names of the RNG streams that a Linen module draws from in training.
+      sown_losses: names of the collections in which a Linen module sows losses, as by
+        `self.sow("losses", "l2", value)`. Their sum is added to the loss of each training step;
+        evaluations report `loss_fn` alone. What is sown elsewhere is not kept.
       call: how the module is called, `call(module, inputs, *, train, rngs) -> outputs`. By default
         it is `module(inputs)`, with each of these arguments that the module has: train, training,
         is_training, is_train or enable_dropout; deterministic, inference, eval or
@@ -120,7 +124,8 @@ def init_state(
     Raises:
       InputError: an argument has the wrong type; without `call`, a layer with dropout or batch norm
         is in the mode of evaluation during training, or the reverse; evaluation draws random
-        numbers; or wrappers of the optimizer are in an order in which they do not work.
+        numbers; in training, no scalars are sown in a collection of `sown_losses`; or wrappers of
+        the optimizer are in an order in which they do not work.
 
     Example:
       >>> state = jt.init_state(model, optax.adam(1e-3), train.inputs[:1], key=jax.random.key(0))
@@ -138,7 +143,7 @@ def init_state(
     params_key, state_key = jax.random.split(key)
     if not isinstance(state_key, jax.core.Tracer):
         release_programs()
-    adapted, held = adapters.adapt(model, rngs, call)
+    adapted, held = adapters.adapt(model, rngs, sown_losses, call)
     params, model_state = adapted.init(params_key, sample_inputs) if held is None else held
     adapted = adapters.checked(adapted, params, model_state, sample_inputs)
     optimizer, opt_state = _initialized(optimizer, params)

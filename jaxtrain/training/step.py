@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import Array, Bool, Float, PyTree
 
-from jaxtrain import parallel
+from jaxtrain import adapters, parallel
 from jaxtrain._compiler import bounded, limit_rows
 from jaxtrain.dataset import Dataset, as_dataset, check_dataset, has_weight, named_arrays
 from jaxtrain.errors import InputError
@@ -306,14 +306,15 @@ def _check_gradients(grads: PyTree, params: PyTree) -> None:
 def _mean_loss(
     params: PyTree, state: TrainState, batch: Dataset, loss_fn: Loss
 ) -> tuple[Float[Array, ""], Auxiliary]:
-    predictions, model_state = state.model.apply(
+    predictions, model_state, sown = adapters.call_in_training(
+        state.model,
         params,
         state.model_state,
         model_inputs(batch),
-        train=True,
         key=jax.random.fold_in(state.key, state.step),
     )
     mean, weight = mean_loss(loss_fn, predictions, batch)
+    mean = functools.reduce(jnp.add, to_float32(sown), mean)
     return mean, Auxiliary(model_state, predictions, weight)
 
 

@@ -1,7 +1,8 @@
-"""What is particular to Linen modules: their own `init`, RNG streams and the argument `train`."""
+"""What is particular to Linen modules: their own `init`, RNG streams and sown values."""
 
 from __future__ import annotations
 
+import operator
 import zlib
 from typing import Any
 
@@ -13,7 +14,7 @@ import pytest
 from jaxtyping import Array
 
 import jaxtrain as jt
-from tests.adapters.helpers import INPUTS, KEY, assert_equal, evaluate, init, train
+from tests.adapters.helpers import DATA, INPUTS, KEY, LOSS, assert_equal, evaluate, init, train
 
 
 class Network(nn.Module):
@@ -82,3 +83,91 @@ def test_missing_batch_statistics_are_named(call) -> None:
 def test_a_module_holds_no_parameters() -> None:
     with pytest.raises(jt.errors.InputError, match="Linen modules hold no parameters"):
         jt.to_module(init(Network()))
+
+
+class Sowing(nn.Module):
+    """Sows 0.5 · mean square of a hidden layer, twice; in training only if asked."""
+
+    in_training_only: bool = False
+    adds: bool = False
+
+    @nn.compact
+    def __call__(self, x: Array, train: bool = False) -> Array:
+        h = nn.Dense(4)(x)
+        options = {"reduce_fn": operator.add, "init_fn": lambda: 0.0} if self.adds else {}
+        if train or not self.in_training_only:
+            for name in ("first", "second"):
+                self.sow("losses", name, 0.25 * jnp.mean(h**2), **options)
+        return nn.Dense(3)(h)
+
+
+@pytest.mark.parametrize("precision", [None, "bfloat16"])
+@pytest.mark.parametrize("in_training_only", [False, True])
+def test_sown_losses_are_added_to_the_loss_of_each_step(in_training_only, precision) -> None:
+    module = Sowing(in_training_only)
+    network = module if precision is None else jt.mixed_precision(module, precision)
+    state, plain = init(network, sown_losses=["losses"]), init(network)
+    assert state.model_state == plain.model_state == {}
+
+    def penalty(params):
+        h = nn.Dense(4).apply({"params": params["Dense_0"]}, INPUTS)
+        return 0.5 * jnp.mean(h**2)
+
+    (loss, aux), grads = jt.gradients(state, DATA, LOSS)
+    (unregularized, _), others = jt.gradients(plain, DATA, LOSS)
+    tolerance = {"rtol": 1e-5, "atol": 1e-6} if precision is None else {"rtol": 0.02, "atol": 0.01}
+    np.testing.assert_allclose(loss, unregularized + penalty(state.params), **tolerance)
+    jax.tree.map(
+        lambda found, one, other: np.testing.assert_allclose(found, one + other, **tolerance),
+        grads,
+        others,
+        jax.grad(penalty)(state.params),
+    )
+    assert aux.model_state == {}
+    assert jt.evaluate(state, DATA, LOSS) == jt.evaluate(plain, DATA, LOSS)
+
+
+@pytest.mark.parametrize(
+    ("module", "sown_losses"),
+    [(Sowing(), ()), (Sowing(), ("losses",)), (Sowing(adds=True), ("losses",))],
+)
+def test_what_is_sown_does_not_grow_from_step_to_step(module, sown_losses) -> None:
+    state = init(module, sown_losses=sown_losses)
+    fitted, history = jt.fit(state, DATA, loss_fn=LOSS, epochs=2, batch_size=8)
+    assert fitted.model_state == {}
+    stepped = state
+    for rows in (slice(0, 8), slice(8, 16), slice(16, 20)):
+        stepped, metrics = jt.train_step(stepped, DATA[rows], LOSS)
+    np.testing.assert_allclose(history.step_losses[2], metrics["loss"], rtol=1e-5)
+
+
+def test_variables_that_are_tuples_are_kept() -> None:
+    class Tuples(nn.Module):
+        @nn.compact
+        def __call__(self, x: Array, train: bool = False) -> Array:
+            pair = self.variable("pairs", "pair", lambda: (jnp.zeros(()), jnp.ones(())))
+            if train:
+                pair.value = (pair.value[0] + 1, pair.value[1])
+            self.sow("pairs", "inputs", x)
+            return nn.Dense(3)(x)
+
+    state, _ = jt.train_step(init(Tuples()), DATA, LOSS)
+    assert state.model_state == {"pairs": {"pair": (1, 1)}}
+
+
+def test_sown_losses_are_scalars_of_a_linen_module() -> None:
+    class Wide(nn.Module):
+        @nn.compact
+        def __call__(self, x: Array) -> Array:
+            self.sow("losses", "l2", x**2)
+            return nn.Dense(3)(x)
+
+    with pytest.raises(jt.errors.InputError, match=r"sows losses\.l2\.0 of shape \(20, 4\)"):
+        init(Wide(), sown_losses=("losses",))
+    with pytest.raises(jt.errors.InputError, match="sown_losses has 'loss', and Sowing sows noth"):
+        init(Sowing(), sown_losses=("losses", "loss"))
+    with pytest.raises(jt.errors.InputError, match="sown_losses is 'losses'; expected the names"):
+        init(Wide(), sown_losses="losses")
+    model = jt.Model(lambda key, x: ({}, {}), lambda p, s, x, *, train, key: (x, s))
+    with pytest.raises(jt.errors.InputError, match=r"for a jaxtrain\.Model; expected a Linen"):
+        init(model, sown_losses=("losses",))
