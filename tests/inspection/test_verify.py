@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterator
 from typing import Any
 
@@ -15,6 +16,7 @@ from jax.interpreters import ad, batching, mlir
 
 import jaxtrain as jt
 from jaxtrain import _compiler
+from jaxtrain.inspect import Verification
 from jaxtrain.lowerings import _convolution
 
 RNG = np.random.default_rng(0)
@@ -48,7 +50,7 @@ class Recurrent(nn.Module):
         return nn.Dense(3)(nn.RNN(self.cell)(x[:, :3, :, 0])[:, -1])
 
 
-def verify(model: Any, batch: Any = (IMAGES, LABELS), loss_fn: Any = LOSS) -> jt.Verification:
+def verify(model: Any, batch: Any = (IMAGES, LABELS), loss_fn: Any = LOSS) -> Verification:
     state = jt.init_state(model, jt.optimizers.sgd(0.1), batch[0][:1], key=jax.random.key(0))
     return jt.verify(state, batch, loss_fn)
 
@@ -77,6 +79,16 @@ def test_rounding_explains_all_differences_of(model: Any) -> None:
     lines = str(found).splitlines()
     assert len(lines) == 6
     assert all(line.endswith("ok") for line in lines[1:])
+
+
+def test_halves_count_by_the_class_weights_of_their_labels() -> None:
+    weighted = functools.partial(LOSS, weight=jnp.array([1.0, 5.0, 0.2]))
+    labels = np.array([0, 0, 0, 1, 2, 2])
+    assert verify(MLP, (IMAGES, labels), weighted).ok
+    # The sum of two means is not a mean of the halves' sums.
+    found = verify(MLP, (IMAGES, labels), lambda p, t: weighted(p, t) + LOSS(p, t))
+    assert found.ok
+    assert [each.way for each in found.differences] == list(WAYS[:-1])
 
 
 twice_p = Primitive("twice")
