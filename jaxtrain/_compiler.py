@@ -1,4 +1,4 @@
-"""Known faults of XLA's compiler for CPUs, by version, and how the library keeps clear of them.
+"""Known faults of XLA's compiler for CPUs, by version, and how the library avoids them.
 
 docs/compiler.md lists them; tests/test_compiler.py runs the programs that show them.
 """
@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator
 from typing import Any, TypeVar
 
 import jax
+import jax.numpy as jnp
 from jax.extend import core as jex
 from jaxlib.version import __version__ as JAXLIB
 
@@ -49,8 +50,10 @@ def release_programs() -> None:
 
     JAX keeps each program for as long as the function exists, and what it has traced in caches that
     can only be emptied together. Programs in use are compiled again. Called where a new model or
-    optimizer appears, never while a program is traced.
+    optimizer appears; does nothing while JAX traces a program.
     """
+    if isinstance(jnp.zeros(()), jax.core.Tracer):
+        return
     if any(function._cache_size() > _MAX_PROGRAMS for function in _bounded):
         for function in _bounded:
             function.clear_cache()

@@ -1,4 +1,4 @@
-"""Known faults of XLA's compiler for CPUs: on which versions they are, and how we keep clear."""
+"""Known faults of XLA's compiler for CPUs: on which versions they occur, and how they are avoided."""
 
 from __future__ import annotations
 
@@ -118,3 +118,19 @@ def test_programs_of_dead_optimizers_are_dropped(
     del state
     gc.collect()
     assert sum(update() is not None for update in updates) <= 3
+
+
+def test_programs_are_not_dropped_while_another_is_traced(
+    small_state: jt.TrainState, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(_compiler, "_MAX_PROGRAMS", -1)
+    cleared: list[bool] = []
+    monkeypatch.setattr(jax, "clear_caches", lambda: cleared.append(True))
+
+    def step(rate: jax.Array) -> jax.Array:  # the key of the state is not traced
+        return jt.with_optimizer(small_state, jt.optimizers.sgd(rate)).step
+
+    jax.jit(step)(jnp.array(0.1))
+    assert not cleared
+    step(jnp.array(0.1))
+    assert cleared

@@ -141,8 +141,7 @@ def init_state(
         if not isinstance(leaf, jax.ShapeDtypeStruct):
             check_array(leaf, path)
     params_key, state_key = jax.random.split(key)
-    if not isinstance(state_key, jax.core.Tracer):
-        release_programs()
+    release_programs()
     adapted, held = adapters.adapt(model, rngs, sown_losses, call)
     params, model_state = adapted.init(params_key, sample_inputs) if held is None else held
     adapted = adapters.checked(adapted, params, model_state, sample_inputs)
@@ -175,8 +174,7 @@ def with_optimizer(state: TrainState, optimizer: optax.GradientTransformation) -
       >>> state = jt.with_optimizer(state, jt.optimizers.sgd(1e-4))  # fine-tuning
     """
     check_state_type(state)
-    if not isinstance(state.key, jax.core.Tracer):
-        release_programs()
+    release_programs()
     optimizer, opt_state = _initialized(optimizer, state.params)
     return state.replace(optimizer=optimizer, opt_state=opt_state)
 
