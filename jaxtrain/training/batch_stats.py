@@ -13,6 +13,7 @@ from jaxtyping import Array, Key, PyTree
 
 from jaxtrain import adapters, parallel
 from jaxtrain._arguments import check_integer, check_key
+from jaxtrain._compiler import bounded
 from jaxtrain._placement import to_numpy
 from jaxtrain._safetensors import place
 from jaxtrain.adapters import BatchStatistics
@@ -139,6 +140,7 @@ def _in_training(state: TrainState, inputs: PyTree, number: Any) -> dict[str, Ar
     return dict(named_arrays(outputs[1], "model_state"))
 
 
+@bounded
 @jax.jit
 def _add(
     state: TrainState, sums: dict[str, Array], segment: Segment, stop: Any, number: Any

@@ -15,6 +15,7 @@ from jaxtyping import Array, PyTree
 
 from jaxtrain import adapters, parallel
 from jaxtrain._carry import keep_types
+from jaxtrain._compiler import bounded
 from jaxtrain._json import rounded
 from jaxtrain._placement import is_key, to_numpy
 from jaxtrain.dataset import Dataset, as_dataset, has_weight, named_arrays
@@ -455,6 +456,7 @@ def check_epoch(losses: np.ndarray, row: Mapping[str, Any], epoch: int) -> None:
             raise NonFiniteError(epoch, None, name.replace("_", " "), row[name], rate, hint)
 
 
+@bounded
 @jax.jit
 def _stays_finite(before: PyTree, after: PyTree) -> Array:
     return parallel.on_auto_axes(stays_finite, before, after)

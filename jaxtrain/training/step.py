@@ -461,6 +461,7 @@ def update_metrics(
 
 
 # In `fit` the totals of an epoch are NumPy's, and each operation would be compiled by itself.
+@bounded
 @functools.partial(jax.jit, static_argnames="metrics")
 def finish_metrics(totals: Totals, metrics: MetricItems) -> Metrics:
     """Returns each metric from its total; values that `step_fn` returns are weighted means."""
