@@ -188,7 +188,7 @@ def update(
 
 def total_weight(batch: Dataset) -> int | Float[Array, ""]:
     """Returns the sum of the weights of a batch: without weights, its number of examples."""
-    return len(batch) if batch.weights is None else jnp.sum(jnp.asarray(batch.weights))
+    return len(batch) if batch.weights is None else jnp.sum(as_weights(batch.weights))
 
 
 def gradients(
