@@ -15,7 +15,7 @@ from jaxtyping import Array, Float, PyTree
 
 from jaxtrain.dataset import has_weight
 from jaxtrain.errors import InputError
-from jaxtrain.losses import WeightedMean, mean_terms, name_of
+from jaxtrain.losses import WeightedMean, at_least_float32, mean_terms, name_of
 
 AnyArray: TypeAlias = Array | np.ndarray
 
@@ -121,6 +121,7 @@ def as_accumulated(metric: Any) -> AccumulatedMetric:
 def _value(
     metric: AccumulatedMetric, predictions: Any, targets: Any, weights: Array | None
 ) -> Array:
+    predictions = jax.tree.map(at_least_float32, predictions)
     length = jax.tree.leaves((targets, predictions))[0].shape[0]
     if weights is None:
         return metric.finish(metric.total_of(predictions, targets, jnp.ones(length)))
