@@ -119,8 +119,6 @@ def skip_nonfinite(
         model_states: tuple[PyTree, PyTree] | None = None,
         **extra_args: Any,
     ) -> tuple[PyTree, SkipNonfiniteState]:
-        if value is not None:
-            extra_args["value"] = value
         # Updates alone are not enough: optax.zero_nans and Rprop hide a NaN gradient.
         usable = all_finite((updates, value))
         if model_states is not None:

@@ -235,10 +235,9 @@ def check_run(state: Any, sources: Mapping[str, Any], objective: Objective) -> t
                 state, source.sample, objective.loss_fn, source.name, objective.metrics
             )
     train.check_division()
-    if step_fn is None:
-        warn_of_single_examples(state, train)
     if step_fn is not None:
         return check_step_fn(step_fn, state, train.batch_shapes())
+    warn_of_single_examples(state, train)
     examples = train.examples or train.batch_size * (train.steps or 2)  # unknown: more than one
     check_line_search(state, examples, train.batch_size)
     return ()
