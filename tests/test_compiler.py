@@ -1,4 +1,4 @@
-"""Known faults of XLA's compiler for CPUs: on which versions they occur, and how they are avoided."""
+"""Known faults of XLA's compiler for CPUs: which versions have them, and how they are avoided."""
 
 from __future__ import annotations
 

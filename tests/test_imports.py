@@ -110,8 +110,8 @@ def test_modules_of_the_training_loop_import_one_way() -> None:
 def test_private_modules_stay_in_their_package() -> None:
     """What begins with an underscore is imported by its own package only.
 
-    The modules of `metrics` and `optimizers` are private to jaxtrain: only the names of the packages
-    are for users.
+    The modules of `metrics` and `optimizers` are private to jaxtrain: only the names of the
+    packages are for users.
     """
     for path in PACKAGE.rglob("*.py"):
         package = path.relative_to(PACKAGE).parts[0]
