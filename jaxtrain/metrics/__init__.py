@@ -1,12 +1,11 @@
 """Metrics of a data set, computed from all batches: means over examples, counts, ranks, R².
 
-Each agrees with scikit-learn's function of the same name, where there is one. On arrays, without a
-model, a metric is called: `jt.metrics.r2(predictions, targets, weights=None)`.
+Each agrees with scikit-learn's function of the same name, where there is one. To compute a metric
+of arrays, without a model, call it: `jt.metrics.r2(predictions, targets, weights=None)`.
 
-Weights have the shape [batch], or that of the targets. What has weight 0 does not exist for a
-metric, whatever its values. Anything else that cannot be judged makes the metric NaN: a NaN
-prediction (which `accuracy` counts like any other), a label that is not one of the classes, and
-no weight at all.
+Weights have the shape [batch], or that of the targets. Values of weight 0 are ignored, also if they
+are NaN. A metric is NaN if a prediction is NaN (`accuracy` counts it like any other), if a label is
+not one of the classes, or if all weights are 0.
 """
 
 from __future__ import annotations
@@ -62,10 +61,11 @@ def f1(average: str | None, *, threshold: float = 0.0) -> AccumulatedMetric:
     - scores of several labels per example [batch, labels], with targets 0 or 1 of that shape.
 
     Args:
-      average: "macro", the mean over the labels, or over the classes that are labelled or
-        predicted; "weighted", by how many examples have the class or label; "micro", over all
-        decisions at once; "binary", of the class 1 of two; None, an array with one value per class
-        or label, NaN where it is 0 / 0. Averages count 0 / 0 as 0.
+      average: "macro", the mean over the labels, or over the classes that occur in the targets or
+        the predictions; "weighted", the same weighted by how many examples have the class or label;
+        "micro", from the counts of all classes or labels together; "binary", the value of class 1
+        of two; None, an array with one value per class or label, NaN where it is 0 / 0. Averages
+        count 0 / 0 as 0.
       threshold: a score above it is a positive prediction: 0 for logits, 0.5 for probabilities.
 
     Raises:
@@ -169,15 +169,16 @@ def roc_auc(average: str | None = "macro") -> AccumulatedMetric:
     (`sklearn.metrics.roc_auc_score`), for predictions of the three kinds of `f1`. Each of several
     classes is ranked by its softmax probability against the others (`multi_class="ovr"`).
 
-    The area is exact up to 65,536 examples of at most 16 classes or labels, and up to 2**20 scores
-    of more. Beyond, neighboring scores are merged into half as many groups of about equal weight:
-    the area of a million examples changed by less than 1e-6 in random order and sorted by label,
-    and by 2e-5 in the worst order that was found. On arrays it is always exact.
+    The area is exact up to 65,536 examples with at most 16 classes or labels, and up to 2**20
+    scores in total with more. Beyond that, neighboring scores are merged into half as many groups
+    of about equal weight: the area of a million examples changed by less than 1e-6 in random order
+    and sorted by label, and by 2e-5 in the worst order that was found. On arrays it is always
+    exact.
 
     Args:
-      average: "macro", the mean over classes or labels; "weighted", by how many examples have them;
-        "micro", of all pairs of example and label; None, an array with one area each. A single
-        score per example has one area.
+      average: "macro", the mean over classes or labels; "weighted", the same weighted by how many
+        examples have them; "micro", the area over all pairs of example and label; None, an array
+        with one area per class or label. A single score per example has one area.
 
     Returns:
       A metric, NaN without positive or without negative examples.

@@ -91,15 +91,15 @@ class TopK:
 
 
 class _Labels(NamedTuple):
-    """Predicted and true classes, [labels]; or of several labels per example, [rows, labels].
+    """Predicted and true classes, [examples]; or with several labels each, [examples, labels].
 
     Attributes:
       predicted: the predicted class, or whether each label is predicted.
-      true: the same of the targets.
-      weights: the weight of each.
+      true: the true class, or whether the example has each label.
+      weights: the weight of each class or label.
       classes: the number of classes, or of labels per example.
       is_multi_label: whether an example may have several labels.
-      invalid: whether a target is no class, or a prediction is NaN.
+      invalid: whether any target is not a class, or any prediction is NaN.
     """
 
     predicted: Array
@@ -110,7 +110,10 @@ class _Labels(NamedTuple):
     invalid: Array
 
     def counts(self, is_counted: Array | float, index: Array) -> Float[Array, "classes"]:
-        """Returns the weight of each class, where something holds; NaN if anything is invalid."""
+        """Returns the total weight of each class or label where `is_counted` and `index` hold.
+
+        `index` has the class of each example, or whether it has each label. NaN if any is invalid.
+        """
         values = self.weights * is_counted
         if self.is_multi_label:
             found = jnp.sum(values * index, axis=0)
@@ -137,12 +140,12 @@ def _labels(
 
 
 class _Counts(NamedTuple):
-    """The weights of each class or label, [classes].
+    """Total weights of examples per class or label, [classes].
 
     Attributes:
-      labelled: of the examples that have it.
-      predicted: of those for which it is predicted.
-      correct: of those with both.
+      labelled: the examples that have the class or label.
+      predicted: the examples for which it is predicted.
+      correct: the examples that have it and for which it is predicted.
       present: above 0 if it counts in a mean: each label does, and each class that occurs.
     """
 
@@ -261,7 +264,7 @@ def check_classes(name: str, predictions: AnyArray, targets: AnyArray, hint: str
 
 
 def by_kind(name: str, predictions: Array, targets: Array) -> tuple[Array, Array, str]:
-    """Returns scores and targets, with what they are.
+    """Returns scores and targets, and their kind.
 
     "binary" is one score and one target, 0 or 1, per example; "labels" is several of both, in the
     last axis; "classes" are logits of several classes with integer labels.

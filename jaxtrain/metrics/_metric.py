@@ -1,4 +1,4 @@
-"""The one interface of all metrics: a total that each batch updates, and that is finished once."""
+"""The interface of all metrics: each batch updates a total, from which the metric is computed."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ class AccumulatedMetric:
     Where sums over the batches are enough, a pair of functions (sums, finish) is shorter. For
     anything else, derive a frozen dataclass: equal objects share their compiled programs.
 
-    A metric on arrays is called: `metric(predictions, targets, weights=None)` returns its value.
+    To compute a metric of arrays, call it: `metric(predictions, targets, weights=None)`.
 
     Example:
       >>> import dataclasses
@@ -47,10 +47,10 @@ class AccumulatedMetric:
         """Returns the total after one more batch.
 
         Args:
-          total: that of the batches before, a pytree of arrays. It is None, or 0 in every array,
-            before the first batch, which must give the same.
-          predictions: the model's outputs, float32 at least, and 0 where the weight is 0.
-          targets: those of the data set, and 0 where the weight is 0.
+          total: the total of the batches before, a pytree of arrays. For the first batch it is
+            None or a total of zeros, and the result must be the same for both.
+          predictions: the model's outputs, in float32 at least, and 0 where the weight is 0.
+          targets: the targets of the batch, and 0 where the weight is 0.
           weights: floating-point weights, [batch] or [batch, time]: 1 where the data have none.
         """
         raise NotImplementedError
@@ -60,7 +60,16 @@ class AccumulatedMetric:
         raise NotImplementedError
 
     def __call__(self, predictions: Any, targets: Any, weights: AnyArray | None = None) -> Array:
-        """Returns the metric of arrays."""
+        """Returns the metric of arrays.
+
+        Args:
+          predictions: the model's outputs, [examples, ...].
+          targets: the targets, [examples, ...].
+          weights: one per example or per target; None weights all equally.
+
+        Raises:
+          InputError: the shapes do not fit.
+        """
         return _value(self, predictions, targets, weights)
 
     def total_of(self, predictions: Any, targets: Any, weights: Array) -> PyTree:
@@ -111,7 +120,7 @@ class Sums(AccumulatedMetric):
 
 
 def as_accumulated(metric: Any) -> AccumulatedMetric:
-    """Returns any metric in the interface that the loops know."""
+    """Returns a function, a pair of functions or a metric as an `AccumulatedMetric`."""
     if isinstance(metric, AccumulatedMetric):
         return metric
     return Sums(*metric) if isinstance(metric, tuple) else Mean(metric)
@@ -205,7 +214,7 @@ def vector_sum(values: Array, weights: Array | None = None) -> Array:
 
 
 def label_weights(weights: Array, shape: tuple[int, ...], name: str) -> Float[Array, "..."]:
-    """Returns weights as an array of the shape of the targets: each label has its example's.
+    """Returns weights broadcast to the shape of the targets: each label has that of its example.
 
     Raises InputError unless they are along the leading axes of the targets.
     """

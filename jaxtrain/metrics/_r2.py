@@ -1,4 +1,4 @@
-"""The coefficient of determination, from means and squared deviations that are merged."""
+"""The coefficient of determination, from means and squared deviations merged over batches."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ from jaxtrain.metrics._metric import AccumulatedMetric, label_weights
 
 
 class _Moments(NamedTuple):
-    """Of each output, [1, outputs].
+    """Moments of the targets of each output, [1, outputs].
 
     Attributes:
-      examples: the number of examples with a weight.
+      examples: the number of examples with a weight other than 0.
       weight: the sum of their weights.
       mean: the weighted mean of the targets, rounded.
-      rest: what the rounding of the mean has left out.
+      rest: the rounding error of the mean: mean + rest has twice the digits.
       deviations: the weighted sum of the targets' squared deviations from their mean.
       errors: the weighted sum of squared errors.
     """

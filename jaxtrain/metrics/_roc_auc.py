@@ -15,10 +15,10 @@ from jaxtrain.metrics._metric import AccumulatedMetric, label_weights
 
 
 class _Scores(NamedTuple):
-    """Scores of each label, in any order, [labels, scores].
+    """The scores of each label, in any order, [labels, scores].
 
     Attributes:
-      used: how many of them are in use; the others have no weight.
+      used: number of scores in use; the others have weight 0.
       scores: the scores.
       negatives: the weight of the negative examples with a score; NaN if the score is NaN.
       positives: the weight of the positive ones.
@@ -36,7 +36,7 @@ class RocAuc(AccumulatedMetric):
 
     Attributes:
       average: how the areas of several labels become one number.
-      capacity: the number of scores that are kept, at most, of each label and of all labels.
+      capacity: the largest numbers of scores kept per label, and of all labels together.
     """
 
     average: str | None
@@ -52,8 +52,8 @@ class RocAuc(AccumulatedMetric):
     def update(self, total: Any, predictions: Any, targets: Any, weights: Array) -> _Scores:
         batch = _scores(predictions, targets, weights)
         labels, examples = batch.scores.shape
-        most, of_all = self.capacity
-        capacity = max(2, min(most, of_all // labels) // 2 * 2)
+        per_label, in_total = self.capacity
+        capacity = max(2, min(per_label, in_total // labels) // 2 * 2)
         if total is None:
             buffers = [jnp.zeros((labels, capacity), each.dtype) for each in batch[1:]]
             total = _Scores(jnp.zeros((), jnp.int32), *buffers)
