@@ -1,4 +1,4 @@
-"""Types of what a compiled loop carries from step to step."""
+"""Keeps the types of the values that a compiled loop carries from step to step."""
 
 from __future__ import annotations
 
@@ -65,9 +65,9 @@ def _keep_type(new: Any, old: Any, path: str, what: str, argument: str | None) -
 
 
 def _kind(dtype: Any) -> Any:
-    """Returns the family of a dtype, of which bfloat16 and float32 have the same."""
-    families = (jnp.bool_, jnp.signedinteger, jnp.unsignedinteger, jnp.floating)
-    return next((family for family in families if jnp.issubdtype(dtype, family)), dtype)
+    """Returns the kind of a dtype, which is the same for bfloat16 and float32."""
+    kinds = (jnp.bool_, jnp.signedinteger, jnp.unsignedinteger, jnp.floating)
+    return next((kind for kind in kinds if jnp.issubdtype(dtype, kind)), dtype)
 
 
 def _by_path(tree: PyTree) -> list[tuple[str, Any]]:

@@ -155,8 +155,8 @@ def as_dataset(data: Any, name: str) -> Dataset:
     return data
 
 
-def complete(data: Any) -> Any:
-    """Returns data to evaluate: a `Dataset` without `drop_last`; anything else as it is."""
+def without_drop_last(data: Any) -> Any:
+    """Returns a `Dataset` without `drop_last`, for evaluation; anything else unchanged."""
     return data.replace(drop_last=False) if isinstance(data, Dataset) else data
 
 
@@ -193,8 +193,8 @@ def check_dataset(dataset: Any, name: str) -> None:
 def has_weight(weights: Any, array: Any) -> Any:
     """Returns where the values of an array have a weight other than 0.
 
-    This is the rule by which weights belong to inputs, predictions and targets: a value belongs to
-    all weights that have its indices on the leading axes that both shapes share.
+    A value of inputs, predictions or targets belongs to all weights with the same indices on the
+    leading axes that both shapes share; it has a weight if one of them is not 0.
 
     Args:
       weights: [examples] or [examples, time], of NumPy or JAX.

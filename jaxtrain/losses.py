@@ -314,7 +314,7 @@ def cross_entropy(
       predictions: logits [batch, classes], or [batch, time, classes] for a label per token.
       targets: integer labels in 0 … classes − 1, [batch] or [batch, time]. A label out of range
         gives NaN; JAX's indexing would clamp it to the nearest class.
-      label_smoothing: the part of each target that is spread evenly over all classes, 0 … 1
+      label_smoothing: the fraction of each target that is spread evenly over all classes, 0 … 1
         (Szegedy et al., 2016, https://arxiv.org/abs/1512.00567).
       weight: a weight for each class, by which the terms of the loss are multiplied, those of the
         smoothing by the weights of their own classes. As in PyTorch, the mean over a batch is the
@@ -511,10 +511,10 @@ def weighted_sum(*terms: tuple[float, Loss]) -> Loss:
 def ignore_nan(loss_fn: Loss) -> Loss:
     """Returns a loss that leaves out the outputs whose target is NaN, that is, missing.
 
-    The loss is applied to each output on its own, and its mean is that over the outputs of a batch
-    that have a target: `loss(prediction[mask], target[mask]).mean()` in PyTorch. An example without
-    any target does not count. Build it once and pass the same object to every step. As a metric,
-    it reports the mean over the outputs that have a target.
+    The loss is applied to each output on its own, and averaged over the outputs of a batch that
+    have a target: `loss(prediction[mask], target[mask]).mean()` in PyTorch. An example without any
+    target does not count. As a metric, it is the mean over the outputs that have a target. Build it
+    once and pass the same object to every step.
 
     Args:
       loss_fn: a loss that is averaged over the outputs, such as `mean_squared_error`,
@@ -542,8 +542,8 @@ def ignore_nan(loss_fn: Loss) -> Loss:
         predictions, targets = _check_and_promote(predictions, targets)
         is_present = ~jnp.isnan(targets)
         # 1 is a valid target of every loss, so that the gradients of both branches are finite.
-        complete = jnp.where(is_present, targets, 1)
-        values: Any = loss_fn(predictions.reshape(-1, 1), complete.reshape(-1, 1))
+        filled = jnp.where(is_present, targets, 1)
+        values: Any = loss_fn(predictions.reshape(-1, 1), filled.reshape(-1, 1))
         if jnp.shape(values) != (targets.size,):
             raise InputError(
                 f"{name_of(loss_fn)} returned the shape {jnp.shape(values)} for {targets.size} "

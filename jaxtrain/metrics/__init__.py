@@ -172,8 +172,8 @@ def roc_auc(average: str | None = "macro") -> AccumulatedMetric:
     The area is exact up to 65,536 examples with at most 16 classes or labels, and up to 2**20
     scores in total with more. Beyond that, neighboring scores are merged into half as many groups
     of about equal weight: the area of a million examples changed by less than 1e-6 in random order
-    and sorted by label, and by 2e-5 in the worst order that was found. On arrays it is always
-    exact.
+    and sorted by label, and by less than 3e-5 in the worst order that was found. On arrays it is
+    always exact.
 
     Args:
       average: "macro", the mean over classes or labels; "weighted", the same weighted by how many

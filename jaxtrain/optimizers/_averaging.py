@@ -57,7 +57,7 @@ def average_parameters(
 
     Args:
       optimizer: any optax transformation.
-      decay: the part of the average that remains in each step, 0 … 1.
+      decay: the fraction of the average that remains in each step, 0 … 1.
       evaluate: whether `evaluate`, `predict`, the evaluations of `fit` and `train`, `save`,
         `to_module` and all exports use the average in place of the parameters.
 

@@ -156,10 +156,10 @@ def _zero_unless(condition: Array, leaf: Any) -> Array:
 
 
 def _without_batch(new: PyTree, old: PyTree, usable: Array) -> PyTree:
-    """Returns the state after a batch that is left out unless it is usable.
+    """Returns the state after a batch, which is left out unless it is usable.
 
-    Then records stay, and other states around `accumulate_gradients` change only if the batch
-    completes an update of others.
+    If it is left out, records stay, and other states around `accumulate_gradients` change only if
+    the batch completes an update from earlier ones.
     """
     states = find_nodes(new, AccumulationState)
     updated = functools.reduce(jnp.logical_or, [state.updated for state in states])

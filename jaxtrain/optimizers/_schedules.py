@@ -154,7 +154,7 @@ def one_cycle_lr(
     Args:
       max_lr: the largest rate.
       total_steps: optimizer steps of the whole cycle.
-      pct_start: the part of the steps during which the rate rises.
+      pct_start: the fraction of the steps during which the rate rises.
       anneal_strategy: "cos" or "linear".
       div_factor: `max_lr` over the rate at the start.
       final_div_factor: the rate at the start over the rate at the end.

@@ -24,8 +24,8 @@ from jaxtrain.training.checks import check_data
 from jaxtrain.training.sources import Segment, make_source
 from jaxtrain.training.state import TrainState, check_state_type
 
-# Statistics against which those of a batch are nothing in float32: what remains of them after a
-# batch is the layer's momentum.
+# Initial statistics so large that float32 rounds away those of a batch. The fraction of them that
+# remains after a batch is the layer's momentum.
 _LARGE = 2.0**40
 
 
@@ -39,11 +39,11 @@ def update_batch_stats(
     """Recomputes the running statistics of batch norm for the parameters that are evaluated.
 
     Same as `torch.optim.swa_utils.update_bn`: the model sees each batch in training mode, and the
-    statistics become their means over the batches. During training they follow the parameters;
-    those of `average_parameters`, or others that were put in, need statistics of their own.
+    statistics become their means over the batches. The statistics of training belong to the
+    parameters of training, not to their average or to parameters that were replaced.
 
     Args:
-      state: the parameters; with an average, those of the average are used.
+      state: the parameters; with `average_parameters`, the average is used.
       data: training data with leading axis [examples], a `Dataset` or a tuple; or a stream, as for
         `fit`. Targets and weights are not used.
       batch_size: examples per batch, as in training; a stream of batches has its own.
@@ -108,8 +108,9 @@ def _momentum(
     """Returns the momentum of each array of statistics that training updates, by path.
 
     A layer keeps momentum · old + (1 − momentum) · batch. Libraries have the momentum in attributes
-    of different names, so it is measured. It is a short decimal number, whose float32 has rounding
-    errors that 1 − momentum would magnify; the shortest decimal of that float32 has not.
+    of different names, so it is measured. It is a short decimal number, such as 0.99. Its float32
+    has a rounding error that 1 − momentum would magnify, so the shortest decimal with the same
+    float32 is returned.
     """
     probe = state.replace(model_state=_reset(state.model_state, layers, _LARGE))
     after = jax.jit(_in_training)(probe, inputs, 0)
@@ -145,7 +146,7 @@ def _in_training(state: TrainState, inputs: PyTree, number: Any) -> dict[str, Ar
 def _add(
     state: TrainState, sums: dict[str, Array], segment: Segment, stop: Any, number: Any
 ) -> dict[str, Array]:
-    """Adds the statistics after each batch of a segment, the first of which has this number."""
+    """Adds the statistics after each batch of a segment; `number` is that of its first batch."""
 
     def run(state: TrainState, sums: dict[str, Array], segment: Segment) -> dict[str, Array]:
         def add(index: Any, sums: dict[str, Array]) -> dict[str, Array]:

@@ -28,8 +28,8 @@ from jaxtrain.training.state import TrainState, check_state_type
 from jaxtrain.training.step import MetricItems, Objective, mean_loss, predict_batch
 
 _SKIPPED_HINT = "try a smaller learning rate, gradient clipping or scaled inputs"
-# How many examples with missing targets `check_missing_targets` tries.
-_TRIED = 64
+# Number of examples with missing targets for which `check_missing_targets` computes the loss.
+_MAX_CHECKED = 64
 
 
 def checked_data(data: Any, name: str) -> Dataset:
@@ -100,7 +100,7 @@ def check_values(dataset: Dataset, name: str) -> None:
 def check_missing_targets(
     state: TrainState, data: Dataset, loss_fn: Loss | None, name: str
 ) -> None:
-    """Raises InputError if targets are NaN, and the loss or its gradient at such examples is, too.
+    """Raises InputError if targets are NaN and make the loss or its gradient non-finite.
 
     A loss that leaves them out, as `losses.ignore_nan` does, has finite values and gradients.
     """
@@ -113,7 +113,7 @@ def check_missing_targets(
     if not missing or loss_fn is None:
         return
     rows = [np.isnan(x).reshape(len(x), -1).any(axis=1) for x in missing.values()]
-    few = np.flatnonzero(np.any(rows, axis=0))[:_TRIED]
+    few = np.flatnonzero(np.any(rows, axis=0))[:_MAX_CHECKED]
     with jax.ensure_compile_time_eval():
         predictions = jax.tree.map(
             lambda leaf: jnp.full((len(few), *leaf.shape[1:]), 0.5, leaf.dtype),
@@ -287,13 +287,13 @@ def check_step_count(before: Any, after: Any, steps: int) -> None:
 
 
 class TargetLimits(NamedTuple):
-    """The values that the loss and the metrics take as targets.
+    """The range of targets that the loss and the metrics take.
 
     Attributes:
-      low: the smallest.
-      high: the largest.
-      kind: what they are: "label" or "probability".
-      reason: why, for messages.
+      low: the smallest target.
+      high: the largest target.
+      kind: "label" or "probability".
+      reason: why these are the limits, for messages.
     """
 
     low: int

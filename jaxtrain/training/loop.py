@@ -19,7 +19,7 @@ from jaxtrain._carry import keep_types
 from jaxtrain._compiler import bounded, limit_rows
 from jaxtrain.data.batches import is_stream
 from jaxtrain.data.stream import Source
-from jaxtrain.dataset import Dataset, as_dataset, check_inputs, complete, epoch_order
+from jaxtrain.dataset import Dataset, as_dataset, check_inputs, epoch_order, without_drop_last
 from jaxtrain.losses import Loss
 from jaxtrain.metrics import Metric
 from jaxtrain.training.checks import check_data, check_run
@@ -181,9 +181,8 @@ def train_epoch(
     """Trains on every example once.
 
     A partial last batch is averaged over its own examples, or left out if the `Dataset` has
-    `drop_last`. On a data set in memory the function is
-    one compiled program, which may be called under `jit`, scanned over epochs, and vmapped over
-    states.
+    `drop_last`. On a data set in memory the function is one compiled program, which may be called
+    under `jit`, scanned over epochs, and vmapped over states.
 
     Args:
       state: where to start; not modified.
@@ -304,7 +303,7 @@ def evaluate(
     check_state_type(state)
     check_integer(batch_size, "batch_size", minimum=1)
     objective = make_objective(loss_fn, metric_fns)
-    dataset = complete(dataset)
+    dataset = without_drop_last(dataset)
     if is_stream(dataset):
         with parallel.mesh_of(state):
             source = Streamed(dataset, "dataset", batch_size, None, 1)

@@ -17,7 +17,7 @@ from jaxtrain._arguments import check_integer, check_key
 from jaxtrain._compiler import bounded
 from jaxtrain._device_memory import memory_advice
 from jaxtrain.callbacks.early_stopping import EarlyStopping
-from jaxtrain.dataset import Dataset, complete, epoch_order
+from jaxtrain.dataset import Dataset, epoch_order, without_drop_last
 from jaxtrain.errors import InputError
 from jaxtrain.losses import Loss
 from jaxtrain.metrics import Metric
@@ -170,7 +170,9 @@ def prepare(
     if key is not None:
         check_key(key)
     state = checked_state(state, step_fn)
-    held_out = {name: complete(data) for name, data in held_out.items() if data is not None}
+    held_out = {
+        name: without_drop_last(data) for name, data in held_out.items() if data is not None
+    }
     objective = make_objective(loss_fn, metric_fns, step_fn)
     if loss_fn is None and (held_out or metric_fns):
         raise InputError(

@@ -124,7 +124,7 @@ class InMemory:
     limits: TargetLimits | None = None  # all values are checked before training
 
     def __init__(self, data: Dataset, name: str, batch_size: int, key: Key[Array, ""] | None):
-        self.name, self.sample, self._key, self._asked = name, data, key, batch_size
+        self.name, self.sample, self._key, self._requested = name, data, key, batch_size
         self.batch_size = min(batch_size, len(data))
         rest = len(data) % self.batch_size
         self.examples = len(data) - (rest if data.drop_last else 0)
@@ -146,10 +146,11 @@ class InMemory:
 
     def check_division(self) -> None:
         """Raises InputError if there is no complete batch, or the devices do not divide them."""
-        if self.sample.drop_last and self._asked > len(self.sample):
+        if self.sample.drop_last and self._requested > len(self.sample):
             raise InputError(
-                f"{self.name} has {len(self.sample)} examples for batches of {self._asked}, and "
-                "drop_last is True; expected at least one complete batch: use a smaller batch_size"
+                f"{self.name} has {len(self.sample)} examples for batches of {self._requested}, "
+                "and drop_last is True; expected at least one complete batch: use a smaller "
+                "batch_size"
             )
         parallel.check_batch_size(self.batch_size, self.examples)
 

@@ -71,7 +71,7 @@ class Auxiliary(NamedTuple):
       model_state: the model state after the batch.
       predictions: the model's outputs in training mode, [batch, ...].
       weight: the total weight of the batch, by which means over several batches are weighted:
-        without weights, its number of examples.
+        without weights, its number of examples; for a `WeightedMean`, the sum of its weights.
     """
 
     model_state: PyTree
