@@ -1,4 +1,4 @@
-"""Values as JSON and logs show them."""
+"""Converts values to JSON, and rounds learning rates for logs."""
 
 from __future__ import annotations
 

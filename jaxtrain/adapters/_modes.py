@@ -55,7 +55,7 @@ def call_by_name(
     except TypeError as error:
         raise InputError(
             f"init_state calls {kind.__name__} with inputs and the mode: {error}; expected inputs "
-            f"that are a tuple in the order of its arguments, or {_way_out(kind)}"
+            f"that are a tuple in the order of its arguments, or {_call_hint(kind)}"
         ) from error
     return module(*arguments, **options)
 
@@ -93,7 +93,7 @@ def _check_modes(apply: AdaptedApply, shapes: Static) -> None:
                 raise InputError(
                     f"the argument {name}={value} of {kind.__name__}.__call__ switches between "
                     "training and evaluation, and init_state does not pass it; expected "
-                    f"{_way_out(kind, name, train != value)}"
+                    f"{_call_hint(kind, name, train != value)}"
                 )
         if error is not None:
             raise error
@@ -151,7 +151,7 @@ class _ModeCheck(Recorder):
             f"in {now}, {place}{whole} is in {other} mode because of {mode[0]}={mode[1]} of "
             f"{owner.__name__}; expected {now} mode: set it by an argument train of "
             f"{network.__name__}.__call__, or say that the module is called as it should be, by "
-            f"{_way_out(network)}"
+            f"{_call_hint(network)}"
         )
 
 
@@ -194,7 +194,7 @@ def _parameters(kind: type) -> tuple[dict[str, Any], list[str], bool]:
     return named, [name for name in positional if name not in others], takes_all
 
 
-def _way_out(kind: type, switch: str = "", value_in_training: bool = True) -> str:
+def _call_hint(kind: type, switch: str = "", value_in_training: bool = True) -> str:
     """Returns the argument of `init_state` that calls a module, as source text."""
     named, positional, _ = _parameters(kind)
     modes = {name: value for name, value in _MODES.items() if name in named}

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 Mode = Literal["min", "max"]
 
-# What the names of columns end in whose smaller values are better.
+# Endings of the names of columns whose smaller values are better.
 _SMALLER_IS_BETTER = ("loss", "error", "distance")
 
 

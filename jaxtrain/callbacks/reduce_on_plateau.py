@@ -96,9 +96,10 @@ def reduce_on_plateau(
 
 @dataclasses.dataclass(frozen=True)
 class ReduceOnPlateau(Callback):
-    """What `reduce_on_plateau` returns; its arguments are attributes.
+    """What `reduce_on_plateau` returns; the attributes are its arguments, `column` is `monitor`.
 
-    It has no state: what it has seen is the history of the run, which a checkpoint restores.
+    `Callback.monitor` is not set, since `fit` takes the best epoch by that column. The callback has
+    no state: it reads the history of the run, which a checkpoint restores.
     """
 
     column: str
@@ -132,7 +133,7 @@ class ReduceOnPlateau(Callback):
             )
 
     def on_epoch(self, run: Run) -> Run | None:
-        """Lowers the rate in the state, if the latest epoch is one too many."""
+        """Lowers the rate in the state, if `patience` is exceeded."""
         values = [row[self.column] for row in run.rows]
         if np.ndim(values[-1]):
             raise InputError(

@@ -41,7 +41,7 @@ def load_checkpoint(
       state: a state of the same model, made by `init_state`.
       weights_only: takes the parameters and the model state; the optimizer state, step, epoch and
         key are those of `state`, except that an average of the parameters starts anew.
-      best: takes the best state so far, which the checkpoint has if a callback kept it.
+      best: takes the best state so far, if a callback such as `early_stopping` kept one.
 
     Returns:
       A state on the devices of `state`.
@@ -96,7 +96,7 @@ def _find(path: Any) -> Path:
 
 
 def _root(record: dict[str, Any], best: bool, file: Path) -> str:
-    """Returns the first part of the names of the arrays of the state."""
+    """Returns the prefix of the names of the state's arrays in the file."""
     if "columns" not in record:
         raise InputError(f"{file} is not the checkpoint of a run; expected one", argument="path")
     if best and record["best"] == "none":

@@ -32,7 +32,7 @@ _SUMS = (
     *("reduce_sum", "reduce_prod", "reduce_window_sum", "cumsum", "cumprod", "cumlogsumexp"),
     *("scatter-add", "scatter_add", "scatter-mul", "select_and_scatter_add"),
 )
-# Operations on the bits of a type.
+# Operations that depend on the dtype, and are computed in that of the program.
 _IN_OWN_TYPE = frozenset(
     ("bitcast_convert_type", "nextafter", "random_gamma", "reduce_precision", "rng_uniform")
 )

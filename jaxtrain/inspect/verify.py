@@ -1,4 +1,4 @@
-"""verify: a training step computed in several ways, whose results should agree up to rounding."""
+"""verify: computes a training step in several ways, which should agree up to rounding."""
 
 from __future__ import annotations
 
@@ -33,11 +33,11 @@ _OPERATIONS, _COMPILED, _HALVES = "operation by operation", "compiled", "as two 
 
 
 class Difference(NamedTuple):
-    """The largest difference of a way to compute a step from the same in float64.
+    """The largest difference between one way to compute a step and the step in float64.
 
     Attributes:
       way: how the step was computed, such as "compiled" or "under vmap".
-      quantity: the array with the largest difference in relation to `explained`, such as "loss" or
+      quantity: the array whose difference is largest relative to `explained`, such as "loss" or
         "gradients.Dense_0.kernel".
       difference: the largest absolute difference of an element; infinite if one is not finite.
       explained: the largest difference that rounding explains.
@@ -214,7 +214,7 @@ class _Step:
         return dict(zip(self._names, results, strict=True)), run.values
 
     def compare(self, way: str, found: dict[str, Any]) -> Difference:
-        """Returns the result with the largest difference in relation to what is explained."""
+        """Returns the result whose difference is largest relative to what rounding explains."""
         rows = [
             Difference(way, name, _largest(found[name], exact), self._explained[name])
             for name, exact in self._results.items()
@@ -231,9 +231,9 @@ class _Step:
         return None
 
     def first_alone(self, run: Callable[..., Any], name: str) -> str | None:
-        """Returns the first operation that differs if nothing after it is computed.
+        """Returns the first operation that differs when the program ends with it.
 
-        Returning all values may keep the compiler from the fusion that is wrong.
+        If all values are returned, the compiler may not make the fusion that is wrong.
         """
         exact = self._results[name]
         last = next((n for n, each in enumerate(self._values) if each is exact), None)
@@ -345,9 +345,9 @@ def _contains(jaxpr: Any, names: frozenset[str]) -> bool:
 
 
 def _largest(found: Any, exact: Any) -> float:
-    """Returns the largest difference; infinite where one of the two is not finite, or they differ.
+    """Returns the largest absolute difference; infinite where only one of the two is finite.
 
-    `found` may have a leading axis more.
+    `found` may have an additional leading axis.
     """
     ours, theirs = np.asarray(found, np.float64), np.asarray(exact, np.float64)
     with np.errstate(invalid="ignore"):

@@ -30,9 +30,9 @@ if TYPE_CHECKING:
 # The run has diverged where the smoothed loss exceeds this multiple of its lowest value so far.
 _DIVERGED = 4.0
 # Fraction of the steps in a smoothing window, and its minimum number of steps.
-_WINDOW, _LEAST_WINDOW = 0.1, 5
+_WINDOW, _MIN_WINDOW = 0.1, 5
 # A loss that falls does so by more than this multiple of the noise of the smoothed losses.
-_LEAST_FALL = 8.0
+_MIN_FALL = 8.0
 
 
 class RangeTest(NamedTuple):
@@ -230,7 +230,7 @@ def _result(rates: np.ndarray, losses: np.ndarray) -> RangeTest:
 
     finite = np.isfinite(losses)
     count = len(losses) if finite.all() else int(np.argmin(finite))
-    window = max(_LEAST_WINDOW, round(_WINDOW * len(losses))) // 2 * 2 + 1
+    window = max(_MIN_WINDOW, round(_WINDOW * len(losses))) // 2 * 2 + 1
     if count < window:
         rate = f"{rates[count]:.3g}, after {count} updates" if count < len(losses) else ""
         raise InputError(
@@ -252,7 +252,7 @@ def _result(rates: np.ndarray, losses: np.ndarray) -> RangeTest:
     # The noise of the smoothed losses: of the mean over a window, and of rounding.
     noise = np.std(losses[:end] - smoothed[:end]) / np.sqrt(window)
     noise += np.finfo(np.float32).eps * np.abs(smoothed[:end]).max()
-    if smoothed[:end].max() - smoothed[end - 1] <= _LEAST_FALL * noise:
+    if smoothed[:end].max() - smoothed[end - 1] <= _MIN_FALL * noise:
         raise InputError(
             f"the loss falls at no learning rate from {rates[0]:.3g} to {rates[count - 1]:.3g} by "
             "more than its noise, so there is no suggestion; expected it to fall: choose another "
