@@ -37,7 +37,7 @@ def compare_outputs(
       uses: the traced network; None if there is none to compare.
 
     Returns:
-      The difference in words; "" if there is none; None if the module does not take such inputs, in
+      The difference as text; "" if there is none; None if the module does not take such inputs, in
       PyTorch's layout or in ours.
     """
     if uses is None or not hasattr(module, "named_modules"):

@@ -1,4 +1,4 @@
-"""Finds which layer of PyTorch is which layer of a model, by names, order and shapes."""
+"""Matches PyTorch layers to model layers, by names, order and shapes."""
 
 from __future__ import annotations
 
@@ -264,6 +264,6 @@ def _numbers_give_order(names: Sequence[str]) -> bool:
     return True
 
 
-def _listed(names: Sequence[str], most: int = 8) -> str:
-    more = f" and {len(names) - most} more" if len(names) > most else ""
-    return ", ".join(names[:most]) + more
+def _listed(names: Sequence[str], maximum: int = 8) -> str:
+    more = f" and {len(names) - maximum} more" if len(names) > maximum else ""
+    return ", ".join(names[:maximum]) + more
