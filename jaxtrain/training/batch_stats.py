@@ -23,6 +23,7 @@ from jaxtrain.errors import InputError
 from jaxtrain.training.checks import check_data
 from jaxtrain.training.sources import Segment, make_source
 from jaxtrain.training.state import TrainState, check_state_type
+from jaxtrain.training.step import model_inputs
 
 # Initial statistics so large that float32 rounds away those of a batch. The fraction of them that
 # remains after a batch is the layer's momentum.
@@ -45,7 +46,8 @@ def update_batch_stats(
     Args:
       state: the parameters; with `average_parameters`, the average is used.
       data: training data with leading axis [examples], a `Dataset` or a tuple; or a stream, as for
-        `fit`. Targets and weights are not used.
+        `fit`. Targets are not used. Inputs of weight 0 that are not finite are replaced by 0, as in
+        training.
       batch_size: examples per batch, as in training; a stream of batches has its own.
       key: PRNG key of the shuffle; None keeps the stored order, which must not be sorted by class.
 
@@ -85,7 +87,7 @@ def update_batch_stats(
         stack.enter_context(parallel.mesh_of(state, in_memory))
         source = make_source(data, "data", batch_size, key, 1, stack)
         check_data(state, source.sample, None, "data")
-        sample = jax.tree.map(lambda leaf: leaf[:batch_size], source.sample.inputs)
+        sample = model_inputs(source.sample[:batch_size])
         momentum = _momentum(state, layers, sample)
         updated = {name: layer for name, layer in layers.items() if layer.mean in momentum}
         start = state.replace(model_state=_reset(state.model_state, updated, 0.0))
@@ -150,7 +152,7 @@ def _add(
 
     def run(state: TrainState, sums: dict[str, Array], segment: Segment) -> dict[str, Array]:
         def add(index: Any, sums: dict[str, Array]) -> dict[str, Array]:
-            inputs = parallel.divide(segment.batch(index)).inputs
+            inputs = model_inputs(parallel.divide(segment.batch(index)))
             after = _in_training(state, inputs, number + index)
             return {path: total + after[path].astype(total.dtype) for path, total in sums.items()}
 

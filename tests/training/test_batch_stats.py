@@ -142,3 +142,14 @@ def test_a_model_without_statistics_is_refused() -> None:
     state = jt.init_state(nn.Dense(4), optax.sgd(0.1), INPUTS[:1], key=jax.random.key(0))
     with pytest.raises(jt.errors.InputError, match="no running statistics of batch norm"):
         jt.update_batch_stats(state, jt.Dataset(INPUTS))
+
+
+def test_inputs_of_weight_0_may_be_nan() -> None:
+    state = jt.init_state(Linen(), optax.sgd(0.1), INPUTS[:1], key=jax.random.key(0))
+    weights = (np.arange(len(INPUTS)) != 7).astype(np.float32)
+    missing = np.where(weights[:, None] == 0, np.nan, INPUTS)
+    found, expected = (
+        statistics(jt.update_batch_stats(state, jt.Dataset(x, weights=weights), batch_size=20))
+        for x in (missing, np.nan_to_num(missing))
+    )
+    np.testing.assert_array_equal(found, expected)
