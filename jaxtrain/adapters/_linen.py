@@ -17,6 +17,7 @@ from flax.core import DenyList
 from flax.traverse_util import flatten_dict, unflatten_dict
 from jaxtyping import PyTree
 
+from jaxtrain._compiler import bounded
 from jaxtrain.adapters._recording import Recorder
 from jaxtrain.adapters._shared import (
     AdaptedApply,
@@ -56,6 +57,7 @@ class Init:
         return params, variables
 
     # Compiled as one program: run eagerly, each initializer would be compiled separately.
+    @bounded
     @functools.partial(jax.jit, static_argnums=0)
     def _init(self, key: jax.Array, inputs: PyTree) -> dict[str, Any]:
         others = [name for name in self.rngs if name not in ("params", "dropout")]
