@@ -51,7 +51,7 @@ def reduce_on_plateau(
         name: "min" if it ends in loss, error or distance, otherwise "max".
       factor: factor of each reduction, in (0, 1).
       patience: epochs without improvement that are tolerated.
-      threshold: an improvement is at least this large.
+      threshold: an improvement must be larger than this.
       threshold_mode: whether `threshold` is a fraction of the best value, or a difference.
       cooldown: epochs after a reduction that are not counted.
       min_lr: the smallest rate.

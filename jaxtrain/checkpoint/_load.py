@@ -37,7 +37,8 @@ def load_checkpoint(
     of epochs continue. With another optimizer, whose state has other arrays, load the weights only.
 
     Args:
-      path: a file, such as "checkpoints/epoch-5.safetensors"; or a folder, for its newest one.
+      path: a file, such as "checkpoints/epoch-5.safetensors"; or a folder, for its newest one. From
+        one within an epoch, training starts that epoch again.
       state: a state of the same model, made by `init_state`.
       weights_only: takes the parameters and the model state; the optimizer state, step, epoch and
         key are those of `state`, except that an average of the parameters starts anew.

@@ -231,6 +231,7 @@ class SweepResult:
 
         Raises:
           InputError: there is no such column or axis, or all runs have diverged.
+          MissingExtraError: `over` is given, and pandas is not installed.
         """
         if mode not in (None, "min", "max"):
             raise InputError(f"mode is {mode!r}; expected 'min' or 'max'", argument="mode")
@@ -395,6 +396,7 @@ class SweepResult:
 
         Raises:
           InputError: there is no such axis or column, or all axes are in `over`.
+          MissingExtraError: pandas or matplotlib is not installed.
         """
         from jaxtrain.sweeps import _pictures  # needs matplotlib
 
@@ -418,6 +420,7 @@ class SweepResult:
 
         Raises:
           InputError: there is no such axis or column, or not two axes remain for x and y.
+          MissingExtraError: pandas or matplotlib is not installed.
         """
         from jaxtrain.sweeps import _pictures  # needs matplotlib
 
