@@ -75,7 +75,7 @@ def test_rounding_explains_all_differences_of(model: Any) -> None:
     assert (found.operation, found.flag) == (None, None)
     for each, way in zip(found.differences, WAYS, strict=True):
         assert each.way.startswith(way)
-        assert each.difference <= each.explained < 0.1
+        assert each.difference <= each.explained < 0.2  # bfloat16 has 8 bits
     lines = str(found).splitlines()
     assert len(lines) == 6
     assert all(line.endswith("ok") for line in lines[1:])
