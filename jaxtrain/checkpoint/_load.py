@@ -40,8 +40,9 @@ def load_checkpoint(
       path: a file, such as "checkpoints/epoch-5.safetensors"; or a folder, for its newest one. From
         one within an epoch, training starts that epoch again.
       state: a state of the same model, made by `init_state`.
-      weights_only: takes the parameters and the model state; the optimizer state, step, epoch and
-        key are those of `state`, except that an average of the parameters starts anew.
+      weights_only: takes the parameters of training, not their average if the optimizer kept one,
+        and the model state; the optimizer state, step, epoch and key are those of `state`, except
+        that an average of the parameters starts anew.
       best: takes the best state so far, if a callback such as `early_stopping` kept one.
 
     Returns:
