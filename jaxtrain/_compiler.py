@@ -30,9 +30,8 @@ WRONG_ROWS = frozenset({"0.10.2"})
 _ROWS = 32_768
 # Arrays with more axes may end the process. See https://github.com/jax-ml/jax/issues/39257.
 _MAX_RANK = 6
-
-
-# A program keeps the model and the optimizer that it was compiled for, and takes some MiB.
+# The largest number of programs of one function. Each takes some MiB, and keeps the model and the
+# optimizer that it was compiled for.
 _MAX_PROGRAMS = 24
 _bounded: list[Any] = []
 
