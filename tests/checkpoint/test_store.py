@@ -259,8 +259,8 @@ def test_a_file_that_cannot_be_read_is_not_damaged(tmp_path: Path, monkeypatch) 
 
 def test_a_newer_format_is_not_damaged(tmp_path: Path) -> None:
     write(tmp_path)
-    forge(checkpoint_path(tmp_path, 3), lambda header, record: record.update(format=4))
-    with pytest.raises(InputError, match=r"has format 4, but this version .* reads 3") as e:
+    forge(checkpoint_path(tmp_path, 3), lambda header, record: record.update(format=5))
+    with pytest.raises(InputError, match=r"has format 5, but this version .* reads 4") as e:
         restore(tmp_path)
     assert not isinstance(e.value, DamagedError)
     assert list_epochs(tmp_path) == [1, 2, 3]

@@ -96,7 +96,12 @@ def test_statistics_are_those_of_pytorch(name: str, streamed: bool) -> None:
 
 
 def test_a_layer_that_does_not_learn_its_statistics_keeps_them() -> None:
-    state = jt.init_state(Linen(frozen=True), optax.sgd(0.1), INPUTS[:1], key=jax.random.key(0))
+    def call(module, inputs, *, train, rngs):  # a layer in evaluation mode on purpose
+        return module(inputs, train=train)
+
+    state = jt.init_state(
+        Linen(frozen=True), optax.sgd(0.1), INPUTS[:1], key=jax.random.key(0), call=call
+    )
     found = jt.update_batch_stats(state, jt.Dataset(INPUTS), batch_size=60)
     mean, var, second, _ = statistics(found)
     np.testing.assert_array_equal((mean, var), (np.zeros(4), np.ones(4)))
