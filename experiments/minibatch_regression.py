@@ -2,14 +2,10 @@
 
 from __future__ import annotations
 
-import signal
 import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
-
-if __name__ == "__main__":  # Ctrl-C during the imports shows no traceback
-    signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 import jax.numpy as jnp
 import numpy as np

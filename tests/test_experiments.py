@@ -8,7 +8,6 @@ import json
 import os
 import pty
 import re
-import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -137,25 +136,6 @@ def test_mistakes_end_with_one_sentence(environment, tmp_path: Path) -> None:
     if jax.default_backend() != "gpu":
         gpu = run(environment, "losses", "--device", "gpu", "--output-dir", tmp_path)
         assert_one_line_error(gpu, "--device is gpu", "jaxtrain[cuda]", "--device cpu")
-
-
-def test_ctrl_c_during_the_imports_shows_no_traceback(environment) -> None:
-    with subprocess.Popen(
-        [sys.executable, "-X", "importtime", "experiments/losses.py", "--help"],
-        env=environment,
-        cwd=ROOT,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-    ) as process:
-        assert process.stdout is not None
-        assert process.stderr is not None
-        next(line for line in process.stderr if "jax." in line)
-        process.send_signal(signal.SIGINT)
-        rest, shown = process.stderr.read(), process.stdout.read()
-    assert process.returncode == -signal.SIGINT
-    assert "Traceback" not in rest
-    assert shown == ""
 
 
 def test_a_terminal_shows_a_progress_bar(environment, tmp_path: Path) -> None:
