@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import collections
 import types
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
+
+import numpy as np
 
 from jaxtrain.errors import InputError
 
@@ -144,3 +146,37 @@ def _problem(each: Any) -> str | None:
                     f"called; expected {', '.join(known)}"
                 )
     return None
+
+
+def check_column(
+    name: str, columns: Sequence[str], subject: str, argument: str = "callbacks"
+) -> None:
+    """Raises InputError unless the history has the column that a callback watches.
+
+    `subject` begins the sentence, such as "early_stopping monitors".
+    """
+    if name not in columns:
+        hint = ""
+        if name.startswith("validation_"):
+            hint, argument = (
+                ", or validation=, for example from train.split(0.1, key)",
+                "validation",
+            )
+        raise InputError(
+            f"{subject} {name!r}, but the history has the columns {', '.join(columns)}; expected "
+            f"one with a number per epoch{hint}",
+            argument=argument,
+        )
+
+
+def check_number(
+    name: str, row: Mapping[str, Any], subject: str, argument: str = "callbacks"
+) -> None:
+    """Raises InputError unless a watched column has a number per epoch, not an array."""
+    if np.ndim(row[name]):
+        numbers = [name for name, value in row.items() if np.ndim(value) == 0]
+        raise InputError(
+            f"{subject} {name!r}, which has an array per epoch; expected one of "
+            f"{', '.join(numbers)}",
+            argument=argument,
+        )

@@ -17,7 +17,7 @@ import numpy as np
 
 from jaxtrain._arguments import check_integer, checked_path
 from jaxtrain._processes import are_joined, gather
-from jaxtrain.callbacks._callback import Callback
+from jaxtrain.callbacks._callback import Callback, check_column, check_number
 from jaxtrain.callbacks.early_stopping import is_improvement
 from jaxtrain.checkpoint import CheckpointStore, PartOfEpoch, Snapshot, check_same_run
 from jaxtrain.errors import InputError
@@ -97,12 +97,8 @@ class Checkpoint(Callback):
 
     def on_start(self, run: Run) -> Run | None:
         """Locks the folder, and returns the run of the newest checkpoint."""
-        if self.monitor is not None and self.monitor not in run.columns:
-            raise InputError(
-                f"best is {self.monitor!r}, but the history has the columns "
-                f"{', '.join(run.columns)}; expected one of these",
-                argument="best",
-            )
+        if self.monitor is not None:
+            check_column(self.monitor, run.columns, "best is", "best")
         described = run.describe()
         self._seekable = described["seekable"]
         if self.every_steps is not None and not self._seekable:
@@ -149,12 +145,7 @@ class Checkpoint(Callback):
     def on_epoch(self, run: Run) -> Run:
         """Saves a complete epoch."""
         if self.monitor is not None:
-            if np.ndim(run.rows[-1][self.monitor]):
-                raise InputError(
-                    f"best is {self.monitor!r}, which has an array per epoch; expected a column of "
-                    "numbers",
-                    argument="best",
-                )
+            check_number(self.monitor, run.rows[-1], "best is", "best")
             if is_improvement(run.rows, self.monitor):
                 run = run.replace(best=run.state)
         if run.epoch % self.every == 0 or run.is_over or run.epoch == run.last_epoch:

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxtrain._arguments import check_integer
-from jaxtrain.callbacks._callback import Callback
+from jaxtrain.callbacks._callback import Callback, check_column, check_number
 from jaxtrain.errors import InputError
 
 if TYPE_CHECKING:
@@ -96,16 +96,7 @@ class EarlyStopping(Callback):
 
     def check_columns(self, columns: Sequence[str]) -> None:
         """Raises InputError if the watched column is missing from the history."""
-        if self.monitor not in columns:
-            hint, argument = "", "callbacks"
-            if self.monitor.startswith("validation_"):
-                hint = ", or validation=, for example from train.split(0.1, key)"
-                argument = "validation"
-            raise InputError(
-                f"early_stopping monitors {self.monitor!r}, but the history has the columns "
-                f"{', '.join(columns)}; expected one with a number per epoch{hint}",
-                argument=argument,
-            )
+        check_column(self.monitor, columns, "early_stopping monitors")
 
     def on_start(self, run: Run) -> Run | None:
         """Checks the column, and ends a restored run that is over already."""
@@ -114,13 +105,7 @@ class EarlyStopping(Callback):
 
     def on_epoch(self, run: Run) -> Run:
         """Keeps the state of the best epoch, and ends the run."""
-        if np.ndim(run.rows[-1][self.monitor]):
-            numbers = [name for name, value in run.rows[-1].items() if np.ndim(value) == 0]
-            raise InputError(
-                f"early_stopping monitors {self.monitor!r}, which has an array per epoch; expected "
-                f"one of {', '.join(numbers)}",
-                argument="callbacks",
-            )
+        check_number(self.monitor, run.rows[-1], "early_stopping monitors")
         waited = self._waited(run.rows)
         if waited == 0:
             return run.replace(best=run.state)

@@ -9,10 +9,9 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
 from jaxtrain._arguments import check_integer
-from jaxtrain.callbacks._callback import Callback
+from jaxtrain.callbacks._callback import Callback, check_column, check_number
 from jaxtrain.callbacks.early_stopping import infer_mode
 from jaxtrain.errors import InputError
 from jaxtrain.optimizers._inspect import map_constant_rates
@@ -114,13 +113,7 @@ class ReduceOnPlateau(Callback):
 
     def on_start(self, run: Run) -> None:
         """Checks the column and the optimizer."""
-        if self.column not in run.columns:
-            raise InputError(
-                f"reduce_on_plateau monitors {self.column!r}, but the history has the columns "
-                f"{', '.join(run.columns)}; expected one of these, or validation=, for example "
-                "from train.split(0.1, key)",
-                argument="callbacks",
-            )
+        check_column(self.column, run.columns, "reduce_on_plateau monitors")
         rates: list[Any] = []
         map_constant_rates(rates.append, getattr(run.state, "opt_state", ()))
         if not rates:
@@ -134,17 +127,11 @@ class ReduceOnPlateau(Callback):
 
     def on_epoch(self, run: Run) -> Run | None:
         """Lowers the rate in the state, if `patience` is exceeded."""
+        check_number(self.column, run.rows[-1], "reduce_on_plateau monitors")
         values = [row[self.column] for row in run.rows]
-        if np.ndim(values[-1]):
-            raise InputError(
-                f"reduce_on_plateau monitors {self.column!r}, which has an array per epoch; "
-                "expected a column of numbers",
-                argument="callbacks",
-            )
         if not self._is_reduced_after(values):
             return None
-        reduce = jax.jit(self._reduced)
-        opt_state = map_constant_rates(reduce, run.state.opt_state)
+        opt_state = map_constant_rates(self._reduced, run.state.opt_state)
         return run.replace(state=run.state.replace(opt_state=opt_state))
 
     def _is_reduced_after(self, values: Iterable[float]) -> bool:

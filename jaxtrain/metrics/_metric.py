@@ -72,7 +72,7 @@ class AccumulatedMetric:
         """
         return _value(self, predictions, targets, weights)
 
-    def total_of(self, predictions: Any, targets: Any, weights: Array) -> PyTree:
+    def _total_of(self, predictions: Any, targets: Any, weights: Array) -> PyTree:
         """Returns the total of all examples at once."""
         return self.update(None, predictions, targets, weights)
 
@@ -133,7 +133,7 @@ def _value(
     predictions = jax.tree.map(at_least_float32, predictions)
     length = jax.tree.leaves((targets, predictions))[0].shape[0]
     if weights is None:
-        return metric.finish(metric.total_of(predictions, targets, jnp.ones(length)))
+        return metric.finish(metric._total_of(predictions, targets, jnp.ones(length)))
     weights = as_weights(weights)
     if weights.shape[:1] != (length,):
         raise InputError(
@@ -141,7 +141,7 @@ def _value(
             "example, or one per target"
         )
     predictions, targets = without_ignored((predictions, targets), weights)
-    return metric.finish(metric.total_of(predictions, targets, weights))
+    return metric.finish(metric._total_of(predictions, targets, weights))
 
 
 def as_weights(weights: ArrayLike) -> Array:

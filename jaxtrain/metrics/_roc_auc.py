@@ -62,7 +62,7 @@ class RocAuc(AccumulatedMetric):
             total = _append(total, part)
         return total
 
-    def total_of(self, predictions: Any, targets: Any, weights: Array) -> _Scores:
+    def _total_of(self, predictions: Any, targets: Any, weights: Array) -> _Scores:
         return _scores(predictions, targets, weights)  # all of them, so that the area is exact
 
     def finish(self, total: _Scores) -> Float[Array, "..."]:
