@@ -49,7 +49,7 @@ test-without-torch: .venv-without-torch/installed  ## run the fast tests without
 # The sdist's tests of what can differ from a clone: files that it lacks, and the package as installed.
 SDIST_TESTS := $(addprefix tests/,test_packaging.py test_imports.py test_user_types.py)
 SDIST_TESTS += tests/models/test_models.py
-SDIST_TOOLS := pytest pytest-xdist hypothesis
+SDIST_TOOLS := pytest pytest-xdist hypothesis beartype pandas
 
 package:  ## build the wheel and the sdist, install the wheel, train a model in a folder, test the sdist
 	rm -rf build && mkdir -p build/folder build/sdist
