@@ -68,12 +68,15 @@ myst_heading_anchors = 3
 myst_enable_extensions = ["colon_fence"]
 
 # Reference. Names of other packages are not links, because their indexes are not available offline.
-# Nor are type variables, and the classes that `early_stopping` and `checkpoint` return.
+# Nor are type variables, and the classes that the functions of `jt.callbacks` return.
 nitpicky = True
 nitpick_ignore_regex = [
     (r"py:.*", r"(?!jaxtrain\.).*"),
     (r"py:.*", r".*\._.*"),
-    (r"py:class", r"jaxtrain\.(training\.\w+\.State|callbacks\.\w+\.(EarlyStopping|Checkpoint))"),
+    (
+        r"py:class",
+        r"jaxtrain\.(training\.\w+\.State|callbacks\.\w+\.(EarlyStopping|Checkpoint|ReduceOnPlateau))",
+    ),
 ]
 default_role = "code"  # docstrings are Markdown as much as reStructuredText
 autodoc_member_order = "bysource"
