@@ -145,6 +145,22 @@ def test_accumulated_steps_equal_steps_on_larger_batches(
     assert (int(ours.step), int(theirs.step)) == (8, 4)
 
 
+@pytest.mark.parametrize("batch_size", [1, 2])
+def test_an_epoch_ends_with_an_update(batch_size: int) -> None:
+    """Also an epoch without a partial batch: y = 2 x by hand, each update from the mean gradient."""
+    inputs = np.array([[1.0], [2.0], [3.0], [4.0]], np.float32)
+    optimizer = jt.optimizers.accumulate_gradients(jt.optimizers.sgd(0.01), 3)
+    model = jt.models.LinearRegression(use_bias=False)
+    state = jt.init_state(model, optimizer, inputs, key=jax.random.key(0))
+    state = state.replace(params={"weight": jnp.zeros((1, 1))})
+    options = {"loss_fn": jt.losses.mean_squared_error, "batch_size": batch_size}
+    state, _ = jt.train_epoch(state, (inputs, 2 * inputs), **options)
+    weight = 0.0
+    for rows in [inputs[:3], inputs[3:]] if batch_size == 1 else [inputs]:
+        weight -= 0.01 * np.mean(2 * rows * (weight - 2) * rows)
+    assert state.params["weight"].item() == pytest.approx(weight, rel=1e-6)
+
+
 def test_an_incomplete_accumulation_makes_an_update_at_the_end_of_an_epoch(small_classes) -> None:
     """4 batches by 3: updates of 48 examples and of the last 2."""
     optimizer = jt.optimizers.accumulate_gradients(SGD, 3)
