@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 from jaxtyping import PyTree
 
 from jaxtrain.adapters._modes import call_by_name, check_modes
@@ -112,7 +113,7 @@ def checked(model: Model, params: PyTree, model_state: PyTree, inputs: PyTree) -
     apply = _of_module(model)
     if apply is None:
         return model
-    shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), inputs)
+    shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, jnp.result_type(x)), inputs)
     apply = dataclasses.replace(apply, example=shapes)
     check_modes(_returning_losses(apply), params, model_state)
     return _with_apply(model, apply)

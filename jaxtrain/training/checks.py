@@ -179,7 +179,7 @@ def _single_value_layers(state: Any, batch: Dataset) -> list[str]:
     )
     sizes = dict(named_arrays(model_state, "model_state"))
     apply = functools.partial(state.model.apply, train=True)
-    inputs = jax.tree.map(lambda x: jax.ShapeDtypeStruct((1, *x.shape[1:]), x.dtype), batch.inputs)
+    inputs = jax.tree.map(_one_example, batch.inputs)
     # Whatever is wrong with the model, its first step reports; this is about a warning.
     with contextlib.suppress(Exception):
         statistics = adapters.batch_statistics(state.model, params, model_state)
@@ -337,12 +337,8 @@ def _has_classes(outputs: Any, targets: Any) -> bool:
 
 def _outputs(state: TrainState, data: Dataset, name: str) -> Any:
     """Returns the shapes of the model's outputs for one example."""
-
-    def shape(leaf: Any) -> jax.ShapeDtypeStruct:
-        return jax.ShapeDtypeStruct((1, *leaf.shape[1:]), jnp.result_type(leaf))
-
     try:
-        return jax.eval_shape(predict_batch, state, jax.tree.map(shape, data.inputs))
+        return jax.eval_shape(predict_batch, state, jax.tree.map(_one_example, data.inputs))
     except InputError:
         raise
     except Exception as error:  # networks raise different types for a wrong shape
@@ -357,6 +353,10 @@ def _outputs(state: TrainState, data: Dataset, name: str) -> Any:
             f"the model does not take the inputs of {name} ({shapes}): {reason}; expected the "
             "shapes and dtypes that init_state was given"
         ) from error
+
+
+def _one_example(leaf: Any) -> jax.ShapeDtypeStruct:
+    return jax.ShapeDtypeStruct((1, *leaf.shape[1:]), jnp.result_type(leaf))
 
 
 def check_limits(targets: Any, weights: Any, limits: TargetLimits | None, name: str) -> None:
