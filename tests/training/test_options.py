@@ -147,7 +147,7 @@ def test_accumulated_steps_equal_steps_on_larger_batches(
 
 @pytest.mark.parametrize("batch_size", [1, 2])
 def test_an_epoch_ends_with_an_update(batch_size: int) -> None:
-    """Also an epoch without a partial batch: y = 2 x by hand, by the mean gradient of each update."""
+    """Also an epoch without a partial batch; y = 2 x, by the mean gradient of each update."""
     inputs = np.array([[1.0], [2.0], [3.0], [4.0]], np.float32)
     optimizer = jt.optimizers.accumulate_gradients(jt.optimizers.sgd(0.01), 3)
     model = jt.models.LinearRegression(use_bias=False)
