@@ -325,7 +325,7 @@ def test_a_module_may_be_called_by_another_method(kind: str) -> None:
 )
 def test_a_call_is_a_function_and_for_modules(model: Any, call: Any, match: str) -> None:
     # The type checker of `make test TYPES=1` may raise first.
-    with pytest.raises((jt.errors.InputError, TypeError), match=f"{match}|'init_state'"):
+    with pytest.raises((jt.errors.InputError, TypeError), match=f"{match}|typechecking"):
         init(model, call=call)
 
 
