@@ -39,7 +39,7 @@ class Entry(NamedTuple):
       leaves: the arrays.
       build: moves the entries of the arrays to those of the tensor.
       axis: the axis of the arrays along which they meet the features of the layer before, if any.
-      added: a tensor of the same shape whose values PyTorch adds: the other bias of an LSTM.
+      added: a tensor of the same shape that PyTorch adds to it: the second bias of an LSTM.
     """
 
     tensor: str

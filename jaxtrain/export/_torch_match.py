@@ -131,7 +131,7 @@ def _check_counts(theirs: Sequence[TorchLayer], ours: Sequence[Layer]) -> None:
 
 
 def _beyond(layers: Sequence[Any], others: Sequence[Any]) -> list[Any]:
-    """Returns the layers beyond the number that the other side has of their shapes."""
+    """Returns the layers that outnumber those of the same shapes on the other side."""
     left, found = Counter(map(_signature, others)), []
     for layer in layers:
         left[_signature(layer)] -= 1

@@ -35,7 +35,7 @@ class RocAuc(AccumulatedMetric):
     """What `roc_auc` returns.
 
     Attributes:
-      average: how the areas of several labels become one number.
+      average: how the areas of several labels are averaged.
       capacity: the largest numbers of scores kept per label, and of all labels together.
     """
 
