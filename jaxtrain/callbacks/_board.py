@@ -86,6 +86,7 @@ class BoardLogger(Logger):
     def _write_epoch(self, run: Run, step: int) -> None:
         row = {name: x for name, x in run.rows[-1].items() if np.size(x) == 1}
         row.pop("learning_rate", None)  # that of the epoch's last step, which is written
+        row.pop("step", None)  # the horizontal axis
         self._scalars(step, {name: np.asarray(x).item() for name, x in row.items()})
         arrays = named_arrays(getattr(run.state, "params", None), "params")
         for name, array in arrays if self._has_histograms else ():

@@ -8,6 +8,7 @@ import json
 import queue
 import sys
 import threading
+import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
@@ -20,6 +21,10 @@ from jaxtrain.dataset import Dataset, check_dataset
 from jaxtrain.errors import InputError, StreamError
 
 _END = object()
+# A stream without a length that has yielded so many batches in one epoch may never end.
+_MANY_BATCHES = 10_000
+# Each shape of a batch has a compiled program of its own.
+_MAX_SHAPES = 8
 
 
 def is_stream(data: Any) -> bool:
@@ -47,6 +52,8 @@ class Batches:
       is_one_shot: whether the data are an iterator, which is read once; other iterables start again
         in each epoch.
       is_seekable: whether a run can resume within an epoch.
+      may_be_endless: whether the batches need not end, since the run counts steps.
+      shapes: the shapes of the examples so far.
     """
 
     def __init__(
@@ -58,6 +65,7 @@ class Batches:
         epoch: int = 1,
         *,
         same_each_epoch: bool = False,
+        may_be_endless: bool = False,
     ) -> None:
         """Accepts what `fit` accepts as a stream, and reads its first batch.
 
@@ -68,6 +76,7 @@ class Batches:
           key: PRNG key of the shuffle, of a random-access source.
           epoch: the epoch whose first batch is read; `open` does not read it again.
           same_each_epoch: order the examples of a source as `train_epoch` does in memory.
+          may_be_endless: whether the batches need not end.
 
         Raises:
           InputError: the stream never ends, or has an order of its own and a key is given.
@@ -86,7 +95,8 @@ class Batches:
             )
         self.name, self.data = name, data
         self.first: Any = None
-        self.steps = _length(data, name) or 0
+        self.may_be_endless, self.shapes = may_be_endless, set[Any]()
+        self.steps = _length(data, name, may_be_endless) or 0
         self.examples = data.examples if isinstance(data, Stream) else 0
         self.is_one_shot = isinstance(data, Iterator)
         self._peeked: Epoch | None = None
@@ -103,18 +113,21 @@ class Batches:
             return repr(self.data)
         return f"{type(self.data).__name__} of {self.steps or 'unknown'} batches"
 
-    def open(self, epoch: int, skip: int = 0, position: Any = None) -> Epoch:
+    def open(
+        self, epoch: int, skip: int = 0, position: Any = None, limit: int | None = None
+    ) -> Epoch:
         """Returns the batches of an epoch after its first `skip`.
 
         Args:
           epoch: the epoch, counted from 1.
           skip: batches that an earlier run has read.
           position: a position that the earlier run recorded at or before these, or None.
+          limit: the number of batches, counted with `skip`, after which nothing is read.
         """
         peeked, self._peeked = self._peeked, None
         if peeked is not None:
             if skip == 0 and (peeked.epoch == epoch or self.is_one_shot):
-                peeked.epoch = epoch
+                peeked.epoch, peeked.limit = epoch, limit
                 return peeked
             peeked.close()
         count = skip
@@ -130,7 +143,7 @@ class Batches:
             raise
         except Exception as error:
             raise StreamError(self.name, epoch, 1, error) from error
-        opened = Epoch(self, epoch, iterator, count)
+        opened = Epoch(self, epoch, iterator, count, limit)
         while opened.count < skip:
             if opened.read() is None:
                 opened.close()
@@ -153,10 +166,18 @@ class Epoch:
     Attributes:
       epoch: the epoch, counted from 1.
       count: batches read so far in this epoch.
+      limit: the number of batches after which nothing is read, or None.
     """
 
-    def __init__(self, batches: Batches, epoch: int, iterator: Any, count: int) -> None:
-        self.epoch, self.count = epoch, count
+    def __init__(
+        self,
+        batches: Batches,
+        epoch: int,
+        iterator: Any,
+        count: int,
+        limit: int | None = None,
+    ) -> None:
+        self.epoch, self.count, self.limit = epoch, count, limit
         self._batches, self._iterator = batches, iterator
         self._next: Dataset | None = None
         self._before_next: Any = None  # the position
@@ -170,10 +191,12 @@ class Epoch:
         return batch
 
     def read(self) -> Dataset | None:
-        """Returns the next batch, or None at the end of the epoch."""
+        """Returns the next batch, or None at the end of the epoch or at the limit."""
         if self._next is not None:
             batch, self._next, self.count = self._next, None, self.count + 1
             return batch
+        if self.count == self.limit:
+            return None
         name, length = self._batches.name, self._batches.steps
         try:
             found = next(self._iterator, _END)
@@ -190,30 +213,44 @@ class Epoch:
                 "its len()"
             )
         self.count += 1
+        if self.count == _MANY_BATCHES and not (length or self._batches.may_be_endless):
+            warnings.warn(
+                f"{name} has no len() and has returned {_MANY_BATCHES} batches in epoch "
+                f"{self.epoch}; if it never ends, interrupt the run and count steps: "
+                "jaxtrain.fit(..., steps=10_000, evaluate_every=1_000)",
+                stacklevel=2,
+            )
         batch = to_batch(found, f"batch {self.count} of {name}")
         self._check_batch(batch, f"batch {self.count} of {name}")
         return batch
 
     def _check_batch(self, batch: Dataset, name: str) -> None:
-        first = self._batches.first
+        first, shapes = self._batches.first, self._batches.shapes
+        leaves = jax.tree.leaves(batch)
+        shape = tuple(leaf.shape[1:] for leaf in leaves)
         if first is None:
             check_dataset(batch, name)
+            shapes.add(shape)
             return
-        leaves, expected = jax.tree.leaves(batch), jax.tree.leaves(first)
         structure: Any = jax.tree.structure(first)
         length = len(leaves[0]) if leaves and leaves[0].ndim else 0
+        expected = [(leaf.ndim, leaf.dtype) for leaf in jax.tree.leaves(first)]
         if (
             jax.tree.structure(batch) != structure
-            or not 0 < length <= len(first)
-            or any(x.shape[:1] != (length,) for x in leaves)
-            or any(
-                (x.shape[1:], x.dtype) != (y.shape[1:], y.dtype)
-                for x, y in zip(leaves, expected, strict=True)
-            )
+            or length == 0
+            or any(leaf.shape[:1] != (length,) for leaf in leaves)
+            or [(leaf.ndim, leaf.dtype) for leaf in leaves] != expected
         ):
             raise InputError(
-                f"{name} is {batch!r}; expected the shapes and dtypes of the first batch, "
-                f"{first!r}, and at most {len(first)} examples"
+                f"{name} is {batch!r}; expected at least one example, and the dtypes and numbers "
+                f"of axes of the first batch, {first!r}"
+            )
+        shapes.add(shape)
+        if len(shapes) > _MAX_SHAPES:
+            raise InputError(
+                f"{name} is {batch!r}, whose examples have the {_MAX_SHAPES + 1}th shape in this "
+                f"stream; expected at most {_MAX_SHAPES}, since each is compiled by itself: pad "
+                "the examples to a few shapes, and give the padding the weight 0"
             )
 
     def _check_end(self, name: str, length: int) -> None:
@@ -249,7 +286,7 @@ class Epoch:
             self._iterator.close()
 
 
-def _length(data: Any, name: str) -> int | None:
+def _length(data: Any, name: str, may_be_endless: bool) -> int | None:
     try:
         length = len(data)
     except (TypeError, NotImplementedError):
@@ -257,9 +294,11 @@ def _length(data: Any, name: str) -> int | None:
     except OverflowError:
         length = sys.maxsize
     if length >= sys.maxsize:
+        if may_be_endless:
+            return None
         raise InputError(
             f"{name} is a {type(data).__name__} that never ends; expected one epoch of batches: "
-            "leave out its repeat()"
+            "leave out its repeat(), or, for the training data of fit, pass steps=..."
         )
     return length
 

@@ -63,9 +63,11 @@ class Stream:
         transform: Transform | None,
         workers: int,
         drop_last: bool,
+        replacement: bool,
         shard: tuple[int, int],
     ) -> None:
         self.batch_size = batch_size
+        self._replacement = replacement
         self._source = source
         self._key = key
         self._transform = transform
@@ -82,7 +84,8 @@ class Stream:
 
     def __repr__(self) -> str:
         # Without the shard: several processes train on the same batches as one.
-        order = "as stored" if self._key is None else f"shuffled by key {digest(self._key)}"
+        drawn = "drawn with replacement" if self._replacement else "shuffled"
+        order = "as stored" if self._key is None else f"{drawn} by key {digest(self._key)}"
         if self._transform is not None:
             order += f", transformed by {describe_function(self._transform)}"
         return f"Stream({self.examples} examples in batches of {self.batch_size}, {order})"
@@ -116,7 +119,11 @@ class Stream:
         key = self._key
         if key is not None and self._folds_epoch:
             key = jax.random.fold_in(key, number)
-        order = np.asarray(epoch_order(len(self._source), key))
+        count = len(self._source)
+        if key is not None and self._replacement:
+            order = np.asarray(jax.random.randint(key, (count,), 0, count))
+        else:
+            order = np.asarray(epoch_order(count, key))
         seed = number if key is None else int(jax.random.bits(key))
         reader = _Reader(
             self._source, order, self.batch_size, len(self), self.shard, self._transform, seed
@@ -140,13 +147,14 @@ def stream(
     transform: Transform | None = None,
     workers: int = 0,
     drop_last: bool = False,
+    replacement: bool = False,
     shard: tuple[int, int] | None = None,
 ) -> Stream:
     """Returns shuffled batches of a data set that stays on disk, for `fit` or a loop of your own.
 
-    In each epoch every example is used once, in the order in which `jt.fit` would use a data set
-    in memory with the same key: both train to the same numbers. The order takes 4 bytes of memory
-    per example.
+    Without `replacement`, every example is used once in each epoch, in the order in which `jt.fit`
+    would use a data set in memory with the same key: both train to the same numbers. The order
+    takes 4 bytes of memory per example.
 
     Args:
       source: a `Dataset` of arrays, such as `np.memmap`; a name such as "tfds:mnist" of a data set
@@ -161,6 +169,8 @@ def stream(
       workers: number of processes that read and transform; with 0, `fit` reads in a thread.
       drop_last: leaves out the last batch of an epoch if it is smaller than the others, as does
         `drop_last` of a `Dataset`.
+      replacement: draws as many examples per epoch at random, of which some occur several times
+        and others not at all; needs a key.
       shard: `(index, count)` reads the rows of process `index` of `count` processes, an equal
         part of each batch. None takes both numbers from JAX.
 
@@ -183,6 +193,11 @@ def stream(
     check_integer(workers, "workers", minimum=0)
     if key is not None:
         check_key(key)
+    elif replacement:
+        raise InputError(
+            "key is None with replacement=True; expected a PRNG key, by which examples are drawn",
+            argument="key",
+        )
     with needs_extra("stream"):
         import grain  # noqa: F401
     if isinstance(source, Dataset):
@@ -213,7 +228,9 @@ def stream(
             f"batch_size is {batch_size} for {count} processes; expected a multiple of {count}",
             argument="batch_size",
         )
-    return Stream(source, batch_size, key, transform, workers, drop_last, (index, count))
+    return Stream(
+        *(source, batch_size, key, transform, workers, drop_last, replacement, (index, count))
+    )
 
 
 def is_on_disk(dataset: Any) -> bool:

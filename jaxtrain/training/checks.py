@@ -24,7 +24,7 @@ from jaxtrain.losses import LABEL_LOSSES, PROBABILITY_LOSSES, Loss, single_losse
 from jaxtrain.metrics import takes_labels
 from jaxtrain.optimizers._inspect import has_clipping, has_line_search
 from jaxtrain.optimizers._safeguards import all_finite, stays_finite, without_records
-from jaxtrain.training.state import TrainState, check_state_type
+from jaxtrain.training.state import TrainState, check_state_type, to_shapes
 from jaxtrain.training.step import MetricItems, Objective, mean_loss, predict_batch
 
 _SKIPPED_HINT = "try a smaller learning rate, gradient clipping or scaled inputs"
@@ -234,6 +234,7 @@ def check_run(state: Any, sources: Mapping[str, Any], objective: Objective) -> t
             source.limits = check_data(
                 state, source.sample, objective.loss_fn, source.name, objective.metrics
             )
+            source.accepts = functools.partial(_outputs, to_shapes(state))
     train.check_division()
     if step_fn is not None:
         return check_step_fn(step_fn, state, train.batch_shapes())

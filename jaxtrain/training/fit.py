@@ -7,6 +7,7 @@ import dataclasses
 import functools
 import math
 import time
+import types
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, TypeVar
 
@@ -45,7 +46,7 @@ from jaxtrain.training.loop import (
     first_log,
 )
 from jaxtrain.training.run import history_row, prepare
-from jaxtrain.training.sources import InMemory, Segment, Streamed, segments_in_order
+from jaxtrain.training.sources import InMemory, Repeated, Segment, Streamed, segments_in_order
 from jaxtrain.training.state import counters, recorded, to_shapes, with_epoch
 from jaxtrain.training.step import Objective, StepFn, take_step
 
@@ -185,7 +186,9 @@ def fit(
     *,
     loss_fn: Loss | None = None,
     metric_fns: Mapping[str, Metric] | None = None,
-    epochs: int = 5,
+    epochs: int | None = None,
+    steps: int | None = None,
+    evaluate_every: int | None = None,
     batch_size: int = 64,
     test_batch_size: int = 1000,
     key: Key[Array, ""] | None = None,
@@ -194,7 +197,7 @@ def fit(
     mesh: jax.sharding.Mesh | None = None,
     step_fn: StepFn | None = None,
 ) -> tuple[State, History]:
-    """Trains for some epochs and evaluates after each.
+    """Trains for some epochs, or some steps, and evaluates after each epoch.
 
     Calling it again with the returned state and the same data continues the run: 2 epochs and then
     3 give exactly the results of 5 in one call. With `jt.callbacks.checkpoint`, the same call
@@ -214,8 +217,13 @@ def fit(
       loss_fn: per-example loss; may be left out with `step_fn` and without evaluations.
       metric_fns: metrics by name, of the training, test and validation data. With `step_fn`, of
         test and validation data: the step returns those of the training data.
-      epochs: passes over `train` after `state`. Epochs restored from a checkpoint count, so a
-        resumed run trains only the remaining ones.
+      epochs: passes over `train` after `state`, 5 by default. Epochs restored from a checkpoint
+        count, so a resumed run trains only the remaining ones.
+      steps: number of steps, instead of `epochs`; the data are repeated as needed, and a stream may
+        be endless.
+      evaluate_every: number of steps of an epoch, which is then no longer a pass over `train`: that
+        many steps lie between two evaluations and rows of the history, and callbacks count such
+        epochs. `steps` must be a multiple of it, and is its default.
       batch_size: examples per step, of all devices together; a stream of batches has its own.
       test_batch_size: examples at a time in evaluation.
       key: PRNG key of the shuffle; epoch e is shuffled with `fold_in(key, e)`. None keeps the
@@ -234,10 +242,10 @@ def fit(
 
     Returns:
       The state after the last epoch, or the best one if a callback keeps it; and the history with
-      one entry per epoch: `epoch`; `train_loss` and `train_NAME` for each metric, over the epoch's
-      own predictions before each update; `test_loss`, `test_NAME`, and the same for validation;
-      what the optimizer records: `skipped_steps`, `learning_rate` of the last step,
-      `gradient_norm`; and `seconds`, of training and evaluation without compiling.
+      one entry per epoch: `epoch`; `step`, in a run by steps; `train_loss` and `train_NAME` for
+      each metric, over the epoch's own predictions before each update; `test_loss`, `test_NAME`,
+      and the same for validation; what the optimizer records: `skipped_steps`, `learning_rate` of
+      the last step, `gradient_norm`; and `seconds`, of training and evaluation without compiling.
       `history.step_losses` has one entry per step.
 
     Raises:
@@ -262,8 +270,13 @@ def fit(
       ... )
       >>> history["test_accuracy"].shape
       (10,)
+      >>> state, history = jt.fit(
+      ...     state, train, loss_fn=loss_fn, steps=100, evaluate_every=25, batch_size=16
+      ... )
+      >>> history["step"] - history["step"][0]
+      array([ 0, 25, 50, 75])
     """
-    check_integer(epochs, "epochs", minimum=0)
+    epochs, steps_per_epoch = _checked_length(epochs, steps, evaluate_every)
     callbacks = default_callbacks() if callbacks is None else callbacks
     called = _in_order(checked_callbacks(callbacks, "on_epoch"))
     with contextlib.ExitStack() as stack:
@@ -271,18 +284,25 @@ def fit(
         check_not_traced(state, in_memory, key)
         stack.enter_context(parallel.mesh_of(state, in_memory, mesh=mesh))
         held_out = {"test": test, "validation": validation}
+        by_steps = steps_per_epoch is not None
+        _check_read_once({"train": train} | held_out, epochs, by_steps)
         sizes = (batch_size, test_batch_size)
         start, sources, objective, columns = prepare(
-            state, train, held_out, loss_fn, metric_fns, step_fn, sizes, key, stack
+            *(state, train, held_out, loss_fn, metric_fns, step_fn, sizes, key, stack),
+            by_steps=by_steps,
         )
+        source: Any = sources["train"]
+        if steps_per_epoch is not None:
+            source = Repeated(source, steps_per_epoch, epochs, int(start.step), int(start.epoch))
+            sources["train"] = stack.enter_context(contextlib.closing(source))
         run = completed = Run(
             state=start,
             epoch=int(start.epoch),
             last_epoch=int(start.epoch) + epochs,
             columns=(*columns, "seconds"),
-            log=first_log(start, sources["train"].batch_shapes(), objective),
-            steps_per_epoch=sources["train"].steps,
-            examples_per_epoch=sources["train"].examples,
+            log=first_log(start, source.batch_shapes(), objective),
+            steps_per_epoch=source.steps,
+            examples_per_epoch=source.examples,
             test_examples=sources["test"].examples if "test" in sources else 0,
             monitor=next((each.monitor for each in called if each.monitor is not None), None),
             describe=functools.partial(_describe, start, sources, objective, columns),
@@ -303,7 +323,7 @@ def fit(
             stack.push(ending(callback.on_end))
             run = completed = callback.on_start(run) or run
         check_same_start(run.epoch, run.step)
-        trainer = _Trainer(sources["train"], objective, called, timer)
+        trainer = _Trainer(source, objective, called, timer)
         counts = {name: int(value) for name, value in counters(run.state).items()}
         counts = run.counts if run.step else counts
         run = completed = run.replace(counts=counts, describe=dict)
@@ -313,7 +333,7 @@ def fit(
             after = with_epoch(run.state, before.state.epoch + 1)
             values = _evaluate(after, sources, objective, run.epoch + 1)
             row = history_row(run.counts, run.log, recorded(after), objective, values)
-            row = _to_host({"epoch": run.epoch + 1, **row})
+            row = _to_host({"epoch": run.epoch + 1, "step": after.step, **row})
             check_state(before.state, after, run.epoch + 1, run.step, row)
             check_epoch(run.log.loss, row, run.epoch + 1)
             row["seconds"] = agree(timer.clock() - begun)
@@ -338,7 +358,7 @@ class _Trainer:
       reported: when `on_steps` was last called.
     """
 
-    source: InMemory | Streamed
+    source: InMemory | Streamed | Repeated
     objective: Objective
     callbacks: list[Callback]
     timer: CompileTime
@@ -395,6 +415,50 @@ class _Trainer:
         data = self.source.sample
         segment = segments_in_order(data, jnp.arange(len(data)), batch_size)[0]
         return compiled_steps.lower(state, None, segment, 0, 1, self.objective)
+
+
+def _checked_length(
+    epochs: int | None, steps: int | None, evaluate_every: int | None
+) -> tuple[int, int | None]:
+    """Returns the number of epochs, and of steps per epoch, or None for a pass over the data."""
+    for value, name in ((epochs, "epochs"), (steps, "steps"), (evaluate_every, "evaluate_every")):
+        if value is not None:
+            check_integer(value, name, minimum=0 if name == "epochs" else 1)
+    if steps is None:
+        return 5 if epochs is None else epochs, evaluate_every
+    if epochs is not None:
+        raise InputError(
+            f"epochs is {epochs} and steps is {steps}; expected one of them: steps={steps} and "
+            "evaluate_every=... for evaluations in between",
+            argument="steps",
+        )
+    evaluate_every = steps if evaluate_every is None else evaluate_every
+    if steps % evaluate_every:
+        below = steps // evaluate_every * evaluate_every
+        found = " or ".join(str(each) for each in (below, below + evaluate_every) if each)
+        raise InputError(
+            f"steps is {steps} and evaluate_every is {evaluate_every}; expected a multiple of it, "
+            f"such as {found} steps",
+            argument="steps",
+        )
+    return steps // evaluate_every, evaluate_every
+
+
+def _check_read_once(data: Mapping[str, Any], epochs: int, by_steps: bool) -> None:
+    """Raises InputError for a generator that is needed in several epochs."""
+    for name, each in data.items():
+        if (
+            isinstance(each, types.GeneratorType)
+            and epochs > 1
+            and not (by_steps and name == "train")
+        ):
+            by_count = ", or steps=... if it does not end" if name == "train" else ""
+            raise InputError(
+                f"{name} is a generator, which is read once, and there are {epochs} epochs; "
+                "expected an iterable that starts again in each epoch, such as a list, a "
+                f"DataLoader or jaxtrain.data.stream{by_count}",
+                argument=name,
+            )
 
 
 def _agreed(run: Run) -> Run:

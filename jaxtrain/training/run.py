@@ -156,10 +156,13 @@ def prepare(
     key: Key[Array, ""] | None,
     stack: contextlib.ExitStack,
     state_metrics: Mapping[str, Any] | None = None,
+    *,
+    by_steps: bool = False,
 ) -> tuple[Any, dict[str, InMemory | Streamed], Objective, tuple[str, ...]]:
     """Checks the arguments of `train` or `fit`, and moves the data to the device.
 
-    `held_out` maps names to test and validation data, or None; `stack` closes the streams.
+    `held_out` maps names to test and validation data, or None; `stack` closes the streams. A run
+    `by_steps` has a column for them, and its training data may be endless.
 
     Returns:
       The state on the device; the sources by the names "train", "test" and "validation"; the
@@ -181,7 +184,11 @@ def prepare(
         )
     epoch = next_epoch(state)
     with memory_advice(batch_sizes[0]):
-        sources = {"train": make_source(train, "train", batch_sizes[0], key, epoch, stack)}
+        sources = {
+            "train": make_source(
+                train, "train", batch_sizes[0], key, epoch, stack, may_be_endless=by_steps
+            )
+        }
         for name, data in held_out.items():
             sources[name] = make_source(data, name, batch_sizes[1], None, epoch, stack)
             sources[name].close()  # workers would run until the first evaluation
@@ -192,7 +199,8 @@ def prepare(
     trained = (*own, *(name for name, _ in objective.trained))
     evaluated = [name for name, _ in objective.evaluated]
     columns = [
-        *("epoch", "train_loss"),
+        *(("epoch", "step") if by_steps else ("epoch",)),
+        "train_loss",
         *(f"train_{name}" for name in trained),
         *(f"{part}_{name}" for part in held_out for name in evaluated),
         *(state_metrics or {}),

@@ -6,7 +6,7 @@ import contextlib
 import dataclasses
 import math
 import time
-from collections.abc import Generator, Iterator
+from collections.abc import Callable, Generator, Iterator
 from typing import Any, no_type_check
 
 import jax
@@ -130,9 +130,11 @@ class InMemory:
         self.examples = len(data) - (rest if data.drop_last else 0)
         self.steps = -(-self.examples // self.batch_size)
 
-    def segments(self, epoch: int, skip: int = 0, position: Any = None) -> Segments:
+    def segments(
+        self, epoch: int, skip: int = 0, position: Any = None, limit: int | None = None
+    ) -> Segments:
         """Yields the segments of an epoch that have steps after the first `skip`."""
-        del position
+        del position, limit  # which only streams need
         order = self._order(epoch)
         for segment in segments_in_order(self.sample, order, self.batch_size):
             if segment.start + segment.steps > skip:
@@ -179,9 +181,12 @@ class Streamed:
       examples: examples per epoch, of all processes; 0 if unknown.
       is_seekable: whether a run can resume within an epoch.
       limits: the values that the loss takes as targets; each batch is checked.
+      accepts: called with the first batch of each other shape and its name; raises InputError if
+        the model does not take it.
     """
 
     limits: TargetLimits | None = None
+    accepts: Callable[[Dataset, str], Any] | None = None
 
     def __init__(
         self,
@@ -192,9 +197,18 @@ class Streamed:
         epoch: int,
         *,
         same_each_epoch: bool = False,
+        may_be_endless: bool = False,
     ) -> None:
         """Reads the first batch; see `Batches`."""
-        batches = Batches(data, name, batch_size, key, epoch, same_each_epoch=same_each_epoch)
+        batches = Batches(
+            data,
+            name,
+            batch_size,
+            key,
+            epoch,
+            same_each_epoch=same_each_epoch,
+            may_be_endless=may_be_endless,
+        )
         self._batches, self.name = batches, name
         self.sample, self.steps, self.examples = batches.first, batches.steps, batches.examples
         self.is_seekable = batches.is_seekable
@@ -203,6 +217,7 @@ class Streamed:
         self.batch_size = len(self.sample) * self._processes
         shape = {} if self._mesh is None else self._mesh.shape
         self._devices = shape.get(parallel.AXIS, 1) // self._processes  # of this process
+        self._accepted = {_shape(self.sample)}
         data, processes = batches.data, self._processes
         if isinstance(data, Stream) and data.shard[1] != processes:
             self.close()
@@ -239,20 +254,26 @@ class Streamed:
         """Stops the workers that were started to read the first batch."""
         self._batches.close()
 
-    def segments(self, epoch: int, skip: int = 0, position: Any = None) -> Segments:
+    def segments(
+        self, epoch: int, skip: int = 0, position: Any = None, limit: int | None = None
+    ) -> Segments:
         """Yields the segments of an epoch after its first `skip` steps.
 
-        `position` is what an earlier run recorded for these steps, or None.
+        `position` is what an earlier run recorded for these steps, or None; and `limit` the step
+        of the epoch after which nothing is read.
         """
-        opened = self._batches.open(epoch, skip, position)
+        opened = self._batches.open(epoch, skip, position, limit)
         with read_ahead(self._stacked(opened), opened.close) as segments:
             yield from segments
 
     def _stacked(self, epoch: Epoch) -> Iterator[Segment]:
-        """Yields segments of consecutive batches of the same size; runs in the reading thread."""
+        """Yields segments of consecutive batches of the same shapes; runs in the reading thread."""
         position, batch = epoch.position(), epoch.read()
         while batch is not None:
-            size, start = len(batch), epoch.count - 1
+            shape, size, start = _shape(batch), len(batch), epoch.count - 1
+            if self.accepts is not None and shape not in self._accepted:
+                self.accepts(batch, f"batch {start + 1} of {self.name}")
+                self._accepted.add(shape)
             parts = self._devices if size % self._devices == 0 else 1
             if parts == 1 < self._devices and self._processes > 1:
                 raise InputError(
@@ -260,13 +281,15 @@ class Streamed:
                     f"its {self._devices} devices; expected a multiple of {self._devices}"
                 )
             leaves, structure = jax.tree.flatten(batch)
-            # A batch of another size, such as a partial last one, is a segment of its own.
-            capacity = self._capacity(leaves) if size == len(self.sample) else 1
+            # A smaller batch, such as a partial last one, is a segment of its own; so that each
+            # shape has one program, all batches are if the examples differ in shape.
+            is_usual = size >= len(self.sample) and len(self._batches.shapes) == 1
+            capacity = self._capacity(leaves) if is_usual else 1
             shapes = [(parts, capacity, size // parts, *leaf.shape[1:]) for leaf in leaves]
             buffers = [_aligned(s, leaf.dtype) for s, leaf in zip(shapes, leaves, strict=True)]
             next_position, count, started = position, 0, time.monotonic()
             is_full = False
-            while batch is not None and len(batch) == size and not is_full:
+            while batch is not None and _shape(batch) == shape and not is_full:
                 for buffer, leaf in zip(buffers, jax.tree.leaves(batch), strict=True):
                     buffer[:, count] = leaf.reshape(parts, -1, *leaf.shape[1:])
                 count += 1
@@ -303,6 +326,93 @@ class Streamed:
         return jax.make_array_from_process_local_data(NamedSharding(self._mesh, spec), flat)
 
 
+class Repeated:
+    """A source whose passes over the data are joined and divided into epochs of equal length.
+
+    The order of pass p is that of epoch p of the source. Where the number of steps per pass is
+    known, the step of the state determines the pass, so a run may be divided into several calls.
+
+    Attributes:
+      name: name used in error messages.
+      sample: the examples, or the first batch of a stream.
+      batch_size: examples per step.
+      steps: steps per epoch.
+      examples: examples per epoch; 0 if unknown.
+      is_seekable: whether a run can resume within an epoch.
+    """
+
+    def __init__(
+        self, source: InMemory | Streamed, steps: int, epochs: int, step: int, epoch: int
+    ) -> None:
+        """Divides a source for a run of `epochs` epochs of `steps` steps.
+
+        `step` and `epoch` are those of the state from which the run starts.
+        """
+        self._source, self._first_step, self._first_epoch = source, step, epoch
+        self._last_step = step + epochs * steps
+        self.name, self.sample, self.steps = source.name, source.sample, steps
+        self.batch_size, self.is_seekable = source.batch_size, source.is_seekable
+        has_equal_batches = source.examples == source.steps * source.batch_size
+        self.examples = steps * source.batch_size if has_equal_batches else 0
+        self._passes: Generator[tuple[int, Segment], None, None] | None = None
+        self._unfinished: tuple[int, Segment] | None = None  # its last steps are not yet yielded
+
+    def segments(self, epoch: int, skip: int = 0, position: Any = None) -> Segments:
+        """Yields the segments of an epoch after its first `skip` steps, one epoch after another.
+
+        A segment that an epoch shares with the one before it has a negative `start`.
+        """
+        begun = self._first_step + (epoch - 1 - self._first_epoch) * self.steps
+        if self._passes is None:
+            self._passes = self._joined(begun + skip, position)
+        while skip < self.steps:
+            step, segment = self._unfinished or next(self._passes)
+            start, steps = step - begun, min(segment.steps, begun + self.steps - step)
+            self._unfinished = (step, segment) if steps < segment.steps else None
+            # Steps accumulate gradients across epochs and passes, so none is the last.
+            yield dataclasses.replace(segment, last=-1, start=start, steps=steps)
+            skip = start + steps
+
+    def _joined(
+        self, step: int, position: dict[str, Any] | None
+    ) -> Generator[tuple[int, Segment], None, None]:
+        """Yields the segments from a step of the run on, each with the step at which it starts."""
+        if position is not None:
+            number, begun = position["pass"], position["begun"]
+        elif length := self._source.steps:
+            number, begun = step // length + 1, step // length * length
+        else:  # read again from the first batch of the run
+            number, begun = 1, self._first_step
+        while begun < self._last_step:
+            # Without a length or a position, a pass may have fewer steps than are to be skipped.
+            skip = max(0, step - begun) if position is not None or self._source.steps else 0
+            inner = None if position is None else position["of_source"]
+            limit, end = self._last_step - begun, begun
+            with contextlib.closing(self._source.segments(number, skip, inner, limit)) as segments:
+                for segment in segments:
+                    end = begun + segment.start + segment.steps
+                    if segment.position is not None:
+                        found = {"pass": number, "begun": begun, "of_source": segment.position}
+                        segment = dataclasses.replace(segment, position=found)
+                    if end > step:
+                        yield begun + segment.start, segment
+            number, begun, position = number + 1, end, None
+
+    def batch_shapes(self) -> Dataset:
+        """Returns the shapes and dtypes of a batch."""
+        return self._source.batch_shapes()
+
+    def describe(self) -> str:
+        """Returns what must be the same for a run to resume."""
+        return f"{self._source.describe()}, in epochs of {self.steps} steps"
+
+    def close(self) -> None:
+        """Closes the source."""
+        if self._passes is not None:
+            self._passes.close()
+        self._source.close()
+
+
 def make_source(
     data: Any,
     name: str,
@@ -310,13 +420,19 @@ def make_source(
     key: Key[Array, ""] | None,
     epoch: int,
     stack: contextlib.ExitStack,
+    *,
+    may_be_endless: bool = False,
 ) -> InMemory | Streamed:
     """Returns a data set or a stream as a source; `stack` closes the stream."""
     if is_stream(data):
-        source = Streamed(data, name, batch_size, key, epoch)
+        source = Streamed(data, name, batch_size, key, epoch, may_be_endless=may_be_endless)
         stack.callback(source.close)
         return source
     return InMemory(checked_data(data, name), name, batch_size, key)
+
+
+def _shape(batch: Dataset) -> tuple[tuple[int, ...], ...]:
+    return tuple(leaf.shape for leaf in jax.tree.leaves(batch))
 
 
 def _shapes(examples: Dataset, batch_size: int) -> Dataset:

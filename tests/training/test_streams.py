@@ -501,11 +501,14 @@ def changed(**fields: Any) -> list[Any]:
 BAD = {
     "shape": (
         changed(inputs=DATA.inputs[:16, :5]),
-        r"batch 3 of train is Dataset\(inputs=float32\[16,5\].*; expected the shapes and "
-        r"dtypes of the first batch, Dataset\(inputs=float32\[16,6\].*, and at most 16 examples",
+        r"the model does not take the inputs of batch 3 of train .* float32\[1, 5\] per example",
     ),
-    "larger": ([*BATCHES[:2], DATA[:17]], "batch 3 of train .* at most 16 examples"),
-    "empty": ([*BATCHES[:2], DATA[:0]], "batch 3 of train is .*; expected the shapes"),
+    "dtype": (
+        changed(inputs=DATA.inputs[:16].astype(np.float64)),
+        r"batch 3 of train is Dataset\(inputs=float64\[16,6\].*; expected at least one "
+        r"example, and the dtypes and numbers of axes of the first batch, Dataset\(inputs=float32\[16,6\]",
+    ),
+    "empty": ([*BATCHES[:2], DATA[:0]], "batch 3 of train is .*; expected at least one example"),
     "an array": (
         [*BATCHES[:2], DATA.inputs[:16]],
         r"^batch 3 of train is a ndarray; expected \(inputs, targets\), .* a dict with these",
@@ -572,10 +575,9 @@ def test_nan_in_a_later_batch_names_the_epoch_and_the_step() -> None:
     assert list(error.history["epoch"]) == [1]
 
 
-def test_a_generator_is_empty_in_the_second_epoch() -> None:
-    with pytest.raises(
-        jt.errors.InputError, match=r"no batches in epoch 2; .* not a generator"
-    ) as raised:
+def test_an_iterator_is_empty_in_the_second_epoch() -> None:
+    message = r"no batches in epoch 2; .* not a generator"
+    with pytest.raises(jt.errors.InputError, match=message) as raised:
         fit(iter(BATCHES))
     error: Any = raised.value
     assert error.state.epoch == 1
