@@ -2,7 +2,9 @@
 
 A step minimizes the (weighted) mean over the batch. Where a loss of PyTorch has a `reduction`,
 the functions here return its value for each example, averaged over all axes but the first. A loss
-that weights the examples itself, such as one with class weights, returns a `WeightedMean`.
+that weights the examples itself, such as one with class weights, returns a `WeightedMean`. A loss
+with further parameters named `params`, `model_state`, `inputs` or `key` receives these by name; see
+`Loss`.
 
 Half-precision predictions are promoted, so that values and reductions are float32.
 
@@ -15,6 +17,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import inspect
 import math
 import operator
 from collections.abc import Callable
@@ -100,12 +103,57 @@ def mean_terms(loss: Array | WeightedMean) -> list[tuple[Array, Array | None]]:
     return [(loss.values, loss.weights), *(pair for x in loss.added for pair in mean_terms(x))]
 
 
-Loss: TypeAlias = Callable[[Any, Any], Any]
+Loss: TypeAlias = Callable[..., Any]
 """A function `loss(predictions, targets) -> [batch]`, with one value per example.
 
-A value per token, [batch, time], is also accepted, and a `WeightedMean`. Predictions and targets
-may be pytrees.
+More values per example, such as one per token, [batch, time], count once each: the mean is over
+all of them. A `WeightedMean` is also accepted. Predictions and targets may be pytrees.
+
+Wherever a loss is used, it receives these further parameters by name, if it has them:
+
+- `params`: the parameters, in evaluation those that are evaluated. The gradient includes them.
+- `model_state`: the model state after the batch.
+- `inputs`: those of the batch, as the model sees them.
+- `key`: a PRNG key of the batch; `evaluate` then needs one.
+
+A metric that is a function of each example receives them as well.
 """
+
+FURTHER_PARAMETERS = ("params", "model_state", "inputs", "key")
+
+
+def further_parameters(loss_fn: Loss) -> tuple[str, ...]:
+    """Returns which of the `FURTHER_PARAMETERS` a loss has, from its signature.
+
+    Raises:
+      InputError: it requires yet another one.
+    """
+    inner = inspect.unwrap(loss_fn)  # of functools.wraps and jax.jit
+    if isinstance(inner, WeightedSum):
+        found = {name for _, term in inner.terms for name in further_parameters(term)}
+        return tuple(name for name in FURTHER_PARAMETERS if name in found)
+    try:
+        parameters = list(inspect.signature(inner).parameters.values())
+    except ValueError:  # such as a function in C
+        return ()
+    positional = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
+    first_two = [x.name for x in parameters if x.kind in positional][:2]
+    given = inner.keywords if isinstance(inner, functools.partial) else ()
+    variable = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
+    others = {
+        x.name: x.default is inspect.Parameter.empty
+        for x in parameters
+        if x.kind not in variable and x.name not in (*first_two, *given)
+    }
+    for name, is_required in others.items():
+        if is_required and name not in FURTHER_PARAMETERS:
+            raise InputError(
+                f"{name_of(loss_fn)} requires the argument {name!r} besides predictions and "
+                f"targets; expected any of {', '.join(FURTHER_PARAMETERS)}, which it receives by "
+                "name: set others by functools.partial",
+                argument="loss_fn",
+            )
+    return tuple(name for name in FURTHER_PARAMETERS if name in others)
 
 
 def mean_absolute_error(
@@ -474,9 +522,12 @@ class WeightedSum:
     def __name__(self) -> str:
         return f"({' + '.join(f'{weight} * {name_of(term)}' for weight, term in self.terms)})"
 
-    def __call__(self, predictions: Array, targets: Array) -> Array | WeightedMean:
+    def __call__(self, predictions: Array, targets: Array, **further: Any) -> Array | WeightedMean:
         """Returns Σ weight · loss for each example, [batch], or a `WeightedMean`."""
-        terms = [weight * term(predictions, targets) for weight, term in self.terms]
+        terms = []
+        for weight, term in self.terms:
+            own = {name: further[name] for name in further_parameters(term) if name in further}
+            terms.append(weight * term(predictions, targets, **own))
         if any(isinstance(term, WeightedMean) for term in terms):
             return functools.reduce(operator.add, terms)
         return jnp.sum(jnp.stack(terms), axis=0)
@@ -538,12 +589,12 @@ def ignore_nan(loss_fn: Loss) -> Loss:
         )
 
     @functools.wraps(loss_fn)
-    def masked(predictions: AnyArray, targets: AnyArray) -> WeightedMean:
+    def masked(predictions: AnyArray, targets: AnyArray, **further: Any) -> WeightedMean:
         predictions, targets = _check_and_promote(predictions, targets)
         is_present = ~jnp.isnan(targets)
         # 1 is a valid target of every loss, so that the gradients of both branches are finite.
         filled = jnp.where(is_present, targets, 1)
-        values: Any = loss_fn(predictions.reshape(-1, 1), filled.reshape(-1, 1))
+        values: Any = loss_fn(predictions.reshape(-1, 1), filled.reshape(-1, 1), **further)
         if jnp.shape(values) != (targets.size,):
             raise InputError(
                 f"{name_of(loss_fn)} returned the shape {jnp.shape(values)} for {targets.size} "

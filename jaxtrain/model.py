@@ -20,7 +20,8 @@ class Model(NamedTuple):
         `model_state` is the pytree of everything else that changes during training, such as
         running means; {} if there is none.
       apply: `apply(params, model_state, inputs, *, train, key) -> (outputs, model_state)`. `train`
-        is a Python bool; `key` is the step's PRNG key in training and None in evaluation.
+        is a Python bool; `key` is the step's PRNG key in training and None in evaluation, except
+        with `init_state(..., draws_in_evaluation=True)`.
 
     Example:
       >>> def init(key, inputs):

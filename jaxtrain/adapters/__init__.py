@@ -11,17 +11,19 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import PyTree
 
-from jaxtrain.adapters._modes import call_by_name, check_modes
+from jaxtrain.adapters._modes import call_by_name, check_modes, check_plain
 from jaxtrain.adapters._precision import CastApply, MixedPrecision, cast_model, mixed_precision
 from jaxtrain.adapters._recording import Call, Recorder
 from jaxtrain.adapters._shared import (
     AdaptedApply,
     BatchStatistics,
+    DrawingApply,
     Static,
     describe_type,
     named_statistics,
 )
 from jaxtrain.errors import InputError
+from jaxtrain.losses import name_of
 from jaxtrain.model import Model
 
 __all__ = [
@@ -31,10 +33,14 @@ __all__ = [
     "Recorder",
     "adapt",
     "batch_statistics",
+    "call_in_evaluation",
     "call_in_training",
     "checked",
+    "drawing",
+    "draws_in_evaluation",
     "example_inputs",
     "mixed_precision",
+    "name_of_model",
     "recording",
     "sown_losses",
     "to_module",
@@ -109,9 +115,10 @@ def to_module(model: Model, params: PyTree, model_state: PyTree) -> Any:
 
 
 def checked(model: Model, params: PyTree, model_state: PyTree, inputs: PyTree) -> Model:
-    """Returns an equal Model that knows the shapes of its inputs, after `check_modes`."""
+    """Returns an equal Model that knows the shapes of its inputs, after a check of its modes."""
     apply = _of_module(model)
     if apply is None:
+        check_plain(_innermost(model), params, model_state, inputs)
         return model
     shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, jnp.result_type(x)), inputs)
     apply = dataclasses.replace(apply, example=shapes)
@@ -143,6 +150,41 @@ def call_in_training(
     return outputs, updated, losses
 
 
+def drawing(model: Model) -> Model:
+    """Returns a Model that is meant to draw random numbers in evaluation."""
+    apply = _innermost(model)
+    if isinstance(apply, AdaptedApply):
+        return _with_apply(model, dataclasses.replace(apply, draws=True))
+    return _with_apply(model, DrawingApply(apply))
+
+
+def draws_in_evaluation(model: Model) -> bool:
+    """Returns whether the model is meant to draw random numbers in evaluation."""
+    return getattr(_innermost(model), "draws", False)
+
+
+def call_in_evaluation(
+    model: Model, params: PyTree, model_state: PyTree, inputs: PyTree, *, key: Any
+) -> tuple[PyTree, PyTree]:
+    """Returns the outputs and the model state; a model that draws nothing receives no key."""
+    draws = draws_in_evaluation(model)
+    if draws and key is None:
+        raise InputError(
+            f"{name_of_model(model)} draws random numbers in evaluation, and there is no key; "
+            "expected one, as in evaluate(..., key=jax.random.key(0)) or predict(..., key=...)",
+            argument="key",
+        )
+    return model.apply(params, model_state, inputs, train=False, key=key if draws else None)
+
+
+def name_of_model(model: Model) -> str:
+    """Returns the name of the class of a module, or of the function of a plain Model."""
+    apply = _innermost(model)
+    if isinstance(apply, AdaptedApply):
+        return apply.kind.__name__
+    return f"{name_of(getattr(apply, 'apply', apply))} of the Model"
+
+
 def batch_statistics(
     model: Model, params: PyTree, model_state: PyTree
 ) -> dict[str, BatchStatistics]:
@@ -167,11 +209,15 @@ def recording(model: Model, params: PyTree, model_state: PyTree) -> Iterator[Rec
 
 def _of_module(model: Model) -> AdaptedApply | None:
     """Returns the function of a module, also of one in mixed precision."""
-    apply = model.apply.apply if isinstance(model.apply, CastApply) else model.apply
+    apply = _innermost(model)
     return apply if isinstance(apply, AdaptedApply) else None
 
 
-def _with_apply(model: Model, apply: AdaptedApply) -> Model:
+def _innermost(model: Model) -> Any:
+    return model.apply.apply if isinstance(model.apply, CastApply) else model.apply
+
+
+def _with_apply(model: Model, apply: Any) -> Model:
     """Returns the Model with another function of the module, also of one in mixed precision."""
     if isinstance(model.apply, CastApply):
         return model._replace(apply=dataclasses.replace(model.apply, apply=apply))

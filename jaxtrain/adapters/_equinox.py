@@ -65,11 +65,11 @@ class Apply(AdaptedApply):
     def run(self, params: Any, model_state: Any, inputs: Any, train: bool, key: Any) -> Any:
         """Returns the outputs for a batch and the updated `eqx.nn.State`."""
         module = self._combine(params, model_state, inference=not train)
-        if train:
+        if train or key is not None:
             batch = jax.tree.leaves(inputs)[0].shape[0]
             keys, key_axis = jax.random.split(key, batch), 0
         else:
-            keys, key_axis = unused_key() if key is None else key, None
+            keys, key_axis = unused_key(), None
 
         def call(example: PyTree, state: Any, key: Any) -> tuple[Any, Any]:
             if state is None:

@@ -23,7 +23,7 @@ from jaxtrain.adapters._shared import (
     AdaptedApply,
     BatchStatistics,
     Static,
-    draws_in_evaluation,
+    draws_unasked,
     named_statistics,
     unused_key,
 )
@@ -96,7 +96,9 @@ class Apply(AdaptedApply):
         call = functools.partial(self.call.value, train=train, rngs=streams)
         try:
             if not train:
-                return self.module.value.apply(variables, inputs, method=call), model_state
+                options = {"rngs": streams} if self.draws and key is not None else {}
+                outputs = self.module.value.apply(variables, inputs, method=call, **options)
+                return outputs, model_state
             outputs, updated = self.module.value.apply(
                 variables,
                 inputs,
@@ -115,7 +117,7 @@ class Apply(AdaptedApply):
                 f"{self.kind.__name__} draws from an RNG stream without a key "
                 f"({str(error).split(' (http')[0]}); expected its name in init_state(rngs=...)"
                 if train
-                else draws_in_evaluation(self.kind)
+                else draws_unasked(self.kind.__name__)
             ) from error
         updated = dict(updated)
         if self.returns_losses:

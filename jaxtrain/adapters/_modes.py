@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import inspect
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -12,8 +13,15 @@ from jax.interpreters.partial_eval import dce_jaxpr
 from jaxtyping import PyTree
 
 from jaxtrain.adapters._recording import Path, Recorder
-from jaxtrain.adapters._shared import AdaptedApply, Static, draws_in_evaluation, unused_key
+from jaxtrain.adapters._shared import (
+    AdaptedApply,
+    DrawingApply,
+    Static,
+    draws_unasked,
+    unused_key,
+)
 from jaxtrain.errors import InputError
+from jaxtrain.losses import name_of
 
 # The names of arguments that switch between training and evaluation, with the value in training.
 _MODES = {
@@ -65,7 +73,8 @@ def check_modes(apply: AdaptedApply, params: PyTree, model_state: PyTree) -> Non
 
     Raises:
       InputError: a layer with dropout or batch norm is in the wrong mode, unless the user says how
-        the module is called; or evaluation draws random numbers.
+        the module is called; or evaluation draws random numbers where it is not meant to, or the
+        reverse.
     """
     leaves, structure = jax.tree.flatten((params, model_state, apply.example))
     avals = [
@@ -82,7 +91,8 @@ def _check_modes(apply: AdaptedApply, shapes: Static) -> None:
     kind, is_by_name = apply.kind, apply.call.value is call_by_name
     for train in (True, False):
         draws, error = _trace(apply, arguments, train, is_by_name)
-        switches = _parameters(kind)[0] if is_by_name and (error or draws != train) else {}
+        is_odd = error is not None or draws != (train or apply.draws)
+        switches = _parameters(kind)[0] if is_by_name and is_odd else {}
         for name, value in switches.items():
             if name in _MODES or not isinstance(value, bool):
                 continue
@@ -97,6 +107,44 @@ def _check_modes(apply: AdaptedApply, shapes: Static) -> None:
                 )
         if error is not None:
             raise error
+        if apply.draws and not draws and not train:
+            raise InputError(
+                f"draws_in_evaluation is True, and {kind.__name__} draws nothing in evaluation; "
+                f"expected a call that draws, such as {_call_hint(kind, is_fixed=True)}"
+            )
+
+
+def check_plain(apply: Any, params: PyTree, model_state: PyTree, inputs: PyTree) -> None:
+    """Raises InputError where plain functions draw in evaluation unasked, or do not where asked.
+
+    Without a key, as in an evaluation, a function that draws raises an error.
+    """
+    function = apply.apply if isinstance(apply, DrawingApply) else apply
+
+    def draws(key: Any) -> bool | None:
+        try:
+            return _depends_on_key(
+                lambda key, *args: function(*args, train=False, key=key)[0],
+                key,
+                (params, model_state, inputs),
+            )
+        except Exception:  # which the first evaluation reports
+            return None
+
+    if isinstance(apply, DrawingApply):
+        if draws(unused_key()) is False:
+            raise InputError(
+                f"draws_in_evaluation is True, and {name_of(function)} of the Model draws nothing "
+                "with train=False; expected a function that draws from the key"
+            )
+    elif draws(None) is None and draws(unused_key()):
+        raise InputError(draws_unasked(f"{name_of(function)} of the Model"))
+
+
+def _depends_on_key(run: Callable[..., Any], key: Any, arguments: Any) -> bool:
+    """Returns whether the results of a function depend on its first argument, a key or None."""
+    jaxpr: Any = jax.make_jaxpr(run)(key, *arguments).jaxpr
+    return key is not None and dce_jaxpr(jaxpr, [True] * len(jaxpr.outvars))[1][0]
 
 
 def _trace(
@@ -105,25 +153,28 @@ def _trace(
     """Traces a module; returns whether its results depend on the PRNG key, and what is wrong."""
 
     def run(key: Any, params: PyTree, model_state: PyTree, inputs: PyTree) -> Any:
-        recorder = _ModeCheck(train) if has_check else Recorder()
+        recorder = _ModeCheck(train, apply.draws) if has_check else Recorder()
         with apply.recording(recorder, params, model_state):
             results = apply.call_module(params, model_state, inputs, train, key)
         return results if train else results[0]
 
     try:
-        jaxpr: Any = jax.make_jaxpr(run)(unused_key(), *arguments).jaxpr
+        draws = _depends_on_key(run, unused_key(), arguments)
     except Exception as error:  # raised by the caller
         return False, error
-    draws = dce_jaxpr(jaxpr, [True] * len(jaxpr.outvars))[1][0]
-    return draws, InputError(draws_in_evaluation(apply.kind)) if draws and not train else None
+    is_wrong = draws and not train and not apply.draws
+    return draws, InputError(draws_unasked(apply.kind.__name__)) if is_wrong else None
 
 
 class _ModeCheck(Recorder):
-    """Raises InputError when a layer with dropout or batch norm is in the wrong mode."""
+    """Raises InputError when a layer with dropout or batch norm is in the wrong mode.
 
-    def __init__(self, train: bool) -> None:
+    Dropout may be on in evaluation if the module is meant to draw there.
+    """
+
+    def __init__(self, train: bool, draws: bool) -> None:
         super().__init__()
-        self._train = train
+        self._train, self._draws = train, draws
         # The layers that are being called, each with its mode if that is the wrong one.
         self._stack: list[tuple[type, tuple[str, bool] | None]] = []
 
@@ -135,7 +186,8 @@ class _ModeCheck(Recorder):
         is_right = mode is None or mode[1] == (_MODES[mode[0]] == self._train)
         self._stack.append((type(layer), None if is_right else mode))
         try:
-            if not is_right and _has_mode(layer):
+            may_draw = self._draws and not self._train
+            if not is_right and (_is_batch_norm(layer) or (_drops(layer) and not may_draw)):
                 self._refuse(path)
             return function(*args, **kwargs)
         finally:
@@ -147,11 +199,14 @@ class _ModeCheck(Recorder):
         now, other = ("training", "evaluation") if self._train else ("evaluation", "training")
         place = f"{layer.__name__} {'.'.join(path)!r}" if path else layer.__name__
         whole = f" of {network.__name__}" if len(self._stack) > 1 else ""
+        hint = _call_hint(network)
+        if not self._train:
+            hint += "; or, if dropout is meant to draw, init_state(..., draws_in_evaluation=True)"
         raise InputError(
             f"in {now}, {place}{whole} is in {other} mode because of {mode[0]}={mode[1]} of "
             f"{owner.__name__}; expected {now} mode: set it by an argument train of "
             f"{network.__name__}.__call__, or say that the module is called as it should be, by "
-            f"{_call_hint(network)}"
+            f"{hint}"
         )
 
 
@@ -171,12 +226,14 @@ def _mode(layer: Any, function: Any, args: Any, kwargs: Any) -> tuple[str, bool]
     return None
 
 
-def _has_mode(layer: Any) -> bool:
-    """Returns whether a layer normalizes over the batch, or drops with a rate."""
+def _is_batch_norm(layer: Any) -> bool:
+    return any(base.__name__ == "BatchNorm" for base in type(layer).__mro__)
+
+
+def _drops(layer: Any) -> bool:
+    """Returns whether a layer drops with a rate."""
     rates = (getattr(layer, name, None) for name in _RATES)
-    return any(base.__name__ == "BatchNorm" for base in type(layer).__mro__) or any(
-        isinstance(rate, int | float) and rate > 0 for rate in rates
-    )
+    return any(isinstance(rate, int | float) and rate > 0 for rate in rates)
 
 
 def _parameters(kind: type) -> tuple[dict[str, Any], list[str], bool]:
@@ -194,8 +251,13 @@ def _parameters(kind: type) -> tuple[dict[str, Any], list[str], bool]:
     return named, [name for name in positional if name not in others], takes_all
 
 
-def _call_hint(kind: type, switch: str = "", value_in_training: bool = True) -> str:
-    """Returns the argument of `init_state` that calls a module, as source text."""
+def _call_hint(
+    kind: type, switch: str = "", value_in_training: bool = True, *, is_fixed: bool = False
+) -> str:
+    """Returns the argument of `init_state` that calls a module, as source text.
+
+    With `is_fixed`, the module is called as in training.
+    """
     named, positional, _ = _parameters(kind)
     modes = {name: value for name, value in _MODES.items() if name in named}
     if switch:
@@ -204,7 +266,10 @@ def _call_hint(kind: type, switch: str = "", value_in_training: bool = True) -> 
     arguments = [f'inputs["{name}"]' for name in required] if len(required) > 1 else ["inputs"]
     has_state = named.get("state") is _EMPTY
     arguments += ["state"] * has_state
-    arguments += [f"{name}={'' if value else 'not '}train" for name, value in modes.items()]
+    arguments += [
+        f"{name}={value}" if is_fixed else f"{name}={'' if value else 'not '}train"
+        for name, value in modes.items()
+    ]
     arguments += [f"{name}=rngs" for name in _RNGS if name in named]
     return (
         f"init_state(..., call=lambda module, inputs, {'state, ' * has_state}*, train, rngs: "

@@ -6,7 +6,7 @@ import abc
 import contextlib
 import dataclasses
 import re
-from typing import Any, NamedTuple, NoReturn
+from typing import Any, ClassVar, NamedTuple, NoReturn
 
 import jax
 import jax.numpy as jnp
@@ -76,6 +76,7 @@ class AdaptedApply(abc.ABC):
       example: shapes of the inputs; states of equal modules compare equal whatever it is.
       sown_losses: the collections in which a Linen module sows losses.
       returns_losses: whether the outputs in training are pairs of outputs and sown losses.
+      draws: whether the module is meant to draw random numbers in evaluation.
     """
 
     kind: type = dataclasses.field(compare=False, repr=False)
@@ -83,13 +84,17 @@ class AdaptedApply(abc.ABC):
     example: PyTree = dataclasses.field(default=None, compare=False, repr=False)
     sown_losses: tuple[str, ...] = ()
     returns_losses: bool = dataclasses.field(default=False, repr=False)
+    draws: bool = dataclasses.field(default=False, repr=False)
 
     def __call__(
         self, params: PyTree, model_state: Any, inputs: PyTree, *, train: bool, key: Any
     ) -> tuple[Any, Any]:
-        """Returns the outputs and, in training, the updated model state."""
-        outputs, updated = self.call_module(params, model_state, inputs, train, key)
-        return outputs, updated if train else model_state
+        """Returns the outputs and the model state after the call.
+
+        In evaluation, a key is given if the module is meant to draw, and the state has changed
+        where the module itself sets variables.
+        """
+        return self.call_module(params, model_state, inputs, train, key)
 
     def call_module(
         self, params: PyTree, model_state: Any, inputs: PyTree, train: bool, key: Any
@@ -122,6 +127,18 @@ class AdaptedApply(abc.ABC):
     @abc.abstractmethod
     def to_module(self, params: PyTree, model_state: Any) -> Any:
         """Returns the module with these variables, in evaluation mode."""
+
+
+@dataclasses.dataclass(frozen=True)
+class DrawingApply:
+    """`Model.apply` of plain functions that are meant to draw random numbers in evaluation."""
+
+    apply: Any
+    draws: ClassVar[bool] = True
+
+    def __call__(self, *args: Any, **options: Any) -> tuple[Any, Any]:
+        """Calls the function."""
+        return self.apply(*args, **options)
 
 
 def unused_key() -> Any:
@@ -168,12 +185,12 @@ def describe_type(value: Any) -> str:
     return name if package == "builtins" else f"{package}.{name}"
 
 
-def draws_in_evaluation(kind: type) -> str:
-    """Returns the message for a module that draws random numbers in evaluation."""
+def draws_unasked(name: str) -> str:
+    """Returns the message for a model that draws random numbers in evaluation."""
     return (
-        f"{kind.__name__} draws random numbers in evaluation; expected outputs that the inputs "
-        "determine: draw in training alone, by the argument train of __call__ or by call=..., or "
-        "from a fixed key"
+        f"{name} draws random numbers in evaluation; expected outputs that the inputs determine: "
+        "draw in training alone, by the argument train of __call__ or by call=..., or from a fixed "
+        "key; or, if it is meant to draw, init_state(..., draws_in_evaluation=True)"
     )
 
 

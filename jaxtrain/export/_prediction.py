@@ -9,6 +9,7 @@ import jax
 import numpy as np
 from jaxtyping import PyTree
 
+from jaxtrain import adapters
 from jaxtrain._placement import is_key, to_numpy
 from jaxtrain.dataset import check_inputs, describe_array, named_arrays
 from jaxtrain.errors import InputError
@@ -29,9 +30,17 @@ def prediction_function(
       postprocess: applied to the outputs, or None.
 
     Raises:
-      InputError: the state is not a TrainState, or a function cannot be called.
+      InputError: the state is not a TrainState, its model draws random numbers, or a function
+        cannot be called.
     """
     check_state_type(state)
+    if adapters.draws_in_evaluation(state.model):
+        raise InputError(
+            f"{adapters.name_of_model(state.model)} draws random numbers in evaluation, and the "
+            "program in a file has no key; expected a model that does not draw: the parameters of "
+            "this state in one of init_state(..., call=...)",
+            argument="state",
+        )
     for name, function in (("preprocess", preprocess), ("postprocess", postprocess)):
         if function is not None and not callable(function):
             raise InputError(f"{name} is {function!r}; expected a function or None", argument=name)

@@ -141,7 +141,8 @@ def trace_uses(state: TrainState) -> Uses | None:
         return None
 
     def call(params: PyTree, model_state: PyTree, inputs: PyTree) -> Any:
-        return state.model.apply(params, model_state, inputs, train=False, key=None)[0]
+        key = jax.random.key(0)  # of a model that draws, which may be any
+        return adapters.call_in_evaluation(state.model, params, model_state, inputs, key=key)[0]
 
     with jax.default_matmul_precision("highest"):  # for comparisons of outputs
         closed: Any = jax.make_jaxpr(call)(state.params, state.model_state, example)

@@ -20,10 +20,10 @@ from jaxtrain import adapters, parallel
 from jaxtrain._compiler import KNOWN_FLAGS, inner_jaxprs
 from jaxtrain.dataset import Dataset, as_dataset, named_arrays
 from jaxtrain.inspect._interpreter import Interpreter
-from jaxtrain.losses import Loss, mean_terms
+from jaxtrain.losses import Loss, further_parameters, mean_terms
 from jaxtrain.model import Model
 from jaxtrain.training.state import TrainState, check_state_type
-from jaxtrain.training.step import Batch, check_loss, gradients
+from jaxtrain.training.step import Batch, Further, check_loss, gradients
 
 # Differences up to this many times the effect of rounding are explained by it.
 _FACTOR = 8
@@ -106,9 +106,9 @@ def verify(state: TrainState, batch: Batch, loss_fn: Loss) -> Verification:
     operation at a time, and compared with the same step in float32: operation by operation,
     compiled, compiled inside a loop, compiled under `vmap`, and as two half batches. The halves of
     a model that draws random numbers or has a state, as dropout and batch norm do, or that has sown
-    losses, legitimately differ, so they are computed in evaluation mode, without sown losses. A
-    loss that adds up several means of different weights is not the mean of its halves, so these are
-    left out.
+    losses, legitimately differ, so they are computed in evaluation mode, without sown losses. They
+    are left out where the loss takes a key, the model draws in evaluation as well, or the loss adds
+    up several means of different weights, and so is not the mean of its halves.
 
     What rounding explains is measured. The step in float64 is repeated with random changes of up to
     one unit in the last place of float32 (or of the type that the program has there) to the result
@@ -157,7 +157,8 @@ def verify(state: TrainState, batch: Batch, loss_fn: Loss) -> Verification:
                 functools.partial(run, function, state, data),
                 lambda found: step.compare(wrong.way, found).ok,
             )
-        has_halves = len(data) > 1 and _has_one_mean(state, data, loss_fn)
+        draws = adapters.draws_in_evaluation(state.model) or "key" in further_parameters(loss_fn)
+        has_halves = len(data) > 1 and not draws and _has_one_mean(state, data, loss_fn)
         halves = [_halves(step, state, data, loss_fn)] if has_halves else []
     return Verification((alone, *ways, *halves), operation, flag)
 
@@ -292,9 +293,13 @@ _WAYS = {_COMPILED: _compiled, "inside a loop": _in_loop, "under vmap": _vmapped
 
 def _has_one_mean(state: TrainState, batch: Dataset, loss_fn: Loss) -> bool:
     """Returns whether the loss of a batch is one weighted mean, not a sum of several."""
-    function = functools.partial(gradients, loss_fn=loss_fn)
-    (_, aux), _ = jax.eval_shape(function, state, batch)
-    return len(mean_terms(jax.eval_shape(loss_fn, aux.predictions, batch.targets))) == 1
+
+    def loss(state: TrainState, batch: Dataset) -> Any:
+        (_, aux), _ = gradients(state, batch, loss_fn)
+        further = Further(state.params, aux.model_state, batch, lambda: state.key)
+        return further.bind(loss_fn)(aux.predictions, batch.targets)
+
+    return len(mean_terms(jax.eval_shape(loss, state, batch))) == 1
 
 
 def _halves(step: _Step, state: TrainState, batch: Dataset, loss_fn: Loss) -> Difference:

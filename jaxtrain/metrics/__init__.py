@@ -35,8 +35,11 @@ __all__ = [
     "top_k_accuracy",
 ]
 
-PerExampleMetric: TypeAlias = Callable[[Any, Any], Array]
-"""A function `metric(predictions, targets) -> [batch]`, whose weighted mean is reported."""
+PerExampleMetric: TypeAlias = Callable[..., Array]
+"""A function `metric(predictions, targets) -> [batch]`, whose weighted mean is reported.
+
+It may have further axes and parameters, as a `jt.losses.Loss`.
+"""
 
 Metric: TypeAlias = (
     PerExampleMetric

@@ -85,7 +85,7 @@ class AccumulatedMetric:
 class Mean(AccumulatedMetric):
     """The weighted mean of a function of each example; a loss is one too."""
 
-    function: Callable[[Any, Any], Array]
+    function: Callable[..., Array]
 
     @property
     def __name__(self) -> str:
@@ -162,17 +162,50 @@ def without_ignored(tree: PyTree, weights: Array) -> PyTree:
 def per_example(
     function: Any, predictions: Any, targets: Any, expected: tuple[int, ...]
 ) -> Array | WeightedMean:
-    """Returns `function(predictions, targets)`, checked to have one value per example or weight."""
+    """Returns `function(predictions, targets)`, checked to have values per example or weight.
+
+    `expected` is the shape of the weights, [batch] without any; the values may have further axes.
+    """
     result = function(predictions, targets)
     for array in (each for pair in mean_terms(result) for each in pair if each is not None):
-        if jnp.shape(array) != expected:
+        shape = jnp.shape(array)
+        if shape[: len(expected)] != expected:
             per = "example" if len(expected) == 1 else "weight"
             raise InputError(
-                f"{name_of(function)} returned the shape {jnp.shape(array)} for a batch of "
-                f"{expected[0]}; expected one value per {per}, {expected}: leave the mean over the "
-                "batch to the step, and pass a loss per token with weights of its shape"
+                f"{name_of(function)} returned the shape {shape} for a batch of {expected[0]}; "
+                f"expected one value per {per}, {expected}: leave the mean over the batch to the "
+                "step"
+            )
+        if len(shape) > len(expected) and shape[1] == shape[0] > 1:
+            _check_pairs(function, predictions, targets, shape)
+    for values, own in mean_terms(result):
+        if own is not None and jnp.shape(own) != jnp.shape(values):
+            raise InputError(
+                f"{name_of(function)} returned a WeightedMean with values of shape "
+                f"{jnp.shape(values)} and weights of shape {jnp.shape(own)}; expected the same"
             )
     return result
+
+
+def _check_pairs(function: Any, predictions: Any, targets: Any, shape: tuple[int, ...]) -> None:
+    """Raises InputError if the second axis is the batch once more, as [n, 1] - [n] has."""
+
+    def first(tree: PyTree) -> PyTree:
+        return jax.tree.map(lambda x: jax.ShapeDtypeStruct((1, *x.shape[1:]), x.dtype), tree)
+
+    further = getattr(function, "keywords", {})
+    inputs = {"inputs": first(further["inputs"])} if "inputs" in further else {}
+    try:
+        alone = jax.eval_shape(function, first(predictions), first(targets), **inputs)
+        is_right = any(jnp.shape(x)[1:] == shape[1:] for x in jax.tree.leaves(alone))
+    except Exception:  # whatever a loss raises that is written for one size of the batch
+        is_right = False
+    if not is_right:
+        raise InputError(
+            f"{name_of(function)} returned the shape {shape} for a batch of {shape[0]}, and its "
+            "second axis is the batch once more; expected values of each example, which may "
+            "have further axes: compare predictions and targets of the same shape"
+        )
 
 
 def mean_totals(result: Array | WeightedMean, weights: Array | None) -> list[tuple[Array, Array]]:
@@ -180,7 +213,7 @@ def mean_totals(result: Array | WeightedMean, weights: Array | None) -> list[tup
 
     Args:
       result: what `per_example` returned.
-      weights: one per value; None weights all equally.
+      weights: along the leading axes of the values; None weights all equally.
     """
 
     def total(values: Array, own: Array | None) -> tuple[Array, Array]:
@@ -191,7 +224,7 @@ def mean_totals(result: Array | WeightedMean, weights: Array | None) -> list[tup
             weight = values.size if own is None else jnp.sum(own, dtype=dtype)
             return vector_sum(values), jnp.asarray(weight, dtype)
         # A weight of 0 also hides a NaN, such as that of a padded label.
-        each = weights.astype(dtype)
+        each = _along(weights.astype(dtype), values.shape)
         weight = each if own is None else jnp.where(each == 0, 0, own.astype(dtype)) * each
         return vector_sum(jnp.where(each == 0, 0, values), each), jnp.sum(weight)
 
@@ -223,6 +256,13 @@ def label_weights(weights: Array, shape: tuple[int, ...], name: str) -> Float[Ar
             f"the weights of {name} have the shape {weights.shape}; expected one per example or "
             f"per target, along the leading axes of {shape}"
         )
+    return _along(weights, shape)
+
+
+def _along(weights: Array, shape: tuple[int, ...]) -> Array:
+    """Returns weights that are along the leading axes of a shape, broadcast to it."""
+    if weights.shape == shape:
+        return weights
     return jnp.broadcast_to(
         weights.reshape(weights.shape + (1,) * (len(shape) - weights.ndim)), shape
     )

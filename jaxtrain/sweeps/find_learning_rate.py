@@ -20,7 +20,12 @@ from jaxtrain.errors import InputError
 from jaxtrain.losses import Loss
 from jaxtrain.optimizers._averaging import has_updated
 from jaxtrain.optimizers._inspect import has_line_search, last_step_finite
-from jaxtrain.training.checks import check_data, checked_data, checked_state
+from jaxtrain.training.checks import (
+    check_data,
+    check_missing_targets,
+    checked_data,
+    checked_state,
+)
 from jaxtrain.training.state import TrainState, recorded, with_optimizer
 from jaxtrain.training.step import Batch, check_loss, update
 
@@ -158,6 +163,7 @@ def find_learning_rate(
         )
     dataset = checked_data(train, "train")
     check_data(state, dataset, loss_fn, "train")
+    check_missing_targets(state, dataset, loss_fn, "train")
     batches = _batches(len(dataset), min(batch_size, len(dataset)), steps, key)
 
     @jax.jit

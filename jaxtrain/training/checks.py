@@ -25,7 +25,7 @@ from jaxtrain.metrics import takes_labels
 from jaxtrain.optimizers._inspect import has_clipping, has_line_search
 from jaxtrain.optimizers._safeguards import all_finite, stays_finite, without_records
 from jaxtrain.training.state import TrainState, check_state_type, to_shapes
-from jaxtrain.training.step import MetricItems, Objective, mean_loss, predict_batch
+from jaxtrain.training.step import Further, MetricItems, Objective, mean_loss, predict_batch
 
 _SKIPPED_HINT = "try a smaller learning rate, gradient clipping or scaled inputs"
 # Number of examples with missing targets for which `check_missing_targets` computes the loss.
@@ -120,6 +120,8 @@ def check_missing_targets(
             _outputs(state, data, name),
         )
         batch = data.take(jnp.asarray(few))
+        further = Further(state.params, state.model_state, batch, lambda: state.key)
+        loss_fn = further.bind(loss_fn)
         value_and_grad = jax.value_and_grad(
             lambda x: mean_loss(loss_fn, x, batch)[0], allow_int=True
         )
@@ -339,7 +341,8 @@ def _has_classes(outputs: Any, targets: Any) -> bool:
 def _outputs(state: TrainState, data: Dataset, name: str) -> Any:
     """Returns the shapes of the model's outputs for one example."""
     try:
-        return jax.eval_shape(predict_batch, state, jax.tree.map(_one_example, data.inputs))
+        inputs = jax.tree.map(_one_example, data.inputs)
+        return jax.eval_shape(predict_batch, state, inputs, state.key)
     except InputError:
         raise
     except Exception as error:  # networks raise different types for a wrong shape

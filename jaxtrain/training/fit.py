@@ -48,7 +48,7 @@ from jaxtrain.training.loop import (
 from jaxtrain.training.run import history_row, prepare
 from jaxtrain.training.sources import InMemory, Repeated, Segment, Streamed, segments_in_order
 from jaxtrain.training.state import counters, recorded, to_shapes, with_epoch
-from jaxtrain.training.step import Objective, StepFn, take_step
+from jaxtrain.training.step import Objective, StepFn, evaluation_key, take_step
 
 # Target duration of a compiled call, after which Ctrl-C is handled; and the time after which
 # `on_steps` is called although no callback asks for it.
@@ -494,12 +494,15 @@ def _evaluate(
     found = {}
     for name, source in sources.items():
         if name != "train":
+            key = evaluation_key(state, objective)
 
-            def lower(batch_size: int, data: Any = source.sample) -> jax.stages.Lowered:
-                return compiled_evaluate.lower(state, data, objective, batch_size=batch_size)
+            def lower(
+                batch_size: int, data: Any = source.sample, key: Any = key
+            ) -> jax.stages.Lowered:
+                return compiled_evaluate.lower(state, data, objective, key, batch_size=batch_size)
 
             with memory_advice(source.batch_size, lower, "test_batch_size"):
-                found[name] = jax.device_get(evaluate_source(state, source, objective, epoch))
+                found[name] = jax.device_get(evaluate_source(state, source, objective, epoch, key))
     return found
 
 

@@ -37,6 +37,8 @@ from jaxtrain.training.step import (
     Objective,
     StepFn,
     Totals,
+    batch_key,
+    check_evaluation_key,
     evaluate_batch,
     finish_metrics,
     make_objective,
@@ -276,6 +278,7 @@ def evaluate(
     metric_fns: Mapping[str, Metric] | None = None,
     *,
     batch_size: int = 1000,
+    key: Key[Array, ""] | None = None,
 ) -> Metrics:
     """Returns the mean loss and the metrics of a data set, with the model in evaluation mode.
 
@@ -285,14 +288,17 @@ def evaluate(
         as for `fit`.
       loss_fn: per-example loss.
       metric_fns: metrics by name.
-      batch_size: examples at a time; changes memory and speed, not the result.
+      batch_size: examples at a time; changes memory and speed, and otherwise only what is drawn.
+      key: PRNG key, for a model with `init_state(..., draws_in_evaluation=True)` or a loss with a
+        parameter `key`. Batch i, counted from 0, draws from `fold_in(key, i)`, and its examples
+        draw different numbers. On a mesh, the batches have other examples than on one device.
 
     Returns:
       {"loss": (weighted) mean loss over all examples, and each metric by its name}.
 
     Raises:
       InputError: an argument is out of range; targets are not the labels or probabilities that
-        the loss takes.
+        the loss takes; a key is missing or superfluous.
       StreamError: a stream raised an error.
 
     Example:
@@ -303,6 +309,7 @@ def evaluate(
     check_state_type(state)
     check_integer(batch_size, "batch_size", minimum=1)
     objective = make_objective(loss_fn, metric_fns)
+    check_evaluation_key(state, key, objective.evaluated)
     dataset = without_drop_last(dataset)
     if is_stream(dataset):
         with parallel.mesh_of(state):
@@ -311,45 +318,60 @@ def evaluate(
                 source.limits = check_data(
                     state, source.sample, loss_fn, "dataset", objective.metrics
                 )
-                return evaluate_source(state, source, objective)
+                return evaluate_source(state, source, objective, key=key)
     dataset = as_dataset(dataset, "dataset")
     with parallel.mesh_of(state, dataset):
         check_data(state, dataset, loss_fn, "dataset", objective.metrics)
         size = min(batch_size, len(dataset))
-        return compiled_evaluate(state, dataset, objective, batch_size=size)
+        return compiled_evaluate(state, dataset, objective, key, batch_size=size)
 
 
 def evaluate_source(
-    state: TrainState, source: InMemory | Streamed, objective: Objective, epoch: int = 1
+    state: TrainState,
+    source: InMemory | Streamed,
+    objective: Objective,
+    epoch: int = 1,
+    key: Key[Array, ""] | None = None,
 ) -> Metrics:
     """Returns the mean loss and the metrics of a source; see `evaluate`."""
     if isinstance(source, InMemory):
-        return compiled_evaluate(state, source.sample, objective, batch_size=source.batch_size)
+        return compiled_evaluate(state, source.sample, objective, key, batch_size=source.batch_size)
     with parallel.without_mesh():
-        shapes = _first_totals.eval_shape(to_shapes(state), None, source.batch_shapes(), objective)
+        state_shape, key_shape = to_shapes((state, key))
+        shapes = _first_totals.eval_shape(
+            state_shape, None, source.batch_shapes(), key_shape, objective
+        )
     totals: Any = jax.tree.map(lambda leaf: np.zeros(leaf.shape, leaf.dtype), shapes)
     with contextlib.closing(source.segments(epoch)) as segments:
         for segment in segments:
             jax.block_until_ready(totals)  # segments take memory
-            totals = _compiled_totals(state, totals, segment, segment.steps, objective)
+            first = None if key is None else segment.start
+            totals = _compiled_totals(state, totals, segment, segment.steps, key, first, objective)
     return finish_metrics(totals, objective.evaluated)
 
 
 @bounded
 @functools.partial(jax.jit, static_argnames=("objective", "batch_size"))
 def compiled_evaluate(
-    state: TrainState, dataset: Dataset, objective: Objective, *, batch_size: int
+    state: TrainState,
+    dataset: Dataset,
+    objective: Objective,
+    key: Key[Array, ""] | None,
+    *,
+    batch_size: int,
 ) -> Metrics:
     """Returns the same as `evaluate` on data in memory, compiled and without checks."""
 
-    def evaluate_all(state: TrainState, dataset: Dataset) -> Totals:
+    def evaluate_all(state: TrainState, dataset: Dataset, key: Array | None) -> Totals:
         totals = None
         for segment in _batched(dataset, batch_size):
-            totals = eval_steps(state, totals, segment, segment.steps, objective)
+            steps, first = segment.steps, segment.start
+            totals = eval_steps(state, totals, segment, steps, key, first, objective)
         assert totals is not None  # a data set has at least one example
         return totals
 
-    return finish_metrics(parallel.on_auto_axes(evaluate_all, state, dataset), objective.evaluated)
+    totals = parallel.on_auto_axes(evaluate_all, state, dataset, key)
+    return finish_metrics(totals, objective.evaluated)
 
 
 _first_totals = bounded(jax.jit(evaluate_batch, static_argnames="objective"))
@@ -358,10 +380,16 @@ _first_totals = bounded(jax.jit(evaluate_batch, static_argnames="objective"))
 @bounded
 @functools.partial(jax.jit, static_argnames="objective")
 def _compiled_totals(
-    state: TrainState, totals: Totals, segment: Segment, stop: Array, objective: Objective
+    state: TrainState,
+    totals: Totals,
+    segment: Segment,
+    stop: Array,
+    key: Key[Array, ""] | None,
+    first: Array | None,
+    objective: Objective,
 ) -> Totals:
     steps = functools.partial(eval_steps, objective=objective)
-    return parallel.on_auto_axes(steps, state, totals, segment, stop)
+    return parallel.on_auto_axes(steps, state, totals, segment, stop, key, first)
 
 
 def eval_steps(
@@ -369,12 +397,18 @@ def eval_steps(
     totals: Totals | None,
     segment: Segment,
     stop: int | Array,
+    key: Key[Array, ""] | None,
+    first: int | Array | None,
     objective: Objective,
 ) -> Totals:
-    """Returns the totals of the metrics after the first `stop` batches of a segment."""
+    """Returns the totals of the metrics after the first `stop` batches of a segment.
+
+    `first` is the number of the first batch among all of the evaluation.
+    """
 
     def step(index: Any, totals: Totals | None) -> Totals:
-        return evaluate_batch(state, totals, segment.batch(index), objective)
+        own_key = None if key is None else batch_key(key, first + index)
+        return evaluate_batch(state, totals, segment.batch(index), own_key, objective)
 
     if totals is None:
         shapes = jax.eval_shape(lambda: step(0, None))
@@ -382,7 +416,13 @@ def eval_steps(
     return lax.fori_loop(0, stop, step, totals)
 
 
-def predict(state: TrainState, inputs: PyTree, *, batch_size: int = 1000) -> Any:
+def predict(
+    state: TrainState,
+    inputs: PyTree,
+    *,
+    batch_size: int = 1000,
+    key: Key[Array, ""] | None = None,
+) -> Any:
     """Returns the model's outputs for many inputs, in evaluation mode.
 
     May be called under `jax.jit`, and in `jax.export` with a symbolic number of examples, which
@@ -391,13 +431,15 @@ def predict(state: TrainState, inputs: PyTree, *, batch_size: int = 1000) -> Any
     Args:
       state: the parameters to predict with.
       inputs: array or pytree of arrays, [examples, ...].
-      batch_size: examples at a time; changes memory and speed, not the result.
+      batch_size: examples at a time; changes memory and speed, and otherwise only what is drawn.
+      key: PRNG key, for a model with `init_state(..., draws_in_evaluation=True)`; see `evaluate`.
 
     Returns:
       Predictions [examples, ...].
 
     Raises:
-      InputError: there are no inputs, or the batch size is below 1.
+      InputError: there are no inputs, the batch size is below 1, or a key is missing or
+        superfluous.
 
     Example:
       >>> logits = jt.predict(state, test.inputs)
@@ -408,21 +450,26 @@ def predict(state: TrainState, inputs: PyTree, *, batch_size: int = 1000) -> Any
     check_state_type(state)
     check_inputs(inputs)
     check_integer(batch_size, "batch_size", minimum=1)
+    check_evaluation_key(state, key)
     with parallel.mesh_of(state, inputs):
-        return _compiled_predict(state, inputs, batch_size=batch_size)
+        return _compiled_predict(state, inputs, key, batch_size=batch_size)
 
 
 @bounded
 @functools.partial(jax.jit, static_argnames="batch_size")
-def _compiled_predict(state: TrainState, inputs: PyTree, *, batch_size: int) -> Any:
-    def run(state: TrainState, inputs: PyTree) -> Any:
+def _compiled_predict(
+    state: TrainState, inputs: PyTree, key: Key[Array, ""] | None, *, batch_size: int
+) -> Any:
+    def run(state: TrainState, inputs: PyTree, key: Array | None) -> Any:
         # In `jax.export`, the number of examples may be symbolic; then they are one batch.
         if not isinstance(examples, int):
-            return predict_batch(state, inputs)
+            return predict_batch(state, inputs, batch_key(key, 0))
         found = [
             lax.map(
                 lambda index, segment=segment: predict_batch(
-                    state, parallel.divide(segment.batch(index).inputs)
+                    state,
+                    parallel.divide(segment.batch(index).inputs),
+                    None if key is None else batch_key(key, segment.start + index),
                 ),
                 jnp.arange(segment.steps),
             )
@@ -431,7 +478,7 @@ def _compiled_predict(state: TrainState, inputs: PyTree, *, batch_size: int) -> 
         return jax.tree.map(functools.partial(_unbatched, examples), *found)
 
     examples = jax.tree.leaves(inputs)[0].shape[0]
-    return parallel.on_auto_axes(run, state, inputs)
+    return parallel.on_auto_axes(run, state, inputs, key)
 
 
 def _batched(dataset: Dataset, batch_size: int) -> list[Segment]:
@@ -451,13 +498,13 @@ def _batched(dataset: Dataset, batch_size: int) -> list[Segment]:
         return array[: devices * part].reshape(devices, part, *array.shape[1:])
 
     data = jax.tree.map(parts, dataset)
-    segments = [Segment(data, None, -1, devices * size, steps=steps)]
+    segments = [Segment(data, None, -1, devices * size, 0, steps)]
     if rest:
         ends = jax.tree.map(lambda array: array[:, steps * size :], data)
-        segments.append(Segment(ends, None, -1, devices * rest, steps=1))
+        segments.append(Segment(ends, None, -1, devices * rest, steps, 1))
     if left := examples % devices:
         ends = jax.tree.map(lambda array: array[None, devices * part :], dataset)
-        segments.append(Segment(ends, None, -1, left, steps=1))
+        segments.append(Segment(ends, None, -1, left, steps + (rest > 0), 1))
     return segments
 
 

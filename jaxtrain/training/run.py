@@ -28,6 +28,7 @@ from jaxtrain.training.state import counters, next_epoch, recorded, with_epoch
 from jaxtrain.training.step import (
     Objective,
     StepFn,
+    evaluation_key,
     finish_metrics,
     make_objective,
 )
@@ -299,7 +300,13 @@ def _train(
             state, log = train_in_order(state, train_data, order, objective, batch_size)
             state = with_epoch(state, epoch)
             evaluations = {
-                part: compiled_evaluate(state, data, objective, batch_size=test_batch_size)
+                part: compiled_evaluate(
+                    state,
+                    data,
+                    objective,
+                    evaluation_key(state, objective),
+                    batch_size=test_batch_size,
+                )
                 for part, data in held_out.items()
             }
             row = history_row(counts, log, recorded(state), objective, evaluations)

@@ -95,6 +95,7 @@ def init_state(
     rngs: Sequence[str] = ("dropout",),
     sown_losses: Sequence[str] = (),
     call: Callable[..., Any] | None = None,
+    draws_in_evaluation: bool = False,
 ) -> TrainState:
     """Returns the state before the first step.
 
@@ -117,6 +118,10 @@ def init_state(
         `nnx.Rngs` for NNX, and the key of one example for Equinox, which gets one example as
         `inputs`, and `call(module, inputs, state, *, train, rngs) -> (outputs, state)` if the
         module is stateful.
+      draws_in_evaluation: whether the model is meant to draw random numbers in evaluation as well,
+        such as a variational autoencoder or Monte Carlo dropout. `evaluate` and `predict` then
+        need a key; `fit` and `train` evaluate with one from the state's key and step. By default,
+        such a model is refused, since dropout that stays on is a common fault.
 
     Returns:
       A TrainState at step 0.
@@ -124,8 +129,9 @@ def init_state(
     Raises:
       InputError: an argument has the wrong type; without `call`, a layer with dropout or batch norm
         is in the mode of evaluation during training, or the reverse; evaluation draws random
-        numbers; in training, no scalars are sown in a collection of `sown_losses`; or wrappers of
-        the optimizer are in an order in which they do not work.
+        numbers, or does not with `draws_in_evaluation`; in training, no scalars are sown in a
+        collection of `sown_losses`; or wrappers of the optimizer are in an order in which they do
+        not work.
 
     Example:
       >>> state = jt.init_state(model, optax.adam(1e-3), train.inputs[:1], key=jax.random.key(0))
@@ -143,6 +149,7 @@ def init_state(
     params_key, state_key = jax.random.split(key)
     release_programs()
     adapted, held = adapters.adapt(model, rngs, sown_losses, call)
+    adapted = adapters.drawing(adapted) if draws_in_evaluation else adapted
     params, model_state = adapted.init(params_key, sample_inputs) if held is None else held
     adapted = adapters.checked(adapted, params, model_state, sample_inputs)
     optimizer, opt_state = _initialized(optimizer, params)

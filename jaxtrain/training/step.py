@@ -3,19 +3,21 @@
 from __future__ import annotations
 
 import functools
+import zlib
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import optax
-from jaxtyping import Array, Bool, Float, PyTree
+from jaxtyping import Array, Bool, Float, Key, PyTree
 
 from jaxtrain import adapters, parallel
+from jaxtrain._arguments import check_key
 from jaxtrain._compiler import bounded, limit_rows
 from jaxtrain.dataset import Dataset, as_dataset, check_dataset, has_weight, named_arrays
 from jaxtrain.errors import InputError
-from jaxtrain.losses import Loss, at_least_float32
+from jaxtrain.losses import Loss, at_least_float32, further_parameters, name_of
 from jaxtrain.metrics import AccumulatedMetric, Metric
 from jaxtrain.metrics._metric import (
     Mean,
@@ -37,6 +39,8 @@ StepFn = Callable[[Any, Dataset], tuple[Any, dict[str, Any]]]
 MetricItems = tuple[tuple[str, AccumulatedMetric], ...]
 Totals = dict[str, Any]
 """What the metrics have accumulated so far, by name."""
+# Numbers that separate the draws of losses and evaluations from those of the steps.
+_LOSS, _EVALUATION = (zlib.crc32(name) for name in (b"jaxtrain loss", b"jaxtrain evaluation"))
 
 
 class Objective(NamedTuple):
@@ -64,6 +68,41 @@ class Objective(NamedTuple):
         return (*loss, *self.metrics)
 
 
+class Further(NamedTuple):
+    """What a loss or a metric may receive by name besides predictions and targets.
+
+    Attributes:
+      params: the parameters.
+      model_state: the model state after the batch.
+      batch: the batch, which has the inputs.
+      key: returns the key of the batch, or None in an evaluation without one.
+    """
+
+    params: PyTree
+    model_state: PyTree
+    batch: Dataset
+    key: Callable[[], Any]
+
+    def bind(self, function: Loss) -> Loss:
+        """Returns a function of predictions and targets alone; see `jaxtrain.losses.Loss`."""
+        names = further_parameters(function)
+        if not names:
+            return function
+        values = {"params": self.params, "model_state": self.model_state}
+        if "inputs" in names:
+            values["inputs"] = model_inputs(self.batch)
+        if "key" in names:
+            key = self.key()
+            if key is None:
+                raise InputError(
+                    f"{name_of(function)} takes a key, and the evaluation has none; expected one, "
+                    "as in evaluate(..., key=jax.random.key(0))",
+                    argument="key",
+                )
+            values["key"] = jax.random.fold_in(key, _LOSS)
+        return functools.partial(function, **{name: values[name] for name in names})
+
+
 class Auxiliary(NamedTuple):
     """What `gradients` returns besides the loss and its gradients.
 
@@ -87,9 +126,10 @@ def train_step(state: TrainState, batch: Batch, loss_fn: Loss) -> tuple[TrainSta
     Args:
       state: parameters, optimizer state and PRNG key; not modified.
       batch: inputs and targets with leading axis [batch], a `Dataset` or a tuple.
-      loss_fn: per-example loss; its (weighted) mean over the batch is minimized. Pass the same
-        function object each time: a new one, such as a lambda created in the loop, triggers a
-        recompilation.
+      loss_fn: per-example loss `loss(predictions, targets) -> [batch]`; its (weighted) mean over
+        the batch is minimized. Its parameters `params`, `model_state`, `inputs` and `key`, if it
+        has them, receive these by name (see `jt.losses.Loss`). Pass the same function object each
+        time: a new one, such as a lambda created in the loop, triggers a recompilation.
 
     Returns:
       The next state, and {"loss": mean loss before the update}.
@@ -156,9 +196,11 @@ def take_step(
         after = after if totals is None else jax.tree.map(jnp.add, totals, after)
     else:
         assert objective.loss_fn is not None  # checked on the host
+        before = state
         state, loss, aux = update(state, batch, objective.loss_fn, last=last)
         weight = aux.weight
-        after = update_metrics(totals, aux.predictions, batch, objective.metrics)
+        further = Further(before.params, aux.model_state, batch, lambda: _step_key(before))
+        after = update_metrics(totals, aux.predictions, batch, objective.metrics, further)
     if totals is not None and last_step_finite(getattr(state, "opt_state", ())) is not None:
         finite = jnp.isfinite(loss)  # as in `mean_step_loss`
         after = jax.tree.map(functools.partial(jnp.where, finite), after, totals)
@@ -306,16 +348,19 @@ def _check_gradients(grads: PyTree, params: PyTree) -> None:
 def _mean_loss(
     params: PyTree, state: TrainState, batch: Dataset, loss_fn: Loss
 ) -> tuple[Float[Array, ""], Auxiliary]:
+    inputs, key = model_inputs(batch), _step_key(state)
     predictions, model_state, sown = adapters.call_in_training(
-        state.model,
-        params,
-        state.model_state,
-        model_inputs(batch),
-        key=jax.random.fold_in(state.key, state.step),
+        state.model, params, state.model_state, inputs, key=key
     )
+    loss_fn = Further(params, model_state, batch, lambda: key).bind(loss_fn)
     mean, weight = mean_loss(loss_fn, predictions, batch)
     mean = functools.reduce(jnp.add, to_float32(sown), mean)
     return mean, Auxiliary(model_state, predictions, weight)
+
+
+def _step_key(state: TrainState) -> Any:
+    """Returns the key from which the step after a state draws."""
+    return jax.random.fold_in(state.key, state.step)
 
 
 def mean_loss(
@@ -323,7 +368,8 @@ def mean_loss(
 ) -> tuple[Float[Array, ""], Float[Array, ""]]:
     """Returns the (weighted) mean loss of a batch, and the total weight of the batch.
 
-    A loss that is a single `WeightedMean` has a total weight of its own; otherwise the batch has.
+    The weight is that of the mean, if there is one: a loss per token counts each token, and a
+    `WeightedMean` its own weights. A sum of several means has the weight of the batch.
     """
     predictions, weights = to_float32(predictions), None
     if batch.weights is not None:
@@ -341,6 +387,8 @@ def eval_step(
     batch: Batch,
     loss_fn: Loss,
     metric_fns: Mapping[str, Metric] | None = None,
+    *,
+    key: Key[Array, ""] | None = None,
 ) -> Metrics:
     """Returns the mean loss and the metrics of one batch, with the model in evaluation mode.
 
@@ -349,12 +397,14 @@ def eval_step(
       batch: inputs and targets with leading axis [batch], a `Dataset` or a tuple.
       loss_fn: per-example loss.
       metric_fns: metrics by name, such as {"accuracy": metrics.accuracy}.
+      key: PRNG key, for a model or a loss that draws random numbers in evaluation; see `evaluate`.
 
     Returns:
       {"loss": mean loss, and each metric by its name}.
 
     Raises:
-      InputError: `batch` is not a valid batch, or a metric is not one value per example.
+      InputError: `batch` is not a valid batch, a metric is not one value per example, or a key is
+        missing or superfluous.
 
     Example:
       >>> metrics = jt.eval_step(state, batch, loss_fn, {"accuracy": jt.metrics.accuracy})
@@ -362,19 +412,56 @@ def eval_step(
       ['accuracy', 'loss']
     """
     check_state_type(state)
-    batch = _as_batch(batch)
+    batch, objective = _as_batch(batch), make_objective(loss_fn, metric_fns)
+    check_evaluation_key(state, key, objective.evaluated)
     with parallel.mesh_of(state, batch):
-        return _eval_step(state, batch, make_objective(loss_fn, metric_fns))
+        return _eval_step(state, batch, key, objective)
 
 
 @bounded
 @functools.partial(jax.jit, static_argnames="objective")
-def _eval_step(state: TrainState, batch: Dataset, objective: Objective) -> Metrics:
+def _eval_step(
+    state: TrainState, batch: Dataset, key: Key[Array, ""] | None, objective: Objective
+) -> Metrics:
     check_dataset(batch, "batch")
-    totals = parallel.on_auto_axes(
-        functools.partial(evaluate_batch, objective=objective), state, None, batch
-    )
+    evaluated = functools.partial(evaluate_batch, objective=objective)
+    totals = parallel.on_auto_axes(evaluated, state, None, batch, key)
     return finish_metrics(totals, objective.evaluated)
+
+
+def check_evaluation_key(state: TrainState, key: Any, metrics: MetricItems = ()) -> None:
+    """Raises InputError if `key` is not a PRNG key, or an evaluation draws nothing from it.
+
+    A missing key is found where it is needed.
+    """
+    if key is None:
+        return
+    check_key(key)
+    if not _evaluation_draws(state, metrics):
+        raise InputError(
+            f"key is given, but {adapters.name_of_model(state.model)} draws no random numbers in "
+            "evaluation; expected no key, or a state of init_state(..., draws_in_evaluation=True)",
+            argument="key",
+        )
+
+
+def _evaluation_draws(state: TrainState, metrics: MetricItems) -> bool:
+    functions = [metric.function for _, metric in metrics if isinstance(metric, Mean)]
+    return adapters.draws_in_evaluation(state.model) or any(
+        "key" in further_parameters(function) for function in functions
+    )
+
+
+def evaluation_key(state: TrainState, objective: Objective) -> Any:
+    """Returns the key of the evaluations that a run makes at a state; None if they draw nothing."""
+    if not _evaluation_draws(state, objective.evaluated):
+        return None
+    return jax.random.fold_in(jax.random.fold_in(state.key, _EVALUATION), state.step)
+
+
+def batch_key(key: Any, index: Any) -> Any:
+    """Returns the key of a batch of an evaluation, counted from 0; None without a key."""
+    return None if key is None else jax.random.fold_in(key, index)
 
 
 def make_objective(
@@ -430,7 +517,11 @@ def _check_hashable(function: Any, name: str) -> None:
 
 
 def evaluate_batch(
-    state: TrainState, totals: Totals | None, batch: Dataset, objective: Objective
+    state: TrainState,
+    totals: Totals | None,
+    batch: Dataset,
+    key: Key[Array, ""] | None,
+    objective: Objective,
 ) -> Totals:
     """Returns the totals of loss and metrics after a batch, with the model in evaluation mode."""
     devices = parallel.axis_size()
@@ -438,14 +529,22 @@ def evaluate_batch(
     size = devices * limit_rows(-(-len(batch) // devices))
     for start in range(0, len(batch), size):
         part = parallel.divide(batch[start : start + size])
-        predictions = predict_batch(state, model_inputs(part))
-        totals = update_metrics(totals, predictions, part, objective.evaluated)
+        part_key = batch_key(key, start) if start else key
+        predictions, model_state = _call_in_evaluation(state, model_inputs(part), part_key)
+        further = Further(
+            state.evaluation_params, model_state, part, lambda part_key=part_key: part_key
+        )
+        totals = update_metrics(totals, predictions, part, objective.evaluated, further)
     assert totals is not None  # a batch has at least one example
     return totals
 
 
 def update_metrics(
-    totals: Totals | None, predictions: Any, batch: Dataset, metrics: MetricItems
+    totals: Totals | None,
+    predictions: Any,
+    batch: Dataset,
+    metrics: MetricItems,
+    further: Further,
 ) -> Totals:
     """Returns the totals of the metrics after one more batch; None stands for no batch before."""
     predictions, targets = to_float32(predictions), batch.targets
@@ -454,10 +553,12 @@ def update_metrics(
     else:
         weights = as_weights(batch.weights)
         predictions, targets = without_ignored((predictions, targets), weights)
-    return {
-        name: metric.update(None if totals is None else totals[name], predictions, targets, weights)
-        for name, metric in metrics
-    }
+    after = {}
+    for name, metric in metrics:
+        bound = Mean(further.bind(metric.function)) if isinstance(metric, Mean) else metric
+        total = None if totals is None else totals[name]
+        after[name] = bound.update(total, predictions, targets, weights)
+    return after
 
 
 # In `fit` the totals of an epoch are NumPy's, and each operation would be compiled by itself.
@@ -487,11 +588,14 @@ def model_inputs(batch: Dataset) -> PyTree:
     return jax.tree.map(hide, batch.inputs)
 
 
-def predict_batch(state: TrainState, inputs: PyTree) -> Any:
+def predict_batch(state: TrainState, inputs: PyTree, key: Any = None) -> Any:
     """Returns the model's outputs for one batch, in evaluation mode."""
-    return state.model.apply(
-        state.evaluation_params, state.model_state, inputs, train=False, key=None
-    )[0]
+    return _call_in_evaluation(state, inputs, key)[0]
+
+
+def _call_in_evaluation(state: TrainState, inputs: PyTree, key: Any) -> tuple[Any, PyTree]:
+    params, model_state = state.evaluation_params, state.model_state
+    return adapters.call_in_evaluation(state.model, params, model_state, inputs, key=key)
 
 
 def stop_gradients_at_zero_weight(predictions: Any, weights: Array) -> Any:

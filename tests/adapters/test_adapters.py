@@ -29,6 +29,7 @@ from tests.adapters.helpers import (
     init,
     train,
 )
+from tests.checkpoint.helpers import assert_identical
 
 
 class LinenNetwork(nn.Module):
@@ -153,7 +154,7 @@ def test_training_computes_what_the_module_computes(kind, state) -> None:
 def test_evaluation_computes_what_the_module_computes_and_keeps_its_state(kind, fitted) -> None:
     outputs, after = evaluate(fitted[0])
     assert_close(outputs, alone(kind, fitted[0])[0])
-    assert after is fitted[0].model_state
+    assert_identical(after, fitted[0].model_state)
     assert_close(jt.predict(fitted[0], INPUTS[:1]), outputs[:1])  # whatever the other examples
 
 
