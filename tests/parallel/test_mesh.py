@@ -215,6 +215,22 @@ def test_train_epoch_gives_the_numbers_of_one_device(small: Alone, mesh: Mesh, p
     assert_close(losses, expected_losses)
 
 
+def test_a_loss_that_receives_all_parameters_gives_the_numbers_of_one_device(
+    small: Alone, mesh: Mesh
+) -> None:
+    def loss_fn(predictions, targets, *, params, model_state, inputs, key):
+        noise = jax.random.uniform(key, (len(targets),)) + inputs.mean(axis=(1, 2))
+        squares = sum(jnp.sum(leaf**2) for leaf in jax.tree.leaves((params, model_state)))
+        return noise * LOSS(predictions, targets) + 0.01 * squares
+
+    def run(state, train):
+        after, losses = jt.train_epoch(state, train, loss_fn, batch_size=64, key=KEY)
+        return after.params, losses, jt.evaluate(after, train, loss_fn, key=KEY)
+
+    found = run(jt.parallel.replicate(small.start, mesh), jt.parallel.shard(small.train, mesh))
+    assert_close(found, run(small.start, small.train))
+
+
 @pytest.mark.parametrize("size", [32, 13])
 def test_a_step_gives_the_numbers_of_one_device(small: Alone, mesh: Mesh, size: int) -> None:
     batch = small.train[:size]
