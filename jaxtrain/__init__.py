@@ -37,7 +37,13 @@ from jaxtrain.training.batch_stats import update_batch_stats
 from jaxtrain.training.fit import History, Run, fit
 from jaxtrain.training.loop import evaluate, predict, train_epoch
 from jaxtrain.training.run import train
-from jaxtrain.training.state import TrainState, init_state, to_module, with_optimizer
+from jaxtrain.training.state import (
+    TrainState,
+    init_state,
+    set_learning_rate,
+    to_module,
+    with_optimizer,
+)
 from jaxtrain.training.step import apply_gradients, eval_step, gradients, train_step
 
 __version__ = "0.2.0"
@@ -72,6 +78,7 @@ __all__ = [
     "parallel",
     "predict",
     "save",
+    "set_learning_rate",
     "summary",
     "sweep",
     "sweeps",

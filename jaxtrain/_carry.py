@@ -31,9 +31,9 @@ def keep_types(after: PyTree, before: PyTree, what: str, argument: str | None = 
     if jax.tree.structure(after) != structure:
         paths = [{path for path, _ in tree} for tree in (old, new)]
         changed = [path for path, _ in (*new, *old) if (path in paths[0]) != (path in paths[1])]
-        where = f", which differs at {changed[0]}" if changed else ""
+        where = f"differs at {changed[0]}" if changed else "differs in its static parts"
         raise InputError(
-            f"{what} returned a state of another structure{where}; expected that of the state it "
+            f"{what} returned a state of another structure, which {where}; expected that of the state it "
             "is given",
             argument=argument,
         )
@@ -58,7 +58,7 @@ def _keep_type(new: Any, old: Any, path: str, what: str, argument: str | None) -
     if found.shape != wanted.shape or not loses_nothing:
         raise InputError(
             f"{what} returned {path} as {_name(found)}; expected {_name(wanted)}, as in the state "
-            "it is given: start with that type, or cast it in the step",
+            "it is given: start with that type, or cast it",
             argument=argument,
         )
     return lax.convert_element_type(new, wanted.dtype)

@@ -40,7 +40,7 @@ class SweepProgress(NamedTuple):
 class Callback:
     """What `fit` calls as a run proceeds; override the methods that you need.
 
-    A plain function `callback(run) -> bool | None` is an `on_epoch`. An exception from a callback
+    A plain function `callback(run)` is an `on_epoch`. An exception from a callback
     ends the run. With several processes, all of them call their callbacks; the decisions of process
     0 apply to all.
 
@@ -79,12 +79,13 @@ class Callback:
         The arrays of `run.state` are valid during the call only: the next steps reuse their memory.
         """
 
-    def on_epoch(self, run: Run) -> Run | bool | None:
+    def on_epoch(self, run: Run) -> Any:
         """Called after each epoch's evaluation.
 
         Returns:
-          True to end the run, a changed run (`run.replace(...)`) to replace the current one, or
-          None.
+          True to end the run; a changed state, such as `jt.set_learning_rate(run.state, 1e-4)`, or
+          a changed run (`run.replace(...)`), to replace the current one; or None. A changed state
+          has the structure, the shapes and the dtypes of `run.state`.
         """
 
     def on_end(self, run: Run, error: BaseException | None) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Iterable
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Literal
 
 import jax
 import jax.numpy as jnp
@@ -14,7 +14,7 @@ from jaxtrain._arguments import check_integer
 from jaxtrain.callbacks._callback import Callback, check_column, check_number
 from jaxtrain.callbacks.early_stopping import infer_mode
 from jaxtrain.errors import InputError
-from jaxtrain.optimizers._inspect import map_constant_rates
+from jaxtrain.optimizers._inspect import has_settable_rate, map_rates
 from jaxtrain.optimizers._numbers import check_fractions, check_not_negative
 
 if TYPE_CHECKING:
@@ -114,9 +114,7 @@ class ReduceOnPlateau(Callback):
     def on_start(self, run: Run) -> None:
         """Checks the column and the optimizer."""
         check_column(self.column, run.columns, "reduce_on_plateau monitors")
-        rates: list[Any] = []
-        map_constant_rates(rates.append, getattr(run.state, "opt_state", ()))
-        if not rates:
+        if not has_settable_rate(getattr(run.state, "opt_state", ())):
             raise InputError(
                 "reduce_on_plateau finds no learning rate to change in the state of the optimizer, "
                 "such as with a schedule or with optax.adam(1e-3); expected an optimizer of "
@@ -131,7 +129,7 @@ class ReduceOnPlateau(Callback):
         values = [row[self.column] for row in run.rows]
         if not self._is_reduced_after(values):
             return None
-        opt_state = map_constant_rates(self._reduced, run.state.opt_state)
+        opt_state = map_rates(self._reduced, run.state.opt_state)
         return run.replace(state=run.state.replace(opt_state=opt_state))
 
     def _is_reduced_after(self, values: Iterable[float]) -> bool:
@@ -160,5 +158,5 @@ class ReduceOnPlateau(Callback):
         return value > best + self.threshold
 
     def _reduced(self, rate: jax.Array) -> jax.Array:
-        lower = jnp.maximum(rate * self.factor, self.min_lr).astype(rate.dtype)
+        lower = jnp.maximum(rate * self.factor, self.min_lr)
         return jnp.where(rate - lower > self.eps, lower, rate)

@@ -15,7 +15,7 @@ from jaxtrain._safetensors import place
 from jaxtrain.checkpoint import _file
 from jaxtrain.checkpoint._store import list_checkpoints
 from jaxtrain.errors import InputError
-from jaxtrain.optimizers._averaging import restart_average
+from jaxtrain.optimizers._evaluation import restart_evaluation
 
 State = TypeVar("State")
 # How many differences an error names.
@@ -79,7 +79,7 @@ def load_checkpoint(
     if not weights_only:
         return values
     target: Any = state
-    opt_state = restart_average(target.opt_state, values["params"])
+    opt_state = restart_evaluation(target.opt_state, values["params"])
     return target.replace(opt_state=opt_state, **values)
 
 

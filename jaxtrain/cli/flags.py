@@ -20,6 +20,7 @@ from jaxtrain.cli.devices import DeviceName
 from jaxtrain.cli.logs import LogName
 from jaxtrain.errors import InputError
 from jaxtrain.optimizers import Record, clip_gradients, skip_nonfinite
+from jaxtrain.optimizers._arguments import accepting_extra_args
 
 Config = TypeVar("Config", bound=Any)
 OptimizerName = Literal["sgd", "adam", "adamw", "rmsprop", "rprop", "adagrad", "adadelta", "lbfgs"]
@@ -160,7 +161,7 @@ def make_line_optimizer(config: LineFlags) -> optax.GradientTransformation:
 
 def record_line(optimizer: optax.GradientTransformation) -> optax.GradientTransformation:
     """Returns an optimizer that records weight and bias after each step, for the history."""
-    inner = optax.with_extra_args_support(optimizer)
+    inner = accepting_extra_args(optimizer)
 
     def line(params: Any) -> list[Record]:
         names = [name for name in ("weight", "bias") if name in params]

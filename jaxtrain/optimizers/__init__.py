@@ -2,6 +2,7 @@
 
 from jaxtrain.optimizers._accumulation import accumulate_gradients
 from jaxtrain.optimizers._averaging import average_parameters
+from jaxtrain.optimizers._evaluation import evaluate_with
 from jaxtrain.optimizers._inspect import averaged_params
 from jaxtrain.optimizers._minimize import Stop
 from jaxtrain.optimizers._records import Record, record_gradient_norm, records
@@ -36,6 +37,7 @@ __all__ = [
     "averaged_params",
     "clip_gradients",
     "cosine_annealing_lr",
+    "evaluate_with",
     "lbfgs",
     "linear_lr",
     "make",

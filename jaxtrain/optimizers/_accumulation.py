@@ -10,6 +10,7 @@ import optax
 from jaxtyping import Array, Bool, Float, Int, PyTree
 
 from jaxtrain._arguments import check_integer
+from jaxtrain.optimizers._arguments import accepting_extra_args
 
 
 class AccumulationState(NamedTuple):
@@ -63,7 +64,7 @@ def accumulate_gradients(
       >>> state, losses = jt.train_epoch(state, train, loss_fn, batch_size=16)  # one update, of 64
     """
     check_integer(steps, "steps", minimum=1)
-    inner = optax.with_extra_args_support(optimizer)
+    inner = accepting_extra_args(optimizer)
 
     def init(params: PyTree) -> AccumulationState:
         zero = jnp.zeros(())

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import dataclasses
 import functools
 import operator
-from typing import Any, no_type_check
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -13,29 +12,25 @@ import optax
 from jaxtyping import Array, Bool, Int, PyTree
 
 from jaxtrain.optimizers._accumulation import AccumulationState
+from jaxtrain.optimizers._arguments import accepting_extra_args
+from jaxtrain.optimizers._evaluation import evaluate_with, evaluation_params
 from jaxtrain.optimizers._numbers import Number, check_number
 from jaxtrain.optimizers._records import find_nodes
 from jaxtrain.optimizers._safeguards import SkipNonfiniteState
 
 
-# Not type-checked at run time: JAX rebuilds pytrees with placeholders for their leaves.
-@no_type_check
-@jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True)
-class AverageState:
-    """State of `average_parameters`.
+class AverageState(NamedTuple):
+    """State of `average_parameters`, inside that of `evaluate_with`.
 
     Attributes:
       inner: state of the wrapped optimizer.
       average: the average, with the structure of the parameters.
       count: updates of the parameters so far.
-      evaluate: whether evaluation and prediction use the average (static).
     """
 
     inner: PyTree
     average: PyTree
     count: Int[Array, ""]
-    evaluate: bool = dataclasses.field(metadata={"static": True})
 
 
 def average_parameters(
@@ -72,11 +67,11 @@ def average_parameters(
       >>> params = jt.optimizers.averaged_params(state.opt_state)
     """
     check_number("decay", decay, lambda number: 0 <= number <= 1, "from 0 to 1")
-    inner = optax.with_extra_args_support(optimizer)
+    inner = accepting_extra_args(optimizer)
 
     def init(params: PyTree) -> AverageState:
         average = jax.tree.map(jnp.asarray, params)
-        return AverageState(inner.init(params), average, jnp.zeros((), jnp.int32), evaluate)
+        return AverageState(inner.init(params), average, jnp.zeros((), jnp.int32))
 
     def update(
         updates: PyTree, state: AverageState, params: PyTree | None = None, **extra_args: Any
@@ -91,9 +86,25 @@ def average_parameters(
             return jnp.where(updated, jnp.where(first, new, moved), average)
 
         average = jax.tree.map(move, state.average, optax.apply_updates(params, updates))
-        return updates, AverageState(inner_state, average, state.count + updated, evaluate)
+        return updates, AverageState(inner_state, average, state.count + updated)
 
-    return optax.GradientTransformationExtraArgs(init, update)
+    return evaluate_with(
+        optax.GradientTransformationExtraArgs(init, update),
+        _average if evaluate else _inner_params,
+        restart_fn=_restart,
+    )
+
+
+def _average(state: AverageState, params: PyTree) -> PyTree:
+    return state.average
+
+
+def _inner_params(state: AverageState, params: PyTree) -> PyTree:
+    return evaluation_params(state.inner, params)
+
+
+def _restart(state: AverageState, params: PyTree) -> AverageState:
+    return state._replace(average=params, count=jnp.zeros_like(state.count))
 
 
 def has_updated(opt_state: PyTree) -> Bool[Array, ""] | bool:
@@ -108,19 +119,3 @@ def has_updated(opt_state: PyTree) -> Bool[Array, ""] | bool:
     flags = flags or [node.finite for node in find_nodes(opt_state, SkipNonfiniteState)]
     flags += [node.mini_step == 0 for node in find_nodes(opt_state, optax.MultiStepsState)]
     return functools.reduce(operator.and_, flags, True)
-
-
-def restart_average(opt_state: PyTree, params: PyTree) -> PyTree:
-    """Returns an optimizer state whose average of the parameters starts anew, with `params`.
-
-    Args:
-      opt_state: `state.opt_state`; without `average_parameters`, it is returned unchanged.
-      params: where the average starts.
-    """
-
-    def restart(node: Any) -> Any:
-        if not isinstance(node, AverageState):
-            return node
-        return dataclasses.replace(node, average=params, count=jnp.zeros_like(node.count))
-
-    return jax.tree.map(restart, opt_state, is_leaf=lambda node: isinstance(node, AverageState))

@@ -14,7 +14,9 @@ from jaxtyping import Array, Bool, Float, Int, PyTree
 from jaxtrain.errors import InputError
 from jaxtrain.optimizers._accumulation import AccumulationState
 from jaxtrain.optimizers._averaging import AverageState
+from jaxtrain.optimizers._evaluation import check_evaluation
 from jaxtrain.optimizers._records import (
+    INJECTED,
     LINE_SEARCHES,
     children,
     find_nodes,
@@ -24,6 +26,7 @@ from jaxtrain.optimizers._records import (
     records,
 )
 from jaxtrain.optimizers._safeguards import SkipNonfiniteState
+from jaxtrain.optimizers._schedules import RateState
 from jaxtrain.optimizers._transforms import ClippingState
 
 
@@ -37,24 +40,62 @@ def current_learning_rate(opt_state: Any) -> Float[Array, "..."] | None:
     return None if record is None else record.value
 
 
-def map_constant_rates(function: Callable[[Array], Any], opt_state: Any) -> Any:
-    """Returns an optimizer state with a function applied to each learning rate that is a number.
+def map_rates(function: Callable[[Array], Any], opt_state: Any, *, schedules: bool = False) -> Any:
+    """Returns an optimizer state with a function applied to each learning rate that can change.
 
-    Those are the rates of this package's optimizers and of `optax.inject_hyperparams`, unless they
-    follow a schedule.
+    Those are the rates of this package's optimizers and of `optax.inject_hyperparams`.
 
     Args:
       function: of a rate, a scalar.
       opt_state: `state.opt_state`.
+      schedules: whether a rate that follows a schedule of this package's optimizers can change, and
+        is a constant from then on; otherwise it stays.
+
+    Raises:
+      InputError: a rate is an integer.
     """
 
     def change(node: Any) -> Any:
-        rate = injected_rate(node)
-        if rate is None or "learning_rate" in getattr(node, "hyperparams_states", ()):
+        if not _is_settable(node, schedules):
             return node
-        return node._replace(hyperparams={**node.hyperparams, "learning_rate": function(rate)})
+        rate = node.hyperparams["learning_rate"]
+        if not jnp.issubdtype(rate.dtype, jnp.inexact):
+            raise InputError(
+                f"the learning rate in the state of the optimizer is of {rate.dtype}; expected a "
+                "float, such as 1.0 in place of 1, where the optimizer is built",
+                argument="optimizer",
+            )
+        new = jnp.asarray(function(rate), rate.dtype)
+        node = node._replace(hyperparams={**node.hyperparams, "learning_rate": new})
+        schedule = _schedule_state(node)
+        if schedule is None:
+            return node
+        fixed = RateState(schedule.count, jnp.ones_like(schedule.is_fixed), new)
+        states = {**node.hyperparams_states, "learning_rate": fixed}
+        return node._replace(hyperparams_states=states)
 
     return jax.tree.map(change, opt_state, is_leaf=lambda node: injected_rate(node) is not None)
+
+
+def has_settable_rate(opt_state: Any, *, schedules: bool = False) -> bool:
+    """Returns whether `map_rates` changes a rate, and of `optax.partition` that of each group."""
+    groups = find_nodes(opt_state, optax.transforms.PartitionState)
+    parts = [part.inner_state for group in groups for part in group.inner_states.values()]
+    trained = [part for part in parts if part != optax.EmptyState()]  # not optax.set_to_zero
+    if trained:
+        return all(has_settable_rate(part, schedules=schedules) for part in trained)
+    return any(_is_settable(node, schedules) for node in find_nodes(opt_state, *INJECTED))
+
+
+def _is_settable(node: Any, schedules: bool) -> bool:
+    if injected_rate(node) is None:
+        return False
+    schedule = _schedule_state(node)
+    return schedule is None or (schedules and isinstance(schedule, RateState))
+
+
+def _schedule_state(node: Any) -> Any:
+    return getattr(node, "hyperparams_states", {}).get("learning_rate")
 
 
 def has_line_search(opt_state: Any) -> bool:
@@ -122,17 +163,6 @@ def averaged_params(opt_state: Any) -> PyTree | None:
     return states[0].average if states else None
 
 
-def evaluation_params(opt_state: Any, params: PyTree) -> PyTree:
-    """Returns the parameters that evaluation uses: the average if the optimizer asks for it.
-
-    Args:
-      opt_state: `state.opt_state`.
-      params: `state.params`, returned if the optimizer keeps no average or `evaluate` is False.
-    """
-    states = [state for state in find_nodes(opt_state, AverageState) if state.evaluate]
-    return states[0].average if states else params
-
-
 def check_order(opt_state: Any, params: PyTree) -> None:
     """Raises InputError if wrappers of an optimizer are in an order in which they do not work.
 
@@ -148,6 +178,7 @@ def check_order(opt_state: Any, params: PyTree) -> None:
                 "complete optimizer: average_parameters(optax.partition(...))",
                 argument="optimizer",
             )
+    check_evaluation(opt_state, params)
     _check_order(opt_state, skips=False, accumulates=False)
 
 
@@ -170,6 +201,9 @@ def _check_order(node: Any, skips: bool, accumulates: bool) -> None:
         elif find_nodes(before, AverageState):
             inner = "another transformation of an optax.chain follows average_parameters"
             expected = "average_parameters(optax.chain(...))"
+        elif find_nodes(before, optax.contrib.ScheduleFreeState):
+            inner = "another transformation of an optax.chain follows schedule_free"
+            expected = "optax.contrib.schedule_free(optax.chain(...), learning_rate)"
         elif skips and find_nodes(before, AccumulationState):
             inner = (
                 "another transformation of an optax.chain follows accumulate_gradients inside "

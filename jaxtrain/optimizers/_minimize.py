@@ -14,6 +14,7 @@ from jaxtyping import Array, Float, Int, PyTree
 
 from jaxtrain._arguments import check_integer
 from jaxtrain._carry import keep_types
+from jaxtrain.optimizers._arguments import accepting_extra_args
 from jaxtrain.optimizers._inspect import has_line_search
 
 
@@ -128,7 +129,7 @@ def minimize(
     check_integer(max_steps, "max_steps", minimum=0, maximum=2**31 - 2)
     searches = has_line_search(jax.eval_shape(optimizer.init, params))
     evaluate = jax.value_and_grad(loss_fn)
-    update = optax.with_extra_args_support(optimizer).update
+    update = accepting_extra_args(optimizer).update
 
     def stop(point: _Point) -> Array:
         """Returns the first reason to stop that applies, or -1."""

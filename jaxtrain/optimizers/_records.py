@@ -11,9 +11,10 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import Array, PyTree
 
+from jaxtrain.optimizers._arguments import accepting_extra_args
 from jaxtrain.optimizers._transforms import global_norm
 
-_INJECTED = (optax.InjectHyperparamsState, optax.InjectStatefulHyperparamsState)
+INJECTED = (optax.InjectHyperparamsState, optax.InjectStatefulHyperparamsState)
 _Plateau = optax.contrib.ReduceLROnPlateauState
 LINE_SEARCHES = (optax.ScaleByZoomLinesearchState, optax.ScaleByBacktrackingLinesearchState)
 
@@ -129,7 +130,7 @@ def record_gradient_norm(
       >>> jt.optimizers.records(opt_state)["gradient_norm"].value
       Array(5., dtype=float32)
     """
-    inner = optax.with_extra_args_support(optimizer)
+    inner = accepting_extra_args(optimizer)
 
     def init(params: PyTree) -> GradientNormState:
         dtype = jax.eval_shape(global_norm, params).dtype
@@ -171,7 +172,7 @@ def is_transformation(node: Any) -> bool:
 
 def injected_rate(node: Any) -> Array | None:
     """Returns the learning rate in a state of `optax.inject_hyperparams`, or None."""
-    return node.hyperparams.get("learning_rate") if isinstance(node, _INJECTED) else None
+    return node.hyperparams.get("learning_rate") if isinstance(node, INJECTED) else None
 
 
 def _largest(first: Record, second: Record) -> Record:

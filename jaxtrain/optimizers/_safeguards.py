@@ -14,6 +14,7 @@ from jaxtyping import Array, Bool, PyTree
 
 from jaxtrain.errors import InputError
 from jaxtrain.optimizers._accumulation import AccumulationState, without_batches
+from jaxtrain.optimizers._arguments import accepting_extra_args
 from jaxtrain.optimizers._numbers import Number, check_number
 from jaxtrain.optimizers._records import Record, find_nodes
 from jaxtrain.optimizers._transforms import clip_by_global_norm
@@ -47,7 +48,7 @@ def clip_gradients(
         lambda number: 0 < number < math.inf,
         "finite and positive",
     )
-    return optax.chain(clip_by_global_norm(max_gradient_norm), optimizer)
+    return optax.chain(clip_by_global_norm(max_gradient_norm), accepting_extra_args(optimizer))
 
 
 class SkipNonfiniteState(NamedTuple):
@@ -104,7 +105,7 @@ def skip_nonfinite(
             f"optimizer is {optimizer!r}; expected an optax transformation, such as "
             "jaxtrain.optimizers.sgd(0.01)"
         )
-    inner = optax.with_extra_args_support(optimizer)
+    inner = accepting_extra_args(optimizer)
 
     def init(params: PyTree) -> SkipNonfiniteState:
         skipped = Record("skipped_steps", jnp.zeros((), jnp.int32), counts=True)

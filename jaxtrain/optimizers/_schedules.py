@@ -3,14 +3,50 @@
 from __future__ import annotations
 
 import math
+from typing import Any, NamedTuple
 
 import jax.numpy as jnp
 import optax
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Bool, Float, Int
 
 from jaxtrain._arguments import check_integer
 from jaxtrain.errors import InputError
 from jaxtrain.optimizers._numbers import Number, check_learning_rate, check_not_negative
+
+
+class RateState(NamedTuple):
+    """State of a `SettableSchedule`.
+
+    Attributes:
+      count: updates so far.
+      is_fixed: whether the rate is `rate`, rather than that of the schedule.
+      rate: the rate that was set.
+    """
+
+    count: Int[Array, ""]
+    is_fixed: Bool[Array, ""]
+    rate: Float[Array, ""]
+
+
+class SettableSchedule:
+    """A schedule for `optax.inject_hyperparams` that `set_learning_rate` replaces by a constant."""
+
+    def __init__(self, schedule: optax.Schedule) -> None:
+        self.schedule = schedule
+
+    def init(self) -> RateState:
+        """Returns the state before the first update."""
+        rate = jnp.zeros((), jnp.result_type(float))
+        return RateState(jnp.zeros((), jnp.int32), jnp.zeros((), bool), rate)
+
+    def update(self, state: RateState, **_: Any) -> RateState:
+        """Returns the state after an update."""
+        return state._replace(count=optax.safe_increment(state.count))
+
+    def __call__(self, state: RateState, **_: Any) -> Float[Array, ""]:
+        """Returns the rate of the next update."""
+        rate = jnp.asarray(self.schedule(state.count))
+        return jnp.where(state.is_fixed, state.rate.astype(rate.dtype), rate)
 
 
 def step_lr(

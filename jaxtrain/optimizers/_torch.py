@@ -11,6 +11,7 @@ import inspect
 from collections.abc import Callable
 from typing import Any
 
+import jax.numpy as jnp
 import optax
 from jaxtyping import Array, Float, Int
 
@@ -24,6 +25,7 @@ from jaxtrain.optimizers._numbers import (
     check_not_negative,
     is_used,
 )
+from jaxtrain.optimizers._schedules import SettableSchedule
 from jaxtrain.optimizers._transforms import (
     damped_trace,
     scale_by_amsgrad,
@@ -400,4 +402,8 @@ def _l2(weight_decay: Number) -> list[optax.GradientTransformation]:
 
 def _scale_by_learning_rate(learning_rate: LearningRate) -> optax.GradientTransformation:
     scale = optax.inject_hyperparams(optax.scale_by_learning_rate, static_args="flip_sign")
-    return scale(learning_rate)
+    if callable(learning_rate):
+        return scale(SettableSchedule(learning_rate))
+    # A rate of 1 is a float as well, since the state keeps its dtype when another one is set.
+    is_integer = jnp.issubdtype(jnp.result_type(learning_rate), jnp.integer)
+    return scale(learning_rate * 1.0 if is_integer else learning_rate)

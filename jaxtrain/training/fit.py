@@ -18,6 +18,7 @@ from jaxtyping import Array, Key
 
 from jaxtrain import parallel
 from jaxtrain._arguments import check_integer
+from jaxtrain._carry import keep_types
 from jaxtrain._compile_time import CompileTime
 from jaxtrain._device_memory import memory_advice
 from jaxtrain._json import rounded
@@ -230,7 +231,7 @@ def fit(
         stored order.
       validation: evaluated after each epoch, for early stopping.
       callbacks: what `jt.callbacks` has, your own `Callback`, or functions `callback(run)`, called
-        after each epoch; returning True ends the run. None shows progress in a
+        after each epoch, that may return True to end the run, or a changed state. None shows progress in a
         terminal or a notebook, and nothing elsewhere; [] is silent.
       mesh: devices with an axis "data", over which each batch is divided. State and data are
         copied to every device, unless `jt.parallel` has sharded them. None means the mesh of
@@ -468,15 +469,14 @@ def _agreed(run: Run) -> Run:
 
 
 def _replaced(run: Run, result: Any) -> Run:
-    """Applies the return value of `on_epoch`: a changed run, or True to end the run."""
-    if isinstance(result, Run):
-        return result
-    if isinstance(result, type(run.state)):
-        raise InputError(
-            f"a callback returned a {type(result).__name__}; expected None, True to end the run, "
-            "or a changed run: run.replace(state=...)",
-            argument="callbacks",
-        )
+    """Applies what `on_epoch` returned: a changed state or run, or True to end the run."""
+    changed = result if isinstance(result, Run) else run
+    state = result if isinstance(result, type(run.state)) else changed.state
+    if state is not run.state:
+        state = keep_types(state, run.state, "a callback", "callbacks")
+        return changed.replace(state=jax.tree.map(jnp.asarray, state))
+    if changed is not run:
+        return changed
     ends = np.ndim(result) == 0 and np.asarray(result).dtype == bool and bool(result)
     return run.replace(is_over=run.is_over or ends)
 

@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from jaxtyping import Array, Int, Key, PyTree
+from jaxtyping import Array, Float, Int, Key, PyTree
 
 from jaxtrain import adapters
 from jaxtrain._arguments import check_key
@@ -18,9 +18,14 @@ from jaxtrain._compiler import release_programs
 from jaxtrain.dataset import Dataset, check_array, named_arrays
 from jaxtrain.errors import InputError
 from jaxtrain.model import Model
-from jaxtrain.optimizers._averaging import restart_average
+from jaxtrain.optimizers._evaluation import (
+    adapt_lookahead,
+    evaluation_params,
+    restart_evaluation,
+)
 from jaxtrain.optimizers._hoist import hoist_tracers
-from jaxtrain.optimizers._inspect import check_order, evaluation_params
+from jaxtrain.optimizers._inspect import check_order, has_settable_rate, map_rates
+from jaxtrain.optimizers._numbers import check_not_negative
 from jaxtrain.optimizers._records import records
 
 
@@ -64,18 +69,19 @@ class TrainState:
     def evaluation_params(self) -> PyTree:
         """The parameters that are evaluated, saved and exported.
 
-        The average, if the optimizer keeps one (`average_parameters`), else `params`.
+        The average, if the optimizer keeps one (`average_parameters`); those of `evaluate_with`,
+        `optax.lookahead` or `optax.contrib.schedule_free`; else `params`.
         """
         return evaluation_params(self.opt_state, self.params)
 
     def replace(self, **changes: Any) -> TrainState:
         """Returns a copy with some fields replaced.
 
-        With new `params`, an average of the parameters starts anew with them, unless `opt_state` is
-        replaced too.
+        With new `params`, an average of the parameters starts anew with them, as do other
+        `evaluation_params`, unless `opt_state` is replaced too.
         """
         if "params" in changes and "opt_state" not in changes:
-            changes["opt_state"] = restart_average(self.opt_state, changes["params"])
+            changes["opt_state"] = restart_evaluation(self.opt_state, changes["params"])
         return dataclasses.replace(self, **changes)
 
     def __repr__(self) -> str:
@@ -186,6 +192,62 @@ def with_optimizer(state: TrainState, optimizer: optax.GradientTransformation) -
     return state.replace(optimizer=optimizer, opt_state=opt_state)
 
 
+def set_learning_rate(state: TrainState, learning_rate: float | Float[Array, ""]) -> TrainState:
+    """Returns the state with another learning rate, and everything else that the optimizer keeps.
+
+    The next steps use the rate, so moments and averages continue, as after
+    `group["lr"] = learning_rate` in PyTorch. A schedule ends: the rate is constant from then on.
+    All groups of `optax.partition` get the rate. No program is compiled again, and the function
+    works under `jit` and `vmap`.
+
+    The optimizers of `jt.optimizers` keep their rate in the state, except Rprop, which has a step
+    size per parameter, and L-BFGS; so does `optax.inject_hyperparams` with a number. For others,
+    and for another schedule, `state.replace(optimizer=optax.adam(schedule))` takes an optimizer
+    whose state has the same structure.
+
+    Args:
+      state: where to start.
+      learning_rate: the rate from the next step on, a scalar.
+
+    Raises:
+      InputError: the rate is not a number, negative or not finite, or the state has no rate that
+        can be set.
+
+    Example:
+      >>> state, losses = jt.train_epoch(state, train, loss_fn)
+      >>> state = jt.set_learning_rate(state, 1e-4)
+      >>> jt.optimizers.records(state.opt_state)["learning_rate"].value
+      Array(0.0001, dtype=float32)
+      >>> def lower(run):  # after each epoch of fit
+      ...     return jt.set_learning_rate(run.state, 0.1 / run.epoch)
+      >>> state, history = jt.fit(state, train, loss_fn=loss_fn, epochs=2, callbacks=[lower])
+    """
+    check_state_type(state)
+    if callable(learning_rate):
+        raise InputError(
+            "learning_rate is a function; expected a number: for another schedule, use "
+            "state.replace(optimizer=...) with an optimizer of the same kind",
+            argument="learning_rate",
+        )
+    check_not_negative(learning_rate=learning_rate)
+    if jnp.ndim(learning_rate):
+        raise InputError(
+            f"learning_rate has the shape {jnp.shape(learning_rate)}; expected a scalar: use "
+            "jax.vmap for several states",
+            argument="learning_rate",
+        )
+    if not has_settable_rate(state.opt_state, schedules=True):
+        raise InputError(
+            "the state of the optimizer has no learning rate to set in each group of parameters, "
+            "such as that of optax.adam(1e-3); expected an optimizer of jaxtrain.optimizers other "
+            "than rprop and lbfgs, or one of optax.inject_hyperparams with a number: or use "
+            "state.replace(optimizer=optax.adam(1e-4)), which keeps the state",
+            argument="state",
+        )
+    opt_state = map_rates(lambda rate: learning_rate, state.opt_state, schedules=True)
+    return state.replace(opt_state=opt_state)
+
+
 def to_module(state: TrainState) -> Any:
     """Returns the trained NNX or Equinox module, with averaged parameters if evaluation uses them.
 
@@ -278,7 +340,7 @@ def _initialized(optimizer: Any, params: PyTree) -> tuple[optax.GradientTransfor
             f"optimizer is {optimizer!r}; expected an optax transformation, such as "
             "jaxtrain.optimizers.sgd(0.01)"
         )
-    optimizer, opt_state = hoist_tracers(optimizer, params)
+    optimizer, opt_state = adapt_lookahead(*hoist_tracers(optimizer, params), params)
     check_order(opt_state, params)
     return optimizer, opt_state
 

@@ -28,6 +28,7 @@ from jaxtrain.metrics._metric import (
     sum_of_means,
     without_ignored,
 )
+from jaxtrain.optimizers._arguments import accepting_extra_args
 from jaxtrain.optimizers._inspect import has_accumulation, last_step_finite
 from jaxtrain.training.state import TrainState, check_state_type
 
@@ -300,7 +301,7 @@ def apply_gradients(
       >>> (loss, aux), grads = jt.gradients(state, batch, loss_fn)
       >>> state = jt.apply_gradients(state, grads, model_state=aux.model_state)
     """
-    _check_gradients(grads, state.params)
+    _check_like_params("grads", grads, state.params)
     if model_state is None:
         if jax.tree.leaves(state.model_state):
             raise InputError(
@@ -312,9 +313,10 @@ def apply_gradients(
     skips = last_step_finite(state.opt_state) is not None  # the optimizer has `skip_nonfinite`
     if skips:
         extra_args["model_states"] = (state.model_state, model_state)
-    updates, opt_state = optax.with_extra_args_support(state.optimizer).update(
+    updates, opt_state = accepting_extra_args(state.optimizer).update(
         grads, state.opt_state, state.params, **extra_args
     )
+    _check_like_params("the optimizer's updates", updates, state.params)
     if skips:
         model_state = jax.tree.map(
             functools.partial(jnp.where, last_step_finite(opt_state)),
@@ -330,14 +332,14 @@ def apply_gradients(
     )
 
 
-def _check_gradients(grads: PyTree, params: PyTree) -> None:
+def _check_like_params(name: str, tree: PyTree, params: PyTree) -> None:
     ours: Any = jax.tree.structure(params)
-    theirs: Any = jax.tree.structure(grads)
+    theirs: Any = jax.tree.structure(tree)
     if ours != theirs:
-        raise InputError(f"grads has the structure {theirs}; expected that of state.params, {ours}")
-    for (path, grad), param in zip(
-        named_arrays(grads, "grads"), jax.tree.leaves(params), strict=True
-    ):
+        raise InputError(
+            f"{name} has the structure {theirs}; expected that of state.params, {ours}"
+        )
+    for (path, grad), param in zip(named_arrays(tree, name), jax.tree.leaves(params), strict=True):
         if jnp.shape(grad) != jnp.shape(param):
             raise InputError(
                 f"{path} has the shape {jnp.shape(grad)}; expected that of the parameter, "
