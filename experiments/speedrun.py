@@ -52,7 +52,7 @@ class ConvNet(nn.Module):
         x = (images[..., None].astype(jnp.float32) / 255 - MEAN) / STD
         x = nn.relu(_conv(16, size=5, channels=1, stride=2)(x))
         x = nn.relu(nn.max_pool(_conv(32, size=3, channels=16)(x), (2, 2), (2, 2)))
-        x = nn.relu(jt.models.Linear(64)(x.reshape(len(x), -1)))
+        x = nn.relu(jt.models.Linear(64)(x.reshape(x.shape[0], -1)))
         return jt.models.Linear(10)(x)
 
 

@@ -33,8 +33,8 @@ def keep_types(after: PyTree, before: PyTree, what: str, argument: str | None = 
         changed = [path for path, _ in (*new, *old) if (path in paths[0]) != (path in paths[1])]
         where = f"differs at {changed[0]}" if changed else "differs in its static parts"
         raise InputError(
-            f"{what} returned a state of another structure, which {where}; expected that of the state it "
-            "is given",
+            f"{what} returned a state of another structure, which {where}; expected that of the "
+            "state it is given",
             argument=argument,
         )
     return jax.tree.unflatten(

@@ -26,7 +26,7 @@ class MissingExtraError(InputError, ImportError):
     def __init__(self, package: str, extra: str) -> None:
         super().__init__(
             f"the package {package} is not installed; install it with "
-            f"pip install 'jaxtrain[{extra}]'"
+            f"pip install '.[{extra}]' in a clone, or pip install 'jaxtrain[{extra}]'"
         )
 
 

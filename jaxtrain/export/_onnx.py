@@ -27,9 +27,9 @@ from jaxtrain._extras import needs_extra
 from jaxtrain._files import write_atomically
 from jaxtrain.errors import InputError
 from jaxtrain.export._prediction import (
-    export_error,
     prediction_function,
     symbolic_inputs,
+    trace_any_number,
 )
 from jaxtrain.training.state import TrainState
 
@@ -87,15 +87,12 @@ def onnx(
     with needs_extra("onnx"), _quiet(), _restored():
         import onnxruntime
         from jax2onnx import to_onnx
-    try:
-        with parallel.without_mesh():
-            # Traced here, since some of the functions by which jax2onnx replaces those of Flax do
-            # not take all arguments.
-            closed = jax.make_jaxpr(predict)(specs)
-    except InputError:
-        raise
-    except Exception as error:  # models raise different types
-        raise export_error(specs, error) from error
+    with parallel.without_mesh():
+        # Traced here, since some of the functions by which jax2onnx replaces those of Flax do not
+        # take all arguments.
+        closed = trace_any_number(
+            lambda function: jax.make_jaxpr(function)(specs), predict, specs, inputs
+        )
     _check_names(output_names, "output_names", len(closed.out_avals))
 
     # Without operations whose results are not used, such as the random initial carry of an LSTM.

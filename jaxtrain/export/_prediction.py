@@ -89,7 +89,57 @@ def symbolic_inputs(inputs: PyTree, name: str) -> PyTree:
     )
 
 
-def export_error(inputs: PyTree, error: Exception) -> InputError:
+def trace_any_number(
+    trace: Callable[[Callable[[PyTree], Any]], Any],
+    predict: Callable[[PyTree], Any],
+    specs: PyTree,
+    inputs: PyTree,
+) -> Any:
+    """Traces a prediction for a symbolic number of examples.
+
+    A model that needs their number as an integer, by `len(x)` for example, is traced for one
+    example, and mapped over the others.
+
+    Args:
+      trace: traces a function of inputs with the shapes of `specs`.
+      predict: the function of a batch.
+      specs: what `symbolic_inputs` returned.
+      inputs: the arrays that it was given.
+
+    Raises:
+      InputError: the function cannot be traced, or what it predicts for an example depends on the
+        others of the batch.
+    """
+    try:
+        return trace(predict)
+    except InputError:
+        raise
+    except Exception as error:  # models raise different types
+        failure = error
+
+    def of_one(example: PyTree) -> Any:
+        outputs = predict(jax.tree.map(lambda leaf: leaf[None], example))
+        return jax.tree.map(lambda leaf: leaf[0], outputs)
+
+    mapped = jax.vmap(of_one)
+    try:
+        result = trace(mapped)
+    except Exception:
+        raise _export_error(specs, failure) from failure
+    # Two examples that differ, since one may be all there is.
+    pair = jax.tree.map(
+        lambda leaf, spec: np.stack([leaf[0], np.zeros_like(leaf[0])]).astype(spec.dtype),
+        jax.tree.map(np.asarray, inputs),
+        specs,
+    )
+    found, expected = (jax.tree.leaves(jax.jit(each)(pair)) for each in (mapped, predict))
+    for ours, theirs in zip(found, expected, strict=True):
+        if not np.allclose(ours, theirs, rtol=1e-2, atol=1e-3, equal_nan=True):
+            raise _export_error(specs, failure, " whose prediction does not depend on the others")
+    return result
+
+
+def _export_error(inputs: PyTree, error: Exception, which: str = "") -> InputError:
     """Returns the error for a model that cannot be traced for symbolic inputs."""
     shapes = ", ".join(
         f"{path} has {describe_array(leaf)}" for path, leaf in named_arrays(inputs, "inputs")
@@ -97,5 +147,5 @@ def export_error(inputs: PyTree, error: Exception) -> InputError:
     reason = (str(error).splitlines() or [type(error).__name__])[0]
     return InputError(
         f"the model cannot be exported ({shapes}): {reason}; expected inputs as of init_state, and "
-        "a model that takes any number of examples"
+        f"a model that takes any number of examples{which}: x.shape[0] in place of len(x)"
     )

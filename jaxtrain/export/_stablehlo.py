@@ -20,9 +20,9 @@ from jaxtrain.dataset import check_inputs, describe_array, named_arrays
 from jaxtrain.errors import InputError
 from jaxtrain.export._files import read_file
 from jaxtrain.export._prediction import (
-    export_error,
     prediction_function,
     symbolic_inputs,
+    trace_any_number,
 )
 from jaxtrain.training.state import TrainState
 
@@ -83,14 +83,13 @@ def stablehlo(
     file = checked_path(path, "path")
     predict = prediction_function(state, preprocess, postprocess)
     specs = symbolic_inputs(inputs, "batch")
-    try:
-        with parallel.without_mesh():
-            exported = export.export(jax.jit(predict), platforms=platforms)(specs)
-        content = bytes(exported.serialize())
-    except InputError:
-        raise
-    except Exception as error:  # models raise different types
-        raise export_error(specs, error) from error
+
+    def trace(function: Callable[[PyTree], Any]) -> tuple[export.Exported, bytes]:
+        exported = export.export(jax.jit(function), platforms=platforms)(specs)
+        return exported, bytes(exported.serialize())
+
+    with parallel.without_mesh():
+        exported, content = trace_any_number(trace, predict, specs, inputs)
     examples = exported.in_avals[0].shape[0]
     for aval in exported.out_avals:
         if aval.shape[:1] != (examples,):

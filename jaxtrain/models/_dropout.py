@@ -74,7 +74,7 @@ class Dropout(nn.Module):
       >>> class Network(nn.Module):
       ...     @nn.compact
       ...     def __call__(self, images, train: bool):
-      ...         x = nn.relu(nn.Dense(8)(images.reshape(len(images), -1)))
+      ...         x = nn.relu(nn.Dense(8)(images.reshape(images.shape[0], -1)))
       ...         return nn.Dense(10)(jt.models.Dropout(0.2)(x, train))
       >>> state = jt.init_state(Network(), optimizer, train.inputs[:1], key=key)
     """

@@ -231,8 +231,8 @@ def fit(
         stored order.
       validation: evaluated after each epoch, for early stopping.
       callbacks: what `jt.callbacks` has, your own `Callback`, or functions `callback(run)`, called
-        after each epoch, that may return True to end the run, or a changed state. None shows progress in a
-        terminal or a notebook, and nothing elsewhere; [] is silent.
+        after each epoch, that return True to end the run, a changed state, or None. Without
+        `callbacks`, progress is shown in a terminal or a notebook; [] is silent.
       mesh: devices with an axis "data", over which each batch is divided. State and data are
         copied to every device, unless `jt.parallel` has sharded them. None means the mesh of
         `jax.set_mesh` or of the data, if there is one.

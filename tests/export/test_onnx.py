@@ -52,7 +52,20 @@ class Recurrent(nn.Module):
         return nn.Dense(10)(nn.RNN(nn.LSTMCell(5))(images.astype(jnp.float32) / 255)[:, -1])
 
 
-MODELS = {"T2": jt.models.FeedForward(), "CNN": Convolutions(), "LSTM": Recurrent()}
+class Counting(nn.Module):
+    """Needs the number of examples as an integer, which is symbolic in an export."""
+
+    @nn.compact
+    def __call__(self, images):
+        return nn.Dense(10)(images.reshape(len(images), -1) / 255)
+
+
+MODELS = {
+    "T2": jt.models.FeedForward(),
+    "CNN": Convolutions(),
+    "LSTM": Recurrent(),
+    "len": Counting(),
+}
 
 
 @pytest.mark.parametrize("model", MODELS.values(), ids=MODELS)

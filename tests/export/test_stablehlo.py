@@ -161,6 +161,23 @@ def test_processing_before_and_after_the_model_is_in_the_file(tmp_path: Path) ->
     np.testing.assert_array_equal(found["label"], jnp.argmax(logits, -1))
 
 
+def test_a_model_that_counts_its_examples_is_mapped_over_them(state, tmp_path: Path) -> None:
+    """`len` of a symbolic number of examples is an error in JAX."""
+
+    def normalized(logits):
+        return jax.nn.softmax(logits.reshape(len(logits), -1))
+
+    jt.export.stablehlo(state, tmp_path / "m", IMAGES[:1], postprocess=normalized)
+    found = jt.export.load_stablehlo(tmp_path / "m")(IMAGES[:9])
+    np.testing.assert_allclose(found, normalized(jt.predict(state, IMAGES[:9])), atol=1e-6)
+
+    def centered(logits):  # depends on the other examples
+        return logits - logits.sum(axis=0, keepdims=True) / len(logits)
+
+    with pytest.raises(jt.errors.InputError, match=r"does not depend on the others: x\.shape"):
+        jt.export.stablehlo(state, tmp_path / "other", IMAGES[:1], postprocess=centered)
+
+
 def test_a_state_on_a_mesh_gives_the_same_file(state, tmp_path: Path) -> None:
     mesh = jax.make_mesh((8,), ("data",))
     jt.export.stablehlo(state, tmp_path / "one", IMAGES[:1])
