@@ -11,10 +11,8 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 import jaxtrain as jt
-from benchmarks import cases, environment, report, speedrun, suites
+from benchmarks import cases, environment, problem, report, speedrun, suites
 from benchmarks.figures import epoch_ratios
 from benchmarks.peers import PEERS
 
@@ -47,7 +45,9 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as scratch:
         settings = suites.Settings(
             names=[name for name in flags.peers if not flags.quick or name in QUICK_PEERS],
-            data=None if flags.quick else write_images(Path(scratch) / "mnist.npz", flags.data_dir),
+            data=None
+            if flags.quick
+            else problem.write_images(Path(scratch), "mnist", flags.data_dir),
             rounds=1 if flags.quick else max(1, flags.rounds),
             log=lambda text: print(text, file=sys.stderr, flush=True),
         )
@@ -66,19 +66,6 @@ def main() -> None:
         figure.savefig(flags.output_dir / "epoch_ratios.png", dpi=120)
     print(report.machine_line(results))
     print(f"results: {file}")
-
-
-def write_images(path: Path, data_dir: Path | None) -> Path:
-    """Writes MNIST as arrays, which every peer's process reads without importing jaxtrain."""
-    train, test = jt.data.load("mnist", data_dir)
-    np.savez(
-        path,
-        train_images=train.inputs,
-        train_labels=np.asarray(train.targets, np.uint8),
-        test_images=test.inputs,
-        test_labels=np.asarray(test.targets, np.uint8),
-    )
-    return path
 
 
 def write(path: Path, results: dict[str, Any]) -> None:

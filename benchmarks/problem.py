@@ -220,6 +220,21 @@ def random_images(examples: int) -> tuple[np.ndarray, np.ndarray]:
     return images, generator.integers(0, CLASSES, examples, dtype=np.uint8)
 
 
+def write_images(folder: Path, name: str, data_dir: Path | None = None) -> Path:
+    """Writes a data set as arrays, which every peer's process reads without importing jaxtrain."""
+    import jaxtrain as jt
+
+    train, test = jt.data.load(name, data_dir)
+    np.savez(
+        folder / f"{name}.npz",
+        train_images=train.inputs,
+        train_labels=np.asarray(train.targets, np.uint8),
+        test_images=test.inputs,
+        test_labels=np.asarray(test.targets, np.uint8),
+    )
+    return folder / f"{name}.npz"
+
+
 def read_images(file: Path | None, split: str) -> tuple[np.ndarray, np.ndarray]:
     """Returns the images and labels of the split `train` or `test`; without a file, random ones."""
     if file is None:

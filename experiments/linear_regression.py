@@ -79,7 +79,7 @@ def run(config: Config) -> dict[str, Any]:
         lines = [jt.predict(state, inputs) for state in (before, after)]
         points = {"training data": train, "test data": test}
         title = f"T1: {config.loss.replace('_', ' ')}"
-        folder.write_picture("learning_curves.png", plots.learning_curves(history, title))
+        folder.write_picture("learning_curves.png", history.plot(title))
         title = f"y = {WEIGHT:g} x + {BIAS:g}, fitted"
         folder.write_picture("fit.png", plots.line_fit(points, inputs, lines, title))
         folder.write_picture("last_epochs.png", draw_last_epochs(history))

@@ -15,7 +15,18 @@ import jax
 import numpy as np
 import pytest
 
-from benchmarks import cases, peers, problem, report, results, suites, sweeps, worker
+import jaxtrain as jt
+from benchmarks import (
+    cases,
+    peers,
+    problem,
+    report,
+    results,
+    speedrun,
+    suites,
+    sweeps,
+    worker,
+)
 from benchmarks.problem import Problem
 
 ROOT = Path(__file__).parents[1]
@@ -172,6 +183,35 @@ def test_quick_run_measures_a_suite(tmp_path: Path) -> None:
         assert bool(row["missing"]) != bool(row["readings"])
         assert min(row["readings"], default=1) > 0
     assert any(row["peer"] == "jaxtrain" and row["readings"] for row in found["rows"])
+
+
+@pytest.mark.parametrize(("accuracy", "is_missing"), [(0.94, False), (0.125, True)])
+def test_a_quick_speedrun_trains_both_sides_on_the_same_images(
+    monkeypatch, accuracy: float, is_missing: bool
+) -> None:
+    """A side that ends with another accuracy did other work, and has no time to compare."""
+
+    def run_module(module, arguments, cache) -> str:
+        if module == "experiments.speedrun":
+            assert arguments[arguments.index("--dataset") + 1] == "digits"
+            folder = Path(arguments[arguments.index("--output-dir") + 1])
+            summary = {"train_seconds": 1.0, "compile_seconds": 1.0}
+            summary |= {"test_accuracies": [0.95], "test_accuracy": 0.95}
+            (folder / "summary.json").write_text(json.dumps(summary))
+            return ""
+        with np.load(arguments[arguments.index("--data") + 1]) as arrays:
+            for part, split in zip(jt.data.load("digits"), ("train", "test"), strict=True):
+                np.testing.assert_array_equal(arrays[f"{split}_images"], part.inputs)
+                np.testing.assert_array_equal(arrays[f"{split}_labels"], part.targets)
+        return json.dumps({"seconds": 1.0, "accuracy": accuracy})
+
+    monkeypatch.setattr(speedrun, "run_module", run_module)
+    settings = suites.Settings(["jaxtrain", "pytorch"], None, 1, lambda text: None)
+    (rows,) = speedrun.run_suite(settings)
+    assert [row.readings for row in rows if not row.missing] == [[1.0]] * (2 - is_missing)
+    reasons = [row.missing for row in rows if row.missing]
+    assert len(reasons) == is_missing
+    assert all("accuracy 0.125; expected about 0.95" in reason for reason in reasons)
 
 
 def test_the_report_writes_the_committed_tables(monkeypatch) -> None:

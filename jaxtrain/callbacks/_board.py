@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 
 # The signature of a PNG file, and its first chunk up to the width and the height.
 _PNG = re.compile(rb"\x89PNG\r\n\x1a\n.{4}IHDR.{8}", re.DOTALL)
+_MAX_SCALARS = 100
 _BINS = 30  # as many as TensorBoard shows
 
 
@@ -84,10 +85,16 @@ class BoardLogger(Logger):
             self._scalars(max(losses), {"learning_rate": rate})
 
     def _write_epoch(self, run: Run, step: int) -> None:
-        row = {name: x for name, x in run.rows[-1].items() if np.size(x) == 1}
-        row.pop("learning_rate", None)  # that of the epoch's last step, which is written
-        row.pop("step", None)  # the horizontal axis
-        self._scalars(step, {name: np.asarray(x).item() for name, x in row.items()})
+        scalars: dict[str, Any] = {}
+        for name, value in run.rows[-1].items():
+            array = np.asarray(value)
+            if array.size == 1:
+                scalars[name] = array.item()
+            elif array.ndim == 1 and array.size <= _MAX_SCALARS:  # a value per class, for example
+                scalars |= {f"{name}/{index}": x for index, x in enumerate(array.tolist())}
+        scalars.pop("learning_rate", None)  # that of the epoch's last step, which is written
+        scalars.pop("step", None)  # the horizontal axis
+        self._scalars(step, scalars)
         arrays = named_arrays(getattr(run.state, "params", None), "params")
         for name, array in arrays if self._has_histograms else ():
             values = _finite_values(array)

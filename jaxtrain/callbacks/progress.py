@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import datetime
+import functools
 import html
 import sys
 import time
@@ -30,7 +31,9 @@ def progress(log_interval: int = 100, epoch_interval: int = 1) -> Callback:
     """Shows the progress of `fit` or `sweep`: a bar, and lines with losses or finished runs.
 
     In a terminal both are written to stderr; without one, only the lines. In a notebook, a bar and
-    a table with one row per epoch are the output of the cell. With several processes, only process
+    a table with one row per epoch are the output of the cell. An epoch is shown with all columns of
+    the history, the monitored one first, as far as they fit into the width of the terminal; of an
+    array, its lowest and highest value. With several processes, only process
     0 shows it. `fit` and `sweep` without `callbacks` show it in a terminal or a notebook.
 
     Args:
@@ -220,7 +223,8 @@ class _Terminal:
 
     def epoch(self, run: Run) -> None:
         """Prints the line of the last epoch."""
-        self.line(epoch_line(run.rows[-1], run.test_examples or None, run.monitor))
+        width = self._screen.width if self._screen.is_terminal else None
+        self.line(epoch_line(run.rows[-1], run.test_examples or None, run.monitor, width))
 
     def hide_bar(self) -> None:
         """Removes the bar."""
@@ -262,9 +266,10 @@ class _Notebook:
 
     def epoch(self, run: Run) -> None:
         """Adds a row to the table."""
-        row = {name: value for name, value in run.rows[-1].items() if np.ndim(value) == 0}
-        self._rows = self._rows or [[name.replace("_", " ") for name in row]]
-        self._rows.append([_format(value) for value in row.values()])
+        row = run.rows[-1]
+        names = sorted(row, key=lambda name: (name != "epoch", name != run.monitor))
+        self._rows = self._rows or [[name.replace("_", " ") for name in names]]
+        self._rows.append([_figure(name, row[name]) for name in names])
         del self._rows[1:-_MAX_TABLE_ROWS]
         self._refresh()
 
@@ -320,33 +325,61 @@ class _Notebook:
 
 
 def epoch_line(
-    row: Mapping[str, Any], test_examples: int | None = None, monitor: str | None = None
+    row: Mapping[str, Any],
+    test_examples: int | None = None,
+    monitor: str | None = None,
+    width: int | None = None,
 ) -> str:
-    """Returns one epoch's figures on one line.
+    """Returns one epoch's figures on one line: all columns, the monitored one first.
 
     Args:
       row: the epoch's value in each column of the history.
       test_examples: size of the test set, to show its accuracy as correct/total.
-      monitor: a column to show besides the losses and accuracies of training and test; None shows
-        the validation loss, if there is one.
+      monitor: the column by which a callback judges the epoch, or None.
+      width: characters that fit; None shows all columns. The line says how many it leaves out:
+        records first, then metrics of the training data, and the losses last.
     """
-    parts = []
-    for data in ("train", "test"):
-        if f"{data}_loss" in row:
-            parts.append(f"{data} loss {_format(row[f'{data}_loss'])}")
-        if f"{data}_accuracy" in row:
-            examples = test_examples if data == "test" else None
-            parts.append(f"accuracy {accuracy_text(row[f'{data}_accuracy'], examples)}")
-    if monitor in (None, "train_loss", "train_accuracy", "test_loss", "test_accuracy"):
-        monitor = "validation_loss"
-    if monitor in row:
-        is_accuracy = monitor.endswith("_accuracy")
-        value = accuracy_text(row[monitor], None) if is_accuracy else _format(row[monitor])
-        parts.append(f"{monitor.replace('_', ' ', 1)} {value}")
-    if row.get("skipped_steps"):
-        parts.append(f"{row['skipped_steps']} non-finite steps skipped")
-    parts.append(_format_seconds(row["seconds"]))
-    return f"epoch {row['epoch']}: " + "  ".join(parts)
+    names = [name for name in row if name not in ("epoch", "skipped_steps", "seconds")]
+    names.sort(key=lambda name: name != monitor)
+    shown = sorted(names, key=functools.partial(_rank, monitor=monitor))
+    while True:
+        parts, data = [], ""
+        for name in (name for name in names if name in shown):
+            prefix, _, rest = name.partition("_")
+            is_metric = prefix in ("train", "test", "validation")
+            # The name of the data stands at the first of its figures.
+            label = rest if is_metric and prefix == data else name
+            data = prefix if is_metric else ""
+            examples = test_examples if name == "test_accuracy" else None
+            parts.append(f"{label.replace('_', ' ')} {_figure(name, row[name], examples)}")
+        if len(shown) < len(names):
+            parts.append(f"+{len(names) - len(shown)} more")
+        if row.get("skipped_steps"):
+            parts.append(f"{row['skipped_steps']} non-finite steps skipped")
+        line = "  ".join([f"epoch {row['epoch']}:", *parts, _format_seconds(row["seconds"])])
+        line = line.replace(":  ", ": ", 1)
+        if width is None or len(line) <= width or not shown:
+            return line
+        if test_examples is None:
+            shown.pop()
+        test_examples = None  # shorter
+
+
+def _rank(name: str, monitor: str | None) -> tuple[bool, bool, bool, bool]:
+    """Returns a key by which the columns are ordered that are shown rather than left out."""
+    data = name.partition("_")[0]
+    is_held_out = data in ("test", "validation")
+    return name != monitor, not name.endswith("_loss"), not is_held_out, data != "train"
+
+
+def _figure(name: str, value: Any, examples: int | None = None) -> str:
+    """Returns a value of a column; an array as its range, or a matrix as its shape."""
+    if np.ndim(value) > 1:
+        return f"[{', '.join(map(str, np.shape(value)))}]"
+    if np.ndim(value) == 1:
+        finite = np.asarray(value)[np.isfinite(value)]
+        return f"{_format(finite.min())}…{_format(finite.max())}" if finite.size else "nan"
+    return accuracy_text(value, examples) if name.endswith("accuracy") else _format(value)
 
 
 def accuracy_text(accuracy: float, examples: int | None) -> str:

@@ -24,8 +24,9 @@ def tensorboard(folder: str | os.PathLike[str], *, histograms: bool = False) -> 
     """Writes event files for TensorBoard; `tensorboard --logdir FOLDER` shows them.
 
     The scalars are `step_loss` for every step, `learning_rate` at each report if the optimizer
-    records it, and the columns of the history for every epoch except arrays, all at the number of
-    steps of all epochs so far. With several processes, only process 0 writes.
+    records it, and the columns of the history for every epoch, all at the number of steps of all
+    epochs so far. An array of up to 100 values, such as one per class, becomes `NAME/0`, `NAME/1`
+    and so on; other arrays are left out. With several processes, only process 0 writes.
 
     Args:
       folder: where to write; made if it is missing. A run that resumes hides what was written after

@@ -17,12 +17,12 @@ from jaxtrain._figures import (
     ORANGE,
     PURPLE,
     SKY,
+    STYLES,
     VERMILION,
     YELLOW,
     Axes,
     Figure,
     MaxNLocator,
-    PercentFormatter,
     label_axes,
 )
 from jaxtrain.dataset import Dataset
@@ -31,11 +31,7 @@ from jaxtrain.training.fit import History
 # What other pictures need of the style.
 __all__ = ["BLUE", "GREEN", "GREY", "ORANGE", "PURPLE", "SKY", "VERMILION", "YELLOW"]
 __all__ += ["Axes", "Figure", "MaxNLocator", "confusion_matrix", "contours", "generalization_gap"]
-__all__ += ["label_axes", "learning_curves", "line_fit", "line_loss", "of_classifier"]
-__all__ += ["predictions", "subplots"]
-
-TRAIN: dict[str, Any] = {"color": BLUE, "linestyle": "-"}
-TEST: dict[str, Any] = {"color": VERMILION, "linestyle": "--"}
+__all__ += ["label_axes", "line_fit", "line_loss", "of_classifier", "predictions", "subplots"]
 
 
 def subplots(
@@ -58,7 +54,7 @@ def of_classifier(
       test: images with pixels from 0 to 255 and labels.
       logits: the predictions of the test images, [examples, classes].
     """
-    pictures = {"learning_curves.png": learning_curves(history, title)}
+    pictures = {"learning_curves.png": history.plot(title)}
     if "validation_loss" in history:
         pictures["overfitting.png"] = generalization_gap(history, title)
     labels, predicted = np.asarray(test.targets), np.argmax(logits, axis=-1)
@@ -66,42 +62,6 @@ def of_classifier(
     counts = np.asarray(metrics.confusion_matrix(logits, test.targets)).astype(int)
     picture = confusion_matrix(counts, f"{title}: {len(labels)} test images")
     return pictures | {"confusion_matrix.png": picture}
-
-
-def learning_curves(history: History, title: str) -> Figure:
-    """Draws the loss of each step and epoch, and the accuracies if any, against the epoch."""
-    accuracy = "test_accuracy" in history
-    width = 9 if accuracy else 6
-    figure, axes = subplots(title, 1, 2 if accuracy else 1, size=(width, 3.8), squeeze=False)
-    left, right = axes[0, 0], axes[0, -1]
-    epochs, losses = history["epoch"], history.step_losses
-    marker = "o" if len(epochs) <= 30 else None
-    steps_per_epoch = len(losses) // len(epochs)
-    # The mean over an epoch is drawn at its middle, the test loss at its end.
-    middle, label = 1.0, "training, before the step"
-    if steps_per_epoch > 1:
-        middle, label = 0.5, "training, mean over epoch"
-        progress = epochs[0] - 1 + np.arange(1, len(losses) + 1) / steps_per_epoch
-        left.plot(progress, losses, color=GREY, linewidth=0.5, alpha=0.6, label="training step")
-    left.plot(epochs - middle, history["train_loss"], **TRAIN, marker=marker, label=label)
-    left.plot(epochs, history["test_loss"], **TEST, marker=marker, label="test, after epoch")
-    left.set_yscale("log")
-    label_axes(left, "epoch", "loss (log scale)")
-    left.legend()
-    if accuracy:
-        if "train_accuracy" in history:
-            curve = history["train_accuracy"]
-            right.plot(epochs - middle, curve, **TRAIN, marker=marker, label="training, in epoch")
-        right.plot(epochs, history["test_accuracy"], **TEST, marker=marker, label="test")
-        last = f"test: {history['test_accuracy'][-1]:.2%} after the last epoch"
-        right.set_title(last, fontsize=10)
-        right.margins(y=0.12)
-        right.yaxis.set_major_formatter(PercentFormatter(1.0))
-        label_axes(right, "epoch", "accuracy")
-        right.legend()
-    for ax in figure.axes:
-        ax.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
-    return figure
 
 
 def generalization_gap(history: Mapping[str, np.ndarray], title: str) -> Figure:
@@ -113,8 +73,10 @@ def generalization_gap(history: Mapping[str, np.ndarray], title: str) -> Figure:
     figure, ax = subplots(f"{title}: training against validation", size=(6.5, 4))
     epochs, train, validation = (history[k] for k in ("epoch", "train_loss", "validation_loss"))
     marker = "o" if len(epochs) <= 30 else None
-    ax.plot(epochs, train, **TRAIN, marker=marker, label="training, mean over epoch")
-    ax.plot(epochs, validation, **TEST, marker=marker, label="validation, after epoch")
+    ax.plot(epochs, train, **STYLES["train"], marker=marker, label="training, mean over epoch")
+    ax.plot(
+        epochs, validation, **STYLES["validation"], marker=marker, label="validation, after epoch"
+    )
     ax.fill_between(epochs, train, validation, color=GREY, alpha=0.25, label="gap")
     best = int(np.argmin(validation))
     ax.plot(epochs[best], validation[best], "*", color="black", markersize=13, label="best epoch")

@@ -11,8 +11,6 @@ from jaxtrain import _figures
 from jaxtrain.errors import InputError
 from jaxtrain.sweeps._grid import Grid
 
-# An axis whose positive values span more than this factor has a logarithmic scale.
-_LOG_SPAN = 20
 _COLORS = (
     *(_figures.BLUE, _figures.VERMILION, _figures.GREEN),
     *(_figures.ORANGE, _figures.PURPLE, _figures.SKY),
@@ -93,7 +91,7 @@ def heat_map(grid: Grid, groups: Any, x: str, y: str, over: tuple[str, ...]) -> 
     ax.set_xticks(range(image.shape[1]), labels=[grid.labels[x][at] for at in means.columns])
     ax.set_yticks(range(image.shape[0]), labels=[grid.labels[y][at] for at in means.index])
     low, high = (0.0, 1.0) if np.isnan(image).all() else (np.nanmin(image), np.nanmax(image))
-    digits = ".2%" if _is_fraction(column) else ".3g"
+    digits = ".2%" if _figures.is_fraction(column) else ".3g"
     for (row, at), value in np.ndenumerate(image):
         text = "diverged" if np.isnan(value) else f"{value:{digits}}"
         color = "white" if value < (low + high) / 2 else "black"
@@ -119,7 +117,7 @@ def _scale(grid: Grid, x: str) -> tuple[list[float], list[str], bool]:
     values = grid.axes[x]
     if not all(isinstance(value, numbers.Real) for value in values):
         return list(range(len(values))), list(grid.labels[x]), False
-    is_log = min(values) > 0 and max(values) > _LOG_SPAN * min(values)
+    is_log = min(values) > 0 and max(values) > _figures.LOG_SPAN * min(values)
     return list(map(float, values)), [], is_log
 
 
@@ -127,10 +125,6 @@ def _words(name: str) -> str:
     return name.replace("_", " ")
 
 
-def _is_fraction(column: str) -> bool:
-    return column.endswith("accuracy")
-
-
 def _show_percent(axis: Any, column: str) -> None:
-    if _is_fraction(column):
+    if _figures.is_fraction(column):
         axis.set_major_formatter("{x:.1%}")

@@ -9,7 +9,7 @@ import math
 import time
 import types
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -51,6 +51,9 @@ from jaxtrain.training.sources import InMemory, Repeated, Segment, Streamed, seg
 from jaxtrain.training.state import counters, recorded, to_shapes, with_epoch
 from jaxtrain.training.step import Objective, StepFn, evaluation_key, take_step
 
+if TYPE_CHECKING:
+    from jaxtrain._figures import Figure
+
 # Target duration of a compiled call, after which Ctrl-C is handled; and the time after which
 # `on_steps` is called although no callback asks for it.
 _CALL_SECONDS, _REPORT_SECONDS = 1.0, 0.5
@@ -79,6 +82,32 @@ class History(dict[str, np.ndarray]):
     def __init__(self, columns: dict[str, np.ndarray], step_losses: np.ndarray) -> None:
         super().__init__(columns)
         self.step_losses = step_losses
+
+    def plot(self, title: str = "") -> Figure:
+        """Draws the loss of each step, and each quantity of the training and held-out data.
+
+        A loss above 0 has a logarithmic scale. Columns of arrays, and what an optimizer records
+        and does not change, are left out.
+
+        Args:
+          title: title of the figure.
+
+        Returns:
+          A matplotlib figure, with one panel per quantity: `figure.savefig("curves.png")`.
+
+        Raises:
+          InputError: the history has no epochs.
+          MissingExtraError: matplotlib is not installed.
+
+        Example:
+          >>> state, history = jt.fit(state, train, test, loss_fn=loss_fn, epochs=3)
+          >>> history.plot("digits").savefig("curves.png")
+        """
+        if not len(self.get("epoch", ())):
+            raise InputError("the history has no epochs; expected one that `fit` returned")
+        from jaxtrain._figures import learning_curves
+
+        return learning_curves(self, self.step_losses, title)
 
 
 @dataclasses.dataclass(frozen=True, eq=False)

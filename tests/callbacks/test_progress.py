@@ -13,7 +13,7 @@ import nbformat
 import pytest
 
 import jaxtrain as jt
-from jaxtrain.callbacks.progress import default_callbacks
+from jaxtrain.callbacks.progress import default_callbacks, epoch_line
 
 LOSS = jt.losses.mean_squared_error
 METRICS = {"accuracy": jt.metrics.accuracy}
@@ -146,19 +146,58 @@ def test_a_resumed_run_says_where_it_resumes(capsys, tmp_path, line_state, line_
     assert lines == ["already finished, after epoch 3: nothing left to train"]
 
 
-def test_the_monitored_column_is_in_the_line(capsys, small_state, small_classes) -> None:
+def test_a_line_has_all_columns_and_the_monitored_one_first(
+    capsys, small_state, small_classes
+) -> None:
     metrics = {"accuracy": jt.metrics.accuracy, "f1": jt.metrics.f1("macro")}
+    metrics |= {"recall": jt.metrics.recall(None), "confusion": jt.metrics.confusion_matrix}
     stopping = jt.callbacks.early_stopping(3, "test_f1")
     callbacks = [jt.callbacks.progress(), stopping]
     options = {"loss_fn": jt.losses.cross_entropy, "epochs": 1, "callbacks": callbacks}
     jt.fit(small_state, small_classes, small_classes, metric_fns=metrics, **options)
-    number = r"\d\S*"
+    n, array = r"\d\S*", rf"recall {NUMBER}…{NUMBER}  confusion \[3, 3\]"
     assert re.search(
-        rf"^epoch 1: train loss {number}  accuracy {number}%  test loss {number}  "
-        rf"accuracy \d+/50 \({number}%\)  test f1 {number}  {number} s$",
+        rf"^epoch 1: test f1 {n}  train loss {n}  accuracy {n}%  f1 {n}  {array}  "
+        rf"test loss {n}  accuracy \d+/50 \({n}%\)  {array}  learning rate {n}  {n} s$",
         capsys.readouterr().err,
         flags=re.MULTILINE,
     )
+
+
+NUMBER = r"\d[\d.]*"
+ROW = {
+    **{"epoch": 3, "train_loss": 0.25, "train_accuracy": 0.5, "test_loss": 0.5},
+    **{"test_accuracy": 0.75, "learning_rate": 0.1, "skipped_steps": 0, "seconds": 1.0},
+}
+
+
+@pytest.mark.parametrize(
+    ("monitor", "width", "line"),
+    [
+        (
+            None,
+            None,
+            "epoch 3: train loss 0.2500  accuracy 50.00%  test loss 0.5000  accuracy 3/4 (75.00%)  "
+            "learning rate 0.1000  1.0 s",
+        ),
+        (
+            "test_accuracy",
+            100,
+            "epoch 3: test accuracy 75.00%  train loss 0.2500  accuracy 50.00%  test loss 0.5000  "
+            "+1 more  1.0 s",
+        ),
+        (
+            None,
+            80,
+            "epoch 3: train loss 0.2500  test loss 0.5000  accuracy 75.00%  +2 more  1.0 s",
+        ),
+        ("test_accuracy", 50, "epoch 3: test accuracy 75.00%  +4 more  1.0 s"),
+    ],
+)
+def test_a_line_fits_the_width_and_says_how_many_columns_it_leaves_out(
+    monitor, width, line: str
+) -> None:
+    assert epoch_line(ROW, 4, monitor, width) == line
 
 
 def test_a_sweep_shows_lines(capsys, tmp_path) -> None:

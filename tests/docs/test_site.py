@@ -167,6 +167,15 @@ TOO_WIDE = """() => {
     .map((e) => `${e.tagName} ${e.className} ${e.textContent.trim().slice(0, 40)}`);
 }"""
 
+# Code that is wider than its box, and what is wider and does not scroll.
+CODE_TOO_WIDE = """() => [...document.querySelectorAll(".bd-article .highlight pre")]
+  .filter((e) => !e.closest(".cell_output") && e.scrollWidth > e.clientWidth + 1)
+  .map((e) => `${e.scrollWidth} > ${e.clientWidth}: ${e.textContent.trim().slice(0, 40)}`)"""
+HIDDEN = """() => [...document.querySelectorAll(".bd-article pre, .bd-article table")]
+  .filter((e) => e.scrollWidth > e.clientWidth + 1)
+  .filter((e) => !["auto", "scroll"].includes(getComputedStyle(e).overflowX))
+  .map((e) => `${e.tagName} ${e.textContent.trim().slice(0, 40)}`)"""
+
 
 # The pages that show source code are many and alike.
 @pytest.mark.parametrize(
@@ -200,4 +209,7 @@ def test_a_browser_shows_the_page(browser, name: str) -> None:
             assert page.evaluate(BROKEN_IMAGES) == []
             assert page.evaluate(LOW_CONTRAST) == []
             assert page.evaluate(TOO_WIDE) == []
+            assert page.evaluate(HIDDEN) == []
+            if width == 1280 and not name.startswith(("_modules/", "repository/")):
+                assert page.evaluate(CODE_TOO_WIDE) == []
     assert problems == []
