@@ -30,6 +30,7 @@ import optax
 from jax import lax
 from jaxtyping import Array, Float, Shaped
 
+from jaxtrain._arguments import axis_hint
 from jaxtrain.errors import InputError
 
 AnyArray: TypeAlias = Array | np.ndarray
@@ -394,6 +395,7 @@ def cross_entropy(
         raise InputError(
             f"targets of cross_entropy have the shape {targets.shape}; expected one label per row "
             f"of the logits, {predictions.shape[:-1]}"
+            + axis_hint(predictions.shape[:-1], targets.shape)
         )
     classes = predictions.shape[-1]
     _check_options(label_smoothing, weight, classes)
@@ -647,6 +649,7 @@ def _check_and_promote(predictions: AnyArray, targets: AnyArray) -> tuple[Array,
         raise InputError(
             f"predictions have the shape {predictions.shape} and targets {targets.shape}; "
             "expected the same shape, since broadcasting would pair each example with all others"
+            + axis_hint(predictions.shape, targets.shape)
         )
     return at_least_float32(predictions), at_least_float32(targets)
 

@@ -181,14 +181,19 @@ ALL_SHAPED = [
 
 @pytest.mark.parametrize("loss_fn", ALL_SHAPED)
 def test_shapes_that_would_broadcast_are_refused(loss_fn) -> None:
-    with pytest.raises(jt.errors.InputError, match=r"\(4, 1\).*\(4,\).*same shape"):
+    message = r"\(4, 1\).*\(4,\).*same shape.*: give targets\[:, None\]$"
+    with pytest.raises(jt.errors.InputError, match=message):
         loss_fn(jnp.zeros((4, 1)), jnp.zeros(4))
+    with pytest.raises(jt.errors.InputError, match=r": give targets\[\.\.\., 0\]$"):
+        loss_fn(jnp.zeros((4, 2)), jnp.zeros((4, 2, 1)))
+    with pytest.raises(jt.errors.InputError, match=r"with all others$"):
+        loss_fn(jnp.zeros((4, 2)), jnp.zeros((4, 1)))
 
 
 def test_cross_entropy_refuses_float_labels_and_wrong_lengths() -> None:
     with pytest.raises(jt.errors.InputError, match=r"float32.*integer"):
         jt.losses.cross_entropy(jnp.zeros((4, 3)), jnp.zeros(4))
-    with pytest.raises(jt.errors.InputError, match=r"\(4, 1\).*\(4,\)"):
+    with pytest.raises(jt.errors.InputError, match=r"\(4, 1\).*\(4,\): give targets\[:, 0\]"):
         jt.losses.cross_entropy(jnp.zeros((4, 3)), jnp.zeros((4, 1), int))
 
 

@@ -330,15 +330,20 @@ def test_metrics_of_no_weight_are_nan() -> None:
     [
         (jt.metrics.accuracy, (4,), (4,), r"accuracy received .*logits of two or more classes"),
         (jt.metrics.accuracy, (4, 1), (4,), r"accuracy received .*logits of two or more classes"),
-        (jt.metrics.accuracy, (4, 3), (4, 1), "accuracy received predictions"),
+        (
+            jt.metrics.accuracy,
+            (4, 3),
+            (4, 1),
+            r"targets of accuracy .*: give targets\[:, 0\]",
+        ),
         (jt.metrics.accuracy, (4, 2, 3), (4,), r"targets of accuracy .*\(4,\); .*logits, \(4, 2\)"),
         (jt.metrics.top_k_accuracy(2), (4, 2, 3), (4,), "targets of top_2_accuracy have the shape"),
         (jt.metrics.confusion_matrix, (4, 3), (4, 3), "confusion_matrix received predictions"),
         (jt.metrics.balanced_accuracy, (4, 3), (4, 3), "balanced_accuracy with the average 'macro"),
         (jt.metrics.f1("binary"), (4, 3), (4,), "f1 with the average 'binary' .*one score per exa"),
         (jt.metrics.f1("macro"), (9, 7, 3), (9,), r"f1 received .*\(9, 7, 3\) and .*\(9,\)"),
-        (jt.metrics.roc_auc(), (4,), (4, 1), r"roc_auc received .*\(4,\) and .*\(4, 1\)"),
-        (jt.metrics.r2, (4, 1), (4,), r"r2 received predictions of shape \(4, 1\) .*same shape"),
+        (jt.metrics.roc_auc(), (4,), (4, 1), r"roc_auc received .*\(4,\) and .*targets\[:, 0\]"),
+        (jt.metrics.r2, (4, 1), (4,), r"r2 received .*\(4, 1\) .*same shape: give .*, None\]"),
     ],
 )
 def test_shapes_that_do_not_fit_are_refused_by_the_name_of_the_metric(

@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Shaped
 
-from jaxtrain._arguments import check_integer
+from jaxtrain._arguments import axis_hint, check_integer
 from jaxtrain.errors import InputError
 from jaxtrain.metrics._metric import (
     AccumulatedMetric,
@@ -247,15 +247,17 @@ def check_average(name: str, average: Any, names: tuple[str, ...]) -> None:
 
 def check_classes(name: str, predictions: AnyArray, targets: AnyArray, hint: str = "") -> None:
     """Raises InputError unless each label has logits of two or more classes."""
-    if predictions.ndim <= jnp.ndim(targets) or predictions.shape[-1] == 1:
+    rows = predictions.shape[:-1]
+    extra_axis = axis_hint(rows, targets.shape)
+    if not extra_axis and (predictions.ndim <= targets.ndim or predictions.shape[-1] == 1):
         raise InputError(
             f"{name} received predictions of shape {predictions.shape}; expected logits of two "
             f"or more classes along the last axis{hint}"
         )
-    if predictions.shape[:-1] != targets.shape:
+    if rows != targets.shape:
         raise InputError(
             f"targets of {name} have the shape {targets.shape}; expected one label per row of the "
-            f"logits, {predictions.shape[:-1]}"
+            f"logits, {rows}{extra_axis}"
         )
     if jnp.issubdtype(targets.dtype, jnp.floating):
         raise InputError(
@@ -282,6 +284,7 @@ def by_kind(name: str, predictions: Array, targets: Array) -> tuple[Array, Array
     raise InputError(
         f"{name} received predictions of shape {shape} and targets of shape {targets.shape}; "
         "expected the same shape, or logits of classes along one more axis"
+        + axis_hint(shape, targets.shape)
     )
 
 

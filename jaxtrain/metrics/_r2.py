@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
+from jaxtrain._arguments import axis_hint
 from jaxtrain.errors import InputError
 from jaxtrain.losses import at_least_float32
 from jaxtrain.metrics._metric import AccumulatedMetric, label_weights
@@ -46,6 +47,7 @@ class R2(AccumulatedMetric):
             raise InputError(
                 f"r2 received predictions of shape {predictions.shape} and targets of shape "
                 f"{targets.shape}; expected the same shape"
+                + axis_hint(predictions.shape, targets.shape)
             )
         each = predictions, targets, label_weights(weights, targets.shape, "r2")
         predictions, targets, weights = (
