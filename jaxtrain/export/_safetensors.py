@@ -57,8 +57,9 @@ def load(path: str | os.PathLike[str], state: TrainState) -> TrainState:
 
     Args:
       path: the file.
-      state: a state of the same model, made by `init_state`; its optimizer state, step, epoch and
-        key are kept, except that an average of the parameters starts anew.
+      state: a state of the same model, made by `init_state` with any optimizer, or with None if the
+        state only predicts. Its optimizer state, step, epoch and key are kept, except that an
+        average of the parameters starts anew.
 
     Returns:
       The state with the parameters and model state of the file, on the devices of `state`.
@@ -69,7 +70,7 @@ def load(path: str | os.PathLike[str], state: TrainState) -> TrainState:
 
     Example:
       >>> jt.save("model.safetensors", state)
-      >>> state = jt.init_state(model, optimizer, train.inputs[:1], key=jax.random.key(1))
+      >>> state = jt.init_state(model, None, train.inputs[:1], key=key)  # needs no optimizer
       >>> state = jt.load("model.safetensors", state)
     """
     expected = _named(state)

@@ -50,8 +50,10 @@ class FeedForward(nn.Module):
     Attributes:
       features: width of each layer; the last is the number of logits.
       dropout_rate: fraction of hidden units dropped in training, after each hidden layer.
-      mean: subtracted from the inputs, which are then divided by `std`. Integer inputs are pixels
-        and divided by 255 first; floating inputs are not. The default is the mean of MNIST.
+      mean: subtracted from the inputs, which are then divided by `std`: a number, or an array with
+        one per input. Integer inputs are pixels and divided by 255 first; floating inputs are not.
+        The default is the mean of MNIST. Both belong to the code of the model: an exported program
+        has them, and a file of `jt.save` does not.
       std: see `mean`.
 
     Example:
@@ -63,8 +65,8 @@ class FeedForward(nn.Module):
 
     features: Sequence[int] = (256, 128, 64, 10)
     dropout_rate: float = 0.2
-    mean: float = 0.1307
-    std: float = 0.3081
+    mean: float | Float[Array, "inputs"] = 0.1307
+    std: float | Float[Array, "inputs"] = 0.3081
 
     @nn.compact
     def __call__(
@@ -85,7 +87,10 @@ class FeedForward(nn.Module):
         x = inputs.reshape(inputs.shape[0], -1)
         if jnp.issubdtype(x.dtype, jnp.integer):
             x = x.astype(jnp.float32) / 255
-        x = (x - self.mean) / self.std
+        mean, std = (
+            jnp.reshape(each, (1, -1)) if jnp.ndim(each) else each for each in (self.mean, self.std)
+        )
+        x = (x - mean) / std
         # Flax derives the initial parameters from the key and the names of the layers.
         for layer, width in enumerate(self.features[:-1]):
             x = nn.relu(Linear(width, name=f"Dense_{layer}")(x))

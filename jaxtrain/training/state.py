@@ -92,9 +92,20 @@ class TrainState:
         return "\n".join([head, *shapes]) + ")"
 
 
+def _refuse_update(updates: Any, opt_state: Any, params: Any = None) -> Any:
+    raise InputError(
+        "the state has no optimizer; expected one before training: "
+        "jaxtrain.with_optimizer(state, jaxtrain.optimizers.sgd(0.01))"
+    )
+
+
+# Of a state that only predicts; its parameters come from a file.
+NO_OPTIMIZER = optax.GradientTransformation(lambda params: optax.EmptyState(), _refuse_update)
+
+
 def init_state(
     model: Any,
-    optimizer: optax.GradientTransformation,
+    optimizer: optax.GradientTransformation | None,
     sample_inputs: PyTree,
     *,
     key: Key[Array, ""],
@@ -108,7 +119,8 @@ def init_state(
     Args:
       model: a Linen module; an NNX or Equinox module, whose own parameters are the initial ones; or
         a `Model`.
-      optimizer: any optax transformation; `jaxtrain.optimizers` has those of `torch.optim`.
+      optimizer: any optax transformation; `jaxtrain.optimizers` has those of `torch.optim`. None
+        for a state that only predicts, such as one for `load`.
       sample_inputs: inputs with the shapes and dtypes of training; one example is enough, and the
         values are not used.
       key: PRNG key; determines the initial parameters and every random draw of the model.
@@ -158,7 +170,7 @@ def init_state(
     adapted = adapters.drawing(adapted) if draws_in_evaluation else adapted
     params, model_state = adapted.init(params_key, sample_inputs) if held is None else held
     adapted = adapters.checked(adapted, params, model_state, sample_inputs)
-    optimizer, opt_state = _initialized(optimizer, params)
+    optimizer, opt_state = _initialized(NO_OPTIMIZER if optimizer is None else optimizer, params)
     return TrainState(
         # Arrays from the start: Python integers would compile the first step twice.
         step=jnp.zeros((), jnp.int32),

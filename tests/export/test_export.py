@@ -69,6 +69,16 @@ def test_a_trained_model_is_restored(tmp_path: Path) -> None:
     np.testing.assert_array_equal(jt.predict(loaded, data.inputs), jt.predict(trained, data.inputs))
 
 
+def test_a_model_is_loaded_without_its_optimizer(tmp_path: Path) -> None:
+    inputs = jnp.eye(4)
+    trained = state_of(Network()).replace(step=jnp.int32(3))
+    jt.save(tmp_path / "model.safetensors", trained)
+    fresh = jt.init_state(Network(), None, inputs[:1], key=jax.random.key(1))
+    loaded = jt.load(tmp_path / "model.safetensors", fresh)
+    assert jax.tree.leaves(loaded.opt_state) == []
+    np.testing.assert_array_equal(jt.predict(loaded, inputs), jt.predict(trained, inputs))
+
+
 def test_pytorch_reads_the_file(tmp_path: Path) -> None:
     safetensors_torch = pytest.importorskip("safetensors.torch")
     state = state_of(Network())

@@ -40,6 +40,16 @@ def test_pixels_may_be_uint8_int32_or_floats_and_flat() -> None:
         np.testing.assert_allclose(logits, expected, atol=1e-5)
 
 
+def test_each_input_may_have_its_own_mean_and_deviation() -> None:
+    table = np.random.default_rng(1).normal((5, -2, 0), (1, 10, 0.1), (7, 3)).astype(np.float32)
+    mean, std = table.mean(0), table.std(0)
+    options = {"key": jax.random.key(0)}
+    state = jt.init_state(jt.models.FeedForward((8, 1), mean=mean, std=std), None, table, **options)
+    plain = jt.init_state(jt.models.FeedForward((8, 1), mean=0, std=1), None, table, **options)
+    expected = jt.predict(plain, (table - mean) / std)
+    np.testing.assert_allclose(jt.predict(state, table), expected, atol=1e-5)
+
+
 def test_dropout_keeps_the_mean_and_acts_in_training_only() -> None:
     """The hidden units are 1, and the output is the mean of those kept."""
     model = jt.models.FeedForward((10_000, 1), dropout_rate=0.2, mean=0.0, std=1.0)

@@ -65,6 +65,20 @@ def test_with_optimizer_starts_a_new_optimizer_on_trained_parameters(
     )
 
 
+def test_a_state_without_an_optimizer_predicts_and_names_what_trains_it(small_classes) -> None:
+    model, key = jt.models.FeedForward((8, 3), mean=0.0, std=1.0), jax.random.key(0)
+    state = jt.init_state(model, None, small_classes.inputs[:1], key=key)
+    assert jt.predict(state, small_classes.inputs).shape == (len(small_classes), 3)
+    for train in (
+        lambda: jt.train_step(state, small_classes, LOSS),
+        lambda: jt.fit(state, small_classes, loss_fn=LOSS, epochs=1),
+    ):
+        with pytest.raises(jt.errors.InputError, match=r"no optimizer; .*with_optimizer\(state, "):
+            train()
+    trained, _ = jt.train_step(jt.with_optimizer(state, optax.sgd(0.1)), small_classes, LOSS)
+    assert trained.step == 1
+
+
 OPTIMIZERS = {
     "optax.sgd, swept momentum": lambda x: optax.sgd(0.01, momentum=x),
     "clipped, swept rate": lambda x: jt.optimizers.clip_gradients(jt.optimizers.adam(x), 1.0),
