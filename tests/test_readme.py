@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import re
+import subprocess
+import sys
 from pathlib import Path
 
 import jax
@@ -21,6 +23,18 @@ def name_of(page: Path) -> str:
 
 def code_blocks(page: Path) -> list[str]:
     return re.findall(r"^```python\n(.*?)^```", page.read_text(), flags=re.DOTALL | re.MULTILINE)
+
+
+def files(page: Path) -> dict[str, str]:
+    """Returns the files that a page shows, in blocks such as "python server.py"."""
+    pattern = r"^```python (\S+)\n(.*?)^```"
+    return dict(re.findall(pattern, page.read_text(), flags=re.DOTALL | re.MULTILINE))
+
+
+def commands(page: Path) -> list[tuple[str, str]]:
+    """Returns the Python commands of a page, such as "predict.py", and what they print."""
+    pattern = r"^```console\n\$ python (.*?)\n(.*?)^```"
+    return re.findall(pattern, page.read_text(), flags=re.DOTALL | re.MULTILINE)
 
 
 def links(page: Path) -> list[str]:
@@ -49,6 +63,9 @@ def test_code_runs_from_top_to_bottom_and_prints_what_its_comments_say(
     if any("import torch" in block for block in code_blocks(page)):
         pytest.importorskip("torch")
     monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(tmp_path)
+    for name, text in files(page).items():
+        (tmp_path / name).write_text(text)
     names: dict[str, object] = {}
     with jax.numpy_rank_promotion("allow"):  # JAX's default, unlike in the other tests
         for block in code_blocks(page):
@@ -57,6 +74,9 @@ def test_code_runs_from_top_to_bottom_and_prints_what_its_comments_say(
                 capsys.readouterr()
                 exec(line, names)
                 assert capsys.readouterr().out.strip() == printed, line
+    for command, printed in commands(page):
+        run = subprocess.run([sys.executable, *command.split()], capture_output=True, text=True)
+        assert (run.stdout, run.returncode) == (printed, 0), run.stderr
 
 
 @pytest.mark.parametrize("page", [README, *DOCS, *OTHERS], ids=name_of)
