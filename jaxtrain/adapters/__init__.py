@@ -1,4 +1,4 @@
-"""Converts Linen, NNX and Equinox modules to a Model; each framework is imported only if used."""
+"""Converts modules of other libraries to a Model; each framework is imported only if used."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import PyTree
 
+from jaxtrain.adapters import torch
 from jaxtrain.adapters._modes import call_by_name, check_modes, check_plain
 from jaxtrain.adapters._precision import CastApply, MixedPrecision, cast_model, mixed_precision
 from jaxtrain.adapters._recording import Call, Recorder
@@ -44,9 +45,10 @@ __all__ = [
     "recording",
     "sown_losses",
     "to_module",
+    "torch",
 ]
 
-_EXPECTED = "expected a Linen, NNX or Equinox module or a jaxtrain.Model(init, apply)"
+_EXPECTED = "expected a Linen, NNX, Equinox or PyTorch module or a jaxtrain.Model(init, apply)"
 
 
 def adapt(
@@ -100,6 +102,8 @@ def adapt(
         from jaxtrain.adapters import _nnx
 
         return _nnx.adapt(model, function)
+    if "torch.nn.modules.module.Module" in bases[0] and not is_pair:
+        return torch.adapt(model, None if call is None else function)
     raise InputError(f"model is a {describe_type(model)}; {_EXPECTED}{_hint(model, bases[0])}")
 
 
@@ -258,7 +262,7 @@ def _hint(model: Any, bases: list[str]) -> str:
     if any(base.startswith("flax.training.train_state.") for base in bases):
         return ": pass the module of this state, and set its parameters with .replace(params=...)"
     if any(base.startswith("torch.") for base in bases):
-        return ": PyTorch modules must be rewritten in one of these"
+        return ": pass the torch.nn.Module"
     if isinstance(model, tuple) and all(map(callable, model)):
         return ": use jaxtrain.Model(*model), whose docstring gives the signatures"
     if callable(model):

@@ -40,9 +40,9 @@ def accumulate_gradients(
 
     The updates are those of batches `steps` times as large, for a model without dropout and batch
     norm: each gradient counts with the examples of its batch, and the last step of an epoch makes
-    an update from what has accumulated, except in a run by steps. (`optax.MultiSteps` counts a partial last batch like a full
-    one, and continues across epochs.) `state.step` counts the batches; schedules and the
-    optimizer's own counters count the updates.
+    an update from what has accumulated, except in a run by steps. (`optax.MultiSteps` counts a
+    partial last batch like a full one, and continues across epochs.) `state.step` counts the
+    batches; schedules and the optimizer's own counters count the updates.
 
     Args:
       optimizer: any optax transformation without a line search.

@@ -240,22 +240,17 @@ def flax_state() -> train_state.TrainState:
     return train_state.TrainState.create(apply_fn=len, params={}, tx=optax.sgd(0.1))
 
 
-def torch_module() -> Any:
-    return pytest.importorskip("torch").nn.Linear(2, 2)
-
-
 @pytest.mark.parametrize(
     ("make", "match"),
     [
         (lambda: NnxNetwork, r"the class NnxNetwork; expected an instance of it, such as Nnx"),
         (lambda: init(LinenNetwork()), "state.model"),
         (flax_state, "flax.TrainState; .* pass the module of this state"),
-        (torch_module, "torch.Linear; .* PyTorch modules must be rewritten"),
         (lambda: len, "builtin_function_or_method; .* wrap the function in a Model"),
         (lambda: (len, len), r"tuple; .* jaxtrain.Model\(\*model\)"),
         (lambda: (LinenNetwork(), LinenNetwork()), "tuple; expected"),
         (lambda: (EquinoxNetwork(), None), "tuple; expected"),
-        (lambda: None, "NoneType; expected a Linen, NNX or Equinox module"),
+        (lambda: None, "NoneType; expected a Linen, NNX, Equinox or PyTorch module"),
         (lambda: jt.Model(len, None), "Model.apply is None"),
         (lambda: jt.Model(len, Unhashable()), "not hashable"),
         (lambda: type("Empty", (nn.Module,), {})(), "the module Empty has no __call__"),

@@ -1,0 +1,64 @@
+"""PyTorch modules as models: their operations, which `torch.export` lists, and rules in JAX.
+
+No module of this package but `_adapter` and `_graph` imports PyTorch.
+"""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Callable
+from typing import Any
+
+from jaxtrain.adapters._shared import Static
+from jaxtrain.adapters.torch._rules import RULES, family
+from jaxtrain.model import Model
+
+__all__ = ["adapt", "operations", "register"]
+
+_FAMILIES = (
+    *("_linear", "_convolution", "_pooling", "_normalization", "_activations", "_recurrent"),
+    *("_arithmetic", "_reductions", "_shapes", "_indexing", "_creation", "_random"),
+)
+_register = family("Your own")
+
+
+def register(name: str, *, random: bool = False) -> Callable[[Callable], Callable]:
+    """Returns a decorator that registers how an operation of PyTorch is computed in JAX.
+
+    The function takes the operation's arguments in PyTorch's order, with arrays in place of
+    tensors; dtypes are those of JAX, and devices and memory formats are left out. It must not
+    change its arguments: the operation in place, such as `aten.hardswish_`, follows from it.
+
+    Args:
+      name: the operation, such as "aten.hardswish", or with its overload, "aten.max.dim".
+      random: whether the function draws random numbers; it then takes a PRNG key, `key=`.
+
+    Example:
+      >>> @jt.adapters.torch.register("aten.hardswish")
+      ... def hardswish(input):
+      ...     return input * jnp.clip(input + 3, 0, 6) / 6
+    """
+    return _register(name, random=random)
+
+
+def adapt(module: Any, call: Static | None) -> tuple[Model, tuple[Any, Any]]:
+    """Returns the Model of a PyTorch module with its parameters and its other variables."""
+    load_rules()
+    from jaxtrain.adapters.torch import _adapter
+
+    return _adapter.adapt(module, call)
+
+
+def operations() -> dict[str, list[str]]:
+    """Returns the names of the operations that have a rule, by family."""
+    load_rules()
+    found: dict[str, list[str]] = {}
+    for name, rule in RULES.items():
+        found.setdefault(rule.family, []).append(name)
+    return found
+
+
+def load_rules() -> None:
+    """Imports the modules with the rules."""
+    for name in _FAMILIES:
+        importlib.import_module(f"{__name__}.{name}")

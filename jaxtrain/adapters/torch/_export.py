@@ -1,0 +1,86 @@
+"""The operations of a module, as `torch.export` lists them."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import traceback
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+from unittest import mock
+
+import torch
+
+from jaxtrain.adapters.torch._messages import failure, place
+from jaxtrain.errors import InputError
+
+# The size of the batch in an example: one that few layers have.
+BATCH = 13
+
+
+class _Called(torch.nn.Module):
+    """A module and how it is called, as a module of tensors."""
+
+    def __init__(self, module: Any, function: Callable[[Any], Any]) -> None:
+        super().__init__()
+        self.module = module
+        self._function = function
+
+    def forward(self, *leaves: Any) -> Any:
+        return self._function(leaves)
+
+
+def export(
+    module: Any, call: Callable[[Any], Any], shapes: Sequence[Any], *, train: bool
+) -> torch.export.ExportedProgram:
+    """Returns the operations of a module, for any number of examples.
+
+    Args:
+      module: the module, which is set to the mode.
+      call: from the tensors of the inputs to the outputs of the module.
+      shapes: shapes of the inputs without the batch axis, and their dtypes.
+      train: whether in training mode.
+    """
+    module.train(train)
+    example = tuple(torch.zeros((BATCH, *shape), dtype=dtype) for shape, dtype in shapes)
+    batch = torch.export.Dim("batch")
+    options = {"dynamic_shapes": {"leaves": tuple({0: batch} for _ in example)}, "strict": False}
+    try:
+        with _corrected(), torch.enable_grad():
+            return torch.export.export(_Called(module, call), example, **options)
+    except InputError:
+        raise
+    except Exception as error:  # of any part of the module
+        raise failure(error, type(module).__name__) from error
+
+
+@contextlib.contextmanager
+def _corrected() -> Iterator[None]:
+    """Makes an export silent, and changes what would be wrong or fail in it."""
+
+    def refuse(cls: type, *_: Any) -> None:
+        raise InputError(
+            f"the module calls the autograd function {cls.__name__}"
+            f"{place(traceback.extract_stack())}, whose backward JAX does not see; expected "
+            "operations of PyTorch, or one that torch.library.custom_op defines and "
+            "jaxtrain.adapters.torch.register computes in JAX"
+        )
+
+    def is_causal(mask: Any, is_causal: bool | None = None, size: Any = None) -> bool:
+        return bool(is_causal)  # PyTorch compares the values of the mask
+
+    fast_path, disabled = torch.backends.mha.get_fastpath_enabled(), logging.root.manager.disable
+    with (
+        warnings.catch_warnings(),
+        mock.patch.object(torch.autograd.Function, "apply", classmethod(refuse)),
+        mock.patch.object(torch.nn.modules.transformer, "_detect_is_causal_mask", is_causal),
+    ):
+        warnings.simplefilter("ignore")
+        logging.disable(logging.CRITICAL)
+        torch.backends.mha.set_fastpath_enabled(False)
+        try:
+            yield
+        finally:
+            torch.backends.mha.set_fastpath_enabled(fast_path)
+            logging.disable(disabled)

@@ -1,0 +1,88 @@
+"""What cannot be computed in JAX, in one sentence that names the user's line."""
+
+from __future__ import annotations
+
+import re
+import traceback
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import jax
+import torch
+
+from jaxtrain.errors import InputError
+
+_SKIPPED = tuple(str(Path(str(file)).parent) for file in (torch.__file__, jax.__file__, __file__))
+
+
+def no_rule(name: str, node: Any) -> InputError:
+    """Returns the error for an operation that has no rule."""
+    if name in ("aten.item", "aten._local_scalar_dense"):
+        return InputError(
+            f"the module reads the value of a tensor by .item(){_line(node)}; expected tensors "
+            "throughout, since a compiled program has no values while it is traced"
+        )
+    return InputError(f"the operation {name}{_line(node)} has no rule in JAX; {_way_out(name)}")
+
+
+def failed(name: str, node: Any, error: Exception) -> InputError:
+    """Returns the error for an operation whose rule has raised one."""
+    reason = (str(error).splitlines() or [type(error).__name__])[0]
+    return InputError(
+        f"the operation {name}{_line(node)} failed in JAX ({reason}); {_way_out(name)}"
+    )
+
+
+def failure(error: Exception, kind: str) -> InputError:
+    """Returns the error for a module that PyTorch cannot export."""
+    text, where = str(error), place(traceback.extract_tb(error.__traceback__))
+    if "data-dependent" in text:
+        return InputError(
+            f"{kind} makes a decision that depends on the values of tensors{where}; expected "
+            "control flow that shapes and settings determine: use torch.where to choose between "
+            "tensors"
+        )
+    if "Constraints violated" in text:
+        return InputError(
+            f"{kind} takes a fixed number of examples; expected the batch as the first axis "
+            "(batch_first=True in recurrent layers), and its size from the inputs, such as "
+            "x.view(len(x), -1)"
+        )
+    reason = text.splitlines()[0] if text else type(error).__name__
+    return InputError(
+        f"PyTorch cannot export {kind}{where}: {reason}; expected a module that takes the inputs, "
+        "a tuple as several arguments, and that torch.export.export(strict=False) accepts"
+    )
+
+
+def place(frames: Iterable[Any]) -> str:
+    """Returns the innermost line of the user's code among some frames, as part of a sentence."""
+    for frame in reversed(list(frames)):
+        if not frame.filename.startswith((*_SKIPPED, "<")):
+            return f", called at {Path(frame.filename).name}:{frame.lineno} ({frame.line})"
+    return ""
+
+
+def _line(node: Any) -> str:
+    """Returns the user's line and the layer that call the operation of a node."""
+    trace = node.meta.get("stack_trace") or ""
+    found = re.findall(r'File "(.+)", line (\d+), in (.+)\n\s*(.*)', trace)
+    frames = [traceback.FrameSummary(f, int(n), name, line=text) for f, n, name, text in found]
+    path = layer_path(node)
+    return place(frames) + (f", in the layer {path}" if path else "")
+
+
+def layer_path(node: Any, depth: int = -1) -> str | None:
+    """Returns the path of the layer that a node is in, or of the ancestor at a depth."""
+    stack = list((node.meta.get("nn_module_stack") or {}).values())
+    if not -1 <= depth < len(stack) or not stack:
+        return None
+    return stack[depth][0].removeprefix("module").removeprefix(".")
+
+
+def _way_out(name: str) -> str:
+    return (
+        "use another operation, or register a function in JAX of the same arguments by "
+        f"@jaxtrain.adapters.torch.register({name!r})"
+    )

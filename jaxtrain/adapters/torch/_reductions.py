@@ -1,0 +1,95 @@
+"""Sums, means and other reductions, sorting and cumulative sums."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from jaxtrain.adapters.torch._rules import add_all, family
+
+register = family("Reductions and sorting")
+
+
+def _axes(dim: Any) -> Any:
+    """Returns axes as JAX takes them; no axes are all."""
+    return dim if dim is None or isinstance(dim, int) else tuple(dim) or None
+
+
+def _reduction(function: Any) -> Any:
+    def reduce(self: Any, dim: Any = None, keepdim: bool = False, *, dtype: Any = None) -> Any:
+        options = {} if dtype is None else {"dtype": dtype}
+        return function(self, axis=_axes(dim), keepdims=keepdim, **options)
+
+    return reduce
+
+
+@register("aten.var")
+def var(
+    self: Any, dim: Any = None, *options: Any, correction: Any = 1, keepdim: Any = False
+) -> Any:
+    dim, correction, keepdim = _spread(dim, options, correction, keepdim)
+    return jnp.var(self, axis=_axes(dim), ddof=correction, keepdims=keepdim)
+
+
+def _spread(dim: Any, options: Any, correction: Any, keepdim: Any) -> tuple[Any, Any, Any]:
+    """Returns the arguments of both forms of `torch.var`, with `unbiased` and `correction`."""
+    if isinstance(dim, bool):
+        return None, int(dim), keepdim
+    unbiased, keepdim = (*options, *(correction, keepdim)[len(options) :])
+    return dim, 1 if unbiased is None else int(unbiased), keepdim
+
+
+@register("aten.linalg_vector_norm", "aten.norm")
+def vector_norm(
+    self: Any, ord: Any = 2, dim: Any = None, keepdim: bool = False, *, dtype: Any = None
+) -> Any:
+    x, ord = jnp.abs(self if dtype is None else self.astype(dtype)), 2 if ord is None else ord
+    if ord in (float("inf"), float("-inf")):
+        return (jnp.max if ord > 0 else jnp.min)(x, axis=_axes(dim), keepdims=keepdim)
+    total = jnp.sum((x * x) if ord == 2 else x**ord, axis=_axes(dim), keepdims=keepdim)
+    is_zero = total == 0  # where the gradient is 0
+    return jnp.where(is_zero, 0, jnp.where(is_zero, 1, total) ** (1 / ord))
+
+
+@register("aten.max.dim")
+def max_dim(self: Any, dim: int, keepdim: bool = False) -> Any:
+    return _selected(self, jnp.argmax(self, dim, keepdims=True), dim, keepdim)
+
+
+@register("aten.min.dim")
+def min_dim(self: Any, dim: int, keepdim: bool = False) -> Any:
+    return _selected(self, jnp.argmin(self, dim, keepdims=True), dim, keepdim)
+
+
+def _selected(self: Any, indices: Any, dim: int, keepdim: bool) -> Any:
+    found = jnp.take_along_axis(self, indices, dim), indices
+    return found if keepdim else tuple(x.squeeze(dim) for x in found)
+
+
+@register("aten.sort")
+def sort(self: Any, dim: int = -1, descending: bool = False) -> Any:
+    indices = jnp.argsort(self, dim, descending=descending)
+    return jnp.take_along_axis(self, indices, dim), indices
+
+
+@register("aten.topk")
+def topk(self: Any, k: int, dim: int = -1, largest: bool = True, sorted: bool = True) -> Any:
+    values, indices = sort(self, dim, largest)
+    return jax.lax.slice_in_dim(values, 0, k, axis=dim), jax.lax.slice_in_dim(
+        indices, 0, k, axis=dim
+    )
+
+
+add_all(
+    register,
+    {
+        **{name: _reduction(getattr(jnp, name)) for name in ("sum", "mean", "prod")},
+        **{name: _reduction(getattr(jnp, name)) for name in ("all", "any", "argmax", "argmin")},
+        "amax max": _reduction(jnp.max),
+        "amin min": _reduction(jnp.min),
+        "cumsum": lambda self, dim, *, dtype=None: jnp.cumsum(self, dim, dtype),
+        "cumprod": lambda self, dim, *, dtype=None: jnp.cumprod(self, dim, dtype),
+    },
+)
