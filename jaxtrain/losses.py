@@ -120,11 +120,11 @@ Wherever a loss is used, it receives these further parameters by name, if it has
 A metric that is a function of each example receives them as well.
 """
 
-FURTHER_PARAMETERS = ("params", "model_state", "inputs", "key")
+_FURTHER = ("params", "model_state", "inputs", "key")
 
 
 def further_parameters(loss_fn: Loss) -> tuple[str, ...]:
-    """Returns which of the `FURTHER_PARAMETERS` a loss has, from its signature.
+    """Returns which further parameters of a `Loss` a function has, from its signature.
 
     Raises:
       InputError: it requires yet another one.
@@ -132,7 +132,7 @@ def further_parameters(loss_fn: Loss) -> tuple[str, ...]:
     inner = inspect.unwrap(loss_fn)  # of functools.wraps and jax.jit
     if isinstance(inner, WeightedSum):
         found = {name for _, term in inner.terms for name in further_parameters(term)}
-        return tuple(name for name in FURTHER_PARAMETERS if name in found)
+        return tuple(name for name in _FURTHER if name in found)
     try:
         parameters = list(inspect.signature(inner).parameters.values())
     except ValueError:  # such as a function in C
@@ -147,14 +147,14 @@ def further_parameters(loss_fn: Loss) -> tuple[str, ...]:
         if x.kind not in variable and x.name not in (*first_two, *given)
     }
     for name, is_required in others.items():
-        if is_required and name not in FURTHER_PARAMETERS:
+        if is_required and name not in _FURTHER:
             raise InputError(
                 f"{name_of(loss_fn)} requires the argument {name!r} besides predictions and "
-                f"targets; expected any of {', '.join(FURTHER_PARAMETERS)}, which it receives by "
+                f"targets; expected any of {', '.join(_FURTHER)}, which it receives by "
                 "name: set others by functools.partial",
                 argument="loss_fn",
             )
-    return tuple(name for name in FURTHER_PARAMETERS if name in others)
+    return tuple(name for name in _FURTHER if name in others)
 
 
 def mean_absolute_error(

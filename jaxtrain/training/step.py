@@ -532,13 +532,17 @@ def evaluate_batch(
     for start in range(0, len(batch), size):
         part = parallel.divide(batch[start : start + size])
         part_key = batch_key(key, start) if start else key
-        predictions, model_state = _call_in_evaluation(state, model_inputs(part), part_key)
-        further = Further(
-            state.evaluation_params, model_state, part, lambda part_key=part_key: part_key
-        )
-        totals = update_metrics(totals, predictions, part, objective.evaluated, further)
+        totals = _evaluate_part(state, totals, part, part_key, objective)
     assert totals is not None  # a batch has at least one example
     return totals
+
+
+def _evaluate_part(
+    state: TrainState, totals: Totals | None, part: Dataset, key: Any, objective: Objective
+) -> Totals:
+    predictions, model_state = _call_in_evaluation(state, model_inputs(part), key)
+    further = Further(state.evaluation_params, model_state, part, lambda: key)
+    return update_metrics(totals, predictions, part, objective.evaluated, further)
 
 
 def update_metrics(
