@@ -21,10 +21,10 @@ from jaxtrain.adapters._shared import (
     DrawingApply,
     Static,
     describe_type,
+    name_of_plain,
     named_statistics,
 )
 from jaxtrain.errors import InputError
-from jaxtrain.losses import name_of
 from jaxtrain.model import Model
 
 __all__ = [
@@ -171,14 +171,8 @@ def call_in_evaluation(
     model: Model, params: PyTree, model_state: PyTree, inputs: PyTree, *, key: Any
 ) -> tuple[PyTree, PyTree]:
     """Returns the outputs and the model state; a model that draws nothing receives no key."""
-    draws = draws_in_evaluation(model)
-    if draws and key is None:
-        raise InputError(
-            f"{name_of_model(model)} draws random numbers in evaluation, and there is no key; "
-            "expected one, as in evaluate(..., key=jax.random.key(0)) or predict(..., key=...)",
-            argument="key",
-        )
-    return model.apply(params, model_state, inputs, train=False, key=key if draws else None)
+    key = key if draws_in_evaluation(model) else None
+    return model.apply(params, model_state, inputs, train=False, key=key)
 
 
 def name_of_model(model: Model) -> str:
@@ -186,7 +180,7 @@ def name_of_model(model: Model) -> str:
     apply = _innermost(model)
     if isinstance(apply, AdaptedApply):
         return apply.kind.__name__
-    return f"{name_of(getattr(apply, 'apply', apply))} of the Model"
+    return name_of_plain(apply.apply if isinstance(apply, DrawingApply) else apply)
 
 
 def batch_statistics(

@@ -18,10 +18,10 @@ from jaxtrain.adapters._shared import (
     DrawingApply,
     Static,
     draws_unasked,
+    name_of_plain,
     unused_key,
 )
 from jaxtrain.errors import InputError
-from jaxtrain.losses import name_of
 
 # The names of arguments that switch between training and evaluation, with the value in training.
 _MODES = {
@@ -134,11 +134,11 @@ def check_plain(apply: Any, params: PyTree, model_state: PyTree, inputs: PyTree)
     if isinstance(apply, DrawingApply):
         if draws(unused_key()) is False:
             raise InputError(
-                f"draws_in_evaluation is True, and {name_of(function)} of the Model draws nothing "
-                "with train=False; expected a function that draws from the key"
+                f"draws_in_evaluation is True, and {name_of_plain(function)} draws nothing with "
+                "train=False; expected a function that draws from the key"
             )
     elif draws(None) is None and draws(unused_key()):
-        raise InputError(draws_unasked(f"{name_of(function)} of the Model"))
+        raise InputError(draws_unasked(name_of_plain(function)))
 
 
 def _depends_on_key(run: Callable[..., Any], key: Any, arguments: Any) -> bool:

@@ -16,6 +16,7 @@ from jaxtyping import PyTree
 from jaxtrain.adapters._recording import Recorder
 from jaxtrain.dataset import named_arrays
 from jaxtrain.errors import InputError
+from jaxtrain.losses import name_of
 
 
 class Static:
@@ -94,6 +95,8 @@ class AdaptedApply(abc.ABC):
         In evaluation, a key is given if the module is meant to draw, and the state has changed
         where the module itself sets variables.
         """
+        if self.draws and key is None:
+            raise missing_key(self.kind.__name__)
         return self.call_module(params, model_state, inputs, train, key)
 
     def call_module(
@@ -136,9 +139,11 @@ class DrawingApply:
     apply: Any
     draws: ClassVar[bool] = True
 
-    def __call__(self, *args: Any, **options: Any) -> tuple[Any, Any]:
+    def __call__(self, *args: Any, train: bool, key: Any) -> tuple[Any, Any]:
         """Calls the function."""
-        return self.apply(*args, **options)
+        if key is None:
+            raise missing_key(name_of_plain(self.apply))
+        return self.apply(*args, train=train, key=key)
 
 
 def unused_key() -> Any:
@@ -183,6 +188,20 @@ def describe_type(value: Any) -> str:
     package = type(value).__module__.split(".")[0]
     name = type(value).__name__
     return name if package == "builtins" else f"{package}.{name}"
+
+
+def name_of_plain(function: Any) -> str:
+    """Returns the name of a plain function of a Model for messages."""
+    return f"{name_of(function)} of the Model"
+
+
+def missing_key(name: str) -> InputError:
+    """Returns the error for a model that draws in evaluation, and has no key."""
+    return InputError(
+        f"{name} draws random numbers in evaluation, and there is no key; expected one, as in "
+        "evaluate(..., key=jax.random.key(0)) or predict(..., key=...)",
+        argument="key",
+    )
 
 
 def draws_unasked(name: str) -> str:

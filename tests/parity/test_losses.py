@@ -243,6 +243,21 @@ def test_options_of_soft_cross_entropy_match_pytorchs_mean(
     np.testing.assert_allclose(gradient, leaf.grad, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.parametrize("weight", [None, np.linspace(0.5, 3, 5, dtype=np.float32)])
+def test_losses_per_token_have_pytorchs_mean(weight) -> None:
+    random = np.random.default_rng(3)
+    logits = random.normal(size=(4, 3, 5)).astype(np.float32)
+    labels = random.integers(0, 5, (4, 3))
+    loss_fn = functools.partial(jt.losses.cross_entropy, weight=weight)
+    mean, gradient = mean_and_grad(loss_fn, logits, labels)
+    leaf = torch.tensor(logits, requires_grad=True)
+    theirs = torch.nn.CrossEntropyLoss(None if weight is None else torch.tensor(weight))
+    expected = theirs(leaf.movedim(2, 1), torch.tensor(labels))
+    expected.backward()
+    np.testing.assert_allclose(mean, expected.item(), rtol=1e-5)
+    np.testing.assert_allclose(gradient, leaf.grad, rtol=1e-4, atol=1e-6)
+
+
 def test_weighted_means_add_up_as_pytorchs_means() -> None:
     """A sum of losses with other weights each, by every operator that a loss may use."""
     random = np.random.default_rng(2)
