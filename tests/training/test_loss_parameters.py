@@ -212,7 +212,7 @@ def test_a_loss_draws_anew_in_each_step_and_evaluation() -> None:
 
 def test_verify_summary_and_find_learning_rate_take_such_losses() -> None:
     def loss_fn(predictions, targets, *, params, model_state, inputs, key):
-        scale = 1 + 0.1 * jax.random.uniform(key)
+        scale = 1 + 0.1 * jax.random.uniform(key, (len(targets),))
         return scale * ridge(predictions, targets, params=params) + 0.1 * inputs[:, 0] ** 2
 
     for each in (loss_fn, ridge):
