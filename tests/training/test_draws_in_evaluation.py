@@ -168,10 +168,19 @@ def test_monte_carlo_dropout_has_the_mean_and_the_variance_of_the_mask() -> None
     np.testing.assert_allclose(samples.var(axis=0)[:, 0], variance, rtol=0.3)
 
 
-class Normalizing(nn.Module):
+class AlwaysDropping(nn.Module):
+    norm: bool = False
+
     @nn.compact
     def __call__(self, x: Any) -> Any:
-        return nn.Dropout(0.5, deterministic=False)(nn.BatchNorm(use_running_average=False)(x))
+        x = nn.BatchNorm(use_running_average=False)(x) if self.norm else x
+        return nn.Dropout(0.5, deterministic=False)(nn.Dense(20)(x))
+
+
+def test_dropout_may_always_be_on_in_mixed_precision_as_well() -> None:
+    model = jt.mixed_precision(AlwaysDropping())
+    state = jt.init_state(model, SGD, X[:1], key=KEY, draws_in_evaluation=True)
+    assert 0.4 < (jt.predict(state, X, key=KEY) == 0).mean() < 0.6
 
 
 def test_what_is_not_meant_is_refused() -> None:
@@ -187,7 +196,7 @@ def test_what_is_not_meant_is_refused() -> None:
     for model, match in (
         (Dropping(), call),
         (jt.Model(lambda key, x: (jnp.ones(()), {}), plain), "plain of the Model draws nothing"),
-        (Normalizing(), "in evaluation, BatchNorm.* is in training mode"),
+        (AlwaysDropping(norm=True), "in evaluation, BatchNorm.* is in training mode"),
     ):
         with pytest.raises(jt.errors.InputError, match=match):
             init_of(model)
