@@ -30,7 +30,7 @@ class AverageState(NamedTuple):
 
     inner: PyTree
     average: PyTree
-    count: Int[Array, ""]
+    count: Int[Array, ""]  # type: ignore[assignment]  # the name of a method of tuple
 
 
 def average_parameters(

@@ -23,7 +23,7 @@ class RateState(NamedTuple):
       rate: the rate that was set.
     """
 
-    count: Int[Array, ""]
+    count: Int[Array, ""]  # type: ignore[assignment]  # the name of a method of tuple
     is_fixed: Bool[Array, ""]
     rate: Float[Array, ""]
 

@@ -31,13 +31,21 @@ def scalars(folder: Path, tag: str) -> dict[int, float]:
     return {event.step: event.value for event in events}
 
 
-def test_scalars_are_the_history_without_arrays_and_the_loss_of_every_step(tmp_path: Path) -> None:
+def test_scalars_are_the_history_without_matrices_and_the_loss_of_every_step(
+    tmp_path: Path,
+) -> None:
     metric_fns = {"accuracy": jt.metrics.accuracy, "confusion": jt.metrics.confusion_matrix}
+    metric_fns["recall"] = jt.metrics.recall(None)
     _, history = fit([jt.callbacks.tensorboard(tmp_path)], epochs=3, metric_fns=metric_fns)
+    for index, values in enumerate(history["test_recall"].T):
+        found = [*scalars(tmp_path, f"test_recall/{index}").values()]
+        assert np.array_equal(np.float32(found), values)
     names = {name for name, values in history.items() if values.ndim == 1}
-    assert set(history) - names == {"train_confusion", "test_confusion"}
+    vectors = {f"{data}_recall" for data in ("train", "test")}
+    assert set(history) - names == {"train_confusion", "test_confusion", *vectors}
+    elements = {f"{name}/{index}" for name in vectors for index in range(3)}
     tags = read(tmp_path).Tags()
-    assert set(tags["scalars"]) == {"step_loss", *names}
+    assert set(tags["scalars"]) == {"step_loss", *names, *elements}
     assert tags["histograms"] == tags["images"] == []
     losses = scalars(tmp_path, "step_loss")
     assert list(losses) == list(range(1, 3 * STEPS + 1))
