@@ -15,12 +15,21 @@ import numpy as np
 from jaxtrain._extras import needs_extra
 
 with needs_extra("experiments"):
+    from matplotlib import figure as _figure
     from matplotlib.axes import Axes as Axes
-    from matplotlib.figure import Figure as Figure
     from matplotlib.ticker import MaxNLocator as MaxNLocator
     from matplotlib.ticker import PercentFormatter as PercentFormatter
 
 _DPI = 120
+
+
+class Figure(_figure.Figure):
+    """A figure that a notebook shows, also before pyplot has drawn one."""
+
+    def _repr_png_(self) -> bytes:
+        return to_png(self)
+
+
 BLUE, VERMILION, GREEN, GREY = "#0072B2", "#D55E00", "#009E73", "#999999"
 ORANGE, SKY, PURPLE, YELLOW = "#E69F00", "#56B4E9", "#CC79A7", "#F0E442"
 
