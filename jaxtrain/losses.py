@@ -389,7 +389,12 @@ def cross_entropy(
     if not jnp.issubdtype(targets.dtype, jnp.integer):
         raise InputError(
             f"targets of cross_entropy have the dtype {targets.dtype}; expected integer class "
-            "labels"
+            "labels: "
+            + (
+                "soft_cross_entropy takes a probability for each class"
+                if targets.shape == predictions.shape
+                else "convert them with targets.astype(int)"
+            )
         )
     if targets.shape != predictions.shape[:-1]:
         raise InputError(

@@ -63,7 +63,7 @@ def update_batch_stats(
       >>> class Network(nn.Module):
       ...     @nn.compact
       ...     def __call__(self, inputs, train: bool = False):
-      ...         x = nn.Dense(8)(inputs.reshape(len(inputs), -1))
+      ...         x = nn.Dense(8)(inputs.reshape(inputs.shape[0], -1))
       ...         return nn.Dense(10)(nn.BatchNorm(use_running_average=not train)(x))
       >>> optimizer = jt.optimizers.average_parameters(jt.optimizers.adam(0.01), 0.9)
       >>> state = jt.init_state(Network(), optimizer, train.inputs[:1], key=key)
