@@ -7,17 +7,17 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from jaxtrain.adapters.torch._rules import add_all, along, family
+from jaxtrain.adapters.torch._rules import add_all, along, family, pointwise
 
 register = family("Activations")
 
 
-@register("aten.gelu")
+@register("aten.gelu", layout=pointwise)
 def gelu(self: Any, *, approximate: str = "none") -> Any:
     return jax.nn.gelu(self, approximate=approximate == "tanh")
 
 
-@register("aten.leaky_relu")
+@register("aten.leaky_relu", layout=pointwise)
 def leaky_relu(self: Any, negative_slope: float = 0.01) -> Any:
     return jnp.where(self > 0, self, self * negative_slope)
 
@@ -28,13 +28,13 @@ def prelu(self: Any, weight: Any) -> Any:
     return jnp.where(self > 0, self, self * slope)
 
 
-@register("aten.elu")
+@register("aten.elu", layout=pointwise)
 def elu(self: Any, alpha: float = 1.0, scale: float = 1.0, input_scale: float = 1.0) -> Any:
     negative = alpha * jnp.expm1(jnp.where(self > 0, 0.0, self) * input_scale)
     return scale * jnp.where(self > 0, self, negative)
 
 
-@register("aten.hardtanh")
+@register("aten.hardtanh", layout=pointwise)
 def hardtanh(self: Any, min_val: float = -1, max_val: float = 1) -> Any:
     inside = (self > min_val) & (self < max_val)  # the gradient at a limit is 0
     return jnp.where(inside, self, jnp.where(self <= min_val, min_val, max_val))
@@ -58,4 +58,5 @@ add_all(
         "sigmoid": jax.nn.sigmoid,
         "silu": jax.nn.silu,
     },
+    layout=pointwise,
 )

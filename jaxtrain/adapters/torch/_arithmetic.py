@@ -7,22 +7,22 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from jaxtrain.adapters.torch._rules import add_all, family
+from jaxtrain.adapters.torch._rules import add_all, family, pointwise
 
 register = family("Arithmetic and comparisons")
 
 
-@register("aten.add")
+@register("aten.add", layout=pointwise)
 def add(self: Any, other: Any, *, alpha: Any = 1) -> Any:
     return self + (other if alpha == 1 else alpha * other)
 
 
-@register("aten.sub", "aten.subtract")
+@register("aten.sub", "aten.subtract", layout=pointwise)
 def sub(self: Any, other: Any, *, alpha: Any = 1) -> Any:
     return self - (other if alpha == 1 else alpha * other)
 
 
-@register("aten.div", "aten.divide")
+@register("aten.div", "aten.divide", layout=pointwise)
 def div(self: Any, other: Any, *, rounding_mode: str | None = None) -> Any:
     if rounding_mode == "floor":
         return self // other
@@ -32,14 +32,14 @@ def div(self: Any, other: Any, *, rounding_mode: str | None = None) -> Any:
     return jnp.trunc(quotient).astype(jnp.result_type(self, other))
 
 
-@register("aten.clamp", "aten.clip")
+@register("aten.clamp", "aten.clip", layout=pointwise)
 def clamp(self: Any, min: Any = None, max: Any = None) -> Any:
     # The gradient at a limit is 1.
     self = self if min is None else jnp.where(self < min, min, self)
     return self if max is None else jnp.where(self > max, max, self)
 
 
-@register("aten.pow")
+@register("aten.pow", layout=pointwise)
 def pow(self: Any, exponent: Any) -> Any:
     if isinstance(exponent, float) and exponent.is_integer():
         exponent = int(exponent)  # also for negative bases
@@ -86,4 +86,5 @@ add_all(
         },
         **{name: getattr(jnp, f"arc{name[1:]}") for name in ("asin", "acos", "atan")},
     },
+    layout=pointwise,
 )

@@ -1,4 +1,4 @@
-"""Convolutions and resampling, with channels first."""
+"""Convolutions, with channels last in this module."""
 
 from __future__ import annotations
 
@@ -7,12 +7,12 @@ from typing import Any
 import jax.numpy as jnp
 from jax import lax
 
-from jaxtrain.adapters.torch._rules import family, pair, promoted
+from jaxtrain.adapters.torch._rules import channels_last, family, pair, promoted
 
-register = family("Convolutions and resampling")
+register = family("Convolutions")
 
 
-@register("aten.conv1d", "aten.conv2d", "aten.conv3d")
+@register("aten.conv1d", "aten.conv2d", "aten.conv3d", layout=channels_last)
 def conv(
     input: Any,
     weight: Any,
@@ -23,8 +23,6 @@ def conv(
     groups: int = 1,
 ) -> Any:
     count = weight.ndim - 2
-    if input.ndim == count + 1:  # one example
-        return conv(input[None], weight, bias, stride, padding, dilation, groups)[0]
     if isinstance(padding, str):
         reach = [d * (k - 1) for d, k in zip(pair(dilation, count), weight.shape[2:], strict=True)]
         widths = [(r // 2, r - r // 2) if padding == "same" else (0, 0) for r in reach]
@@ -41,7 +39,10 @@ def conv(
     )
 
 
-@register("aten.conv_transpose1d", "aten.conv_transpose2d", "aten.conv_transpose3d")
+@register(
+    *("aten.conv_transpose1d", "aten.conv_transpose2d", "aten.conv_transpose3d"),
+    layout=channels_last,
+)
 def conv_transpose(
     input: Any,
     weight: Any,
@@ -74,15 +75,9 @@ def conv_transpose(
 
 
 def _convolve(input: Any, weight: Any, bias: Any, **options: Any) -> Any:
-    """Returns a convolution, with channels last inside, where most compilers are faster."""
     input, weight, bias = promoted(input, weight, bias)
     axes = "DHW"[-(weight.ndim - 2) :]
     layout = (f"N{axes}C", f"{axes}IO", f"N{axes}C")
-    output = lax.conv_general_dilated(
-        jnp.moveaxis(input, 1, -1),
-        jnp.moveaxis(weight, (1, 0), (-2, -1)),
-        dimension_numbers=layout,
-        **options,
-    )
-    output = output if bias is None else output + bias
-    return jnp.moveaxis(output, -1, 1)
+    weight = jnp.moveaxis(weight, (1, 0), (-2, -1))
+    output = lax.conv_general_dilated(input, weight, dimension_numbers=layout, **options)
+    return output if bias is None else output + bias

@@ -18,7 +18,7 @@ from torch.fx.node import map_aggregate, map_arg
 from jaxtrain.adapters._recording import Recorder
 from jaxtrain.adapters.torch._export import BATCH
 from jaxtrain.adapters.torch._messages import failed, layer_path, no_rule
-from jaxtrain.adapters.torch._rules import RULES, Update
+from jaxtrain.adapters.torch._rules import RULES, ChannelsLast, Update, to_first
 
 # Arguments that say where and how PyTorch stores a tensor.
 _STORAGE = ("device", "layout", "pin_memory", "memory_format", "non_blocking", "generator")
@@ -80,9 +80,15 @@ class _Interpreter:
 
     def read(self, node: Any) -> Any:
         """Returns the current value of a node."""
+        return to_first(self.read_stored(node))
+
+    def read_stored(self, node: Any) -> Any:
+        """Returns the current value of a node, perhaps with channels last."""
         if node not in self.views:
             return self.values[node]
         parent, view = self.views[node]
+        if view is _same:
+            return self.read_stored(parent)
         base = self.read(parent)
         if node not in self.values or self.values[node][0] is not base:
             self.values[node] = (base, view(base))
@@ -90,17 +96,22 @@ class _Interpreter:
 
     def write(self, node: Any, value: Any) -> None:
         """Sets the value of a node and of all that it is a view of."""
+        parent, view = self.views.get(node, (None, _same))
+        if parent is not None and view is _same:
+            self.write(parent, value)
+            return
         old = self.read(node)
-        value = jnp.broadcast_to(value, old.shape).astype(old.dtype)
-        if node not in self.views:
+        if isinstance(value, ChannelsLast):
+            value = ChannelsLast(value.array.astype(old.dtype))
+        else:
+            value = jnp.broadcast_to(value, old.shape).astype(old.dtype)
+        if parent is None:
             self.values[node] = value
             return
-        parent, view = self.views[node]
         base = self.read(parent)
-        if view is not _same:
-            places = view(jnp.arange(base.size).reshape(base.shape))
-            value = base.reshape(-1).at[places].set(value).reshape(base.shape)
-        self.write(parent, value)
+        places = view(jnp.arange(base.size).reshape(base.shape))
+        changed = base.reshape(-1).at[places].set(to_first(value))
+        self.write(parent, changed.reshape(base.shape))
 
     def run(self, nodes: Iterable[Any], depth: int = 1) -> Any:
         """Computes nodes, and returns the values of the output node if there is one."""
@@ -161,7 +172,7 @@ class _Interpreter:
         if rule is None:
             self._decompose(name, node)
             return
-        arguments = self._arguments(node.args)
+        arguments = self._arguments(node.args, self.read_stored if rule.takes_last else self.read)
         options = {k: self._arguments(v) for k, v in node.kwargs.items() if k not in _STORAGE}
         if rule.random:
             options["key"] = jax.random.fold_in(self._key, self._draws)
@@ -230,12 +241,12 @@ class _Interpreter:
         else:
             self.values[node] = results
 
-    def _arguments(self, arguments: Any) -> Any:
+    def _arguments(self, arguments: Any, read: Callable[[Any], Any] | None = None) -> Any:
         """Returns arguments with the values of nodes, and with dtypes of JAX."""
 
         def convert(value: Any) -> Any:
             if isinstance(value, torch.fx.Node):
-                return self.read(value)
+                return (read or self.read)(value)
             return to_dtype(value) if isinstance(value, torch.dtype) else value
 
         return map_aggregate(arguments, convert)

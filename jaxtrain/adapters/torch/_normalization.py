@@ -1,4 +1,4 @@
-"""Batch, instance, group, layer and RMS norm."""
+"""Batch, instance, group, layer and RMS norm; the first two with channels last."""
 
 from __future__ import annotations
 
@@ -7,12 +7,12 @@ from typing import Any
 
 import jax.numpy as jnp
 
-from jaxtrain.adapters.torch._rules import Update, along, family, in_float32
+from jaxtrain.adapters.torch._rules import Update, along, channels_last, family, in_float32
 
 register = family("Normalization")
 
 
-@register("aten.batch_norm")
+@register("aten.batch_norm", layout=channels_last)
 def batch_norm(
     input: Any,
     weight: Any,
@@ -25,17 +25,17 @@ def batch_norm(
     cudnn_enabled: bool = False,
 ) -> Any:
     if not training:
-        return _normalize(input, running_mean, running_var, weight, bias, eps, 1)
-    x, axes = in_float32(input), (0, *range(2, input.ndim))
+        return _normalize(input, running_mean, running_var, weight, bias, eps)
+    x, axes = in_float32(input), tuple(range(input.ndim - 1))
     mean, var = jnp.mean(x, axes), jnp.var(x, axes)
-    output = _normalize(input, mean, var, weight, bias, eps, 1)
+    output = _normalize(input, mean, var, weight, bias, eps)
     if running_mean is None:
         return output
-    count = input.size // input.shape[1]
+    count = input.size // input.shape[-1]
     return _running(output, running_mean, running_var, mean, var, momentum, count)
 
 
-@register("aten.instance_norm")
+@register("aten.instance_norm", layout=channels_last)
 def instance_norm(
     input: Any,
     weight: Any,
@@ -48,14 +48,14 @@ def instance_norm(
     cudnn_enabled: bool = False,
 ) -> Any:
     if not use_input_stats:
-        return _normalize(input, running_mean, running_var, weight, bias, eps, 1)
-    x, axes = in_float32(input), tuple(range(2, input.ndim))
+        return _normalize(input, running_mean, running_var, weight, bias, eps)
+    x, axes = in_float32(input), tuple(range(1, input.ndim - 1))
     mean, var = jnp.mean(x, axes, keepdims=True), jnp.var(x, axes, keepdims=True)
-    output = _normalize(input, mean, var, weight, bias, eps, 1)
+    output = _normalize(input, mean, var, weight, bias, eps)
     if running_mean is None:
         return output
     mean, var = (jnp.mean(s, 0).reshape(-1) for s in (mean, var))
-    count = math.prod(input.shape[2:])
+    count = math.prod(input.shape[1:-1])
     return _running(output, running_mean, running_var, mean, var, momentum, count)
 
 
@@ -77,10 +77,10 @@ def group_norm(
     eps: float = 1e-5,
     cudnn_enabled: bool = False,
 ) -> Any:
-    x = in_float32(input).reshape(input.shape[0], num_groups, -1)
-    mean, var = jnp.mean(x, -1, keepdims=True), jnp.var(x, -1, keepdims=True)
-    x = _normalize(x, mean, var, None, None, eps, 1).reshape(input.shape)
-    return _scaled(x, weight, bias, 1).astype(input.dtype)
+    groups = in_float32(input).reshape(input.shape[0], num_groups, -1)
+    x = layer_norm(groups, groups.shape[-1:], eps=eps).reshape(input.shape)
+    weight, bias = (s if s is None else along(s, 1, x.ndim) for s in (weight, bias))
+    return _scaled(x, weight, bias).astype(input.dtype)
 
 
 @register("aten.layer_norm")
@@ -94,7 +94,7 @@ def layer_norm(
 ) -> Any:
     x, axes = in_float32(input), tuple(range(-len(normalized_shape), 0))
     mean, var = jnp.mean(x, axes, keepdims=True), jnp.var(x, axes, keepdims=True)
-    return _normalize(input, mean, var, weight, bias, eps, None)
+    return _normalize(input, mean, var, weight, bias, eps)
 
 
 @register("aten.rms_norm")
@@ -104,23 +104,14 @@ def rms_norm(
     eps = float(jnp.finfo(input.dtype).eps) if eps is None else eps
     x, axes = in_float32(input), tuple(range(-len(normalized_shape), 0))
     x = x / jnp.sqrt(jnp.mean(x * x, axes, keepdims=True) + eps)
-    return _scaled(x, weight, None, None).astype(input.dtype)
+    return _scaled(x, weight, None).astype(input.dtype)
 
 
-def _normalize(
-    input: Any, mean: Any, var: Any, weight: Any, bias: Any, eps: float, axis: int | None
-) -> Any:
-    x = in_float32(input)
-    if mean.ndim == 1:
-        mean, var = along(mean, 1, x.ndim), along(var, 1, x.ndim)
-    x = (x - mean) / jnp.sqrt(var + eps)
-    return _scaled(x, weight, bias, axis).astype(input.dtype)
+def _normalize(input: Any, mean: Any, var: Any, weight: Any, bias: Any, eps: float) -> Any:
+    x = (in_float32(input) - mean) / jnp.sqrt(var + eps)
+    return _scaled(x, weight, bias).astype(input.dtype)
 
 
-def _scaled(x: Any, weight: Any, bias: Any, axis: int | None) -> Any:
-    """Returns x · weight + bias, with parameters of an axis, or of the last axes if it is None."""
-    weight, bias = (
-        s if s is None or axis is None else along(s, axis, x.ndim) for s in (weight, bias)
-    )
+def _scaled(x: Any, weight: Any, bias: Any) -> Any:
     x = x if weight is None else x * weight
     return x if bias is None else x + bias

@@ -1,4 +1,4 @@
-"""Pooling, with channels first."""
+"""Pooling, with channels last in this module."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from jaxtrain.adapters.torch._rules import family, pair
+from jaxtrain.adapters.torch._rules import channels_last, family, pair
 
 register = family("Pooling")
 
@@ -27,7 +27,7 @@ def max_pool(
 ) -> Any:
     sizes = _windows(self, kernel_size, stride, padding, pair(dilation, count), ceil_mode)
     lowest = -jnp.inf if jnp.issubdtype(self.dtype, jnp.floating) else jnp.iinfo(self.dtype).min
-    return _reduce(self, lowest, lax.max, *sizes, window_dilation=pair(dilation, count))
+    return _reduce(self, lowest, lax.max, *sizes, pair(dilation, count))
 
 
 def avg_pool(
@@ -50,20 +50,18 @@ def avg_pool(
     outside = [(a - p, b - p) for (a, b), p in zip(widths, counted, strict=True)]
     if set(outside) == {(0, 0)}:
         return total / math.prod(window)
-    sizes = [n + 2 * p for n, p in zip(self.shape[-count:], counted, strict=True)]
+    sizes = [n + 2 * p for n, p in zip(self.shape[1:-1], counted, strict=True)]
     ones = jnp.ones(sizes, self.dtype)
     return total / lax.reduce_window(ones, 0.0, lax.add, window, strides, outside)
 
 
-def _reduce(x: Any, start: Any, function: Any, *sizes: Any, **options: Any) -> Any:
-    """Reduces windows of the last axes, with channels last inside, as in convolutions."""
-    window, strides, padding = sizes
-    x = jnp.moveaxis(x, -len(window) - 1, -1)
-    ones = (1,) * (x.ndim - len(window) - 1)
-    sizes = (*ones, *window, 1), (*ones, *strides, 1), [*((0, 0) for _ in ones), *padding, (0, 0)]
-    options = {name: (*ones, *value, 1) for name, value in options.items()}
-    x = lax.reduce_window(x, start, function, *sizes, **options)
-    return jnp.moveaxis(x, -1, -len(window) - 1)
+def _reduce(
+    x: Any, start: Any, function: Any, window: Any, strides: Any, padding: Any, dilation: Any = None
+) -> Any:
+    window, strides = (1, *window, 1), (1, *strides, 1)
+    dilation = None if dilation is None else (1, *dilation, 1)
+    padding = [(0, 0), *padding, (0, 0)]
+    return lax.reduce_window(x, start, function, window, strides, padding, window_dilation=dilation)
 
 
 def _windows(
@@ -75,7 +73,7 @@ def _windows(
     strides = pair(stride, count) if stride else kernel
     widths = []
     for size, k, s, p, d in zip(
-        x.shape[-count:], kernel, strides, pair(padding, count), dilation, strict=True
+        x.shape[1:-1], kernel, strides, pair(padding, count), dilation, strict=True
     ):
         room = size + 2 * p - d * (k - 1) - 1
         steps = math.ceil(room / s) if ceil_mode else room // s
@@ -87,9 +85,7 @@ def _windows(
 
 def _adaptive(self: Any, output_size: Any, *, reduce: Any, count: int) -> Any:
     """Reduces each axis to a number of windows, which are as equal as possible."""
-    for axis, size in zip(
-        range(self.ndim - count, self.ndim), pair(output_size, count), strict=True
-    ):
+    for axis, size in zip(range(1, count + 1), pair(output_size, count), strict=True):
         length = self.shape[axis]
         if length % size == 0:
             split = (*self.shape[:axis], size, length // size, *self.shape[axis + 1 :])
@@ -112,4 +108,5 @@ for _count in (1, 2, 3):
         "adaptive_avg_pool": functools.partial(_adaptive, reduce=jnp.mean),
         "adaptive_max_pool": functools.partial(_adaptive, reduce=jnp.max),
     }.items():
-        register(f"aten.{_name}{_count}d")(functools.partial(_rule, count=_count))
+        _function = functools.partial(_rule, count=_count)
+        register(f"aten.{_name}{_count}d", layout=channels_last)(_function)

@@ -7,13 +7,13 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from jaxtrain.adapters.torch._rules import family
+from jaxtrain.adapters.torch._rules import family, pointwise
 from jaxtrain.models import dropout as drop
 
 register = family("Random numbers")
 
 
-@register("aten.dropout", "aten.native_dropout", random=True)
+@register("aten.dropout", random=True, layout=pointwise)
 def dropout(input: Any, p: float, train: bool, *, key: Any) -> Any:
     if not train or p == 0:
         return input

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -16,11 +18,13 @@ class Rule(NamedTuple):
       function: from the arguments of the operation to its results.
       family: the heading of the operation in the documentation.
       random: whether the function takes a `key`.
+      takes_last: whether the function takes and returns `ChannelsLast`.
     """
 
     function: Callable[..., Any]
     family: str
     random: bool
+    takes_last: bool
 
 
 class Update(NamedTuple):
@@ -39,11 +43,17 @@ RULES: dict[str, Rule] = {}
 
 
 def family(heading: str) -> Callable[..., Callable[[Callable], Callable]]:
-    """Returns a function `register(*names, random=False)` for the operations under a heading."""
+    """Returns a function `register(*names, ...)` for the operations under a heading.
 
-    def register(*names: str, random: bool = False) -> Callable[[Callable], Callable]:
+    Its options are `random`, see `Rule`, and `layout`: `channels_last` or `pointwise`.
+    """
+
+    def register(
+        *names: str, random: bool = False, layout: Callable[[Callable], Callable] | None = None
+    ) -> Callable[[Callable], Callable]:
         def add(function: Callable) -> Callable:
-            RULES.update(dict.fromkeys(names, Rule(function, heading, random)))
+            function = function if layout is None else layout(function)
+            RULES.update(dict.fromkeys(names, Rule(function, heading, random, layout is not None)))
             return function
 
         return add
@@ -51,10 +61,60 @@ def family(heading: str) -> Callable[..., Callable[[Callable], Callable]]:
     return register
 
 
-def add_all(register: Callable[..., Any], functions: dict[str, Callable]) -> None:
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class ChannelsLast:
+    """A tensor [batch, channels, *space], stored as an array [batch, *space, channels].
+
+    Convolutions are faster so, and operations on each element keep the order. Where XLA is left to
+    move the transpositions in between, it copies the activations.
+    """
+
+    array: jax.Array
+
+    @functools.cached_property
+    def channels_first(self) -> jax.Array:
+        """The array in PyTorch's order."""
+        return jnp.moveaxis(self.array, -1, 1)
+
+
+def to_first(value: Any) -> Any:
+    """Returns a value in PyTorch's order of the axes."""
+    return value.channels_first if isinstance(value, ChannelsLast) else value
+
+
+def channels_last(function: Callable[..., Any]) -> Callable[..., Any]:
+    """Makes a rule of a function whose first argument and result have channels last."""
+
+    @functools.wraps(function)
+    def rule(input: Any, *args: Any, **options: Any) -> Any:
+        x = input.array if isinstance(input, ChannelsLast) else jnp.moveaxis(input, 1, -1)
+        output = function(x, *map(to_first, args), **options)
+        if isinstance(output, Update):
+            return output._replace(output=ChannelsLast(output.output))
+        return ChannelsLast(output)
+
+    return rule
+
+
+def pointwise(function: Callable[..., Any]) -> Callable[..., Any]:
+    """Makes a rule of a function of each element, for which the order of the axes is the same."""
+
+    @functools.wraps(function)
+    def rule(*args: Any, **options: Any) -> Any:
+        arrays = [x for x in args if isinstance(x, ChannelsLast) or getattr(x, "ndim", 0)]
+        if any(not isinstance(x, ChannelsLast) for x in arrays) or not arrays:
+            return function(*map(to_first, args), **options)
+        parts = (x.array if isinstance(x, ChannelsLast) else x for x in args)
+        return ChannelsLast(function(*parts, **options))
+
+    return rule
+
+
+def add_all(register: Callable[..., Any], functions: dict[str, Callable], **options: Any) -> None:
     """Registers functions of JAX by the names of the operations that they compute."""
     for names, function in functions.items():
-        register(*(f"aten.{name}" for name in names.split()))(function)
+        register(*(f"aten.{name}" for name in names.split()), **options)(function)
 
 
 def promoted(*arrays: Any) -> list[Any]:
