@@ -15,6 +15,10 @@ from tests.adapters.helpers import KEY
 
 torch = pytest.importorskip("torch")
 
+from torch import nn  # noqa: E402
+from torch.nn import functional as F  # noqa: E402
+
+from tests.adapters import torch_networks  # noqa: E402
 from tests.adapters.torch_networks import CASES, Tokens  # noqa: E402
 
 STEPS, BATCH = 5, 4
@@ -144,3 +148,233 @@ def test_it_trains_as_in_pytorch(name: str) -> None:
             k: v.dtype for k, v in start.items()
         }
     assert all(torch.equal(module.state_dict()[k], v) for k, v in start.items())
+
+
+class Cnn(nn.Module):
+    def __init__(self, rate: float = 0.3) -> None:
+        super().__init__()
+        self.conv, self.norm = nn.Conv2d(1, 3, 3), nn.BatchNorm2d(3)
+        self.dropout, self.out = nn.Dropout(rate), nn.Linear(12, 3)
+
+    def forward(self, x: Any) -> Any:
+        x = torch.relu(self.norm(self.conv(x)))
+        return self.out(self.dropout(F.max_pool2d(x, 2).flatten(1)))
+
+
+IMAGES = 0.3 * jax.random.normal(KEY, (20, 1, 6, 6))
+LABELS = jnp.arange(20) % 3
+DATA = jt.Dataset(IMAGES.at[jnp.arange(20), 0, 1 + LABELS].add(1.0), LABELS)
+LOSS = jt.losses.cross_entropy
+OPTIMIZER = jt.optimizers.adam(0.02)
+
+
+def init(module: Any, inputs: Any = DATA.inputs[:1], optimizer: Any = OPTIMIZER, **options: Any):
+    return jt.init_state(module, optimizer, inputs, key=KEY, **options)
+
+
+def make_cnn(rate: float = 0.3) -> Any:
+    torch.manual_seed(1)
+    return Cnn(rate)
+
+
+def test_a_fit_resumes_and_its_file_predicts(tmp_path) -> None:
+    module = make_cnn()
+    options = {"loss_fn": LOSS, "batch_size": 8, "metric_fns": {"accuracy": jt.metrics.accuracy}}
+
+    def fit(epochs: int, **others: Any) -> Any:
+        return jt.fit(init(module), DATA, DATA, epochs=epochs, key=KEY, **options, **others)
+
+    state, history = fit(20, callbacks=[])
+    assert history["test_accuracy"][-1] > 0.9
+    checkpoint = [jt.callbacks.checkpoint(tmp_path / "run")]
+    fit(10, callbacks=checkpoint)
+    resumed, _ = fit(20, callbacks=checkpoint)
+    jax.tree.map(np.testing.assert_array_equal, resumed.params, state.params)
+
+    outputs = jt.predict(state, DATA.inputs)
+    jt.export.stablehlo(state, tmp_path / "model.stablehlo", DATA.inputs[:1])
+    predict = jt.export.load_stablehlo(tmp_path / "model.stablehlo")
+    for count in (1, 7):
+        np.testing.assert_allclose(predict(DATA.inputs[:count]), outputs[:count], rtol=1e-5)
+    jt.save(tmp_path / "model.safetensors", state)
+    loaded = jt.load(tmp_path / "model.safetensors", init(make_cnn()))
+    np.testing.assert_array_equal(jt.predict(loaded, DATA.inputs), outputs)
+
+
+def test_runs_under_vmap_equal_single_runs() -> None:
+    module = make_cnn()
+
+    def run(learning_rate: Any, seed: Any) -> Any:
+        optimizer = jt.optimizers.sgd(learning_rate)
+        state = jt.init_state(module, optimizer, DATA.inputs[:1], key=jax.random.key(seed))
+        return jt.train(state, DATA, loss_fn=LOSS, epochs=1, batch_size=8)
+
+    rates = jnp.array([0.01, 0.1])
+    result = jt.sweep(run, {"learning_rate": rates, "seed": jnp.array([3])})
+    found = np.ravel(result["train_loss"])
+    alone = [run(rate, 3)[1]["train_loss"][0] for rate in rates]
+    np.testing.assert_allclose(found, np.ravel(alone), rtol=1e-5)
+
+
+def test_equal_modules_are_one_program() -> None:
+    module = make_cnn()
+    model = init(module).model
+    assert init(module).model == init(make_cnn()).model == model
+    assert hash(init(make_cnn()).model) == hash(model)
+    assert init(make_cnn(0.5)).model != model
+    module.dropout.p = 0.4
+    assert init(module).model != model
+    assert "Dropout(p=0.3" in repr(model)
+
+
+def test_each_dropout_has_its_own_mask_in_each_step() -> None:
+    module = nn.Sequential(nn.Dropout(0.5), nn.Dropout(0.5))
+    ones = jnp.ones((8, 64))
+    state = init(module, ones)
+
+    def kept(step: int) -> Any:
+        key = jax.random.fold_in(state.key, step)
+        return state.model.apply({}, {}, ones, train=True, key=key)[0]
+
+    assert set(np.unique(kept(0))) == {0.0, 4.0}  # one mask would give 0 and 4 in half
+    assert abs((np.asarray(kept(0)) > 0).mean() - 0.25) < 0.08
+    assert (kept(0) != kept(1)).any()
+
+
+def test_a_vae_draws_in_training_alone() -> None:
+    inputs = jnp.ones((3, 8))
+    state = init(torch_networks.Vae(noise=1.0), inputs)
+    draw = lambda key: state.model.apply(  # noqa: E731
+        state.params, {}, inputs, train=True, key=jax.random.key(key)
+    )[0][0]
+    assert (draw(0) != draw(1)).all()
+
+
+def test_frozen_parameters_stay_and_shared_ones_are_one_leaf() -> None:
+    gpt = torch_networks.Gpt()
+    gpt.wpe.weight.requires_grad_(False)
+    tokens = make_inputs((Tokens(11, (6,)),))
+    state = init(gpt, tokens, jt.optimizers.adamw(0.1, weight_decay=0.5))
+    assert "head" not in state.params
+    assert "wpe" not in state.params
+    after, _ = jt.train_step(state, jt.Dataset(jnp.asarray(tokens), jnp.zeros(BATCH)), loss_fn)
+    trained = jt.to_module(after)
+    assert torch.equal(trained.wpe.weight, gpt.wpe.weight)
+    assert not trained.wpe.weight.requires_grad
+    assert trained.head.weight is trained.wte.weight
+    assert not torch.equal(trained.wte.weight, gpt.wte.weight)
+
+
+def test_call_says_how_the_module_is_called() -> None:
+    def call(module: Any, inputs: Any, *, train: bool, rngs: Any) -> Any:
+        return module(inputs["pixels"] / 255) * (2 if train else 1)
+
+    pixels = np.arange(72, dtype=np.uint8).reshape(2, 1, 6, 6) ** 2
+    module = make_cnn(0.0)
+    state = init(module, {"pixels": pixels}, call=call)
+    assert_close(
+        jt.predict(state, {"pixels": pixels}),
+        call_torch(module, np.float32(pixels / 255), train=False),
+    )
+    found, _ = state.model.apply(
+        state.params, state.model_state, {"pixels": jnp.asarray(pixels)}, train=True, key=KEY
+    )
+    assert_close(found, 2 * call_torch(module, np.float32(pixels / 255), train=True))
+
+
+def test_inputs_of_another_length_are_exported_anew() -> None:
+    module = torch_networks.Recurrent("GRU")
+    state = init(module, make_inputs((Tokens(7, (5,)),)))
+    for length in (3, 5):
+        tokens = make_inputs((Tokens(7, (length,)),))
+        assert_close(jt.predict(state, tokens), call_torch(module, tokens, train=False))
+
+
+def test_statistics_are_recomputed_as_by_update_bn() -> None:
+    module = make_cnn(0.0)
+    state = jt.update_batch_stats(init(module), DATA, batch_size=5)
+    batches = torch.tensor(np.asarray(DATA.inputs)).split(5)
+    torch.optim.swa_utils.update_bn(batches, module)
+    for name in ("running_mean", "running_var"):
+        assert_close(state.model_state["norm"][name], getattr(module.norm, name))
+
+
+def test_a_summary_has_the_layers() -> None:
+    summary = jt.summary(init(make_cnn()), DATA.inputs[:4])
+    layers = {layer.path: layer for layer in summary.layers}
+    assert list(layers) == ["", "conv", "norm", "dropout", "out"]
+    assert layers["conv"].parameters == 30
+    assert [x.shape for x in layers["conv"].outputs] == [(4, 3, 4, 4)]
+    assert [x.shape for x in layers["out"].inputs] == [(4, 12)]
+
+
+def test_half_precision_computes_in_it() -> None:
+    state = init(jt.mixed_precision(make_cnn(0.0)))
+    _, metrics = jt.train_step(state, DATA, LOSS)
+    exact = jt.train_step(init(make_cnn(0.0)), DATA, LOSS)[1]["loss"]
+    np.testing.assert_allclose(metrics["loss"], exact, rtol=0.02)
+    assert metrics["loss"] != exact
+
+
+def test_an_operation_may_be_registered() -> None:
+    from jaxtrain.adapters.torch import register
+
+    @torch.library.custom_op("jaxtrain_test::cube", mutates_args=())
+    def cube(x: torch.Tensor) -> torch.Tensor:
+        return x**3
+
+    cube.register_fake(torch.empty_like)
+    module = torch_networks.Function(lambda self, x: cube(self.out(x)), out=nn.Linear(4, 3))
+    inputs = jnp.ones((2, 4))
+    with pytest.raises(jt.errors.InputError, match=r"jaxtrain_test.cube.*no rule.*register\('jax"):
+        init(module, inputs)
+    register("jaxtrain_test.cube")(lambda x: x**3)
+    assert_close(jt.predict(init(module, inputs), inputs), module(torch.ones(2, 4)))
+
+
+class Double(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x):
+        return 2 * x
+
+    @staticmethod
+    def backward(ctx, grad):
+        return 2 * grad
+
+
+def branch(self: Any, x: Any) -> Any:
+    return x if x.sum() > 0 else -x
+
+
+def sequence_first() -> Any:
+    return torch_networks.Function(lambda self, x: self.rnn(x)[0], rnn=nn.LSTM(4, 2))
+
+
+@pytest.mark.parametrize(
+    ("make", "match"),
+    [
+        (branch, r"depends on the values.*test_torch_modules.py:\d+ \(return x if x.sum\(\)"),
+        (lambda self, x: x * x.sum().item(), r"\.item\(\).*expected tensors"),
+        (lambda self, x: Double.apply(x), r"autograd function Double, called at test_torch"),
+        (lambda self, x: x[x > 0].mean() * x, r"aten.index.*failed in JAX"),
+        (lambda self, x: x.view(13, 4), r"fixed number of examples.*len\(x\)"),
+        (lambda self, x: x.numpy(), r"cannot export Function, called at test_torch"),
+        (lambda self, x: torch.fft.fft(x).real, r"the operation aten.*no rule in JAX"),
+        (lambda self, x: x + torch.rand_like(x), "draws random numbers in evaluation"),
+        (sequence_first, "batch_first=True"),
+        (lambda: nn.LazyLinear(3), r"weight of LazyLinear has no shape yet; call the module once"),
+        (lambda: nn.Linear(4, 3, device="meta"), r"weight of Linear is on the device meta"),
+        (lambda: nn.DataParallel(nn.Linear(4, 3)), "is a DataParallel; expected its module"),
+        (lambda: torch.jit.script(nn.Linear(4, 3)), r"compiled by torch.jit or torch.compile"),
+        (lambda: torch.compile(nn.Linear(4, 3)), r"compiled by torch.jit or torch.compile"),
+        (lambda: torch.ao.nn.quantized.Linear(4, 3), "has the quantized layer Linear"),
+        (lambda: nn.Linear(5, 3), "cannot export Linear"),
+    ],
+)
+@pytest.mark.filterwarnings("ignore")
+def test_what_cannot_be_computed_is_one_sentence(make: Any, match: str) -> None:
+    takes_inputs = make.__code__.co_argcount == 2
+    module = torch_networks.Function(make) if takes_inputs else make()
+    with pytest.raises(jt.errors.InputError, match=match) as caught:
+        init(module, jnp.ones((1, 4)))
+    assert "\n" not in str(caught.value)
