@@ -21,7 +21,7 @@ NAMES = public_names()
 
 # Examples that need an optional package are skipped without it.
 PACKAGES = {
-    **dict.fromkeys(("export.load_torch", "export.to_torch"), "torch"),
+    **dict.fromkeys(("export.load_torch", "export.to_torch", "optimizers.from_torch"), "torch"),
     "export.onnx": "onnxruntime",
     "callbacks.tensorboard": "tensorboardX",
     "callbacks.wandb": "wandb",

@@ -3,6 +3,7 @@
 from jaxtrain.optimizers._accumulation import accumulate_gradients
 from jaxtrain.optimizers._averaging import average_parameters
 from jaxtrain.optimizers._evaluation import evaluate_with
+from jaxtrain.optimizers._from_torch import from_torch
 from jaxtrain.optimizers._inspect import averaged_params
 from jaxtrain.optimizers._minimize import Stop
 from jaxtrain.optimizers._records import Record, record_gradient_norm, records
@@ -38,6 +39,7 @@ __all__ = [
     "clip_gradients",
     "cosine_annealing_lr",
     "evaluate_with",
+    "from_torch",
     "lbfgs",
     "linear_lr",
     "make",
