@@ -128,8 +128,17 @@ def skip_fields(app: Any, what: str, name: str, obj: Any, skip: bool, options: A
     return True if what == "class" and not (callable(obj) or isinstance(obj, property)) else None
 
 
+def insert_operations(app: Any, page: str, source: list[str]) -> None:
+    """Inserts the table of the operations of PyTorch that have a rule."""
+    families = jaxtrain.adapters.torch.operations().items()
+    rows = [f"| {family} | {', '.join(f'`{n}`' for n in names)} |" for family, names in families]
+    table = "\n".join(["| family | operations |", "|---|---|", *rows]).replace("`aten.", "`")
+    source[0] = source[0].replace("<!-- operations -->", table)
+
+
 def setup(app: Any) -> None:
     """Registers the functions above."""
+    app.connect("source-read", insert_operations)
     app.connect("autodoc-process-docstring", escape_bars)
     app.connect("autodoc-process-signature", shorten_arrays)
     app.connect("autodoc-skip-member", skip_fields)

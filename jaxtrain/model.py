@@ -11,9 +11,9 @@ from jaxtyping import PyTree
 class Model(NamedTuple):
     """A network as a pair of pure functions.
 
-    `init_state` builds one from a Linen, NNX or Equinox module; write one directly for a network
-    in plain JAX. Both functions must be hashable, since they are static in a compiled step: define
-    them once, not per call.
+    `init_state` builds one from a Linen, NNX, Equinox or PyTorch module; write one directly for a
+    network in plain JAX. Both functions must be hashable, since they are static in a compiled step:
+    define them once, not per call.
 
     Attributes:
       init: `init(key, inputs) -> (params, model_state)`. `params` is the pytree that is optimized;

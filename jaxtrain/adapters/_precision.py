@@ -35,7 +35,7 @@ def mixed_precision(model: Any, dtype: Any = "bfloat16") -> MixedPrecision:
     from there on, except in layers with a `dtype` of their own and those of `jaxtrain.models`.
 
     Args:
-      model: a Linen, NNX or Equinox module, or a `Model`.
+      model: a Linen, NNX, Equinox or PyTorch module, or a `Model`.
       dtype: "bfloat16"; or "float16", whose small range needs a scaled loss in most networks.
 
     Raises:

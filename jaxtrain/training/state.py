@@ -117,8 +117,8 @@ def init_state(
     """Returns the state before the first step.
 
     Args:
-      model: a Linen module; an NNX or Equinox module, whose own parameters are the initial ones; or
-        a `Model`.
+      model: a Linen module; an NNX, Equinox or PyTorch module, whose own parameters are the initial
+        ones; or a `Model`.
       optimizer: any optax transformation; `jaxtrain.optimizers` has those of `torch.optim`. None
         for a state that only predicts, such as one for `load`.
       sample_inputs: inputs with the shapes and dtypes of training; one example is enough, and the
@@ -133,9 +133,9 @@ def init_state(
         is_training, is_train or enable_dropout; deterministic, inference, eval or
         use_running_average, which are `not train`; and key or rngs. A tuple of inputs is passed as
         several arguments if the module takes so many. `rngs` is a dict of keys for Linen, an
-        `nnx.Rngs` for NNX, and the key of one example for Equinox, which gets one example as
-        `inputs`, and `call(module, inputs, state, *, train, rngs) -> (outputs, state)` if the
-        module is stateful.
+        `nnx.Rngs` for NNX, None for PyTorch, which gets tensors, and the key of one example for
+        Equinox, which gets one example as `inputs`, and `call(module, inputs, state, *, train,
+        rngs) -> (outputs, state)` if the module is stateful.
       draws_in_evaluation: whether the model is meant to draw random numbers in evaluation as well,
         such as a variational autoencoder or Monte Carlo dropout. `evaluate` and `predict` then
         need a key; `fit` and `train` evaluate with one from the state's key and step. By default,
@@ -261,13 +261,14 @@ def set_learning_rate(state: TrainState, learning_rate: float | Float[Array, ""]
 
 
 def to_module(state: TrainState) -> Any:
-    """Returns the trained NNX or Equinox module, with averaged parameters if evaluation uses them.
+    """Returns the trained NNX, Equinox or PyTorch module, with averaged parameters if it has any.
 
     Args:
       state: a state that `init_state` made from such a module.
 
     Returns:
-      A new NNX module; or the Equinox module, as a pair with its `eqx.nn.State` if it has one.
+      A new NNX or PyTorch module, in evaluation mode; or the Equinox module, as a pair with its
+      `eqx.nn.State` if it has one.
 
     Raises:
       InputError: the model is a Linen module or a `Model`, whose parameters are `state.params`.

@@ -27,16 +27,16 @@ def register(name: str, *, random: bool = False) -> Callable[[Callable], Callabl
 
     The function takes the operation's arguments in PyTorch's order, with arrays in place of
     tensors; dtypes are those of JAX, and devices and memory formats are left out. It must not
-    change its arguments: the operation in place, such as `aten.hardswish_`, follows from it.
+    change its arguments: the operation in place, such as `aten.relu_`, follows from it.
 
     Args:
-      name: the operation, such as "aten.hardswish", or with its overload, "aten.max.dim".
+      name: the operation, such as "aten.relu", or with its overload, "aten.max.dim".
       random: whether the function draws random numbers; it then takes a PRNG key, `key=`.
 
     Example:
-      >>> @jt.adapters.torch.register("aten.hardswish")
-      ... def hardswish(input):
-      ...     return input * jnp.clip(input + 3, 0, 6) / 6
+      >>> @jt.adapters.torch.register("my_library.cube")
+      ... def cube(x):
+      ...     return x**3
     """
     return _register(name, random=random)
 

@@ -38,7 +38,8 @@ def adapt(module: Any, call: Static | None) -> tuple[Model, tuple[PyTree, PyTree
         call=Static(call_forward) if call is None else call,
         kind=type(module),
     )
-    params, others = {}, {}
+    params: dict[str, Any] = {}
+    others: dict[str, Any] = {}
     for name, tensor in _variables(module).items():
         is_trained = isinstance(tensor, torch.nn.Parameter) and tensor.requires_grad
         (params if is_trained else others)[name] = to_array(tensor)

@@ -14,7 +14,8 @@ register = family("Constants")
 @register("aten.arange", "aten.arange.start_step")
 def arange(*limits: Any, dtype: Any = None) -> Any:
     is_float = any(isinstance(x, float) for x in limits)
-    return jnp.arange(*limits, dtype=dtype or (jnp.float32 if is_float else jnp.int32))
+    values: Any = jnp.arange(*limits)
+    return values.astype(dtype or (jnp.float32 if is_float else jnp.int32))
 
 
 @register("aten.full")

@@ -45,10 +45,12 @@ def export(
     module.train(train)
     example = tuple(torch.zeros((BATCH, *shape), dtype=dtype) for shape, dtype in shapes)
     batch = torch.export.Dim("batch")
-    options = {"dynamic_shapes": {"leaves": tuple({0: batch} for _ in example)}, "strict": False}
+    dynamic = {"leaves": tuple({0: batch} for _ in example)}
     try:
         with _corrected(), torch.enable_grad():
-            return torch.export.export(_Called(module, call), example, **options)
+            return torch.export.export(
+                _Called(module, call), example, dynamic_shapes=dynamic, strict=False
+            )
     except InputError:
         raise
     except Exception as error:  # of any part of the module

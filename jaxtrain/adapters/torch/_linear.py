@@ -67,7 +67,7 @@ def attention(
     scale = query.shape[-1] ** -0.5 if scale is None else scale
     scores = jnp.einsum("...qd,...kd->...qk", query * scale, key_)
     if is_causal:
-        attn_mask = jnp.tri(*scores.shape[-2:], dtype=bool)
+        attn_mask = jnp.tri(scores.shape[-2], scores.shape[-1], dtype=bool)
     if attn_mask is not None and attn_mask.dtype == bool:
         scores = jnp.where(attn_mask, scores, -jnp.inf)
     elif attn_mask is not None:

@@ -101,12 +101,13 @@ def _adaptive(self: Any, output_size: Any, *, reduce: Any, count: int) -> Any:
     return self
 
 
+_RULES: dict[str, Any] = {
+    "max_pool": max_pool,
+    "avg_pool": avg_pool,
+    "adaptive_avg_pool": functools.partial(_adaptive, reduce=jnp.mean),
+    "adaptive_max_pool": functools.partial(_adaptive, reduce=jnp.max),
+}
 for _count in (1, 2, 3):
-    for _name, _rule in {
-        "max_pool": max_pool,
-        "avg_pool": avg_pool,
-        "adaptive_avg_pool": functools.partial(_adaptive, reduce=jnp.mean),
-        "adaptive_max_pool": functools.partial(_adaptive, reduce=jnp.max),
-    }.items():
-        _function = functools.partial(_rule, count=_count)
+    for _name, _rule in _RULES.items():
+        _function: Any = functools.partial(_rule, count=_count)
         register(f"aten.{_name}{_count}d", layout=channels_last)(_function)

@@ -33,7 +33,9 @@ def var(
     return jnp.var(self, axis=_axes(dim), ddof=correction, keepdims=keepdim)
 
 
-def _spread(dim: Any, options: Any, correction: Any, keepdim: Any) -> tuple[Any, Any, Any]:
+def _spread(
+    dim: Any, options: tuple[Any, ...], correction: Any, keepdim: Any
+) -> tuple[Any, Any, Any]:
     """Returns the arguments of both forms of `torch.var`, with `unbiased` and `correction`."""
     if isinstance(dim, bool):
         return None, int(dim), keepdim

@@ -102,7 +102,9 @@ def pointwise(function: Callable[..., Any]) -> Callable[..., Any]:
 
     @functools.wraps(function)
     def rule(*args: Any, **options: Any) -> Any:
-        arrays = [x for x in args if isinstance(x, ChannelsLast) or getattr(x, "ndim", 0)]
+        arrays = [
+            x for x in args if isinstance(x, ChannelsLast) or (hasattr(x, "ndim") and x.ndim > 0)
+        ]
         if any(not isinstance(x, ChannelsLast) for x in arrays) or not arrays:
             return function(*map(to_first, args), **options)
         parts = (x.array if isinstance(x, ChannelsLast) else x for x in args)
