@@ -15,6 +15,9 @@ from jaxtyping import Array, Int, Key, PyTree
 from jaxtrain._arguments import check_key
 from jaxtrain.errors import InputError
 
+# The largest number of characters that a `Dataset` shows of one field.
+_MAX_SHOWN = 400
+
 
 # Not type-checked at run time: JAX rebuilds pytrees with placeholders for their leaves.
 @no_type_check
@@ -48,7 +51,10 @@ class Dataset:
     drop_last: bool = dataclasses.field(default=False, kw_only=True, metadata={"static": True})
 
     def __len__(self) -> int:
-        return jax.tree.leaves(self)[0].shape[0]
+        leaves = jax.tree.leaves(self.inputs)
+        if not leaves or not getattr(leaves[0], "shape", ()):
+            check_dataset(self, "dataset")  # says what is wrong
+        return leaves[0].shape[0]
 
     def __repr__(self) -> str:
         fields = {each.name: getattr(self, each.name) for each in dataclasses.fields(self)}
@@ -135,11 +141,18 @@ def epoch_order(examples: int, key: Key[Array, ""] | None) -> Int[Array, "exampl
 
 def _describe(tree: PyTree) -> str:
     """Returns a pytree as text, with dtypes and shapes in place of the values of arrays."""
+    shown = str(jax.tree.map(_describe_leaf, tree)).replace("'", "")
+    return shown if len(shown) <= _MAX_SHOWN else f"{shown[:_MAX_SHOWN]}..."
 
-    def describe(leaf: Any) -> str:
-        return describe_array(leaf) if hasattr(leaf, "shape") else str(leaf)
 
-    return str(jax.tree.map(describe, tree)).replace("'", "")
+def _describe_leaf(leaf: Any) -> str:
+    """Returns a leaf as text: dtype and shape of an array, a number, or the type of an object."""
+    if leaf is None or isinstance(leaf, bool | int | float):
+        return str(leaf)
+    package, kind = type(leaf).__module__.split(".")[0], type(leaf).__name__
+    if hasattr(leaf, "dtype") and hasattr(leaf, "shape") and package != "pandas":
+        return describe_array(leaf)
+    return kind if package == "builtins" else f"{package}.{kind}"
 
 
 def describe_array(array: Any) -> str:
@@ -188,6 +201,25 @@ def check_dataset(dataset: Any, name: str) -> None:
             )
     if length == 0:
         raise InputError(f"{name} is empty; expected at least one example")
+    _check_weights(dataset, name)
+
+
+def _check_weights(dataset: Dataset, name: str) -> None:
+    """Raises InputError for the third of two inputs and their labels, which cannot be weights."""
+    weights: Any = dataset.weights
+    targets = dataset.targets
+    if weights is None or not hasattr(targets, "dtype"):
+        return
+    like = [x.shape for x in jax.tree.leaves(dataset.inputs) if x.dtype == targets.dtype]
+    is_input = targets.ndim > 2 or (targets.ndim == 2 and targets.shape in like)
+    are_labels = weights.ndim == 1 and jnp.issubdtype(weights.dtype, jnp.integer) and is_input
+    if are_labels or weights.ndim > max(2, targets.ndim):
+        raise InputError(
+            f"{name} has the weights {describe_array(weights)} for the targets "
+            f"{describe_array(targets)}; expected weights of the losses: if these are two inputs "
+            "and a target, pass ((first, second), target); whole numbers as weights are passed as "
+            "weights.astype(numpy.float32)"
+        )
 
 
 def has_weight(weights: Any, array: Any) -> Any:

@@ -30,6 +30,18 @@ def test_the_representation_has_shapes_in_place_of_values() -> None:
     assert repr(jt.Dataset(labels, weights=labels)) == "Dataset(inputs=int64[3], weights=int64[3])"
 
 
+def test_the_representation_shows_what_is_not_an_array_yet() -> None:
+    pandas = pytest.importorskip("pandas")
+    frame = pandas.DataFrame({"size": [1.0, 2.0], "price": ["a", "b"]})
+    data = jt.Dataset(frame[["size"]], frame["price"])
+    assert repr(data) == "Dataset(inputs=pandas.DataFrame, targets=pandas.Series)"
+    assert repr(jt.Dataset([1, 2.5], {"a": "x"})) == "Dataset(inputs=[1, 2.5], targets={a: str})"
+    assert len(repr(jt.Dataset(list(range(10**5))))) < 500
+    for inputs in ([1, 2], {}, 3.0):
+        with pytest.raises(jt.errors.InputError, match="expected"):
+            len(jt.Dataset(inputs))
+
+
 def test_a_split_refuses_unequal_lengths_and_empty_parts() -> None:
     key = jax.random.key(0)
     message = r"inputs has 50 examples and dataset\.targets has 40"

@@ -14,6 +14,7 @@ from jax.typing import ArrayLike
 from jaxtyping import Array, Float, PyTree
 
 from jaxtrain.dataset import has_weight
+from jaxtrain._arguments import axis_hint
 from jaxtrain.errors import InputError
 from jaxtrain.losses import WeightedMean, at_least_float32, mean_terms, name_of
 
@@ -205,6 +206,7 @@ def _check_pairs(function: Any, predictions: Any, targets: Any, shape: tuple[int
             f"{name_of(function)} returned the shape {shape} for a batch of {shape[0]}, and its "
             "second axis is the batch once more; expected values of each example, which may "
             "have further axes: compare predictions and targets of the same shape"
+            + axis_hint(*(tuple(getattr(x, "shape", ())) for x in (predictions, targets)))
         )
 
 

@@ -104,6 +104,47 @@ def test_labels_of_wrapped_losses_are_checked(small_state, small_classes) -> Non
         jt.fit(small_state, weighted, loss_fn=LOSS)
 
 
+IMAGES, ROWS = np.ones((8, 4, 4), np.float32), np.ones((8, 5), np.float32)
+INTEGERS = np.arange(8, dtype=np.int32) % 2
+
+
+@pytest.mark.parametrize(
+    ("batch", "message"),
+    [
+        ((IMAGES, IMAGES, INTEGERS), r"weights int32\[8\] for the targets float32\[8,4,4\]"),
+        ((ROWS, ROWS, INTEGERS), r"pass \(\(first, second\), target\)"),
+        ((IMAGES, INTEGERS, IMAGES), r"weights float32\[8,4,4\] for the targets int32\[8\]"),
+    ],
+    ids=["images and labels", "rows and labels", "an image as weights"],
+)
+def test_two_inputs_and_a_target_are_not_taken_for_weights(small_state, batch, message) -> None:
+    for data in (batch, [batch], [list(batch)], jt.Dataset(*batch)):
+        with refused(message):
+            jt.evaluate(small_state, data, LOSS)
+    with refused(message):
+        jt.train_step(small_state, tuple(map(jnp.asarray, batch)), LOSS)
+
+
+def test_weights_of_all_kinds_are_weights() -> None:
+    state = jt.init_state(nn.Dense(5), SGD, ROWS[:1], key=KEY)
+    tokens = np.zeros((8, 5), np.int32)
+    for targets, weights, loss in (
+        (ROWS, INTEGERS.astype(np.float32), jt.losses.mean_squared_error),
+        (ROWS, INTEGERS == 1, jt.losses.mean_squared_error),
+        (INTEGERS, INTEGERS, LOSS),
+        (ROWS[:, :1] * np.ones(5, np.float32), np.ones(8), jt.losses.mean_squared_error),
+        (tokens, tokens + 1, lambda predictions, targets: predictions),
+    ):
+        assert jnp.isfinite(jt.evaluate(state, (ROWS, targets, weights), loss)["loss"])
+
+
+def test_a_missing_axis_of_the_targets_is_named() -> None:
+    state = jt.init_state(nn.Dense(1), SGD, ROWS[:1], key=KEY)
+    for loss in (jt.losses.mean_squared_error, lambda predictions, targets: predictions - targets):
+        with jax.numpy_rank_promotion("allow"), refused(r"pass targets\[:, None\]"):
+            jt.evaluate(state, (ROWS, INTEGERS.astype(np.float32)), loss)
+
+
 def test_control_characters_in_names_are_escaped(small_state, small_classes) -> None:
     def loud(predictions, targets):
         return predictions.mean()
