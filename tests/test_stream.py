@@ -6,6 +6,7 @@ import functools
 import json
 import re
 import sys
+import tracemalloc
 from pathlib import Path
 from typing import Any
 
@@ -144,6 +145,22 @@ def test_every_source_gives_the_same_batches(mapped: jt.Dataset, kind: str) -> N
     batches = list(jt.data.stream(source, 16, KEY).epoch(2))
     assert_same(batches, expected_batches(data, 16, 2))
     assert all(type(leaf) is np.ndarray for leaf in jax.tree.leaves(batches))
+
+
+def test_rows_of_an_array_that_is_not_contiguous_are_read_alone(tmp_path: Path) -> None:
+    """NumPy's `take` would copy all 32 MiB for each batch."""
+    images = np.arange(2**18, dtype=np.float32).reshape(-1, 1, 1) + np.zeros((1, 2, 16))
+    np.save(tmp_path / "images.npy", images.astype(np.float32))
+    mapped = np.load(tmp_path / "images.npy", mmap_mode="r").transpose(0, 2, 1)
+    batches = jt.data.stream(jt.Dataset(mapped), 16, KEY).epoch(1)
+    next(batches)
+    tracemalloc.start()
+    batch = next(batches)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 2**20
+    order = epoch_order(2**18, jax.random.fold_in(KEY, 1))[16:32]
+    np.testing.assert_array_equal(batch.inputs, images.transpose(0, 2, 1)[np.asarray(order)])
 
 
 def test_data_sets_of_tfds_are_sources(tmp_path: Path, monkeypatch) -> None:

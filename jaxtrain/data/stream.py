@@ -33,6 +33,8 @@ class Source(Protocol):
 Transform = Callable[[Any, np.random.Generator], Any]
 # The pages of larger files are dropped from the memory of the process after each batch.
 _LARGE_BYTES = 2**26
+# How far memory-mapped arrays are looked for in a source: nested objects, and entries of each.
+_SEARCHED_DEPTH, _SEARCHED_LENGTH = 5, 100
 _FIELDS = ("inputs", "targets", "weights")
 
 
@@ -166,7 +168,9 @@ def stream(
       transform: `transform(example, rng) -> example` is applied to each example, with a
         `np.random.Generator` for augmentation. It may turn an example of any form into one of the
         above.
-      workers: number of processes that read and transform; with 0, `fit` reads in a thread.
+      workers: number of processes that read and transform; with 0, `fit` reads in a thread. They
+        are new processes of Python, since a process that is forked after JAX has started its
+        threads may hang. Each imports the program and receives a pickled copy of the source.
       drop_last: leaves out the last batch of an epoch if it is smaller than the others, as does
         `drop_last` of a `Dataset`.
       replacement: draws as many examples per epoch at random, of which some occur several times
@@ -283,7 +287,7 @@ class _Reader:
     ) -> None:
         self._source, self._order, self._size, self._batches = source, order, size, batches
         self._shard, self._transform, self._seed = shard, transform, seed
-        self._large_files = _large_files(source)
+        self._large_files: list[mmap.mmap] | None = None
 
     def __len__(self) -> int:
         return self._batches
@@ -295,8 +299,6 @@ class _Reader:
         part = (min(start + self._size, len(self._order)) - start) // count
         start += index * part
         examples = _read(self._source, self._order[start : start + part])
-        for file in self._large_files:
-            file.madvise(mmap.MADV_DONTNEED)
         if self._transform is not None:
             # The random numbers of an example depend on its position in the epoch alone, also in
             # a shard.
@@ -304,13 +306,18 @@ class _Reader:
                 self._transform(example, np.random.default_rng([self._seed, start + row]))
                 for row, example in enumerate(_separate(examples))
             ]
-        return _stack(examples)
+        stacked = _stack(examples)  # a copy, also of rows of a memory-mapped array
+        if self._large_files is None:  # a source may open its files when it reads the first example
+            self._large_files = _large_files(self._source)
+        for file in self._large_files:
+            file.madvise(mmap.MADV_DONTNEED)
+        return stacked
 
     def __getstate__(self) -> dict[str, Any]:
         # NumPy would pickle the content of a memory-mapped array, so pickle how to open it.
         is_array = isinstance(self._source, Dataset)
         source = jax.tree.map(_opener, self._source) if is_array else self._source
-        return self.__dict__ | {"_source": source, "_large_files": []}
+        return self.__dict__ | {"_source": source, "_large_files": None}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__ |= state
@@ -318,7 +325,6 @@ class _Reader:
             self._source = jax.tree.map(
                 lambda leaf: leaf() if isinstance(leaf, functools.partial) else leaf, self._source
             )
-            self._large_files = _large_files(self._source)
 
 
 def _read(source: Any, indices: np.ndarray) -> Any:
@@ -349,11 +355,24 @@ def _example(source: Any, index: int) -> Any:
 
 
 def _large_files(source: Any) -> list[mmap.mmap]:
-    """Returns the large files of a data set, whose pages in memory can be dropped."""
-    leaves = jax.tree.leaves(source) if isinstance(source, Dataset) else []
+    """Returns the large files that a source has mapped, whose pages in memory can be dropped."""
+    roots = map(_root, _arrays(source))
     # The pages of a mapping in the mode "c" may have been changed.
-    files = [_mapping(array) for array in leaves if getattr(array, "mode", "c") != "c"]
-    return [file for file in files if file is not None and len(file) > _LARGE_BYTES]
+    files = [root.base for root in roots if getattr(root, "mode", "c") != "c"]
+    return [file for file in files if isinstance(file, mmap.mmap) and len(file) > _LARGE_BYTES]
+
+
+def _arrays(value: Any, depth: int = _SEARCHED_DEPTH) -> Iterator[np.ndarray]:
+    """Yields the arrays among the attributes of a source, and of the sources that it wraps."""
+    if isinstance(value, np.ndarray):
+        yield value
+    elif depth:
+        if isinstance(value, Mapping):
+            value = list(value.values())
+        elif not isinstance(value, list | tuple):
+            value = list(getattr(value, "__dict__", {}).values())
+        for each in value[:_SEARCHED_LENGTH]:
+            yield from _arrays(each, depth - 1)
 
 
 def _take(array: Any, indices: np.ndarray) -> np.ndarray:
@@ -366,7 +385,9 @@ def _take(array: Any, indices: np.ndarray) -> np.ndarray:
                 f"the file {array.filename} has {size} bytes, and had {needed} when it was opened; "
                 "expected a file that does not change while it is read"
             )
-    return np.asarray(array).take(indices, axis=0)
+    values = np.asarray(array)
+    # `take` would first copy all of an array that is not contiguous.
+    return values.take(indices, axis=0) if values.flags.c_contiguous else values[indices]
 
 
 def _stack(examples: Any) -> Dataset:
