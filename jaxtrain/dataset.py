@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+from collections.abc import Callable, Iterable
 from typing import Any, no_type_check
 
 import jax
@@ -34,6 +35,9 @@ class Dataset:
       targets: array, or pytree of arrays, [examples, ...]; None if the loss needs none.
       weights: weights of the losses, [examples], or [examples, time] for a loss per token; None
         weights all equally.
+      shared: array, or pytree of arrays, without an axis of examples, such as a time grid or the
+        adjacency matrix of a graph. Every batch has all of it, and the model receives it after the
+        inputs: the tuple `(inputs, shared)`, where a tuple counts as several entries.
       drop_last: whether training leaves out the last batch of an epoch if it is smaller than the
         others, as `jt.data.stream(..., drop_last=True)` does; evaluations use all examples.
 
@@ -48,6 +52,7 @@ class Dataset:
     inputs: PyTree
     targets: PyTree = None
     weights: ArrayLike | None = None
+    shared: PyTree = dataclasses.field(default=None, kw_only=True)
     drop_last: bool = dataclasses.field(default=False, kw_only=True, metadata={"static": True})
 
     def __len__(self) -> int:
@@ -72,7 +77,7 @@ class Dataset:
                 f"the index is {index!r}; expected a slice such as dataset[:32], or "
                 "dataset.take(indices); the arrays are dataset.inputs and dataset.targets"
             )
-        return jax.tree.map(lambda array: array[index], self)
+        return map_examples(lambda array: array[index], self)
 
     def take(self, indices: Int[Array, "chosen"]) -> Dataset:
         """Returns the examples at some indices, in that order.
@@ -84,7 +89,7 @@ class Dataset:
           >>> train.take(jnp.array([5, 0, 7]))
           Dataset(inputs=float32[3,8,8], targets=int32[3])
         """
-        return jax.tree.map(lambda array: jnp.asarray(array)[indices], self)
+        return map_examples(lambda array: jnp.asarray(array)[indices], self)
 
     def split(self, fraction: float, key: Key[Array, ""]) -> tuple[Dataset, Dataset]:
         """Splits the examples at random into two disjoint parts.
@@ -129,6 +134,48 @@ class Dataset:
           Dataset(inputs=float32[64,8,8], targets=int32[64], weights=float32[64])
         """
         return dataclasses.replace(self, **changes)
+
+
+@jax.tree_util.register_pytree_node_class
+class JoinedInputs(tuple):
+    """The inputs of a batch and the arrays that its examples share, as a model receives them.
+
+    Attributes:
+      shared: how many of the last entries have no batch axis.
+    """
+
+    shared: int
+
+    def __new__(cls, entries: Iterable[Any], shared: int) -> JoinedInputs:
+        joined = super().__new__(cls, entries)
+        joined.shared = shared
+        return joined
+
+    def tree_flatten(self) -> tuple[tuple[Any, ...], int]:
+        """Returns the entries, and what is not an array."""
+        return tuple(self), self.shared
+
+    @classmethod
+    def tree_unflatten(cls, shared: int, entries: Iterable[Any]) -> JoinedInputs:
+        """Returns the pytree with other entries."""
+        return cls(entries, shared)
+
+
+def join_inputs(data: Any) -> PyTree:
+    """Returns the inputs of a `Dataset` and what is shared; anything else unchanged."""
+    if not isinstance(data, Dataset):
+        return data
+    if data.shared is None:
+        return data.inputs
+    inputs, shared = (x if type(x) is tuple else (x,) for x in (data.inputs, data.shared))
+    return JoinedInputs((*inputs, *shared), len(shared))
+
+
+def map_examples(function: Callable[[Any], Any], dataset: Dataset) -> Dataset:
+    """Applies a function to each array of a `Dataset` that has one entry per example."""
+    fields = (dataset.inputs, dataset.targets, dataset.weights)
+    inputs, targets, weights = jax.tree.map(function, fields)
+    return dataset.replace(inputs=inputs, targets=targets, weights=weights)
 
 
 @functools.partial(jax.jit, static_argnames="examples")
@@ -185,9 +232,10 @@ def check_dataset(dataset: Any, name: str) -> None:
         )
     if not isinstance(dataset.drop_last, bool):
         raise InputError(f"{name}.drop_last is {dataset.drop_last!r}; expected True or False")
-    arrays = named_arrays(dataset, name)
-    for path, array in arrays:
+    for path, array in named_arrays(dataset, name):
         check_array(array, path)
+    arrays = named_arrays(dataset.replace(shared=None), name)
+    for path, array in arrays:
         if not array.shape:
             raise InputError(f"{path} is a scalar; expected an array with one entry per example")
     if not jax.tree.leaves(dataset.inputs):
@@ -245,7 +293,10 @@ def has_weight(weights: Any, array: Any) -> Any:
 def check_inputs(inputs: PyTree) -> None:
     """Raises InputError unless there is at least one example."""
     if isinstance(inputs, Dataset):
-        raise InputError("inputs is a Dataset; expected its inputs, dataset.inputs")
+        raise InputError(
+            "inputs is a Dataset; expected its inputs, dataset.inputs: a function "
+            "preprocess=lambda inputs: (inputs, shared) appends shared arrays"
+        )
     arrays = named_arrays(inputs, "inputs")
     for path, array in arrays:
         check_array(array, path)

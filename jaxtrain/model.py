@@ -22,6 +22,8 @@ class Model(NamedTuple):
       apply: `apply(params, model_state, inputs, *, train, key) -> (outputs, model_state)`. `train`
         is a Python bool; `key` is the step's PRNG key in training and None in evaluation, except
         with `init_state(..., draws_in_evaluation=True)`.
+      independent_examples: whether the outputs of an example in evaluation depend on this example
+        alone, which `fit` and `train` check; see `init_state`.
 
     Example:
       >>> def init(key, inputs):
@@ -35,3 +37,4 @@ class Model(NamedTuple):
 
     init: Callable[..., tuple[PyTree, PyTree]]
     apply: Callable[..., tuple[Any, PyTree]]
+    independent_examples: bool = True

@@ -16,7 +16,7 @@ from jaxtyping import PyTree
 
 from jaxtrain._placement import put
 from jaxtrain._processes import gather, initialize
-from jaxtrain.dataset import Dataset, check_dataset, named_arrays
+from jaxtrain.dataset import Dataset, check_dataset, map_examples, named_arrays
 from jaxtrain.errors import InputError
 
 __all__ = ["initialize", "replicate", "shard"]
@@ -108,9 +108,10 @@ def shard(dataset: Dataset, mesh: jax.sharding.Mesh) -> Dataset:
             f"{devices}: leave out the last ones with dataset[:{fitting}], or replicate it"
         )
     sharding = NamedSharding(mesh, P(AXIS))
-    return jax.tree.map(
+    divided = map_examples(
         lambda array: jax.make_array_from_process_local_data(sharding, array), dataset
     )
+    return divided.replace(shared=replicate(dataset.shared, mesh))
 
 
 def check_mesh(mesh: Any) -> None:
@@ -199,7 +200,7 @@ def axis_size() -> int:
     return 1 if AXIS in mesh.manual_axes else mesh.shape[AXIS]
 
 
-def divide(batch: PyTree) -> PyTree:
+def divide(batch: Dataset) -> Dataset:
     """Divides a batch over the devices of the current mesh.
 
     Without it, XLA may compute a batch that is taken from a sharded data set on every device. A
@@ -213,7 +214,7 @@ def divide(batch: PyTree) -> PyTree:
         is_divisible = jnp.shape(leaf)[0] % devices == 0
         return lax.with_sharding_constraint(leaf, P(AXIS) if is_divisible else P())
 
-    return jax.tree.map(constrain, batch)
+    return map_examples(constrain, batch)
 
 
 def first_axis(batch: PyTree) -> P:

@@ -233,7 +233,7 @@ def _check_names(argument: str, names: Any, expected: str) -> None:
 
 
 def _check_model(model: Model) -> None:
-    for name, function in zip(model._fields, model, strict=True):
+    for name, function in (("init", model.init), ("apply", model.apply)):
         if not callable(function):
             raise InputError(f"Model.{name} is {function!r}; expected a function")
         try:

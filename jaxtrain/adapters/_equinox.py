@@ -22,7 +22,7 @@ from jaxtrain.adapters._shared import (
     to_arrays,
     unused_key,
 )
-from jaxtrain.dataset import named_arrays
+from jaxtrain.dataset import JoinedInputs, named_arrays
 from jaxtrain.errors import InputError
 from jaxtrain.model import Model
 
@@ -76,7 +76,11 @@ class Apply(AdaptedApply):
                 return self.call.value(module, example, train=train, rngs=key), None
             return self.call.value(module, example, state, train=train, rngs=key)
 
-        call = jax.vmap(call, in_axes=(0, None, key_axis), out_axes=(0, None), axis_name=_AXIS)
+        axes: Any = 0
+        if isinstance(inputs, JoinedInputs):
+            count = inputs.shared
+            axes = JoinedInputs([0] * (len(inputs) - count) + [None] * count, count)
+        call = jax.vmap(call, in_axes=(axes, None, key_axis), out_axes=(0, None), axis_name=_AXIS)
         try:
             outputs, state = call(inputs, model_state.get("state"), keys)
         except NameError as error:

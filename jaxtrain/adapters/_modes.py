@@ -21,6 +21,7 @@ from jaxtrain.adapters._shared import (
     name_of_plain,
     unused_key,
 )
+from jaxtrain.dataset import JoinedInputs
 from jaxtrain.errors import InputError
 
 # The names of arguments that switch between training and evaluation, with the value in training.
@@ -56,7 +57,9 @@ def call_by_name(
             options.setdefault(name, _MODES[name] == train)
         elif name == ("key" if isinstance(rngs, jax.Array) else "rngs"):
             options[name] = rngs
-    is_tuple = type(inputs) is tuple and (takes_all or 1 < len(inputs) <= len(positional))
+    is_tuple = type(inputs) in (tuple, JoinedInputs) and (
+        takes_all or 1 < len(inputs) <= len(positional)
+    )
     arguments = (*(inputs if is_tuple else (inputs,)), *state)
     try:
         inspect.signature(kind.__call__).bind(module, *arguments, **options)

@@ -84,7 +84,7 @@ class CastApply:
 
 def cast_model(model: Model, dtype: str) -> Model:
     """Returns the Model that computes in a dtype."""
-    return Model(model.init, CastApply(model.apply, dtype))
+    return model._replace(apply=CastApply(model.apply, dtype))
 
 
 def _cast(tree: PyTree, dtype: str) -> PyTree:

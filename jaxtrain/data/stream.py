@@ -206,6 +206,7 @@ def stream(
         import grain  # noqa: F401
     if isinstance(source, Dataset):
         check_dataset(source, "source")
+        _check_not_shared(source, "source")
         drop_last = drop_last or source.drop_last
         # Memory-mapped arrays stay as they are.
         source = jax.tree.map(
@@ -239,7 +240,7 @@ def stream(
 
 def is_on_disk(dataset: Any) -> bool:
     """Returns whether a data set has memory-mapped arrays."""
-    leaves = jax.tree.leaves(dataset) if isinstance(dataset, Dataset) else []
+    leaves = jax.tree.leaves(dataset.replace(shared=None)) if isinstance(dataset, Dataset) else []
     return any(_mapping(leaf) is not None for leaf in leaves)
 
 
@@ -267,9 +268,18 @@ def to_batch(batch: Any, name: str) -> Dataset:
             f"{name} is {found}; expected (inputs, targets), (inputs, targets, weights), a dict "
             "with these names, or a jaxtrain.Dataset"
         )
+    _check_not_shared(batch, name)
     if all(type(leaf) is np.ndarray for leaf in jax.tree.leaves(batch)):
         return batch
     return jax.tree.map(np.asarray, batch)
+
+
+def _check_not_shared(data: Dataset, name: str) -> None:
+    if data.shared is not None:
+        raise InputError(
+            f"{name} has shared arrays, which a stream does not take; expected data in memory, "
+            "such as numpy.asarray(memmap), or a model that has these arrays itself"
+        )
 
 
 class _Reader:

@@ -14,7 +14,14 @@ import numpy as np
 from jaxtyping import Array, Float, PyTree
 
 from jaxtrain import adapters, parallel
-from jaxtrain.dataset import Dataset, check_dataset, check_inputs, describe_array, named_arrays
+from jaxtrain.dataset import (
+    Dataset,
+    check_dataset,
+    check_inputs,
+    describe_array,
+    join_inputs,
+    named_arrays,
+)
 from jaxtrain.errors import InputError
 from jaxtrain.inspect._flops import count_flops
 from jaxtrain.losses import Loss
@@ -146,7 +153,7 @@ def summary(
 
     Args:
       state: the network and its optimizer, as `init_state` returns them.
-      inputs: a batch as in training, [batch, ...]; its values are not used, and
+      inputs: a batch as in training, [batch, ...], or a `Dataset`; its values are not used, and
         objects of `jax.ShapeDtypeStruct` are accepted.
       targets: the targets of the batch, as `loss_fn` takes them.
       loss_fn: per-example loss; None takes the mean of the outputs, which costs about as much.
@@ -169,7 +176,7 @@ def summary(
         )
     batch, abstract = _abstract_batch(inputs, targets), to_shapes(state)
     with parallel.without_mesh():
-        layers = _layers(state, abstract, batch.inputs)
+        layers = _layers(state, abstract, join_inputs(batch))
         traced = jax.jit(lambda state, batch: update(state, batch, loss_fn or _mean_output)[:2])
         program = traced.trace(abstract, batch)
         step_flops = _known(count_flops(program.jaxpr).values())
@@ -243,7 +250,10 @@ def _abstract_batch(inputs: PyTree, targets: PyTree) -> Dataset:
         is_abstract = isinstance(leaf, jax.ShapeDtypeStruct)
         return np.broadcast_to(np.zeros((), leaf.dtype), leaf.shape) if is_abstract else leaf
 
-    batch = Dataset(*jax.tree.map(with_values, (inputs, targets)))
+    shared = None
+    if isinstance(inputs, Dataset):
+        inputs, shared = inputs.inputs, inputs.shared
+    batch = Dataset(*jax.tree.map(with_values, (inputs, targets)), shared=shared)
     check_inputs(batch.inputs)
     check_dataset(batch, "batch")
     return jax.tree.map(

@@ -86,7 +86,7 @@ def update_batch_stats(
         in_memory = data if isinstance(data, Dataset | tuple) else None
         stack.enter_context(parallel.mesh_of(state, in_memory))
         source = make_source(data, "data", batch_size, key, 1, stack)
-        check_data(state, source.sample, None, "data")
+        check_data(state, source.sample, None, "data", batch_size=batch_size)
         sample = model_inputs(source.sample[:batch_size])
         momentum = _momentum(state, layers, sample)
         updated = {name: layer for name, layer in layers.items() if layer.mean in momentum}

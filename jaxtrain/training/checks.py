@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import warnings
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple, NoReturn
 
 import jax
@@ -18,25 +18,34 @@ from jaxtrain._carry import keep_types
 from jaxtrain._compiler import bounded
 from jaxtrain._json import rounded
 from jaxtrain._placement import is_key, to_numpy
-from jaxtrain.dataset import Dataset, as_dataset, has_weight, named_arrays
-from jaxtrain.errors import InputError, NonFiniteError
+from jaxtrain.dataset import (
+    Dataset,
+    as_dataset,
+    has_weight,
+    join_inputs,
+    map_examples,
+    named_arrays,
+)
+from jaxtrain.errors import InputError, NonFiniteError, StreamError
 from jaxtrain.losses import LABEL_LOSSES, PROBABILITY_LOSSES, Loss, single_losses
 from jaxtrain.metrics import takes_labels
 from jaxtrain.optimizers._inspect import has_clipping, has_line_search
 from jaxtrain.optimizers._safeguards import all_finite, stays_finite, without_records
 from jaxtrain.training.state import TrainState, check_state_type, to_shapes
-from jaxtrain.training.step import Further, MetricItems, Objective, mean_loss, predict_batch
+from jaxtrain.training.step import Further, MetricItems, Objective, mean_loss
 
 _SKIPPED_HINT = "try a smaller learning rate, gradient clipping or scaled inputs"
 # Number of examples with missing targets for which `check_missing_targets` computes the loss.
 _MAX_CHECKED = 64
+# Number of examples with which a model is traced whose examples do not depend on each other.
+TRACED_ROWS = 5
 
 
 def checked_data(data: Any, name: str) -> Dataset:
     """Returns a checked data set on the device, so that it is transferred once, not per epoch."""
     data = as_dataset(data, name)
     check_values(data, name)
-    if data.weights is not None and _has_values(data.weights):
+    if data.weights is not None and has_values(data.weights):
         lowest, highest = np.min(data.weights), np.max(data.weights)
         if lowest < 0 or highest == 0:
             raise InputError(
@@ -76,7 +85,7 @@ def check_values(dataset: Dataset, name: str) -> None:
         dtype = array.dtype
         target = jax.dtypes.canonicalize_dtype(dtype)
         floating = jnp.issubdtype(dtype, jnp.floating)
-        if not _has_values(array) or not (floating or target != dtype):
+        if not has_values(array) or not (floating or target != dtype):
             continue
         # With NumPy nothing is compiled, and on a CPU nothing is copied.
         values = np.asarray(array)
@@ -87,7 +96,10 @@ def check_values(dataset: Dataset, name: str) -> None:
             if limits.min <= low and high <= limits.max:
                 continue
             wrong = ~((values >= limits.min) & (values <= limits.max))
-        if weights is not None and array is not weights and _has_values(weights):
+        has_weights = weights is not None and not path.startswith(
+            (f"{name}.weights", f"{name}.shared")
+        )
+        if has_weights and has_values(weights):
             wrong &= has_weight(np.asarray(weights), values)
         if path.startswith(f"{name}.targets") and floating:
             wrong &= ~np.isnan(values)
@@ -106,7 +118,7 @@ def check_missing_targets(
     """
     missing = {}
     for path, array in named_arrays(data.targets, f"{name}.targets"):
-        if jnp.issubdtype(array.dtype, jnp.floating) and _has_values(array):
+        if jnp.issubdtype(array.dtype, jnp.floating) and has_values(array):
             values = np.asarray(array)
             if np.isnan(values.min()):  # NaN propagates; without a temporary copy of the data
                 missing[path] = values
@@ -117,7 +129,7 @@ def check_missing_targets(
     with jax.ensure_compile_time_eval():
         predictions = jax.tree.map(
             lambda leaf: jnp.full((len(few), *leaf.shape[1:]), 0.5, leaf.dtype),
-            _outputs(state, data, name),
+            traced_prediction(state, data, name).out_info,
         )
         batch = data.take(jnp.asarray(few))
         further = Further(state.params, state.model_state, batch, lambda: state.key)
@@ -181,7 +193,7 @@ def _single_value_layers(state: Any, batch: Dataset) -> list[str]:
     )
     sizes = dict(named_arrays(model_state, "model_state"))
     apply = functools.partial(state.model.apply, train=True)
-    inputs = jax.tree.map(_one_example, batch.inputs)
+    inputs = join_inputs(map_examples(functools.partial(_shape_of, rows=1), batch))
     # Whatever is wrong with the model, its first step reports; this is about a warning.
     with contextlib.suppress(Exception):
         statistics = adapters.batch_statistics(state.model, params, model_state)
@@ -212,7 +224,7 @@ def checked_state(state: Any, step_fn: Any = None) -> Any:
     variables = {"params": state.params, "model_state": state.model_state}
     for path, leaf in named_arrays(variables, ""):
         is_float = jnp.issubdtype(leaf.dtype, jnp.inexact)
-        if is_float and _has_values(leaf) and np.isnan(np.asarray(leaf)).any():
+        if is_float and has_values(leaf) and np.isnan(np.asarray(leaf)).any():
             raise InputError(
                 f"state holds NaN in {path}; expected numbers: start from init_state or from an "
                 "earlier state"
@@ -234,9 +246,10 @@ def check_run(state: Any, sources: Mapping[str, Any], objective: Objective) -> t
     for source in sources.values():
         if source is not train or step_fn is None:
             source.limits = check_data(
-                state, source.sample, objective.loss_fn, source.name, objective.metrics
+                *(state, source.sample, objective.loss_fn, source.name, objective.metrics),
+                batch_size=source.batch_size,
             )
-            source.accepts = functools.partial(_outputs, to_shapes(state))
+            source.accepts = functools.partial(traced_prediction, to_shapes(state))
     train.check_division()
     if step_fn is not None:
         return check_step_fn(step_fn, state, train.batch_shapes())
@@ -306,7 +319,13 @@ class TargetLimits(NamedTuple):
 
 
 def check_data(
-    state: TrainState, data: Dataset, loss_fn: Loss | None, name: str, metrics: MetricItems = ()
+    state: TrainState,
+    data: Dataset,
+    loss_fn: Loss | None,
+    name: str,
+    metrics: MetricItems = (),
+    *,
+    batch_size: int | None = None,
 ) -> TargetLimits | None:
     """Raises InputError unless the model takes the inputs, and loss and metrics the targets.
 
@@ -314,7 +333,7 @@ def check_data(
     have any label. `data` is a data set or the first batch of a stream. Returns the limits,
     against which later batches are checked.
     """
-    outputs, limits = _outputs(state, data, name), None
+    outputs, limits = traced_prediction(state, data, name, batch_size).out_info, None
     targets, losses = data.targets, set() if loss_fn is None else single_losses(loss_fn)
     if isinstance(targets, (np.ndarray, jax.Array)):
         # Targets of another dtype are refused by the loss itself.
@@ -329,7 +348,7 @@ def check_data(
                 limits = TargetLimits(0, 1, "label", reason)
         if limits is None and losses & PROBABILITY_LOSSES:
             limits = TargetLimits(0, 1, "probability", "the loss is a cross entropy")
-    if all(map(_has_values, jax.tree.leaves((targets, data.weights)))):
+    if all(map(has_values, jax.tree.leaves((targets, data.weights)))):
         check_limits(targets, data.weights, limits, name)
     return limits
 
@@ -338,11 +357,30 @@ def _has_classes(outputs: Any, targets: Any) -> bool:
     return len(outputs.shape) > targets.ndim and outputs.shape[-1] > 1
 
 
-def _outputs(state: TrainState, data: Dataset, name: str) -> Any:
-    """Returns the shapes of the model's outputs for one example."""
+# A jitted function keeps its traces, for several data sets and checks.
+predict_alone = bounded(
+    jax.jit(
+        lambda model, params, model_state, inputs: model.apply(
+            params, model_state, inputs, train=False, key=None
+        )[0],
+        static_argnums=0,
+    )
+)
+
+
+def traced_prediction(
+    state: TrainState, data: Dataset, name: str, batch_size: int | None = None
+) -> Any:
+    """Returns the traced model in evaluation mode, a `jax.stages.Traced`.
+
+    The batch has `TRACED_ROWS` examples; or if they depend on each other, `batch_size` or all.
+    """
+    rows = TRACED_ROWS
+    if not state.model.independent_examples:
+        rows = min(batch_size or len(data), len(data))
+    inputs = join_inputs(map_examples(functools.partial(_shape_of, rows=rows), data))
     try:
-        inputs = jax.tree.map(_one_example, data.inputs)
-        return jax.eval_shape(predict_batch, state, inputs, state.key)
+        return predict_alone.trace(state.model, state.params, state.model_state, inputs)
     except InputError:
         raise
     except Exception as error:  # networks raise different types for a wrong shape
@@ -359,8 +397,8 @@ def _outputs(state: TrainState, data: Dataset, name: str) -> Any:
         ) from error
 
 
-def _one_example(leaf: Any) -> jax.ShapeDtypeStruct:
-    return jax.ShapeDtypeStruct((1, *leaf.shape[1:]), jnp.result_type(leaf))
+def _shape_of(leaf: Any, rows: int) -> jax.ShapeDtypeStruct:
+    return jax.ShapeDtypeStruct((rows, *leaf.shape[1:]), jnp.result_type(leaf))
 
 
 def check_limits(targets: Any, weights: Any, limits: TargetLimits | None, name: str) -> None:
@@ -472,7 +510,7 @@ def _strongly_typed(leaf: Any) -> Array:
     return jax.lax.convert_element_type(array, array.dtype)
 
 
-def _has_values(array: Any) -> bool:
+def has_values(array: Any) -> bool:
     if isinstance(array, jax.core.Tracer):  # under jax.jit, `is_fully_addressable` raises
         return False
     return getattr(array, "is_fully_addressable", True) and array.size > 0

@@ -19,7 +19,15 @@ from jaxtrain._carry import keep_types
 from jaxtrain._compiler import bounded, limit_rows
 from jaxtrain.data.batches import is_stream
 from jaxtrain.data.stream import Source
-from jaxtrain.dataset import Dataset, as_dataset, check_inputs, epoch_order, without_drop_last
+from jaxtrain.dataset import (
+    Dataset,
+    as_dataset,
+    check_dataset,
+    check_inputs,
+    epoch_order,
+    map_examples,
+    without_drop_last,
+)
 from jaxtrain.losses import Loss
 from jaxtrain.metrics import Metric
 from jaxtrain.training.checks import check_data, check_run
@@ -42,6 +50,7 @@ from jaxtrain.training.step import (
     evaluate_batch,
     finish_metrics,
     make_objective,
+    model_inputs,
     predict_batch,
     take_step,
 )
@@ -321,8 +330,8 @@ def evaluate(
                 return evaluate_source(state, source, objective, key=key)
     dataset = as_dataset(dataset, "dataset")
     with parallel.mesh_of(state, dataset):
-        check_data(state, dataset, loss_fn, "dataset", objective.metrics)
         size = min(batch_size, len(dataset))
+        check_data(state, dataset, loss_fn, "dataset", objective.metrics, batch_size=size)
         return compiled_evaluate(state, dataset, objective, key, batch_size=size)
 
 
@@ -430,7 +439,8 @@ def predict(
 
     Args:
       state: the parameters to predict with.
-      inputs: array or pytree of arrays, [examples, ...].
+      inputs: array or pytree of arrays, [examples, ...]; or a `Dataset`, whose targets and weights
+        are not used.
       batch_size: examples at a time; changes memory and speed, and otherwise only what is drawn.
       key: PRNG key, for a model with `init_state(..., draws_in_evaluation=True)`; see `evaluate`.
 
@@ -448,37 +458,41 @@ def predict(
       (16,)
     """
     check_state_type(state)
+    shared = None
+    if isinstance(inputs, Dataset):
+        check_dataset(inputs, "inputs")
+        inputs, shared = inputs.inputs, inputs.shared
     check_inputs(inputs)
     check_integer(batch_size, "batch_size", minimum=1)
     check_evaluation_key(state, key)
     with parallel.mesh_of(state, inputs):
-        return _compiled_predict(state, inputs, key, batch_size=batch_size)
+        return _compiled_predict(state, Dataset(inputs, shared=shared), key, batch_size=batch_size)
 
 
 @bounded
 @functools.partial(jax.jit, static_argnames="batch_size")
 def _compiled_predict(
-    state: TrainState, inputs: PyTree, key: Key[Array, ""] | None, *, batch_size: int
+    state: TrainState, data: Dataset, key: Key[Array, ""] | None, *, batch_size: int
 ) -> Any:
-    def run(state: TrainState, inputs: PyTree, key: Array | None) -> Any:
+    def run(state: TrainState, data: Dataset, key: Array | None) -> Any:
         # In `jax.export`, the number of examples may be symbolic; then they are one batch.
         if not isinstance(examples, int):
-            return predict_batch(state, inputs, batch_key(key, 0))
+            return predict_batch(state, model_inputs(data), batch_key(key, 0))
         found = [
             lax.map(
                 lambda index, segment=segment: predict_batch(
                     state,
-                    parallel.divide(segment.batch(index).inputs),
+                    model_inputs(parallel.divide(segment.batch(index))),
                     None if key is None else batch_key(key, segment.start + index),
                 ),
                 jnp.arange(segment.steps),
             )
-            for segment in _batched(Dataset(inputs), batch_size)
+            for segment in _batched(data, batch_size)
         ]
         return jax.tree.map(functools.partial(_unbatched, examples), *found)
 
-    examples = jax.tree.leaves(inputs)[0].shape[0]
-    return parallel.on_auto_axes(run, state, inputs, key)
+    examples = jax.tree.leaves(data)[0].shape[0]
+    return parallel.on_auto_axes(run, state, data, key)
 
 
 def _batched(dataset: Dataset, batch_size: int) -> list[Segment]:
@@ -497,13 +511,13 @@ def _batched(dataset: Dataset, batch_size: int) -> list[Segment]:
     def parts(array: Array) -> Array:
         return array[: devices * part].reshape(devices, part, *array.shape[1:])
 
-    data = jax.tree.map(parts, dataset)
+    data = map_examples(parts, dataset)
     segments = [Segment(data, None, -1, devices * size, 0, steps)]
     if rest:
-        ends = jax.tree.map(lambda array: array[:, steps * size :], data)
+        ends = map_examples(lambda array: array[:, steps * size :], data)
         segments.append(Segment(ends, None, -1, devices * rest, steps, 1))
     if left := examples % devices:
-        ends = jax.tree.map(lambda array: array[None, devices * part :], dataset)
+        ends = map_examples(lambda array: array[None, devices * part :], dataset)
         segments.append(Segment(ends, None, -1, left, steps + (rest > 0), 1))
     return segments
 

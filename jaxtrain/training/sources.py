@@ -21,7 +21,7 @@ from jaxtrain._processes import are_joined
 from jaxtrain.checkpoint import digest
 from jaxtrain.data.batches import Batches, Epoch, is_stream, read_ahead
 from jaxtrain.data.stream import Stream
-from jaxtrain.dataset import Dataset, epoch_order
+from jaxtrain.dataset import Dataset, epoch_order, map_examples
 from jaxtrain.errors import InputError
 from jaxtrain.training.checks import TargetLimits, check_limits, checked_data
 
@@ -73,7 +73,7 @@ class Segment:
             rows = lax.dynamic_slice_in_dim(leaf, index * size, size, axis=1)
             return rows.reshape(self.batch_size, *leaf.shape[2:])
 
-        return jax.tree.map(take, self.data)
+        return map_examples(take, self.data)
 
     @property
     def capacity(self) -> int:
@@ -436,12 +436,12 @@ def _shape(batch: Dataset) -> tuple[tuple[int, ...], ...]:
 
 
 def _shapes(examples: Dataset, batch_size: int) -> Dataset:
-    return jax.tree.map(
-        lambda leaf: jax.ShapeDtypeStruct(
-            (batch_size, *leaf.shape[1:]), jax.dtypes.canonicalize_dtype(leaf.dtype)
-        ),
-        examples,
-    )
+    def shape(leaf: Any, *lead: int) -> jax.ShapeDtypeStruct:
+        dtype = jax.dtypes.canonicalize_dtype(leaf.dtype)
+        return jax.ShapeDtypeStruct((*lead, *leaf.shape[len(lead) :]), dtype)
+
+    shapes = map_examples(lambda leaf: shape(leaf, batch_size), examples)
+    return shapes.replace(shared=jax.tree.map(shape, examples.shared))
 
 
 def _joined(stacked: Any, count: int) -> Any:

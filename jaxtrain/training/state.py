@@ -15,7 +15,7 @@ from jaxtyping import Array, Float, Int, Key, PyTree
 from jaxtrain import adapters
 from jaxtrain._arguments import check_key
 from jaxtrain._compiler import release_programs
-from jaxtrain.dataset import Dataset, check_array, named_arrays
+from jaxtrain.dataset import check_array, join_inputs, named_arrays
 from jaxtrain.errors import InputError
 from jaxtrain.model import Model
 from jaxtrain.optimizers._evaluation import (
@@ -121,8 +121,8 @@ def init_state(
         ones; or a `Model`.
       optimizer: any optax transformation; `jaxtrain.optimizers` has those of `torch.optim`. None
         for a state that only predicts, such as one for `load`.
-      sample_inputs: inputs with the shapes and dtypes of training; one example is enough, and the
-        values are not used.
+      sample_inputs: inputs with the shapes and dtypes of training, or a `Dataset`, such as
+        `train[:1]`; one example is enough, and the values are not used.
       key: PRNG key; determines the initial parameters and every random draw of the model.
       rngs: names of the RNG streams that a Linen module draws from in training.
       sown_losses: names of the collections in which a Linen module sows losses, as by
@@ -159,8 +159,7 @@ def init_state(
       >>> state = jt.init_state(model, optimizer, sample, key=key, call=call)
     """
     check_key(key)
-    if isinstance(sample_inputs, Dataset):
-        raise InputError("sample_inputs is a Dataset; expected its inputs, dataset.inputs[:1]")
+    sample_inputs = join_inputs(sample_inputs)
     for path, leaf in named_arrays(sample_inputs, "sample_inputs"):
         if not isinstance(leaf, jax.ShapeDtypeStruct):
             check_array(leaf, path)

@@ -15,7 +15,14 @@ from jaxtyping import Array, Bool, Float, Key, PyTree
 from jaxtrain import adapters, parallel
 from jaxtrain._arguments import check_key
 from jaxtrain._compiler import bounded, limit_rows
-from jaxtrain.dataset import Dataset, as_dataset, check_dataset, has_weight, named_arrays
+from jaxtrain.dataset import (
+    Dataset,
+    as_dataset,
+    check_dataset,
+    has_weight,
+    join_inputs,
+    named_arrays,
+)
 from jaxtrain.errors import InputError
 from jaxtrain.losses import Loss, at_least_float32, further_parameters, name_of
 from jaxtrain.metrics import AccumulatedMetric, Metric
@@ -577,13 +584,13 @@ def finish_metrics(totals: Totals, metrics: MetricItems) -> Metrics:
 
 
 def model_inputs(batch: Dataset) -> PyTree:
-    """Returns the inputs of a batch, with 0 in place of NaN and infinity of weight 0.
+    """Returns what a model receives, with 0 in place of NaN and infinity of weight 0 in the inputs.
 
     Their derivatives would make all parameters NaN, although the loss does not depend on them.
     Finite inputs stay as they are, since layers such as batch norm see them.
     """
     if batch.weights is None:
-        return batch.inputs
+        return join_inputs(batch)
     weights = jnp.asarray(batch.weights)
 
     def hide(leaf: Array) -> Array:
@@ -591,7 +598,7 @@ def model_inputs(batch: Dataset) -> PyTree:
             return leaf
         return jnp.where(has_weight(weights, leaf) | jnp.isfinite(leaf), leaf, 0)
 
-    return jax.tree.map(hide, batch.inputs)
+    return join_inputs(batch.replace(inputs=jax.tree.map(hide, batch.inputs)))
 
 
 def predict_batch(state: TrainState, inputs: PyTree, key: Any = None) -> Any:

@@ -353,7 +353,6 @@ def test_wrong_arguments_are_named() -> None:
     for arguments, options, message in (
         ((nn.Dense(3), ROWS), {}, r"state is a .*Dense; expected a"),
         ((state, ROWS[:, :5]), {}, "the model does not take the inputs"),
-        ((state, jt.Dataset(ROWS)), {}, "inputs is a Dataset"),
         ((state, ROWS[:0]), {}, "expected at least one example"),
         ((state, ROWS, np.zeros(BATCH, np.int32)), {}, "targets is given without loss_fn"),
         ((state, ROWS), {"loss_fn": loss}, "targets is None"),

@@ -141,7 +141,7 @@ def test_weights_of_all_kinds_are_weights() -> None:
 def test_a_missing_axis_of_the_targets_is_named() -> None:
     state = jt.init_state(nn.Dense(1), SGD, ROWS[:1], key=KEY)
     for loss in (jt.losses.mean_squared_error, lambda predictions, targets: predictions - targets):
-        with jax.numpy_rank_promotion("allow"), refused(r"pass targets\[:, None\]"):
+        with jax.numpy_rank_promotion("allow"), refused(r"targets\[:, None\]"):
             jt.evaluate(state, (ROWS, INTEGERS.astype(np.float32)), loss)
 
 
@@ -192,8 +192,6 @@ def test_a_batch_of_states_is_refused(small_state, small_classes) -> None:
 
 
 def test_invalid_inputs_of_predict_are_refused(small_state, small_classes) -> None:
-    with refused(r"inputs is a Dataset; expected its inputs, dataset\.inputs"):
-        jt.predict(small_state, small_classes)
     with refused(r"inputs\.a has 3, inputs\.b has 2 examples; expected the same number"):
         jt.predict(small_state, {"a": jnp.ones((3, 6)), "b": jnp.ones((2, 6))})
 
@@ -227,8 +225,6 @@ def test_arguments_of_another_type_are_refused(small_state, small_classes) -> No
         jt.fit(small_state, None, loss_fn=LOSS)
     with refused("optimizer is an optax.MultiSteps; expected its gradient_transformation"):
         jt.init_state(MODEL, optax.MultiSteps(SGD, 2), small_classes.inputs, key=KEY)
-    with refused("sample_inputs is a Dataset; expected its inputs"):
-        jt.init_state(MODEL, SGD, small_classes, key=KEY)
 
 
 @pytest.mark.parametrize("value", [2.5, "64", None, True, float("nan"), -1])
