@@ -34,6 +34,14 @@ _MAX_RANK = 6
 # optimizer that it was compiled for.
 _MAX_PROGRAMS = 24
 _bounded: list[Any] = []
+# Operations that only call a program, and the names of the parameters that contain it.
+_CALLS = frozenset(
+    [
+        *("jit", "pjit", "closed_call", "core_call", "checkpoint", "remat2"),
+        *("custom_jvp_call", "custom_vjp_call", "custom_vjp_call_jaxpr"),
+    ]
+)
+_PROGRAMS = ("jaxpr", "call_jaxpr", "fun_jaxpr")
 
 Function = TypeVar("Function", bound=Callable[..., Any])
 
@@ -88,6 +96,13 @@ def inner_jaxprs(params: dict[str, Any]) -> Iterator[Any]:
                 yield each.jaxpr
             elif isinstance(each, jex.Jaxpr):
                 yield each
+
+
+def called_program(equation: Any) -> Any:
+    """Returns the program of an operation that only calls one, such as `jit`; else None."""
+    if equation.primitive.name not in _CALLS:
+        return None
+    return next(equation.params[key] for key in _PROGRAMS if key in equation.params)
 
 
 def _rank(jaxpr: Any) -> int:

@@ -10,14 +10,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax.extend import core as jex
 
-# Operations that only call a program, and the names of the parameters that contain it.
-_CALLS = frozenset(
-    [
-        *("jit", "pjit", "closed_call", "core_call", "checkpoint", "remat2"),
-        *("custom_jvp_call", "custom_vjp_call", "custom_vjp_call_jaxpr"),
-    ]
-)
-_PROGRAMS = ("jaxpr", "call_jaxpr", "fun_jaxpr")
+from jaxtrain._compiler import called_program
+
 # Elementwise operations that round. Copies, comparisons, maxima and signs are exact.
 _ROUNDED = frozenset(
     [
@@ -65,7 +59,7 @@ class Interpreter:
 
         for equation in jaxpr.eqns:
             operands = list(map(read, equation.invars))
-            is_call = equation.primitive.name in _CALLS
+            is_call = called_program(equation) is not None
             results = self._apply(equation, operands, is_loop)
             known.update(zip(equation.outvars, results, strict=True))
             if not is_call and not is_loop:
@@ -79,8 +73,8 @@ class Interpreter:
 
     def _apply(self, equation: Any, operands: list[Any], is_loop: bool) -> list[Any]:
         name, params = equation.primitive.name, equation.params
-        if name in _CALLS:
-            inner = next(params[key] for key in _PROGRAMS if key in params)
+        inner = called_program(equation)
+        if inner is not None:
             return self.run(inner, operands, is_loop=is_loop)
         if self._unroll and name == "scan" and params["length"] and "num_consts" in params:
             return self._scan(operands, **params)

@@ -360,8 +360,8 @@ def _has_classes(outputs: Any, targets: Any) -> bool:
 # A jitted function keeps its traces, for several data sets and checks.
 predict_alone = bounded(
     jax.jit(
-        lambda model, params, model_state, inputs: model.apply(
-            params, model_state, inputs, train=False, key=None
+        lambda model, params, model_state, inputs: adapters.call_in_evaluation(
+            model, params, model_state, inputs, key=jax.random.key(0)
         )[0],
         static_argnums=0,
     )

@@ -22,6 +22,7 @@ from jaxtrain.errors import InputError
 from jaxtrain.losses import Loss
 from jaxtrain.metrics import Metric
 from jaxtrain.training.checks import check_missing_targets, check_run, checked_state
+from jaxtrain.training.independence import check_independence
 from jaxtrain.training.loop import StepLog, compiled_evaluate, train_in_order
 from jaxtrain.training.sources import InMemory, Streamed, make_source
 from jaxtrain.training.state import counters, next_epoch, recorded, with_epoch
@@ -194,6 +195,8 @@ def prepare(
             sources[name] = make_source(data, name, batch_sizes[1], None, epoch, stack)
             sources[name].close()  # workers would run until the first evaluation
     own = check_run(state, sources, objective)
+    if step_fn is None:
+        check_independence(state, sources["train"])
     for source in sources.values():
         if isinstance(source, InMemory) and (source is not sources["train"] or step_fn is None):
             check_missing_targets(state, source.sample, loss_fn, source.name)

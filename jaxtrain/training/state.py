@@ -113,6 +113,7 @@ def init_state(
     sown_losses: Sequence[str] = (),
     call: Callable[..., Any] | None = None,
     draws_in_evaluation: bool = False,
+    independent_examples: bool = True,
 ) -> TrainState:
     """Returns the state before the first step.
 
@@ -140,6 +141,9 @@ def init_state(
         such as a variational autoencoder or Monte Carlo dropout. `evaluate` and `predict` then
         need a key; `fit` and `train` evaluate with one from the state's key and step. By default,
         such a model is refused, since dropout that stays on is a common fault.
+      independent_examples: False if the examples of a batch influence each other on purpose, in
+        evaluation as well, such as the nodes of a graph. `fit` and `train` then do not check that
+        they do not.
 
     Returns:
       A TrainState at step 0.
@@ -167,6 +171,8 @@ def init_state(
     release_programs()
     adapted, held = adapters.adapt(model, rngs, sown_losses, call)
     adapted = adapters.drawing(adapted) if draws_in_evaluation else adapted
+    if not independent_examples:
+        adapted = adapted._replace(independent_examples=False)
     params, model_state = adapted.init(params_key, sample_inputs) if held is None else held
     adapted = adapters.checked(adapted, params, model_state, sample_inputs)
     optimizer, opt_state = _initialized(NO_OPTIMIZER if optimizer is None else optimizer, params)
