@@ -13,8 +13,8 @@ import numpy as np
 from jax.typing import ArrayLike
 from jaxtyping import Array, Float, PyTree
 
-from jaxtrain.dataset import has_weight
 from jaxtrain._arguments import axis_hint
+from jaxtrain.dataset import has_weight
 from jaxtrain.errors import InputError
 from jaxtrain.losses import WeightedMean, at_least_float32, mean_terms, name_of
 

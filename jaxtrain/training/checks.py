@@ -442,11 +442,14 @@ def check_line_search(state: TrainState, examples: int, batch_size: int) -> None
         )
 
 
-def check_steps(log: Any, start: int, epoch: int) -> None:
+def check_steps(
+    log: Any, start: int, epoch: int, hint: Callable[[int], str] = lambda step: ""
+) -> None:
     """Raises NonFiniteError at the first step whose loss or recorded value is not finite.
 
     Recorded values are those of the optimizer, such as the norm of the gradient. The `StepLog` of a
     call has zeros for the steps that were not taken; its first entry is the epoch's step `start`.
+    `hint` returns what is wrong with the batch of an entry; see `bad_values`.
     """
     if "skipped_steps" in log.recorded:
         return
@@ -460,7 +463,25 @@ def check_steps(log: Any, start: int, epoch: int) -> None:
     step = wrong[quantity]
     value, rates = float(values[quantity][step]), values.get("learning rate")
     rate = None if rates is None else rounded(rates[step])
-    raise NonFiniteError(epoch, start + step + 1, quantity, value, rate)
+    raise NonFiniteError(epoch, start + step + 1, quantity, value, rate, hint(step))
+
+
+def bad_values(
+    state: Any, segment: Any, index: int, source: Any, loss_fn: Loss | None = None
+) -> str:
+    """Returns where a batch of a stream has NaN or infinity, or "".
+
+    Streams are not checked before they are used, which would take as long as reading them.
+    """
+    name = f"batch {segment.start + index + 1} of {source.name}"
+    with contextlib.suppress(Exception):  # the run ends by another error
+        batch = segment.batch(index)
+        try:
+            check_values(batch, name)
+            check_missing_targets(state, batch, loss_fn, name)
+        except InputError as error:
+            return str(error)
+    return ""
 
 
 def check_state(before: Any, after: Any, epoch: int, step: int, row: Mapping[str, Any]) -> None:
@@ -483,8 +504,11 @@ def check_state(before: Any, after: Any, epoch: int, step: int, row: Mapping[str
                 raise NonFiniteError(epoch, step, path, float(now[wrong][0].real), rate, hint)
 
 
-def check_epoch(losses: np.ndarray, row: Mapping[str, Any], epoch: int) -> None:
+def check_epoch(
+    state: Any, losses: np.ndarray, row: Mapping[str, Any], sources: Mapping[str, Any], loss_fn: Any
+) -> None:
     """Raises NonFiniteError if every step of an epoch was skipped, or a held-out loss is wrong."""
+    epoch = row["epoch"]
     skipped, rate, hint = row.get("skipped_steps"), row.get("learning_rate"), ""
     if skipped is not None:
         hint = _SKIPPED_HINT
@@ -492,9 +516,25 @@ def check_epoch(losses: np.ndarray, row: Mapping[str, Any], epoch: int) -> None:
         quantity, value = "training loss or gradient of every step", float(losses[0])
         hint = "check the data, or try a smaller learning rate"
         raise NonFiniteError(epoch, None, quantity, value, rate, hint)
-    for name in ("test_loss", "validation_loss"):
-        if not np.isfinite(row.get(name, 0)):
-            raise NonFiniteError(epoch, None, name.replace("_", " "), row[name], rate, hint)
+    for name in ("test", "validation"):
+        value = row.get(f"{name}_loss", 0)
+        if not np.isfinite(value):
+            found = _bad_values_of(state, sources[name], epoch, loss_fn)
+            raise NonFiniteError(epoch, None, f"{name} loss", value, rate, found or hint)
+
+
+def _bad_values_of(state: Any, source: Any, epoch: int, loss_fn: Loss | None) -> str:
+    """Returns the first bad values of a held-out stream, which is read again; see `bad_values`."""
+    with (
+        contextlib.suppress(InputError, StreamError),
+        contextlib.closing(source.segments(epoch)) as segments,
+    ):
+        for segment in segments:
+            # Data in memory were checked before training.
+            for index in range(segment.steps if segment.order is None else 0):
+                if found := bad_values(state, segment, index, source, loss_fn):
+                    return found
+    return ""
 
 
 @bounded

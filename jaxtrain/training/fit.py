@@ -32,6 +32,7 @@ from jaxtrain.errors import InputError
 from jaxtrain.losses import Loss, name_of
 from jaxtrain.metrics import Metric
 from jaxtrain.training.checks import (
+    bad_values,
     check_epoch,
     check_not_traced,
     check_state,
@@ -365,7 +366,7 @@ def fit(
             row = history_row(run.counts, run.log, recorded(after), objective, values)
             row = _to_host({"epoch": run.epoch + 1, "step": after.step, **row})
             check_state(before.state, after, run.epoch + 1, run.step, row)
-            check_epoch(run.log.loss, row, run.epoch + 1)
+            check_epoch(after, run.log.loss, row, sources, objective.loss_fn)
             row["seconds"] = agree(timer.clock() - begun)
             run = completed = run.after_epoch(after, row, timer.seconds)
             for callback in called:
@@ -428,7 +429,11 @@ class _Trainer:
         started, compiled = time.perf_counter(), self.timer.seconds
         state, log = compiled_steps(run.state, run.log.totals, segment, first, stop, self.objective)
         run = run.after_steps(state, segment, stop, log)  # waits for the device
-        check_steps(log, segment.start, run.epoch + 1)
+        loss_fn = self.objective.loss_fn if self.objective.step_fn is None else None
+        check_steps(
+            *(log, segment.start, run.epoch + 1),
+            lambda step: bad_values(state, segment, step, self.source, loss_fn),
+        )
         if self.timer.seconds == compiled:
             self.seconds_per_step = (time.perf_counter() - started) / (stop - first)
         return run

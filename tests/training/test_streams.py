@@ -559,6 +559,28 @@ def test_a_label_out_of_range_in_held_out_batches_is_named() -> None:
         jt.evaluate(make_state(), bad, LOSS)
 
 
+@pytest.mark.parametrize("where", ["inputs", "targets", "test"])
+def test_nan_in_a_batch_names_the_array_and_the_row(where: str) -> None:
+    state = jt.init_state(
+        jt.models.LinearRegression(), OPTIMIZER, DATA.inputs[:1], key=jax.random.key(0)
+    )
+    good = [jt.Dataset(batch.inputs, batch.inputs[:, :1]) for batch in BATCHES]
+    field = "targets" if where == "targets" else "inputs"
+    values = getattr(good[2], field).copy()
+    values[5, 0] = np.nan
+    bad = [*good[:2], good[2].replace(**{field: values}), good[3]]
+    options: Any = {"test": bad} if where == "test" else {}
+    part = "test" if where == "test" else "train"
+    message = rf"became nan .*batch 3 of {part}\.{field} holds nan at \[5, 0\]; expected finite"
+    with pytest.raises(jt.errors.NonFiniteError, match=message):
+        jt.fit(
+            *(state, good if where == "test" else bad),
+            **options,
+            loss_fn=jt.losses.mean_squared_error,
+            callbacks=[],
+        )
+
+
 def test_nan_in_a_later_batch_names_the_epoch_and_the_step() -> None:
     """In the third batch of the second epoch."""
     epochs = iter([BATCHES, changed(inputs=np.full((16, 6), np.nan, np.float32))])
