@@ -56,7 +56,7 @@ def check_independence(state: TrainState, source: Any) -> None:
     variables = (state.params, state.model_state)
     _warn_of_channels(traced.jaxpr.jaxpr, jax.tree.leaves(shapes.inputs), source.name)
     axes = [None] * len(jax.tree.leaves(variables))
-    if keeps_examples_apart(traced.jaxpr, [*axes, *_batch_axes(join_inputs(shapes))], TRACED_ROWS):
+    if keeps_examples_apart(traced.jaxpr, [*axes, *_batch_axes(join_inputs(shapes))]):
         return
     if not all(map(has_values, jax.tree.leaves((variables, source.sample)))):
         return
@@ -83,7 +83,7 @@ def _batch_axes(inputs: PyTree) -> list[BatchAxis | None]:
     """Returns where each array that the model receives has its examples."""
     shared = inputs[len(inputs) - inputs.shared :] if isinstance(inputs, JoinedInputs) else ()
     count = len(jax.tree.leaves(shared))
-    return [BatchAxis(0)] * (len(jax.tree.leaves(inputs)) - count) + [None] * count
+    return [BatchAxis(0, TRACED_ROWS)] * (len(jax.tree.leaves(inputs)) - count) + [None] * count
 
 
 def _largest_change(state: TrainState, data: Dataset) -> float:

@@ -207,3 +207,12 @@ def test_channels_in_front_of_the_image_are_a_warning(channels: int) -> None:
     with pytest.warns(UserWarning, match=r"axis 1 of train\.inputs.*moveaxis\(images, 1, 3\)"):
         check(Convolution(), images)
     check(Convolution(), np.moveaxis(images, 1, 3))
+
+
+def test_the_nodes_of_a_graph_may_be_the_examples() -> None:
+    graph = RNG.normal(size=(6, 6)).astype(np.float32)
+    model, data = plain(lambda nodes: graph @ nodes), (ROWS, ROWS)
+    state = jt.init_state(model, optax.sgd(0.1), ROWS, key=KEY, independent_examples=False)
+    loss = jt.losses.mean_squared_error
+    _, history = jt.fit(state, data, data, loss_fn=loss, epochs=1, callbacks=[])
+    assert history["test_loss"][0] == pytest.approx(np.mean((graph @ ROWS - ROWS) ** 2), rel=1e-5)
