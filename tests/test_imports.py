@@ -58,7 +58,10 @@ ORDER = [
     *("training", "sweeps", "inspect", "export", "cli"),
 ]
 # The same inside the package of the training loop.
-TRAINING = ["state", "step", "checks", "sources", "loop", "batch_stats", "run", "fit"]
+TRAINING = [
+    *("state", "step", "checks", "batch_axis", "independence", "sources", "loop", "batch_stats"),
+    *("run", "fit"),
+]
 
 
 def is_for_types(node: ast.stmt) -> bool:

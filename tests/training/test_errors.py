@@ -161,15 +161,13 @@ def test_objects_other_than_models_are_refused() -> None:
             jt.init_state(model, SGD, jnp.ones((1, 2)), key=KEY)
 
 
-def test_pytorch_tensors_and_modules_are_refused(small_state) -> None:
+def test_pytorch_tensors_are_refused(small_state) -> None:
     torch = pytest.importorskip("torch")
     batch = jt.Dataset(torch.ones(4, 6), np.zeros(4, np.int32))
     with refused(r"train\.inputs is a torch\.Tensor; .*tensor\.numpy\(\)"):
         jt.fit(small_state, batch, loss_fn=LOSS)
     with refused(r"sample_inputs is a torch\.Tensor; .*tensor\.numpy\(\)"):
         jt.init_state(MODEL, SGD, batch.inputs, key=KEY)
-    with refused("model is"):
-        jt.init_state(torch.nn.Linear(2, 1), SGD, jnp.ones((1, 2)), key=KEY)
     for step in (jt.train_step, jt.eval_step):
         with refused(r"batch\.inputs is a torch\.Tensor"):
             step(small_state, batch, LOSS)
@@ -227,7 +225,7 @@ def test_arguments_of_another_type_are_refused(small_state, small_classes) -> No
         jt.init_state(MODEL, optax.MultiSteps(SGD, 2), small_classes.inputs, key=KEY)
 
 
-@pytest.mark.parametrize("value", [2.5, "64", None, True, float("nan"), -1])
+@pytest.mark.parametrize("value", [2.5, "64", True, float("nan"), -1])
 def test_values_that_are_not_counts_are_refused(small_state, small_classes, value) -> None:
     with refused(f"epochs is {value!r}; expected an integer of at least 0"):
         jt.fit(small_state, small_classes, loss_fn=LOSS, epochs=value)
