@@ -329,6 +329,7 @@ def test_metrics_of_no_weight_are_nan() -> None:
     ("metric", "predictions", "targets", "message"),
     [
         (jt.metrics.accuracy, (4,), (4,), r"accuracy received .*logits of two or more classes"),
+        (jt.metrics.accuracy, (4, 1), (4, 1), "accuracy received .*logits of two or more classes"),
         (jt.metrics.accuracy, (4, 1), (4,), r"accuracy received .*logits of two or more classes"),
         (
             jt.metrics.accuracy,

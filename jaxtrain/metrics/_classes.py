@@ -249,7 +249,7 @@ def check_classes(name: str, predictions: AnyArray, targets: AnyArray, hint: str
     """Raises InputError unless each label has logits of two or more classes."""
     rows = predictions.shape[:-1]
     extra_axis = axis_hint(rows, targets.shape)
-    if not extra_axis and (predictions.ndim <= targets.ndim or predictions.shape[-1] == 1):
+    if predictions.shape[-1] == 1 or (predictions.ndim <= targets.ndim and not extra_axis):
         raise InputError(
             f"{name} received predictions of shape {predictions.shape}; expected logits of two "
             f"or more classes along the last axis{hint}"

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import flax.linen as nn
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Float, Shaped
 
 from jaxtrain.errors import InputError
@@ -79,7 +81,8 @@ class FeedForward(nn.Module):
           train: whether to drop units; draws from the RNG stream "dropout".
 
         Raises:
-          InputError: `features` is empty, or the dropout rate is not in [0, 1).
+          InputError: `features` is empty, the dropout rate is not in [0, 1), or `mean` or `std` is
+            an array of another size than the inputs of an example.
         """
         if not self.features:
             raise InputError("features is empty; expected the width of at least one layer")
@@ -87,12 +90,23 @@ class FeedForward(nn.Module):
         x = inputs.reshape(inputs.shape[0], -1)
         if jnp.issubdtype(x.dtype, jnp.integer):
             x = x.astype(jnp.float32) / 255
-        mean, std = (
-            jnp.reshape(each, (1, -1)) if jnp.ndim(each) else each for each in (self.mean, self.std)
-        )
+        mean, std = (_per_input(name, getattr(self, name), x.shape[1]) for name in ("mean", "std"))
         x = (x - mean) / std
         # Flax derives the initial parameters from the key and the names of the layers.
         for layer, width in enumerate(self.features[:-1]):
             x = nn.relu(Linear(width, name=f"Dense_{layer}")(x))
             x = Dropout(self.dropout_rate)(x, train)
         return Linear(self.features[-1], name=f"Dense_{len(self.features) - 1}")(x)
+
+
+def _per_input(name: str, value: Any, inputs: int) -> Any:
+    """Returns a number as it is, and an array as a row of as many numbers as an example has."""
+    if isinstance(value, (int, float)) or not np.ndim(value):
+        return value
+    if np.size(value) != inputs:
+        raise InputError(
+            f"{name} has {np.size(value)} numbers, and an example {inputs} inputs; expected one "
+            "number per input, or one for all",
+            argument=name,
+        )
+    return jnp.asarray(value).reshape(1, -1)
