@@ -159,7 +159,7 @@ class Recurrent(nn.Module):
     def __init__(self, kind: str, **options: Any) -> None:
         super().__init__()
         self.embed = nn.Embedding(7, 4, padding_idx=0)
-        self.rnn = getattr(nn, kind)(4, 3, num_layers=2, batch_first=True, **options)
+        self.rnn = getattr(nn, kind)(4, 3, batch_first=True, **options)
         self.out = nn.Linear(6 if options.get("bidirectional") else options.get("proj_size", 3), 2)
 
     def forward(self, tokens: Any) -> Any:
@@ -183,12 +183,12 @@ class Cells(nn.Module):
 
 
 class Transformer(nn.Module):
-    def __init__(self, norm_first: bool = False) -> None:
+    def __init__(self) -> None:
         super().__init__()
-        options = {"dropout": 0.0, "batch_first": True, "norm_first": norm_first}
+        options = {"dropout": 0.0, "batch_first": True}
         layer = nn.TransformerEncoderLayer(8, 2, 12, activation="gelu", **options)
-        self.encoder = nn.TransformerEncoder(layer, 2, nn.LayerNorm(8), enable_nested_tensor=False)
-        self.decoder = nn.TransformerDecoderLayer(8, 2, 12, **options)
+        self.encoder = nn.TransformerEncoder(layer, 1, nn.LayerNorm(8), enable_nested_tensor=False)
+        self.decoder = nn.TransformerDecoderLayer(8, 2, 12, norm_first=True, **options)
         self.source, self.target = nn.Embedding(7, 8), nn.Embedding(7, 8)
 
     def forward(self, source: Any, target: Any) -> Any:
@@ -258,6 +258,15 @@ def layers_3d() -> nn.Module:
     )
 
 
+def decomposed() -> nn.Module:
+    """Operations without a rule, which PyTorch decomposes, and a parametrization with buffers."""
+    return nn.Sequential(
+        *(nn.Conv2d(2, 8, 1), nn.PixelShuffle(2), nn.Hardswish(), nn.ReflectionPad2d(1)),
+        *(nn.Softmax2d(), nn.Flatten(), nn.utils.parametrizations.spectral_norm(nn.Linear(128, 4))),
+        *(nn.Softsign(), nn.CELU()),
+    )
+
+
 class Counter(nn.Module):
     """Changes views and buffers in place, and stops gradients."""
 
@@ -296,16 +305,16 @@ CASES = {
     "VAE": Case(Vae, ((8,),)),
     "siamese": Case(lambda: Function(siamese, body=nn.Linear(8, 4)), ((2, 4), (2, 4))),
     "DCGAN": Case(generator, ((4, 1, 1),)),
-    "LSTM": Case(lambda: Recurrent("LSTM", bidirectional=True), (Tokens(7, (5,)),)),
+    "LSTM": Case(lambda: Recurrent("LSTM", num_layers=2, bidirectional=True), (Tokens(7, (5,)),)),
     "LSTM with a projection": Case(lambda: Recurrent("LSTM", proj_size=2), (Tokens(7, (5,)),)),
     "GRU": Case(lambda: Recurrent("GRU", bidirectional=True), (Tokens(7, (5,)),)),
-    "RNN": Case(lambda: Recurrent("RNN", bias=False), (Tokens(7, (5,)),)),
+    "RNN": Case(lambda: Recurrent("RNN", num_layers=2, bias=False), (Tokens(7, (5,)),)),
     "cells": Case(Cells, ((3, 3),)),
     "Transformer": Case(Transformer, (Tokens(7, (5,)), Tokens(7, (4,)))),
-    "Transformer, norm first": Case(lambda: Transformer(True), (Tokens(7, (5,)), Tokens(7, (4,)))),
     "GPT": Case(Gpt, (Tokens(11, (6,)),)),
     "ViT": Case(ViT, ((3, 8, 8),)),
     "1-D": Case(layers_1d, ((2, 9),)),
     "3-D": Case(layers_3d, ((1, 4, 4, 4),)),
+    "decomposed": Case(decomposed, ((2, 3, 3),)),
     "in place": Case(Counter, ((4,),)),
 }

@@ -40,16 +40,24 @@ def hardtanh(self: Any, min_val: float = -1, max_val: float = 1) -> Any:
     return jnp.where(inside, self, jnp.where(self <= min_val, min_val, max_val))
 
 
-@register("aten.softmax", "aten._softmax")
+@register("aten.softmax")
 def softmax(self: Any, dim: int, dtype: Any = None) -> Any:
     return jax.nn.softmax(self if dtype is None else self.astype(dtype), dim)
 
 
-@register("aten.log_softmax", "aten._log_softmax")
+@register("aten.log_softmax")
 def log_softmax(self: Any, dim: int, dtype: Any = None) -> Any:
     return jax.nn.log_softmax(self if dtype is None else self.astype(dtype), dim)
 
 
+# The last argument is whether half precision becomes float32, which is so on GPUs alone.
+add_all(
+    register,
+    {
+        "_softmax": lambda self, dim, half_to_float: softmax(self, dim),
+        "_log_softmax": lambda self, dim, half_to_float: log_softmax(self, dim),
+    },
+)
 add_all(
     register,
     {

@@ -61,7 +61,7 @@ class _Template:
     """A copy of a module, and what has been exported of it so far.
 
     Attributes:
-      module: the copy.
+      module: the copy, whose parameters and buffers have no memory.
       names: the names of parameters and buffers; of those that are shared, with the first name.
       recorder: records the calls of layers, if it is not None.
     """
@@ -74,6 +74,8 @@ class _Template:
                 f"the module {type(module).__name__} cannot be copied ({error}); expected one for "
                 "which copy.deepcopy(module) works"
             ) from error
+        for x in _variables(self.module).values():  # programs keep templates in memory
+            x.data = x.new_zeros(()).expand(x.shape)
         first = {id(x): name for name, x in _variables(module).items()}
         every = (
             *module.named_parameters(remove_duplicate=False),
@@ -89,7 +91,7 @@ class _Template:
         shapes = [(x.shape[1:], self._dtype(x.dtype)) for x in leaves]
         known = (call, structure, tuple(shapes), train)
         if known not in self._programs:
-            module = copy.deepcopy(self.module)  # an export may change attributes
+            module = self.copy()  # an export may change attributes
 
             def function(tensors: Any) -> Any:
                 found = jax.tree.unflatten(structure, tensors)
@@ -97,6 +99,13 @@ class _Template:
 
             self._programs[known] = export(module, function, shapes, train=train)
         return self._programs[known]
+
+    def copy(self) -> Any:
+        """Returns a new module, with zeros as parameters and buffers."""
+        module = copy.deepcopy(self.module)
+        for x in _variables(module).values():
+            x.data = torch.zeros(x.shape, dtype=x.dtype)
+        return module
 
     def _dtype(self, dtype: Any) -> torch.dtype:
         """Returns the dtype that the user of the module has for inputs of a dtype in JAX."""
@@ -156,7 +165,7 @@ class Apply(AdaptedApply):
 
     def to_module(self, params: PyTree, model_state: PyTree) -> Any:
         """Returns a new module with these variables, in evaluation mode."""
-        module = copy.deepcopy(self.template.module)
+        module = self.template.copy()
         values = {**_flat(params), **_flat(model_state)}
         with torch.no_grad():
             for name, tensor in _variables(module).items():

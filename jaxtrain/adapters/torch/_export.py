@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import threading
 import traceback
 import warnings
 from collections.abc import Callable, Iterator, Sequence
@@ -17,6 +18,8 @@ from jaxtrain.errors import InputError
 
 # The size of the batch in an example: one that few layers have.
 BATCH = 13
+# Held while functions of PyTorch are replaced.
+_LOCK = threading.Lock()
 
 
 class _Called(torch.nn.Module):
@@ -77,6 +80,7 @@ def _corrected() -> Iterator[None]:
 
     fast_path, disabled = torch.backends.mha.get_fastpath_enabled(), logging.root.manager.disable
     with (
+        _LOCK,
         warnings.catch_warnings(),
         mock.patch.object(torch.autograd.Function, "apply", classmethod(apply)),
         mock.patch.object(torch.nn.modules.transformer, "_detect_is_causal_mask", is_causal),

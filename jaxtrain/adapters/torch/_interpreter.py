@@ -21,7 +21,7 @@ from jaxtrain.adapters.torch._messages import failed, layer_path, no_rule
 from jaxtrain.adapters.torch._rules import RULES, ChannelsLast, Update, to_first
 
 # Arguments that say where and how PyTorch stores a tensor.
-_STORAGE = ("device", "layout", "pin_memory", "memory_format", "non_blocking", "generator")
+_STORAGE = ("device", "layout", "pin_memory", "memory_format", "non_blocking", "generator", "out")
 
 
 def compute(
@@ -183,11 +183,12 @@ class _Interpreter:
                 value = rule.function(*first, *arguments[len(first) :], **options)
             except Exception as error:  # of any type, by the rule
                 raise failed(name, node, error) from error
-            return jax.tree.map(jax.lax.stop_gradient, value) if self._detached else value
+            return jax.tree.map(_stop_gradient, value) if self._detached else value
 
-        if in_place:
-            self.write(node.args[0], function())
-            self.views[node] = (node.args[0], _same)
+        target = node.args[0] if in_place else node.kwargs.get("out")
+        if target is not None:
+            self.write(target, function())
+            self.views[node] = (target, _same)
         elif alias is not None and _storage(node) == _storage(node.args[0]):
             self.views[node] = (node.args[0], function)
             self.read(node)
@@ -254,6 +255,10 @@ class _Interpreter:
 
 def _same(base: Any) -> Any:
     return base
+
+
+def _stop_gradient(value: Any) -> Any:
+    return jax.lax.stop_gradient(value) if isinstance(value, jax.Array) else value
 
 
 def _storage(node: Any) -> Any:

@@ -27,6 +27,12 @@ def addmm(input: Any, mat1: Any, mat2: Any, *, beta: Any = 1, alpha: Any = 1) ->
     return product if beta == 0 else beta * input + product
 
 
+@register("aten.bilinear")
+def bilinear(input1: Any, input2: Any, weight: Any, bias: Any = None) -> Any:
+    output = jnp.einsum("...i,oij,...j->...o", input1, weight, input2)
+    return output if bias is None else output + bias
+
+
 @register("aten.einsum")
 def einsum(equation: str, tensors: Any, *, path: Any = None) -> Any:
     return jnp.einsum(equation, *tensors)

@@ -51,8 +51,8 @@ def avg_pool(
     if set(outside) == {(0, 0)}:
         return total / math.prod(window)
     sizes = [n + 2 * p for n, p in zip(self.shape[1:-1], counted, strict=True)]
-    ones = jnp.ones(sizes, self.dtype)
-    return total / lax.reduce_window(ones, 0.0, lax.add, window, strides, outside)
+    ones = jnp.ones((1, *sizes, 1), self.dtype)
+    return total / _reduce(ones, 0.0, lax.add, window, strides, outside)
 
 
 def _reduce(
@@ -105,7 +105,8 @@ _RULES: dict[str, Any] = {
     "max_pool": max_pool,
     "avg_pool": avg_pool,
     "adaptive_avg_pool": functools.partial(_adaptive, reduce=jnp.mean),
-    "adaptive_max_pool": functools.partial(_adaptive, reduce=jnp.max),
+    # PyTorch returns the indices of the maxima as well.
+    "adaptive_max_pool": lambda *args, count: (_adaptive(*args, reduce=jnp.max, count=count), None),
 }
 for _count in (1, 2, 3):
     for _name, _rule in _RULES.items():

@@ -92,6 +92,8 @@ def channels_last(function: Callable[..., Any]) -> Callable[..., Any]:
         output = function(x, *map(to_first, args), **options)
         if isinstance(output, Update):
             return output._replace(output=ChannelsLast(output.output))
+        if isinstance(output, tuple):
+            return ChannelsLast(output[0]), *output[1:]
         return ChannelsLast(output)
 
     return rule

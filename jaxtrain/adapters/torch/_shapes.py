@@ -79,7 +79,7 @@ def repeat_interleave(self: Any, repeats: Any, dim: int | None = None, **_: Any)
     return jnp.repeat(self, repeats, axis=dim)
 
 
-@register("aten.pad", "aten.constant_pad_nd")
+@register("aten.pad")
 def pad(self: Any, pad: Any, mode: str = "constant", value: Any = None) -> Any:
     pairs = [(low, high) for low, high in zip(pad[::2], pad[1::2], strict=True)]
     widths = [(0, 0)] * (self.ndim - len(pairs)) + pairs[::-1]
@@ -94,9 +94,18 @@ def pad(self: Any, pad: Any, mode: str = "constant", value: Any = None) -> Any:
     )
 
 
+@register("aten.unfold")
+def unfold(self: Any, dimension: int, size: int, step: int) -> Any:
+    axis = dimension % self.ndim
+    starts = range(0, self.shape[axis] - size + 1, step)
+    windows = jnp.stack([slice_(self, axis, start, start + size) for start in starts], axis)
+    return jnp.moveaxis(windows, axis + 1, -1)
+
+
 add_all(
     register,
     {
+        "constant_pad_nd": lambda self, widths, value=0: pad(self, widths, "constant", value),
         "view reshape _unsafe_view": lambda self, size: self.reshape(tuple(size)),
         "permute": lambda self, dims: self.transpose(tuple(dims)),
         "transpose swapaxes swapdims": jnp.swapaxes,
