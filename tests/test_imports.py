@@ -59,8 +59,8 @@ ORDER = [
 ]
 # The same inside the package of the training loop.
 TRAINING = [
-    *("state", "step", "checks", "batch_axis", "independence", "sources", "loop", "batch_stats"),
-    *("run", "fit"),
+    *("state", "tracing", "step", "checks", "batch_axis", "independence", "sources", "loop"),
+    *("batch_stats", "run", "fit"),
 ]
 
 

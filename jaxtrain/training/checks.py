@@ -33,12 +33,11 @@ from jaxtrain.optimizers._inspect import has_clipping, has_line_search
 from jaxtrain.optimizers._safeguards import all_finite, stays_finite, without_records
 from jaxtrain.training.state import TrainState, check_state_type, to_shapes
 from jaxtrain.training.step import Further, MetricItems, Objective, mean_loss
+from jaxtrain.training.tracing import shape_of, traced_prediction
 
 _SKIPPED_HINT = "try a smaller learning rate, gradient clipping or scaled inputs"
 # Number of examples with missing targets for which `check_missing_targets` computes the loss.
 _MAX_CHECKED = 64
-# Number of examples with which a model is traced whose examples do not depend on each other.
-TRACED_ROWS = 5
 
 
 def checked_data(data: Any, name: str) -> Dataset:
@@ -193,7 +192,7 @@ def _single_value_layers(state: Any, batch: Dataset) -> list[str]:
     )
     sizes = dict(named_arrays(model_state, "model_state"))
     apply = functools.partial(state.model.apply, train=True)
-    inputs = join_inputs(map_examples(functools.partial(_shape_of, rows=1), batch))
+    inputs = join_inputs(map_examples(functools.partial(shape_of, rows=1), batch))
     # Whatever is wrong with the model, its first step reports; this is about a warning.
     with contextlib.suppress(Exception):
         statistics = adapters.batch_statistics(state.model, params, model_state)
@@ -250,6 +249,7 @@ def check_run(state: Any, sources: Mapping[str, Any], objective: Objective) -> t
                 batch_size=source.batch_size,
             )
             source.accepts = functools.partial(traced_prediction, to_shapes(state))
+        _warn_of_another_kind(train, source)
     train.check_division()
     if step_fn is not None:
         return check_step_fn(step_fn, state, train.batch_shapes())
@@ -257,6 +257,22 @@ def check_run(state: Any, sources: Mapping[str, Any], objective: Objective) -> t
     examples = train.examples or train.batch_size * (train.steps or 2)  # unknown: more than one
     check_line_search(state, examples, train.batch_size)
     return ()
+
+
+def _warn_of_another_kind(train: Any, source: Any) -> None:
+    """Warns if held-out inputs are floats where those of training are integers, or the reverse."""
+    pairs = zip(
+        named_arrays(train.sample.inputs, f"{train.name}.inputs"),
+        named_arrays(source.sample.inputs, f"{source.name}.inputs"),
+        strict=False,  # other structures are errors elsewhere
+    )
+    for (path, ours), (other, theirs) in pairs:
+        if len({jnp.issubdtype(each.dtype, jnp.floating) for each in (ours, theirs)}) == 2:
+            warnings.warn(
+                f"{path} is {ours.dtype} and {other} is {theirs.dtype}; expected the same kind, "
+                "since the model may scale integer pixels itself",
+                stacklevel=4,
+            )
 
 
 def check_step_fn(step_fn: Any, state: Any, batch: Dataset) -> tuple[str, ...]:
@@ -355,50 +371,6 @@ def check_data(
 
 def _has_classes(outputs: Any, targets: Any) -> bool:
     return len(outputs.shape) > targets.ndim and outputs.shape[-1] > 1
-
-
-# A jitted function keeps its traces, for several data sets and checks.
-predict_alone = bounded(
-    jax.jit(
-        lambda model, params, model_state, inputs: adapters.call_in_evaluation(
-            model, params, model_state, inputs, key=jax.random.key(0)
-        )[0],
-        static_argnums=0,
-    )
-)
-
-
-def traced_prediction(
-    state: TrainState, data: Dataset, name: str, batch_size: int | None = None
-) -> Any:
-    """Returns the traced model in evaluation mode, a `jax.stages.Traced`.
-
-    The batch has `TRACED_ROWS` examples; or if they depend on each other, `batch_size` or all.
-    """
-    rows = TRACED_ROWS
-    if not state.model.independent_examples:
-        rows = min(batch_size or len(data), len(data))
-    inputs = join_inputs(map_examples(functools.partial(_shape_of, rows=rows), data))
-    try:
-        return predict_alone.trace(state.model, state.params, state.model_state, inputs)
-    except InputError:
-        raise
-    except Exception as error:  # networks raise different types for a wrong shape
-        if str(error).startswith("DataLoader worker"):  # PyTorch raises it from a signal handler
-            raise
-        shapes = ", ".join(
-            f"{path} has {leaf.dtype}{[1, *leaf.shape[1:]]} per example"
-            for path, leaf in named_arrays(data.inputs, f"{name}.inputs")
-        )
-        reason = (str(error).splitlines() or [type(error).__name__])[0]
-        raise InputError(
-            f"the model does not take the inputs of {name} ({shapes}): {reason}; expected the "
-            "shapes and dtypes that init_state was given"
-        ) from error
-
-
-def _shape_of(leaf: Any, rows: int) -> jax.ShapeDtypeStruct:
-    return jax.ShapeDtypeStruct((rows, *leaf.shape[1:]), jnp.result_type(leaf))
 
 
 def check_limits(targets: Any, weights: Any, limits: TargetLimits | None, name: str) -> None:

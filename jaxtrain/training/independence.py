@@ -25,9 +25,10 @@ from jaxtrain.dataset import (
 )
 from jaxtrain.errors import InputError
 from jaxtrain.training.batch_axis import BatchAxis, keeps_examples_apart
-from jaxtrain.training.checks import TRACED_ROWS, has_values, predict_alone, traced_prediction
+from jaxtrain.training.checks import has_values
 from jaxtrain.training.state import TrainState
 from jaxtrain.training.step import model_inputs
+from jaxtrain.training.tracing import TRACED_ROWS, predict_alone, traced_prediction
 
 # A larger change of an output than this fraction of the largest one is not explained by rounding.
 _TOLERANCE = 1e-3

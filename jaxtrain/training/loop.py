@@ -54,6 +54,7 @@ from jaxtrain.training.step import (
     predict_batch,
     take_step,
 )
+from jaxtrain.training.tracing import check_batch_axis, traced_prediction
 
 State = TypeVar("State")
 
@@ -463,10 +464,16 @@ def predict(
         check_dataset(inputs, "inputs")
         inputs, shared = inputs.inputs, inputs.shared
     check_inputs(inputs)
+    check_batch_axis(state, inputs)
     check_integer(batch_size, "batch_size", minimum=1)
     check_evaluation_key(state, key)
     with parallel.mesh_of(state, inputs):
-        return _compiled_predict(state, Dataset(inputs, shared=shared), key, batch_size=batch_size)
+        data = Dataset(inputs, shared=shared)
+        try:
+            return _compiled_predict(state, data, key, batch_size=batch_size)
+        except Exception:
+            traced_prediction(state, data, "the prediction")
+            raise
 
 
 @bounded

@@ -38,6 +38,7 @@ from jaxtrain.metrics._metric import (
 from jaxtrain.optimizers._arguments import accepting_extra_args
 from jaxtrain.optimizers._inspect import has_accumulation, last_step_finite
 from jaxtrain.training.state import TrainState, check_state_type
+from jaxtrain.training.tracing import traced_prediction
 
 Metrics = dict[str, Float[Array, "..."]]
 Batch = Dataset | tuple[Any, ...]
@@ -154,7 +155,11 @@ def train_step(state: TrainState, batch: Batch, loss_fn: Loss) -> tuple[TrainSta
     check_loss(loss_fn)
     batch = _as_batch(batch)
     with parallel.mesh_of(state, batch):
-        return _train_step(state, batch, loss_fn)
+        try:
+            return _train_step(state, batch, loss_fn)
+        except Exception:
+            traced_prediction(state, batch, "batch")  # whose error names inputs that do not fit
+            raise
 
 
 def _as_batch(batch: Any) -> Dataset:
@@ -424,7 +429,11 @@ def eval_step(
     batch, objective = _as_batch(batch), make_objective(loss_fn, metric_fns)
     check_evaluation_key(state, key, objective.evaluated)
     with parallel.mesh_of(state, batch):
-        return _eval_step(state, batch, key, objective)
+        try:
+            return _eval_step(state, batch, key, objective)
+        except Exception:
+            traced_prediction(state, batch, "batch")
+            raise
 
 
 @bounded

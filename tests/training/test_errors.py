@@ -173,6 +173,27 @@ def test_pytorch_tensors_are_refused(small_state) -> None:
             step(small_state, batch, LOSS)
 
 
+def test_inputs_that_the_model_does_not_take_are_named(small_state, small_classes) -> None:
+    wrong = jt.Dataset(small_classes.inputs[:, :5], small_classes.targets)
+    for call in (
+        lambda: jt.train_step(small_state, wrong, LOSS),
+        lambda: jt.eval_step(small_state, wrong, LOSS),
+        lambda: jt.predict(small_state, wrong.inputs),
+    ):
+        with refused(r"the model does not take the inputs of .*float32\[1, 5\] per example"):
+            call()
+    with refused(r"inputs is float32\[6\], the shape of one example; .* inputs\[None\]"):
+        jt.predict(small_state, small_classes.inputs[0])
+    with pytest.raises(TypeError):  # of the loss
+        jt.train_step(small_state, small_classes, lambda outputs, targets: outputs @ targets)
+
+
+def test_held_out_inputs_of_another_kind_are_a_warning(small_state, small_classes) -> None:
+    pixels = small_classes.replace(inputs=np.zeros((50, 6), np.uint8))
+    with pytest.warns(UserWarning, match=r"train.inputs is float32 and test.inputs is uint8"):
+        jt.fit(small_state, small_classes, pixels, loss_fn=LOSS, epochs=1, callbacks=[])
+
+
 def test_gradients_checks_its_arguments(small_state, small_classes) -> None:
     with refused("loss_fn is 'mse'"):
         jt.gradients(small_state, small_classes, "mse")
