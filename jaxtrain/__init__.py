@@ -34,7 +34,8 @@ from jaxtrain.model import Model
 from jaxtrain.optimizers._minimize import Minimum, minimize
 from jaxtrain.sweeps import find_learning_rate, load_sweep, sweep
 from jaxtrain.training.batch_stats import update_batch_stats
-from jaxtrain.training.fit import History, Run, fit
+from jaxtrain.training.fit import fit
+from jaxtrain.training.history import History, Run
 from jaxtrain.training.loop import evaluate, predict, train_epoch
 from jaxtrain.training.run import train
 from jaxtrain.training.state import (

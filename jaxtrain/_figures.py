@@ -41,12 +41,16 @@ STYLES: dict[str, dict[str, Any]] = {
     "validation": {"color": GREEN, "linestyle": "-."},
 }
 _PANELS_PER_ROW = 3
+# Columns that are not drawn.
+_AXES = ("epoch", "step", "seconds")
 
 
 def learning_curves(
     history: Mapping[str, np.ndarray], step_losses: np.ndarray, title: str = ""
 ) -> Figure:
-    """Draws each quantity of a history against the epoch, that of all data sets in one panel.
+    """Draws each quantity of a history, that of all data sets in one panel.
+
+    The horizontal axis is the epoch, or the step in a run by steps.
 
     Args:
       history: the columns, [epochs, ...]. Those of arrays, and what an optimizer records and does
@@ -59,7 +63,9 @@ def learning_curves(
         data, _, quantity = name.partition("_")
         if np.ndim(values) == 1 and data in STYLES:
             panels.setdefault(quantity, {})[data] = values
-        elif np.ndim(values) == 1 and name not in ("epoch", "seconds") and np.ptp(values) > 0:
+        elif (
+            np.ndim(values) == 1 and name not in ("epoch", "step", "seconds") and np.ptp(values) > 0
+        ):
             panels[name] = {"": values}
     columns = min(len(panels), _PANELS_PER_ROW)
     rows = -(-len(panels) // columns)
@@ -70,7 +76,8 @@ def learning_curves(
     for number, (quantity, curves) in enumerate(panels.items(), 1):
         ax = figure.add_subplot(rows, columns, number)
         steps = step_losses if quantity == "loss" else step_losses[:0]
-        _draw_curves(ax, quantity, curves, history["epoch"], steps, len(step_losses))
+        axis = "step" if "step" in history else "epoch"
+        _draw_curves(ax, quantity, curves, axis, history[axis], steps, len(step_losses))
     return figure
 
 
@@ -78,21 +85,26 @@ def _draw_curves(
     ax: Axes,
     quantity: str,
     curves: dict[str, np.ndarray],
-    epochs: np.ndarray,
+    axis: str,
+    ends: np.ndarray,
     step_losses: np.ndarray,
     steps: int,
 ) -> None:
-    """Draws one quantity: a mean over an epoch at its middle, and what follows it at its end."""
-    steps_per_epoch = steps // len(epochs)
-    middle = 0.5 if steps_per_epoch > 1 else 1.0
+    """Draws one quantity: a mean over an epoch at its middle, and what follows it at its end.
+
+    `ends` are the ends of the epochs, counted in `axis`.
+    """
+    steps_per_epoch = steps // len(ends)
+    length = steps_per_epoch if axis == "step" else 1
+    middle = (0.5 if steps_per_epoch > 1 else 1.0) * length
     if len(step_losses) and steps_per_epoch > 1:
-        progress = epochs[0] - 1 + np.arange(1, len(step_losses) + 1) / steps_per_epoch
+        progress = ends[0] + (np.arange(1, len(step_losses) + 1) / steps_per_epoch - 1) * length
         ax.plot(progress, step_losses, color=GREY, linewidth=0.5, alpha=0.6, label="training step")
     labels = {"train": "training, in epoch" if steps_per_epoch > 1 else "training, before the step"}
     for data, values in curves.items():
-        x = epochs - middle if data == "train" else epochs
+        x = ends - middle if data == "train" else ends
         label = labels.get(data, f"{data}, after epoch" if data else None)
-        marker = "o" if len(epochs) <= 30 else None
+        marker = "o" if len(ends) <= 30 else None
         ax.plot(x, values, **STYLES.get(data, {"color": BLUE}), marker=marker, label=label)
     values = np.concatenate([*curves.values(), step_losses])
     values = values[np.isfinite(values)]
@@ -107,7 +119,7 @@ def _draw_curves(
         ax.set_yscale("log")
     ax.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
     scale = " (log scale)" if is_log and not is_fraction(quantity) else ""
-    label_axes(ax, "epoch", quantity.replace("_", " ") + scale)
+    label_axes(ax, axis, quantity.replace("_", " ") + scale)
     if "" not in curves:
         ax.legend()
 

@@ -19,7 +19,7 @@ from jaxtrain.dataset import named_arrays
 from jaxtrain.errors import InputError
 
 if TYPE_CHECKING:
-    from jaxtrain.training.fit import Run
+    from jaxtrain.training.history import Run
 
 # The signature of a PNG file, and its first chunk up to the width and the height.
 _PNG = re.compile(rb"\x89PNG\r\n\x1a\n.{4}IHDR.{8}", re.DOTALL)

@@ -13,7 +13,7 @@ import numpy as np
 from jaxtrain.errors import InputError
 
 if TYPE_CHECKING:
-    from jaxtrain.training.fit import Run
+    from jaxtrain.training.history import Run
 
 
 class SweepProgress(NamedTuple):

@@ -18,7 +18,7 @@ from jaxtrain.errors import InputError, StorageError, printable
 from jaxtrain.optimizers._inspect import current_learning_rate
 
 if TYPE_CHECKING:
-    from jaxtrain.training.fit import Run
+    from jaxtrain.training.history import Run
 
 
 class Logger(Callback):

@@ -23,7 +23,7 @@ from jaxtrain.checkpoint import CheckpointStore, PartOfEpoch, Snapshot, check_sa
 from jaxtrain.errors import InputError
 
 if TYPE_CHECKING:
-    from jaxtrain.training.fit import Run
+    from jaxtrain.training.history import Run
 
 
 def checkpoint(

@@ -18,7 +18,7 @@ from jaxtrain.callbacks._logger import Logger, checked_file
 from jaxtrain.errors import InputError
 
 if TYPE_CHECKING:
-    from jaxtrain.training.fit import Run
+    from jaxtrain.training.history import Run
 
 
 def csv(path: str | os.PathLike[str], *, steps: str | os.PathLike[str] | None = None) -> Callback:

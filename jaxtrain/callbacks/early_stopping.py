@@ -15,7 +15,7 @@ from jaxtrain.callbacks._callback import Callback, check_column, check_number
 from jaxtrain.errors import InputError
 
 if TYPE_CHECKING:
-    from jaxtrain.training.fit import Run
+    from jaxtrain.training.history import Run
 
 Mode = Literal["min", "max"]
 

@@ -10,7 +10,7 @@ from jaxtrain.callbacks._callback import Callback, FunctionCallback
 from jaxtrain.errors import InputError
 
 if TYPE_CHECKING:
-    from jaxtrain.training.fit import Run
+    from jaxtrain.training.history import Run
 
 
 def every_steps(steps: int, function: Callable[[Run], Any] | Callback) -> Callback:

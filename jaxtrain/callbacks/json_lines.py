@@ -13,7 +13,7 @@ from jaxtrain.callbacks._callback import Callback
 from jaxtrain.callbacks._logger import Logger, checked_file, learning_rate
 
 if TYPE_CHECKING:
-    from jaxtrain.training.fit import Run
+    from jaxtrain.training.history import Run
 
 _START = b'{"event": '
 

@@ -20,7 +20,7 @@ from jaxtrain.callbacks._callback import Callback
 from jaxtrain.errors import InputError, StorageError
 
 if TYPE_CHECKING:
-    from jaxtrain.training.fit import Run
+    from jaxtrain.training.history import Run
 
 
 def profile(folder: str | os.PathLike[str], steps: tuple[int, int] = (10, 20)) -> Callback:

@@ -18,7 +18,7 @@ from jaxtrain._terminal import make_console
 from jaxtrain.callbacks._callback import Callback, SweepProgress
 
 if TYPE_CHECKING:
-    from jaxtrain.training.fit import Run
+    from jaxtrain.training.history import Run
 
 _REFRESHES_PER_SECOND = 5
 # Between two lines of a sweep, which may finish thousands of runs one at a time.

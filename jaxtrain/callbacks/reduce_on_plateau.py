@@ -18,7 +18,7 @@ from jaxtrain.optimizers._inspect import has_settable_rate, map_rates
 from jaxtrain.optimizers._numbers import check_fractions, check_not_negative
 
 if TYPE_CHECKING:
-    from jaxtrain.training.fit import Run
+    from jaxtrain.training.history import Run
 
 
 def reduce_on_plateau(

@@ -26,7 +26,7 @@ from jaxtrain._figures import (
     label_axes,
 )
 from jaxtrain.dataset import Dataset
-from jaxtrain.training.fit import History
+from jaxtrain.training.history import History
 
 # What other pictures need of the style.
 __all__ = ["BLUE", "GREEN", "GREY", "ORANGE", "PURPLE", "SKY", "VERMILION", "YELLOW"]

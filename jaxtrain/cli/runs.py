@@ -19,7 +19,7 @@ from jaxtrain.cli.resuming import checkpoint_callbacks, resumes
 from jaxtrain.cli.tables import Comparison
 from jaxtrain.errors import InputError, StorageError, add_recovery_note
 from jaxtrain.export import save
-from jaxtrain.training.fit import Run
+from jaxtrain.training.history import Run
 from jaxtrain.training.state import TrainState
 
 if TYPE_CHECKING:

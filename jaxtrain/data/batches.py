@@ -52,8 +52,9 @@ class Batches:
       is_one_shot: whether the data are an iterator, which is read once; other iterables start again
         in each epoch.
       is_seekable: whether a run can resume within an epoch.
-      may_be_endless: whether the batches need not end, since the run counts steps.
+      is_endless: whether the batches never end, as far as their `len()` tells.
       shapes: the shapes of the examples so far.
+      sizes: the numbers of examples of the batches so far.
     """
 
     def __init__(
@@ -65,7 +66,6 @@ class Batches:
         epoch: int = 1,
         *,
         same_each_epoch: bool = False,
-        may_be_endless: bool = False,
     ) -> None:
         """Accepts what `fit` accepts as a stream, and reads its first batch.
 
@@ -76,10 +76,9 @@ class Batches:
           key: PRNG key of the shuffle, of a random-access source.
           epoch: the epoch whose first batch is read; `open` does not read it again.
           same_each_epoch: order the examples of a source as `train_epoch` does in memory.
-          may_be_endless: whether the batches need not end.
 
         Raises:
-          InputError: the stream never ends, or has an order of its own and a key is given.
+          InputError: the stream has an order of its own and a key is given.
           StreamError: the stream raised an error.
         """
         is_source = not isinstance(data, Iterable) or hasattr(data, "__getitems__")
@@ -95,8 +94,10 @@ class Batches:
             )
         self.name, self.data = name, data
         self.first: Any = None
-        self.may_be_endless, self.shapes = may_be_endless, set[Any]()
-        self.steps = _length(data, name, may_be_endless) or 0
+        self.shapes, self.sizes = set[Any](), set[int]()
+        length = _length(data)
+        self.is_endless = length is not None and length >= sys.maxsize
+        self.steps = 0 if self.is_endless else length or 0
         self.examples = data.examples if isinstance(data, Stream) else 0
         self.is_one_shot = isinstance(data, Iterator)
         self._peeked: Epoch | None = None
@@ -123,7 +124,13 @@ class Batches:
           skip: batches that an earlier run has read.
           position: a position that the earlier run recorded at or before these, or None.
           limit: the number of batches, counted with `skip`, after which nothing is read.
+
+        Raises:
+          InputError: the batches never end, and there is no limit.
+          StreamError: the stream raised an error.
         """
+        if limit is None and self.first is not None:
+            self.check_ends()
         peeked, self._peeked = self._peeked, None
         if peeked is not None:
             if skip == 0 and (peeked.epoch == epoch or self.is_one_shot):
@@ -152,6 +159,15 @@ class Batches:
                     f"{skip}, after which the run resumes"
                 )
         return opened
+
+    def check_ends(self) -> None:
+        """Raises InputError if the batches never end."""
+        if self.is_endless:
+            raise InputError(
+                f"{self.name} is a {type(self.data).__name__} that never ends; expected one epoch "
+                "of batches: leave out its repeat(), or, for the training data of fit, pass "
+                "steps=..."
+            )
 
     def close(self) -> None:
         """Closes the epoch that was opened for the first batch, if it is not in use."""
@@ -213,7 +229,7 @@ class Epoch:
                 "its len()"
             )
         self.count += 1
-        if self.count == _MANY_BATCHES and not (length or self._batches.may_be_endless):
+        if self.count == _MANY_BATCHES and not length and self.limit is None:
             warnings.warn(
                 f"{name} has no len() and has returned {_MANY_BATCHES} batches in epoch "
                 f"{self.epoch}; if it never ends, interrupt the run and count steps: "
@@ -231,6 +247,7 @@ class Epoch:
         if first is None:
             check_dataset(batch, name)
             shapes.add(shape)
+            self._batches.sizes.add(len(batch))
             return
         structure: Any = jax.tree.structure(first)
         length = len(leaves[0]) if leaves and leaves[0].ndim else 0
@@ -249,9 +266,18 @@ class Epoch:
         if len(shapes) > _MAX_SHAPES:
             raise InputError(
                 f"{name} is {batch!r}, whose examples have the {_MAX_SHAPES + 1}th shape in this "
-                f"stream; expected at most {_MAX_SHAPES}, since each is compiled by itself: pad "
+                f"stream; expected at most {_MAX_SHAPES}, since each is compiled separately: pad "
                 "the examples to a few shapes, and give the padding the weight 0"
             )
+        sizes = self._batches.sizes
+        if length not in sizes and len(sizes) == _MAX_SHAPES:
+            warnings.warn(
+                f"{name} has {length} examples, the {_MAX_SHAPES + 1}th size of a batch in this "
+                "stream, and each size is compiled separately; expected a few sizes: pad the "
+                "batches, and give the padding the weight 0",
+                stacklevel=2,
+            )
+        sizes.add(length)
 
     def _check_end(self, name: str, length: int) -> None:
         if self.count == 0:
@@ -286,21 +312,13 @@ class Epoch:
             self._iterator.close()
 
 
-def _length(data: Any, name: str, may_be_endless: bool) -> int | None:
+def _length(data: Any) -> int | None:
     try:
-        length = len(data)
+        return len(data)
     except (TypeError, NotImplementedError):
         return None
     except OverflowError:
-        length = sys.maxsize
-    if length >= sys.maxsize:
-        if may_be_endless:
-            return None
-        raise InputError(
-            f"{name} is a {type(data).__name__} that never ends; expected one epoch of batches: "
-            "leave out its repeat(), or, for the training data of fit, pass steps=..."
-        )
-    return length
+        return sys.maxsize
 
 
 def _to_json(state: Any) -> Any:

@@ -372,17 +372,21 @@ def _large_files(source: Any) -> list[mmap.mmap]:
     return [file for file in files if isinstance(file, mmap.mmap) and len(file) > _LARGE_BYTES]
 
 
-def _arrays(value: Any, depth: int = _SEARCHED_DEPTH) -> Iterator[np.ndarray]:
+def _arrays(
+    value: Any, depth: int = _SEARCHED_DEPTH, seen: set[int] | None = None
+) -> Iterator[np.ndarray]:
     """Yields the arrays among the attributes of a source, and of the sources that it wraps."""
+    seen = set() if seen is None else seen
     if isinstance(value, np.ndarray):
         yield value
-    elif depth:
+    elif depth and id(value) not in seen:
+        seen.add(id(value))
         if isinstance(value, Mapping):
             value = list(value.values())
         elif not isinstance(value, list | tuple):
             value = list(getattr(value, "__dict__", {}).values())
         for each in value[:_SEARCHED_LENGTH]:
-            yield from _arrays(each, depth - 1)
+            yield from _arrays(each, depth - 1, seen)
 
 
 def _take(array: Any, indices: np.ndarray) -> np.ndarray:

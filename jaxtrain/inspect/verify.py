@@ -158,7 +158,8 @@ def verify(state: TrainState, batch: Batch, loss_fn: Loss) -> Verification:
                 lambda found: step.compare(wrong.way, found).ok,
             )
         draws = adapters.draws_in_evaluation(state.model) or "key" in further_parameters(loss_fn)
-        has_halves = len(data) > 1 and not draws and _has_one_mean(state, data, loss_fn)
+        has_halves = len(data) > 1 and not draws and state.model.independent_examples
+        has_halves = has_halves and _has_one_mean(state, data, loss_fn)
         halves = [_halves(step, state, data, loss_fn)] if has_halves else []
     return Verification((alone, *ways, *halves), operation, flag)
 

@@ -20,10 +20,10 @@ from jaxtrain.adapters import BatchStatistics
 from jaxtrain.data.stream import Source
 from jaxtrain.dataset import Dataset, named_arrays
 from jaxtrain.errors import InputError
-from jaxtrain.training.checks import check_data
+from jaxtrain.training.checks import check_source
 from jaxtrain.training.sources import Segment, make_source
 from jaxtrain.training.state import TrainState, check_state_type
-from jaxtrain.training.step import model_inputs
+from jaxtrain.training.step import Objective, model_inputs
 
 # Initial statistics so large that float32 rounds away those of a batch. The fraction of them that
 # remains after a batch is the layer's momentum.
@@ -86,7 +86,7 @@ def update_batch_stats(
         in_memory = data if isinstance(data, Dataset | tuple) else None
         stack.enter_context(parallel.mesh_of(state, in_memory))
         source = make_source(data, "data", batch_size, key, 1, stack)
-        check_data(state, source.sample, None, "data", batch_size=batch_size)
+        check_source(state, source, Objective(None))
         sample = model_inputs(source.sample[:batch_size])
         momentum = _momentum(state, layers, sample)
         updated = {name: layer for name, layer in layers.items() if layer.mean in momentum}

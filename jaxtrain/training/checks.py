@@ -244,11 +244,7 @@ def check_run(state: Any, sources: Mapping[str, Any], objective: Objective) -> t
         )
     for source in sources.values():
         if source is not train or step_fn is None:
-            source.limits = check_data(
-                *(state, source.sample, objective.loss_fn, source.name, objective.metrics),
-                batch_size=source.batch_size,
-            )
-            source.accepts = functools.partial(traced_prediction, to_shapes(state))
+            check_source(state, source, objective)
         _warn_of_another_kind(train, source)
     train.check_division()
     if step_fn is not None:
@@ -273,6 +269,15 @@ def _warn_of_another_kind(train: Any, source: Any) -> None:
                 "since the model may scale integer pixels itself",
                 stacklevel=4,
             )
+
+
+def check_source(state: TrainState, source: Any, objective: Objective) -> None:
+    """Checks the data, or the first batch of a stream, which then checks the later ones itself."""
+    source.limits = check_data(
+        *(state, source.sample, objective.loss_fn, source.name, objective.metrics),
+        batch_size=source.batch_size,
+    )
+    source.accepts = functools.partial(traced_prediction, to_shapes(state))
 
 
 def check_step_fn(step_fn: Any, state: Any, batch: Dataset) -> tuple[str, ...]:

@@ -30,7 +30,7 @@ from jaxtrain.dataset import (
 )
 from jaxtrain.losses import Loss
 from jaxtrain.metrics import Metric
-from jaxtrain.training.checks import check_data, check_run
+from jaxtrain.training.checks import check_data, check_run, check_source
 from jaxtrain.training.sources import InMemory, Segment, Streamed, segments_in_order
 from jaxtrain.training.state import (
     TrainState,
@@ -325,9 +325,7 @@ def evaluate(
         with parallel.mesh_of(state):
             source = Streamed(dataset, "dataset", batch_size, None, 1)
             with contextlib.closing(source):
-                source.limits = check_data(
-                    state, source.sample, loss_fn, "dataset", objective.metrics
-                )
+                check_source(state, source, objective)
                 return evaluate_source(state, source, objective, key=key)
     dataset = as_dataset(dataset, "dataset")
     with parallel.mesh_of(state, dataset):
@@ -355,8 +353,8 @@ def evaluate_source(
     with contextlib.closing(source.segments(epoch)) as segments:
         for segment in segments:
             jax.block_until_ready(totals)  # segments take memory
-            first = None if key is None else segment.start
-            totals = _compiled_totals(state, totals, segment, segment.steps, key, first, objective)
+            steps, first = segment.steps, segment.start
+            totals = _compiled_totals(state, totals, segment, steps, key, first, objective)
     return finish_metrics(totals, objective.evaluated)
 
 
@@ -395,7 +393,7 @@ def _compiled_totals(
     segment: Segment,
     stop: Array,
     key: Key[Array, ""] | None,
-    first: Array | None,
+    first: Array,
     objective: Objective,
 ) -> Totals:
     steps = functools.partial(eval_steps, objective=objective)
@@ -408,7 +406,7 @@ def eval_steps(
     segment: Segment,
     stop: int | Array,
     key: Key[Array, ""] | None,
-    first: int | Array | None,
+    first: int | Array,
     objective: Objective,
 ) -> Totals:
     """Returns the totals of the metrics after the first `stop` batches of a segment.
@@ -417,7 +415,7 @@ def eval_steps(
     """
 
     def step(index: Any, totals: Totals | None) -> Totals:
-        own_key = None if key is None else batch_key(key, first + index)
+        own_key = batch_key(key, first + index)
         return evaluate_batch(state, totals, segment.batch(index), own_key, objective)
 
     if totals is None:
@@ -490,7 +488,7 @@ def _compiled_predict(
                 lambda index, segment=segment: predict_batch(
                     state,
                     model_inputs(parallel.divide(segment.batch(index))),
-                    None if key is None else batch_key(key, segment.start + index),
+                    batch_key(key, segment.start + index),
                 ),
                 jnp.arange(segment.steps),
             )

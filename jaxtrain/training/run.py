@@ -164,7 +164,7 @@ def prepare(
     """Checks the arguments of `train` or `fit`, and moves the data to the device.
 
     `held_out` maps names to test and validation data, or None; `stack` closes the streams. A run
-    `by_steps` has a column for them, and its training data may be endless.
+    `by_steps` has a column for them.
 
     Returns:
       The state on the device; the sources by the names "train", "test" and "validation"; the
@@ -186,14 +186,13 @@ def prepare(
         )
     epoch = next_epoch(state)
     with memory_advice(batch_sizes[0]):
-        sources = {
-            "train": make_source(
-                train, "train", batch_sizes[0], key, epoch, stack, may_be_endless=by_steps
-            )
-        }
+        sources = {"train": make_source(train, "train", batch_sizes[0], key, epoch, stack)}
         for name, data in held_out.items():
             sources[name] = make_source(data, name, batch_sizes[1], None, epoch, stack)
             sources[name].close()  # workers would run until the first evaluation
+    for name, source in sources.items():
+        if name != "train" or not by_steps:
+            source.check_ends()
     own = check_run(state, sources, objective)
     if step_fn is None:
         check_independence(state, sources["train"])

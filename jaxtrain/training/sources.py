@@ -166,6 +166,9 @@ class InMemory:
         order += ", without a partial last batch" if self.sample.drop_last else ""
         return f"{len(self.sample)} examples with the digest {digest(self.sample)}, {order}"
 
+    def check_ends(self) -> None:
+        """Does nothing: the data end."""
+
     def close(self) -> None:
         """Does nothing: no stream is open."""
 
@@ -197,18 +200,9 @@ class Streamed:
         epoch: int,
         *,
         same_each_epoch: bool = False,
-        may_be_endless: bool = False,
     ) -> None:
         """Reads the first batch; see `Batches`."""
-        batches = Batches(
-            data,
-            name,
-            batch_size,
-            key,
-            epoch,
-            same_each_epoch=same_each_epoch,
-            may_be_endless=may_be_endless,
-        )
+        batches = Batches(data, name, batch_size, key, epoch, same_each_epoch=same_each_epoch)
         self._batches, self.name = batches, name
         self.sample, self.steps, self.examples = batches.first, batches.steps, batches.examples
         self.is_seekable = batches.is_seekable
@@ -249,6 +243,10 @@ class Streamed:
     def describe(self) -> str:
         """Returns what must be the same for a run to resume."""
         return repr(self._batches)
+
+    def check_ends(self) -> None:
+        """Raises InputError if the stream never ends."""
+        self._batches.check_ends()
 
     def close(self) -> None:
         """Stops the workers that were started to read the first batch."""
@@ -352,7 +350,7 @@ class Repeated:
         self._last_step = step + epochs * steps
         self.name, self.sample, self.steps = source.name, source.sample, steps
         self.batch_size, self.is_seekable = source.batch_size, source.is_seekable
-        has_equal_batches = source.examples == source.steps * source.batch_size
+        has_equal_batches = 0 < source.examples == source.steps * source.batch_size
         self.examples = steps * source.batch_size if has_equal_batches else 0
         self._passes: Generator[tuple[int, Segment], None, None] | None = None
         self._unfinished: tuple[int, Segment] | None = None  # its last steps are not yet yielded
@@ -420,12 +418,10 @@ def make_source(
     key: Key[Array, ""] | None,
     epoch: int,
     stack: contextlib.ExitStack,
-    *,
-    may_be_endless: bool = False,
 ) -> InMemory | Streamed:
     """Returns a data set or a stream as a source; `stack` closes the stream."""
     if is_stream(data):
-        source = Streamed(data, name, batch_size, key, epoch, may_be_endless=may_be_endless)
+        source = Streamed(data, name, batch_size, key, epoch)
         stack.callback(source.close)
         return source
     return InMemory(checked_data(data, name), name, batch_size, key)

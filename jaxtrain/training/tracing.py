@@ -52,9 +52,10 @@ def traced_prediction(
             for path, leaf in named_arrays(data.inputs, f"{name}.inputs")
         )
         reason = (str(error).splitlines() or [type(error).__name__])[0]
+        hint = "" if rows == TRACED_ROWS else f", and batches of the right size, not of {rows}"
         raise InputError(
             f"the model does not take the inputs of {name} ({shapes}): {reason}; expected the "
-            "shapes and dtypes that init_state was given"
+            f"shapes and dtypes that init_state was given{hint}"
         ) from error
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import json
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -92,7 +93,7 @@ def test_a_row_has_the_mean_over_its_own_steps_and_an_evaluation(by_steps) -> No
     weights = np.tile([16, 16, 16, 2], 5)
     expected = [np.average(losses[i : i + 5], weights=weights[i : i + 5]) for i in range(0, 20, 5)]
     np.testing.assert_allclose(by_steps[1]["train_loss"], expected, rtol=1e-6)
-    state, history = fit(test=DATA, epochs=1, evaluate_every=3)
+    state, history = fit(test=DATA, steps=3)
     assert history["test_loss"] == [jt.evaluate(state, DATA, LOSS)["loss"]]
     assert "step" not in fit(epochs=1)[1]
 
@@ -135,6 +136,23 @@ def test_a_checkpoint_of_other_epochs_is_another_run(tmp_path: Path) -> None:
     fit(steps=15, evaluate_every=5, callbacks=[checkpoint])  # longer
 
 
+def test_every_step_is_reported(tmp_path: Path) -> None:
+    log = tmp_path / "log.jsonl"
+    fit(steps=20, evaluate_every=5, callbacks=[jt.callbacks.json_lines(log)])
+    rows = [json.loads(line) for line in log.read_text().splitlines()]
+    assert [row["step"] for row in rows if row["event"] == "step"] == list(range(1, 21))
+    assert [row["step"] for row in rows if row["event"] == "epoch"] == [5, 10, 15, 20]
+
+
+def test_the_picture_of_a_run_has_its_steps() -> None:
+    figure = fit(test=DATA, steps=20, evaluate_every=5)[1].plot()
+    (ax,) = figure.axes
+    assert ax.get_xlabel() == "step"
+    lines = {line.get_label(): line.get_xdata() for line in ax.get_lines()}
+    np.testing.assert_allclose(lines["test, after epoch"], [5, 10, 15, 20])
+    np.testing.assert_allclose(lines["training step"], np.arange(1, 21))
+
+
 def test_callbacks_count_evaluations() -> None:
     worse = jt.callbacks.early_stopping(2, monitor="train_loss", mode="max")
     _, history = fit(steps=1000, evaluate_every=20, callbacks=[worse])
@@ -161,6 +179,7 @@ def test_gradients_accumulate_across_epochs_and_passes() -> None:
             "steps is 10 and evaluate_every is 4; expected a multiple of it, such as 8 or 12 steps",
         ),
         ({"steps": 3, "evaluate_every": 4}, "such as 4 steps"),
+        ({"evaluate_every": 200}, "evaluate_every is 200 and steps is None; .* steps=1000 for 5"),
         ({"steps": 0}, "steps is 0"),
         ({"steps": 4, "evaluate_every": 0}, "evaluate_every is 0"),
         (
@@ -235,6 +254,10 @@ def test_shapes_that_a_stream_cannot_have_are_named() -> None:
     with pytest.raises(jt.errors.InputError, match=r"batch 9 of train .* at most 8, .* pad the"):
         fit([sequences(time) for time in range(5, 15)], state, epochs=1)
     batches = [DATA[:8], jt.Dataset(np.ones((8, 7), np.float32), LABELS[:8])]
-    message = r"the model does not take the inputs of batch 2 of train .* float32\[1, 7\]"
-    with pytest.raises(jt.errors.InputError, match=message):
+    message = r"the model does not take the inputs of batch 2 of {} .* float32\[1, 7\]"
+    with pytest.raises(jt.errors.InputError, match=message.format("train")):
         fit(batches, epochs=1)
+    with pytest.raises(jt.errors.InputError, match=message.format("dataset")):
+        jt.evaluate(STATE, batches, LOSS)
+    with pytest.warns(UserWarning, match="batch 9 of train has 9 examples, the 9th size"):
+        fit([DATA[:size] for size in range(1, 10)], epochs=1)
