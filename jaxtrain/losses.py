@@ -120,10 +120,10 @@ Wherever a loss is used, it receives these further parameters by name, if it has
 A metric that is a function of each example receives them as well.
 """
 
-_FURTHER = ("params", "model_state", "inputs", "key")
+_CONTEXT = ("params", "model_state", "inputs", "key")
 
 
-def further_parameters(loss_fn: Loss) -> tuple[str, ...]:
+def context_parameters(loss_fn: Loss) -> tuple[str, ...]:
     """Returns which further parameters of a `Loss` a function has, from its signature.
 
     Raises:
@@ -131,8 +131,8 @@ def further_parameters(loss_fn: Loss) -> tuple[str, ...]:
     """
     inner = inspect.unwrap(loss_fn)  # of functools.wraps and jax.jit
     if isinstance(inner, WeightedSum):
-        found = {name for _, term in inner.terms for name in further_parameters(term)}
-        return tuple(name for name in _FURTHER if name in found)
+        found = {name for _, term in inner.terms for name in context_parameters(term)}
+        return tuple(name for name in _CONTEXT if name in found)
     try:
         parameters = list(inspect.signature(inner).parameters.values())
     except ValueError:  # such as a function in C
@@ -147,14 +147,31 @@ def further_parameters(loss_fn: Loss) -> tuple[str, ...]:
         if x.kind not in variable and x.name not in (*first_two, *given)
     }
     for name, is_required in others.items():
-        if is_required and name not in _FURTHER:
+        if is_required and name not in _CONTEXT:
             raise InputError(
                 f"{name_of(loss_fn)} requires the argument {name!r} besides predictions and "
-                f"targets; expected any of {', '.join(_FURTHER)}, which it receives by "
+                f"targets; expected any of {', '.join(_CONTEXT)}, which it receives by "
                 "name: set others by functools.partial",
                 argument="loss_fn",
             )
-    return tuple(name for name in _FURTHER if name in others)
+    names = tuple(name for name in _CONTEXT if name in others)
+    if inner is not loss_fn and not _passes_on(loss_fn, names):
+        raise InputError(
+            f"{name_of(loss_fn)} wraps a function that receives {', '.join(names)}, and does not "
+            "take them; expected **context among its own parameters, which it passes on",
+            argument="loss_fn",
+        )
+    return names
+
+
+def _passes_on(wrapper: Any, names: tuple[str, ...]) -> bool:
+    """Returns whether a wrapper of functools.wraps takes arguments of these names."""
+    try:
+        parameters = inspect.signature(wrapper, follow_wrapped=False).parameters
+    except (TypeError, ValueError):  # such as of a jitted function
+        return True
+    takes_all = any(x.kind is inspect.Parameter.VAR_KEYWORD for x in parameters.values())
+    return takes_all or set(names) <= set(parameters)
 
 
 def mean_absolute_error(
@@ -533,7 +550,7 @@ class WeightedSum:
         """Returns Σ weight · loss for each example, [batch], or a `WeightedMean`."""
         terms = []
         for weight, term in self.terms:
-            own = {name: further[name] for name in further_parameters(term) if name in further}
+            own = {name: further[name] for name in context_parameters(term) if name in further}
             terms.append(weight * term(predictions, targets, **own))
         if any(isinstance(term, WeightedMean) for term in terms):
             return functools.reduce(operator.add, terms)

@@ -20,7 +20,7 @@ INTERNAL = {
     *("errors.NO_SPACE", "errors.add_recovery_note", "errors.printable", "errors.recovery_notes"),
     *("losses.AnyArray", "losses.LABEL_LOSSES", "losses.PROBABILITY_LOSSES", "metrics.AnyArray"),
     *("losses.at_least_float32", "losses.mean_terms", "losses.name_of", "losses.single_losses"),
-    *("losses.WHOLE_EXAMPLE_LOSSES", "losses.further_parameters"),
+    *("losses.WHOLE_EXAMPLE_LOSSES", "losses.context_parameters"),
 }
 
 

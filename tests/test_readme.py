@@ -81,4 +81,6 @@ def test_code_runs_from_top_to_bottom_and_prints_what_its_comments_say(
 
 @pytest.mark.parametrize("page", [README, *DOCS, *OTHERS], ids=name_of)
 def test_links_and_images_exist(page: Path) -> None:
-    assert [path for path in links(page) if not (page.parent / path).exists()] == []
+    """Notebooks are written when the site is built, whose own links are tested as well."""
+    found = [path for path in links(page) if not path.endswith(".ipynb")]
+    assert [path for path in found if not (page.parent / path).exists()] == []

@@ -20,10 +20,10 @@ from jaxtrain import adapters, parallel
 from jaxtrain._compiler import KNOWN_FLAGS, inner_jaxprs
 from jaxtrain.dataset import Dataset, as_dataset, named_arrays
 from jaxtrain.inspect._interpreter import Interpreter
-from jaxtrain.losses import Loss, further_parameters, mean_terms
+from jaxtrain.losses import Loss, context_parameters, mean_terms
 from jaxtrain.model import Model
 from jaxtrain.training.state import TrainState, check_state_type
-from jaxtrain.training.step import Batch, Further, check_loss, gradients
+from jaxtrain.training.step import Batch, LossContext, check_loss, gradients
 
 # Differences up to this many times the effect of rounding are explained by it.
 _FACTOR = 8
@@ -157,7 +157,7 @@ def verify(state: TrainState, batch: Batch, loss_fn: Loss) -> Verification:
                 functools.partial(run, function, state, data),
                 lambda found: step.compare(wrong.way, found).ok,
             )
-        draws = adapters.draws_in_evaluation(state.model) or "key" in further_parameters(loss_fn)
+        draws = adapters.draws_in_evaluation(state.model) or "key" in context_parameters(loss_fn)
         has_halves = len(data) > 1 and not draws and state.model.independent_examples
         has_halves = has_halves and _has_one_mean(state, data, loss_fn)
         halves = [_halves(step, state, data, loss_fn)] if has_halves else []
@@ -297,7 +297,7 @@ def _has_one_mean(state: TrainState, batch: Dataset, loss_fn: Loss) -> bool:
 
     def loss(state: TrainState, batch: Dataset) -> Any:
         (_, aux), _ = gradients(state, batch, loss_fn)
-        further = Further(state.params, aux.model_state, batch, lambda: state.key)
+        further = LossContext(state.params, aux.model_state, batch, lambda: state.key)
         return further.bind(loss_fn)(aux.predictions, batch.targets)
 
     return len(mean_terms(jax.eval_shape(loss, state, batch))) == 1

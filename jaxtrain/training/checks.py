@@ -32,7 +32,7 @@ from jaxtrain.metrics import takes_labels
 from jaxtrain.optimizers._inspect import has_clipping, has_line_search
 from jaxtrain.optimizers._safeguards import all_finite, stays_finite, without_records
 from jaxtrain.training.state import TrainState, check_state_type, to_shapes
-from jaxtrain.training.step import Further, MetricItems, Objective, mean_loss
+from jaxtrain.training.step import LossContext, MetricItems, Objective, mean_loss
 from jaxtrain.training.tracing import shape_of, traced_prediction
 
 _SKIPPED_HINT = "try a smaller learning rate, gradient clipping or scaled inputs"
@@ -131,7 +131,7 @@ def check_missing_targets(
             traced_prediction(state, data, name).out_info,
         )
         batch = data.take(jnp.asarray(few))
-        further = Further(state.params, state.model_state, batch, lambda: state.key)
+        further = LossContext(state.params, state.model_state, batch, lambda: state.key)
         loss_fn = further.bind(loss_fn)
         value_and_grad = jax.value_and_grad(
             lambda x: mean_loss(loss_fn, x, batch)[0], allow_int=True

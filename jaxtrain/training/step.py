@@ -24,7 +24,7 @@ from jaxtrain.dataset import (
     named_arrays,
 )
 from jaxtrain.errors import InputError
-from jaxtrain.losses import Loss, at_least_float32, further_parameters, name_of
+from jaxtrain.losses import Loss, at_least_float32, context_parameters, name_of
 from jaxtrain.metrics import AccumulatedMetric, Metric
 from jaxtrain.metrics._metric import (
     Mean,
@@ -77,7 +77,7 @@ class Objective(NamedTuple):
         return (*loss, *self.metrics)
 
 
-class Further(NamedTuple):
+class LossContext(NamedTuple):
     """What a loss or a metric may receive by name besides predictions and targets.
 
     Attributes:
@@ -94,7 +94,7 @@ class Further(NamedTuple):
 
     def bind(self, function: Loss) -> Loss:
         """Returns a function of predictions and targets alone; see `jaxtrain.losses.Loss`."""
-        names = further_parameters(function)
+        names = context_parameters(function)
         if not names:
             return function
         values = {"params": self.params, "model_state": self.model_state}
@@ -212,7 +212,7 @@ def take_step(
         before = state
         state, loss, aux = update(state, batch, objective.loss_fn, last=last)
         weight = aux.weight
-        further = Further(before.params, aux.model_state, batch, lambda: _step_key(before))
+        further = LossContext(before.params, aux.model_state, batch, lambda: _step_key(before))
         after = update_metrics(totals, aux.predictions, batch, objective.metrics, further)
     if totals is not None and last_step_finite(getattr(state, "opt_state", ())) is not None:
         finite = jnp.isfinite(loss)  # as in `mean_step_loss`
@@ -366,7 +366,7 @@ def _mean_loss(
     predictions, model_state, sown = adapters.call_in_training(
         state.model, params, state.model_state, inputs, key=key
     )
-    loss_fn = Further(params, model_state, batch, lambda: key).bind(loss_fn)
+    loss_fn = LossContext(params, model_state, batch, lambda: key).bind(loss_fn)
     mean, weight = mean_loss(loss_fn, predictions, batch)
     mean = functools.reduce(jnp.add, to_float32(sown), mean)
     return mean, Auxiliary(model_state, predictions, weight)
@@ -466,7 +466,7 @@ def check_evaluation_key(state: TrainState, key: Any, metrics: MetricItems = ())
 def _evaluation_draws(state: TrainState, metrics: MetricItems) -> bool:
     functions = [metric.function for _, metric in metrics if isinstance(metric, Mean)]
     return adapters.draws_in_evaluation(state.model) or any(
-        "key" in further_parameters(function) for function in functions
+        "key" in context_parameters(function) for function in functions
     )
 
 
@@ -557,7 +557,7 @@ def _evaluate_part(
     state: TrainState, totals: Totals | None, part: Dataset, key: Any, objective: Objective
 ) -> Totals:
     predictions, model_state = _call_in_evaluation(state, model_inputs(part), key)
-    further = Further(state.evaluation_params, model_state, part, lambda: key)
+    further = LossContext(state.evaluation_params, model_state, part, lambda: key)
     return update_metrics(totals, predictions, part, objective.evaluated, further)
 
 
@@ -566,7 +566,7 @@ def update_metrics(
     predictions: Any,
     batch: Dataset,
     metrics: MetricItems,
-    further: Further,
+    further: LossContext,
 ) -> Totals:
     """Returns the totals of the metrics after one more batch; None stands for no batch before."""
     predictions, targets = to_float32(predictions), batch.targets

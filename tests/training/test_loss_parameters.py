@@ -106,6 +106,15 @@ def test_wrappers_pass_parameters_on(loss_fn: Any) -> None:
     assert_close(grads, jax.tree.map(lambda g, p: g + DECAY * p, expected, state.params), rtol=1e-5)
 
 
+def test_a_wrapper_that_loses_an_argument_is_named() -> None:
+    @functools.wraps(ridge)
+    def scaled(predictions, targets):
+        return 2 * ridge(predictions, targets)
+
+    with pytest.raises(jt.errors.InputError, match=r"ridge wraps .* params, .*\*\*context"):
+        jt.train_step(init(), DATA, scaled)
+
+
 def test_an_argument_that_a_partial_sets_stays() -> None:
     fixed = functools.partial(ridge, params={"one": jnp.ones(2)})
     found, plain = (jt.eval_step(init(), DATA, loss_fn)["loss"] for loss_fn in (fixed, MSE))
