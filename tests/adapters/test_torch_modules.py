@@ -279,7 +279,7 @@ def test_call_says_how_the_module_is_called() -> None:
     found, _ = state.model.apply(
         state.params, state.model_state, {"pixels": jnp.asarray(pixels)}, train=True, key=KEY
     )
-    assert_close(found, 2 * call_torch(module, scaled, train=True))
+    assert_close(found, 2 * call_torch(module, np.float32(pixels / 255), train=True))
 
 
 def test_inputs_of_another_length_are_exported_anew() -> None:

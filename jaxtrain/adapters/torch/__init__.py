@@ -1,6 +1,6 @@
 """PyTorch modules as models: their operations, which `torch.export` lists, and rules in JAX.
 
-No module of this package but `_adapter` and `_graph` imports PyTorch.
+The modules with the rules do not import PyTorch.
 """
 
 from __future__ import annotations

@@ -1,15 +1,16 @@
-"""Convolutions, with channels last in this module."""
+"""Convolutions and resampling, with channels last in this module."""
 
 from __future__ import annotations
 
 from typing import Any
 
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 
 from jaxtrain.adapters.torch._rules import channels_last, family, pair, promoted
 
-register = family("Convolutions")
+register = family("Convolutions and resampling")
 
 
 @register("aten.conv1d", "aten.conv2d", "aten.conv3d", layout=channels_last)
@@ -81,3 +82,47 @@ def _convolve(input: Any, weight: Any, bias: Any, **options: Any) -> Any:
     weight = jnp.moveaxis(weight, (1, 0), (-2, -1))
     output = lax.conv_general_dilated(input, weight, dimension_numbers=layout, **options)
     return output if bias is None else output + bias
+
+
+@register(
+    *(f"aten.upsample_nearest{n}d.vec" for n in (1, 2, 3)),
+    layout=channels_last,
+)
+def upsample_nearest(input: Any, output_size: Any, scale_factors: Any) -> Any:
+    for axis, (size, step) in enumerate(_sizes(input, output_size, scale_factors), 1):
+        input = _interpolate(input, axis, np.floor(np.arange(size) * np.float32(step)))
+    return input
+
+
+@register(
+    *(
+        "aten.upsample_linear1d.vec",
+        "aten.upsample_bilinear2d.vec",
+        "aten.upsample_trilinear3d.vec",
+    ),
+    layout=channels_last,
+)
+def upsample_linear(input: Any, output_size: Any, align_corners: bool, scale_factors: Any) -> Any:
+    for axis, (size, step) in enumerate(_sizes(input, output_size, scale_factors), 1):
+        positions = np.maximum((np.arange(size) + 0.5) * step - 0.5, 0)
+        if align_corners:
+            positions = np.linspace(0, input.shape[axis] - 1, size)
+        input = _interpolate(input, axis, positions)
+    return input
+
+
+def _sizes(input: Any, output_size: Any, scale_factors: Any) -> list[tuple[int, float]]:
+    """Returns the size of the output along each axis, and the step between its positions."""
+    lengths = input.shape[1:-1]
+    if scale_factors is None:
+        return [(size, n / size) for n, size in zip(lengths, output_size, strict=True)]
+    return [(int(n * f), 1 / f) for n, f in zip(lengths, scale_factors, strict=True)]
+
+
+def _interpolate(x: Any, axis: int, positions: np.ndarray) -> Any:
+    """Returns the values at positions along an axis, as a product with a matrix of weights."""
+    length = x.shape[axis]
+    distances = np.minimum(positions, length - 1)[:, None] - np.arange(length)
+    matrix = jnp.asarray(np.maximum(1 - np.abs(distances), 0), x.dtype)
+    product = jnp.tensordot(x, matrix, ((axis,), (1,)), precision="highest")
+    return jnp.moveaxis(product, -1, axis)

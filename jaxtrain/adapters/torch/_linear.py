@@ -40,15 +40,11 @@ def einsum(equation: str, tensors: Any, *, path: Any = None) -> Any:
 
 @register("aten.embedding")
 def embedding(
-    weight: Any,
-    indices: Any,
-    padding_idx: int = -1,
-    scale_grad_by_freq: bool = False,
-    sparse: bool = False,
+    weight: Any, indices: Any, padding_idx: int = -1, scale_grad_by_freq: bool = False, *_: Any
 ) -> Any:
-    rows = jnp.take(weight, indices, axis=0)
     if scale_grad_by_freq:
         raise NotImplementedError("scale_grad_by_freq is True")
+    rows = jnp.take(weight, indices, axis=0)
     if padding_idx < 0:
         return rows
     return jnp.where((indices == padding_idx)[..., None], lax.stop_gradient(rows), rows)

@@ -60,29 +60,28 @@ def _network(
     key: Any,
 ) -> Any:
     hidden = hx if isinstance(hx, list | tuple) else (hx,)
-    x = input.swapaxes(0, 1) if batch_first else input
     directions = 1 + bidirectional
     size = len(params) // (num_layers * directions)
-    finals = []
+
+    def run(x: Any, index: int) -> Any:
+        """Returns the final state and the outputs of one direction of a layer."""
+        w_ih, w_hh, *others = params[index * size : (index + 1) * size]
+        b_ih, b_hh, *projection = others if has_biases else (None, None, *others)
+
+        def step(carry: Any, x: Any) -> Any:
+            h, *rest = cell(x, _affine(carry[0], w_hh, b_hh), carry)
+            h = h @ projection[0].T if projection else h
+            return (h, *rest), h
+
+        # The products with the inputs of all steps are one matrix product.
+        start, x = tuple(h[index].astype(x.dtype) for h in hidden), _affine(x, w_ih, b_ih)
+        return lax.scan(step, start, x, reverse=index % directions == 1)
+
+    x, finals = input.swapaxes(0, 1) if batch_first else input, []
     for layer in range(num_layers):
-        outputs = []
-        for index in range(layer * directions, (layer + 1) * directions):
-            w_ih, w_hh, *others = params[index * size : (index + 1) * size]
-            b_ih, b_hh, *others = others if has_biases else (None, None, *others)
-
-            def step(carry: Any, x: Any, w_hh=w_hh, b_hh=b_hh, others=others) -> Any:  # type: ignore[no-untyped-def]
-                h, *rest = cell(x, _affine(carry[0], w_hh, b_hh), carry)
-                h = h @ others[0].T if others else h  # the projection of an LSTM
-                return (h, *rest), h
-
-            # The products with the inputs of all steps are one matrix product.
-            start = tuple(h[index].astype(x.dtype) for h in hidden)
-            final, output = lax.scan(
-                step, start, _affine(x, w_ih, b_ih), reverse=index % directions == 1
-            )
-            outputs.append(output)
-            finals.append(final)
-        x = jnp.concatenate(outputs, -1)
+        results = [run(x, index) for index in range(layer * directions, (layer + 1) * directions)]
+        finals += [final for final, _ in results]
+        x = jnp.concatenate([outputs for _, outputs in results], -1)
         if dropout and train and layer < num_layers - 1:
             x = drop(x, dropout, jax.random.fold_in(key, layer))
     return (x.swapaxes(0, 1) if batch_first else x, *map(jnp.stack, zip(*finals, strict=True)))

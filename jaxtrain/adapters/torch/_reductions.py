@@ -25,22 +25,15 @@ def _reduction(function: Any) -> Any:
     return reduce
 
 
-@register("aten.var")
-def var(
-    self: Any, dim: Any = None, *options: Any, correction: Any = 1, keepdim: Any = False
-) -> Any:
-    dim, correction, keepdim = _spread(dim, options, correction, keepdim)
+@register("aten.var.correction")
+def var(self: Any, dim: Any = None, *, correction: Any = None, keepdim: bool = False) -> Any:
+    correction = 1 if correction is None else correction
     return jnp.var(self, axis=_axes(dim), ddof=correction, keepdims=keepdim)
 
 
-def _spread(
-    dim: Any, options: tuple[Any, ...], correction: Any, keepdim: Any
-) -> tuple[Any, Any, Any]:
-    """Returns the arguments of both forms of `torch.var`, with `unbiased` and `correction`."""
-    if isinstance(dim, bool):
-        return None, int(dim), keepdim
-    unbiased, keepdim = (*options, *(correction, keepdim)[len(options) :])
-    return dim, 1 if unbiased is None else int(unbiased), keepdim
+@register("aten.std.correction")
+def std(self: Any, dim: Any = None, *, correction: Any = None, keepdim: bool = False) -> Any:
+    return jnp.sqrt(var(self, dim, correction=correction, keepdim=keepdim))
 
 
 @register("aten.linalg_vector_norm", "aten.norm")
@@ -78,10 +71,7 @@ def sort(self: Any, dim: int = -1, descending: bool = False) -> Any:
 
 @register("aten.topk")
 def topk(self: Any, k: int, dim: int = -1, largest: bool = True, sorted: bool = True) -> Any:
-    values, indices = sort(self, dim, largest)
-    return jax.lax.slice_in_dim(values, 0, k, axis=dim), jax.lax.slice_in_dim(
-        indices, 0, k, axis=dim
-    )
+    return tuple(jax.lax.slice_in_dim(x, 0, k, axis=dim) for x in sort(self, dim, largest))
 
 
 add_all(

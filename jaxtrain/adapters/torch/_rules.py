@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 
 class Rule(NamedTuple):
@@ -42,15 +43,13 @@ class Update(NamedTuple):
 RULES: dict[str, Rule] = {}
 
 
-def family(heading: str) -> Callable[..., Callable[[Callable], Callable]]:
+def family(heading: str) -> Callable[..., Any]:
     """Returns a function `register(*names, ...)` for the operations under a heading.
 
     Its options are `random`, see `Rule`, and `layout`: `channels_last` or `pointwise`.
     """
 
-    def register(
-        *names: str, random: bool = False, layout: Callable[[Callable], Callable] | None = None
-    ) -> Callable[[Callable], Callable]:
+    def register(*names: str, random: bool = False, layout: Any = None) -> Any:
         def add(function: Callable) -> Callable:
             function = function if layout is None else layout(function)
             RULES.update(dict.fromkeys(names, Rule(function, heading, random, layout is not None)))
@@ -104,10 +103,8 @@ def pointwise(function: Callable[..., Any]) -> Callable[..., Any]:
 
     @functools.wraps(function)
     def rule(*args: Any, **options: Any) -> Any:
-        arrays = [
-            x for x in args if isinstance(x, ChannelsLast) or (hasattr(x, "ndim") and x.ndim > 0)
-        ]
-        if any(not isinstance(x, ChannelsLast) for x in arrays) or not arrays:
+        others = [x for x in args if not isinstance(x, ChannelsLast)]
+        if len(others) == len(args) or any(map(np.ndim, others)):
             return function(*map(to_first, args), **options)
         parts = (x.array if isinstance(x, ChannelsLast) else x for x in args)
         return ChannelsLast(function(*parts, **options))
