@@ -224,7 +224,22 @@ def test_equal_modules_are_one_program() -> None:
     assert init(make_cnn(0.5)).model != model
     module.dropout.p = 0.4
     assert init(module).model != model
+    module.dropout.p = 0.3
+    module.conv.weight.requires_grad_(False)
+    assert init(module).model != model
     assert "Dropout(p=0.3" in repr(model)
+
+
+def test_arrays_that_are_attributes_are_constants() -> None:
+    module = torch_networks.Function(lambda self, x: x * self.scale + torch.tensor([1.0, 2.0]))
+    ones, found = jnp.ones((3, 2)), []
+    for scale in (2.0, 3.0):
+        module.scale = torch.full((2,), scale)
+        found.append(init(module, ones))
+    assert found[0].model != found[1].model
+    assert_close(
+        [jt.predict(state, ones)[0] for state in found], [np.array([3.0, 4]), np.array([4.0, 5])]
+    )
 
 
 def test_each_dropout_has_its_own_mask_in_each_step() -> None:

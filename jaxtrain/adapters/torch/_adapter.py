@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import dataclasses
+import hashlib
 import inspect
 import weakref
 from collections.abc import Iterator, Mapping
@@ -31,10 +32,14 @@ def adapt(module: Any, call: Static | None) -> tuple[Model, tuple[PyTree, PyTree
     Frozen parameters (`requires_grad=False`) are among the other variables.
     """
     _check(module)
+    identity = Static(_identity(module))
+    template = _TEMPLATES.get(identity)
+    if template is None:
+        template = _TEMPLATES[identity] = _Template(module)
     apply = Apply(
-        Static(_identity(module)),
+        identity,
         repr(module),
-        _Template(module),
+        template,
         call=Static(call_forward) if call is None else call,
         kind=type(module),
     )
@@ -113,6 +118,10 @@ class _Template:
             floats = (x.dtype for x in self.module.parameters() if x.is_floating_point())
             return next(floats, torch.float32)
         return torch.int64 if dtype.itemsize > 1 else getattr(torch, dtype.name)
+
+
+# Equal modules are exported once.
+_TEMPLATES: weakref.WeakValueDictionary[Static, _Template] = weakref.WeakValueDictionary()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -235,15 +244,23 @@ class _Object:
 def _identity(module: Any) -> Any:
     """Returns a hashable value that is equal for modules that compute the same.
 
-    It contains the classes and the attributes of all submodules, without the values of parameters
-    and buffers. Attributes other than numbers, strings and their containers are compared by `is`.
+    It contains the classes and the attributes of all submodules, and of parameters and buffers the
+    shapes. Attributes other than numbers, strings, arrays, data classes and their containers are
+    compared by `is`.
     """
-    names = {id(x): name for name, x in (*_variables(module).items(), *module.named_modules())}
+    known: dict[int, Any] = {id(layer): name for name, layer in module.named_modules()}
+    for name, x in _variables(module).items():
+        known[id(x)] = (name, x.shape, x.dtype, x.requires_grad)
 
     def describe(value: Any) -> Any:
         value = value() if isinstance(value, weakref.ref) else value
-        if id(value) in names:
-            return names[id(value)]
+        if id(value) in known:
+            return known[id(value)]
+        if isinstance(value, torch.Tensor | np.ndarray):
+            array = np.asarray(to_array(value) if isinstance(value, torch.Tensor) else value)
+            return array.shape, array.dtype, hashlib.sha256(array.tobytes()).digest()
+        if dataclasses.is_dataclass(value) and not isinstance(value, type):
+            return type(value), describe(vars(value))
         if isinstance(value, Mapping):
             return tuple((describe(key), describe(item)) for key, item in value.items())
         if isinstance(value, list | tuple | set):
@@ -252,6 +269,6 @@ def _identity(module: Any) -> Any:
         return (type(value), value) if isinstance(value, plain) else _Object(value)
 
     return tuple(
-        (name, type(layer), names[id(layer)], describe({**vars(layer), "training": True}))
+        (name, type(layer), known[id(layer)], describe({**vars(layer), "training": True}))
         for name, layer in module.named_modules(remove_duplicate=False)
     )
