@@ -132,7 +132,7 @@ def insert_operations(app: Any, page: str, source: list[str]) -> None:
     """Inserts the table of the operations of PyTorch that have a rule."""
     families = jaxtrain.adapters.torch.operations().items()
     rows = [f"| {family} | {', '.join(f'`{n}`' for n in names)} |" for family, names in families]
-    table = "\n".join(["| family | operations |", "|---|---|", *rows]).replace("`aten.", "`")
+    table = "\n".join(["| family | operations |", "|---|---|", *rows])
     source[0] = source[0].replace("<!-- operations -->", table)
 
 

@@ -50,12 +50,14 @@ def adapt(module: Any, call: Static | None) -> tuple[Model, tuple[Any, Any]]:
 
 
 def operations() -> dict[str, list[str]]:
-    """Returns the names of the operations that have a rule, by family."""
+    """Returns the names of the operations of PyTorch that have a rule, by family."""
     load_rules()
     found: dict[str, list[str]] = {}
     for name, rule in RULES.items():
-        found.setdefault(rule.family, []).append(name)
-    return found
+        library, operation, *_ = name.split(".")
+        if library == "aten" and operation[0] != "_":
+            found.setdefault(rule.family, []).append(operation)
+    return {heading: [*dict.fromkeys(names)] for heading, names in found.items()}
 
 
 def load_rules() -> None:
