@@ -377,6 +377,7 @@ def sequence_first() -> Any:
         (lambda self, x: torch.fft.fft(x).real, r"the operation aten.*no rule in JAX"),
         (lambda self, x: x + torch.rand_like(x), "draws random numbers in evaluation"),
         (sequence_first, "batch_first=True"),
+        (lambda: nn.BatchNorm1d(4, momentum=None), r"batchnorm.py:\d+ \(exponential_average"),
         (lambda: nn.LazyLinear(3), r"weight of LazyLinear has no shape yet; call the module once"),
         (lambda: nn.Linear(4, 3, device="meta"), r"weight of Linear is on the device meta"),
         (lambda: nn.DataParallel(nn.Linear(4, 3)), "is a DataParallel; expected its module"),
@@ -387,9 +388,10 @@ def sequence_first() -> Any:
     ],
 )
 @pytest.mark.filterwarnings("ignore")
-def test_what_cannot_be_computed_is_one_sentence(make: Any, match: str) -> None:
+def test_what_cannot_be_computed_is_one_sentence(make: Any, match: str, capfd: Any) -> None:
     takes_inputs = make.__code__.co_argcount == 2
     module = torch_networks.Function(make) if takes_inputs else make()
     with pytest.raises(jt.errors.InputError, match=match) as caught:
         init(module, jnp.ones((1, 4)))
     assert "\n" not in str(caught.value)
+    assert capfd.readouterr().err == ""

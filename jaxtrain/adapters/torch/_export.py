@@ -12,6 +12,7 @@ from typing import Any
 from unittest import mock
 
 import torch
+from torch.export import _trace
 
 from jaxtrain.adapters.torch._messages import failure, place
 from jaxtrain.errors import InputError
@@ -84,6 +85,8 @@ def _corrected() -> Iterator[None]:
         warnings.catch_warnings(),
         mock.patch.object(torch.autograd.Function, "apply", classmethod(apply)),
         mock.patch.object(torch.nn.modules.transformer, "_detect_is_causal_mask", is_causal),
+        # It prints the graph of a module that fails.
+        mock.patch.object(_trace, "print", create=True),
     ):
         warnings.simplefilter("ignore")
         logging.disable(logging.CRITICAL)

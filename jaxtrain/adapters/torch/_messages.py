@@ -14,6 +14,7 @@ import torch
 from jaxtrain.errors import InputError
 
 _SKIPPED = tuple(str(Path(str(file)).parent) for file in (torch.__file__, jax.__file__, __file__))
+_LAYERS = str(Path(torch.nn.__file__).parent)
 
 
 def no_rule(name: str, node: Any) -> InputError:
@@ -57,10 +58,12 @@ def failure(error: Exception, kind: str) -> InputError:
 
 
 def place(frames: Iterable[Any]) -> str:
-    """Returns the innermost line of the user's code among some frames, as part of a sentence."""
-    for frame in reversed(list(frames)):
-        if not frame.filename.startswith((*_SKIPPED, "<")):
-            return f", called at {Path(frame.filename).name}:{frame.lineno} ({frame.line})"
+    """Returns the innermost line of the user's code, or else of a layer of PyTorch, as a clause."""
+    frames = list(frames)[::-1]
+    users = [frame for frame in frames if not frame.filename.startswith((*_SKIPPED, "<"))]
+    layers = [frame for frame in frames if frame.filename.startswith(_LAYERS)]
+    for frame in users or layers:
+        return f", called at {Path(frame.filename).name}:{frame.lineno} ({frame.line})"
     return ""
 
 
