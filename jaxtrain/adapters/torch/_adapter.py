@@ -228,25 +228,11 @@ def _check(module: Any) -> None:
             )
 
 
-class _Object:
-    """Equals only wrappers of the same object."""
-
-    def __init__(self, value: Any) -> None:
-        self._value = value
-
-    def __hash__(self) -> int:
-        return id(self._value)
-
-    def __eq__(self, other: object) -> bool:
-        return isinstance(other, _Object) and other._value is self._value
-
-
 def _identity(module: Any) -> Any:
     """Returns a hashable value that is equal for modules that compute the same.
 
     It contains the classes and the attributes of all submodules, and of parameters and buffers the
-    shapes. Attributes other than numbers, strings, arrays, data classes and their containers are
-    compared by `is`.
+    shapes. Other objects than arrays, data classes and containers are equal if they say so.
     """
     known: dict[int, Any] = {id(layer): name for name, layer in module.named_modules()}
     for name, x in _variables(module).items():
@@ -266,7 +252,7 @@ def _identity(module: Any) -> Any:
         if isinstance(value, list | tuple | set):
             return type(value), tuple(map(describe, value))
         plain = bool | int | float | complex | str | bytes | type | None
-        return (type(value), value) if isinstance(value, plain) else _Object(value)
+        return (type(value), value) if isinstance(value, plain) else Static(value)
 
     return tuple(
         (name, type(layer), known[id(layer)], describe({**vars(layer), "training": True}))

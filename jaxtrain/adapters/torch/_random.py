@@ -60,3 +60,8 @@ def randint(*bounds: Any, dtype: Any = None, key: Any) -> Any:
     *limits, size = bounds
     low, high = limits if len(limits) == 2 else (0, *limits)
     return jax.random.randint(key, tuple(size), low, high, dtype or jnp.int32)
+
+
+@register("aten.randperm", random=True)
+def randperm(n: int, *, dtype: Any = None, key: Any) -> Any:
+    return jax.random.permutation(key, n)
