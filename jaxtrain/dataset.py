@@ -171,6 +171,11 @@ def join_inputs(data: Any) -> PyTree:
     return JoinedInputs((*inputs, *shared), len(shared))
 
 
+def shared_inputs(inputs: PyTree) -> tuple[Any, ...]:
+    """Returns the entries of a model's inputs that have no batch axis, the last ones."""
+    return inputs[len(inputs) - inputs.shared :] if isinstance(inputs, JoinedInputs) else ()
+
+
 def map_examples(function: Callable[[Any], Any], dataset: Dataset) -> Dataset:
     """Applies a function to each array of a `Dataset` that has one entry per example."""
     fields = (dataset.inputs, dataset.targets, dataset.weights)

@@ -14,7 +14,7 @@ from jax.typing import ArrayLike
 from jaxtyping import Array, Float, PyTree
 
 from jaxtrain._arguments import axis_hint
-from jaxtrain.dataset import JoinedInputs, has_weight
+from jaxtrain.dataset import has_weight, shared_inputs
 from jaxtrain.errors import InputError
 from jaxtrain.losses import WeightedMean, at_least_float32, mean_terms, name_of
 
@@ -192,7 +192,7 @@ def _check_pairs(function: Any, predictions: Any, targets: Any, shape: tuple[int
     """Raises InputError if the second axis is the batch once more, as [n, 1] - [n] has."""
 
     def first(tree: PyTree) -> PyTree:
-        shared = tree[len(tree) - tree.shared :] if isinstance(tree, JoinedInputs) else ()
+        shared = shared_inputs(tree)
         cut = jax.tree.map(lambda x: jax.ShapeDtypeStruct((1, *x.shape[1:]), x.dtype), tree)
         return (*cut[: len(cut) - len(shared)], *shared) if shared else cut
 

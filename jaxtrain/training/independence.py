@@ -17,11 +17,11 @@ from jaxtrain._compiler import inner_jaxprs, is_on_cpu, options_for
 from jaxtrain._placement import is_key, to_numpy
 from jaxtrain.dataset import (
     Dataset,
-    JoinedInputs,
     describe_array,
     join_inputs,
     map_examples,
     named_arrays,
+    shared_inputs,
 )
 from jaxtrain.errors import InputError
 from jaxtrain.training.batch_axis import BatchAxis, keeps_examples_apart
@@ -82,8 +82,7 @@ def check_independence(state: TrainState, source: Any) -> None:
 
 def _batch_axes(inputs: PyTree) -> list[BatchAxis | None]:
     """Returns where each array that the model receives has its examples."""
-    shared = inputs[len(inputs) - inputs.shared :] if isinstance(inputs, JoinedInputs) else ()
-    count = len(jax.tree.leaves(shared))
+    count = len(jax.tree.leaves(shared_inputs(inputs)))
     return [BatchAxis(0, TRACED_ROWS)] * (len(jax.tree.leaves(inputs)) - count) + [None] * count
 
 

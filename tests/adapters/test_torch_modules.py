@@ -395,3 +395,25 @@ def test_what_cannot_be_computed_is_one_sentence(make: Any, match: str, capfd: A
         init(module, jnp.ones((1, 4)))
     assert "\n" not in str(caught.value)
     assert capfd.readouterr().err == ""
+
+
+def test_a_batch_of_one_example_warns_and_has_a_finite_variance() -> None:
+    module = nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4), nn.Linear(4, 2))
+    x, y = make_inputs([(3,)], 9), np.zeros(9, np.int32)
+    state = jt.init_state(module, jt.optimizers.sgd(0.1), x[:1], key=KEY)
+    with pytest.warns(UserWarning, match=r"has one example, so batch norm \(1\)"):
+        state, _ = jt.fit(
+            *(state, (x, y)), loss_fn=jt.losses.cross_entropy, epochs=1, batch_size=8, callbacks=[]
+        )
+    assert np.isfinite(state.model_state["1"]["running_var"]).all()
+
+
+def test_bernoulli_draws_with_one_half_unless_it_has_a_probability() -> None:
+    class Masked(nn.Module):
+        def forward(self, x: Any) -> Any:
+            return torch.empty_like(x).bernoulli_(), torch.empty_like(x).bernoulli_(0.9)
+
+    x = np.zeros((1000, 3), np.float32)
+    state = jt.init_state(*(Masked(), jt.optimizers.sgd(0.1), x), key=KEY, draws_in_evaluation=True)
+    half, most = jt.predict(state, x, key=KEY)
+    np.testing.assert_allclose([half.mean(), most.mean()], [0.5, 0.9], atol=0.03)

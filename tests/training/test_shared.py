@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 from pathlib import Path
 from typing import Any
 
@@ -67,6 +68,21 @@ MODELS = {
     "Equinox": Equinox(jnp.ones((4, 2))),
     "plain functions": jt.Model(lambda key, inputs: ({"w": jnp.ones((4, 2))}, {}), apply),
 }
+
+
+if importlib.util.find_spec("torch"):
+    import torch
+
+    class Torch(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layer = torch.nn.Linear(4, 2, bias=False)
+            torch.nn.init.ones_(self.layer.weight)
+
+        def forward(self, nodes: Any, graph: Any) -> Any:
+            return graph @ self.layer(nodes)
+
+    MODELS["PyTorch"] = Torch()
 
 
 def results(model: Any, data: jt.Dataset, **options: Any) -> dict[str, Any]:

@@ -1,6 +1,6 @@
 """PyTorch modules as models: their operations, which `torch.export` lists, and rules in JAX.
 
-The modules with the rules do not import PyTorch.
+`_adapter`, `_export`, `_interpreter` and `_messages` import PyTorch; no other module does.
 """
 
 from __future__ import annotations
@@ -38,6 +38,7 @@ def register(name: str, *, random: bool = False) -> Callable[[Callable], Callabl
       ... def cube(x):
       ...     return x**3
     """
+    load_rules()  # which would replace it later
     return _register(name, random=random)
 
 

@@ -22,6 +22,7 @@ from jaxtrain.adapters._recording import Recorder
 from jaxtrain.adapters._shared import AdaptedApply, BatchStatistics, RefuseInit, Static, unused_key
 from jaxtrain.adapters.torch._export import export
 from jaxtrain.adapters.torch._interpreter import compute, to_array
+from jaxtrain.dataset import JoinedInputs, shared_inputs
 from jaxtrain.errors import InputError
 from jaxtrain.model import Model
 
@@ -53,7 +54,7 @@ def adapt(module: Any, call: Static | None) -> tuple[Model, tuple[PyTree, PyTree
 
 def call_forward(module: Any, inputs: PyTree, *, train: bool, rngs: Any) -> Any:
     """Calls a module; a tuple of inputs is passed as several arguments if it takes so many."""
-    if type(inputs) is tuple:
+    if type(inputs) in (tuple, JoinedInputs):
         try:
             inspect.signature(module.forward).bind(*inputs)
         except TypeError:
@@ -93,7 +94,11 @@ class _Template:
     def program(self, call: Any, inputs: PyTree, train: bool) -> Any:
         """Returns the operations of the module for inputs of these shapes, in a mode."""
         leaves, structure = jax.tree.flatten(inputs)
-        shapes = [(x.shape[1:], self._dtype(x.dtype)) for x in leaves]
+        batched = len(leaves) - len(jax.tree.leaves(shared_inputs(inputs)))
+        shapes = [
+            (x.shape[1:] if n < batched else x.shape, self._dtype(x.dtype))
+            for n, x in enumerate(leaves)
+        ]
         known = (call, structure, tuple(shapes), train)
         if known not in self._programs:
             module = self.copy()  # an export may change attributes
@@ -102,7 +107,7 @@ class _Template:
                 found = jax.tree.unflatten(structure, tensors)
                 return call.value(module, found, train=train, rngs=None)
 
-            self._programs[known] = export(module, function, shapes, train=train)
+            self._programs[known] = export(module, function, shapes, batched, train=train)
         return self._programs[known]
 
     def copy(self) -> Any:
@@ -198,7 +203,7 @@ def _nested(values: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _check(module: Any) -> None:
-    """Raises InputError for modules that are known to be of no use."""
+    """Raises InputError for modules that cannot be trained."""
     kind = type(module).__name__
     for layer in module.modules():
         owner = type(layer).__module__

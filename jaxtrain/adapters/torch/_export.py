@@ -36,7 +36,7 @@ class _Called(torch.nn.Module):
 
 
 def export(
-    module: Any, call: Callable[[Any], Any], shapes: Sequence[Any], *, train: bool
+    module: Any, call: Callable[[Any], Any], shapes: Sequence[Any], batched: int, *, train: bool
 ) -> torch.export.ExportedProgram:
     """Returns the operations of a module, for any number of examples.
 
@@ -44,12 +44,16 @@ def export(
       module: the module, which is set to the mode.
       call: from the tensors of the inputs to the outputs of the module.
       shapes: shapes of the inputs without the batch axis, and their dtypes.
+      batched: how many of the inputs, the first ones, have a batch axis.
       train: whether in training mode.
     """
     module.train(train)
-    example = tuple(torch.zeros((BATCH, *shape), dtype=dtype) for shape, dtype in shapes)
+    example = tuple(
+        torch.zeros((BATCH, *shape) if n < batched else shape, dtype=dtype)
+        for n, (shape, dtype) in enumerate(shapes)
+    )
     batch = torch.export.Dim("batch")
-    dynamic = {"leaves": tuple({0: batch} for _ in example)}
+    dynamic = {"leaves": tuple({0: batch} if n < batched else {} for n in range(len(example)))}
     try:
         with _corrected(), torch.enable_grad():
             return torch.export.export(
@@ -64,7 +68,6 @@ def export(
 @contextlib.contextmanager
 def _corrected() -> Iterator[None]:
     """Makes an export silent, and changes what would be wrong or fail in it."""
-    original = vars(torch.autograd.Function)["apply"].__func__
 
     def apply(cls: type, *args: Any, **options: Any) -> Any:
         if cls.__module__.startswith("torch."):  # such as that of torch.library.custom_op
@@ -79,20 +82,22 @@ def _corrected() -> Iterator[None]:
     def is_causal(mask: Any, is_causal: bool | None = None, size: Any = None) -> bool:
         return bool(is_causal)  # PyTorch compares the values of the mask
 
-    fast_path, disabled = torch.backends.mha.get_fastpath_enabled(), logging.root.manager.disable
-    with (
-        _LOCK,
-        warnings.catch_warnings(),
-        mock.patch.object(torch.autograd.Function, "apply", classmethod(apply)),
-        mock.patch.object(torch.nn.modules.transformer, "_detect_is_causal_mask", is_causal),
-        # It prints the graph of a module that fails.
-        mock.patch.object(_trace, "print", create=True),
-    ):
-        warnings.simplefilter("ignore")
-        logging.disable(logging.CRITICAL)
-        torch.backends.mha.set_fastpath_enabled(False)
-        try:
-            yield
-        finally:
-            torch.backends.mha.set_fastpath_enabled(fast_path)
-            logging.disable(disabled)
+    with _LOCK:  # streams trace in threads of their own
+        original = vars(torch.autograd.Function)["apply"].__func__
+        fast_path = torch.backends.mha.get_fastpath_enabled()
+        disabled = logging.root.manager.disable
+        with (
+            warnings.catch_warnings(),
+            mock.patch.object(torch.autograd.Function, "apply", classmethod(apply)),
+            mock.patch.object(torch.nn.modules.transformer, "_detect_is_causal_mask", is_causal),
+            # It prints the graph of a module that fails.
+            mock.patch.object(_trace, "print", create=True),
+        ):
+            warnings.simplefilter("ignore")
+            logging.disable(logging.CRITICAL)
+            torch.backends.mha.set_fastpath_enabled(False)
+            try:
+                yield
+            finally:
+                torch.backends.mha.set_fastpath_enabled(fast_path)
+                logging.disable(disabled)

@@ -46,9 +46,10 @@ def _norm_with_statistics(
     output = _normalize(input, mean, var, weight, bias, eps)
     if running_mean is None:
         return output
-    # The running variance is unbiased.
     count = math.prod(input.shape[axis] for axis in axes)
-    means = (jnp.mean(s, tuple(range(s.ndim - 1))) for s in (mean, var * (count / (count - 1))))
+    means = (
+        jnp.mean(s, tuple(range(s.ndim - 1))) for s in (mean, var * (count / max(count - 1, 1)))
+    )
     running = zip((3, 4), (running_mean, running_var), means, strict=True)
     return Update(output, {i: old * (1 - momentum) + s * momentum for i, old, s in running})
 

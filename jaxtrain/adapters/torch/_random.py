@@ -55,6 +55,11 @@ def bernoulli(self: Any, p: Any = None, *, key: Any) -> Any:
     return jax.random.bernoulli(key, self if p is None else p, self.shape).astype(self.dtype)
 
 
+@register("aten.bernoulli.float", random=True)  # Tensor.bernoulli_(p)
+def fill_bernoulli(self: Any, p: float = 0.5, *, key: Any) -> Any:
+    return bernoulli(self, p, key=key)
+
+
 @register("aten.randint", "aten.randint.low", random=True)
 def randint(*bounds: Any, dtype: Any = None, key: Any) -> Any:
     *limits, size = bounds
