@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import inspect
 from typing import Any
 
 import jax
@@ -345,6 +346,38 @@ def test_an_operation_may_be_registered() -> None:
         init(module, inputs)
     register("jaxtrain_test.cube")(lambda x: x**3)
     assert_close(jt.predict(init(module, inputs), inputs), module(torch.ones(2, 4)))
+
+
+def simple(default: Any) -> Any:
+    """Returns a default as one value, if it is a list of equal ones."""
+    values = default if isinstance(default, list | tuple) else [default]
+    return values[0] if len(set(values)) == 1 else None
+
+
+def test_rules_have_the_defaults_of_pytorch() -> None:
+    from jaxtrain.adapters.torch import _rules, load_rules
+
+    load_rules()
+    compared = 0
+    for name, rule in _rules.RULES.items():
+        _, operation, *overload = name.split(".")
+        for form in (operation, f"{operation}_"):
+            packet = getattr(torch.ops.aten, form, None)
+            for other in packet.overloads() if packet else ():
+                is_other = overload not in ([], [other]) or f"{name}.{other}" in _rules.RULES
+                if is_other or other in ("t", "padding", "prim_other") or "out" in other:
+                    continue
+                found = list(inspect.signature(rule.function).parameters.values())
+                schema = getattr(packet, other)._schema.arguments
+                if schema and str(schema[0].type) != "Tensor":
+                    continue
+                for ours, theirs in zip(found, schema, strict=False):
+                    if ours.kind == ours.VAR_POSITIONAL or theirs.kwarg_only:
+                        break
+                    if theirs.has_default_value():
+                        assert simple(ours.default) == simple(theirs.default_value), (name, other)
+                        compared += 1
+    assert compared > 100
 
 
 class Double(torch.autograd.Function):

@@ -98,7 +98,7 @@ def scheduled() -> Any:
         (lambda: make("SGD", maximize=True)[1], "maximize is True .* expected maximize=False"),
         (lambda: make("SGD", two_groups)[1], r"2 groups .* from_torch\(torch_optimizer, module\)"),
         (lambda: stepped("Adam"), "has taken steps"),
-        (scheduled, r"has a scheduler, .*step_lr"),
+        (scheduled, r"has a scheduler.*step_lr"),
     ],
 )
 def test_what_cannot_be_translated_is_refused(optimizer: Any, match: str) -> None:

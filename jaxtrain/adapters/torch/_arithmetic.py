@@ -13,12 +13,12 @@ register = family("Arithmetic and comparisons")
 
 
 @register("aten.add", layout=pointwise)
-def add(self: Any, other: Any, *, alpha: Any = 1) -> Any:
+def add(self: Any, other: Any, alpha: Any = 1) -> Any:
     return self + (other if alpha == 1 else alpha * other)
 
 
 @register("aten.sub", "aten.subtract", layout=pointwise)
-def sub(self: Any, other: Any, *, alpha: Any = 1) -> Any:
+def sub(self: Any, other: Any, alpha: Any = 1) -> Any:
     return self - (other if alpha == 1 else alpha * other)
 
 

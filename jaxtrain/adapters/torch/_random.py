@@ -40,7 +40,7 @@ def rand_like(self: Any, *, dtype: Any = None, key: Any) -> Any:
     return jax.random.uniform(key, self.shape, dtype or self.dtype)
 
 
-@register("aten.normal", "aten.normal_functional", random=True)
+@register("aten.normal.default", "aten.normal_functional", random=True)  # in place
 def normal(self: Any, mean: Any = 0.0, std: Any = 1.0, *, key: Any) -> Any:
     return mean + std * jax.random.normal(key, self.shape, self.dtype)
 
@@ -55,8 +55,8 @@ def bernoulli(self: Any, p: Any = None, *, key: Any) -> Any:
     return jax.random.bernoulli(key, self if p is None else p, self.shape).astype(self.dtype)
 
 
-@register("aten.bernoulli.float", random=True)  # Tensor.bernoulli_(p)
-def fill_bernoulli(self: Any, p: float = 0.5, *, key: Any) -> Any:
+@register("aten.bernoulli.float", random=True)  # in place
+def bernoulli_(self: Any, p: float = 0.5, *, key: Any) -> Any:
     return bernoulli(self, p, key=key)
 
 

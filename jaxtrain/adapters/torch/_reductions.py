@@ -64,7 +64,7 @@ def _selected(self: Any, indices: Any, dim: int, keepdim: bool) -> Any:
 
 
 @register("aten.sort")
-def sort(self: Any, dim: int = -1, descending: bool = False) -> Any:
+def sort(self: Any, dim: int = -1, descending: bool = False, *, stable: Any = True) -> Any:
     indices = jnp.argsort(self, dim, descending=descending)
     return jnp.take_along_axis(self, indices, dim), indices
 
