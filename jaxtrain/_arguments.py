@@ -40,7 +40,7 @@ def check_key(key: Any, name: str = "key") -> None:
 
 
 def axis_hint(predictions: tuple[int, ...], targets: tuple[int, ...]) -> str:
-    """Returns the way out if two shapes differ by a last axis of length 1 only, else ""."""
+    """Returns a hint if two shapes differ by a last axis of length 1 only, else ""."""
     axes = ":" if min(len(predictions), len(targets)) == 1 else "..."
     if predictions == (*targets, 1) and targets:
         return f": give targets[{axes}, None]"

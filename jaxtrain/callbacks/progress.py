@@ -33,8 +33,8 @@ def progress(log_interval: int = 100, epoch_interval: int = 1) -> Callback:
     In a terminal both are written to stderr; without one, only the lines. In a notebook, a bar and
     a table with one row per epoch are the output of the cell. An epoch is shown with all columns of
     the history, the monitored one first, as far as they fit into the width of the terminal; of an
-    array, its lowest and highest value. With several processes, only process
-    0 shows it. `fit` and `sweep` without `callbacks` show it in a terminal or a notebook.
+    array, its lowest and highest value. With several processes, only process 0 shows it. `fit` and
+    `sweep` without `callbacks` show it in a terminal or a notebook.
 
     Args:
       log_interval: steps between two lines with the training loss; 0 shows nothing at all. In a

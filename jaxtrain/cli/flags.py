@@ -20,7 +20,7 @@ from jaxtrain.cli.devices import DeviceName
 from jaxtrain.cli.logs import LogName
 from jaxtrain.errors import InputError
 from jaxtrain.optimizers import Record, clip_gradients, skip_nonfinite
-from jaxtrain.optimizers._arguments import accepting_extra_args
+from jaxtrain.optimizers._extra_args import accepting_extra_args
 
 Config = TypeVar("Config", bound=Any)
 OptimizerName = Literal["sgd", "adam", "adamw", "rmsprop", "rprop", "adagrad", "adadelta", "lbfgs"]

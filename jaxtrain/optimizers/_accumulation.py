@@ -10,7 +10,7 @@ import optax
 from jaxtyping import Array, Bool, Float, Int, PyTree
 
 from jaxtrain._arguments import check_integer
-from jaxtrain.optimizers._arguments import accepting_extra_args
+from jaxtrain.optimizers._extra_args import accepting_extra_args
 
 
 class AccumulationState(NamedTuple):

@@ -12,8 +12,8 @@ import optax
 from jaxtyping import Array, Bool, Int, PyTree
 
 from jaxtrain.optimizers._accumulation import AccumulationState
-from jaxtrain.optimizers._arguments import accepting_extra_args
 from jaxtrain.optimizers._evaluation import evaluate_with, evaluation_params
+from jaxtrain.optimizers._extra_args import accepting_extra_args
 from jaxtrain.optimizers._numbers import Number, check_number
 from jaxtrain.optimizers._records import find_nodes
 from jaxtrain.optimizers._safeguards import SkipNonfiniteState

@@ -12,7 +12,7 @@ import optax
 from jaxtyping import PyTree
 
 from jaxtrain.errors import InputError
-from jaxtrain.optimizers._arguments import accepting_extra_args
+from jaxtrain.optimizers._extra_args import accepting_extra_args
 from jaxtrain.optimizers._hoist import HoistedState
 from jaxtrain.optimizers._records import find_nodes
 
@@ -21,7 +21,7 @@ _ScheduleFreeState = optax.contrib.ScheduleFreeState
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
-class Functions:
+class EvaluationFunctions:
     """What `evaluate_with` is given, as a static part of the state."""
 
     eval_params: Callable[[PyTree, PyTree], PyTree] = dataclasses.field(metadata={"static": True})
@@ -39,7 +39,7 @@ class EvaluationState(NamedTuple):
     """
 
     inner: PyTree
-    functions: Functions
+    functions: EvaluationFunctions
 
 
 def evaluate_with(
@@ -80,7 +80,7 @@ def evaluate_with(
     inner = accepting_extra_args(optimizer)
 
     def init(params: PyTree) -> EvaluationState:
-        return EvaluationState(inner.init(params), Functions(eval_params_fn, restart_fn))
+        return EvaluationState(inner.init(params), EvaluationFunctions(eval_params_fn, restart_fn))
 
     def update(
         updates: PyTree, state: EvaluationState, params: PyTree | None = None, **extra_args: Any
@@ -207,7 +207,7 @@ def adapt_lookahead(
     adapted = optax.GradientTransformationExtraArgs(
         lambda params: LookaheadState(optimizer.init(params), params), update
     )
-    functions = Functions(
+    functions = EvaluationFunctions(
         lambda state, params: state.slow, lambda state, params: state._replace(slow=params)
     )
     wrapped = evaluate_with(adapted, functions.eval_params, restart_fn=functions.restart)

@@ -14,7 +14,7 @@ from jaxtyping import Array, Float, Int, PyTree
 
 from jaxtrain._arguments import check_integer
 from jaxtrain._carry import keep_types
-from jaxtrain.optimizers._arguments import accepting_extra_args
+from jaxtrain.optimizers._extra_args import accepting_extra_args
 from jaxtrain.optimizers._inspect import has_line_search
 
 

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import Array, PyTree
 
-from jaxtrain.optimizers._arguments import accepting_extra_args
+from jaxtrain.optimizers._extra_args import accepting_extra_args
 from jaxtrain.optimizers._transforms import global_norm
 
 INJECTED = (optax.InjectHyperparamsState, optax.InjectStatefulHyperparamsState)

@@ -14,7 +14,7 @@ from jaxtyping import Array, Bool, PyTree
 
 from jaxtrain.errors import InputError
 from jaxtrain.optimizers._accumulation import AccumulationState, without_batches
-from jaxtrain.optimizers._arguments import accepting_extra_args
+from jaxtrain.optimizers._extra_args import accepting_extra_args
 from jaxtrain.optimizers._numbers import Number, check_number
 from jaxtrain.optimizers._records import Record, find_nodes
 from jaxtrain.optimizers._transforms import clip_by_global_norm

@@ -35,7 +35,7 @@ from jaxtrain.metrics._metric import (
     sum_of_means,
     without_ignored,
 )
-from jaxtrain.optimizers._arguments import accepting_extra_args
+from jaxtrain.optimizers._extra_args import accepting_extra_args
 from jaxtrain.optimizers._inspect import has_accumulation, last_step_finite
 from jaxtrain.training.state import TrainState, check_state_type
 from jaxtrain.training.tracing import traced_prediction
