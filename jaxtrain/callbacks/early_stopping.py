@@ -20,7 +20,10 @@ if TYPE_CHECKING:
 Mode = Literal["min", "max"]
 
 # Endings of the names of columns whose smaller values are better.
-_SMALLER_IS_BETTER = ("loss", "error", "distance")
+_SMALLER_IS_BETTER = (
+    *("loss", "error", "distance", "divergence", "entropy", "perplexity", "residual"),
+    *("mae", "mse", "mape", "nll", "bce", "huber"),
+)
 
 
 def early_stopping(
@@ -40,7 +43,8 @@ def early_stopping(
       patience: epochs without improvement after which to stop, at least 1.
       monitor: the column to watch.
       mode: "min" if smaller is better, "max" if larger is better. None infers it from the column's
-        name: "min" if it ends in loss, error or distance, otherwise "max".
+        name: "min" if it ends in loss, error, distance, divergence, entropy, perplexity, residual,
+        mae, mse (as rmse does), mape, nll, bce or huber, otherwise "max".
       min_delta: an epoch is an improvement if it is better than the best one by more than this.
       min_epochs: epochs at the start of the run that are not judged: the run does not stop in them,
         and none of them is the best (`start_from_epoch` of Keras).

@@ -47,7 +47,8 @@ def reduce_on_plateau(
     Args:
       monitor: the column to watch.
       mode: "min" if smaller is better, "max" if larger is better. None infers it from the column's
-        name: "min" if it ends in loss, error or distance, otherwise "max".
+        name: "min" if it ends in loss, error, distance, divergence, entropy, perplexity, residual,
+        mae, mse (as rmse does), mape, nll, bce or huber, otherwise "max".
       factor: factor of each reduction, in (0, 1).
       patience: epochs without improvement that are tolerated.
       threshold: an improvement must be larger than this.

@@ -98,6 +98,10 @@ def test_nan_is_the_worst() -> None:
         ("test_euclidean_distance", "min"),
         ("validation_accuracy", "max"),
         ("validation_f1", "max"),
+        ("validation_mae", "min"),
+        ("test_rmse", "min"),
+        ("validation_cross_entropy", "min"),
+        ("validation_r2", "max"),
     ],
 )
 def test_the_name_of_a_column_tells_what_is_better(monitor: str, mode: str) -> None:
