@@ -127,7 +127,7 @@ def context_parameters(loss_fn: Loss) -> tuple[str, ...]:
     """Returns which further parameters of a `Loss` a function has, from its signature.
 
     Raises:
-      InputError: it requires yet another one.
+      InputError: it requires yet another one, or does not take predictions and targets.
     """
     inner = inspect.unwrap(loss_fn)  # of functools.wraps and jax.jit
     if isinstance(inner, WeightedSum):
@@ -139,6 +139,12 @@ def context_parameters(loss_fn: Loss) -> tuple[str, ...]:
         return ()
     positional = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
     first_two = [x.name for x in parameters if x.kind in positional][:2]
+    if len(first_two) < 2 and not any(x.kind is x.VAR_POSITIONAL for x in parameters):
+        raise InputError(
+            f"{name_of(loss_fn)} takes {len(first_two)} positional arguments; expected "
+            "loss(predictions, targets), whose targets are None where the data have none",
+            argument="loss_fn",
+        )
     given = inner.keywords if isinstance(inner, functools.partial) else ()
     variable = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
     others = {

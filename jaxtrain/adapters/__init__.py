@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import inspect
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -82,10 +83,8 @@ def adapt(
                 "call is given with a Model; expected a module, or the call in Model.apply"
             )
         return model, None
-    if call is not None and not callable(call):
-        raise InputError(
-            f"call is {call!r}; expected a function call(module, inputs, *, train, rngs)"
-        )
+    if call is not None:
+        _check_call(call)
     # Frameworks are recognized by the names of base classes, so that none is imported.
     is_pair = isinstance(model, tuple) and len(model) == 2
     bases = [_bases(part) for part in model] if is_pair else [_bases(model)]
@@ -105,6 +104,24 @@ def adapt(
     if "torch.nn.modules.module.Module" in bases[0] and not is_pair:
         return torch.adapt(model, None if call is None else function)
     raise InputError(f"model is a {describe_type(model)}; {_EXPECTED}{_hint(model, bases[0])}")
+
+
+def _check_call(call: Any) -> None:
+    """Raises InputError unless `call` is a function that takes the mode and the randomness."""
+    expected = "expected a function call(module, inputs, *, train, rngs)"
+    if not callable(call):
+        raise InputError(f"call is {call!r}; {expected}", argument="call")
+    try:
+        names = inspect.signature(call).parameters
+    except ValueError:  # such as a function in C
+        return
+    takes_all = any(each.kind is each.VAR_KEYWORD for each in names.values())
+    missing = [name for name in ("train", "rngs") if name not in names and not takes_all]
+    if missing:
+        raise InputError(
+            f"call does not take {' and '.join(missing)}; {expected}, which may ignore them",
+            argument="call",
+        )
 
 
 def to_module(model: Model, params: PyTree, model_state: PyTree) -> Any:

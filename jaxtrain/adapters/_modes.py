@@ -65,8 +65,9 @@ def call_by_name(
         inspect.signature(kind.__call__).bind(module, *arguments, **options)
     except TypeError as error:
         raise InputError(
-            f"init_state calls {kind.__name__} with inputs and the mode: {error}; expected inputs "
-            f"that are a tuple in the order of its arguments, or {_call_hint(kind)}"
+            f"{kind.__name__} is called with inputs and the mode: {error}; expected inputs that "
+            "are a tuple in the order of its arguments, a Dataset with the arrays that all "
+            f"examples share, Dataset(..., shared=...), or {_call_hint(kind)}"
         ) from error
     return module(*arguments, **options)
 
@@ -190,7 +191,7 @@ class _ModeCheck(Recorder):
         self._stack.append((type(layer), None if is_right else mode))
         try:
             may_draw = self._draws and not self._train
-            if not is_right and (_is_batch_norm(layer) or (_drops(layer) and not may_draw)):
+            if not is_right and (_is_batch_norm(type(layer)) or (_drops(layer) and not may_draw)):
                 self._refuse(path)
             return function(*args, **kwargs)
         finally:
@@ -203,7 +204,7 @@ class _ModeCheck(Recorder):
         place = f"{layer.__name__} {'.'.join(path)!r}" if path else layer.__name__
         whole = f" of {network.__name__}" if len(self._stack) > 1 else ""
         hint = _call_hint(network)
-        if not self._train:
+        if not self._train and not _is_batch_norm(layer):
             hint += "; or, if dropout is meant to draw, init_state(..., draws_in_evaluation=True)"
         raise InputError(
             f"in {now}, {place}{whole} is in {other} mode because of {mode[0]}={mode[1]} of "
@@ -229,8 +230,8 @@ def _mode(layer: Any, function: Any, args: Any, kwargs: Any) -> tuple[str, bool]
     return None
 
 
-def _is_batch_norm(layer: Any) -> bool:
-    return any(base.__name__ == "BatchNorm" for base in type(layer).__mro__)
+def _is_batch_norm(kind: type) -> bool:
+    return any(base.__name__ == "BatchNorm" for base in kind.__mro__)
 
 
 def _drops(layer: Any) -> bool:

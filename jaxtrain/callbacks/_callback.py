@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import collections
+import inspect
 import types
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
@@ -138,6 +139,14 @@ def _problem(each: Any) -> str | None:
     if isinstance(each, types.FunctionType) and module.startswith("jaxtrain.callbacks."):
         name = each.__name__
         return f"the function {name} itself; expected its result, jaxtrain.callbacks.{name}(...)"
+    if not isinstance(each, Callback):
+        try:
+            inspect.signature(each).bind(None)
+        except TypeError as error:
+            name = getattr(each, "__name__", type(each).__name__)
+            return f"the function {name}, which is called with one argument: {error}"
+        except ValueError:  # such as a function in C
+            pass
     known = [name for name in dir(Callback) if name.startswith("on_")]
     if isinstance(each, Callback):
         for name in dir(each):

@@ -289,7 +289,8 @@ def test_a_tuple_is_several_arguments_if_the_module_takes_them(kind: str) -> Non
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_missing_argument_is_named_with_the_call_that_passes_it(kind: str) -> None:
     match = (
-        r"calls Net .* missing a required argument: 'mask'; .* init_state\(..., call=lambda "
+        r"Net is called .* missing a required argument: 'mask'; .* shared=\.\.\.\), or "
+        r"init_state\(..., call=lambda "
         r'module, inputs, \*, train, rngs: module\(inputs\["x"\], inputs\["mask"\], key=rngs\)\)'
     )
     with pytest.raises(jt.errors.InputError, match=match):
@@ -321,6 +322,7 @@ def test_a_module_may_be_called_by_another_method(kind: str) -> None:
     [
         (jt.Model(len, len), len, "call is given with a Model"),
         (eqx.nn.Identity(), "forward", r"call is 'forward'; expected a function call\(module"),
+        (nn.Dense(1), lambda module, inputs: inputs, "call does not take train and rngs; expected"),
     ],
 )
 def test_a_call_is_a_function_and_for_modules(model: Any, call: Any, match: str) -> None:

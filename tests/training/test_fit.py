@@ -392,6 +392,7 @@ class Misnamed(jt.callbacks.Callback):
         ([3], "callbacks has 3; expected what jaxtrain.callbacks returns"),
         ([jt.callbacks.Callback], "callbacks has the class Callback; expected an object"),
         ([jt.callbacks.progress], "callbacks has the function progress itself"),
+        ([lambda epoch, logs: None], "one argument: missing a required argument: 'logs'"),
         ([Misnamed()], "the callback Misnamed with the method on_epoch_end, which is never called"),
     ],
 )

@@ -240,6 +240,8 @@ def test_other_required_arguments_are_refused() -> None:
         with pytest.raises(jt.errors.InputError, match=match):
             use(init(), DATA, focal)
     jt.eval_step(init(), DATA, functools.partial(focal, gamma=2.0))
+    with pytest.raises(jt.errors.InputError, match="takes 1 positional arguments; expected loss"):
+        jt.train_step(init(), DATA, lambda predictions: predictions[:, 0])
 
 
 def test_missing_targets_are_refused_before_a_range_test() -> None:
