@@ -231,9 +231,14 @@ def check_dataset(dataset: Any, name: str) -> None:
         found = f"a {type(dataset).__name__}"
         if isinstance(dataset, tuple):
             found += f" of {len(dataset)}"
+        hint = ""
+        if isinstance(dataset, float):
+            hint = f", such as those of rest, {name} = data.split({dataset}, key)"
+        elif callable(dataset):
+            hint = ": call the function, if it returns the data"
         raise InputError(
             f"{name} is {found}; expected a jaxtrain.Dataset(inputs, targets), or a tuple "
-            "(inputs, targets)"
+            f"(inputs, targets){hint}"
         )
     if not isinstance(dataset.drop_last, bool):
         raise InputError(f"{name}.drop_last is {dataset.drop_last!r}; expected True or False")
@@ -331,7 +336,9 @@ def check_array(array: Any, path: str) -> None:
         )
     dtype = array.dtype
     if not any(jnp.issubdtype(dtype, kind) for kind in (jnp.bool_, jnp.integer, jnp.floating)):
-        raise InputError(f"{path} has the dtype {dtype}; expected real numbers")
+        raise InputError(
+            f"{path} has the dtype {dtype}; expected real numbers{_hint_of_text(array)}"
+        )
     if isinstance(array, (np.ndarray, np.generic)) and (
         not dtype.isnative or (dtype == np.longdouble and dtype.itemsize > 8)
     ):
@@ -339,6 +346,19 @@ def check_array(array: Any, path: str) -> None:
             f"{path} has the dtype {dtype.str}, which JAX does not support; expected a native "
             f"dtype: convert it with array.astype({_native_name(dtype)!r})"
         )
+
+
+def _hint_of_text(array: Any) -> str:
+    """Returns where the first text of an array is and what to write for it, or nothing."""
+    if array.dtype.kind in "OUST":
+        for index, value in np.ndenumerate(array):
+            if isinstance(value, str):
+                place = ", ".join(map(str, index))
+                return (
+                    f", and [{place}] is {str(value)!r}: number the categories of a column with "
+                    "pandas.Categorical(column, categories).codes"
+                )
+    return ""
 
 
 def _native_name(dtype: np.dtype) -> str:

@@ -266,7 +266,8 @@ def to_batch(batch: Any, name: str) -> Dataset:
             found += f" of {len(batch)}"
         raise InputError(
             f"{name} is {found}; expected (inputs, targets), (inputs, targets, weights), a dict "
-            "with these names, or a jaxtrain.Dataset"
+            "with these names, or a jaxtrain.Dataset, such as jaxtrain.Dataset(inputs) where there "
+            "are no targets"
         )
     _check_not_shared(batch, name)
     if all(type(leaf) is np.ndarray for leaf in jax.tree.leaves(batch)):

@@ -172,10 +172,12 @@ def per_example(
         shape = jnp.shape(array)
         if shape[: len(expected)] != expected:
             per = "example" if len(expected) == 1 else "weight"
+            hint = "leave the mean over the batch to the step"
+            if shape == expected[:1]:
+                hint = "one weight per example has the shape [examples], such as weights[:, 0]"
             raise InputError(
                 f"{name_of(function)} returned the shape {shape} for a batch of {expected[0]}; "
-                f"expected one value per {per}, {expected}: leave the mean over the batch to the "
-                "step"
+                f"expected one value per {per}, {expected}: {hint}"
             )
         if len(shape) > len(expected) and shape[1] == shape[0] > 1:
             _check_pairs(function, predictions, targets, shape)

@@ -362,7 +362,7 @@ def check_data(
             labelled = next((each for each, metric in metrics if takes_labels(metric)), None)
             if losses & LABEL_LOSSES or (labelled and _has_classes(outputs, targets)):
                 count = outputs.shape[-1]
-                reason = f"the model has {count} outputs"
+                reason = f"the model has {count} output{'s' * (count != 1)}"
                 limits = TargetLimits(0, count - 1, "label", reason)
             elif labelled:
                 reason = f"the metric {labelled} takes 0 and 1 for one score per target"
@@ -395,9 +395,14 @@ def check_limits(targets: Any, weights: Any, limits: TargetLimits | None, name: 
     if low < limits.low or high > limits.high:  # a NaN is found elsewhere
         wrong = low if low < limits.low else high
         plural = "labels" if limits.kind == "label" else "values"
+        ways = ["give others the weight 0"]
+        if limits.reason == "the model has 1 output":
+            ways = ["a model of two classes has two outputs, or sigmoid_binary_cross_entropy"]
+        elif limits.kind == "label" and low >= 1 and high == limits.high + 1:
+            ways.insert(0, "count the labels from 0, by targets - 1")
         raise InputError(
             f"{name}.targets holds the {limits.kind} {wrong}; expected {plural} from {limits.low} "
-            f"to {limits.high}, since {limits.reason}: give others the weight 0"
+            f"to {limits.high}, since {limits.reason}: {', or '.join(ways)}"
         )
 
 

@@ -447,8 +447,8 @@ def predict(
       Predictions [examples, ...].
 
     Raises:
-      InputError: there are no inputs, the batch size is below 1, or a key is missing or
-        superfluous.
+      InputError: there are no inputs, the model does not take them, the batch size is below 1, or a
+        key is missing or superfluous.
 
     Example:
       >>> logits = jt.predict(state, test.inputs)
@@ -470,7 +470,7 @@ def predict(
         try:
             return _compiled_predict(state, data, key, batch_size=batch_size)
         except Exception:
-            traced_prediction(state, data, "the prediction")
+            traced_prediction(state, data, "predict")
             raise
 
 

@@ -173,8 +173,21 @@ def init_state(
     adapted = adapters.drawing(adapted) if draws_in_evaluation else adapted
     if not independent_examples:
         adapted = adapted._replace(independent_examples=False)
-    params, model_state = adapted.init(params_key, sample_inputs) if held is None else held
-    adapted = adapters.checked(adapted, params, model_state, sample_inputs)
+    try:
+        params, model_state = adapted.init(params_key, sample_inputs) if held is None else held
+        adapted = adapters.checked(adapted, params, model_state, sample_inputs)
+    except InputError:
+        raise
+    except Exception as error:  # of the network
+        shapes = ", ".join(
+            f"{path} of {jnp.result_type(leaf)}{list(leaf.shape)}"
+            for path, leaf in named_arrays(sample_inputs, "sample_inputs")
+        )
+        error.add_note(
+            f"init_state called the model with {shapes}: their first axis is that of the "
+            "examples, as in train.inputs[:1]"
+        )
+        raise
     optimizer, opt_state = _initialized(NO_OPTIMIZER if optimizer is None else optimizer, params)
     return TrainState(
         # Arrays from the start: Python integers would compile the first step twice.

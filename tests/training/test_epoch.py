@@ -139,6 +139,11 @@ def bad(inputs=(50, 6), targets=(50,), dtype=jnp.int32, fill=0):
         (bad(dtype=jnp.float32), {}, "float32; expected integer class labels"),
         (bad(fill=3), {}, r"dataset\.targets holds the label 3; expected labels from 0 to 2"),
         (bad(fill=-1), {}, "label -1; expected labels from 0 to 2"),
+        (
+            jt.Dataset(jnp.ones((6, 6)), jnp.arange(6) % 3 + 1),
+            {},
+            "label 3; .*: count the labels from 0, by targets - 1, or give",
+        ),
     ],
 )
 @pytest.mark.parametrize("function", [jt.train_epoch, jt.evaluate])

@@ -35,8 +35,14 @@ def refused(message: str):
         (np.ones((4, 6), np.longdouble), r"inputs has the dtype .*astype\('float64'\)"),
         ([[1.0] * 6] * 4, r"inputs\.0\.0 is a float; expected a NumPy or JAX array"),
         ("images", r"inputs is a str; expected a NumPy or JAX array"),
+        (
+            np.array([[1.0, "north"]] * 4, object),
+            r"inputs has the dtype object; .*\[0, 1\] is 'north': .*pandas\.Categorical",
+        ),
+        (np.array(["1"] * 4), r"inputs has the dtype <U1; .*\[0\] is '1': "),
+        (np.ones((4, 6), complex), "inputs has the dtype complex128; expected real numbers$"),
     ],
-    ids=["big-endian", "long double", "list", "str"],
+    ids=["big-endian", "long double", "list", "str", "table", "text", "complex"],
 )
 def test_unsupported_arrays_are_refused(small_state, inputs, message) -> None:
     labels = np.zeros(4, np.int32)
@@ -213,6 +219,30 @@ def test_a_batch_of_states_is_refused(small_state, small_classes) -> None:
 def test_invalid_inputs_of_predict_are_refused(small_state, small_classes) -> None:
     with refused(r"inputs\.a has 3, inputs\.b has 2 examples; expected the same number"):
         jt.predict(small_state, {"a": jnp.ones((3, 6)), "b": jnp.ones((2, 6))})
+    with refused(
+        r"not take the inputs of predict \(predict\.inputs has float32\[1, 7\] per example"
+    ):
+        jt.predict(small_state, jnp.ones((3, 7)))
+
+
+def test_an_error_of_a_network_names_the_inputs_of_init_state() -> None:
+    def columns(module, x, *, train, rngs):
+        return module(x[:, :2])
+
+    with pytest.raises(IndexError) as caught:
+        jt.init_state(nn.Dense(1), SGD, jnp.ones(6), key=KEY, call=columns)
+    (note,) = (each for each in caught.value.__notes__ if "init_state" in each)
+    assert "with sample_inputs of float32[6]: their first axis is that of the examples" in note
+
+
+def test_data_of_another_kind_name_what_to_pass(small_state, small_classes) -> None:
+    with refused(r"such as those of rest, validation = data\.split\(0\.2, key\)"):
+        jt.fit(small_state, small_classes, validation=0.2, loss_fn=LOSS)
+    with refused("train is a function; .*: call the function, if it returns the data"):
+        jt.fit(small_state, lambda: iter([]), loss_fn=LOSS)
+    weighted = small_classes.replace(weights=np.ones((len(small_classes), 1)))
+    with refused(r"has the shape \[examples\], such as weights\[:, 0\]"):
+        jt.train_step(small_state, weighted, LOSS)
 
 
 def test_unhashable_losses_and_missing_targets_are_refused(small_state, small_classes) -> None:
