@@ -286,7 +286,7 @@ class Counter(nn.Module):
         first.mul_(2)
         y[:, 3] = second.detach()[:, 0] ** 2
         y.view(-1)[0:2] += 1.0
-        z = y.to(torch.float64).float()
+        z = y.to("cpu", torch.float64).float() ** 1.0
         z.clamp_(max=0.5)
         return y * (1 - self.mean) + z * first.sum(1, keepdim=True) + y.detach()
 

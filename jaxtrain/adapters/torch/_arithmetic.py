@@ -41,7 +41,8 @@ def clamp(self: Any, min: Any = None, max: Any = None) -> Any:
 
 @register("aten.pow", layout=pointwise)
 def pow(self: Any, exponent: Any) -> Any:
-    if isinstance(exponent, float) and exponent.is_integer():
+    is_float = jnp.issubdtype(jnp.result_type(self), jnp.floating)
+    if is_float and isinstance(exponent, float) and exponent.is_integer():
         exponent = int(exponent)  # also for negative bases
     if isinstance(self, jax.Array) and isinstance(exponent, int) and exponent < 0:
         return 1 / self**-exponent

@@ -67,6 +67,11 @@ def to(self: Any, other: Any = None, *_: Any, dtype: Any = None, **__: Any) -> A
     return self if dtype is None else self.astype(dtype)
 
 
+@register("aten.to.device")
+def to_device(self: Any, device: Any, dtype: Any, *_: Any) -> Any:
+    return self.astype(dtype)
+
+
 add_all(
     register,
     {
