@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
-import inspect
+import re
 from typing import Any
 
 import optax
 from jaxtyping import PyTree
+
+from jaxtrain.errors import InputError
+from jaxtrain.optimizers._check import check_optimizer
+
+_REFUSED = re.compile(r"unexpected keyword argument '(\w+)'")
 
 
 def accepting_extra_args(
@@ -14,20 +19,38 @@ def accepting_extra_args(
 ) -> optax.GradientTransformationExtraArgs:
     """Returns an optimizer whose update takes any extra arguments.
 
-    `optax.with_extra_args_support` passes all of them to a `GradientTransformationExtraArgs`, some
-    of which, such as `optax.contrib.sam`, refuse those that they do not name.
+    Some, such as `optax.contrib.sam`, refuse those that they do not name, and `optax.chain` passes
+    them on all the same. No signature says so: the update is called again without what it refused,
+    which costs nothing once it is compiled. Then no other part of a chain receives it.
+
+    Raises:
+      InputError: the optimizer is not an optax transformation; or, in an update, one part of it
+        refuses an argument that another needs.
     """
+    check_optimizer(optimizer)
     if not isinstance(optimizer, optax.GradientTransformationExtraArgs):
         return optax.with_extra_args_support(optimizer)
-    parameters = inspect.signature(optimizer.update).parameters.values()
-    if any(each.kind is inspect.Parameter.VAR_KEYWORD for each in parameters):
-        return optimizer
-    names = {each.name for each in parameters if each.kind is inspect.Parameter.KEYWORD_ONLY}
 
     def update(
         updates: PyTree, state: PyTree, params: PyTree | None = None, **extra_args: Any
     ) -> tuple[PyTree, PyTree]:
-        taken = {name: value for name, value in extra_args.items() if name in names}
-        return optimizer.update(updates, state, params, **taken)
+        refused: list[str] = []
+        while True:
+            try:
+                return optimizer.update(updates, state, params, **extra_args)
+            except TypeError as error:
+                for name in refused:
+                    if f"'{name}'" in str(error):
+                        raise InputError(
+                            f"a part of the optimizer refuses the argument {name}, and another "
+                            "needs it; expected the former in a wrapper that takes it, such as "
+                            "jaxtrain.optimizers.record_gradient_norm(optax.contrib.sam(...))",
+                            argument="optimizer",
+                        ) from error
+                found = _REFUSED.search(str(error))
+                if found is None or found[1] not in extra_args:
+                    raise
+                refused.append(found[1])
+                del extra_args[found[1]]
 
     return optax.GradientTransformationExtraArgs(optimizer.init, update)

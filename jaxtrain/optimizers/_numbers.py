@@ -49,7 +49,7 @@ def check_number(name: str, value: Any, is_valid: Callable[[float], bool], expec
     if isinstance(value, jax.core.Tracer):
         return
     try:
-        valid = is_valid(float(value))
+        valid = not isinstance(value, (str, bytes)) and is_valid(float(value))
     except (TypeError, ValueError):
         valid = False
     if not valid:

@@ -12,7 +12,6 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import Array, Bool, PyTree
 
-from jaxtrain.errors import InputError
 from jaxtrain.optimizers._accumulation import AccumulationState, without_batches
 from jaxtrain.optimizers._extra_args import accepting_extra_args
 from jaxtrain.optimizers._numbers import Number, check_number
@@ -100,11 +99,6 @@ def skip_nonfinite(
       >>> history["skipped_steps"]
       array([0, 0, 0])
     """
-    if not isinstance(optimizer, optax.GradientTransformation):
-        raise InputError(
-            f"optimizer is {optimizer!r}; expected an optax transformation, such as "
-            "jaxtrain.optimizers.sgd(0.01)"
-        )
     inner = accepting_extra_args(optimizer)
 
     def init(params: PyTree) -> SkipNonfiniteState:

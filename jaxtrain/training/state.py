@@ -18,6 +18,7 @@ from jaxtrain._compiler import release_programs
 from jaxtrain.dataset import check_array, join_inputs, named_arrays
 from jaxtrain.errors import InputError
 from jaxtrain.model import Model
+from jaxtrain.optimizers._check import check_optimizer
 from jaxtrain.optimizers._evaluation import (
     adapt_lookahead,
     evaluation_params,
@@ -361,16 +362,7 @@ def check_state_type(state: Any, step_fn: Any = None) -> None:
 
 def _initialized(optimizer: Any, params: PyTree) -> tuple[optax.GradientTransformation, PyTree]:
     """Returns a checked optimizer and its initial state; see `hoist_tracers`."""
-    if not isinstance(optimizer, optax.GradientTransformation):
-        if hasattr(optimizer, "gradient_transformation"):  # optax.MultiSteps
-            raise InputError(
-                f"optimizer is an optax.{type(optimizer).__name__}; expected its "
-                "gradient_transformation()"
-            )
-        raise InputError(
-            f"optimizer is {optimizer!r}; expected an optax transformation, such as "
-            "jaxtrain.optimizers.sgd(0.01)"
-        )
+    check_optimizer(optimizer)
     optimizer, opt_state = adapt_lookahead(*hoist_tracers(optimizer, params), params)
     check_order(opt_state, params)
     return optimizer, opt_state

@@ -24,6 +24,12 @@ OTHERS = {
     "noisy_sgd": lambda: optax.noisy_sgd(0.1, key=jax.random.key(0)),
     "polyak_sgd": lambda: optax.polyak_sgd(),
     "sam": lambda: CONTRIB.sam(SGD, optax.sgd(0.01)),
+    "sam in a chain": lambda: optax.chain(
+        optax.clip_by_global_norm(10.0), CONTRIB.sam(SGD, optax.sgd(0.01))
+    ),
+    "sam beside one with the loss": lambda: optax.chain(
+        CONTRIB.reduce_on_plateau(), CONTRIB.sam(SGD, optax.sgd(0.01))
+    ),
     "sam in a wrapper": lambda: jt.optimizers.skip_nonfinite(
         jt.optimizers.clip_gradients(CONTRIB.sam(SGD, optax.sgd(0.01)), 10.0)
     ),
@@ -32,6 +38,7 @@ OTHERS = {
 # These need more than a step has: the gradient of each example, and an objective of their own.
 REFUSED = {
     "dpsgd": r"updates\.w has the shape \(2,\); expected that of the parameter, \(2, 2\)",
+    "sam beside one with the loss": "refuses the argument value, and another needs it; expected",
     "sophia": "obj_fn must be provided",
 }
 

@@ -289,9 +289,29 @@ def test_data_without_examples_are_refused(small_state) -> None:
         jt.evaluate(small_state, jt.Dataset({}, np.ones(1)), LOSS)
 
 
+def test_what_makes_an_optimizer_is_not_one(small_state) -> None:
+    torch = pytest.importorskip("torch")
+    theirs = torch.optim.Adam([torch.zeros(2, requires_grad=True)])
+    for optimizer, message in (
+        (theirs, r"is PyTorch's Adam; .*pass jaxtrain\.optimizers\.from_torch\(optimizer\)"),
+        (jt.optimizers.adam, r"is the function adam; .*call it: adam\(learning_rate\)"),
+        (optax.adamw, r"is the function adamw; .*call it: adamw\(learning_rate\)"),
+        (lambda rate: SGD, r"call it: optimizer\(learning_rate\)"),
+    ):
+        for call in (
+            lambda optimizer=optimizer: jt.with_optimizer(small_state, optimizer),
+            lambda optimizer=optimizer: jt.optimizers.accumulate_gradients(optimizer, 2),
+            lambda optimizer=optimizer: jt.optimizers.evaluate_with(optimizer, max),
+        ):
+            with refused(message):
+                call()
+
+
 def test_invalid_optimizers_and_metrics_are_refused(small_state, small_classes) -> None:
     with refused("optimizer is 'adam'; expected an optax"):
         jt.init_state(MODEL, "adam", small_classes.inputs, key=KEY)
+    with refused(r"optimizer is a FeedForward; expected .*such as jaxtrain\.optimizers\.sgd"):
+        jt.with_optimizer(small_state, MODEL)
     with refused(r"metric_fns is <.*accuracy"):
         jt.evaluate(small_state, small_classes, LOSS, jt.metrics.accuracy)
     with refused("the metric a is 3; expected a function, or a pair"):
