@@ -170,6 +170,42 @@ class LookaheadState(NamedTuple):
     slow: PyTree
 
 
+# Compared by the optimizer, so that two states of one optimizer have the same structure.
+@dataclasses.dataclass(frozen=True)
+class _LookaheadInit:
+    optimizer: optax.GradientTransformation
+
+    def __call__(self, params: PyTree) -> EvaluationState:
+        return _lookahead_state(self.optimizer.init(params), params)
+
+
+@dataclasses.dataclass(frozen=True)
+class _LookaheadUpdate:
+    optimizer: optax.GradientTransformation
+
+    def __call__(
+        self, updates: PyTree, state: EvaluationState, params: PyTree | None = None, **_: Any
+    ) -> tuple[PyTree, EvaluationState]:
+        pair = optax.LookaheadParams(params, state.inner.slow)
+        updates, inner = self.optimizer.update(updates, state.inner.inner, pair)
+        slow = optax.apply_updates(state.inner.slow, updates.slow)
+        return updates.fast, _lookahead_state(inner, slow)
+
+
+def _lookahead_state(inner: PyTree, slow: PyTree) -> EvaluationState:
+    return EvaluationState(
+        LookaheadState(inner, slow), EvaluationFunctions(_slow_params, _restart_slow)
+    )
+
+
+def _slow_params(state: LookaheadState, params: PyTree) -> PyTree:
+    return state.slow
+
+
+def _restart_slow(state: LookaheadState, params: PyTree) -> LookaheadState:
+    return state._replace(slow=params)
+
+
 def adapt_lookahead(
     optimizer: optax.GradientTransformation, opt_state: PyTree, params: PyTree
 ) -> tuple[optax.GradientTransformation, PyTree]:
@@ -177,7 +213,7 @@ def adapt_lookahead(
 
     Args:
       optimizer: any optax transformation.
-      opt_state: its initial state.
+      opt_state: its initial state, or one that this function returned.
       params: the parameters.
 
     Returns:
@@ -186,32 +222,24 @@ def adapt_lookahead(
     Raises:
       InputError: `optax.lookahead` is inside another transformation.
     """
+    is_adapted = isinstance(getattr(opt_state, "inner", None), LookaheadState)
     node = opt_state.inner if isinstance(opt_state, HoistedState) else opt_state
-    if not find_nodes(node, optax.LookaheadState) or isinstance(params, optax.LookaheadParams):
+    if not is_adapted:
+        if not find_nodes(node, optax.LookaheadState) or isinstance(params, optax.LookaheadParams):
+            return optimizer, opt_state
+        if not isinstance(node, optax.LookaheadState):
+            raise InputError(
+                "optax.lookahead is inside another transformation; expected it around the complete "
+                "optimizer: optax.lookahead(optax.chain(...), ...)",
+                argument="optimizer",
+            )
+        opt_state = _lookahead_state(opt_state, params)
+    if isinstance(optimizer.update, _LookaheadUpdate):
         return optimizer, opt_state
-    if not isinstance(node, optax.LookaheadState):
-        raise InputError(
-            "optax.lookahead is inside another transformation; expected it around the complete "
-            "optimizer: optax.lookahead(optax.chain(...), ...)",
-            argument="optimizer",
-        )
-
-    def update(
-        updates: PyTree, state: LookaheadState, params: PyTree | None = None, **extra_args: Any
-    ) -> tuple[PyTree, LookaheadState]:
-        pair = optax.LookaheadParams(params, state.slow)
-        updates, inner = optimizer.update(updates, state.inner, pair)
-        slow = optax.apply_updates(state.slow, updates.slow)
-        return updates.fast, LookaheadState(inner, slow)
-
     adapted = optax.GradientTransformationExtraArgs(
-        lambda params: LookaheadState(optimizer.init(params), params), update
+        _LookaheadInit(optimizer), _LookaheadUpdate(optimizer)
     )
-    functions = EvaluationFunctions(
-        lambda state, params: state.slow, lambda state, params: state._replace(slow=params)
-    )
-    wrapped = evaluate_with(adapted, functions.eval_params, restart_fn=functions.restart)
-    return wrapped, EvaluationState(LookaheadState(opt_state, params), functions)
+    return adapted, opt_state
 
 
 def _describe(tree: PyTree) -> str:

@@ -79,11 +79,16 @@ class TrainState:
         """Returns a copy with some fields replaced.
 
         With new `params`, an average of the parameters starts anew with them, as do other
-        `evaluation_params`, unless `opt_state` is replaced too.
+        `evaluation_params`, unless `opt_state` is replaced too. A new `optimizer` continues with
+        the state of the old one, unless `opt_state` is replaced too.
         """
         if "params" in changes and "opt_state" not in changes:
             changes["opt_state"] = restart_evaluation(self.opt_state, changes["params"])
-        return dataclasses.replace(self, **changes)
+        new = dataclasses.replace(self, **changes)
+        if "optimizer" not in changes:
+            return new
+        optimizer, opt_state = adapt_lookahead(new.optimizer, new.opt_state, new.params)
+        return dataclasses.replace(new, optimizer=optimizer, opt_state=opt_state)
 
     def __repr__(self) -> str:
         parts = {"params": self.params, "model_state": self.model_state}

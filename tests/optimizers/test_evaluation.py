@@ -100,6 +100,30 @@ def test_schedule_free_is_found_inside_others(wrap) -> None:
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5), found, expected)
 
 
+def test_states_of_one_lookahead_optimizer_are_stacked_and_take_another_rate() -> None:
+    first, second = make_state(LOOKAHEAD), make_state(LOOKAHEAD)
+    stacked = jax.tree.map(lambda *leaves: jnp.stack(leaves), first.opt_state, second.opt_state)
+    assert stacked.inner.slow["w"].shape == (2, 2)
+    assert jax.tree.structure(first) == jax.tree.structure(second)
+    assert jt.with_optimizer(first, first.optimizer).optimizer == second.optimizer
+    # The synchronizations continue: the slow parameters after four steps are those of one run.
+    expected, state = first, first
+    for i in range(4):
+        if i == 1:
+            state = state.replace(optimizer=optax.lookahead(optax.adam(0.1), 2, 0.3))
+        (_, _), grads = jt.gradients(state, DATA, LOSS)
+        state = jt.apply_gradients(state, grads)
+        expected = jt.apply_gradients(expected, grads)
+    assert not np.allclose(state.evaluation_params["w"], first.params["w"])
+    for name in ("v", "w"):
+        np.testing.assert_array_equal(
+            state.evaluation_params[name], expected.evaluation_params[name]
+        )
+    anew = state.replace(optimizer=LOOKAHEAD, opt_state=LOOKAHEAD.init(state.params))
+    assert jax.tree.structure(anew) == jax.tree.structure(first)
+    np.testing.assert_array_equal(anew.evaluation_params["w"], state.params["w"])
+
+
 def test_a_function_of_ones_own_is_used_in_steps_runs_and_a_sweep() -> None:
     """Half of the parameters; a traced rate makes new functions, and the state stays the same."""
 

@@ -59,11 +59,16 @@ def test_the_steepest_slope_after_the_minimum_does_not_count() -> None:
     assert _result(RATES, losses).suggestion == pytest.approx(0.01, rel=0.1)
 
 
-def test_losses_are_those_of_training_at_the_rates_of_the_ramp(state, small_classes) -> None:
+@pytest.mark.parametrize(
+    "make_optimizer", [jt.optimizers.sgd, lambda rate: optax.lookahead(optax.sgd(rate), 99, 0.5)]
+)
+def test_losses_are_those_of_training_at_the_rates_of_the_ramp(
+    state, small_classes, make_optimizer
+) -> None:
     test = jt.find_learning_rate(
         state,
         small_classes,
-        jt.optimizers.sgd,
+        make_optimizer,
         loss_fn=LOSS,
         lowest=1e-3,
         highest=0.1,
