@@ -70,10 +70,9 @@ def load_checkpoint(
         if weights_only:
             parts = {name: getattr(state, name) for name in ("params", "model_state")}
         found = _matched(record["leaves"], root, parts, weights_only, file)
-        # The options of `optax.inject_hyperparams`, such as the learning rate, are arrays as well.
-        option = re.compile(rf"{root}\.opt_state\.(.*\.)?hyperparams\.")
+        options = _options(root, [name for name, _ in found])
         leaves = [
-            leaf if option.match(name) else place(arrays[name].copy(), leaf) for name, leaf in found
+            leaf if name in options else place(arrays[name].copy(), leaf) for name, leaf in found
         ]
     values = jax.tree.unflatten(jax.tree.structure(parts), leaves)
     if not weights_only:
@@ -108,6 +107,21 @@ def _root(record: dict[str, Any], best: bool, file: Path) -> str:
             argument="best",
         )
     return "best" if best and record["best"] == "stored" else "state"
+
+
+def _options(root: str, names: list[str]) -> set[str]:
+    """Returns the arrays that are options of `optax.inject_hyperparams`, such as a learning rate.
+
+    A rate that `set_learning_rate` put in place of a schedule is one; the schedule's count is not.
+    """
+    option = re.compile(rf"{root}\.opt_state\.(.*\.)?hyperparams(_states)?\.")
+    matches = {name: match for name in names if (match := option.match(name))}
+    rates = {name.removesuffix("is_fixed") + "rate" for name in matches if _is_fixed(name)}
+    return {name for name in matches if not matches[name][2] or _is_fixed(name) or name in rates}
+
+
+def _is_fixed(name: str) -> bool:
+    return name.endswith(".is_fixed")  # of a RateState
 
 
 def _matched(

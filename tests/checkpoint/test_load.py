@@ -44,6 +44,21 @@ def test_the_state_continues_with_another_learning_rate(trained, small_classes, 
     assert after.epoch == 3
 
 
+def test_a_new_schedule_replaces_a_rate_that_was_set(small_classes, tmp_path) -> None:
+    """Its count continues: the rate is that of the fifth step."""
+    options = {"loss_fn": LOSS, "epochs": 1, "batch_size": 16}
+    state = make_state(small_classes, jt.optimizers.sgd(lambda count: 0.1))
+    callbacks = [lambda run: jt.set_learning_rate(run.state, 0.5)]
+    callbacks.append(jt.callbacks.checkpoint(tmp_path))
+    jt.fit(state, small_classes, **options, callbacks=callbacks)
+    fresh = make_state(small_classes, jt.optimizers.sgd(lambda count: 0.001 * (count + 1)))
+    for start, rate in ((fresh, 0.005), (jt.set_learning_rate(fresh, 0.3), 0.3)):
+        loaded = jt.load_checkpoint(tmp_path, start)
+        loaded, _ = jt.train_step(loaded, small_classes, LOSS)
+        found = jt.optimizers.records(loaded.opt_state)["learning_rate"].value
+        np.testing.assert_allclose(found, rate, rtol=1e-6)
+
+
 def test_the_weights_continue_with_another_optimizer(trained, small_classes, tmp_path) -> None:
     fresh = make_state(
         small_classes, jt.optimizers.average_parameters(jt.optimizers.adam(0.01), 0.9), seed=1
