@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import optax
 from jaxtyping import PyTree
 
@@ -26,12 +27,13 @@ def from_torch(torch_optimizer: Any, module: Any = None) -> optax.GradientTransf
     Args:
       torch_optimizer: SGD, Adam, AdamW, RMSprop, Rprop, Adagrad or Adadelta, which has taken no
         step and has no scheduler.
-      module: the module whose parameters it has. It is needed if there are several groups and
-        the optimizer was not made from `module.named_parameters()`.
+      module: the module whose parameters it has. It is needed if there are several groups, or not
+        all parameters are in one, and the optimizer was not made from `module.named_parameters()`.
 
     Raises:
       InputError: the optimizer is another one, has an option or a state that cannot be translated,
-        or the names of its parameters are unknown.
+        or the names of its parameters are unknown; `init_state` raises it if the state has more
+        parameters than the only group, whose names are unknown.
 
     Example:
       >>> import torch
@@ -64,7 +66,7 @@ def from_torch(torch_optimizer: Any, module: Any = None) -> optax.GradientTransf
     names = [_names(group, module) for group in groups]
     if None in names:
         if len(groups) == 1:
-            return parts[0]
+            return _of_all_parameters(parts[0], kind, groups[0]["params"])
         raise InputError(
             f"the {kind} has {len(groups)} groups of parameters without names; expected the module "
             "as well: from_torch(torch_optimizer, module)",
@@ -87,6 +89,28 @@ def from_torch(torch_optimizer: Any, module: Any = None) -> optax.GradientTransf
 
     named = {str(i): part for i, part in enumerate(parts)}
     return optax.partition({**named, "none": optax.set_to_zero()}, label)
+
+
+def _of_all_parameters(
+    optimizer: optax.GradientTransformation, kind: str, tensors: list[Any]
+) -> optax.GradientTransformation:
+    """Returns an optimizer that refuses a state with more parameters than a group without names.
+
+    The sizes are compared, since another framework may transpose, join or split the arrays.
+    """
+    trained = sum(tensor.numel() for tensor in tensors if tensor.requires_grad)
+
+    def init(params: PyTree) -> PyTree:
+        size = sum(map(jnp.size, jax.tree.leaves(params)))
+        if size > trained:
+            raise InputError(
+                f"the {kind} trains {trained} numbers of unnamed parameters, and the state has "
+                f"{size}; expected the module as well: from_torch(torch_optimizer, module)",
+                argument="module",
+            )
+        return optimizer.init(params)
+
+    return optimizer._replace(init=init)
 
 
 def _translate(

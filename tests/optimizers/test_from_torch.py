@@ -106,6 +106,21 @@ def test_what_cannot_be_translated_is_refused(optimizer: Any, match: str) -> Non
         jt.optimizers.from_torch(optimizer())
 
 
+def test_a_group_without_names_has_all_parameters() -> None:
+    """Of a module, or of one in another layout; those without a gradient are not trained."""
+    head = make("Adam", lambda module: [*module.children()][1].parameters())[1]
+    match = r"Adam trains 2 numbers of unnamed .* has 4; .*from_torch\(torch_optimizer, module\)"
+    params = jax.tree.map(jnp.asarray, PARAMS)
+    with pytest.raises(jt.errors.InputError, match=match):
+        jt.optimizers.from_torch(head).init(params)
+    jt.optimizers.from_torch(head).init(params["1"])
+    jt.optimizers.from_torch(make("Adam")[1]).init({"kernel": jnp.ones((2, 2))})
+    module, frozen = make("Adam")
+    module.get_parameter("0.weight").requires_grad_(False)
+    with pytest.raises(jt.errors.InputError, match=match):
+        jt.optimizers.from_torch(frozen).init(params)
+
+
 def test_groups_belong_to_one_module() -> None:
     module, optimizer = make("SGD", two_groups)
     with pytest.raises(jt.errors.InputError, match=r"a parameter .* the module does not have"):
