@@ -353,9 +353,11 @@ def check_state_type(state: Any, step_fn: Any = None) -> None:
                 )
     elif not isinstance(state, TrainState):
         kind = f"{type(state).__module__}.{type(state).__name__}"
+        is_own = all(hasattr(state, name) for name in ("step", "epoch", "key"))
+        hint = ", or the step of such a state, fit(..., step_fn=...)" if is_own else ""
         raise InputError(
             f"state is a {kind}; expected a jaxtrain.TrainState, as returned by "
-            "init_state, train_step or fit"
+            f"init_state, train_step or fit{hint}"
         )
     if getattr(state.step, "ndim", 0):
         raise InputError(

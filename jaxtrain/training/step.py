@@ -348,8 +348,9 @@ def _check_like_params(name: str, tree: PyTree, params: PyTree) -> None:
     ours: Any = jax.tree.structure(params)
     theirs: Any = jax.tree.structure(tree)
     if ours != theirs:
+        hint = ", the last of (loss, aux), grads = gradients(...)" if name == "grads" else ""
         raise InputError(
-            f"{name} has the structure {theirs}; expected that of state.params, {ours}"
+            f"{name} has the structure {theirs}; expected that of state.params, {ours}{hint}"
         )
     for (path, grad), param in zip(named_arrays(tree, name), jax.tree.leaves(params), strict=True):
         if jnp.shape(grad) != jnp.shape(param):
