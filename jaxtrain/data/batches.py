@@ -198,6 +198,11 @@ class Epoch:
         self._next: Dataset | None = None
         self._before_next: Any = None  # the position
 
+    @property
+    def _place(self) -> str:
+        """Names the epoch; in a run by steps, which sets a limit, an epoch is something else."""
+        return f"{'epoch' if self.limit is None else 'pass'} {self.epoch}"
+
     def peek(self) -> Dataset:
         """Returns the next batch, which `read` will return again."""
         self._before_next = self.position()
@@ -225,7 +230,7 @@ class Epoch:
             return None
         if length and self.count >= length:
             raise InputError(
-                f"{name} has more than {length} batches in epoch {self.epoch}; expected {length}, "
+                f"{name} has more than {length} batches in {self._place}; expected {length}, "
                 "its len()"
             )
         self.count += 1
@@ -282,13 +287,13 @@ class Epoch:
     def _check_end(self, name: str, length: int) -> None:
         if self.count == 0:
             raise InputError(
-                f"{name} has no batches in epoch {self.epoch}; expected an iterable that starts "
+                f"{name} has no batches in {self._place}; expected an iterable that starts "
                 "again in each epoch, such as a list, a DataLoader or jaxtrain.data.stream, but "
                 "not a generator"
             )
         if self.count < length:
             raise InputError(
-                f"{name} ended after {self.count} batches in epoch {self.epoch}; expected "
+                f"{name} ended after {self.count} batches in {self._place}; expected "
                 f"{length}, its len()"
             )
 

@@ -188,7 +188,7 @@ def test_gradients_accumulate_across_epochs_and_passes() -> None:
         ),
         ({"test": endless(), "steps": 4, "evaluate_every": 2}, "test is a generator"),
         ({"train": iter([]), "steps": 4}, "train has no batches in epoch 1"),
-        ({"train": iter(list(STREAM)), "steps": 8}, "train has no batches in epoch 2"),
+        ({"train": iter(list(STREAM)), "steps": 8}, "train has no batches in pass 2"),
     ],
 )
 def test_lengths_that_cannot_be_are_refused(options: dict[str, Any], message: str) -> None:
