@@ -9,6 +9,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 
 import jaxtrain as jt
@@ -286,16 +287,56 @@ def test_call_says_how_the_module_is_called() -> None:
         return module(inputs["pixels"] / 255) * (2 if train else 1)
 
     pixels = np.arange(72, dtype=np.uint8).reshape(2, 1, 6, 6) ** 2
+    scaled = np.float32(pixels / 255)
     module = make_cnn(0.0)
     state = init(module, {"pixels": pixels}, call=call)
     assert_close(
         jt.predict(state, {"pixels": pixels}),
-        call_torch(module, np.float32(pixels / 255), train=False),
+        call_torch(module, scaled, train=False),
     )
     found, _ = state.model.apply(
         state.params, state.model_state, {"pixels": jnp.asarray(pixels)}, train=True, key=KEY
     )
     assert_close(found, 2 * call_torch(module, np.float32(pixels / 255), train=True))
+
+
+class Graph(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(3, 1)
+
+    def forward(self, nodes: Any, adjacency: Any) -> Any:
+        return adjacency @ self.layer(nodes)
+
+
+@pytest.mark.parametrize("shape", [(5, 6, 3), (6, 3)], ids=["graphs", "nodes of one graph"])
+def test_shared_arrays_follow_the_inputs(shape: Any) -> None:
+    rng = np.random.default_rng(0)
+    nodes, adjacency = (rng.normal(size=size).astype(np.float32) for size in (shape, (6, 6)))
+    targets = rng.normal(size=(*shape[:-1], 1)).astype(np.float32)
+    data = jt.Dataset(nodes, targets, shared=adjacency)
+    module = Graph()
+    size, of_nodes = (6, True) if len(shape) == 2 else (2, False)  # 5 graphs: a partial batch
+    state = init(module, data, optax.sgd(0.01), independent_examples=not of_nodes)
+    state, history = jt.fit(
+        state, data, loss_fn=jt.losses.mean_squared_error, epochs=2, batch_size=size, callbacks=[]
+    )
+    optimizer, losses = torch.optim.SGD(module.parameters(), 0.01), []
+    batches = [torch.tensor(x).split(size) for x in (nodes, targets)]
+    for x, y in [*zip(*batches, strict=True)] * 2:
+        optimizer.zero_grad()
+        losses.append(F.mse_loss(module(x, torch.tensor(adjacency)), y))
+        losses[-1].backward()
+        optimizer.step()
+    assert_close(history.step_losses, np.array([float(x.detach()) for x in losses], np.float32))
+    assert_close(flat(state.params), dict(module.named_parameters()))
+
+
+def test_a_module_in_double_precision_comes_back_in_it() -> None:
+    with jax.enable_x64(True):
+        module = nn.Linear(3, 1).double()
+        trained = jt.to_module(init(module, np.ones((2, 3))))
+    assert torch.equal(trained.weight, module.weight)
 
 
 def test_inputs_of_another_length_are_exported_anew() -> None:

@@ -22,7 +22,7 @@ from jaxtrain.adapters._recording import Recorder
 from jaxtrain.adapters._shared import AdaptedApply, BatchStatistics, RefuseInit, Static, unused_key
 from jaxtrain.adapters.torch._export import export
 from jaxtrain.adapters.torch._interpreter import compute, to_array
-from jaxtrain.dataset import JoinedInputs, shared_inputs
+from jaxtrain.dataset import JoinedInputs
 from jaxtrain.errors import InputError
 from jaxtrain.model import Model
 
@@ -92,13 +92,14 @@ class _Template:
         self._programs: dict[Any, Any] = {}
 
     def program(self, call: Any, inputs: PyTree, train: bool) -> Any:
-        """Returns the operations of the module for inputs of these shapes, in a mode."""
+        """Returns the operations of the module for inputs of these shapes, in a mode.
+
+        They hold for any number of examples; beside arrays that the examples share, whose shapes
+        may depend on it, for this one alone.
+        """
         leaves, structure = jax.tree.flatten(inputs)
-        batched = len(leaves) - len(jax.tree.leaves(shared_inputs(inputs)))
-        shapes = [
-            (x.shape[1:] if n < batched else x.shape, self._dtype(x.dtype))
-            for n, x in enumerate(leaves)
-        ]
+        any_size = not isinstance(inputs, JoinedInputs)
+        shapes = [(x.shape[1:] if any_size else x.shape, self._dtype(x.dtype)) for x in leaves]
         known = (call, structure, tuple(shapes), train)
         if known not in self._programs:
             module = self.copy()  # an export may change attributes
@@ -107,7 +108,7 @@ class _Template:
                 found = jax.tree.unflatten(structure, tensors)
                 return call.value(module, found, train=train, rngs=None)
 
-            self._programs[known] = export(module, function, shapes, batched, train=train)
+            self._programs[known] = export(module, function, shapes, any_size=any_size, train=train)
         return self._programs[known]
 
     def copy(self) -> Any:
@@ -185,7 +186,7 @@ class Apply(AdaptedApply):
             for name, tensor in _variables(module).items():
                 array = to_numpy(values[name])
                 is_float = jax.numpy.issubdtype(array.dtype, np.floating)
-                tensor.copy_(torch.tensor(array.astype(np.float32) if is_float else array))
+                tensor.copy_(torch.tensor(array.astype(np.float64) if is_float else array))
         return module.eval()
 
 

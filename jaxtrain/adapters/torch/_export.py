@@ -36,24 +36,22 @@ class _Called(torch.nn.Module):
 
 
 def export(
-    module: Any, call: Callable[[Any], Any], shapes: Sequence[Any], batched: int, *, train: bool
+    module: Any, call: Callable[[Any], Any], shapes: Sequence[Any], *, any_size: bool, train: bool
 ) -> torch.export.ExportedProgram:
-    """Returns the operations of a module, for any number of examples.
+    """Returns the operations of a module.
 
     Args:
       module: the module, which is set to the mode.
       call: from the tensors of the inputs to the outputs of the module.
-      shapes: shapes of the inputs without the batch axis, and their dtypes.
-      batched: how many of the inputs, the first ones, have a batch axis.
+      shapes: shapes and dtypes of the inputs, without the batch axis if `any_size`.
+      any_size: whether the operations are those for any number of examples.
       train: whether in training mode.
     """
     module.train(train)
-    example = tuple(
-        torch.zeros((BATCH, *shape) if n < batched else shape, dtype=dtype)
-        for n, (shape, dtype) in enumerate(shapes)
-    )
-    batch = torch.export.Dim("batch")
-    dynamic = {"leaves": tuple({0: batch} if n < batched else {} for n in range(len(example)))}
+    batch = (BATCH,) if any_size else ()
+    example = tuple(torch.zeros((*batch, *shape), dtype=dtype) for shape, dtype in shapes)
+    axes = {0: torch.export.Dim("batch")} if any_size else {}
+    dynamic = {"leaves": tuple(axes for _ in example)}
     try:
         with _corrected(), torch.enable_grad():
             return torch.export.export(
