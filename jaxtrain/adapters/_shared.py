@@ -208,8 +208,9 @@ def draws_unasked(name: str) -> str:
     """Returns the message for a model that draws random numbers in evaluation."""
     return (
         f"{name} draws random numbers in evaluation; expected outputs that the inputs determine: "
-        "draw in training alone, by the argument train of __call__ or by call=..., or from a fixed "
-        "key; or, if it is meant to draw, init_state(..., draws_in_evaluation=True)"
+        "draw in training alone, by the argument train of __call__, by self.training of a PyTorch "
+        "module or by call=..., or from a fixed key; or, if it is meant to draw, "
+        "init_state(..., draws_in_evaluation=True)"
     )
 
 

@@ -9,7 +9,7 @@ import math
 import time
 import types
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import Any, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -51,9 +51,6 @@ from jaxtrain.training.run import history_row, prepare
 from jaxtrain.training.sources import InMemory, Repeated, Segment, Streamed, segments_in_order
 from jaxtrain.training.state import counters, recorded, to_shapes, with_epoch
 from jaxtrain.training.step import Objective, StepFn, evaluation_key, take_step
-
-if TYPE_CHECKING:
-    pass
 
 # Target duration of a compiled call, after which Ctrl-C is handled; and the time after which
 # `on_steps` is called although no callback asks for it.
