@@ -48,8 +48,10 @@ def test_each_input_may_have_its_own_mean_and_deviation() -> None:
     plain = jt.init_state(jt.models.FeedForward((8, 1), mean=0, std=1), None, table, **options)
     expected = jt.predict(plain, (table - mean) / std)
     np.testing.assert_allclose(jt.predict(state, table), expected, atol=1e-5)
-    with pytest.raises(jt.errors.InputError, match="mean has 3 numbers, and an example 1 inputs"):
-        jt.predict(state, table[0])  # one example without its axis
+    with pytest.raises(jt.errors.InputError, match=r"the shape of one example; .* inputs\[None\]"):
+        jt.predict(state, table[0])
+    with pytest.raises(jt.errors.InputError, match="mean has 3 numbers, and an example 2 inputs"):
+        jt.predict(state, table[:, :2])
 
 
 def test_dropout_keeps_the_mean_and_acts_in_training_only() -> None:
