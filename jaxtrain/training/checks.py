@@ -245,7 +245,8 @@ def check_run(state: Any, sources: Mapping[str, Any], objective: Objective) -> t
     for source in sources.values():
         if source is not train or step_fn is None:
             check_source(state, source, objective)
-        _warn_of_another_kind(train, source)
+        if step_fn is None:  # which may convert the inputs itself
+            _warn_of_another_kind(train, source)
     train.check_division()
     if step_fn is not None:
         return check_step_fn(step_fn, state, train.batch_shapes())
