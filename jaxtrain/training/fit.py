@@ -48,7 +48,14 @@ from jaxtrain.training.loop import (
     first_log,
 )
 from jaxtrain.training.run import history_row, prepare
-from jaxtrain.training.sources import InMemory, Repeated, Segment, Streamed, segments_in_order
+from jaxtrain.training.sources import (
+    AnySource,
+    InMemory,
+    Repeated,
+    Segment,
+    Streamed,
+    segments_in_order,
+)
 from jaxtrain.training.state import counters, recorded, to_shapes, with_epoch
 from jaxtrain.training.step import Objective, StepFn, evaluation_key, take_step
 
@@ -175,7 +182,7 @@ def fit(
         source: Any = sources["train"]
         if steps_per_epoch is not None:
             source = Repeated(source, steps_per_epoch, epochs, int(start.step), int(start.epoch))
-            sources["train"] = stack.enter_context(contextlib.closing(source))
+            stack.enter_context(contextlib.closing(source))
         run = completed = Run(
             state=start,
             epoch=int(start.epoch),
@@ -186,7 +193,9 @@ def fit(
             examples_per_epoch=source.examples,
             test_examples=sources["test"].examples if "test" in sources else 0,
             monitor=next((each.monitor for each in called if each.monitor is not None), None),
-            describe=functools.partial(_describe, start, sources, objective, columns),
+            describe=functools.partial(
+                _describe, start, {**sources, "train": source}, objective, columns
+            ),
         )
         del start  # which on a mesh is a copy of the state
 
@@ -239,7 +248,7 @@ class _Trainer:
       reported: when `on_steps` was last called.
     """
 
-    source: InMemory | Streamed | Repeated
+    source: AnySource
     objective: Objective
     callbacks: list[Callback]
     timer: CompileTime
@@ -422,7 +431,7 @@ def _in_order(callbacks: list[Callback]) -> list[Callback]:
 
 def _describe(
     state: Any,
-    sources: Mapping[str, InMemory | Streamed],
+    sources: Mapping[str, AnySource],
     objective: Objective,
     columns: tuple[str, ...],
 ) -> dict[str, Any]:

@@ -411,6 +411,9 @@ class Repeated:
         self._source.close()
 
 
+AnySource = InMemory | Streamed | Repeated
+
+
 def make_source(
     data: Any,
     name: str,
