@@ -94,7 +94,7 @@ class WeightedMean:
         return -self + other
 
 
-def mean_terms(loss: Array | WeightedMean) -> list[tuple[Array, Array | None]]:
+def mean_terms(loss: Any) -> list[tuple[Array, Array | None]]:
     """Returns the pairs (values, weights) whose means a loss adds up.
 
     The weights are None for an array, whose entries count once each.
@@ -552,7 +552,9 @@ class WeightedSum:
     def __name__(self) -> str:
         return f"({' + '.join(f'{weight} * {name_of(term)}' for weight, term in self.terms)})"
 
-    def __call__(self, predictions: Array, targets: Array, **further: Any) -> Array | WeightedMean:
+    def __call__(
+        self, predictions: AnyArray, targets: AnyArray, **further: Any
+    ) -> Array | WeightedMean:
         """Returns Σ weight · loss for each example, [batch], or a `WeightedMean`."""
         terms = []
         for weight, term in self.terms:
