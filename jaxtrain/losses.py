@@ -94,7 +94,7 @@ class WeightedMean:
         return -self + other
 
 
-def mean_terms(loss: Any) -> list[tuple[Array, Array | None]]:
+def mean_terms(loss: Any) -> list[tuple[Any, Any]]:
     """Returns the pairs (values, weights) whose means a loss adds up.
 
     The weights are None for an array, whose entries count once each.
