@@ -317,7 +317,7 @@ def _halves(step: _Step, state: TrainState, batch: Dataset, loss_fn: Loss) -> Di
     found = [_compiled(step.function, state, half) for half in halves]
     weights = np.asarray([_compiled(weight, state, half) for half in halves], np.float64)
 
-    def join(name: str) -> np.ndarray:
+    def join(name: str) -> Any:
         parts = [np.asarray(each[name], np.float64) for each in found]
         if name.split(".")[0] == "predictions":
             return np.concatenate(parts)
