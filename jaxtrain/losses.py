@@ -174,7 +174,7 @@ def _passes_on(wrapper: Any, names: tuple[str, ...]) -> bool:
     """Returns whether a wrapper of functools.wraps takes arguments of these names."""
     try:
         parameters = inspect.signature(wrapper, follow_wrapped=False).parameters
-    except (TypeError, ValueError):  # such as of a jitted function
+    except (TypeError, ValueError):  # a jitted function may have none
         return True
     takes_all = any(x.kind is inspect.Parameter.VAR_KEYWORD for x in parameters.values())
     return takes_all or set(names) <= set(parameters)

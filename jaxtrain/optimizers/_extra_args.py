@@ -19,9 +19,10 @@ def accepting_extra_args(
 ) -> optax.GradientTransformationExtraArgs:
     """Returns an optimizer whose update takes any extra arguments.
 
-    Some, such as `optax.contrib.sam`, refuse those that they do not name, and `optax.chain` passes
-    them on all the same. No signature says so: the update is called again without what it refused,
-    which costs nothing once it is compiled. Then no other part of a chain receives it.
+    Some, such as `optax.contrib.sam`, refuse arguments that they do not name, and `optax.chain`
+    passes them on regardless. Its signature does not show this, so the update is called again
+    without the refused argument; a compiled program is not affected. The other parts of the chain
+    do not receive that argument either.
 
     Raises:
       InputError: the optimizer is not an optax transformation; or, in an update, one part of it
@@ -42,8 +43,8 @@ def accepting_extra_args(
                 for name in refused:
                     if f"'{name}'" in str(error):
                         raise InputError(
-                            f"a part of the optimizer refuses the argument {name}, and another "
-                            "needs it; expected the former in a wrapper that takes it, such as "
+                            f"one part of the optimizer refuses the argument {name}, and another "
+                            "requires it; wrap the part that refuses it, for example in "
                             "jaxtrain.optimizers.record_gradient_norm(optax.contrib.sam(...))",
                             argument="optimizer",
                         ) from error

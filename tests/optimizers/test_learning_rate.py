@@ -137,7 +137,7 @@ def test_a_rate_given_as_an_integer_can_become_a_fraction() -> None:
 
 
 def test_another_optimizer_with_the_same_state_keeps_the_moments() -> None:
-    """The way out that the errors name."""
+    """The fix that the errors name."""
     state = step(make_state(optax.adam(0.1)))
     state = step(state.replace(optimizer=optax.adam(0.01)))
     rates = optax.piecewise_constant_schedule(0.1, {1: 0.1})

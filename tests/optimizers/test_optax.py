@@ -38,7 +38,7 @@ OTHERS = {
 # These need more than a step has: the gradient of each example, and an objective of their own.
 REFUSED = {
     "dpsgd": r"updates\.w has the shape \(2,\); expected that of the parameter, \(2, 2\)",
-    "sam beside one with the loss": "refuses the argument value, and another needs it; expected",
+    "sam beside one with the loss": "refuses the argument value, and another requires it; wrap",
     "sophia": "obj_fn must be provided",
 }
 
