@@ -24,6 +24,7 @@ from jaxtrain import (
     parallel,
     sweeps,
 )
+from jaxtrain._allocator import reuse_freed_memory
 from jaxtrain.adapters import mixed_precision
 from jaxtrain.checkpoint import load_checkpoint
 from jaxtrain.dataset import Dataset
@@ -78,6 +79,7 @@ __all__ = [
     "optimizers",
     "parallel",
     "predict",
+    "reuse_freed_memory",
     "save",
     "set_learning_rate",
     "summary",

@@ -33,6 +33,7 @@ def test_importing_it_loads_nothing_heavy() -> None:
 ORDER = [
     *(
         "errors",
+        "_allocator",
         "_compile_time",
         "_compiler",
         "_extras",
