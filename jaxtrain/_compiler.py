@@ -42,6 +42,19 @@ _CALLS = frozenset(
     ]
 )
 _PROGRAMS = ("jaxpr", "call_jaxpr", "fun_jaxpr")
+# Operations that compute each number from those at the same place in their operands.
+ELEMENTWISE = frozenset(
+    [
+        *("abs", "acos", "acosh", "add", "add_any", "and", "asin", "asinh", "atan", "atan2"),
+        *("atanh", "cbrt", "ceil", "clamp", "convert_element_type", "copy", "copy_p", "cos"),
+        *("cosh", "digamma", "div", "eq", "erf", "erf_inv", "erfc", "exp", "exp2", "expm1"),
+        *("floor", "ge", "gt", "imag", "integer_pow", "is_finite", "le", "lgamma", "log", "log1p"),
+        *("logistic", "lt", "max", "min", "mul", "name", "ne", "neg", "nextafter", "not", "or"),
+        *("pow", "real", "reduce_precision", "rem", "round", "rsqrt", "select_n"),
+        *("sharding_constraint", "shift_left", "shift_right_arithmetic", "shift_right_logical"),
+        *("sign", "sin", "sinh", "sqrt", "square", "stop_gradient", "sub", "tan", "tanh", "xor"),
+    ]
+)
 
 Function = TypeVar("Function", bound=Callable[..., Any])
 
@@ -105,10 +118,16 @@ def called_program(equation: Any) -> Any:
     return next(equation.params[key] for key in _PROGRAMS if key in equation.params)
 
 
+def equations(jaxpr: Any) -> Iterator[Any]:
+    """Yields the operations of a program, and those of the programs inside it."""
+    for equation in jaxpr.eqns:
+        yield equation
+        for inner in inner_jaxprs(equation.params):
+            yield from equations(inner)
+
+
 def _rank(jaxpr: Any) -> int:
     """Returns the largest number of axes of an array in a program."""
-    found = [len(getattr(each.aval, "shape", ())) for each in jaxpr.invars]
-    for equation in jaxpr.eqns:
-        found += [len(getattr(each.aval, "shape", ())) for each in equation.outvars]
-        found += map(_rank, inner_jaxprs(equation.params))
-    return max(found, default=0)
+    results = (each for equation in equations(jaxpr) for each in equation.outvars)
+    arrays = (each.aval for each in (*jaxpr.invars, *results))
+    return max((len(getattr(each, "shape", ())) for each in arrays), default=0)

@@ -60,7 +60,7 @@ ORDER = [
 ]
 # The same inside the package of the training loop.
 TRAINING = [
-    *("state", "tracing", "step", "checks", "batch_axis", "independence", "sources", "loop"),
+    *("state", "tracing", "step", "checks", "independence", "sources", "loop"),
     *("batch_stats", "run", "history", "fit"),
 ]
 

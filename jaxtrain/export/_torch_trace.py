@@ -22,19 +22,12 @@ from jax.extend.core import Literal
 from jaxtyping import PyTree
 
 from jaxtrain import adapters
+from jaxtrain._compiler import ELEMENTWISE
 from jaxtrain.dataset import named_arrays
 from jaxtrain.training.state import TrainState
 
 Shape = tuple[int, ...]
 
-_ELEMENTWISE = {
-    *("abs", "acos", "add", "add_any", "and", "asin", "atan", "atan2", "cbrt", "ceil", "clamp"),
-    *("convert_element_type", "copy", "copy_p", "cos", "cosh", "div", "eq", "erf", "erf_inv"),
-    *("erfc", "exp", "exp2", "expm1", "floor", "ge", "gt", "integer_pow", "is_finite", "le"),
-    *("log", "log1p", "logistic", "lt", "max", "min", "mul", "name", "ne", "neg", "not", "or"),
-    *("pow", "reduce_precision", "rem", "round", "rsqrt", "select_n", "sharding_constraint"),
-    *("sign", "sin", "sinh", "sqrt", "square", "stop_gradient", "sub", "tan", "tanh", "xor"),
-}
 _REDUCTIONS = {f"reduce_{name}" for name in ("sum", "max", "min", "prod", "and", "or")}
 _MOVES = {"transpose", "broadcast_in_dim", "squeeze", *_REDUCTIONS}
 # These select or combine entries along some axes.
@@ -198,7 +191,7 @@ def _run(
         if is_outer and any(x.axes is not None for x in results):
             met = frozenset() if is_call else frozenset().union(*(x.paths for x in operands))
             uses.results |= {path: (position, equation.outvars[0]) for path in met}
-            is_normalizing &= not uses.features and name in _ELEMENTWISE | {"reshape"}
+            is_normalizing &= not uses.features and name in ELEMENTWISE | {"reshape"}
             if is_normalizing and name != "reshape":
                 uses.normalized = equation.outvars[0]
     return [read(x) for x in jaxpr.outvars]
@@ -207,7 +200,7 @@ def _run(
 def _result(equation: Any, operands: Sequence[_Value], shape: Shape, uses: Uses) -> _Value:
     """Returns the result of an operation."""
     name, others = equation.primitive.name, operands[1:]
-    if name in _ELEMENTWISE:
+    if name in ELEMENTWISE:
         return _elementwise(operands, shape, uses)
     if operands and not any(x.axes is not None or x.paths for x in others):
         sources = _sources(equation, operands[0].shape, shape)

@@ -17,7 +17,7 @@ from jax import lax
 from jaxtyping import PyTree
 
 from jaxtrain import adapters, parallel
-from jaxtrain._compiler import KNOWN_FLAGS, inner_jaxprs
+from jaxtrain._compiler import KNOWN_FLAGS, equations
 from jaxtrain.dataset import Dataset, as_dataset, named_arrays
 from jaxtrain.inspect._interpreter import Interpreter
 from jaxtrain.losses import Loss, context_parameters, mean_terms
@@ -343,11 +343,7 @@ def _removing_flag(run: Callable[..., Any], is_right: Callable[[Any], bool]) -> 
 
 
 def _contains(jaxpr: Any, names: frozenset[str]) -> bool:
-    return any(
-        equation.primitive.name in names
-        or any(_contains(inner, names) for inner in inner_jaxprs(equation.params))
-        for equation in jaxpr.eqns
-    )
+    return any(equation.primitive.name in names for equation in equations(jaxpr))
 
 
 def _largest(found: Any, exact: Any) -> float:

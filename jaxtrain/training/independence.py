@@ -3,17 +3,15 @@
 from __future__ import annotations
 
 import contextlib
-import operator
+import math
 import warnings
-from collections.abc import Iterator
 from typing import Any
 
 import jax
 import numpy as np
-from jaxtyping import PyTree
 
 from jaxtrain import parallel
-from jaxtrain._compiler import inner_jaxprs, is_on_cpu, options_for
+from jaxtrain._compiler import ELEMENTWISE, called_program, equations, is_on_cpu, options_for
 from jaxtrain._placement import is_key, to_numpy
 from jaxtrain.dataset import (
     Dataset,
@@ -21,10 +19,8 @@ from jaxtrain.dataset import (
     join_inputs,
     map_examples,
     named_arrays,
-    shared_inputs,
 )
 from jaxtrain.errors import InputError
-from jaxtrain.training.batch_axis import BatchAxis, keeps_examples_apart
 from jaxtrain.training.checks import has_values
 from jaxtrain.training.state import TrainState
 from jaxtrain.training.step import model_inputs
@@ -36,6 +32,15 @@ _TOLERANCE = 1e-3
 _SEARCHED = 8
 # Sizes of an axis of channels in front of an image.
 _CHANNELS = (1, 3)
+# Operations that leave an axis alone whose size they keep, and which they do not name as one of
+# these parameters.
+_AXES = ("axes", "axis", "dimension", "dimensions")
+_KEEPING = ELEMENTWISE | {
+    *(f"reduce_{name}" for name in ("and", "max", "min", "or", "prod", "sum")),
+    *(f"cum{name}" for name in ("logsumexp", "max", "min", "prod", "sum")),
+    *("argmax", "argmin", "broadcast_in_dim", "concatenate", "dot_general", "dynamic_slice"),
+    *("rev", "slice", "sort", "split", "squeeze", "transpose"),
+}
 
 
 def check_independence(state: TrainState, source: Any) -> None:
@@ -56,8 +61,7 @@ def check_independence(state: TrainState, source: Any) -> None:
     traced = traced_prediction(state, source.sample, source.name)
     variables = (state.params, state.model_state)
     _warn_of_channels(traced.jaxpr.jaxpr, jax.tree.leaves(shapes.inputs), source.name)
-    axes = [None] * len(jax.tree.leaves(variables))
-    if keeps_examples_apart(traced.jaxpr, [*axes, *_batch_axes(join_inputs(shapes))]):
+    if _is_proven(traced.jaxpr.jaxpr, {TRACED_ROWS: 1}):
         return
     if not all(map(has_values, jax.tree.leaves((variables, source.sample)))):
         return
@@ -80,14 +84,8 @@ def check_independence(state: TrainState, source: Any) -> None:
         )
 
 
-def _batch_axes(inputs: PyTree) -> list[BatchAxis | None]:
-    """Returns where each array that the model receives has its examples."""
-    count = len(jax.tree.leaves(shared_inputs(inputs)))
-    return [BatchAxis(0, TRACED_ROWS)] * (len(jax.tree.leaves(inputs)) - count) + [None] * count
-
-
 def _largest_change(state: TrainState, data: Dataset) -> float:
-    """Returns how much an output changes with the other example; 0 if rounding explains it."""
+    """Returns how much an output changes with other examples; 0 if rounding explains it."""
     few = map_examples(np.asarray, data[:_SEARCHED])
     few = few.replace(inputs=jax.tree.map(np.asarray, model_inputs(few.replace(shared=None))))
     rows = [jax.tree.leaves(few[n : n + 1].inputs) for n in range(len(few))]
@@ -99,28 +97,26 @@ def _largest_change(state: TrainState, data: Dataset) -> float:
         return leaf if is_key(leaf) else to_numpy(leaf)
 
     variables = jax.tree.map(on_host, (state.params, state.model_state))
-    # Both examples are in each batch, so that its variance is not 0.
-    start = [0, other] * (TRACED_ROWS // 2) + [0] * (TRACED_ROWS % 2)
-    order = np.stack([start, start, start])
-    order[1, 1], order[2, 0] = 0, other
-    examples = [map_examples(operator.itemgetter(at), few) for at in order]
-    batches = [jax.tree.map(on_host, join_inputs(each)) for each in examples]
+    # The example in row 1 stays. Both are in each batch, so that its variance is not 0.
+    orders = np.array([[0, other, 0, 0, 0], [other, other, other, other, 0]])
+    batches = [
+        jax.tree.map(on_host, join_inputs(map_examples(lambda x, at=at: x[at], few)))
+        for at in orders
+    ]
     traced = predict_alone.trace(state.model, *variables, batches[0])
     options = options_for(traced.jaxpr)
     if is_on_cpu():
         options = options | {"xla_backend_optimization_level": 0}
     program = traced.lower().compile(compiler_options=options)
-    first, *others = (jax.tree.leaves(program(*variables, inputs)) for inputs in batches)
     change = 0.0
-    for found, changed in zip(others, order[1:] != order[0], strict=True):
-        for ours, theirs in zip(first, found, strict=True):
-            # Other outputs, such as scalars, are not one per example.
-            if ours.shape[:1] == (TRACED_ROWS,) and not is_key(ours):
-                x, y = (np.asarray(each, np.float64)[~changed] for each in (ours, theirs))
-                finite = np.isfinite(x) & np.isfinite(y)
-                difference = np.abs(x - y)[finite].max(initial=0.0)
-                if difference > _TOLERANCE * np.maximum(abs(x), abs(y))[finite].max(initial=0.0):
-                    change = max(change, float(difference))
+    for pair in zip(*(jax.tree.leaves(program(*variables, each)) for each in batches), strict=True):
+        # Other outputs, such as scalars, are not one per example.
+        if pair[0].shape[:1] == orders.shape[1:] and not is_key(pair[0]):
+            x, y = (np.asarray(each[1], np.float64) for each in pair)
+            finite = np.isfinite(x) & np.isfinite(y)
+            difference = np.abs(x - y)[finite].max(initial=0.0)
+            if difference > _TOLERANCE * np.maximum(abs(x), abs(y))[finite].max(initial=0.0):
+                change = max(change, float(difference))
     return change
 
 
@@ -128,10 +124,69 @@ def _are_equal(ours: list[Any], theirs: list[Any]) -> bool:
     return all(np.array_equal(x, y) for x, y in zip(ours, theirs, strict=True))
 
 
+def _is_proven(jaxpr: Any, strides: dict[int, int]) -> bool:
+    """Returns whether a program provably computes its outputs from one example each, or from none.
+
+    It is traced for `TRACED_ROWS` examples. An axis whose size is a multiple of them is that of the
+    examples: index // stride % TRACED_ROWS is the example. An array without such an axis is the
+    same for all examples. Operations that may mix examples, or have no rule here, are not proven.
+
+    Args:
+      jaxpr: the program.
+      strides: the stride of each size so far; axes of one size have the same one.
+    """
+    return all(_keeps_examples_apart(equation, strides) for equation in jaxpr.eqns)
+
+
+def _keeps_examples_apart(equation: Any, strides: dict[int, int]) -> bool:
+    before, after = (
+        [_axes_of_examples(each.aval) for each in arrays]
+        for arrays in (equation.invars, equation.outvars)
+    )
+    if not any(before):
+        return True
+    name, params = equation.primitive.name, equation.params
+    inner = params["jaxpr"] if name == "scan" else called_program(equation)
+    if inner is not None:  # of which a scan receives one entry of some operands at a time
+        inner = getattr(inner, "jaxpr", inner)
+        counts = [len(_axes_of_examples(each.aval)) for each in inner.invars]
+        return counts == list(map(len, before)) and _is_proven(inner, strides)
+    if any(len(axes) > 1 for axes in before) or any(len(axes) != 1 for axes in after):
+        return False
+    pairs = zip((*equation.invars, *equation.outvars), (*before, *after), strict=True)
+    found = [(each.aval.shape, axes[0]) for each, axes in pairs if axes]
+    (shape, axis), (new, place) = found[0], found[-1]
+    if name == "reshape":
+        numbers = strides.get(shape[axis], 0) * math.prod(shape[axis + 1 :])  # of one example
+        stride, rest = divmod(numbers, math.prod(new[place + 1 :]))
+        fits = stride > 0 and rest == 0 and new[place] % (stride * TRACED_ROWS) == 0
+        fits &= params.get("dimensions") is None
+        return fits and strides.setdefault(new[place], stride) == stride
+    if len({shape[axis] for shape, axis in found}) > 1:
+        return False
+    if name == "conv_general_dilated":
+        return not before[1] and axis == params["dimension_numbers"].lhs_spec[0]
+    if name == "gather":
+        is_paired = axis in params["dimension_numbers"].operand_batching_dims
+        return not before[0] or is_paired or params["slice_sizes"][axis] == shape[axis]
+    if name == "pad":
+        return not any(params["padding_config"][axis])
+    if name in ("reduce_window_max", "reduce_window_min", "reduce_window_sum"):
+        return params["window_dimensions"][axis] == 1 and not any(params["padding"][axis])
+    named = (params.get(each) for each in _AXES)
+    used = [n for each in named for n in (each if isinstance(each, tuple) else (each,))]
+    return name == "stack" or (name in _KEEPING and axis not in used)
+
+
+def _axes_of_examples(array: Any) -> list[int]:
+    sizes = enumerate(getattr(array, "shape", ()))
+    return [axis for axis, size in sizes if size and size % TRACED_ROWS == 0]
+
+
 def _warn_of_channels(jaxpr: Any, inputs: list[Any], name: str) -> None:
     """Warns if a convolution takes an axis of channels for one of the image."""
     shapes = [(TRACED_ROWS, *leaf.shape[1:]) for leaf in inputs if leaf.ndim > 3]
-    for equation in _equations(jaxpr) if shapes else ():
+    for equation in equations(jaxpr) if shapes else ():
         if equation.primitive.name != "conv_general_dilated":
             continue
         image, kernel = (each.aval.shape for each in equation.invars)
@@ -153,10 +208,3 @@ def _warn_of_channels(jaxpr: Any, inputs: list[Any], name: str) -> None:
                 stacklevel=5,
             )
         return
-
-
-def _equations(jaxpr: Any) -> Iterator[Any]:
-    for equation in jaxpr.eqns:
-        yield equation
-        for inner in inner_jaxprs(equation.params):
-            yield from _equations(inner)

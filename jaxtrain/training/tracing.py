@@ -14,9 +14,9 @@ from jaxtrain.dataset import Dataset, describe_array, join_inputs, map_examples,
 from jaxtrain.errors import InputError
 from jaxtrain.training.state import TrainState
 
-# Number of examples with which a model is traced whose examples do not depend on each other.
-TRACED_ROWS = 5
-
+# Number of examples with which a model is traced whose examples do not depend on each other: a
+# prime number, of which few axes of networks are a multiple; see `independence`.
+TRACED_ROWS = 83
 
 # A jitted function keeps its traces, for several data sets and checks.
 predict_alone = bounded(

@@ -128,6 +128,25 @@ MIXING = {
         {"a": ROWS, "b": TOKENS},
     ),
 }
+# Operations whose results have the shape of a batch, and rows of other examples.
+MOVING = {
+    "rows that move": lambda x: jnp.roll(x, 1, axis=0),
+    "padding at one end": lambda x: lax.pad(x, 0.0, ((1, -1, 0), *[(0, 0, 0)] * (x.ndim - 1))),
+    "axes in another order": lambda x: x.swapaxes(0, 1).reshape(x.shape),
+    "joined and divided": lambda x: x.reshape(-1, 4).reshape(5, -1, 4).swapaxes(0, 1),
+    "a sum over joined axes": lambda x: jnp.cumsum(x.reshape(-1, 4), 0).reshape(x.shape),
+    "rows that are looked up": lambda x: jnp.take_along_axis(
+        x, jnp.argsort(x[:, :1], axis=0), axis=0
+    ),
+    "a loop from the end": lambda x: lax.scan(lambda c, row: (c + row, c), x[0], x, reverse=True)[
+        1
+    ],
+    "a product of both": lambda x: jnp.einsum("nti,mti->nm", x, x)[:, :3],
+    "the convolution of a series": lambda x: lax.conv_general_dilated(
+        x.swapaxes(0, 1), jnp.ones((3, 4, 4)), (1,), "SAME", dimension_numbers=("NWC", "WIO", "NWC")
+    ).swapaxes(0, 1),
+    "in a part": lambda x: (jax.jit(lambda y: y - y.sum(0, keepdims=True))(x), x),
+}
 APART = {
     "the tutorial's network": (jt.models.FeedForward((5, 3)), IMAGES),
     "bfloat16": (jt.mixed_precision(jt.models.FeedForward((5, 3))), IMAGES),
@@ -146,6 +165,16 @@ APART = {
         ),
         SERIES,
     ),
+    "joined axes, in both orders": (
+        plain(
+            lambda x: (
+                (x.reshape(-1, 4) @ jnp.ones((4, 3))).reshape(*x.shape[:2], 3)
+                + jnp.tanh(x[:, :2].swapaxes(0, 1).reshape(-1, 4)).reshape(2, len(x), 4)[0, :, None]
+                @ jnp.ones((4, 3))
+            )
+        ),
+        SERIES,
+    ),
     "an error in a batch of one": (plain(lambda x: x.reshape(3, -1) if len(x) == 1 else x), ROWS),
 }
 UNPROVEN = {
@@ -157,6 +186,7 @@ UNPROVEN = {
     "outputs that are not finite": (plain(lambda x: jnp.log(-jnp.abs(x - x.mean()))), ROWS),
     "outputs of zero": (plain(lambda x: 0 * x.sum(0, keepdims=True) + jnp.zeros_like(x)), ROWS),
     "rounding": (plain(lambda x: x + 1e-7 * x.sum(0, keepdims=True)), ROWS),
+    "as many features as rows of the proof": (nn.Dense(83), ROWS),
     "equal examples": (plain(normalized), np.ones((6, 4), np.float32)),
     "one example": (plain(normalized), ROWS[:1]),
 }
@@ -168,6 +198,12 @@ def test_a_model_that_mixes_examples_is_refused(case: str) -> None:
     with pytest.raises(jt.errors.InputError, match=MESSAGE):
         check(model, inputs)
     check(model, inputs, independent_examples=False)
+
+
+@pytest.mark.parametrize("case", MOVING)
+def test_operations_that_move_examples_are_refused(case: str) -> None:
+    with pytest.raises(jt.errors.InputError, match=MESSAGE):
+        check(plain(MOVING[case]), SERIES)
 
 
 @pytest.mark.parametrize("case", [*APART, *UNPROVEN])
