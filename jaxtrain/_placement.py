@@ -15,6 +15,13 @@ def is_key(leaf: Any) -> bool:
     return isinstance(leaf, jax.Array) and jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key)
 
 
+def has_values(array: Any) -> bool:
+    """Returns whether an array has values here: it is not traced, empty, or on other hosts."""
+    if isinstance(array, jax.core.Tracer):  # under jax.jit, `is_fully_addressable` raises
+        return False
+    return getattr(array, "is_fully_addressable", True) and array.size > 0
+
+
 def to_words(leaf: Any) -> Any:
     """Returns an array of numbers: the array itself, or the key data of PRNG keys."""
     if is_key(leaf):

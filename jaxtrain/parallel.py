@@ -66,6 +66,14 @@ def replicate(tree: PyTree, mesh: jax.sharding.Mesh, rule: Rule | None = None) -
     return jax.tree.unflatten(jax.tree.structure(tree), leaves)
 
 
+def placed(tree: PyTree) -> PyTree:
+    """Returns arrays on the devices of the current mesh, or else on JAX's default device."""
+    mesh = current_mesh()
+    if mesh is None or any(isinstance(leaf, jax.core.Tracer) for leaf in jax.tree.leaves(tree)):
+        return jax.tree.map(jnp.asarray, tree)
+    return replicate(tree, mesh)
+
+
 def shard(dataset: Dataset, mesh: jax.sharding.Mesh) -> Dataset:
     """Divides a data set over the devices of a mesh, each of which stores one part.
 

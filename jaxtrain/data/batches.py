@@ -8,6 +8,7 @@ import json
 import queue
 import sys
 import threading
+import types
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
@@ -160,13 +161,21 @@ class Batches:
                 )
         return opened
 
-    def check_ends(self) -> None:
-        """Raises InputError if the batches never end."""
+    def check_ends(self, epochs: int = 1) -> None:
+        """Raises InputError if the batches never end, or can be read once and are needed again."""
         if self.is_endless:
             raise InputError(
                 f"{self.name} is a {type(self.data).__name__} that never ends; expected one epoch "
                 "of batches: leave out its repeat(), or, for the training data of fit, pass "
                 "steps=..."
+            )
+        if epochs > 1 and isinstance(self.data, types.GeneratorType):
+            by_count = ", or steps=... if it does not end" if self.name == "train" else ""
+            raise InputError(
+                f"{self.name} is a generator, which is read once, and there are {epochs} epochs; "
+                "expected an iterable that starts again in each epoch, such as a list, a "
+                f"DataLoader or jaxtrain.data.stream{by_count}",
+                argument=self.name,
             )
 
     def close(self) -> None:

@@ -29,6 +29,9 @@ from jaxtrain.optimizers._safeguards import SkipNonfiniteState
 from jaxtrain.optimizers._schedules import RateState
 from jaxtrain.optimizers._transforms import ClippingState
 
+# States of transformations that choose or limit the length of a step.
+_STEP_LENGTHS = (*LINE_SEARCHES, ClippingState)
+
 
 def current_learning_rate(opt_state: Any) -> Float[Array, "..."] | None:
     """Returns the learning rate of the latest update, or None if it is unknown; see `records`.
@@ -107,6 +110,25 @@ def has_line_search(opt_state: Any) -> bool:
     return bool(find_nodes(opt_state, *LINE_SEARCHES))
 
 
+def check_line_search(opt_state: Any, examples: int, batch_size: int) -> None:
+    """Raises InputError if a line search (L-BFGS) is used with mini-batches or clipping."""
+    found = {isinstance(x, LINE_SEARCHES) for x in find_nodes(opt_state, *_STEP_LENGTHS)}
+    if True not in found:
+        return
+    if batch_size < examples:
+        raise InputError(
+            f"batch_size is {batch_size} of {examples} examples, but the optimizer has a line "
+            "search (L-BFGS); expected all examples in one batch, since the search compares losses "
+            "of the same function",
+            argument="batch_size",
+        )
+    if False in found:
+        raise InputError(
+            "the optimizer clips gradients and has a line search (L-BFGS); expected one or the "
+            "other, since the search chooses the length of each step"
+        )
+
+
 def has_accumulation(opt_state: Any) -> bool:
     """Returns whether an optimizer accumulates gradients by `accumulate_gradients`.
 
@@ -114,15 +136,6 @@ def has_accumulation(opt_state: Any) -> bool:
       opt_state: `state.opt_state`.
     """
     return bool(find_nodes(opt_state, AccumulationState))
-
-
-def has_clipping(opt_state: Any) -> bool:
-    """Returns whether an optimizer clips gradients by `clip_gradients`.
-
-    Args:
-      opt_state: `state.opt_state`.
-    """
-    return bool(find_nodes(opt_state, ClippingState))
 
 
 def skipped_steps(opt_state: Any) -> Int[Array, "..."] | None:

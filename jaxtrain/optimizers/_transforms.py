@@ -31,7 +31,7 @@ def global_norm(tree: PyTree) -> Float[Array, ""]:
 
 
 class ClippingState(NamedTuple):
-    """State of `clip_by_global_norm`: empty; `has_clipping` looks for its type."""
+    """State of `clip_by_global_norm`: empty; `check_line_search` looks for its type."""
 
 
 def clip_by_global_norm(max_norm: Number) -> optax.GradientTransformation:

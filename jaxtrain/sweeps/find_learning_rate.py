@@ -14,19 +14,15 @@ from jax import lax
 from jax.typing import ArrayLike
 from jaxtyping import Array, Int, Key
 
+from jaxtrain import parallel
 from jaxtrain._arguments import check_integer, check_key
 from jaxtrain.dataset import Dataset
 from jaxtrain.errors import InputError
 from jaxtrain.losses import Loss
 from jaxtrain.optimizers._averaging import has_updated
 from jaxtrain.optimizers._inspect import has_line_search, last_step_finite
-from jaxtrain.training.checks import (
-    check_data,
-    check_missing_targets,
-    checked_data,
-    checked_state,
-)
-from jaxtrain.training.state import TrainState, recorded, with_optimizer
+from jaxtrain.training.checks import check_data, check_missing_targets, checked_data
+from jaxtrain.training.state import TrainState, checked_state, recorded, with_optimizer
 from jaxtrain.training.step import Batch, check_loss, update
 
 if TYPE_CHECKING:
@@ -154,7 +150,7 @@ def find_learning_rate(
         return make_optimizer(schedule)
 
     ramp = jnp.geomspace(lowest, highest, steps)
-    state = checked_state(with_optimizer(state, optimizer_with(ramp[0])))
+    state = parallel.placed(checked_state(with_optimizer(state, optimizer_with(ramp[0]))))
     if has_line_search(state.opt_state):
         raise InputError(
             "make_optimizer makes an optimizer with a line search, such as L-BFGS, which finds the "

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any, NamedTuple, NoReturn
 
 import jax
@@ -17,7 +17,7 @@ from jaxtrain import adapters, parallel
 from jaxtrain._carry import keep_types
 from jaxtrain._compiler import bounded
 from jaxtrain._json import rounded
-from jaxtrain._placement import is_key, to_numpy
+from jaxtrain._placement import has_values, is_key, to_numpy
 from jaxtrain.dataset import (
     Dataset,
     as_dataset,
@@ -29,9 +29,9 @@ from jaxtrain.dataset import (
 from jaxtrain.errors import InputError, NonFiniteError, StreamError
 from jaxtrain.losses import LABEL_LOSSES, PROBABILITY_LOSSES, Loss, single_losses
 from jaxtrain.metrics import takes_labels
-from jaxtrain.optimizers._inspect import has_clipping, has_line_search
+from jaxtrain.optimizers._inspect import check_line_search
 from jaxtrain.optimizers._safeguards import all_finite, stays_finite, without_records
-from jaxtrain.training.state import TrainState, check_state_type, to_shapes
+from jaxtrain.training.state import TrainState, to_shapes
 from jaxtrain.training.step import LossContext, MetricItems, Objective, mean_loss
 from jaxtrain.training.tracing import shape_of, traced_prediction
 
@@ -51,24 +51,7 @@ def checked_data(data: Any, name: str) -> Dataset:
                 f"{name}.weights ranges from {lowest} to {highest}; expected weights of at least "
                 "0, and some above 0"
             )
-    return placed(data)
-
-
-def placed(tree: PyTree) -> PyTree:
-    """Returns arrays on the devices: on those of the current mesh, or on JAX's default device."""
-    mesh = parallel.current_mesh()
-    if mesh is None or any(isinstance(leaf, jax.core.Tracer) for leaf in jax.tree.leaves(tree)):
-        return jax.tree.map(jnp.asarray, tree)
-    return parallel.replicate(tree, mesh)
-
-
-def check_not_traced(*arguments: Any) -> None:
-    """Raises InputError if `fit` is called where its arguments have no values."""
-    if any(isinstance(leaf, jax.core.Tracer) for leaf in jax.tree.leaves(arguments)):
-        raise InputError(
-            "fit is called inside a function that JAX traces, such as one under jit or in sweep; "
-            "expected arrays with values: call jaxtrain.train, which computes the same"
-        )
+    return parallel.placed(data)
 
 
 def check_values(dataset: Dataset, name: str) -> None:
@@ -115,13 +98,16 @@ def check_missing_targets(
 
     A loss that leaves them out, as `losses.ignore_nan` does, has finite values and gradients.
     """
-    missing = {}
-    for path, array in named_arrays(data.targets, f"{name}.targets"):
-        if jnp.issubdtype(array.dtype, jnp.floating) and has_values(array):
-            values = np.asarray(array)
-            if np.isnan(values.min()):  # NaN propagates; without a temporary copy of the data
-                missing[path] = values
-    if not missing or loss_fn is None:
+    if loss_fn is None:
+        return
+    arrays = {
+        path: np.asarray(array)
+        for path, array in named_arrays(data.targets, f"{name}.targets")
+        if jnp.issubdtype(array.dtype, jnp.floating) and has_values(array)
+    }
+    # NaN propagates to the minimum, which needs no temporary copy of the data.
+    missing = {path: values for path, values in arrays.items() if np.isnan(values.min())}
+    if not missing:
         return
     rows = [np.isnan(x).reshape(len(x), -1).any(axis=1) for x in missing.values()]
     few = np.flatnonzero(np.any(rows, axis=0))[:_MAX_CHECKED]
@@ -183,7 +169,7 @@ def warn_of_single_examples(state: Any, source: Any) -> None:
 
 def _single_value_layers(state: Any, batch: Dataset) -> list[str]:
     """Returns the layers of batch norm that have one value of each channel per example."""
-    if not isinstance(state, TrainState) or not jax.tree.leaves(state.model_state):
+    if not jax.tree.leaves(state.model_state):
         return []
     variables = (state.params, state.model_state)
     # Zeros, since an Equinox module reads a counter, and the state may be traced.
@@ -191,15 +177,13 @@ def _single_value_layers(state: Any, batch: Dataset) -> list[str]:
         lambda leaf: leaf if is_key(leaf) else np.zeros(leaf.shape, leaf.dtype), variables
     )
     sizes = dict(named_arrays(model_state, "model_state"))
-    apply = functools.partial(state.model.apply, train=True)
     inputs = join_inputs(map_examples(functools.partial(shape_of, rows=1), batch))
     # Whatever is wrong with the model, its first step reports; this is about a warning.
     with contextlib.suppress(Exception):
         statistics = adapters.batch_statistics(state.model, params, model_state)
         with adapters.recording(state.model, params, model_state) as recorder:
-            jax.eval_shape(
-                lambda *args: apply(*args[:3], key=args[3]), *variables, inputs, state.key
-            )
+            apply = functools.partial(state.model.apply, train=True)
+            jax.eval_shape(apply, *variables, inputs, key=state.key)
         calls = {".".join(call.path): call.inputs for call in recorder.calls}
         return [
             layer
@@ -207,28 +191,6 @@ def _single_value_layers(state: Any, batch: Dataset) -> list[str]:
             if calls.get(layer) and calls[layer][0].size == sizes[found.mean].size
         ]
     return []
-
-
-def checked_state(state: Any, step_fn: Any = None) -> Any:
-    """Returns the state without weak types, which would trigger a recompilation in the second step.
-
-    Raises InputError if a variable of the model contains NaN.
-    """
-    check_state_type(state, step_fn)
-    if not isinstance(state, TrainState):
-        return placed(jax.tree.map(_strongly_typed, state))
-    # The model state keeps weak types: an `eqx.nn.State` refuses values of another type.
-    typed = jax.tree.map(_strongly_typed, state)
-    state = placed(typed.replace(model_state=jax.tree.map(jnp.asarray, state.model_state)))
-    variables = {"params": state.params, "model_state": state.model_state}
-    for path, leaf in named_arrays(variables, ""):
-        is_float = jnp.issubdtype(leaf.dtype, jnp.inexact)
-        if is_float and has_values(leaf) and np.isnan(np.asarray(leaf)).any():
-            raise InputError(
-                f"state holds NaN in {path}; expected numbers: start from init_state or from an "
-                "earlier state"
-            )
-    return state
 
 
 def check_run(state: Any, sources: Mapping[str, Any], objective: Objective) -> tuple[str, ...]:
@@ -252,7 +214,7 @@ def check_run(state: Any, sources: Mapping[str, Any], objective: Objective) -> t
         return check_step_fn(step_fn, state, train.batch_shapes())
     warn_of_single_examples(state, train)
     examples = train.examples or train.batch_size * (train.steps or 2)  # unknown: more than one
-    check_line_search(state, examples, train.batch_size)
+    check_line_search(state.opt_state, examples, train.batch_size)
     return ()
 
 
@@ -386,12 +348,10 @@ def check_limits(targets: Any, weights: Any, limits: TargetLimits | None, name: 
     values = np.asarray(targets)
     if weights is not None:
         values = values[np.broadcast_to(has_weight(np.asarray(weights), values), values.shape)]
-        if not values.size:
-            return
-    if limits.kind != "label" and np.isnan(values.min()):
+    if limits.kind != "label" and values.size and np.isnan(values.min()):
         values = values[~np.isnan(values)]  # missing targets
-        if not values.size:
-            return
+    if not values.size:
+        return
     low, high = values.min(), values.max()
     if low < limits.low or high > limits.high:  # a NaN is found elsewhere
         wrong = low if low < limits.low else high
@@ -407,32 +367,13 @@ def check_limits(targets: Any, weights: Any, limits: TargetLimits | None, name: 
         )
 
 
-def check_line_search(state: TrainState, examples: int, batch_size: int) -> None:
-    """Raises InputError if a line search (L-BFGS) is used with mini-batches or clipping."""
-    if not has_line_search(state.opt_state):
-        return
-    if batch_size < examples:
-        raise InputError(
-            f"batch_size is {batch_size} of {examples} examples, but the optimizer has a line "
-            "search (L-BFGS); expected all examples in one batch, since the search compares losses "
-            "of the same function",
-            argument="batch_size",
-        )
-    if has_clipping(state.opt_state):
-        raise InputError(
-            "the optimizer clips gradients and has a line search (L-BFGS); expected one or the "
-            "other, since the search chooses the length of each step"
-        )
-
-
 def check_steps(
-    log: Any, start: int, epoch: int, hint: Callable[[int], str] = lambda step: ""
+    state: Any, log: Any, segment: Any, epoch: int, source: Any, objective: Objective
 ) -> None:
     """Raises NonFiniteError at the first step whose loss or recorded value is not finite.
 
-    Recorded values are those of the optimizer, such as the norm of the gradient. The `StepLog` of a
-    call has zeros for the steps that were not taken; its first entry is the epoch's step `start`.
-    `hint` returns what is wrong with the batch of an entry; see `bad_values`.
+    Recorded values are those of the optimizer, such as the norm of the gradient. The `StepLog` of
+    the segment has zeros for the steps that were not taken.
     """
     if "skipped_steps" in log.recorded:
         return
@@ -446,12 +387,12 @@ def check_steps(
     step = wrong[quantity]
     value, rates = float(values[quantity][step]), values.get("learning rate")
     rate = None if rates is None else rounded(rates[step])
-    raise NonFiniteError(epoch, start + step + 1, quantity, value, rate, hint(step))
+    loss_fn = objective.loss_fn if objective.step_fn is None else None
+    found = _bad_values(state, segment, step, source, loss_fn)
+    raise NonFiniteError(epoch, segment.start + step + 1, quantity, value, rate, found)
 
 
-def bad_values(
-    state: Any, segment: Any, index: int, source: Any, loss_fn: Loss | None = None
-) -> str:
+def _bad_values(state: Any, segment: Any, index: int, source: Any, loss_fn: Loss | None) -> str:
     """Returns where a batch of a stream has NaN or infinity, or "".
 
     Streams are not checked before they are used, which would take as long as reading them.
@@ -475,39 +416,44 @@ def check_state(before: Any, after: Any, epoch: int, step: int, row: Mapping[str
     """
     if _stays_finite(before, after):
         return
-    rate, hint = row.get("learning_rate"), ""
-    if "skipped_steps" in row:
-        hint = _SKIPPED_HINT
     leaves = jax.tree.leaves(without_records(before))
     for (path, new), old in zip(named_arrays(without_records(after), ""), leaves, strict=True):
         if jnp.issubdtype(new.dtype, jnp.inexact):
             now = to_numpy(new)
             wrong = np.isfinite(to_numpy(old)) & ~np.isfinite(now)
             if wrong.any():
-                raise NonFiniteError(epoch, step, path, float(now[wrong][0].real), rate, hint)
+                value = float(now[wrong][0].real)
+                raise NonFiniteError(epoch, step, path, value, row.get("learning_rate"), _hint(row))
 
 
 def check_epoch(
-    state: Any, losses: np.ndarray, row: Mapping[str, Any], sources: Mapping[str, Any], loss_fn: Any
+    before: Any,
+    after: Any,
+    log: Any,
+    row: Mapping[str, Any],
+    sources: Mapping[str, Any],
+    objective: Objective,
 ) -> None:
-    """Raises NonFiniteError if every step of an epoch was skipped, or a held-out loss is wrong."""
-    epoch = row["epoch"]
-    skipped, rate, hint = row.get("skipped_steps"), row.get("learning_rate"), ""
-    if skipped is not None:
-        hint = _SKIPPED_HINT
-    if skipped == len(losses):  # further epochs would change nothing
+    """Raises NonFiniteError if the state or a held-out loss is wrong, or every step was skipped."""
+    epoch, rate, losses = row["epoch"], row.get("learning_rate"), log.loss
+    check_state(before, after, epoch, len(losses), row)
+    if row.get("skipped_steps") == len(losses):  # further epochs would change nothing
         quantity, value = "training loss or gradient of every step", float(losses[0])
         hint = "check the data, or try a smaller learning rate"
         raise NonFiniteError(epoch, None, quantity, value, rate, hint)
     for name in ("test", "validation"):
         value = row.get(f"{name}_loss", 0)
         if not np.isfinite(value):
-            found = _bad_values_of(state, sources[name], epoch, loss_fn)
-            raise NonFiniteError(epoch, None, f"{name} loss", value, rate, found or hint)
+            found = _bad_values_of(after, sources[name], epoch, objective.loss_fn)
+            raise NonFiniteError(epoch, None, f"{name} loss", value, rate, found or _hint(row))
+
+
+def _hint(row: Mapping[str, Any]) -> str:
+    return _SKIPPED_HINT if "skipped_steps" in row else ""
 
 
 def _bad_values_of(state: Any, source: Any, epoch: int, loss_fn: Loss | None) -> str:
-    """Returns the first bad values of a held-out stream, which is read again; see `bad_values`."""
+    """Returns the first bad values of a held-out stream, which is read again; see `_bad_values`."""
     with (
         contextlib.suppress(InputError, StreamError),
         contextlib.closing(source.segments(epoch)) as segments,
@@ -515,7 +461,7 @@ def _bad_values_of(state: Any, source: Any, epoch: int, loss_fn: Loss | None) ->
         for segment in segments:
             # Data in memory were checked before training.
             for index in range(segment.steps if segment.order is None else 0):
-                if found := bad_values(state, segment, index, source, loss_fn):
+                if found := _bad_values(state, segment, index, source, loss_fn):
                     return found
     return ""
 
@@ -524,16 +470,3 @@ def _bad_values_of(state: Any, source: Any, epoch: int, loss_fn: Loss | None) ->
 @jax.jit
 def _stays_finite(before: PyTree, after: PyTree) -> Array:
     return parallel.on_auto_axes(stays_finite, before, after)
-
-
-def _strongly_typed(leaf: Any) -> Array:
-    array = jnp.asarray(leaf)
-    if jnp.issubdtype(array.dtype, jax.dtypes.prng_key) or not array.weak_type:
-        return array
-    return jax.lax.convert_element_type(array, array.dtype)
-
-
-def has_values(array: Any) -> bool:
-    if isinstance(array, jax.core.Tracer):  # under jax.jit, `is_fully_addressable` raises
-        return False
-    return getattr(array, "is_fully_addressable", True) and array.size > 0

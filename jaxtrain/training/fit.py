@@ -7,7 +7,6 @@ import dataclasses
 import functools
 import math
 import time
-import types
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, TypeVar
 
@@ -31,14 +30,7 @@ from jaxtrain.dataset import Dataset
 from jaxtrain.errors import InputError
 from jaxtrain.losses import Loss, name_of
 from jaxtrain.metrics import Metric
-from jaxtrain.training.checks import (
-    bad_values,
-    check_epoch,
-    check_not_traced,
-    check_state,
-    check_step_count,
-    check_steps,
-)
+from jaxtrain.training.checks import check_epoch, check_state, check_step_count, check_steps
 from jaxtrain.training.history import NO_LOSSES, History, Run
 from jaxtrain.training.loop import (
     compiled_evaluate,
@@ -48,16 +40,9 @@ from jaxtrain.training.loop import (
     first_log,
 )
 from jaxtrain.training.run import history_row, prepare
-from jaxtrain.training.sources import (
-    AnySource,
-    InMemory,
-    Repeated,
-    Segment,
-    Streamed,
-    segments_in_order,
-)
+from jaxtrain.training.sources import AnySource, Segment, segments_in_order
 from jaxtrain.training.state import counters, recorded, to_shapes, with_epoch
-from jaxtrain.training.step import Objective, StepFn, evaluation_key, take_step
+from jaxtrain.training.step import Objective, StepFn, evaluation_key, make_objective, take_step
 
 # Target duration of a compiled call, after which Ctrl-C is handled; and the time after which
 # `on_steps` is called although no callback asks for it.
@@ -165,24 +150,21 @@ def fit(
       array([ 0, 25, 50, 75])
     """
     epochs, steps_per_epoch = _checked_length(epochs, steps, evaluate_every)
-    callbacks = default_callbacks() if callbacks is None else callbacks
-    called = _in_order(checked_callbacks(callbacks, "on_epoch"))
+    called = _in_order(
+        checked_callbacks(default_callbacks() if callbacks is None else callbacks, "on_epoch")
+    )
+    objective = make_objective(loss_fn, metric_fns, step_fn)
+    given = {"train": train, "test": test, "validation": validation}
+    sizes = (batch_size, test_batch_size)
+    _check_not_traced(state, train if isinstance(train, Dataset | tuple) else None, key)
     with contextlib.ExitStack() as stack:
-        in_memory = train if isinstance(train, Dataset | tuple) else None
-        check_not_traced(state, in_memory, key)
-        stack.enter_context(parallel.mesh_of(state, in_memory, mesh=mesh))
-        held_out = {"test": test, "validation": validation}
-        by_steps = steps_per_epoch is not None
-        _check_read_once({"train": train} | held_out, epochs, by_steps)
-        sizes = (batch_size, test_batch_size)
-        start, sources, objective, columns = prepare(
-            *(state, train, held_out, loss_fn, metric_fns, step_fn, sizes, key, stack),
-            by_steps=by_steps,
+        start, sources, columns = prepare(
+            *(state, given, objective, sizes, key, stack),
+            epochs=epochs,
+            steps=steps_per_epoch,
+            mesh=mesh,
         )
         source: Any = sources["train"]
-        if steps_per_epoch is not None:
-            source = Repeated(source, steps_per_epoch, epochs, int(start.step), int(start.epoch))
-            stack.enter_context(contextlib.closing(source))
         run = completed = Run(
             state=start,
             epoch=int(start.epoch),
@@ -193,9 +175,7 @@ def fit(
             examples_per_epoch=source.examples,
             test_examples=sources["test"].examples if "test" in sources else 0,
             monitor=next((each.monitor for each in called if each.monitor is not None), None),
-            describe=functools.partial(
-                _describe, start, {**sources, "train": source}, objective, columns
-            ),
+            describe=functools.partial(_describe, start, sources, objective, columns),
         )
         del start  # which on a mesh is a copy of the state
 
@@ -224,8 +204,7 @@ def fit(
             values = _evaluate(after, sources, objective, run.epoch + 1)
             row = history_row(run.counts, run.log, recorded(after), objective, values)
             row = _to_host({"epoch": run.epoch + 1, "step": after.step, **row})
-            check_state(before.state, after, run.epoch + 1, run.step, row)
-            check_epoch(after, run.log.loss, row, sources, objective.loss_fn)
+            check_epoch(before.state, after, run.log, row, sources, objective)
             row["seconds"] = agree(timer.clock() - begun)
             run = completed = run.after_epoch(after, row, timer.seconds)
             for callback in called:
@@ -289,11 +268,7 @@ class _Trainer:
         started, compiled = time.perf_counter(), self.timer.seconds
         state, log = compiled_steps(run.state, run.log.totals, segment, first, stop, self.objective)
         run = run.after_steps(state, segment, stop, log)  # waits for the device
-        loss_fn = self.objective.loss_fn if self.objective.step_fn is None else None
-        check_steps(
-            *(log, segment.start, run.epoch + 1),
-            lambda step: bad_values(state, segment, step, self.source, loss_fn),
-        )
+        check_steps(state, log, segment, run.epoch + 1, self.source, self.objective)
         if self.timer.seconds == compiled:
             self.seconds_per_step = (time.perf_counter() - started) / (stop - first)
         return run
@@ -347,21 +322,13 @@ def _checked_length(
     return steps // evaluate_every, evaluate_every
 
 
-def _check_read_once(data: Mapping[str, Any], epochs: int, by_steps: bool) -> None:
-    """Raises InputError for a generator that is needed in several epochs."""
-    for name, each in data.items():
-        if (
-            isinstance(each, types.GeneratorType)
-            and epochs > 1
-            and not (by_steps and name == "train")
-        ):
-            by_count = ", or steps=... if it does not end" if name == "train" else ""
-            raise InputError(
-                f"{name} is a generator, which is read once, and there are {epochs} epochs; "
-                "expected an iterable that starts again in each epoch, such as a list, a "
-                f"DataLoader or jaxtrain.data.stream{by_count}",
-                argument=name,
-            )
+def _check_not_traced(*arguments: Any) -> None:
+    """Raises InputError if `fit` is called where its arguments have no values."""
+    if any(isinstance(leaf, jax.core.Tracer) for leaf in jax.tree.leaves(arguments)):
+        raise InputError(
+            "fit is called inside a function that JAX traces, such as one under jit or in sweep; "
+            "expected arrays with values: call jaxtrain.train, which computes the same"
+        )
 
 
 def _agreed(run: Run) -> Run:
@@ -390,7 +357,7 @@ def _attach(completed: Run, error: BaseException | None) -> None:
 
 
 def _evaluate(
-    state: Any, sources: Mapping[str, InMemory | Streamed], objective: Objective, epoch: int
+    state: Any, sources: Mapping[str, Any], objective: Objective, epoch: int
 ) -> dict[str, dict[str, Any]]:
     """Returns the loss and the metrics of each held-out data set."""
     found = {}

@@ -12,7 +12,7 @@ import numpy as np
 
 from jaxtrain import parallel
 from jaxtrain._compiler import ELEMENTWISE, called_program, equations, is_on_cpu, options_for
-from jaxtrain._placement import is_key, to_numpy
+from jaxtrain._placement import has_values, is_key, to_numpy
 from jaxtrain.dataset import (
     Dataset,
     describe_array,
@@ -21,7 +21,6 @@ from jaxtrain.dataset import (
     named_arrays,
 )
 from jaxtrain.errors import InputError
-from jaxtrain.training.checks import has_values
 from jaxtrain.training.state import TrainState
 from jaxtrain.training.step import model_inputs
 from jaxtrain.training.tracing import TRACED_ROWS, predict_alone, traced_prediction

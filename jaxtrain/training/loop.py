@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any, NamedTuple, TypeVar
 
 import jax
@@ -17,11 +17,9 @@ from jaxtrain import parallel
 from jaxtrain._arguments import check_integer, check_key
 from jaxtrain._carry import keep_types
 from jaxtrain._compiler import bounded, limit_rows
-from jaxtrain.data.batches import is_stream
 from jaxtrain.data.stream import Source
 from jaxtrain.dataset import (
     Dataset,
-    as_dataset,
     check_dataset,
     check_inputs,
     epoch_order,
@@ -30,8 +28,14 @@ from jaxtrain.dataset import (
 )
 from jaxtrain.losses import Loss
 from jaxtrain.metrics import Metric
-from jaxtrain.training.checks import check_data, check_run, check_source
-from jaxtrain.training.sources import InMemory, Segment, Streamed, segments_in_order
+from jaxtrain.training.checks import check_run, check_source
+from jaxtrain.training.sources import (
+    InMemory,
+    Segment,
+    Streamed,
+    make_source,
+    segments_in_order,
+)
 from jaxtrain.training.state import (
     TrainState,
     check_state_type,
@@ -223,13 +227,23 @@ def train_epoch(
         check_key(key)
     objective = make_objective(loss_fn, step_fn=step_fn)
     check_state_type(state, step_fn)
-    if is_stream(dataset):
-        with parallel.mesh_of(state):
-            return _train_on_stream(state, dataset, objective, batch_size, key)
-    dataset = as_dataset(dataset, "dataset")
-    with parallel.mesh_of(state, dataset):
-        check_run(state, {"train": InMemory(dataset, "dataset", batch_size, key)}, objective)
-        return _compiled_epoch(state, dataset, key, objective, min(batch_size, len(dataset)))
+    with _opened(state, dataset, batch_size, key, next_epoch(state)) as source:
+        check_run(state, {"train": source}, objective)
+        if isinstance(source, Streamed):
+            return _train_on_stream(state, source, objective)
+        return _compiled_epoch(state, source.sample, key, objective, source.batch_size)
+
+
+@contextlib.contextmanager
+def _opened(
+    state: Any, data: Any, batch_size: int, key: Key[Array, ""] | None, epoch: int
+) -> Iterator[InMemory | Streamed]:
+    """Enters the mesh of the state and the data, and yields the data as a source."""
+    with contextlib.ExitStack() as stack:
+        in_memory = data if isinstance(data, Dataset | tuple) else None
+        stack.enter_context(parallel.mesh_of(state, in_memory))
+        sizes = ("dataset", batch_size, key, epoch, stack)
+        yield make_source(data, *sizes, is_checked=False, same_each_epoch=True)
 
 
 @bounded
@@ -263,14 +277,9 @@ def train_in_order(
     return state, StepLog(loss, weight, logs[-1].totals)
 
 
-def _train_on_stream(
-    state: Any, data: Any, objective: Objective, batch_size: int, key: Key[Array, ""] | None
-) -> tuple[Any, Array]:
-    epoch = next_epoch(state)
-    source = Streamed(data, "dataset", batch_size, key, epoch, same_each_epoch=True)
+def _train_on_stream(state: Any, source: Streamed, objective: Objective) -> tuple[Any, Array]:
     losses: list[tuple[Array, int]] = []
-    with contextlib.closing(source), contextlib.closing(source.segments(epoch)) as segments:
-        check_run(state, {"train": source}, objective)
+    with contextlib.closing(source.segments(next_epoch(state))) as segments:
         begun, state = state.epoch, copied(state)
         for segment in segments:
             # At most two segments are in flight, since they take memory.
@@ -320,18 +329,9 @@ def evaluate(
     check_integer(batch_size, "batch_size", minimum=1)
     objective = make_objective(loss_fn, metric_fns)
     check_evaluation_key(state, key, objective.evaluated)
-    dataset = without_drop_last(dataset)
-    if is_stream(dataset):
-        with parallel.mesh_of(state):
-            source = Streamed(dataset, "dataset", batch_size, None, 1)
-            with contextlib.closing(source):
-                check_source(state, source, objective)
-                return evaluate_source(state, source, objective, key=key)
-    dataset = as_dataset(dataset, "dataset")
-    with parallel.mesh_of(state, dataset):
-        size = min(batch_size, len(dataset))
-        check_data(state, dataset, loss_fn, "dataset", objective.metrics, batch_size=size)
-        return compiled_evaluate(state, dataset, objective, key, batch_size=size)
+    with _opened(state, without_drop_last(dataset), batch_size, None, 1) as source:
+        check_source(state, source, objective)
+        return evaluate_source(state, source, objective, key=key)
 
 
 def evaluate_source(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any, TypeVar
 
 import jax
@@ -21,11 +21,11 @@ from jaxtrain.dataset import Dataset, epoch_order, without_drop_last
 from jaxtrain.errors import InputError
 from jaxtrain.losses import Loss
 from jaxtrain.metrics import Metric
-from jaxtrain.training.checks import check_missing_targets, check_run, checked_state
+from jaxtrain.training.checks import check_missing_targets, check_run
 from jaxtrain.training.independence import check_independence
 from jaxtrain.training.loop import StepLog, compiled_evaluate, train_in_order
-from jaxtrain.training.sources import InMemory, Streamed, make_source
-from jaxtrain.training.state import counters, next_epoch, recorded, with_epoch
+from jaxtrain.training.sources import AnySource, InMemory, Repeated, make_source
+from jaxtrain.training.state import checked_state, counters, next_epoch, recorded, with_epoch
 from jaxtrain.training.step import (
     Objective,
     StepFn,
@@ -111,12 +111,12 @@ def train(
             raise InputError(
                 f"the state metric {name} is {metric!r}; expected a function of the state"
             )
-    held_out = {"test": test, "validation": validation}
+    objective = make_objective(loss_fn, metric_fns, step_fn)
+    given = {"train": train, "test": test, "validation": validation}
     sizes = (batch_size, test_batch_size)
     with contextlib.ExitStack() as stack:
-        stack.enter_context(parallel.mesh_of(state, train))
-        state, sources, objective, columns = prepare(
-            state, train, held_out, loss_fn, metric_fns, step_fn, sizes, key, stack, state_metrics
+        state, sources, columns = prepare(
+            *(state, given, objective, sizes, key, stack), state_metrics=state_metrics or ()
         )
         data = {name: _in_memory(source, name) for name, source in sources.items()}
         if early_stopping is not None:
@@ -138,7 +138,7 @@ def train(
     return final, {name: history[name] for name in (*columns, "step_losses")}
 
 
-def _in_memory(source: InMemory | Streamed, name: str) -> Dataset:
+def _in_memory(source: AnySource, name: str) -> Dataset:
     if isinstance(source, InMemory):
         return source.sample
     raise InputError(
@@ -149,64 +149,75 @@ def _in_memory(source: InMemory | Streamed, name: str) -> Dataset:
 
 def prepare(
     state: Any,
-    train: Any,
-    held_out: Mapping[str, Any],
-    loss_fn: Loss | None,
-    metric_fns: Mapping[str, Metric] | None,
-    step_fn: StepFn | None,
+    given: Mapping[str, Any],
+    objective: Objective,
     batch_sizes: tuple[int, int],
     key: Key[Array, ""] | None,
     stack: contextlib.ExitStack,
-    state_metrics: Mapping[str, Any] | None = None,
     *,
-    by_steps: bool = False,
-) -> tuple[Any, dict[str, InMemory | Streamed], Objective, tuple[str, ...]]:
-    """Checks the arguments of `train` or `fit`, and moves the data to the device.
+    epochs: int = 1,
+    steps: int | None = None,
+    mesh: jax.sharding.Mesh | None = None,
+    state_metrics: Iterable[str] = (),
+) -> tuple[Any, dict[str, AnySource], tuple[str, ...]]:
+    """Checks the arguments of `train` or `fit`, and moves state and data to the devices.
 
-    `held_out` maps names to test and validation data, or None; `stack` closes the streams. A run
-    `by_steps` has a column for them.
+    Args:
+      state: the state before the first step.
+      given: the data by the names "train", "test" and "validation"; the last two may be None.
+      objective: what the steps minimize and measure.
+      batch_sizes: those of training and evaluation.
+      key: PRNG key of the shuffle, or None.
+      stack: leaves the mesh and closes the streams.
+      epochs: how often the data are needed.
+      steps: steps per epoch in a run by steps, else None.
+      mesh: the devices; None for those that the user has set or that have the arrays.
+      state_metrics: names of further columns.
 
     Returns:
-      The state on the device; the sources by the names "train", "test" and "validation"; the
-      objective; and the names of the history's columns except `seconds`.
+      The state on the devices; the sources by the names of the data; and the names of the history's
+      columns except `seconds`.
     """
-    check_integer(batch_sizes[0], "batch_size", minimum=1)
-    check_integer(batch_sizes[1], "test_batch_size", minimum=1)
+    for size, name in zip(batch_sizes, ("batch_size", "test_batch_size"), strict=True):
+        check_integer(size, name, minimum=1)
     if key is not None:
         check_key(key)
-    state = checked_state(state, step_fn)
-    held_out = {
-        name: without_drop_last(data) for name, data in held_out.items() if data is not None
-    }
-    objective = make_objective(loss_fn, metric_fns, step_fn)
-    if loss_fn is None and (held_out or metric_fns):
+    train, step_fn = given["train"], objective.step_fn
+    held_out = {n: data for n, data in given.items() if n != "train" and data is not None}
+    if objective.loss_fn is None and (held_out or objective.metrics):
         raise InputError(
             "loss_fn is None with data or metrics to evaluate; expected a loss, or step_fn alone",
             argument="loss_fn",
         )
-    epoch = next_epoch(state)
+    state, epoch = checked_state(state, step_fn), next_epoch(state)
+    in_memory = train if isinstance(train, Dataset | tuple) else None
+    stack.enter_context(parallel.mesh_of(state, in_memory, mesh=mesh))
+    state = parallel.placed(state)
     with memory_advice(batch_sizes[0]):
-        sources = {"train": make_source(train, "train", batch_sizes[0], key, epoch, stack)}
+        sources: dict[str, Any] = {
+            "train": make_source(train, "train", batch_sizes[0], key, epoch, stack)
+        }
         for name, data in held_out.items():
+            data = without_drop_last(data)
             sources[name] = make_source(data, name, batch_sizes[1], None, epoch, stack)
             sources[name].close()  # workers would run until the first evaluation
     for name, source in sources.items():
-        if name != "train" or not by_steps:
-            source.check_ends()
-    own = check_run(state, sources, objective)
+        if name != "train" or steps is None:
+            source.check_ends(epochs)
+    returned = check_run(state, sources, objective)
+    for source in sources.values():
+        if isinstance(source, InMemory) and (source.name != "train" or step_fn is None):
+            check_missing_targets(state, source.sample, objective.loss_fn, source.name)
     if step_fn is None:
         check_independence(state, sources["train"])
-    for source in sources.values():
-        if isinstance(source, InMemory) and (source is not sources["train"] or step_fn is None):
-            check_missing_targets(state, source.sample, loss_fn, source.name)
-    trained = (*own, *(name for name, _ in objective.trained))
-    evaluated = [name for name, _ in objective.evaluated]
+    if steps is not None:
+        sources["train"] = Repeated(sources["train"], steps, epochs, state)
+        stack.enter_context(contextlib.closing(sources["train"]))
     columns = [
-        *(("epoch", "step") if by_steps else ("epoch",)),
-        "train_loss",
-        *(f"train_{name}" for name in trained),
-        *(f"{part}_{name}" for part in held_out for name in evaluated),
-        *(state_metrics or {}),
+        *(("epoch",) if steps is None else ("epoch", "step")),
+        *(f"train_{name}" for name in ("loss", *returned, *dict(objective.trained))),
+        *(f"{part}_{name}" for part in held_out for name, _ in objective.evaluated),
+        *state_metrics,
         *recorded(state),
     ]
     for name in columns:
@@ -214,7 +225,7 @@ def prepare(
             raise InputError(
                 f"the history would have two columns named {name!r}; rename one of the metrics"
             )
-    return state, sources, objective, tuple(columns)
+    return state, sources, tuple(columns)
 
 
 def history_row(

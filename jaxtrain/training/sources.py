@@ -21,7 +21,7 @@ from jaxtrain._processes import are_joined
 from jaxtrain.checkpoint import digest
 from jaxtrain.data.batches import Batches, Epoch, is_stream, read_ahead
 from jaxtrain.data.stream import Stream
-from jaxtrain.dataset import Dataset, epoch_order, map_examples
+from jaxtrain.dataset import Dataset, as_dataset, epoch_order, map_examples
 from jaxtrain.errors import InputError
 from jaxtrain.training.checks import TargetLimits, check_limits, checked_data
 
@@ -166,8 +166,8 @@ class InMemory:
         order += ", without a partial last batch" if self.sample.drop_last else ""
         return f"{len(self.sample)} examples with the digest {digest(self.sample)}, {order}"
 
-    def check_ends(self) -> None:
-        """Does nothing: the data end."""
+    def check_ends(self, epochs: int) -> None:
+        """Does nothing: the data end, and can be read again."""
 
     def close(self) -> None:
         """Does nothing: no stream is open."""
@@ -244,9 +244,9 @@ class Streamed:
         """Returns what must be the same for a run to resume."""
         return repr(self._batches)
 
-    def check_ends(self) -> None:
-        """Raises InputError if the stream never ends."""
-        self._batches.check_ends()
+    def check_ends(self, epochs: int) -> None:
+        """Raises InputError if the stream never ends, or cannot be read in each epoch."""
+        self._batches.check_ends(epochs)
 
     def close(self) -> None:
         """Stops the workers that were started to read the first batch."""
@@ -339,15 +339,11 @@ class Repeated:
       is_seekable: whether a run can resume within an epoch.
     """
 
-    def __init__(
-        self, source: InMemory | Streamed, steps: int, epochs: int, step: int, epoch: int
-    ) -> None:
-        """Divides a source for a run of `epochs` epochs of `steps` steps.
-
-        `step` and `epoch` are those of the state from which the run starts.
-        """
-        self._source, self._first_step, self._first_epoch = source, step, epoch
-        self._last_step = step + epochs * steps
+    def __init__(self, source: InMemory | Streamed, steps: int, epochs: int, state: Any) -> None:
+        """Divides a source for a run from a state, of `epochs` epochs of `steps` steps."""
+        self._source = source
+        self._first_step, self._first_epoch = int(state.step), int(state.epoch)
+        self._last_step = self._first_step + epochs * steps
         self.name, self.sample, self.steps = source.name, source.sample, steps
         self.batch_size, self.is_seekable = source.batch_size, source.is_seekable
         has_equal_batches = 0 < source.examples == source.steps * source.batch_size
@@ -421,13 +417,21 @@ def make_source(
     key: Key[Array, ""] | None,
     epoch: int,
     stack: contextlib.ExitStack,
+    *,
+    is_checked: bool = True,
+    same_each_epoch: bool = False,
 ) -> InMemory | Streamed:
-    """Returns a data set or a stream as a source; `stack` closes the stream."""
+    """Returns a data set or a stream as a source.
+
+    `stack` closes the stream. Without `is_checked`, the values of a data set stay where they are
+    and are not looked at; `same_each_epoch` is that of `Batches`.
+    """
     if is_stream(data):
-        source = Streamed(data, name, batch_size, key, epoch)
+        source = Streamed(data, name, batch_size, key, epoch, same_each_epoch=same_each_epoch)
         stack.callback(source.close)
         return source
-    return InMemory(checked_data(data, name), name, batch_size, key)
+    data = checked_data(data, name) if is_checked else as_dataset(data, name)
+    return InMemory(data, name, batch_size, key)
 
 
 def _shape(batch: Dataset) -> tuple[tuple[int, ...], ...]:

@@ -10,11 +10,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+from jax import lax
 from jaxtyping import Array, Float, Int, Key, PyTree
 
 from jaxtrain import adapters
 from jaxtrain._arguments import check_key
 from jaxtrain._compiler import release_programs
+from jaxtrain._placement import has_values
 from jaxtrain.dataset import check_array, join_inputs, named_arrays
 from jaxtrain.errors import InputError
 from jaxtrain.model import Model
@@ -365,6 +367,34 @@ def check_state_type(state: Any, step_fn: Any = None) -> None:
             "select one by jax.tree.map(lambda leaf: leaf[0], state), or apply jax.vmap to the "
             "function"
         )
+
+
+def checked_state(state: Any, step_fn: Any = None) -> Any:
+    """Returns the state without weak types, which would trigger a recompilation in the second step.
+
+    Raises InputError if it is of another type, or a variable of the model contains NaN.
+    """
+    check_state_type(state, step_fn)
+    typed = jax.tree.map(_strongly_typed, state)
+    if not isinstance(state, TrainState):
+        return typed
+    variables = {"params": state.params, "model_state": state.model_state}
+    for path, leaf in named_arrays(variables, ""):
+        is_float = jnp.issubdtype(leaf.dtype, jnp.inexact)
+        if is_float and has_values(leaf) and np.isnan(np.asarray(leaf)).any():
+            raise InputError(
+                f"state holds NaN in {path}; expected numbers: start from init_state or from an "
+                "earlier state"
+            )
+    # The model state keeps weak types: an `eqx.nn.State` refuses values of another type.
+    return typed.replace(model_state=jax.tree.map(jnp.asarray, state.model_state))
+
+
+def _strongly_typed(leaf: Any) -> Array:
+    array = jnp.asarray(leaf)
+    if jnp.issubdtype(array.dtype, jax.dtypes.prng_key) or not array.weak_type:
+        return array
+    return lax.convert_element_type(array, array.dtype)
 
 
 def _initialized(optimizer: Any, params: PyTree) -> tuple[optax.GradientTransformation, PyTree]:
