@@ -47,7 +47,7 @@ class Batches:
     Attributes:
       name: name used in error messages.
       data: the iterable.
-      first: the first batch, to which the others are compared.
+      sample: the first batch, to which the others are compared.
       steps: batches per epoch; 0 if unknown.
       examples: examples per epoch, of all processes; 0 if unknown.
       is_one_shot: whether the data are an iterator, which is read once; other iterables start again
@@ -94,7 +94,7 @@ class Batches:
                 argument="key",
             )
         self.name, self.data = name, data
-        self.first: Any = None
+        self.sample: Any = None
         self.shapes, self.sizes = set[Any](), set[int]()
         length = _length(data)
         self.is_endless = length is not None and length >= sys.maxsize
@@ -105,7 +105,7 @@ class Batches:
         self._peeked = self.open(epoch)
         self.is_seekable = isinstance(data, Stream) or self._peeked.position() is not None
         try:
-            self.first = self._peeked.peek()
+            self.sample = self._peeked.peek()
         except BaseException:
             self.close()
             raise
@@ -130,7 +130,7 @@ class Batches:
           InputError: the batches never end, and there is no limit.
           StreamError: the stream raised an error.
         """
-        if limit is None and self.first is not None:
+        if limit is None and self.sample is not None:
             self.check_ends()
         peeked, self._peeked = self._peeked, None
         if peeked is not None:
@@ -255,7 +255,7 @@ class Epoch:
         return batch
 
     def _check_batch(self, batch: Dataset, name: str) -> None:
-        first, shapes = self._batches.first, self._batches.shapes
+        first, shapes = self._batches.sample, self._batches.shapes
         leaves = jax.tree.leaves(batch)
         shape = tuple(leaf.shape[1:] for leaf in leaves)
         if first is None:

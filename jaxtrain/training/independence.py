@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import math
+import operator
 import warnings
 from typing import Any
 
@@ -87,9 +88,9 @@ def _largest_change(state: TrainState, data: Dataset) -> float:
     """Returns how much an output changes with other examples; 0 if rounding explains it."""
     few = map_examples(np.asarray, data[:_SEARCHED])
     few = few.replace(inputs=jax.tree.map(np.asarray, model_inputs(few.replace(shared=None))))
-    rows = [jax.tree.leaves(few[n : n + 1].inputs) for n in range(len(few))]
-    other = next((n for n, row in enumerate(rows) if not _are_equal(row, rows[0])), None)
-    if other is None:
+    leaves = jax.tree.leaves(few.inputs)
+    others = [n for n in range(len(few)) if any(not np.array_equal(x[n], x[0]) for x in leaves)]
+    if not others:
         return 0.0
 
     def on_host(leaf: Any) -> Any:
@@ -97,11 +98,10 @@ def _largest_change(state: TrainState, data: Dataset) -> float:
 
     variables = jax.tree.map(on_host, (state.params, state.model_state))
     # The example in row 1 stays. Both are in each batch, so that its variance is not 0.
-    orders = np.array([[0, other, 0, 0, 0], [other, other, other, other, 0]])
-    batches = [
-        jax.tree.map(on_host, join_inputs(map_examples(lambda x, at=at: x[at], few)))
-        for at in orders
-    ]
+    n = others[0]
+    orders = np.array([[0, n, 0, 0, 0], [n, n, n, n, 0]])
+    examples = [map_examples(operator.itemgetter(at), few) for at in orders]
+    batches = [jax.tree.map(on_host, join_inputs(each)) for each in examples]
     traced = predict_alone.trace(state.model, *variables, batches[0])
     options = options_for(traced.jaxpr)
     if is_on_cpu():
@@ -117,10 +117,6 @@ def _largest_change(state: TrainState, data: Dataset) -> float:
             if difference > _TOLERANCE * np.maximum(abs(x), abs(y))[finite].max(initial=0.0):
                 change = max(change, float(difference))
     return change
-
-
-def _are_equal(ours: list[Any], theirs: list[Any]) -> bool:
-    return all(np.array_equal(x, y) for x, y in zip(ours, theirs, strict=True))
 
 
 def _is_proven(jaxpr: Any, strides: dict[int, int]) -> bool:

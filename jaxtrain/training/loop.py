@@ -242,8 +242,7 @@ def _opened(
     with contextlib.ExitStack() as stack:
         in_memory = data if isinstance(data, Dataset | tuple) else None
         stack.enter_context(parallel.mesh_of(state, in_memory))
-        sizes = ("dataset", batch_size, key, epoch, stack)
-        yield make_source(data, *sizes, is_checked=False, same_each_epoch=True)
+        yield make_source(data, "dataset", batch_size, key, epoch, stack, once=True)
 
 
 @bounded

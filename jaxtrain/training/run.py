@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import functools
 from collections.abc import Callable, Iterable, Mapping
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -35,7 +35,6 @@ from jaxtrain.training.step import (
 )
 
 State = TypeVar("State")
-StateMetrics = tuple[tuple[str, Callable[[Any], Any]], ...]
 
 
 def train(
@@ -122,18 +121,15 @@ def train(
         if early_stopping is not None:
             early_stopping.check_columns(columns)
         with memory_advice(batch_size):
-            final, history = _train(
-                state,
-                data.pop("train"),
-                data,
-                key,
-                objective=objective,
-                state_metrics=tuple((state_metrics or {}).items()),
-                epochs=epochs,
-                batch_size=batch_size,
-                test_batch_size=test_batch_size,
-                early_stopping=early_stopping,
+            settings = _Settings(
+                objective,
+                tuple((state_metrics or {}).items()),
+                epochs,
+                batch_size,
+                test_batch_size,
+                early_stopping,
             )
+            final, history = _train(state, data.pop("train"), data, key, settings)
     # A dict that leaves a compiled program is sorted by name.
     return final, {name: history[name] for name in (*columns, "step_losses")}
 
@@ -278,31 +274,28 @@ def mean_step_loss(
     return loss / total
 
 
+class _Settings(NamedTuple):
+    """What the program of `train` is compiled for; hashable."""
+
+    objective: Objective
+    state_metrics: tuple[tuple[str, Callable[[Any], Any]], ...]
+    epochs: int
+    batch_size: int
+    test_batch_size: int
+    early_stopping: EarlyStopping | None
+
+
 @bounded
-@functools.partial(
-    jax.jit,
-    static_argnames=(
-        "objective",
-        "state_metrics",
-        "epochs",
-        "batch_size",
-        "test_batch_size",
-        "early_stopping",
-    ),
-)
+@functools.partial(jax.jit, static_argnames="settings")
 def _train(
     state: Any,
     train_data: Dataset,
     held_out: dict[str, Dataset],
     key: Key[Array, ""] | None,
-    *,
-    objective: Objective,
-    state_metrics: StateMetrics,
-    epochs: int,
-    batch_size: int,
-    test_batch_size: int,
-    early_stopping: EarlyStopping | None,
+    settings: _Settings,
 ) -> tuple[Any, dict[str, Array]]:
+    objective, size = settings.objective, settings.test_batch_size
+
     def run(
         state: Any, train_data: Dataset, held_out: dict[str, Dataset], key: Array | None
     ) -> tuple[Any, dict[str, Array]]:
@@ -310,26 +303,22 @@ def _train(
             epoch, counts = state.epoch + 1, counters(state)
             epoch_key = None if key is None else jax.random.fold_in(key, epoch)
             order = epoch_order(len(train_data), epoch_key)
-            state, log = train_in_order(state, train_data, order, objective, batch_size)
+            state, log = train_in_order(state, train_data, order, objective, settings.batch_size)
             state = with_epoch(state, epoch)
-            evaluations = {
-                part: compiled_evaluate(
-                    state,
-                    data,
-                    objective,
-                    evaluation_key(state, objective),
-                    batch_size=test_batch_size,
+            evaluations = {}
+            for part, data in held_out.items():
+                own_key = evaluation_key(state, objective)
+                evaluations[part] = compiled_evaluate(
+                    state, data, objective, own_key, batch_size=size
                 )
-                for part, data in held_out.items()
-            }
             row = history_row(counts, log, recorded(state), objective, evaluations)
             row |= {"epoch": epoch, "step_losses": log.loss}
-            row |= {name: metric(state) for name, metric in state_metrics}
+            row |= {name: metric(state) for name, metric in settings.state_metrics}
             return state, jax.tree.map(jnp.asarray, row)
 
-        if early_stopping is None:
-            return lax.scan(lambda state, _: one_epoch(state), state, length=epochs)
-        return _scan_until_stopped(one_epoch, state, epochs, early_stopping)
+        if settings.early_stopping is None:
+            return lax.scan(lambda state, _: one_epoch(state), state, length=settings.epochs)
+        return _scan_until_stopped(one_epoch, state, settings.epochs, settings.early_stopping)
 
     return parallel.on_auto_axes(run, state, train_data, held_out, key, like=(state, None))
 

@@ -173,16 +173,12 @@ class InMemory:
         """Does nothing: no stream is open."""
 
 
-class Streamed:
+class Streamed(Batches):
     """A stream of batches, which a thread reads and stacks while the device trains.
 
     Attributes:
-      name: name used in error messages.
       sample: the first batch, of this process.
       batch_size: examples per step, of all processes.
-      steps: steps per epoch; 0 if unknown.
-      examples: examples per epoch, of all processes; 0 if unknown.
-      is_seekable: whether a run can resume within an epoch.
       limits: the values that the loss takes as targets; each batch is checked.
       accepts: called with the first batch of each other shape and its name; raises InputError if
         the model does not take it.
@@ -191,28 +187,16 @@ class Streamed:
     limits: TargetLimits | None = None
     accepts: Callable[[Dataset, str], Any] | None = None
 
-    def __init__(
-        self,
-        data: Any,
-        name: str,
-        batch_size: int,
-        key: Key[Array, ""] | None,
-        epoch: int,
-        *,
-        same_each_epoch: bool = False,
-    ) -> None:
+    def __init__(self, *args: Any, **options: Any) -> None:
         """Reads the first batch; see `Batches`."""
-        batches = Batches(data, name, batch_size, key, epoch, same_each_epoch=same_each_epoch)
-        self._batches, self.name = batches, name
-        self.sample, self.steps, self.examples = batches.first, batches.steps, batches.examples
-        self.is_seekable = batches.is_seekable
+        super().__init__(*args, **options)
         self._mesh = parallel.current_mesh()
         self._processes = jax.process_count() if are_joined() else 1
         self.batch_size = len(self.sample) * self._processes
         shape = {} if self._mesh is None else self._mesh.shape
         self._devices = shape.get(parallel.AXIS, 1) // self._processes  # of this process
         self._accepted = {_shape(self.sample)}
-        data, processes = batches.data, self._processes
+        data, processes = self.data, self._processes
         if isinstance(data, Stream) and data.shard[1] != processes:
             self.close()
             raise InputError(
@@ -226,7 +210,7 @@ class Streamed:
         if self._mesh is None:
             return
         parallel.check_batch_size(self.batch_size, self.batch_size)
-        data, processes = self._batches.data, self._processes
+        data, processes = self.data, self._processes
         if isinstance(data, Stream) and processes > 1:
             rows, devices = data.examples % data.batch_size // processes, self._devices
             if rows % devices:
@@ -242,15 +226,7 @@ class Streamed:
 
     def describe(self) -> str:
         """Returns what must be the same for a run to resume."""
-        return repr(self._batches)
-
-    def check_ends(self, epochs: int) -> None:
-        """Raises InputError if the stream never ends, or cannot be read in each epoch."""
-        self._batches.check_ends(epochs)
-
-    def close(self) -> None:
-        """Stops the workers that were started to read the first batch."""
-        self._batches.close()
+        return repr(self)
 
     def segments(
         self, epoch: int, skip: int = 0, position: Any = None, limit: int | None = None
@@ -260,7 +236,7 @@ class Streamed:
         `position` is what an earlier run recorded for these steps, or None; and `limit` the step
         of the epoch after which nothing is read.
         """
-        opened = self._batches.open(epoch, skip, position, limit)
+        opened = self.open(epoch, skip, position, limit)
         with read_ahead(self._stacked(opened), opened.close) as segments:
             yield from segments
 
@@ -281,7 +257,7 @@ class Streamed:
             leaves, structure = jax.tree.flatten(batch)
             # A smaller batch, such as a partial last one, is a segment of its own; so that each
             # shape has one program, all batches are if the examples differ in shape.
-            is_usual = size >= len(self.sample) and len(self._batches.shapes) == 1
+            is_usual = size >= len(self.sample) and len(self.shapes) == 1
             capacity = self._capacity(leaves) if is_usual else 1
             shapes = [(parts, capacity, size // parts, *leaf.shape[1:]) for leaf in leaves]
             buffers = [_aligned(s, leaf.dtype) for s, leaf in zip(shapes, leaves, strict=True)]
@@ -418,19 +394,18 @@ def make_source(
     epoch: int,
     stack: contextlib.ExitStack,
     *,
-    is_checked: bool = True,
-    same_each_epoch: bool = False,
+    once: bool = False,
 ) -> InMemory | Streamed:
-    """Returns a data set or a stream as a source.
+    """Returns a data set or a stream as a source; `stack` closes the stream.
 
-    `stack` closes the stream. Without `is_checked`, the values of a data set stay where they are
-    and are not looked at; `same_each_epoch` is that of `Batches`.
+    For `once`, without further epochs, a data set stays where it is and its values unchecked, and a
+    source of examples is shuffled by `key` itself.
     """
     if is_stream(data):
-        source = Streamed(data, name, batch_size, key, epoch, same_each_epoch=same_each_epoch)
+        source = Streamed(data, name, batch_size, key, epoch, same_each_epoch=once)
         stack.callback(source.close)
         return source
-    data = checked_data(data, name) if is_checked else as_dataset(data, name)
+    data = as_dataset(data, name) if once else checked_data(data, name)
     return InMemory(data, name, batch_size, key)
 
 
