@@ -6,6 +6,7 @@ import contextlib
 import dataclasses
 import functools
 import math
+import reprlib
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, TypeVar
@@ -97,8 +98,9 @@ def fit(
       evaluate_every: number of steps between two evaluations and rows of the history, in a run by
         steps. An epoch is then that many steps, also for callbacks. `steps` must be a multiple of
         it, and is its default.
-      batch_size: examples per step, of all devices together; a stream of batches has its own.
-      test_batch_size: examples at a time in evaluation.
+      batch_size: examples per step, of all devices together; a stream of batches has its own, and
+        then the argument is not used.
+      test_batch_size: the same for test and validation data.
       key: PRNG key of the shuffle; epoch e is shuffled with `fold_in(key, e)`. None keeps the
         stored order.
       validation: evaluated after each epoch, for early stopping.
@@ -209,7 +211,7 @@ def fit(
             run = completed = run.after_epoch(after, row, timer.seconds)
             for callback in called:
                 run = _agreed(run) if callback.saves else run
-                run = _replaced(run, callback.on_epoch(run))
+                run = _after(run, callback)
             run = completed = _agreed(run)
     return (run.state if run.best is None else run.best), run.history
 
@@ -337,17 +339,28 @@ def _agreed(run: Run) -> Run:
     return run if is_over == run.is_over else run.replace(is_over=is_over)
 
 
-def _replaced(run: Run, result: Any) -> Run:
-    """Applies what `on_epoch` returned: a changed state or run, or True to end the run."""
-    changed = result if isinstance(result, Run) else run
-    state = result if isinstance(result, type(run.state)) else changed.state
-    if state is not run.state:
-        state = keep_types(state, run.state, "a callback", "callbacks")
-        return changed.replace(state=jax.tree.map(jnp.asarray, state))
-    if changed is not run:
+def _after(run: Run, callback: Callback) -> Run:
+    """Returns the run after `on_epoch` of a callback, which may change or end it."""
+    result = callback.on_epoch(run)
+    changed = run
+    if isinstance(result, Run):
+        changed = result
+    elif isinstance(result, type(run.state)):
+        changed = run.replace(state=result)
+    elif isinstance(result, bool) or (
+        getattr(result, "dtype", None) == np.dtype(bool) and result.ndim == 0
+    ):
+        changed = run.replace(is_over=run.is_over or bool(result))
+    elif result is not None:
+        raise InputError(
+            f"the callback {name_of(callback.on_epoch)} returned {reprlib.repr(result)}; expected "
+            "True to end the run, False or None, a changed state, or a changed run",
+            argument="callbacks",
+        )
+    if changed.state is run.state:
         return changed
-    ends = np.ndim(result) == 0 and np.asarray(result).dtype == bool and bool(result)
-    return run.replace(is_over=run.is_over or ends)
+    state = keep_types(changed.state, run.state, "a callback", "callbacks")
+    return changed.replace(state=jax.tree.map(jnp.asarray, state))
 
 
 def _attach(completed: Run, error: BaseException | None) -> None:

@@ -424,9 +424,12 @@ def test_the_state_of_the_caller_stays_usable(small_state, small_classes) -> Non
 
 
 def test_only_true_ends_the_run(small_state, small_classes) -> None:
-    """Other values that a callback returns are ignored."""
-    returned = [1, "yes", np.ones(2, bool), {"stop": True}, None, False]
-    returned += [True, np.bool_(True), jnp.asarray(True)]
-    for index, value in enumerate(returned):
+    """Of what a callback may return; anything else is refused, since it may mean something."""
+    for index, value in enumerate([None, False, True, np.bool_(True), jnp.asarray(True)]):
         _, history = fit(small_state, small_classes, epochs=2, callbacks=[lambda run, v=value: v])
-        assert history["epoch"].tolist() == ([1, 2] if index < 6 else [1])
+        assert history["epoch"].tolist() == ([1, 2] if index < 2 else [1])
+
+    message = r"the callback <lambda> returned .*; expected True to end the run"
+    for value in (1, 0.5, "yes", np.ones(2, bool), {"stop": True}, [[1], [1, 2]]):
+        with pytest.raises(jt.errors.InputError, match=message):
+            fit(small_state, small_classes, epochs=2, callbacks=[lambda run, v=value: v])
