@@ -111,13 +111,16 @@ class StreamError(RuntimeError):
 
     Attributes:
       name: name used in error messages, such as "train".
-      epoch: the epoch in which it happened, counted from 1.
-      batch: the batch that could not be read, counted from 1 in the epoch.
+      epoch: the epoch in which it happened, counted from 1; in a run by steps, the pass over the
+        training data.
+      batch: the batch that could not be read, counted from 1 in the epoch or pass.
       history: the history of the completed epochs.
       state: the state after the last completed epoch.
     """
 
-    def __init__(self, name: str, epoch: int, batch: int, error: BaseException) -> None:
+    def __init__(
+        self, name: str, epoch: int, batch: int, error: BaseException, unit: str = "epoch"
+    ) -> None:
         self.name = name
         self.epoch = epoch
         self.batch = batch
@@ -126,7 +129,7 @@ class StreamError(RuntimeError):
         reason = (str(error).splitlines() or [""])[0]
         super().__init__(
             printable(
-                f"{name} raised {type(error).__name__} at batch {batch} of epoch {epoch} "
+                f"{name} raised {type(error).__name__} at batch {batch} of {unit} {epoch} "
                 f"({reason}); fix the stream and start the run again"
             )
         )

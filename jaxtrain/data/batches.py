@@ -150,14 +150,14 @@ class Batches:
         except InputError:
             raise
         except Exception as error:
-            raise StreamError(self.name, epoch, 1, error) from error
+            raise StreamError(self.name, epoch, 1, error, _unit(limit)) from error
         opened = Epoch(self, epoch, iterator, count, limit)
         while opened.count < skip:
             if opened.read() is None:
                 opened.close()
                 raise InputError(
-                    f"{self.name} has {opened.count} batches in epoch {epoch}; expected more than "
-                    f"{skip}, after which the run resumes"
+                    f"{self.name} has {opened.count} batches in {_unit(limit)} {epoch}; expected "
+                    f"more than {skip}, after which the run resumes"
                 )
         return opened
 
@@ -209,8 +209,7 @@ class Epoch:
 
     @property
     def _place(self) -> str:
-        """Names the epoch; in a run by steps, which sets a limit, an epoch is something else."""
-        return f"{'epoch' if self.limit is None else 'pass'} {self.epoch}"
+        return f"{_unit(self.limit)} {self.epoch}"
 
     def peek(self) -> Dataset:
         """Returns the next batch, which `read` will return again."""
@@ -233,7 +232,8 @@ class Epoch:
         except InputError:
             raise
         except Exception as error:
-            raise StreamError(name, self.epoch, self.count + 1, error) from error
+            unit = _unit(self.limit)
+            raise StreamError(name, self.epoch, self.count + 1, error, unit) from error
         if found is _END:
             self._check_end(name, length)
             return None
@@ -324,6 +324,11 @@ class Epoch:
         """Ends the workers of the stream."""
         if not self._batches.is_one_shot and hasattr(self._iterator, "close"):
             self._iterator.close()
+
+
+def _unit(limit: int | None) -> str:
+    """Names a pass over the data: in a run by steps, which sets a limit, epochs are others."""
+    return "epoch" if limit is None else "pass"
 
 
 def _length(data: Any) -> int | None:

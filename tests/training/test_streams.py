@@ -685,6 +685,8 @@ def test_an_error_of_an_iterable_names_the_batch() -> None:
     message = r"^validation raised ValueError at batch 3"
     with pytest.raises(jt.errors.StreamError, match=message):
         fit(BATCHES, validation=Failing())
+    with pytest.raises(jt.errors.StreamError, match=r"^train raised .* at batch 3 of pass 1 \("):
+        fit(Failing(), epochs=None, steps=8, evaluate_every=1)
     with pytest.raises(jt.errors.StreamError, match=r"^dataset raised ValueError at batch 3"):
         jt.evaluate(make_state(), Failing(), LOSS)
 
