@@ -55,7 +55,8 @@ def checkpoint(
       configuration: settings by name, JSON-serializable values or paths; a run with other settings
         does not resume.
       best: a column of the history; `fit` returns the state after the epoch where it was best:
-        smallest for a loss, error or distance, else largest. None returns the last state.
+        smallest if `early_stopping` infers "min" from the column's name, else largest. None returns
+        the last state.
 
     Raises:
       InputError: a value is out of range or not JSON-serializable. In `fit`: the checkpoints belong
