@@ -230,7 +230,7 @@ def _warn_of_another_kind(train: Any, source: Any) -> None:
             warnings.warn(
                 f"{path} is {ours.dtype} and {other} is {theirs.dtype}; expected the same kind, "
                 "since the model may scale integer pixels itself",
-                stacklevel=4,
+                stacklevel=5,
             )
 
 
