@@ -86,7 +86,7 @@ class Callback:
         Returns:
           True to end the run; a changed state, such as `jt.set_learning_rate(run.state, 1e-4)`, or
           a changed run (`run.replace(...)`), to replace the current one; or None. A changed state
-          has the structure, the shapes and the dtypes of `run.state`.
+          has the structure, the shapes and the dtypes of `run.state`. Another value is an error.
         """
 
     def on_end(self, run: Run, error: BaseException | None) -> None:

@@ -155,9 +155,9 @@ def warn_of_single_examples(state: Any, source: Any) -> None:
     layers = _single_value_layers(state, source.batch_shapes())
     if not layers:
         return
-    which = "each" if size == 1 else "the last"
-    advice = "another batch_size"
+    which, advice = "each", "another batch_size"
     if size > 1:
+        which = "the last"
         advice += ", or drop_last=True in the Dataset or the stream, which leaves out that batch"
     warnings.warn(
         f"{which} batch of {source.name} has one example, so batch norm ({', '.join(layers)}) "

@@ -50,10 +50,6 @@ def check_independence(state: TrainState, source: Any) -> None:
     compiled without optimizations, and compute a batch in which another row is replaced. A program
     gives the same bits for the rows that stay, unless it mixes them. Where values are unknown, in a
     traced run or on other hosts, only the first is done.
-
-    Args:
-      state: the state before training.
-      source: the training data.
     """
     if not state.model.independent_examples:
         return
@@ -124,11 +120,8 @@ def _is_proven(jaxpr: Any, strides: dict[int, int]) -> bool:
 
     It is traced for `TRACED_ROWS` examples. An axis whose size is a multiple of them is that of the
     examples: index // stride % TRACED_ROWS is the example. An array without such an axis is the
-    same for all examples. Operations that may mix examples, or have no rule here, are not proven.
-
-    Args:
-      jaxpr: the program.
-      strides: the stride of each size so far; axes of one size have the same one.
+    same for all examples. Axes of one size have one stride, in `strides`, which grows. Operations
+    that may mix examples, or have no rule here, are not proven.
     """
     return all(_keeps_examples_apart(equation, strides) for equation in jaxpr.eqns)
 

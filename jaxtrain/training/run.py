@@ -24,7 +24,7 @@ from jaxtrain.metrics import Metric
 from jaxtrain.training.checks import check_missing_targets, check_run
 from jaxtrain.training.independence import check_independence
 from jaxtrain.training.loop import StepLog, compiled_evaluate, train_in_order
-from jaxtrain.training.sources import AnySource, InMemory, Repeated, make_source
+from jaxtrain.training.sources import AnySource, InMemory, Repeated, Streamed, make_source
 from jaxtrain.training.state import checked_state, counters, next_epoch, recorded, with_epoch
 from jaxtrain.training.step import (
     Objective,
@@ -158,21 +158,12 @@ def prepare(
 ) -> tuple[Any, dict[str, AnySource], tuple[str, ...]]:
     """Checks the arguments of `train` or `fit`, and moves state and data to the devices.
 
-    Args:
-      state: the state before the first step.
-      given: the data by the names "train", "test" and "validation"; the last two may be None.
-      objective: what the steps minimize and measure.
-      batch_sizes: those of training and evaluation.
-      key: PRNG key of the shuffle, or None.
-      stack: leaves the mesh and closes the streams.
-      epochs: how often the data are needed.
-      steps: steps per epoch in a run by steps, else None.
-      mesh: the devices; None for those that the user has set or that have the arrays.
-      state_metrics: names of further columns.
+    `given` has the data by the names "train", "test" and "validation", and None for data that are
+    not given. `batch_sizes` are those of training and evaluation. `stack` leaves the mesh and
+    closes the streams. In a run by steps, an epoch has `steps`.
 
     Returns:
-      The state on the devices; the sources by the names of the data; and the names of the history's
-      columns except `seconds`.
+      The state; the sources by the names of the data; and the columns of the history but `seconds`.
     """
     for size, name in zip(batch_sizes, ("batch_size", "test_batch_size"), strict=True):
         check_integer(size, name, minimum=1)
@@ -196,9 +187,10 @@ def prepare(
         for name, data in held_out.items():
             data = without_drop_last(data)
             sources[name] = make_source(data, name, batch_sizes[1], None, epoch, stack)
-            sources[name].close()  # workers would run until the first evaluation
     for name, source in sources.items():
-        if name != "train" or steps is None:
+        if isinstance(source, Streamed) and name != "train":
+            source.close()  # workers would run until the first evaluation
+        if isinstance(source, Streamed) and (name != "train" or steps is None):
             source.check_ends(epochs)
     returned = check_run(state, sources, objective)
     for source in sources.values():

@@ -166,12 +166,6 @@ class InMemory:
         order += ", without a partial last batch" if self.sample.drop_last else ""
         return f"{len(self.sample)} examples with the digest {digest(self.sample)}, {order}"
 
-    def check_ends(self, epochs: int) -> None:
-        """Does nothing: the data end, and can be read again."""
-
-    def close(self) -> None:
-        """Does nothing: no stream is open."""
-
 
 class Streamed(Batches):
     """A stream of batches, which a thread reads and stacks while the device trains.
@@ -377,10 +371,9 @@ class Repeated:
         return f"{self._source.describe()}, in epochs of {self.steps} steps"
 
     def close(self) -> None:
-        """Closes the source."""
+        """Ends the reading of the source."""
         if self._passes is not None:
             self._passes.close()
-        self._source.close()
 
 
 AnySource = InMemory | Streamed | Repeated
