@@ -56,7 +56,7 @@ ORDER = [
         "metrics",
     ),
     *("optimizers", "models", "adapters", "checkpoint", "data", "_terminal", "callbacks"),
-    *("training", "sweeps", "inspect", "export", "cli"),
+    *("training", "sweeps", "export", "inspect", "cli"),
 ]
 # The same inside the package of the training loop.
 TRAINING = [

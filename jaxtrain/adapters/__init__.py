@@ -47,6 +47,7 @@ __all__ = [
     "sown_losses",
     "to_module",
     "torch",
+    "without_dropout",
 ]
 
 _EXPECTED = "expected a Linen, NNX, Equinox or PyTorch module or a jaxtrain.Model(init, apply)"
@@ -177,6 +178,14 @@ def drawing(model: Model) -> Model:
     if isinstance(apply, AdaptedApply):
         return _with_apply(model, dataclasses.replace(apply, draws=True))
     return _with_apply(model, DrawingApply(apply))
+
+
+def without_dropout(model: Model) -> Model:
+    """Returns the same Model without dropout in training; one of plain functions as it is."""
+    apply = _of_module(model)
+    if apply is None:
+        return model
+    return _with_apply(model, dataclasses.replace(apply, call=Static(apply.without_dropout())))
 
 
 def draws_in_evaluation(model: Model) -> bool:

@@ -99,6 +99,10 @@ class Apply(AdaptedApply):
         module = self._combine(params, model_state, inference=False)
         return patched_calls(recorder, module, _modules, eqx.nn.Dropout)
 
+    def without_dropout(self) -> Any:
+        """Returns the function of `call` that drops nothing in training."""
+        return WithoutDropout(self.call)
+
     def batch_statistics(
         self, params: PyTree, model_state: dict[str, Any]
     ) -> dict[str, BatchStatistics]:
@@ -135,6 +139,25 @@ class Apply(AdaptedApply):
         constants = [model_state["constants"]] if "constants" in model_state else []
         module = eqx.combine(params, *constants, self.static)
         return eqx.nn.inference_mode(module, value=inference)
+
+
+@dataclasses.dataclass(frozen=True)
+class WithoutDropout:
+    """Calls a module whose layers have no rate of dropout."""
+
+    call: Static
+
+    def __call__(self, module: eqx.Module, *args: Any, **options: Any) -> Any:
+        """Calls the module."""
+
+        def is_dropout(node: Any) -> bool:
+            return isinstance(node, eqx.nn.Dropout)
+
+        def convert(node: Any) -> Any:
+            return eqx.tree_at(lambda x: x.p, node, 0.0) if is_dropout(node) else node
+
+        module = jax.tree.map(convert, module, is_leaf=is_dropout)
+        return self.call.value(module, *args, **options)
 
 
 def _modules(module: Any, path: Path = ()) -> list[tuple[Path, Any]]:

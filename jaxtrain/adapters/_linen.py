@@ -24,6 +24,7 @@ from jaxtrain.adapters._shared import (
     BatchStatistics,
     Static,
     draws_unasked,
+    dropout_rates,
     named_statistics,
     unused_key,
 )
@@ -153,6 +154,10 @@ class Apply(AdaptedApply):
         with nn.intercept_methods(intercept):
             yield
 
+    def without_dropout(self) -> Any:
+        """Returns the function of `call` that drops nothing in training."""
+        return WithoutDropout(self.call)
+
     def batch_statistics(self, params: PyTree, model_state: PyTree) -> dict[str, BatchStatistics]:
         """Returns the statistics by layer; the first name is that of the collection."""
         return named_statistics(model_state, skip=1)
@@ -163,6 +168,24 @@ class Apply(AdaptedApply):
             "Linen modules hold no parameters; use "
             "model.apply({'params': state.params, **state.model_state}, ...)"
         )
+
+
+@dataclasses.dataclass(frozen=True)
+class WithoutDropout:
+    """Calls a module whose layers have no rate of dropout."""
+
+    call: Static
+
+    def __call__(self, module: nn.Module, inputs: PyTree, **options: Any) -> Any:
+        """Calls the module."""
+
+        def intercept(method: Any, args: Any, kwargs: Any, context: Any) -> Any:
+            for name in dropout_rates(context.module):  # of an instance of this call
+                object.__setattr__(context.module, name, 0.0)
+            return method(*args, **kwargs)
+
+        with nn.intercept_methods(intercept):
+            return self.call.value(module, inputs, **options)
 
 
 def _streams(key: Any, names: Iterable[str]) -> dict[str, Any]:

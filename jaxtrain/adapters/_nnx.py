@@ -18,6 +18,7 @@ from jaxtrain.adapters._shared import (
     RefuseInit,
     Static,
     describe_type,
+    dropout_rates,
     named_statistics,
     to_arrays,
     unused_key,
@@ -63,6 +64,10 @@ class Apply(AdaptedApply):
         module = nnx.merge(self.graphdef.value, params, model_state)
         return patched_calls(recorder, module, _modules, nnx.Dropout)
 
+    def without_dropout(self) -> Any:
+        """Returns the function of `call` that drops nothing in training."""
+        return WithoutDropout(self.call)
+
     def batch_statistics(self, params: PyTree, model_state: PyTree) -> dict[str, BatchStatistics]:
         """Returns the statistics by layer; they have the path of their layer."""
         return named_statistics(model_state, skip=0)
@@ -72,6 +77,20 @@ class Apply(AdaptedApply):
         module = nnx.merge(self.graphdef.value, params, model_state)
         module.eval()
         return module
+
+
+@dataclasses.dataclass(frozen=True)
+class WithoutDropout:
+    """Calls a module whose layers have no rate of dropout."""
+
+    call: Static
+
+    def __call__(self, module: nnx.Module, inputs: PyTree, **options: Any) -> Any:
+        """Calls the module, which has been built for this call."""
+        for _, layer in _modules(module):
+            for name in dropout_rates(layer):
+                setattr(layer, name, 0.0)
+        return self.call.value(module, inputs, **options)
 
 
 def _modules(module: nnx.Module) -> list[tuple[Path, nnx.Module]]:

@@ -124,6 +124,10 @@ class AdaptedApply(abc.ABC):
         """Records the calls of the module and its submodules."""
 
     @abc.abstractmethod
+    def without_dropout(self) -> Any:
+        """Returns the function of `call` that drops nothing in training."""
+
+    @abc.abstractmethod
     def batch_statistics(self, params: PyTree, model_state: Any) -> dict[str, BatchStatistics]:
         """Returns where the model state has the running statistics of batch norm, by layer."""
 
@@ -144,6 +148,13 @@ class DrawingApply:
         if key is None:
             raise missing_key(name_of_plain(self.apply))
         return self.apply(*args, train=train, key=key)
+
+
+def dropout_rates(layer: Any) -> dict[str, float]:
+    """Returns the rates with which a layer drops, by the names of its attributes."""
+    names = ("rate", "p", "dropout_rate") if "drop" in type(layer).__name__.lower() else ()
+    found = {name: getattr(layer, name, None) for name in (*names, "dropout_rate")}
+    return {name: x for name, x in found.items() if isinstance(x, int | float) and x > 0}
 
 
 def unused_key() -> Any:

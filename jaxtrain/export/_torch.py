@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Mapping
-from typing import Any, TypeVar
+from collections.abc import Callable, Collection, Mapping, Sequence
+from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 
@@ -16,13 +16,40 @@ from jaxtrain.export._torch_files import read_state_dict
 from jaxtrain.export._torch_layers import Layer, Orders, layers_of, with_arrays
 from jaxtrain.export._torch_layers import to_ours as to_our_arrays
 from jaxtrain.export._torch_layers import to_torch as to_tensors
-from jaxtrain.export._torch_match import TorchLayer, match
+from jaxtrain.export._torch_match import TorchLayer, beyond, match, torch_layers
 from jaxtrain.export._torch_optimizer import load_optimizer
 from jaxtrain.export._torch_trace import Axis, Uses, trace_uses
 from jaxtrain.training.state import TrainState, check_state_type
 
 Pairs = list[tuple[TorchLayer, Layer]]
 _Converted = TypeVar("_Converted")
+
+
+class Conversion(NamedTuple):
+    """How weights are converted between a PyTorch module and a state.
+
+    Attributes:
+      pairs: layers of PyTorch with ours, in the order in which the model uses them.
+      orders: by path of an array, the order of the features that it meets.
+      tensors: those of PyTorch by name.
+      uses: the traced network; None for plain functions.
+    """
+
+    pairs: Pairs
+    orders: Orders
+    tensors: Mapping[str, np.ndarray]
+    uses: Uses | None
+
+    def load(self, state: TrainState) -> TrainState:
+        """Returns the state with the tensors of PyTorch."""
+        found: dict[str, np.ndarray] = {}
+        for theirs, ours in self.pairs:
+            parts = {part: self.tensors[full] for part, full in theirs.tensors.items()}
+            found |= to_our_arrays(ours, parts, self.orders)
+        return state.replace(
+            params=with_arrays(state.params, "params", found),
+            model_state=with_arrays(state.model_state, "model_state", found),
+        )
 
 
 def load_torch(
@@ -83,14 +110,7 @@ def load_torch(
     pairs = _match(tensors, tied, state, uses, mapping, strict)
 
     def convert(orders: Orders) -> TrainState:
-        found: dict[str, np.ndarray] = {}
-        for theirs, ours in pairs:
-            parts = {part: tensors[full] for part, full in theirs.tensors.items()}
-            found |= to_our_arrays(ours, parts, orders)
-        return state.replace(
-            params=with_arrays(state.params, "params", found),
-            model_state=with_arrays(state.model_state, "model_state", found),
-        )
+        return Conversion(pairs, orders, tensors, uses).load(state)
 
     def compare(loaded: TrainState) -> str | None:
         return compare_outputs(loaded, source, None, pairs, uses) if strict else None
@@ -197,6 +217,34 @@ def _converted(
     Raises:
       InputError: the outputs differ, or the order is in doubt.
     """
+    readings, in_doubt = _readings(pairs, uses)
+    results = [(convert(reading), reading) for reading in readings]
+    differences = [compare(result) for result, _ in results]
+    same = [x for x, difference in zip(results, differences, strict=True) if difference == ""]
+    doubt = f"the order of the features that {in_doubt} takes is in doubt"
+    if any(differences) and not same:
+        text = next(filter(None, differences))
+        raise InputError(f"{text}; {doubt}" if in_doubt else text)
+    if len(same) == 1 or not in_doubt:
+        return (same or results)[0]
+    module = "" if same else ", or the PyTorch module itself, so that outputs are compared"
+    raise InputError(
+        f"{doubt}, since images are [channels, height, width] in PyTorch; expected a network that "
+        f"transposes them to this order before it flattens them{module} (or leave the layer out by "
+        "strict=False, and convert it by hand)"
+    )
+
+
+def _readings(pairs: Pairs, uses: Uses | None) -> tuple[Sequence[Orders], str | None]:
+    """Returns the orders that the features may have in PyTorch, the likeliest first.
+
+    Args:
+      pairs: layers of PyTorch with ours.
+      uses: the traced network.
+
+    Returns:
+      The orders, and the name of the first layer whose order is in doubt, if any is.
+    """
     orders: dict[str, np.ndarray] = {}
     in_doubt: dict[str, str] = {}  # names of layers by path
     has_convolutions = any(len(x) > 2 for _, ours in pairs for x in ours.shapes.values())
@@ -213,21 +261,33 @@ def _converted(
                 in_doubt[path] = where or "the model"
     as_written = {path: order for path, order in orders.items() if path not in in_doubt}
     readings = [orders, as_written] if len(as_written) < len(orders) else [orders]
-    results = [(convert(reading), reading) for reading in readings]
-    differences = [compare(result) for result, _ in results]
-    same = [x for x, difference in zip(results, differences, strict=True) if difference == ""]
-    doubt = f"the order of the features that {next(iter(in_doubt.values()), '')} takes is in doubt"
-    if any(differences) and not same:
-        text = next(filter(None, differences))
-        raise InputError(f"{text}; {doubt}" if in_doubt else text)
-    if len(same) == 1 or not in_doubt:
-        return (same or results)[0]
-    module = "" if same else ", or the PyTorch module itself, so that outputs are compared"
-    raise InputError(
-        f"{doubt}, since images are [channels, height, width] in PyTorch; expected a network that "
-        f"transposes them to this order before it flattens them{module} (or leave the layer out by "
-        "strict=False, and convert it by hand)"
-    )
+    return readings, next(iter(in_doubt.values()), None)
+
+
+def conversions(
+    state: TrainState, source: Any, mapping: Mapping[str, str] | None, *, strict: bool = True
+) -> list[Conversion]:
+    """Returns the ways to convert the weights of a PyTorch model, the likeliest first.
+
+    They differ in the order of features. The arguments are those of `load_torch`.
+
+    Raises:
+      InputError: layers have no counterpart, or their order is unclear, as in `load_torch`.
+    """
+    tensors, tied = read_state_dict(source)
+    uses = trace_uses(state)
+    pairs = _match(tensors, tied, state, uses, mapping, strict)
+    readings = [*_readings(pairs, uses)[0], {}]
+    distinct = {tuple(sorted(reading)): reading for reading in reversed(readings)}
+    return [Conversion(pairs, orders, tensors, uses) for orders in reversed(distinct.values())]
+
+
+def misfits(state: TrainState, source: Any) -> tuple[list[TorchLayer], list[Layer]]:
+    """Returns the layers of PyTorch and of a model whose shapes the other side does not have."""
+    tensors, _ = read_state_dict(source)
+    theirs = torch_layers({full: tensor.shape for full, tensor in tensors.items()})
+    ours = layers_of(state, trace_uses(state))
+    return beyond(theirs, ours), beyond(ours, theirs)
 
 
 def _match(

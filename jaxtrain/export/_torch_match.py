@@ -36,7 +36,7 @@ class TorchLayer(NamedTuple):
     shapes: dict[str, Shape]
 
 
-def _torch_layers(shapes: Mapping[str, Shape]) -> list[TorchLayer]:
+def torch_layers(shapes: Mapping[str, Shape]) -> list[TorchLayer]:
     """Groups the tensors of a state dict by layer.
 
     The layers of a deep LSTM are layers of their own, "lstm.l0" and "lstm.l1".
@@ -95,7 +95,7 @@ def match(
     Raises:
       InputError: a layer has no counterpart, or more than one possible.
     """
-    theirs = _torch_layers(shapes)
+    theirs = torch_layers(shapes)
     pairs = _mapped(theirs, ours, mapping)
 
     def left() -> tuple[list[TorchLayer], list[Layer]]:
@@ -121,8 +121,8 @@ def match(
 
 def _check_counts(theirs: Sequence[TorchLayer], ours: Sequence[Layer]) -> None:
     """Raises InputError, naming all layers beyond those of equal shapes on the other side."""
-    extra = [f"{_described(x)} has no counterpart in the model" for x in _beyond(theirs, ours)]
-    missing = [f"{_described(x)} has none in the state dict" for x in _beyond(ours, theirs)]
+    extra = [f"{_described(x)} has no counterpart in the model" for x in beyond(theirs, ours)]
+    missing = [f"{_described(x)} has none in the state dict" for x in beyond(ours, theirs)]
     if extra or missing:
         raise InputError(
             f"{'; '.join(extra + missing)}; expected a state dict of the same network (mapping= "
@@ -130,7 +130,7 @@ def _check_counts(theirs: Sequence[TorchLayer], ours: Sequence[Layer]) -> None:
         )
 
 
-def _beyond(layers: Sequence[Any], others: Sequence[Any]) -> list[Any]:
+def beyond(layers: Sequence[Any], others: Sequence[Any]) -> list[Any]:
     """Returns the layers that outnumber those of the same shapes on the other side."""
     left, found = Counter(map(_signature, others)), []
     for layer in layers:

@@ -1,5 +1,7 @@
 """Looks at a network and its training step without training it."""
 
+from jaxtrain.inspect._port import port as port
+from jaxtrain.inspect._port import without_dropout as without_dropout
 from jaxtrain.inspect.summary import Summary, summary
 from jaxtrain.inspect.verify import Verification, verify
 

@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import copy
 import importlib
 from collections.abc import Callable
 from typing import Any
@@ -13,7 +14,7 @@ from jaxtrain.adapters._shared import Static
 from jaxtrain.adapters.torch._rules import RULES, family
 from jaxtrain.model import Model
 
-__all__ = ["adapt", "operations", "register"]
+__all__ = ["adapt", "call", "operations", "register", "without_dropout"]
 
 _FAMILIES = (
     *("_linear", "_convolution", "_pooling", "_normalization", "_activations", "_recurrent"),
@@ -48,6 +49,22 @@ def adapt(module: Any, call: Static | None) -> tuple[Model, tuple[Any, Any]]:
     from jaxtrain.adapters.torch import _adapter
 
     return _adapter.adapt(module, call)
+
+
+def call(module: Any, inputs: Any) -> Any:
+    """Returns the outputs of a module in its current mode; the inputs are tensors."""
+    from jaxtrain.adapters.torch import _adapter
+
+    return _adapter.call_forward(module, inputs, train=module.training, rngs=None)
+
+
+def without_dropout(module: Any) -> Any:
+    """Returns a copy of a module that drops nothing, also by functions that it calls."""
+    from jaxtrain.adapters.torch import _adapter
+
+    found = copy.deepcopy(module)
+    found.forward = _adapter.WithoutDropout(found.forward)
+    return found
 
 
 def operations() -> dict[str, list[str]]:

@@ -16,6 +16,7 @@ import numpy as np
 import torch
 from flax.traverse_util import flatten_dict, unflatten_dict
 from jaxtyping import PyTree
+from torch.overrides import TorchFunctionMode
 
 from jaxtrain._placement import to_numpy
 from jaxtrain.adapters._recording import Recorder
@@ -25,6 +26,18 @@ from jaxtrain.adapters.torch._interpreter import compute, to_array
 from jaxtrain.dataset import JoinedInputs
 from jaxtrain.errors import InputError
 from jaxtrain.model import Model
+
+# Functions that drop elements, and where these and others have the rate: position and name.
+DROPOUT = {
+    *("dropout", "dropout_", "dropout1d", "dropout2d", "dropout3d", "feature_dropout"),
+    *("alpha_dropout", "alpha_dropout_", "feature_alpha_dropout", "feature_alpha_dropout_"),
+}
+RATES: dict[str, tuple[int, str]] = {
+    **dict.fromkeys(DROPOUT, (1, "p")),
+    **dict.fromkeys(("lstm", "gru", "rnn_tanh", "rnn_relu"), (5, "dropout")),
+    "multi_head_attention_forward": (10, "dropout_p"),
+    "scaled_dot_product_attention": (4, "dropout_p"),
+}
 
 
 def adapt(module: Any, call: Static | None) -> tuple[Model, tuple[PyTree, PyTree]]:
@@ -166,6 +179,10 @@ class Apply(AdaptedApply):
         finally:
             self.template.recorder = before
 
+    def without_dropout(self) -> Any:
+        """Returns the function of `call` that drops nothing in training."""
+        return WithoutDropout(self.call)
+
     def batch_statistics(self, params: PyTree, model_state: PyTree) -> dict[str, BatchStatistics]:
         """Returns the statistics by layer; they have the path of their layer."""
         found = {}
@@ -188,6 +205,43 @@ class Apply(AdaptedApply):
                 is_float = jax.numpy.issubdtype(array.dtype, np.floating)
                 tensor.copy_(torch.tensor(array.astype(np.float64) if is_float else array))
         return module.eval()
+
+
+@dataclasses.dataclass(frozen=True)
+class WithoutDropout:
+    """Calls a module, or its `forward` alone, while no function of PyTorch drops elements."""
+
+    call: Any
+
+    def __call__(self, *args: Any, **options: Any) -> Any:
+        """Calls the module."""
+        function = self.call.value if isinstance(self.call, Static) else self.call
+        with _DroppingNothing():
+            return function(*args, **options)
+
+
+class _DroppingNothing(TorchFunctionMode):
+    """Calls functions of PyTorch without dropout, while it is active."""
+
+    def __torch_function__(
+        self, function: Any, types: Any, args: Any = (), kwargs: Any = None
+    ) -> Any:
+        """Calls a function."""
+        return call_without_dropout(function, args, kwargs or {})
+
+
+def call_without_dropout(function: Any, args: Any, kwargs: dict[str, Any]) -> Any:
+    """Calls a function of PyTorch without dropout."""
+    name = getattr(function, "__name__", "")
+    if name in DROPOUT:
+        return args[0] if args else kwargs["input"]
+    if name in RATES:
+        position, argument = RATES[name]
+        if len(args) > position:
+            args = (*args[:position], 0.0, *args[position + 1 :])
+        else:
+            kwargs = {**kwargs, argument: 0.0}
+    return function(*args, **kwargs)
 
 
 def _variables(module: Any) -> dict[str, torch.Tensor]:

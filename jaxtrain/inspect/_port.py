@@ -1,0 +1,216 @@
+"""A PyTorch module and a JAX model of the same network, with the same weights and inputs."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from jaxtyping import Array, Key, PyTree
+
+from jaxtrain import adapters
+from jaxtrain._extras import needs_extra
+from jaxtrain.errors import InputError
+from jaxtrain.export import Conversion, conversions, misfits
+from jaxtrain.model import Model
+from jaxtrain.training.state import TrainState, init_state
+
+# Outputs that differ by less have the right layout and order of features.
+_SAME = 1e-3
+
+
+class Port(NamedTuple):
+    """A state of a JAX model with the weights of a PyTorch module.
+
+    Attributes:
+      state: the state.
+      inputs: the inputs in the layout of the model.
+      conversion: how weights are converted.
+      difference: of the outputs in evaluation, relative to the largest; infinite if their sizes
+        differ.
+    """
+
+    state: TrainState
+    inputs: PyTree
+    conversion: Conversion
+    difference: float
+
+
+def port(
+    module: Any,
+    model: Any,
+    inputs: PyTree,
+    optimizer: optax.GradientTransformation | None,
+    *,
+    key: Key[Array, ""],
+    mapping: Mapping[str, str] | None = None,
+    model_inputs: PyTree = None,
+) -> tuple[TrainState, PyTree]:
+    """Returns a state of a JAX model with the weights of a PyTorch module, and its inputs.
+
+    Args:
+      module: the PyTorch module, which is not changed.
+      model: the same network as a Linen, NNX or Equinox module, or a `Model`.
+      inputs: inputs of the module, [batch, ...]; arrays or tensors.
+      optimizer: that of the state.
+      key: PRNG key of the state.
+      mapping: as in `jaxtrain.export.load_torch`.
+      model_inputs: the inputs in the model's layout. None takes them as they are if the model then
+        has the shapes of the weights; else images with their channels last, or without an axis for
+        one channel.
+
+    Returns:
+      The state, and the inputs in the model's layout.
+
+    Raises:
+      InputError: the module does not take the inputs, or its layers are not those of the model.
+    """
+    found = best_port(
+        module, model, inputs, optimizer, key=key, mapping=mapping, model_inputs=model_inputs
+    )
+    return found.state, found.inputs
+
+
+def best_port(
+    module: Any,
+    model: Any,
+    inputs: PyTree,
+    optimizer: optax.GradientTransformation | None,
+    *,
+    key: Key[Array, ""],
+    mapping: Mapping[str, str] | None = None,
+    model_inputs: PyTree = None,
+    source: Any = None,
+    strict: bool = True,
+) -> Port:
+    """Returns the layout of inputs and the order of features with the most similar outputs.
+
+    The arguments are those of `port`; `source` has other weights than those of the module, and
+    with `strict=False`, layers without a counterpart keep the model's own weights.
+    """
+    check_module(module)
+    with needs_extra("torch"):
+        from jaxtrain.inspect._torch_calls import evaluate
+    inputs = as_arrays(inputs)
+    layouts = [as_arrays(model_inputs)] if model_inputs is not None else list(_layouts(inputs))
+    source = module if source is None else source
+    some = jax.tree.map(lambda leaf: leaf[:4], inputs)
+    try:
+        theirs = evaluate(module, some)
+    except Exception as error:  # of the module
+        raise InputError(
+            f"the module {type(module).__name__} does not take the inputs "
+            f"({(str(error).splitlines() or [type(error).__name__])[0]}); expected those that it "
+            "is called with, [batch, ...]",
+            argument="inputs",
+        ) from error
+    found: list[Port] = []
+    errors: list[tuple[float, Exception]] = []
+    for layout in layouts:
+        state = None
+        try:
+            sample = jax.tree.map(lambda leaf: leaf[:1], layout)
+            state = init_state(model, optimizer, sample, key=key)
+            ways = conversions(state, source, mapping, strict=strict)
+        except Exception as error:  # networks raise different types for a wrong shape
+            errors.append((_misfits(state, source), error))
+            continue
+        for way in ways:
+            loaded = way.load(state)
+            ours = _evaluate(loaded, jax.tree.map(lambda leaf: leaf[:4], layout))
+            found.append(Port(loaded, layout, way, _difference(theirs, ours)))
+            if found[-1].difference <= _SAME:
+                return found[-1]
+    if not found:
+        raise min(errors, key=lambda pair: pair[0])[1]
+    return min(found, key=lambda each: each.difference)
+
+
+def without_dropout(model_or_module: Any) -> Any:
+    """Returns the same network without dropout in training.
+
+    Args:
+      model_or_module: a `torch.nn.Module`, of which it returns a copy; or the `Model` of a state,
+        `state.model`. A `Model` of plain functions is returned as it is.
+
+    Example:
+      >>> from jaxtrain.inspect import without_dropout
+      >>> state = state.replace(model=without_dropout(state.model))
+    """
+    if isinstance(model_or_module, Model):
+        return adapters.without_dropout(model_or_module)
+    check_module(model_or_module)
+    return adapters.torch.without_dropout(model_or_module)
+
+
+def check_module(module: Any) -> None:
+    """Raises InputError unless the module is one of PyTorch."""
+    if not hasattr(module, "named_modules") or isinstance(module, type):
+        raise InputError(
+            f"the module is {module!r:.60}; expected a torch.nn.Module", argument="module"
+        )
+
+
+def as_arrays(inputs: PyTree) -> PyTree:
+    """Returns arrays or tensors as arrays of NumPy."""
+
+    def convert(leaf: Any) -> np.ndarray:
+        return np.asarray(leaf.detach().cpu() if hasattr(leaf, "detach") else leaf)
+
+    return jax.tree.map(convert, inputs)
+
+
+def _layouts(inputs: PyTree) -> Iterator[PyTree]:
+    """Yields the inputs as they are, with the channels last, and without an axis for one."""
+    shapes = [leaf.shape for leaf in jax.tree.leaves(inputs)]
+    yield inputs
+    if any(len(shape) > 2 for shape in shapes):
+        yield jax.tree.map(lambda x: np.moveaxis(x, 1, -1) if x.ndim > 2 else x, inputs)
+    if any(len(shape) > 2 and shape[1] == 1 for shape in shapes):
+        yield jax.tree.map(lambda x: x[:, 0] if x.ndim > 2 and x.shape[1] == 1 else x, inputs)
+
+
+def _evaluate(state: TrainState, inputs: PyTree) -> list[np.ndarray]:
+    def run(params: PyTree, model_state: PyTree, inputs: PyTree) -> Any:
+        key = jax.random.key(0)  # of a model that draws
+        return adapters.call_in_evaluation(state.model, params, model_state, inputs, key=key)[0]
+
+    with jax.default_matmul_precision("highest"):
+        outputs = jax.jit(run)(state.params, state.model_state, inputs)
+    return [np.asarray(leaf) for leaf in jax.tree.leaves(outputs)]
+
+
+def _difference(theirs: list[np.ndarray], ours: list[np.ndarray]) -> float:
+    if [x.size for x in theirs] != [x.size for x in ours]:
+        return float("inf")
+    pairs = zip(theirs, ours, strict=True)
+    return max((relative(x, in_layout(y, x.shape)) for x, y in pairs), default=0.0)
+
+
+def _misfits(state: TrainState | None, source: Any) -> float:
+    """Returns the number of layers without a counterpart."""
+    try:
+        return math.inf if state is None else sum(len(x) for x in misfits(state, source))
+    except InputError:
+        return 0
+
+
+def in_layout(array: Any, shape: tuple[int, ...]) -> Any:
+    """Returns an array of another layout in that of a shape: as it is, or with channels moved."""
+    ndim = len(array.shape)
+    for source, target in ((0, 0), (-1, 1), (1, -1)):
+        moved = jnp.moveaxis(array, source, target) if ndim > 2 else array
+        if moved.shape == tuple(shape):
+            return moved
+    return array.reshape(shape)
+
+
+def relative(a: Any, b: Any) -> float:
+    """Returns the largest difference of two arrays relative to the largest entry of the first."""
+    a, b = np.asarray(a, np.float64), np.asarray(b, np.float64)
+    difference = np.abs(a - b).max(initial=0.0)
+    return float(difference / max(np.abs(a).max(initial=0.0), 1e-12)) if difference else 0.0
