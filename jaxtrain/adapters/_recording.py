@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 import jax
 
 Path = tuple[str, ...]
+_SETTINGS = ("epsilon", "eps", "momentum", "rate", "p", "dropout_rate")
 # Held while classes are patched.
 _PATCHING = threading.Lock()
 
@@ -24,12 +25,14 @@ class Call(NamedTuple):
       type: name of the layer's class.
       inputs: shapes and dtypes of the arrays among its arguments, without PRNG keys.
       outputs: those of its results.
+      settings: its numbers, such as {"epsilon": 1e-6}, by attribute.
     """
 
     path: Path
     type: str
     inputs: tuple[jax.ShapeDtypeStruct, ...]
     outputs: tuple[jax.ShapeDtypeStruct, ...]
+    settings: dict[str, float]
 
 
 class Recorder:
@@ -62,7 +65,11 @@ class Recorder:
         is_first = path not in self._calls
         if is_first:
             self._indices[path] = len(self._calls)
-            self._calls[path] = Call(path, type(layer).__name__, _shapes((args, kwargs)), ())
+            values = {name: getattr(layer, name, None) for name in _SETTINGS}
+            settings = {name: x for name, x in values.items() if isinstance(x, int | float)}
+            self._calls[path] = Call(
+                path, type(layer).__name__, _shapes((args, kwargs)), (), settings
+            )
         with jax.named_scope(f"jaxtrain_layer_{self._indices[path]}"):
             outputs = function(*args, **kwargs)
         if is_first:

@@ -6,12 +6,13 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
+from jaxtyping import PyTree
 
 from jaxtrain._extras import needs_extra
 from jaxtrain._placement import to_numpy
 from jaxtrain.dataset import named_arrays
 from jaxtrain.errors import InputError
-from jaxtrain.export._torch_check import compare_outputs
+from jaxtrain.export._torch_check import compare_outputs, layer_outputs
 from jaxtrain.export._torch_files import read_state_dict
 from jaxtrain.export._torch_layers import Layer, Orders, layers_of, with_arrays
 from jaxtrain.export._torch_layers import to_ours as to_our_arrays
@@ -33,12 +34,14 @@ class Conversion(NamedTuple):
       orders: by path of an array, the order of the features that it meets.
       tensors: those of PyTorch by name.
       uses: the traced network; None for plain functions.
+      is_sure: whether `load_torch` would take no other order without comparing outputs.
     """
 
     pairs: Pairs
     orders: Orders
     tensors: Mapping[str, np.ndarray]
     uses: Uses | None
+    is_sure: bool = True
 
     def load(self, state: TrainState) -> TrainState:
         """Returns the state with the tensors of PyTorch."""
@@ -50,6 +53,25 @@ class Conversion(NamedTuple):
             params=with_arrays(state.params, "params", found),
             model_state=with_arrays(state.model_state, "model_state", found),
         )
+
+    def to_torch(self, params: PyTree, model_state: PyTree) -> dict[str, np.ndarray]:
+        """Returns parameters, or gradients, and the running statistics by name in PyTorch."""
+        arrays = {
+            path: to_numpy(leaf)
+            for tree, name in ((params, "params"), (model_state, "model_state"))
+            for path, leaf in named_arrays(tree, name)
+        }
+        return {
+            theirs.tensors[part]: array
+            for theirs, ours in self.pairs
+            for part, array in to_tensors(ours, arrays, self.orders).items()
+        }
+
+    def layer_outputs(self, state: TrainState, inputs: PyTree) -> dict[str, np.ndarray]:
+        """Returns the entries of the outputs of layers in evaluation, in the model's order."""
+        if self.uses is None:
+            return {}
+        return layer_outputs(state, inputs, self.pairs, self.uses)
 
 
 def load_torch(
@@ -277,9 +299,12 @@ def conversions(
     tensors, tied = read_state_dict(source)
     uses = trace_uses(state)
     pairs = _match(tensors, tied, state, uses, mapping, strict)
-    readings = [*_readings(pairs, uses)[0], {}]
-    distinct = {tuple(sorted(reading)): reading for reading in reversed(readings)}
-    return [Conversion(pairs, orders, tensors, uses) for orders in reversed(distinct.values())]
+    known, in_doubt = _readings(pairs, uses)
+    readings = {tuple(sorted(reading)): reading for reading in reversed([*known, {}])}
+    return [
+        Conversion(pairs, orders, tensors, uses, in_doubt is None and orders is known[0])
+        for orders in reversed(readings.values())
+    ]
 
 
 def misfits(state: TrainState, source: Any) -> tuple[list[TorchLayer], list[Layer]]:

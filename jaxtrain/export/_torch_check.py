@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -46,12 +46,12 @@ def compare_outputs(
     generator = np.random.default_rng(0)
     inputs = jax.tree.map(lambda x: _random(x, generator), sample_shapes(state))
     outputs = uses.jaxpr.jaxpr.outvars
-    ours = [np.asarray(x, np.float32) for x in _evaluate(uses, state, inputs, outputs)]
+    ours = [np.asarray(x, np.float32) for x in _evaluator(uses, outputs)(state, inputs)]
     tolerance = 5e-2 if "f16[" in str(uses.jaxpr) else 1e-3
     layers = {theirs.name: layer for theirs, layer in pairs}
     given = [jax.tree.leaves(inputs)]
     if uses.normalized is not None and len(given[0]) == 1:
-        (array,) = _evaluate(uses, state, inputs, [uses.normalized])
+        (array,) = _evaluator(uses, [uses.normalized])(state, inputs)
         given += [[array.reshape(x.shape)] for x in given[0] if x.size == array.size]
     found = [
         (max(map(_difference, theirs, ours), default=0.0), results)
@@ -65,12 +65,7 @@ def compare_outputs(
     difference, results = min(found, key=lambda x: x[0])
     if difference <= tolerance:
         return ""
-    last = {
-        name: max(uses.results[path] for path in layers[name].paths if path in uses.results)[1]
-        for name in results
-        if uses.results.keys() & set(layers[name].paths)
-    }
-    own = dict(zip(last, _evaluate(uses, state, inputs, list(last.values())), strict=True))
+    own = layer_outputs(state, inputs, [pair for pair in pairs if pair[0].name in results], uses)
     wrong = [x for x in own if not _has_same_entries(results[x], own[x], tolerance)]
     where = f", first after {wrong[0]} ({layers[wrong[0]].path})" if wrong else ""
     return (
@@ -81,14 +76,40 @@ def compare_outputs(
     )
 
 
-def _evaluate(uses: Uses, state: TrainState, inputs: PyTree, variables: list[Any]) -> list[Any]:
-    """Returns the values of some variables of the traced program."""
+def layer_outputs(
+    state: TrainState,
+    inputs: PyTree,
+    pairs: Sequence[tuple[TorchLayer, Layer]],
+    uses: Uses,
+) -> dict[str, np.ndarray]:
+    """Returns the outputs of layers in evaluation by name in PyTorch, one axis for all entries."""
+    last = {
+        theirs.name: max(uses.results[path] for path in ours.paths if path in uses.results)[1]
+        for theirs, ours in pairs
+        if uses.results.keys() & set(ours.paths)
+    }
+    function = _evaluator(uses, list(last.values()))
+    size = len(jax.tree.leaves(inputs)[0])
+    found = [
+        function(state, jax.tree.map(lambda leaf: leaf[i : i + 1], inputs))  # noqa: B023
+        for i in range(size)  # the program is that of one example
+    ]
+    arrays = [np.concatenate([x.reshape(-1) for x in each]) for each in zip(*found, strict=True)]
+    return dict(zip(last, arrays, strict=True))
+
+
+def _evaluator(uses: Uses, variables: list[Any]) -> Callable[[TrainState, PyTree], list[Any]]:
+    """Returns a function that returns the values of some variables of the traced program."""
     jaxpr = uses.jaxpr.jaxpr
     debug_info = jaxpr.debug_info.with_unknown_names()
     jaxpr = jaxpr.replace(outvars=variables, debug_info=debug_info)
     function = jax.jit(jaxpr_as_fun(ClosedJaxpr(jaxpr, uses.jaxpr.consts)))
-    arrays = function(*jax.tree.leaves((state.params, state.model_state, inputs)))
-    return [np.asarray(x) for x in arrays]
+
+    def evaluate(state: TrainState, inputs: PyTree) -> list[Any]:
+        arrays = function(*jax.tree.leaves((state.params, state.model_state, inputs)))
+        return [np.asarray(x) for x in arrays]
+
+    return evaluate
 
 
 def _random(shape: jax.ShapeDtypeStruct, generator: np.random.Generator) -> np.ndarray:

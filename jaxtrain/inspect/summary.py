@@ -214,8 +214,9 @@ def _layers(state: TrainState, abstract: TrainState, inputs: PyTree) -> tuple[La
                 f"the model does not take the inputs ({found}): {reason}; expected a batch as in "
                 "training"
             ) from error
+    outputs = jax.tree.leaves(shapes[0])
     calls = recorder.calls or [
-        adapters.Call((), "Model", *map(tuple, map(jax.tree.leaves, (inputs, shapes[0]))))
+        adapters.Call((), "Model", tuple(jax.tree.leaves(inputs)), tuple(outputs), {})
     ]
     flops = count_flops(program, recorder.layer_of)
     parameters = [0] * len(calls)
@@ -227,7 +228,7 @@ def _layers(state: TrainState, abstract: TrainState, inputs: PyTree) -> tuple[La
     flops[0] = flops.get(0, 0) + flops.pop(None, 0)  # outside of all layers
     return tuple(
         Layer("/".join(path), kind, inputs, outputs, parameters[n], _known([flops.get(n, 0)]))
-        for n, (path, kind, inputs, outputs) in enumerate(calls)
+        for n, (path, kind, inputs, outputs, _) in enumerate(calls)
     )
 
 

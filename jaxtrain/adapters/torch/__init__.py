@@ -11,10 +11,19 @@ from collections.abc import Callable
 from typing import Any
 
 from jaxtrain.adapters._shared import Static
+from jaxtrain.adapters.torch._dropout import call_without_dropout, dropout_rate
 from jaxtrain.adapters.torch._rules import RULES, family
 from jaxtrain.model import Model
 
-__all__ = ["adapt", "call", "operations", "register", "without_dropout"]
+__all__ = [
+    "adapt",
+    "call",
+    "call_without_dropout",
+    "dropout_rate",
+    "operations",
+    "register",
+    "without_dropout",
+]
 
 _FAMILIES = (
     *("_linear", "_convolution", "_pooling", "_normalization", "_activations", "_recurrent"),

@@ -21,23 +21,12 @@ from torch.overrides import TorchFunctionMode
 from jaxtrain._placement import to_numpy
 from jaxtrain.adapters._recording import Recorder
 from jaxtrain.adapters._shared import AdaptedApply, BatchStatistics, RefuseInit, Static, unused_key
+from jaxtrain.adapters.torch._dropout import call_without_dropout
 from jaxtrain.adapters.torch._export import export
 from jaxtrain.adapters.torch._interpreter import compute, to_array
 from jaxtrain.dataset import JoinedInputs
 from jaxtrain.errors import InputError
 from jaxtrain.model import Model
-
-# Functions that drop elements, and where these and others have the rate: position and name.
-DROPOUT = {
-    *("dropout", "dropout_", "dropout1d", "dropout2d", "dropout3d", "feature_dropout"),
-    *("alpha_dropout", "alpha_dropout_", "feature_alpha_dropout", "feature_alpha_dropout_"),
-}
-RATES: dict[str, tuple[int, str]] = {
-    **dict.fromkeys(DROPOUT, (1, "p")),
-    **dict.fromkeys(("lstm", "gru", "rnn_tanh", "rnn_relu"), (5, "dropout")),
-    "multi_head_attention_forward": (10, "dropout_p"),
-    "scaled_dot_product_attention": (4, "dropout_p"),
-}
 
 
 def adapt(module: Any, call: Static | None) -> tuple[Model, tuple[PyTree, PyTree]]:
@@ -228,20 +217,6 @@ class _DroppingNothing(TorchFunctionMode):
     ) -> Any:
         """Calls a function."""
         return call_without_dropout(function, args, kwargs or {})
-
-
-def call_without_dropout(function: Any, args: Any, kwargs: dict[str, Any]) -> Any:
-    """Calls a function of PyTorch without dropout."""
-    name = getattr(function, "__name__", "")
-    if name in DROPOUT:
-        return args[0] if args else kwargs["input"]
-    if name in RATES:
-        position, argument = RATES[name]
-        if len(args) > position:
-            args = (*args[:position], 0.0, *args[position + 1 :])
-        else:
-            kwargs = {**kwargs, argument: 0.0}
-    return function(*args, **kwargs)
 
 
 def _variables(module: Any) -> dict[str, torch.Tensor]:
