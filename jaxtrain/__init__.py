@@ -29,7 +29,7 @@ from jaxtrain.adapters import mixed_precision
 from jaxtrain.checkpoint import load_checkpoint
 from jaxtrain.dataset import Dataset
 from jaxtrain.export import load, save
-from jaxtrain.inspect import summary, verify
+from jaxtrain.inspect import compare, summary, verify
 from jaxtrain.lowerings import use_cpu_lowerings
 from jaxtrain.model import Model
 from jaxtrain.optimizers._minimize import Minimum, minimize
@@ -59,6 +59,7 @@ __all__ = [
     "TrainState",
     "apply_gradients",
     "callbacks",
+    "compare",
     "data",
     "errors",
     "eval_step",

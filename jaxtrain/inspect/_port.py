@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -13,6 +14,7 @@ import optax
 from jaxtyping import Array, Key, PyTree
 
 from jaxtrain import adapters
+from jaxtrain._compiler import bounded
 from jaxtrain._extras import needs_extra
 from jaxtrain.errors import InputError
 from jaxtrain.export import Conversion, conversions, misfits
@@ -21,6 +23,18 @@ from jaxtrain.training.state import TrainState, init_state
 
 # Outputs that differ by less have the right layout and order of features.
 _SAME = 1e-3
+
+
+class MisfitError(InputError):
+    """Layers of a module and of a model have no counterpart.
+
+    Attributes:
+      inputs: the inputs in the layout in which the fewest have none.
+    """
+
+    def __init__(self, message: str, inputs: PyTree) -> None:
+        super().__init__(message)
+        self.inputs = inputs
 
 
 class Port(NamedTuple):
@@ -32,12 +46,16 @@ class Port(NamedTuple):
       conversion: how weights are converted.
       difference: of the outputs in evaluation, relative to the largest; infinite if their sizes
         differ.
+      initial: the state with the model's own parameters.
+      biases: names of biases that only the model has, which are 0 in the state.
     """
 
     state: TrainState
     inputs: PyTree
     conversion: Conversion
     difference: float
+    initial: TrainState
+    biases: Sequence[str] = ()
 
 
 def port(
@@ -84,50 +102,58 @@ def best_port(
     key: Key[Array, ""],
     mapping: Mapping[str, str] | None = None,
     model_inputs: PyTree = None,
-    source: Any = None,
     strict: bool = True,
+    any_biases: bool = False,
 ) -> Port:
     """Returns the layout of inputs and the order of features with the most similar outputs.
 
-    The arguments are those of `port`; `source` has other weights than those of the module, and
-    with `strict=False`, layers without a counterpart keep the model's own weights.
+    The arguments are those of `port`. With `strict=False`, layers without a counterpart keep the
+    model's own weights, and with `any_biases`, layers may have a bias on one side alone.
     """
     check_module(module)
     with needs_extra("torch"):
-        from jaxtrain.inspect._torch_calls import evaluate
+        from jaxtrain.inspect._torch_calls import Reference
     inputs = as_arrays(inputs)
     layouts = [as_arrays(model_inputs)] if model_inputs is not None else list(_layouts(inputs))
-    source = module if source is None else source
     some = jax.tree.map(lambda leaf: leaf[:4], inputs)
     try:
-        theirs = evaluate(module, some)
+        theirs = Reference(module).evaluate(some).outputs
+        assert theirs is not None
     except Exception as error:  # of the module
         raise InputError(
             f"the module {type(module).__name__} does not take the inputs "
-            f"({(str(error).splitlines() or [type(error).__name__])[0]}); expected those that it "
-            "is called with, [batch, ...]",
+            f"({first_line(error)}); expected those that it is called with, [batch, ...]",
             argument="inputs",
         ) from error
     found: list[Port] = []
     errors: list[tuple[float, Exception]] = []
     for layout in layouts:
-        state = None
+        state, biases = None, list[str]()
         try:
             sample = jax.tree.map(lambda leaf: leaf[:1], layout)
             state = init_state(model, optimizer, sample, key=key)
+            statistics = ("running_mean", "running_var", "num_batches_tracked")
+            others = {n for n, _ in module.named_buffers() if not n.endswith(statistics)}
+            source = {n: x for n, x in module.state_dict().items() if n not in others}
+            if any_biases:
+                source, biases = _with_our_biases(state, source)
             ways = conversions(state, source, mapping, strict=strict)
         except Exception as error:  # networks raise different types for a wrong shape
-            errors.append((_misfits(state, source), error))
+            is_misfit = state is not None and isinstance(error, InputError) and not error.argument
+            error = MisfitError(str(error), layout) if is_misfit else error
+            errors.append((_misfits(state, module), error))
             continue
         for way in ways:
             loaded = way.load(state)
-            ours = _evaluate(loaded, jax.tree.map(lambda leaf: leaf[:4], layout))
-            found.append(Port(loaded, layout, way, _difference(theirs, ours)))
+            ours = evaluate(loaded, jax.tree.map(lambda leaf: leaf[:4], layout))
+            difference = _difference(theirs, jax.tree.leaves(ours))
+            found.append(Port(loaded, layout, way, difference, state, biases))
             if found[-1].difference <= _SAME:
                 return found[-1]
     if not found:
-        raise min(errors, key=lambda pair: pair[0])[1]
-    return min(found, key=lambda each: each.difference)
+        raise min(reversed(errors), key=lambda pair: pair[0])[1]  # of equal ones, channels last
+    sure = [each for each in found if each.conversion.is_sure and each.difference < math.inf]
+    return min(sure[:1] or found, key=lambda each: each.difference)
 
 
 def without_dropout(model_or_module: Any) -> Any:
@@ -155,6 +181,11 @@ def check_module(module: Any) -> None:
         )
 
 
+def first_line(error: Exception) -> str:
+    """Returns the first line of the message of an error."""
+    return (str(error).splitlines() or [type(error).__name__])[0]
+
+
 def as_arrays(inputs: PyTree) -> PyTree:
     """Returns arrays or tensors as arrays of NumPy."""
 
@@ -174,14 +205,18 @@ def _layouts(inputs: PyTree) -> Iterator[PyTree]:
         yield jax.tree.map(lambda x: x[:, 0] if x.ndim > 2 and x.shape[1] == 1 else x, inputs)
 
 
-def _evaluate(state: TrainState, inputs: PyTree) -> list[np.ndarray]:
-    def run(params: PyTree, model_state: PyTree, inputs: PyTree) -> Any:
-        key = jax.random.key(0)  # of a model that draws
-        return adapters.call_in_evaluation(state.model, params, model_state, inputs, key=key)[0]
-
+def evaluate(state: TrainState, inputs: PyTree) -> PyTree:
+    """Returns the outputs of a model in evaluation as arrays of NumPy."""
     with jax.default_matmul_precision("highest"):
-        outputs = jax.jit(run)(state.params, state.model_state, inputs)
-    return [np.asarray(leaf) for leaf in jax.tree.leaves(outputs)]
+        outputs = _evaluate(state.model, state.params, state.model_state, inputs)
+    return jax.tree.map(np.asarray, outputs)
+
+
+@bounded
+@functools.partial(jax.jit, static_argnums=0)
+def _evaluate(model: Model, params: PyTree, model_state: PyTree, inputs: PyTree) -> PyTree:
+    key = jax.random.key(0)  # of a model that draws
+    return adapters.call_in_evaluation(model, params, model_state, inputs, key=key)[0]
 
 
 def _difference(theirs: list[np.ndarray], ours: list[np.ndarray]) -> float:
@@ -189,6 +224,30 @@ def _difference(theirs: list[np.ndarray], ours: list[np.ndarray]) -> float:
         return float("inf")
     pairs = zip(theirs, ours, strict=True)
     return max((relative(x, in_layout(y, x.shape)) for x, y in pairs), default=0.0)
+
+
+def _with_our_biases(
+    state: TrainState, tensors: Mapping[str, Any]
+) -> tuple[dict[str, Any], list[str]]:
+    """Returns tensors with the biases that the model has, and the names of those that are new."""
+    theirs, ours = misfits(state, tensors)
+    found, added = dict(tensors), []
+    for layer in theirs:
+        rest = {name: shape for name, shape in layer.shapes.items() if name != "bias"}
+        same = (x for x in ours if {**x.shapes, "bias": ()} == {**rest, "bias": ()})
+        if (other := next(same, None)) is None:
+            continue
+        ours.remove(other)
+        name = f"{layer.name}.bias"
+        if "bias" in layer.shapes:
+            del found[name]
+        elif "bias" in other.shapes:
+            added.append(name)
+            items = list(found.items())
+            last = max(i for i, (key, _) in enumerate(items) if key in layer.tensors.values())
+            items.insert(last + 1, (name, np.zeros(other.shapes["bias"], np.float32)))
+            found = dict(items)
+    return found, added
 
 
 def _misfits(state: TrainState | None, source: Any) -> float:

@@ -1,0 +1,193 @@
+"""Searches for changes of a PyTorch module with which it computes what a model does."""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import jax
+import numpy as np
+from jaxtyping import PyTree
+
+from jaxtrain.inspect import _causes
+from jaxtrain.inspect._torch_calls import Change, Reference, Site
+
+# Forward passes in a search for two changes at once, and steps of the search.
+_MAXIMUM_RUNS, _MAXIMUM_CHANGES = 2000, 8
+_OUTPUTS = Site("", "outputs", 0)
+
+
+class Search:
+    """The search in some examples.
+
+    Attributes:
+      first: name in PyTorch of the first layer whose output differs without changes; "" are the
+        outputs; None if none differs.
+      changes: those found so far.
+      is_done: whether both sides agree with the changes.
+    """
+
+    def __init__(
+        self,
+        reference: Reference,
+        exact: Reference,
+        inputs: PyTree,
+        layers: Mapping[str, np.ndarray],
+        outputs: Sequence[np.ndarray] | None,
+        settings: Mapping[str, Mapping[str, float]],
+        tolerance: float,
+    ) -> None:
+        """Starts a search.
+
+        Args:
+          reference: the module.
+          exact: the module in float64.
+          inputs: some examples.
+          layers: entries of the outputs of the model's layers, by name in PyTorch, in the order
+            of the model.
+          outputs: leaves of the model's outputs in the layout of PyTorch; None compares layers
+            alone.
+          settings: what is known of the model's layers, by name in PyTorch.
+          tolerance: of arrays, relative to the largest entry.
+        """
+        self._reference, self._inputs, self._settings = reference, inputs, settings
+        forward, rounded = reference.evaluate(inputs), exact.evaluate(inputs)
+        self.sites = {**forward.sites, _OUTPUTS: {}}
+        # Layers whose outputs have no examples, such as embedded positions, are left out: the
+        # model's output is known after it meets the examples.
+        one = reference.evaluate(jax.tree.map(lambda leaf: leaf[:1], inputs)).layers
+        is_one = len(jax.tree.leaves(inputs)[0]) == 1
+        self._ours = {
+            name: x
+            for name, x in layers.items()
+            if name in forward.layers and (is_one or one[name].size < forward.layers[name].size)
+        }
+        self._outputs = outputs
+        self._noise = {
+            name: _largest(np.sort(x, None), np.sort(rounded.layers[name], None))
+            for name, x in forward.layers.items()
+            if name in self._ours
+        }
+        self._tolerance = tolerance
+        self.changes: list[Change] = []
+        differences = self._differences(())
+        index = _first(differences)
+        self.is_done = index == len(differences)
+        self.first = None if self.is_done else [*self._ours, ""][index]
+
+    def run(self, changes: Sequence[Change] = ()) -> None:
+        """Adds changes until both sides agree, or no change makes the first layer agree."""
+        self.changes += changes
+        all_changes = [
+            change
+            for site, arguments in self.sites.items()
+            for change in _causes.in_evaluation(site, arguments, self._settings_of(site))
+        ]
+        while len(self.changes) < _MAXIMUM_CHANGES:
+            before = self._differences(self.changes)
+            index = _first(before)
+            self.is_done = index == len(before)
+            if self.is_done:
+                return
+            found = self._best(index, all_changes)
+            if not found:
+                return
+            self.changes += found
+
+    def _best(self, index: int, changes: Sequence[Change]) -> Sequence[Change]:
+        """Returns the changes that lead furthest, or () if the first layer still differs."""
+        start, stop = self._window(index)
+        for first in (start, 0):
+            near = set(list(self.sites)[first:stop])
+            some = [x for x in changes if near & x.calls.keys()]
+            groups = [x for x in _causes.joined(changes) if near & x.calls.keys()]
+            pairs = (
+                pair for pair in itertools.combinations(some, 2) if pair[0].calls != pair[1].calls
+            )
+            few = itertools.islice(pairs, _MAXIMUM_RUNS if first == start else 0)
+            for options in ([(x,) for x in groups], few):
+                best: Sequence[Change] = ()
+                best_key = index, -math.inf
+                for option in options:
+                    after = self._differences([*self.changes, *option])
+                    key = _first(after), -after[index]
+                    if key > best_key:
+                        best, best_key = option, key
+                if best_key[0] > index:
+                    return best
+        return ()
+
+    def _window(self, index: int) -> tuple[int, int]:
+        """Returns the calls between the last layer that agrees and the first that differs."""
+        names, order = list(self._ours), [site.layer for site in self.sites]
+        calls = [[i for i, layer in enumerate(order) if layer == name] for name in names]
+        start = max(calls[index - 1], default=-1) + 1 if index else 0
+        stop = max(calls[index], default=-2) + 1 if index < len(names) else len(order)
+        return (start, stop) if start < stop else (0, max(stop, 0) or len(order))
+
+    def _differences(self, changes: Sequence[Change]) -> list[float]:
+        """Returns the differences of layers and outputs in multiples of what is explained."""
+        forward = self._reference.evaluate(self._inputs, changes)
+        found = []
+        for name, ours in self._ours.items():
+            theirs = np.sort(forward.layers[name], None) if name in forward.layers else None
+            noise = self._noise[name]
+            found.append(_ratio(theirs, np.sort(ours, None), self._tolerance, noise))
+        if self._outputs is not None:
+            pairs = itertools.zip_longest(forward.outputs or (), self._outputs)
+            found.append(max(_ratio(x, y, self._tolerance, 0.0) for x, y in pairs))
+        return found
+
+    def _settings_of(self, site: Site) -> Mapping[str, float]:
+        return self._settings.get(site.layer, {})
+
+
+def in_training(
+    sites: Mapping[Site, Mapping[str, Any]],
+    settings: Mapping[str, Mapping[str, float]],
+    further: Sequence[Change],
+    failing: Callable[[Sequence[Change]], float],
+    changes: Sequence[Change],
+) -> list[Change]:
+    """Returns changes with which fewer arrays differ in training, after those given.
+
+    Args:
+      sites: the calls of functions with their arguments.
+      settings: what is known of the model's layers, by name in PyTorch.
+      further: other changes to try.
+      failing: returns the number of arrays that differ with some changes.
+      changes: those that were found in evaluation.
+    """
+    found, count = list(changes), failing(changes)
+    calls = [
+        change
+        for site, arguments in sites.items()
+        for change in _causes.in_training(site, arguments, settings.get(site.layer, {}))
+    ]
+    options = [*_causes.joined(calls), *further]
+    while count and options and len(found) < _MAXIMUM_CHANGES:
+        counts = [failing([*found, option]) for option in options]
+        if min(counts) >= count:
+            break
+        count = min(counts)
+        found.append(options[counts.index(count)])
+    return found
+
+
+def _first(differences: Sequence[float]) -> int:
+    """Returns the index of the first difference that is not explained."""
+    return next((i for i, x in enumerate(differences) if not x <= 1), len(differences))
+
+
+def _ratio(theirs: Any, ours: Any, tolerance: float, noise: float) -> float:
+    if theirs is None or ours is None or theirs.size != ours.size:
+        return math.inf
+    explained = max(tolerance * float(np.abs(theirs).max(initial=0.0)), 8 * noise, 1e-12)
+    ratio = _largest(theirs, ours) / explained
+    return math.inf if math.isnan(ratio) else ratio
+
+
+def _largest(a: np.ndarray, b: np.ndarray) -> float:
+    return float(np.abs(np.asarray(a, np.float64) - b).max(initial=0.0))
