@@ -10,7 +10,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
-from jaxtrain.inspect._torch_calls import Change, Site
+from jaxtrain.inspect._torch_calls import ARGUMENTS, Change, Site
 
 # By name: the function, and what to write in JAX.
 _ACTIVATIONS: dict[str, tuple[Callable[..., Any], str]] = {
@@ -47,7 +47,8 @@ def in_evaluation(
       settings: "eps" and "momentum" of the model's layer, in PyTorch's sense, if they are known.
     """
     name, is_causal = site.function.removesuffix("_"), arguments.get("is_causal", False)
-    if name.startswith("conv") or "pool" in name:
+    is_known = name in ARGUMENTS
+    if is_known and (name.startswith("conv") or "pool" in name):
         yield from _windows(site, arguments)
     if name.endswith("_norm"):
         theirs = arguments.get("eps") or 1e-5
@@ -55,7 +56,7 @@ def in_evaluation(
             if not math.isclose(eps, theirs, rel_tol=1e-3):
                 fix = f"{{layer}}({{eps}}={theirs:g})"
                 yield _change("epsilon", site, f"{theirs:g}", f"{eps:g}", fix, _replace(eps=eps))
-    if name.startswith("conv") or name == "linear":
+    if is_known and (name.startswith("conv") or name == "linear"):
         weight = arguments["weight"]
         if arguments.get("bias") is not None:
             fix = "{layer}(..., use_bias=True)"
@@ -187,8 +188,6 @@ def _instead(function: Callable[[Any], Any]) -> Callable[[Any], Any]:
 def _windows(site: Site, arguments: Mapping[str, Any]) -> Iterator[Change]:
     """Yields other paddings, strides and kinds of convolutions and pooling."""
     name = site.function
-    if name.startswith("adaptive"):
-        return
     axes = int(name[-2])
     is_max, kernel = name.startswith("max"), arguments.get("kernel_size")
     shape = tuple(arguments["input"].shape[-axes:])

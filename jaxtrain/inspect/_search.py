@@ -166,13 +166,16 @@ def in_training(
         for site, arguments in sites.items()
         for change in _causes.in_training(site, arguments, settings.get(site.layer, {}))
     ]
-    options = [*_causes.joined(calls), *further]
-    while count and options and len(found) < _MAXIMUM_CHANGES:
-        counts = [failing([*found, option]) for option in options]
-        if min(counts) >= count:
+    groups = [change for change in _causes.joined(calls) if len(change.calls) > 1]
+    while count and len(found) < _MAXIMUM_CHANGES:
+        for options in ([*groups, *further], calls):
+            counts = [failing([*found, option]) for option in options]
+            if min(counts, default=count) < count:
+                count = min(counts)
+                found.append(options[counts.index(count)])
+                break
+        else:
             break
-        count = min(counts)
-        found.append(options[counts.index(count)])
     return found
 
 

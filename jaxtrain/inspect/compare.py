@@ -219,8 +219,9 @@ def compare(
       The differences and their causes; `report.ok` says whether the port is right.
 
     Raises:
-      InputError: an argument has the wrong type, the module does not take the inputs, or the loss
-        takes more than predictions, targets and inputs.
+      InputError: an argument has the wrong type, the module does not take the inputs, the loss
+        takes more than predictions, targets and inputs, or the layers of both sides need a
+        `mapping`.
       MissingExtraError: PyTorch is not installed.
 
     Example:
@@ -237,7 +238,7 @@ def compare(
     """
     check_module(module)
     loss_fn = _check_loss(loss_fn, targets)
-    make_theirs, optimizer = _optimizers(module, optimizer)
+    make_theirs, optimizer = _optimizers(optimizer)
     inputs, key = as_arrays(inputs), jax.random.key(0)
     options: dict[str, Any] = {"key": key, "mapping": mapping, "model_inputs": model_inputs}
     options["any_biases"] = True
@@ -281,7 +282,7 @@ def _check_loss(loss_fn: Loss | None, targets: PyTree) -> Loss:
     return loss_fn
 
 
-def _optimizers(module: Any, optimizer: Any) -> tuple[Callable[[Any], Any], Any]:
+def _optimizers(optimizer: Any) -> tuple[Callable[[Any], Any], Any]:
     """Returns a function of a module that makes its optimizer in PyTorch, and ours."""
     import torch
 
@@ -300,7 +301,9 @@ def _optimizers(module: Any, optimizer: Any) -> tuple[Callable[[Any], Any], Any]
     def make(copy: Any) -> Any:
         return type(optimizer)([{**options, "params": list(copy.parameters())}])
 
-    return make, optimizers.from_torch(make(module))
+    # Of a parameter as large as any model, which may have more than the module trains.
+    large = torch.nn.ParameterList([torch.empty(2**50, device="meta")])
+    return make, optimizers.from_torch(make(large))
 
 
 @functools.cache

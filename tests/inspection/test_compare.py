@@ -124,6 +124,7 @@ def test_the_order_of_a_flatten_in_pytorch_is_found() -> None:
 def test_several_mistakes_are_named_with_the_layers_of_both_sides() -> None:
     port = Port(padding="SAME", epsilon=1e-6, approximate=True, bias=False)
     module = Network(rate=0.1)
+    before = {name: x.clone() for name, x in module.state_dict().items()}
     optimizer = torch.optim.AdamW(module.parameters(), lr=1e-3, weight_decay=0.1)
     report = jt.compare(module, port, IMAGES, optimizer=optimizer)
     found = {cause.kind: (cause.where, cause.fix) for cause in report.causes}
@@ -137,6 +138,32 @@ def test_several_mistakes_are_named_with_the_layers_of_both_sides() -> None:
     assert report.first == "conv (Conv_0)"
     assert all(x.remaining <= x.tolerance for x in report.differences), report
     assert "no known cause" not in str(report)
+    assert module.training
+    assert all(torch.equal(x, before[name]) for name, x in module.state_dict().items())
+
+
+class Attention(torch.nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.qkv, self.out = torch.nn.Linear(4, 12), torch.nn.Linear(4, 4)
+
+    def forward(self, x):
+        found = F.scaled_dot_product_attention(*self.qkv(x).chunk(3, -1), is_causal=True)
+        return self.out(F.adaptive_avg_pool1d(found, 4))
+
+
+def test_a_mask_that_is_missing_is_named() -> None:
+    class Unmasked(linen.Module):
+        @linen.compact
+        def __call__(self, x):
+            query, key, value = jnp.split(linen.Dense(12)(x), 3, axis=-1)
+            weights = linen.softmax(query @ key.swapaxes(-1, -2) / 2)
+            return linen.Dense(4)(weights @ value)
+
+    report = jt.compare(Attention(), Unmasked(), IMAGES[:, 0, :, :4])
+    assert [(x.kind, x.where) for x in report.causes] == [
+        ("mask", "scaled_dot_product_attention after qkv (Dense_0)")
+    ], report
 
 
 def test_what_is_not_known_is_not_explained() -> None:
