@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from jaxtyping import PyTree
 
 from jaxtrain.adapters import torch
-from jaxtrain.adapters._modes import call_by_name, check_modes, check_plain
+from jaxtrain.adapters._modes import call_by_name, check_modes, check_plain, depends_on_key
 from jaxtrain.adapters._precision import CastApply, MixedPrecision, cast_model, mixed_precision
 from jaxtrain.adapters._recording import Call, Recorder
 from jaxtrain.adapters._shared import (
@@ -38,6 +38,7 @@ __all__ = [
     "call_in_evaluation",
     "call_in_training",
     "checked",
+    "depends_on_key",
     "drawing",
     "draws_in_evaluation",
     "example_inputs",

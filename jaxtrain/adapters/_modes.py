@@ -127,7 +127,7 @@ def check_plain(apply: Any, params: PyTree, model_state: PyTree, inputs: PyTree)
 
     def draws(key: Any) -> bool | None:
         try:
-            return _depends_on_key(
+            return depends_on_key(
                 lambda key, *args: function(*args, train=False, key=key)[0],
                 key,
                 (params, model_state, inputs),
@@ -145,7 +145,7 @@ def check_plain(apply: Any, params: PyTree, model_state: PyTree, inputs: PyTree)
         raise InputError(draws_unasked(name_of_plain(function)))
 
 
-def _depends_on_key(run: Callable[..., Any], key: Any, arguments: Any) -> bool:
+def depends_on_key(run: Callable[..., Any], key: Any, arguments: Any) -> bool:
     """Returns whether the results of a function depend on its first argument, a key or None."""
     jaxpr: Any = jax.make_jaxpr(run)(key, *arguments).jaxpr
     return key is not None and dce_jaxpr(jaxpr, [True] * len(jaxpr.outvars))[1][0]
@@ -163,7 +163,7 @@ def _trace(
         return results if train else results[0]
 
     try:
-        draws = _depends_on_key(run, unused_key(), arguments)
+        draws = depends_on_key(run, unused_key(), arguments)
     except Exception as error:  # raised by the caller
         return False, error
     is_wrong = draws and not train and not apply.draws

@@ -529,12 +529,11 @@ def _recorded(state: TrainState, inputs: PyTree) -> dict[str, adapters.Call]:
 
 def _depends_on_key(state: TrainState, inputs: PyTree) -> bool:
     """Returns whether the outputs in training depend on the key."""
-    arguments = state.params, state.model_state, inputs
-    found = [
-        jax.tree.leaves(state.model.apply(*arguments, train=True, key=jax.random.key(i))[0])
-        for i in range(2)
-    ]
-    return any(bool(jnp.any(x != y)) for x, y in zip(*found, strict=True))
+
+    def run(key: Any, params: PyTree, model_state: PyTree, inputs: PyTree) -> PyTree:
+        return state.model.apply(params, model_state, inputs, train=True, key=key)[0]
+
+    return adapters.depends_on_key(run, state.key, (state.params, state.model_state, inputs))
 
 
 class _Measure(NamedTuple):
@@ -561,12 +560,14 @@ class _Measure(NamedTuple):
     ) -> tuple[dict[str, _Arrays], list[tuple[str, float]]]:
         """Returns the arrays of PyTorch by quantity and name, and the rates of dropout."""
         outputs = reference.evaluate(self.both.inputs, changes).outputs
+        if outputs is None:
+            raise InputError("the changed module fails")
         found = reference.train(self.both.inputs, self._loss, self.optimizer, _STEPS, changes, seed)
         parameters, losses = dict(found.parameters), dict(enumerate(found.losses, start=1))
         for name, added in self.both.added.items():
             parameters[name] = parameters[name] + parameters[added]
         return {
-            _EVALUATION: _numbered(outputs or []),
+            _EVALUATION: _numbered(outputs),
             _TRAINING: _numbered(found.outputs),
             _BUFFERS: found.buffers,
             "loss": {"loss": np.asarray(losses[1])},
@@ -604,12 +605,10 @@ class _Measure(NamedTuple):
             _PARAMETERS: conversion.to_torch(state.params, state.model_state),
         }
 
-    def draws(self) -> bool:
+    def draws(self, theirs: dict[str, _Arrays]) -> bool:
         """Returns whether a side draws random numbers in training, without dropout."""
-        theirs = [self.theirs(self.both.reference, seed=seed)[0] for seed in range(2)]
-        same = all(
-            np.array_equal(x, theirs[1][_TRAINING][n]) for n, x in theirs[0][_TRAINING].items()
-        )
+        again = self.theirs(self.both.reference, seed=1)[0][_TRAINING]
+        same = all(np.array_equal(x, again[name]) for name, x in theirs[_TRAINING].items())
         return not same or _depends_on_key(self.both.port.state, self.batch.inputs)
 
 
@@ -667,7 +666,7 @@ def _compared(measure: _Measure) -> Comparison:
         exact = measure.theirs(both.exact)[0]
     except Exception:  # a module that cannot be in float64
         exact = theirs
-    ours, draws = measure.ours(), measure.draws()
+    ours, draws = measure.ours(), measure.draws(theirs)
     ours = {_EVALUATION: ours[_EVALUATION]} if draws else ours
     compared = _Rows(theirs, exact, ours, list(both.added.values()))
 
@@ -685,11 +684,10 @@ def _compared(measure: _Measure) -> Comparison:
     first, sites = None, {}
     found, further = both.module_changes()
     if failing(()) or found:
-        outputs = {
-            name: in_layout(x, theirs[_EVALUATION][name].shape)
-            for name, x in ours[_EVALUATION].items()
-        }
-        pairs = [(np.asarray(outputs[name]), x) for name, x in theirs[_EVALUATION].items()]
+        pairs = [
+            (np.asarray(in_layout(ours[_EVALUATION][name], x.shape)), x)
+            for name, x in theirs[_EVALUATION].items()
+        ]
         by_example = [np.abs(x - y).reshape(len(x), -1).max(axis=1) for x, y in pairs]
         worst = np.argsort(-np.asarray(sum(by_example)))[:_EXAMPLES].tolist()
         search = both.search([x for x, _ in pairs], worst)
