@@ -237,7 +237,7 @@ LINEAR = functools.partial(torch.nn.Linear, 5, 3)
         ((LINEAR(), object(), IMAGES), {}, "expected a Linen, NNX, Equinox"),
         ((LINEAR(), linen.Dense(3), IMAGES[..., 0]), {}, "does not take the inputs"),
         ((LINEAR(), linen.Dense(3), IMAGES, LABELS), {}, "targets is given without loss_fn"),
-        ((LINEAR(), linen.Dense(3), IMAGES), {"optimizer": jt.optimizers.sgd(1)}, "torch.optim"),
+        ((LINEAR(), linen.Dense(3), IMAGES), {"optimizer": jt.optimizers.sgd(1.0)}, "torch.optim"),
         (
             (LINEAR(), linen.Dense(3), IMAGES),
             {"loss_fn": lambda predictions, targets, params: predictions[:, 0]},
