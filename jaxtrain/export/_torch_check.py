@@ -66,7 +66,8 @@ def compare_outputs(
     if difference <= tolerance:
         return ""
     own = layer_outputs(state, inputs, [pair for pair in pairs if pair[0].name in results], uses)
-    wrong = [x for x in own if not _has_same_entries(results[x], own[x], tolerance)]
+    names = [name for name in results if name in own]  # in PyTorch's order
+    wrong = [x for x in names if not _has_same_entries(results[x], own[x], tolerance)]
     where = f", first after {wrong[0]} ({layers[wrong[0]].path})" if wrong else ""
     return (
         f"the outputs of the PyTorch module and of the state differ by {difference:.2g} of the "
