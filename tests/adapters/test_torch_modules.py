@@ -401,7 +401,9 @@ def test_rules_have_the_defaults_of_pytorch() -> None:
     load_rules()
     compared = 0
     for name, rule in _rules.RULES.items():
-        _, operation, *overload = name.split(".")
+        library, operation, *overload = name.split(".")
+        if library == "prims":  # whose functions may have another form in PyTorch
+            continue
         for form in (operation, f"{operation}_"):
             packet = getattr(torch.ops.aten, form, None)
             for other in packet.overloads() if packet else ():
@@ -446,9 +448,9 @@ def sequence_first() -> Any:
         (lambda self, x: x * x.sum().item(), r"\.item\(\).*expected tensors"),
         (lambda self, x: Double.apply(x), r"autograd function Double, called at test_torch"),
         (lambda self, x: x[x > 0].mean() * x, r"aten.index.*failed in JAX"),
-        (lambda self, x: x.view(13, 4), r"fixed number of examples.*len\(x\)"),
+        (lambda self, x: x.view(13, 4), r"fixed number of examples.*x.shape\[0\]"),
         (lambda self, x: x.numpy(), r"cannot export Function, called at test_torch"),
-        (lambda self, x: torch.fft.fft(x).real, r"the operation aten.*no rule in JAX"),
+        (lambda self, x: x.mode(1)[0], r"the operation aten.*no rule in JAX"),
         (lambda self, x: x + torch.rand_like(x), "draws random numbers in evaluation"),
         (sequence_first, "batch_first=True"),
         (lambda: nn.BatchNorm1d(4, momentum=None), r"batchnorm.py:\d+ \(exponential_average"),

@@ -28,6 +28,7 @@ __all__ = [
 _FAMILIES = (
     *("_linear", "_convolution", "_pooling", "_normalization", "_activations", "_recurrent"),
     *("_arithmetic", "_reductions", "_shapes", "_indexing", "_creation", "_random"),
+    "_special",
 )
 _register = family("Your own")
 

@@ -40,6 +40,20 @@ def scatter_add(self: Any, dim: int, index: Any, src: Any) -> Any:
     return self.at[_places(index, dim)].add(src[tuple(map(slice, index.shape))])
 
 
+@register("aten.scatter_reduce")
+def scatter_reduce(
+    self: Any, dim: int, index: Any, src: Any, reduce: str, *, include_self: bool = True
+) -> Any:
+    places, values = _places(index, dim), src[tuple(map(slice, index.shape))]
+    start = {"sum": 0, "mean": 0, "amax": -jnp.inf, "amin": jnp.inf}[reduce]
+    begun = self if include_self else self.at[places].set(jnp.asarray(start, self.dtype))
+    if reduce == "mean":
+        counts = jnp.full_like(self, include_self).at[places].add(1)
+        return begun.at[places].add(values) / jnp.maximum(counts, 1)
+    methods = {"sum": "add", "amax": "max", "amin": "min"}
+    return getattr(begun.at[places], methods[reduce])(values)
+
+
 @register("aten.index_put")
 def index_put(self: Any, indices: Any, values: Any, accumulate: bool = False) -> Any:
     place = self.at[_index(indices)]

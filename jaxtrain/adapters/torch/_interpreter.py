@@ -20,6 +20,8 @@ from jaxtrain.adapters.torch._export import BATCH
 from jaxtrain.adapters.torch._messages import failed, layer_path, no_rule
 from jaxtrain.adapters.torch._rules import RULES, ChannelsLast, Update, to_first
 
+# Operations that change the shape and no number, also in place, as in x.transpose_(0, 1).
+_VIEWS = {f"aten.{x}" for x in ("transpose", "t", "squeeze", "unsqueeze", "swapaxes", "swapdims")}
 # Arguments that say where and how PyTorch stores a tensor.
 _STORAGE = ("device", "layout", "pin_memory", "memory_format", "non_blocking", "generator", "out")
 
@@ -186,10 +188,11 @@ class _Interpreter:
             return jax.tree.map(_stop_gradient, value) if self._detached else value
 
         target = node.args[0] if in_place else node.kwargs.get("out")
-        if target is not None:
+        changes_shape = in_place and name in _VIEWS
+        if target is not None and not changes_shape:
             self.write(target, function())
             self.views[node] = (target, _same)
-        elif alias is not None and _storage(node) == _storage(node.args[0]):
+        elif changes_shape or (alias is not None and _storage(node) == _storage(node.args[0])):
             self.views[node] = (node.args[0], function)
             self.read(node)
         else:

@@ -48,7 +48,7 @@ def failure(error: Exception, kind: str) -> InputError:
         return InputError(
             f"{kind} takes a fixed number of examples; expected the batch as the first axis "
             "(batch_first=True in recurrent layers), and its size from the inputs, such as "
-            "x.view(len(x), -1)"
+            "x.view(x.shape[0], -1) or x.flatten(1)"
         )
     reason = text.splitlines()[0] if text else type(error).__name__
     return InputError(

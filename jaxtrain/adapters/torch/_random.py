@@ -70,3 +70,17 @@ def randint(*bounds: Any, dtype: Any = None, key: Any) -> Any:
 @register("aten.randperm", random=True)
 def randperm(n: int, *, dtype: Any = None, key: Any) -> Any:
     return jax.random.permutation(key, n)
+
+
+@register("prims.normal", random=True)  # torch.normal, randn and others that PyTorch decomposes
+def normal_of(shape: Any, *, mean: Any, std: Any, dtype: Any = None, key: Any, **_: Any) -> Any:
+    return mean + std * jax.random.normal(key, tuple(shape), dtype or jnp.float32)
+
+
+@register("aten.multinomial", random=True)
+def multinomial(self: Any, num_samples: int, replacement: bool = False, *, key: Any) -> Any:
+    logits, shape = jnp.log(self), (*self.shape[:-1], num_samples)
+    if replacement:
+        return jax.random.categorical(key, logits[..., None, :], shape=shape)
+    noisy = logits + jax.random.gumbel(key, logits.shape, logits.dtype)  # the Gumbel top-k trick
+    return jax.lax.top_k(noisy, num_samples)[1]

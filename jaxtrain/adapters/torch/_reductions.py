@@ -63,6 +63,34 @@ def _selected(self: Any, indices: Any, dim: int, keepdim: bool) -> Any:
     return found if keepdim else tuple(x.squeeze(dim) for x in found)
 
 
+@register("aten.kthvalue")
+def kthvalue(self: Any, k: int, dim: int = -1, keepdim: bool = False) -> Any:
+    indices = jax.lax.slice_in_dim(jnp.argsort(self, dim), k - 1, k, axis=dim)
+    return _selected(self, indices, dim, keepdim)
+
+
+@register("aten.median.dim")
+def median(self: Any, dim: int, keepdim: bool = False) -> Any:
+    return kthvalue(self, (self.shape[dim] + 1) // 2, dim, keepdim)
+
+
+@register("aten.cummax")
+def cummax(self: Any, dim: int) -> Any:
+    return _cumulative(self, jax.lax.cummax(self, dim % self.ndim), dim)
+
+
+@register("aten.cummin")
+def cummin(self: Any, dim: int) -> Any:
+    return _cumulative(self, jax.lax.cummin(self, dim % self.ndim), dim)
+
+
+def _cumulative(self: Any, values: Any, dim: int) -> Any:
+    """Returns cumulative extrema, and where the last of the equal ones is."""
+    dim %= self.ndim
+    positions = jax.lax.broadcasted_iota(jnp.int32, self.shape, dim)
+    return values, jax.lax.cummax(jnp.where(self == values, positions, 0), dim)
+
+
 @register("aten.sort")
 def sort(self: Any, dim: int = -1, descending: bool = False, *, stable: Any = True) -> Any:
     indices = jnp.argsort(self, dim, descending=descending)
@@ -81,6 +109,7 @@ add_all(
         **{name: _reduction(getattr(jnp, name)) for name in ("all", "any", "argmax", "argmin")},
         "amax max": _reduction(jnp.max),
         "amin min": _reduction(jnp.min),
+        "logcumsumexp": lambda self, dim: jax.lax.cumlogsumexp(self, dim % self.ndim),
         "cumsum": lambda self, dim, *, dtype=None: jnp.cumsum(self, dim, dtype),
         "cumprod": lambda self, dim, *, dtype=None: jnp.cumprod(self, dim, dtype),
     },

@@ -38,6 +38,11 @@ def expand(self: Any, size: Any, *, implicit: bool = False) -> Any:
     return jnp.broadcast_to(self, sizes)
 
 
+@register("aten.roll")
+def roll(self: Any, shifts: Any, dims: Any = ()) -> Any:
+    return jnp.roll(self, tuple(shifts), tuple(dims) or None)
+
+
 @register("aten.slice")
 def slice_(self: Any, dim: int = 0, start: Any = None, end: Any = None, step: int = 1) -> Any:
     end = None if isinstance(end, int) and end >= sys.maxsize else end
