@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import json
+import subprocess
 import sys
 import tempfile
 from functools import partial
@@ -12,9 +13,11 @@ from pathlib import Path
 from typing import Any
 
 import jaxtrain as jt
-from benchmarks import cases, environment, problem, report, speedrun, suites
+from benchmarks import cases, problem, report, speedrun, suites
 from benchmarks.figures import epoch_ratios
 from benchmarks.peers import PEERS
+from jaxtrain.race.machine import describe
+from jaxtrain.race.processes import ProcessError
 
 QUICK_PEERS = ("jaxtrain", "pytorch")
 
@@ -41,7 +44,8 @@ def main() -> None:
     flags = parse()
     file = flags.json or flags.output_dir / "results.json"
     flags.output_dir.mkdir(parents=True, exist_ok=True)
-    results: dict[str, Any] = {"machine": environment.describe(), "quick": flags.quick, "rows": []}
+    machine = describe() | {"commit": commit()}
+    results: dict[str, Any] = {"machine": machine, "quick": flags.quick, "rows": []}
     with tempfile.TemporaryDirectory() as scratch:
         settings = suites.Settings(
             names=[name for name in flags.peers if not flags.quick or name in QUICK_PEERS],
@@ -64,8 +68,16 @@ def main() -> None:
                 print(report.console_table(results, measured))
     if (figure := epoch_ratios(results)) is not None:
         figure.savefig(flags.output_dir / "epoch_ratios.png", dpi=120)
-    print(report.machine_line(results))
+    print(report.software(results))
     print(f"results: {file}")
+
+
+def commit() -> str | None:
+    """Returns the commit, with "-dirty" if files differ from it, or None outside a git clone."""
+    command = ["git", "describe", "--always", "--dirty", "--exclude=*"]
+    folder = Path(__file__).parent
+    result = subprocess.run(command, cwd=folder, capture_output=True, text=True, check=False)
+    return result.stdout.strip() or None
 
 
 def write(path: Path, results: dict[str, Any]) -> None:
@@ -77,5 +89,5 @@ def write(path: Path, results: dict[str, Any]) -> None:
 if __name__ == "__main__":
     try:
         main()
-    except (suites.DisagreementError, suites.WorkerError, jt.errors.InputError) as error:
+    except (ProcessError, jt.errors.InputError) as error:
         sys.exit(f"error: {error}")

@@ -137,20 +137,18 @@ class Trainer(NamedTuple):
     """A peer's training functions for one problem; each waits until the device has finished.
 
     Attributes:
+      train: makes passes over the data in stored order, as the peer's users write them.
+      losses: makes one pass, and returns the loss of each step, or the mean of each group of steps
+        where the peer reports only these.
       steps: takes `count` steps on the first batch, one call each.
-      epoch: makes one pass over the data in stored order, as the peer's users write it.
-      losses: makes one pass as `epoch`, and returns the loss of each step, or the mean of each
-        group of steps where the peer reports only these.
-      prepare: returns images as the peer keeps them, on the device.
-      predict: returns the logits of prepared images, in evaluation mode.
+      predict: returns the logits of images, in evaluation mode.
       updates: returns how many updates have been made.
     """
 
-    steps: Callable[[int], None]
-    epoch: Callable[[], object]
+    train: Callable[[int], Any]
     losses: Callable[[], np.ndarray]
-    prepare: Callable[[np.ndarray], Any]
-    predict: Callable[[Any], np.ndarray]
+    steps: Callable[[int], None]
+    predict: Callable[[np.ndarray], np.ndarray]
     updates: Callable[[], int]
 
 

@@ -23,7 +23,6 @@ from benchmarks.results import (
     OURS,
     RECIPE,
     WARM_CACHE,
-    Ratio,
     Results,
     fastest,
     find,
@@ -32,6 +31,8 @@ from benchmarks.results import (
     ratio_to_ours,
 )
 from benchmarks.speedrun import CASE
+from jaxtrain.race.estimates import Estimate
+from jaxtrain.race.machine import machine_line
 
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
@@ -151,7 +152,7 @@ def page_section(machines: dict[str, Results]) -> str:
     parts = []
     for name, results in machines.items():
         heading = f"## {device_name(results)} (`{name}`)"
-        parts += [heading, f"{machine_line(results)}."]
+        parts += [heading, f"{software(results)}."]
         text = "Time per epoch of each network and peer in multiples of jaxtrain's"
         parts.append(f"![{text}](images/{name}_epoch_ratios.png)")
         for suite, table in TABLES.items():
@@ -241,20 +242,13 @@ def device_name(results: Results) -> str:
     return str(machine["processor"] if machine["device"] == "cpu" else machine["device"])
 
 
-def machine_line(results: Results) -> str:
+def software(results: Results) -> str:
     """Returns the machine, versions, flags and commit in one line."""
     machine = results["machine"]
-    versions = ", ".join(f"{name} {version}" for name, version in machine["versions"].items())
-    flags = ", ".join(f"{name}={value}" for name, value in machine["flags"].items())
-    device = "" if machine["device"] == "cpu" else f"{machine['device']}; "
-    return (
-        f"{device}{machine['processor']}, {machine['cores']} cores, {machine['system']}; "
-        f"{machine['precision']}; Python {machine['python']}, {versions}; "
-        f"{flags and f'flags: {flags}; '}commit {machine['commit'] or 'unknown'}"
-    )
+    return f"{machine_line(machine)}; commit {machine['commit'] or 'unknown'}"
 
 
-def with_interval(value: Ratio) -> str:
+def with_interval(value: Estimate) -> str:
     """Returns the ratio with its interval, for example "2 × (1.9–2.1)"."""
     low, median, high = map(number, value)
     return f"{median} ×" if low == high else f"{median} × ({low}–{high})"

@@ -6,9 +6,9 @@ import json
 import statistics
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
-import numpy as np
+from jaxtrain.race.estimates import Estimate, speedup
 
 OURS = "jaxtrain"
 EAGER = "pytorch"
@@ -17,8 +17,6 @@ RECIPE = "pytorch, the same recipe"
 EXAMPLE = "pytorch, its MNIST example"
 # Ways to train with jaxtrain other than its main one, and loops by hand.
 NO_LIBRARIES = ("jaxtrain-steps", "jax-scan")
-# Fewer readings give no interval.
-MIN_ROUNDS = 5
 
 Results = dict[str, Any]
 Row = dict[str, Any]
@@ -48,30 +46,7 @@ def find(results: Results, suite: str, case: str, peer: str) -> Row:
     )
 
 
-class Ratio(NamedTuple):
-    """A ratio of medians with its 95 % interval."""
-
-    low: float
-    median: float
-    high: float
-
-
-def speedup(ours: Sequence[float], theirs: Sequence[float]) -> Ratio:
-    """Returns the ratio of medians, theirs over ours, with its 95 % bootstrap interval.
-
-    The readings of a round are resampled as a pair (percentile bootstrap, Efron & Tibshirani,
-    1993). Fewer than five rounds have no interval: its ends are the ratio.
-    """
-    ratio = statistics.median(theirs) / statistics.median(ours)
-    if len(ours) < MIN_ROUNDS or len(theirs) != len(ours):
-        return Ratio(ratio, ratio, ratio)
-    rounds = np.random.default_rng(0).integers(0, len(ours), (2000, len(ours)))
-    resampled = [np.median(np.array(each)[rounds], axis=1) for each in (theirs, ours)]
-    low, high = np.percentile(resampled[0] / resampled[1], [2.5, 97.5])
-    return Ratio(float(low), ratio, float(high))
-
-
-def ratio_to_ours(results: Results, suite: str, case: str, peer: str, row: str = OURS) -> Ratio:
+def ratio_to_ours(results: Results, suite: str, case: str, peer: str, row: str = OURS) -> Estimate:
     """Returns the ratio of a peer's median to that of `row`, by default jaxtrain's."""
     ours, theirs = (find(results, suite, case, name)["readings"] for name in (row, peer))
     return speedup(ours, theirs)

@@ -1,14 +1,10 @@
-"""The suite `speedrun`: MNIST to 99 % test accuracy, by our recipe and by PyTorch's example.
-
-    python -m benchmarks.speedrun PEER --data FILE [--seed 0]
-
-trains with one peer in eager PyTorch, and prints its reading as one line of JSON.
-"""
+"""The suite `speedrun`: MNIST to 99 % test accuracy, by our recipe and by PyTorch's example."""
 
 from __future__ import annotations
 
-import argparse
 import json
+import runpy
+import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
@@ -19,7 +15,9 @@ import numpy as np
 
 from benchmarks import problem, torch_reference
 from benchmarks.results import EAGER, EXAMPLE, OURS, RECIPE
-from benchmarks.suites import Row, Settings, Values, measure, run_module
+from benchmarks.suites import Row, Settings, measure
+from jaxtrain.race.processes import call
+from jaxtrain.race.turns import Values
 
 if TYPE_CHECKING:
     import torch
@@ -32,8 +30,6 @@ EXAMPLE_EPOCHS = 14
 BATCH_SIZE, LEARNING_RATE, WARMUP, LABEL_SMOOTHING = 16, 0.005, 0.2, 0.1
 
 Reading = dict[str, Any]
-# Images and labels of the training and the test split.
-Data = tuple[tuple[np.ndarray, np.ndarray], ...]
 
 
 def run_suite(settings: Settings, data_dir: Path | None = None) -> Iterator[list[Row]]:
@@ -58,12 +54,12 @@ def _rows(
     if OURS in settings.names:
         if not quick:
             settings.log(f"speedrun: {SEEDS} seeds")
-            accuracies = _ours(quick, data_dir, seeds=SEEDS)["accuracies"]
-        actions[OURS] = lambda _: {CASE: _ours(quick, data_dir, seeds=1)}
+            accuracies = _reading(run_recipe, quick, data_dir, SEEDS)["accuracies"]
+        actions[OURS] = lambda _: {CASE: _reading(run_recipe, quick, data_dir, 1)}
     if EAGER in settings.names:
-        actions[RECIPE] = lambda seed: {CASE: _pytorch(data, RECIPE, seed)}
+        actions[RECIPE] = lambda seed: {CASE: _reading(train_recipe, data, seed)}
         if not quick:
-            actions[EXAMPLE] = lambda seed: {CASE: _pytorch(data, EXAMPLE, seed)}
+            actions[EXAMPLE] = lambda seed: {CASE: _reading(train_example, data, seed)}
     for found, failed in measure("speedrun", actions, settings):
         yield [
             *(Row("speedrun", CASE, name, missing=reason) for name, reason in failed.items()),
@@ -80,41 +76,37 @@ def _row(name: str, readings: list[Reading], ours: list[float]) -> Row:
     return Row("speedrun", CASE, name, [each["seconds"] for each in readings], facts)
 
 
-def _ours(quick: bool, data_dir: Path | None, *, seeds: int) -> Reading:
+def _reading(function: Callable[..., Reading], *arguments: Any) -> Reading:
+    """Returns what a function measures in a new process, and the seconds of the process."""
+    started = time.perf_counter()
+    found = call(function, *arguments)
+    return found | {"process_seconds": time.perf_counter() - started}
+
+
+def run_recipe(quick: bool, data_dir: Path | None, seeds: int) -> Reading:
     """Runs `experiments/speedrun.py` with the seeds 0 to `seeds - 1`."""
     with tempfile.TemporaryDirectory() as folder:
         arguments = ["--seeds", str(seeds), "--output-dir", folder, "--no-compilation-cache"]
         arguments += ["--dataset", "digits" if quick else "mnist"]
         arguments += ["--data-dir", str(data_dir)] if data_dir else []
-        started = time.perf_counter()
-        run_module("experiments.speedrun", arguments, None)
-        seconds = time.perf_counter() - started
+        sys.argv = ["speedrun.py", *arguments]
+        runpy.run_module("experiments.speedrun", run_name="__main__")
         summary = json.loads((Path(folder) / "summary.json").read_text())
     return {
         "seconds": summary["train_seconds"] / seeds,
         "compile_seconds": summary["compile_seconds"],
-        "process_seconds": seconds,
         "accuracies": summary["test_accuracies"],
         "accuracy": summary["test_accuracy"],
     }
 
 
-def _pytorch(data: Path, name: str, seed: int) -> Reading:
-    """Trains in eager PyTorch, in a process."""
-    flags = ["--seed", str(seed), "--data", str(data)]
-    started = time.perf_counter()
-    printed = run_module("benchmarks.speedrun", [name, *flags], None)
-    seconds = time.perf_counter() - started
-    return json.loads(printed) | {"compile_seconds": 0.0, "process_seconds": seconds}
-
-
-def train_recipe(data: Data, seed: int) -> Reading:
+def train_recipe(file: Path, seed: int) -> Reading:
     """Trains by the recipe of `experiments/speedrun.py`; the time includes the test."""
     import torch
     from torch.nn import functional as F
 
     torch.manual_seed(seed)
-    (inputs, targets), test = map(_tensors, data)
+    (inputs, targets), test = (_tensors(file, split) for split in ("train", "test"))
     model = make_network()
     optimizer, schedule = make_optimizer(model, steps=-(-len(inputs) // BATCH_SIZE))
     started = time.perf_counter()
@@ -126,10 +118,11 @@ def train_recipe(data: Data, seed: int) -> Reading:
         optimizer.step()
         schedule.step()
     accuracy = _accuracy(model, *test)
-    return {"seconds": time.perf_counter() - started, "accuracy": accuracy}
+    seconds = time.perf_counter() - started
+    return {"seconds": seconds, "compile_seconds": 0.0, "accuracy": accuracy}
 
 
-def train_example(data: Data, seed: int) -> Reading:
+def train_example(file: Path, seed: int) -> Reading:
     """Trains as PyTorch's MNIST example until its test accuracy first exceeds 99 %.
 
     Uses the example's network, optimizer, schedule and batch size, but tensors in memory in place
@@ -141,7 +134,7 @@ def train_example(data: Data, seed: int) -> Reading:
     from benchmarks.networks import torch as networks
 
     torch.manual_seed(seed)
-    (inputs, targets), test = map(_tensors, data)
+    (inputs, targets), test = (_tensors(file, split) for split in ("train", "test"))
     model = networks.ConvNet((0.25, 0.5))
     model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     optimizer = torch.optim.Adadelta(model.parameters(), 1.0)
@@ -153,7 +146,8 @@ def train_example(data: Data, seed: int) -> Reading:
         torch_reference.train_steps(model, optimizer, batches, F.cross_entropy)
         schedule.step()
         epochs, accuracy = epochs + 1, _accuracy(model, *test)
-    return {"seconds": time.perf_counter() - started, "accuracy": accuracy, "epochs": epochs}
+    seconds = time.perf_counter() - started
+    return {"seconds": seconds, "compile_seconds": 0.0, "accuracy": accuracy}
 
 
 def make_network() -> torch.nn.Module:
@@ -180,10 +174,10 @@ def make_optimizer(model: torch.nn.Module, steps: int) -> tuple[Any, Any]:
     return optimizer, schedule
 
 
-def _tensors(part: tuple[np.ndarray, np.ndarray]) -> tuple[torch.Tensor, torch.Tensor]:
+def _tensors(file: Path, split: str) -> tuple[torch.Tensor, torch.Tensor]:
     import torch
 
-    images, labels = part
+    images, labels = problem.read_images(file, split)
     return torch.from_numpy(problem.normalize(images)), torch.from_numpy(labels.astype(np.int64))
 
 
@@ -194,19 +188,3 @@ def _accuracy(model: torch.nn.Module, inputs: torch.Tensor, targets: torch.Tenso
     with torch.inference_mode():
         predicted = torch.cat([model(part).argmax(1) for part in inputs.split(1000)])
     return float((predicted == targets).float().mean())
-
-
-def main() -> None:
-    """Trains with one peer, and prints its reading."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
-    parser.add_argument("peer", choices=(RECIPE, EXAMPLE))
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--data", type=Path, required=True, help="images (.npz)")
-    arguments = parser.parse_args()
-    data = tuple(problem.read_images(arguments.data, split) for split in ("train", "test"))
-    train = train_recipe if arguments.peer == RECIPE else train_example
-    print(json.dumps(train(data, arguments.seed)))
-
-
-if __name__ == "__main__":
-    main()

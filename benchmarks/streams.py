@@ -10,8 +10,6 @@ from __future__ import annotations
 
 import argparse
 import statistics
-import subprocess
-import sys
 import tempfile
 import warnings
 from collections.abc import Callable
@@ -23,7 +21,8 @@ import numpy as np
 import jaxtrain as jt
 from benchmarks import torch_reference
 from benchmarks.problem import MEAN, STD
-from benchmarks.worker import peak_memory_mib, timed
+from jaxtrain.race.measuring import timed, with_peak_memory
+from jaxtrain.race.processes import call
 
 LOSS = jt.losses.cross_entropy
 BATCH_SIZE, KEY = 64, jax.random.key(1)
@@ -79,13 +78,12 @@ def torch_epoch(dataset: jt.Dataset) -> Callable[[], object]:
     return epoch
 
 
-def peak_of_epoch(path: Path) -> float:
-    """Trains for an epoch on a file of images, and returns the peak memory in MB."""
+def train_on(path: Path) -> None:
+    """Trains for an epoch on a file of images."""
     images = file_of(path)
     data = jt.Dataset(images, np.zeros(len(images), np.int32))
     stream = jt.data.stream(data, BATCH_SIZE, KEY)
     jt.fit(new_state(), stream, loss_fn=LOSS, epochs=1, callbacks=[])
-    return peak_memory_mib() * 2**20 / 1e6
 
 
 def main() -> None:
@@ -93,11 +91,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     parser.add_argument("--rounds", type=int, default=9, help="readings of each epoch")
     parser.add_argument("--gigabytes", type=float, default=6.0, help="size of the large file")
-    parser.add_argument("--peak-of", type=Path, help=argparse.SUPPRESS)
     flags = parser.parse_args()
-    if flags.peak_of:
-        print(peak_of_epoch(flags.peak_of))
-        return
     with tempfile.TemporaryDirectory() as folder:
         path, large = Path(folder) / "images", Path(folder) / "large"
         train, _ = jt.data.load("mnist")
@@ -114,10 +108,8 @@ def main() -> None:
         with large.open("wb") as file:
             for _ in range(int(flags.gigabytes * 1e9 / len(block))):
                 file.write(block)
-        module = [sys.executable, "-m", "benchmarks.streams"]
-        result = subprocess.run([*module, "--peak-of", str(large)], check=True, capture_output=True)
-        peak = float(result.stdout.splitlines()[-1])
-        print(f"peak memory on {flags.gigabytes:g} GB: {peak:.0f} MB")
+        _, peak = call(with_peak_memory, train_on, large)
+        print(f"peak memory on {flags.gigabytes:g} GB: {peak * 2**20 / 1e6:.0f} MB")
 
 
 if __name__ == "__main__":

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-import json
-import subprocess
-import sys
+import functools
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -14,8 +12,12 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from benchmarks import cases, environment, peers
+from benchmarks import cases, peers, worker
 from benchmarks.results import EAGER, EXAMPLE, OURS, WARM_CACHE
+from jaxtrain.errors import InputError
+from jaxtrain.race import measuring
+from jaxtrain.race.processes import call
+from jaxtrain.race.turns import Readings, Values, take_turns
 
 # Largest difference of a loss in the first steps from the reference's.
 CHECK_TOLERANCE = 1e-4
@@ -24,11 +26,6 @@ CHECK_TOLERANCE = 1e-4
 TOLERANCES = {"loss": (0.3, 0.05), "accuracy": (0.0, 0.02)}
 # torch.compile compiles a network for up to a minute, and PyTorch's MNIST example trains for three.
 MOST_ROUNDS = {"pytorch-compile": 3, EXAMPLE: 3}
-
-# What one process has measured, by case.
-Values = dict[str, dict[str, Any]]
-# The values of each round, by case and peer.
-Readings = dict[str, dict[str, list[dict[str, Any]]]]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -68,14 +65,6 @@ class Settings(NamedTuple):
     log: Callable[[str], object]
 
 
-class DisagreementError(Exception):
-    """Raised if the losses of a peer differ from the others'."""
-
-
-class WorkerError(Exception):
-    """Raised if a process that measures a peer fails."""
-
-
 def run_suite(suite: str, settings: Settings) -> Iterator[list[Row]]:
     """Checks that the peers compute the same, and measures them.
 
@@ -92,7 +81,7 @@ def run_suite(suite: str, settings: Settings) -> Iterator[list[Row]]:
                 missing[name] = reason
     with tempfile.TemporaryDirectory() as scratch:
         if len(names) > 1 and suite != "run":  # whole processes are compared by their accuracy
-            check(suite, names, settings, Path(scratch))
+            check(suite, names, settings)
         actions = _actions(suite, names, settings, Path(scratch) / "cache")
         for readings, failed in measure(suite, actions, settings):
             reasons = (missing | failed).items()
@@ -100,21 +89,18 @@ def run_suite(suite: str, settings: Settings) -> Iterator[list[Row]]:
             yield [*absent, *_rows(suite, readings)]
 
 
-def check(suite: str, names: Sequence[str], settings: Settings, scratch: Path) -> None:
+def check(suite: str, names: Sequence[str], settings: Settings) -> None:
     """Compares the losses of each peer with eager PyTorch's, jaxtrain's or the first peer's.
 
     Raises:
-      DisagreementError: if a loss differs by more than 1e-4. Of a peer that reports only means over
+      InputError: if a loss differs by more than 1e-4. Of a peer that reports only means over
         groups of steps, the mean of each pass over the data is compared.
     """
     reference = next((name for name in (EAGER, OURS) if name in names), names[0])
     expected: dict[str, np.ndarray] = {}
     for name in sorted(names, key=lambda name: name != reference):
         settings.log(f"{suite}: losses of {peers.label(name)}")
-        file = scratch / f"{name}.npz"
-        _run_worker(suite, name, settings, None, "--losses", str(file))
-        with np.load(file) as losses:
-            found = dict(losses)
+        found = call(worker.losses, suite, name, settings.data, torch_trainer(name))
         if name == reference:
             expected = found
         for case, values in found.items():
@@ -123,7 +109,7 @@ def check(suite: str, names: Sequence[str], settings: Settings, scratch: Path) -
 
 
 def compare(name: str, case: str, found: np.ndarray, expected: np.ndarray) -> None:
-    """Raises DisagreementError unless the losses agree."""
+    """Raises InputError unless the losses agree."""
     if found.ndim == 3:
         # The lines of T1 [runs, epochs, 2]. Where a prediction meets its target, the sign of the
         # rounding error decides the next step, so that some runs differ by a learning rate.
@@ -136,7 +122,7 @@ def compare(name: str, case: str, found: np.ndarray, expected: np.ndarray) -> No
         means = np.average(expected.reshape(2, -1), axis=1, weights=sizes)
         difference = np.abs(found - means).max()
     if not difference <= CHECK_TOLERANCE:
-        raise DisagreementError(
+        raise InputError(
             f"losses of {name} differ by {difference:.1e} from the reference's in {case}; expected "
             f"at most {CHECK_TOLERANCE:g}; leave it out with --peers, or correct it"
         )
@@ -147,29 +133,24 @@ def measure(
 ) -> Iterator[tuple[Readings, dict[str, str]]]:
     """Yields, after each round, the values of each case, peer and round so far, and the failures.
 
-    A peer that fails or computes something else is left out from then on. The actions are functions
-    from the round to the values that a new process measures.
+    The actions are functions from the round to the values that a new process measures.
     """
-    found: Readings = {}
-    failed: dict[str, str] = {}
-    for index in range(settings.rounds):
-        for name, action in actions.items():
-            if name in failed or index >= MOST_ROUNDS.get(name, settings.rounds):
-                continue
-            settings.log(f"{suite}: round {index + 1} of {settings.rounds}: {peers.label(name)}")
-            try:
-                for case, values in action(index).items():
-                    found.setdefault(case, {}).setdefault(name, []).append(values)
-            except WorkerError as error:
-                failed[name] = str(error)
-                settings.log(f"{suite}: {peers.label(name)} failed: {error}")
-        for name, reason in check_ends(suite, found).items():
-            failed[name] = reason
-            settings.log(f"{suite}: {peers.label(name)} {reason}")
-        for by_peer in found.values():
-            for name in failed:
-                by_peer.pop(name, None)
-        yield found, failed
+    return take_turns(
+        actions,
+        {name: min(settings.rounds, MOST_ROUNDS.get(name, settings.rounds)) for name in actions},
+        references=(EAGER, OURS),
+        tolerances=TOLERANCES,
+        log=lambda text: settings.log(f"{suite}: {text}"),
+    )
+
+
+def torch_trainer(name: str) -> Callable[..., Any] | None:
+    """Returns what the processes of PyTorch get, which cannot import jaxtrain without JAX."""
+    if not name.startswith("pytorch"):
+        return None
+    from jaxtrain.race.pytorch import TorchTrainer
+
+    return TorchTrainer
 
 
 def _actions(
@@ -177,48 +158,24 @@ def _actions(
 ) -> dict[str, Callable[[int], Values]]:
     """Returns functions that make one reading of each case, by peer."""
 
-    def worker(name: str) -> Callable[[int], Values]:
+    def reading(name: str) -> Callable[[int], Values]:
+        task = functools.partial(worker.trainers, suite, name, settings.data, torch_trainer(name))
+        action: tuple[Any, ...] = (measuring.measure_all, task)
+        if suite == "sweep":
+            action = (worker.measure_sweeps, measuring.time_sections, name, settings.data)
         # The first round compiles with an empty cache, so that its compilation times count.
-        return lambda _: json.loads(_run_worker(suite, name, settings, cache))
+        return lambda _: call(*action, cache=cache)
 
     def process(name: str, cache: Path | None = None) -> Callable[[int], Values]:
         return lambda _: _process_values(name, settings, cache)
 
     if suite != "run":
-        return {name: worker(name) for name in names}
+        return {name: reading(name) for name in names}
     actions = {name: process(name) for name in names}
     if OURS in names:
         _process_values(OURS, settings, cache)  # fills the cache
         actions[WARM_CACHE] = process(OURS, cache)
     return actions
-
-
-def check_ends(suite: str, readings: Readings) -> dict[str, str]:
-    """Compares what the peers have computed in their timed sections.
-
-    Returns:
-      The peers whose optimizers have made another number of updates than was timed, or whose loss
-      or test accuracy at the end is far from the reference's, and what is wrong with each.
-    """
-    wrong: dict[str, str] = {}
-    for case, by_peer in readings.items():
-        reference = by_peer.get(EAGER) or by_peer.get(OURS) or next(iter(by_peer.values()), [])
-        for name, values in by_peer.items():
-            for each in values:
-                if "updates" in each and each["updates"] != each["expected_updates"]:
-                    wrong[name] = (
-                        f"has made {each['updates']} updates in {case}; "
-                        f"expected {each['expected_updates']}"
-                    )
-                for what, tolerance in TOLERANCES.items():
-                    if what in each and what in reference[0]:
-                        expected = reference[0][what]
-                        if not abs(each[what] - expected) <= tolerance[0] * expected + tolerance[1]:
-                            wrong[name] = (
-                                f"ends {case} of the suite {suite} with the {what} "
-                                f"{each[what]:.4g}; expected about {expected:.4g}, as the reference"
-                            )
-    return wrong
 
 
 def _rows(suite: str, readings: Readings) -> Iterator[Row]:
@@ -228,37 +185,16 @@ def _rows(suite: str, readings: Readings) -> Iterator[Row]:
             kept = ("compile_seconds", "loss", "accuracy", "extrapolated_from")
             facts = {key: values[0][key] for key in kept if key in values[0]}
             yield Row(suite, case, name, [each["seconds"] for each in values], facts)
-            if "peak_mib" in values[0]:
+            if suite == "run":
                 yield Row("memory", case, name, [each["peak_mib"] for each in values])
 
 
 def _process_values(name: str, settings: Settings, cache: Path | None) -> Values:
     """Returns the values of a whole process that trains T2, from its start to its end."""
     epochs = 1 if settings.data is None else 5
+    task = (worker.train_and_test, name, settings.data, epochs, torch_trainer(name))
     started = time.perf_counter()
-    printed = _run_worker("run", name, settings, cache, "--epochs", str(epochs))
+    accuracy, peak = call(measuring.with_peak_memory, *task, cache=cache)
     seconds = time.perf_counter() - started
     case = f"whole process, T2, {epochs} epoch{'s' * (epochs > 1)}"
-    return {case: {"seconds": seconds, **json.loads(printed)}}
-
-
-def _run_worker(suite: str, name: str, settings: Settings, cache: Path | None, *flags: str) -> str:
-    """Runs the worker of a peer, and returns the last line that it prints."""
-    data = [] if settings.data is None else ["--data", str(settings.data)]
-    return run_module("benchmarks.worker", [suite, name, *data, *flags], cache)
-
-
-def run_module(module: str, arguments: Sequence[str], cache: Path | None) -> str:
-    """Runs a module in a process, and returns the last line of its output."""
-    result = subprocess.run(
-        [sys.executable, "-m", module, *arguments],
-        env=environment.variables(cache),
-        capture_output=True,
-        text=True,
-        check=False,
-        cwd=Path(__file__).parents[1],
-    )
-    if result.returncode:
-        last = result.stderr.strip().splitlines()[-1:]
-        raise WorkerError(f"{module} {' '.join(arguments)} failed: {''.join(last)}")
-    return result.stdout.strip().splitlines()[-1] if result.stdout.strip() else ""
+    return {case: {"seconds": seconds, "accuracy": accuracy, "peak_mib": peak}}

@@ -1,20 +1,8 @@
-"""Measures one peer, in a process that imports no other peer's library.
-
-    python -m benchmarks.worker SUITE PEER [--data FILE] [--losses FILE] [--epochs N]
-
-Prints one line of JSON: the measured values by case. With --losses it times nothing and writes the
-losses of each case to FILE. With --epochs it trains T2 and tests it after each epoch, and prints
-the test accuracy and the peak memory: the suite `run` measures such a process as a whole.
-"""
+"""What the process of one peer does, which imports no other peer's library."""
 
 from __future__ import annotations
 
-import argparse
-import json
-import resource
-import statistics
-import sys
-import time
+import functools
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -22,56 +10,51 @@ from typing import Any
 import numpy as np
 
 from benchmarks import cases, peers, problem, sweeps
-from benchmarks.problem import Problem, Trainer
+from benchmarks.problem import Problem, Trainer, normalize
 
-# Timed sections per process, after one that warms up. A reading is their median.
-SECTIONS = 3
-# Least duration of a section of steps, so that waking threads and refilling caches matter little.
-SECTION_SECONDS = 0.1
+# `TorchTrainer` of jaxtrain.race, for the peers of PyTorch.
+TorchTrainer = Callable[..., Any] | None
 
 
-def timed(action: Callable[[], object]) -> float:
-    """Returns the seconds that an action takes."""
-    started = time.perf_counter()
-    action()
-    return time.perf_counter() - started
+def trainers(
+    suite: str, name: str, data: Path | None, torch_trainer: TorchTrainer
+) -> Iterator[tuple[str, Callable[[], Trainer], int]]:
+    """Yields the name of each case, a function that makes its trainer, and the steps of a pass."""
+    for case, task in cases.problems(suite, name, data).items():
+        make = functools.partial(peers.make, name, task, torch_trainer)
+        if suite == "step":
+            yield case, functools.partial(_of_one_batch, make, name, task), 1
+        else:
+            yield case, make, task.steps
 
 
-def train(suite: str, name: str, task: Problem) -> dict[str, Any]:
-    """Returns the seconds of a step or an epoch, and what the peer has computed in all sections."""
-    trainer = peers.load(name)(task, problem.start(task))
-    if suite == "step":
-        first = timed(lambda: trainer.steps(1))
-        count = max(2, int(SECTION_SECONDS / timed(lambda: trainer.steps(1))))
-        seconds = [timed(lambda: trainer.steps(count)) / count for _ in range(SECTIONS)]
-        expected = 2 + count * SECTIONS
-    else:
-        first, *seconds = (timed(trainer.epoch) for _ in range(1 + SECTIONS))
-        expected = task.steps * (1 + SECTIONS)
-    median = statistics.median(seconds)
-    updates = trainer.updates()
-    # After the steps on one batch, the loss of its images; after epochs, of another one in training
-    # mode, since a batch norm's running statistics make the evaluation of a short training noisy.
-    loss = batch_loss(trainer, task) if suite == "step" else trainer.losses().mean()
-    return {
-        "seconds": median,
-        "compile_seconds": max(0.0, first - median),
-        "updates": updates,
-        "expected_updates": expected,
-        "loss": float(loss),
-    }
+def _of_one_batch(make: Callable[[], Any], name: str, task: Problem) -> Trainer:
+    """Returns a trainer whose pass is one step on the first batch.
+
+    Its loss at the end is that of these images.
+    """
+    made = make()
+    return Trainer(
+        made.steps,
+        lambda: np.array([batch_loss(made, name, task)]),
+        made.steps,
+        made.predict,
+        made.updates,
+    )
 
 
-def batch_loss(trainer: Trainer, task: Problem) -> float:
+def batch_loss(trainer: Any, name: str, task: Problem) -> float:
     """Returns the mean loss of the first batch in evaluation mode."""
-    logits = trainer.predict(trainer.prepare(task.images[: task.batch_size])).astype(np.float64)
+    images = task.images[: task.batch_size]
+    images = images if peers.takes_pixels(name) else normalize(images)
+    logits = trainer.predict(images).astype(np.float64)
     labels = task.labels[: len(logits), None].astype(int)
     return (np.logaddexp.reduce(logits, 1) - np.take_along_axis(logits, labels, 1)[:, 0]).mean()
 
 
-def losses_of(name: str, task: Problem) -> np.ndarray:
+def losses_of(name: str, task: Problem, torch_trainer: TorchTrainer) -> np.ndarray:
     """Returns the losses of two passes over the data."""
-    trainer = peers.load(name)(task, problem.start(task))
+    trainer = peers.make(name, task, torch_trainer)
     return np.concatenate([trainer.losses(), trainer.losses()])
 
 
@@ -82,82 +65,48 @@ def sweep_action(name: str, case: cases.Sweep) -> tuple[Callable[[], np.ndarray]
     return sweeps.SWEEPS[name](case.task, count), count
 
 
-def train_sweep(name: str, case: cases.Sweep) -> dict[str, Any]:
-    """Returns the seconds that all runs of a sweep take."""
-    action, count = sweep_action(name, case)
-    action()
-    repetitions = max(1, int(SECTION_SECONDS / timed(action)))
+def measure_sweeps(
+    time_sections: Callable[..., Any], name: str, data: Path | None
+) -> dict[str, dict[str, Any]]:
+    """Returns the seconds that all runs of each sweep take, by `time_sections` of jaxtrain.race."""
+    found = {}
+    for case in cases.sweep_cases(data):
+        action, count = sweep_action(name, case)
 
-    def repeat() -> None:
-        for _ in range(repetitions):
-            action()
+        def repeat(times: int, action: Callable[[], object] = action) -> None:
+            for _ in range(times):
+                action()
 
-    seconds = statistics.median(timed(repeat) for _ in range(SECTIONS)) / repetitions
-    sample = {"extrapolated_from": count} if count < case.runs else {}
-    return {"seconds": seconds * case.runs / count, **sample}
+        values, *_ = time_sections(repeat)
+        sample = {"extrapolated_from": count} if count < case.runs else {}
+        found[case.name] = {"seconds": values["seconds"] * case.runs / count, **sample}
+    return found
 
 
-def measure(suite: str, name: str, data: Path | None) -> Iterator[tuple[str, dict[str, Any]]]:
-    """Yields the values of each case."""
+def losses(
+    suite: str, name: str, data: Path | None, torch_trainer: TorchTrainer
+) -> dict[str, np.ndarray]:
+    """Returns the losses of each case, without dropout and with a weight decay that shows."""
     if suite == "sweep":
-        for case in cases.sweep_cases(data):
-            yield case.name, train_sweep(name, case)
-    else:
-        for case_name, task in cases.problems(suite, name, data).items():
-            yield case_name, train(suite, name, task)
+        return {
+            case.name: sweep_action(name, cases.checked_sweep(case))[0]()
+            for case in cases.sweep_cases(data)
+        }
+    # Those of single steps come from the function that is timed.
+    peer = "jaxtrain-steps" if (suite, name) == ("step", "jaxtrain") else name
+    return {
+        network: losses_of(peer, task, torch_trainer)
+        for network, task in cases.checked(suite, name, data).items()
+    }
 
 
-def losses(suite: str, name: str, data: Path | None) -> Iterator[tuple[str, np.ndarray]]:
-    """Yields the losses of each case, without dropout and with a weight decay that shows."""
-    if suite == "sweep":
-        for case in cases.sweep_cases(data):
-            yield case.name, sweep_action(name, cases.checked_sweep(case))[0]()
-    else:
-        # Those of single steps come from the function that is timed.
-        peer = "jaxtrain-steps" if (suite, name) == ("step", "jaxtrain") else name
-        for network, task in cases.checked(suite, name, data).items():
-            yield network, losses_of(peer, task)
-
-
-def train_and_test(name: str, data: Path | None, epochs: int) -> dict[str, float]:
-    """Trains T2, tests it after each epoch, and returns the last accuracy and the peak memory."""
+def train_and_test(name: str, data: Path | None, epochs: int, torch_trainer: TorchTrainer) -> float:
+    """Trains T2, tests it after each epoch, and returns the last accuracy."""
     task = problem.make("T2", *problem.read_images(data, "train"))
-    test_images, labels = problem.read_images(data, "test")
-    trainer = peers.load(name)(task, problem.start(task))
-    images = trainer.prepare(test_images)
+    images, labels = problem.read_images(data, "test")
+    images = images if peers.takes_pixels(name) else normalize(images)
+    trainer = peers.make(name, task, torch_trainer)
     for _ in range(epochs):
-        trainer.epoch()
+        trainer.train(1)
         accuracy = float((trainer.predict(images).argmax(-1) == labels).mean())
-    return {"accuracy": accuracy, "peak_mib": peak_memory_mib()}
-
-
-def peak_memory_mib() -> float:
-    """Returns the peak resident memory of this process in MiB."""
-    status = Path("/proc/self/status")
-    if status.exists():  # on Linux, getrusage also counts the parent's memory before exec
-        line = next(line for line in status.read_text().splitlines() if line.startswith("VmHWM"))
-        return int(line.split()[1]) / 2**10
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak / (2**20 if sys.platform == "darwin" else 2**10)
-
-
-def main() -> None:
-    """Measures, or computes the losses, and prints or writes them."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
-    parser.add_argument("suite", choices=cases.SUITES)
-    parser.add_argument("peer", choices=peers.PEERS)
-    parser.add_argument("--data", type=Path, help="images (.npz); without, small cases only")
-    parser.add_argument("--losses", type=Path, help="write losses to this .npz file, do not time")
-    parser.add_argument("--epochs", type=int, help="train T2 for so many epochs, and test it")
-    arguments = parser.parse_args()
-    task = (arguments.suite, arguments.peer, arguments.data)
-    if arguments.losses:
-        np.savez(arguments.losses, **dict[str, Any](losses(*task)))
-    elif arguments.epochs:
-        print(json.dumps(train_and_test(arguments.peer, arguments.data, arguments.epochs)))
-    else:
-        print(json.dumps(dict(measure(*task))))
-
-
-if __name__ == "__main__":
-    main()
+    return accuracy

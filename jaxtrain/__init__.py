@@ -33,6 +33,7 @@ from jaxtrain.inspect import compare, summary, verify
 from jaxtrain.lowerings import use_cpu_lowerings
 from jaxtrain.model import Model
 from jaxtrain.optimizers._minimize import Minimum, minimize
+from jaxtrain.race import Race, race
 from jaxtrain.sweeps import find_learning_rate, load_sweep, sweep
 from jaxtrain.training.batch_stats import update_batch_stats
 from jaxtrain.training.fit import fit
@@ -55,6 +56,7 @@ __all__ = [
     "History",
     "Minimum",
     "Model",
+    "Race",
     "Run",
     "TrainState",
     "apply_gradients",
@@ -80,6 +82,7 @@ __all__ = [
     "optimizers",
     "parallel",
     "predict",
+    "race",
     "reuse_freed_memory",
     "save",
     "set_learning_rate",

@@ -30,6 +30,31 @@ class MissingExtraError(InputError, ImportError):
         )
 
 
+class DisagreementError(InputError):
+    """Two implementations that should compute the same losses do not.
+
+    Attributes:
+      contender: the implementation that differs.
+      step: the first step whose loss differs, counted from 1; None if mean losses were compared.
+      found: its loss.
+      expected: the loss of the reference.
+    """
+
+    def __init__(
+        self, contender: str, step: int | None, found: float, expected: float, allowed: float
+    ) -> None:
+        self.contender = contender
+        self.step = step
+        self.found = found
+        self.expected = expected
+        what = "the mean loss" if step is None else f"the loss of step {step}"
+        super().__init__(
+            f"{what} is {found:.6g} in {contender} and {expected:.6g} in the reference; expected a "
+            f"difference of at most {allowed:.1g}: check that both have the same loss, optimizer, "
+            "data and model"
+        )
+
+
 class DataUnavailableError(InputError):
     """A data set is neither on disk nor available for download.
 

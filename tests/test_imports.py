@@ -56,7 +56,7 @@ ORDER = [
         "metrics",
     ),
     *("optimizers", "models", "adapters", "checkpoint", "data", "_terminal", "callbacks"),
-    *("training", "sweeps", "export", "inspect", "cli"),
+    *("training", "sweeps", "export", "inspect", "race", "cli"),
 ]
 # The same inside the package of the training loop.
 TRAINING = [

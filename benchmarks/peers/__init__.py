@@ -5,14 +5,9 @@ from __future__ import annotations
 import importlib
 import importlib.util
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
-from benchmarks.problem import Params, Problem, Trainer
-
-# Set for each process that measures a peer, to the platform of JAX's default device.
-DEVICE_VARIABLE = "JAXTRAIN_BENCHMARK_DEVICE"
-
-Make = Callable[[Problem, Params], Trainer]
+from benchmarks.problem import Problem, start
 
 
 class Peer(NamedTuple):
@@ -20,7 +15,8 @@ class Peer(NamedTuple):
 
     Attributes:
       label: its name in tables.
-      make: `module:function` of its `Make` in this package; empty for peers that only train sweeps.
+      make: `module:function` in this package, from a problem and its initial parameters to a
+        trainer, or for PyTorch to the arguments of one; empty for peers that only train sweeps.
       packages: packages that must be installed.
       suites: the suites that measure it.
       networks: the networks that it trains in the suite `models`; empty for all.
@@ -57,10 +53,6 @@ PEERS = {
 }
 
 
-class MissingError(Exception):
-    """Raised if a peer cannot run on this machine."""
-
-
 def label(name: str) -> str:
     """Returns the name of a peer, or of what else was timed, in tables."""
     return PEERS[name].label if name in PEERS else name
@@ -74,14 +66,24 @@ def reason_missing(name: str) -> str | None:
     return None
 
 
-def load(name: str) -> Make:
-    """Returns the function that makes the trainer of a peer.
+def takes_pixels(name: str) -> bool:
+    """Returns whether a peer takes uint8 pixels, in place of normalized images."""
+    return name.startswith("jax") or name == "pytorch-pixels"
 
-    Raises:
-      MissingError: if one of its packages is not installed.
+
+def make(name: str, task: Problem, torch_trainer: Callable[..., Any] | None) -> Any:
+    """Returns the trainer of a peer.
+
+    Args:
+      name: the peer.
+      task: what it trains.
+      torch_trainer: `TorchTrainer` of jaxtrain.race, which its process cannot import without JAX;
+        for peers of PyTorch.
     """
-    reason = reason_missing(name)
-    if reason:
-        raise MissingError(reason)
     module, function = PEERS[name].make.split(":")
-    return getattr(importlib.import_module(f"benchmarks.peers.{module}"), function)
+    found = getattr(importlib.import_module(f"benchmarks.peers.{module}"), function)
+    made = found(task, start(task))
+    if torch_trainer is None:
+        return made
+    arguments, options = made
+    return torch_trainer(*arguments, **options)

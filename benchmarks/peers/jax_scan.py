@@ -15,6 +15,7 @@ from jax import lax
 from jaxtyping import Array, PyTree
 
 from benchmarks.networks import linen
+from benchmarks.peers import loop
 from benchmarks.peers.jaxtrain import make_optimizer
 from benchmarks.problem import Params, Problem, Trainer
 
@@ -75,10 +76,9 @@ def make(problem: Problem, params: Params) -> Trainer:
         raise NotImplementedError
 
     return Trainer(
+        loop.repeated(losses),
+        losses,
         no_steps,
-        losses,
-        losses,
-        jnp.asarray,
-        lambda images: np.asarray(logits(carry, images)),
+        lambda images: np.asarray(logits(carry, jnp.asarray(images))),
         lambda: int(carry[-1]),
     )

@@ -5,24 +5,11 @@ from __future__ import annotations
 from typing import Any
 
 import jax
-import jax.numpy as jnp
-import numpy as np
 
 import jaxtrain as jt
 from benchmarks.networks import linen
-from benchmarks.peers import loop
-from benchmarks.problem import Optimizer, Params, Problem, Trainer
-
-LOSS = jt.losses.cross_entropy
-
-
-def start(problem: Problem, params: Params) -> tuple[jt.TrainState, jt.Dataset]:
-    """Returns the state with these parameters, and the data on the device."""
-    data = jt.Dataset(jnp.asarray(problem.images), jnp.asarray(problem.labels))
-    optimizer = make_optimizer(problem.optimizer)
-    model = linen.make(problem)
-    state = jt.init_state(model, optimizer, data.inputs[:1], key=jax.random.key(0))
-    return state.replace(params=linen.load(problem, params)), data
+from benchmarks.problem import Optimizer, Params, Problem
+from jaxtrain.race.contenders import JaxTrainer
 
 
 def make_optimizer(optimizer: Optimizer) -> Any:
@@ -36,31 +23,19 @@ def make_optimizer(optimizer: Optimizer) -> Any:
     return getattr(jt.optimizers, optimizer.name)(optimizer.learning_rate)
 
 
-def epochs(problem: Problem, params: Params) -> Trainer:
+def epochs(problem: Problem, params: Params) -> JaxTrainer:
     """Returns a trainer whose epoch is one call of `train_epoch`."""
-    return _trainer(problem, params, by_steps=False)
+    return _trainer(problem, params, "train_epoch")
 
 
-def steps(problem: Problem, params: Params) -> Trainer:
+def steps(problem: Problem, params: Params) -> JaxTrainer:
     """Returns a trainer whose epoch is a loop over `train_step`, on slices of NumPy arrays."""
-    return _trainer(problem, params, by_steps=True)
+    return _trainer(problem, params, "train_step")
 
 
-def _trainer(problem: Problem, params: Params, *, by_steps: bool) -> Trainer:
-    state, data = start(problem, params)
-
-    def step(inputs: Any, targets: Any) -> jax.Array:
-        nonlocal state
-        state, metrics = jt.train_step(state, jt.Dataset(inputs, targets), LOSS)
-        return metrics["loss"]
-
-    def epoch() -> np.ndarray:
-        nonlocal state
-        state, losses = jt.train_epoch(state, data, LOSS, batch_size=problem.batch_size)
-        return np.asarray(losses)
-
-    def logits(images: jax.Array) -> Any:
-        return jt.predict(state, images)
-
-    made = loop.make_trainer(problem, step, logits, lambda: state, lambda: state.step, pixels=True)
-    return made if by_steps else made._replace(epoch=epoch, losses=epoch)
+def _trainer(problem: Problem, params: Params, way: str) -> JaxTrainer:
+    optimizer, model = make_optimizer(problem.optimizer), linen.make(problem)
+    state = jt.init_state(model, optimizer, problem.images[:1], key=jax.random.key(0))
+    state = state.replace(params=linen.load(problem, params))
+    data = jt.Dataset(problem.images, problem.labels)
+    return JaxTrainer(state, data, jt.losses.cross_entropy, problem.batch_size, way)

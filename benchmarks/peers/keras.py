@@ -72,12 +72,12 @@ def _trainer(problem: Problem, params: Params, steps_per_execution: int) -> Trai
         for _ in range(count):
             model.train_on_batch(*first)
 
-    def fit_once(callbacks: list[keras.callbacks.Callback]) -> None:
+    def fit_epochs(epochs: int, callbacks: list[keras.callbacks.Callback]) -> None:
         model.fit(
             inputs,
             targets,
             batch_size=problem.batch_size,
-            epochs=1,
+            epochs=epochs,
             shuffle=False,
             verbose=0,
             callbacks=callbacks,
@@ -85,7 +85,7 @@ def _trainer(problem: Problem, params: Params, steps_per_execution: int) -> Trai
 
     def losses() -> np.ndarray:
         running = _RunningMeans()
-        fit_once([running])
+        fit_epochs(1, [running])
         seen = np.minimum(
             np.arange(1, len(running.means) + 1) * problem.batch_size * steps_per_execution,
             len(inputs),
@@ -97,10 +97,9 @@ def _trainer(problem: Problem, params: Params, steps_per_execution: int) -> Trai
         return model.predict(images, batch_size=1000, verbose=0)
 
     return Trainer(
-        steps,
-        lambda: fit_once([]),
+        lambda passes: fit_epochs(passes, []),
         losses,
-        normalize,
+        steps,
         predict,
         lambda: int(model.optimizer.iterations),
     )

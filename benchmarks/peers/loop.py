@@ -19,8 +19,6 @@ def make_trainer(
     logits: Callable[[Any], Any],
     state: Callable[[], Any],
     updates: Callable[[], Any],
-    *,
-    pixels: bool = False,
 ) -> Trainer:
     """Returns the trainer whose epoch is a Python loop over the step.
 
@@ -30,10 +28,8 @@ def make_trainer(
       logits: returns the logits of inputs.
       state: returns the arrays of the state, which the last step computes.
       updates: returns how many steps the state has made.
-      pixels: whether the inputs are pixels, which the step normalizes.
     """
-    prepared = (lambda images: images) if pixels else normalize
-    inputs, targets = prepared(problem.images), problem.labels.astype(np.int32)
+    inputs, targets = normalize(problem.images), problem.labels.astype(np.int32)
     first = jnp.asarray(inputs[: problem.batch_size]), jnp.asarray(targets[: problem.batch_size])
 
     def steps(count: int) -> None:
@@ -49,13 +45,17 @@ def make_trainer(
         return np.asarray(jax.block_until_ready(jnp.stack(collected)))
 
     return Trainer(
+        repeated(losses),
+        losses,
         steps,
-        losses,
-        losses,
-        lambda images: jnp.asarray(prepared(images)),
-        lambda images: np.asarray(logits(images)),
+        lambda images: np.asarray(logits(jnp.asarray(images))),
         lambda: int(updates()),
     )
+
+
+def repeated(losses: Callable[[], np.ndarray]) -> Callable[[int], np.ndarray]:
+    """Returns a function that makes passes, and returns the losses of the last one."""
+    return lambda passes: [losses() for _ in range(passes)][-1]
 
 
 def make_optimizer(optimizer: Optimizer) -> optax.GradientTransformation:

@@ -1,0 +1,101 @@
+"""Calls functions in new processes, in which nothing else has been imported or compiled."""
+
+from __future__ import annotations
+
+import os
+import pickle
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import jax
+
+from jaxtrain._extras import needs_extra
+from jaxtrain.errors import InputError
+from jaxtrain.race.machine import cores
+
+# Set for each process, to the platform of JAX's default device.
+DEVICE_VARIABLE = "JAXTRAIN_RACE_DEVICE"
+# They are pickled with their code, since importing them would import JAX.
+_BY_VALUE = ("jaxtrain.race.measuring", "jaxtrain.race.pytorch")
+_CACHE_SETTINGS = ("JAX_COMPILATION", "JAX_PERSISTENT", "TORCHINDUCTOR")
+_MAX_REASON = 240
+
+
+class ProcessError(Exception):
+    """A process failed; the message is that of its error."""
+
+
+def call(function: Callable[..., Any], *arguments: Any, cache: Path | None = None) -> Any:
+    """Returns what a function returns in a new process.
+
+    The function and its arguments travel by cloudpickle, which also takes what `__main__` or a
+    notebook defines; the result travels by pickle.
+
+    Args:
+      function: the function.
+      *arguments: its arguments.
+      cache: folder of compiled programs; None compiles everything anew.
+
+    Raises:
+      InputError: the function raised it.
+      ProcessError: it raised another error, or the process ended.
+      MissingExtraError: cloudpickle is not installed.
+    """
+    with needs_extra("torch"):
+        import cloudpickle
+    for name in _BY_VALUE:
+        if name in sys.modules:
+            cloudpickle.register_pickle_by_value(sys.modules[name])
+    try:
+        pickled = cloudpickle.dumps((function, arguments))
+    except Exception as error:  # of any object
+        raise InputError(
+            f"an argument cannot be sent to another process ({_first_lines(str(error))}); expected "
+            "objects that cloudpickle can pickle, without open files, locks or generators"
+        ) from error
+    with tempfile.TemporaryDirectory() as folder:
+        source, target = Path(folder) / "call", Path(folder) / "result"
+        source.write_bytes(pickle.dumps([os.path.abspath(each) for each in sys.path]) + pickled)
+        child = str(Path(__file__).with_name("child.py"))
+        # An exception, such as that of Ctrl-C, ends the process.
+        process = subprocess.run(
+            [sys.executable, child, str(source), str(target)],
+            env=_variables(cache),
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+        if process.returncode or not target.exists():
+            last = process.stderr.strip().splitlines()[-1:]
+            raise ProcessError("".join(last) or f"the process ended with {process.returncode}")
+        kinds, value = pickle.loads(target.read_bytes())
+    if kinds is None:
+        return value
+    if InputError.__name__ in kinds:
+        raise InputError(value)
+    raise ProcessError(f"{kinds[0]}: {_first_lines(value)}" if value else kinds[0])
+
+
+def _first_lines(text: str) -> str:
+    """Returns the beginning of a message as one line."""
+    joined = " ".join(line.strip() for line in text.splitlines() if line.strip())
+    return joined if len(joined) <= _MAX_REASON else f"{joined[:_MAX_REASON]} ..."
+
+
+def _variables(cache: Path | None) -> dict[str, str]:
+    """Returns the environment variables of a process."""
+    found = {name: os.environ[name] for name in os.environ if not name.startswith(_CACHE_SETTINGS)}
+    found |= {"OMP_NUM_THREADS": str(cores()), DEVICE_VARIABLE: jax.default_backend()}
+    if jax.default_backend() != "cpu":
+        found |= {"JAX_DEFAULT_MATMUL_PRECISION": "highest", "NVIDIA_TF32_OVERRIDE": "0"}
+    if cache is None:
+        return found | {"TORCHINDUCTOR_FORCE_DISABLE_CACHES": "1"}
+    return found | {
+        "JAX_COMPILATION_CACHE_DIR": str(cache),
+        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
+        "TORCHINDUCTOR_CACHE_DIR": str(cache / "inductor"),
+    }

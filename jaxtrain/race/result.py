@@ -1,0 +1,174 @@
+"""The result of a race: a row per contender, as data and as a table."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from jaxtrain._json import to_json
+from jaxtrain.race.estimates import Estimate, median_of, speedup, steps_until_ahead
+from jaxtrain.race.machine import machine_line
+
+EAGER = "eager PyTorch"
+# Rounds that differ by more than this fraction of their median, and this many cores that others
+# have kept busy, are reported.
+_SPREAD, _OTHERS = 0.25, 0.1
+
+
+@dataclasses.dataclass(frozen=True)
+class Row:
+    """What one contender takes.
+
+    Attributes:
+      contender: its name.
+      milliseconds: milliseconds per step; the median over the rounds with its 95 % interval.
+      ratio: by how many times it is as fast as eager PyTorch, with its 95 % interval.
+      compile_seconds: what the first pass takes longer than later ones, with making the model, in
+        the first round.
+      peak_mib: peak memory of the process in MiB, the median over the rounds.
+      ahead_after: the number of steps from which it is ahead of eager PyTorch, compilation
+        included; infinite if it never is.
+      readings: milliseconds per step of each round.
+      missing: the reason why there are no numbers, else None.
+    """
+
+    contender: str
+    milliseconds: Estimate | None = None
+    ratio: Estimate | None = None
+    compile_seconds: float | None = None
+    peak_mib: float | None = None
+    ahead_after: float | None = None
+    readings: tuple[float, ...] = ()
+    missing: str | None = None
+
+
+@dataclasses.dataclass(frozen=True, repr=False)
+class Race:
+    """Who trains a module faster; prints as a table.
+
+    Intervals need five rounds; with fewer, their ends are the median.
+
+    Attributes:
+      rows: a `Row` per contender.
+      title: what was trained.
+      notes: how PyTorch was set up, how far the losses agree, and what disturbed the race.
+      machine: processor, versions and flags.
+    """
+
+    rows: tuple[Row, ...]
+    title: str
+    notes: tuple[str, ...]
+    machine: Mapping[str, Any]
+
+    @property
+    def ratios(self) -> dict[str, float]:
+        """By how many times each contender is as fast as eager PyTorch."""
+        return {row.contender: row.ratio.median for row in self.rows if row.ratio is not None}
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Writes everything as JSON; an infinite number becomes null."""
+        Path(path).write_text(json.dumps(to_json(dataclasses.asdict(self)), indent=1) + "\n")
+
+    def __str__(self) -> str:
+        headings = ("", "ms per step (95 %)", "compile s", "peak MiB", "× eager (95 %)", "ahead")
+        table = [headings, *(_cells(row) for row in self.rows if row.missing is None)]
+        widths = [max(map(len, column)) for column in zip(*table, strict=True)]
+        lines = [
+            "  ".join(
+                cell.rjust(width) if place else cell.ljust(width)
+                for place, (cell, width) in enumerate(zip(cells, widths, strict=True))
+            ).rstrip()
+            for cells in table
+        ]
+        lines += [f"{row.contender}: no numbers: {row.missing}" for row in self.rows if row.missing]
+        return "\n".join(
+            [self.title, "", *lines, "", *self.notes, machine_line(dict(self.machine))]
+        )
+
+    __repr__ = __str__
+
+
+def make_rows(
+    names: Sequence[str],
+    readings: Mapping[str, Sequence[Mapping[str, Any]]],
+    failed: Mapping[str, str],
+    steps: int,
+) -> tuple[Row, ...]:
+    """Returns the rows of contenders.
+
+    Args:
+      names: the contenders, in the order of the rows.
+      readings: what `measure` returned in each round.
+      failed: the reasons of those that are left out.
+      steps: steps per pass.
+    """
+    seconds = {name: [x["seconds"] / steps for x in each] for name, each in readings.items()}
+
+    def costs(name: str) -> tuple[float, float]:
+        """Returns the seconds of compiling and per step."""
+        first = readings[name][0]
+        return first["compile_seconds"] + first["making_seconds"], median_of(seconds[name]).median
+
+    def make(name: str) -> Row:
+        if name not in readings:
+            return Row(name, missing=failed.get(name, "not measured yet"))
+        compiling, _ = costs(name)
+        is_measured = EAGER in readings
+        return Row(
+            name,
+            median_of([1000 * x for x in seconds[name]]),
+            speedup(seconds[name], seconds[EAGER]) if is_measured else None,
+            compiling,
+            median_of([x["peak_mib"] for x in readings[name]]).median,
+            steps_until_ahead(costs(name), costs(EAGER)) if is_measured else None,
+            tuple(1000 * x for x in seconds[name]),
+        )
+
+    return tuple(map(make, names))
+
+
+def disturbances(rows: Sequence[Row], others: float) -> str:
+    """Returns a sentence about what disturbed a race.
+
+    Args:
+      rows: the rows.
+      others: how many cores other processes kept busy on average.
+    """
+    found = []
+    if others > _OTHERS:
+        found.append(f"other processes kept {others:.1f} cores busy on average")
+    for row in rows:
+        if row.milliseconds is not None:
+            spread = (max(row.readings) - min(row.readings)) / row.milliseconds.median
+            if spread > _SPREAD:
+                found.append(f"rounds of {row.contender} differ by {spread:.0%}")
+    if not found:
+        return "Nothing disturbed the machine noticeably."
+    return f"The machine was disturbed: {', '.join(found)}."
+
+
+def _cells(row: Row) -> tuple[str, ...]:
+    return (
+        row.contender,
+        _with_interval(row.milliseconds),
+        f"{row.compile_seconds:.1f}",
+        f"{row.peak_mib:.0f}",
+        "" if row.contender == EAGER else _with_interval(row.ratio),
+        "" if row.contender == EAGER or row.ahead_after is None else _ahead(row.ahead_after),
+    )
+
+
+def _ahead(steps: float) -> str:
+    return "never" if math.isinf(steps) else f"after {steps:,.0f} steps"
+
+
+def _with_interval(value: Estimate | None) -> str:
+    if value is None:
+        return ""
+    low, median, high = (f"{x:.0f}" if x >= 100 else f"{x:.3g}" for x in value)
+    return median if value.low == value.high else f"{median} ({low}–{high})"

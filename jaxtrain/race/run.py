@@ -1,0 +1,324 @@
+"""race: trains a PyTorch module in PyTorch and in JAX, and says who is faster."""
+
+from __future__ import annotations
+
+import functools
+import sys
+import tempfile
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from jaxtrain._arguments import check_integer
+from jaxtrain._extras import needs_extra
+from jaxtrain.dataset import Dataset
+from jaxtrain.errors import DisagreementError, InputError
+from jaxtrain.losses import Loss, name_of
+from jaxtrain.race import machine, measuring
+from jaxtrain.race.processes import ProcessError, call
+from jaxtrain.race.result import EAGER, Race, disturbances, make_rows
+from jaxtrain.race.turns import Values, take_turns
+
+COMPILED = "torch.compile"
+CONTENDERS = (EAGER, COMPILED, "train_step", "train_epoch", "fit")
+# So many losses are compared before anything is timed. They may differ by a fraction, and by this
+# many times what rounding the parameters of the PyTorch module changes.
+_CHECKED_STEPS, _FRACTION, _ROUNDINGS = 20, 1e-4, 8
+# Where both sides draw different random numbers, mean losses may differ by a fraction of their
+# value, and by one of the first loss.
+_ROUGHLY, _ROUGHLY_OF_FIRST = 0.3, 0.02
+# The first batches of a data set are enough for a race.
+_MAX_BATCHES = 1000
+
+
+def race(
+    module: Any,
+    dataset: Any,
+    *,
+    loss_fn: Loss,
+    optimizer: Any,
+    torch_loss: Callable[[Any, Any], Any] | None = None,
+    batch_size: int = 64,
+    contenders: Sequence[str] = CONTENDERS,
+    rounds: int = 5,
+    seconds: float = 1.0,
+    log: Callable[[str], object] | None = None,
+) -> Race:
+    """Trains a PyTorch module in PyTorch and in JAX, and measures who is faster.
+
+    First, PyTorch's fastest number of threads, memory format and variant of the optimizer are
+    found, and both sides take 20 steps from the same parameters on the same batches without
+    dropout, whose losses must agree. Then each contender trains in a process of its own, in turns:
+    `eager PyTorch`, `torch.compile`, and of the module in JAX a loop over `train_step`,
+    `train_epoch`, and `fit`. A reading is the median of three timed sections after a pass that
+    compiles. A contender that fails, makes another number of updates than expected, or ends a
+    section with another loss has no numbers but a reason.
+
+    By default, a race takes about five minutes, most of which is spent on starting processes and
+    compiling; `rounds=1, seconds=0.2` takes one. Ctrl-C ends it, and returns what was measured.
+
+    Args:
+      module: the module, on the CPU; not modified.
+      dataset: inputs and targets, [examples, ...], as a `Dataset` or a tuple of arrays or tensors,
+        or an object with `len(dataset)` and `dataset[index]`, the input and the target of an
+        example. The first 1,000 batches are used, in stored order; a smaller last batch is not.
+      loss_fn: per-example loss of JAX.
+      optimizer: an optimizer of `torch.optim` of the module's parameters, see
+        `jt.optimizers.from_torch`.
+      torch_loss: the same loss in PyTorch, from outputs and targets to the mean. By default that
+        of the loss in `jt.losses`, with its options.
+      batch_size: examples per step.
+      contenders: which of the five to measure.
+      rounds: readings of each contender; five or more give intervals.
+      seconds: duration of a section of eager PyTorch; all contenders take the same steps.
+      log: called with a line about what is measured next; by default it is printed on stderr.
+
+    Returns:
+      A row per contender; `print(result)` shows a table.
+
+    Raises:
+      DisagreementError: the losses of the two sides differ.
+      InputError: an argument is not as expected, or the module cannot be trained in PyTorch, or in
+        JAX.
+      MissingExtraError: PyTorch or cloudpickle is not installed.
+
+    Example:
+      >>> import torch
+      >>> module = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(64, 10))
+      >>> theirs = torch.optim.SGD(module.parameters(), lr=0.01)
+      >>> result = jt.race(  # doctest: +SKIP
+      ...     module, train, loss_fn=loss_fn, optimizer=theirs, batch_size=32
+      ... )
+      >>> result.ratios["train_epoch"]  # doctest: +SKIP
+      2.67
+    """
+    with needs_extra("torch"):
+        import torch
+
+        from jaxtrain.race import contenders as ours
+        from jaxtrain.race import pytorch
+    log = _print if log is None else log
+    if not isinstance(module, torch.nn.Module):
+        raise InputError(
+            f"module is {module!r}; expected a torch.nn.Module, such as Net()", argument="module"
+        )
+    check_integer(batch_size, "batch_size", minimum=1)
+    check_integer(rounds, "rounds", minimum=1)
+    if not seconds > 0:
+        raise InputError(f"seconds is {seconds}; expected a number above 0", argument="seconds")
+    unknown = [name for name in contenders if name not in CONTENDERS]
+    if unknown or not contenders:
+        raise InputError(
+            f"contenders is {contenders!r}; expected some of {', '.join(CONTENDERS)}",
+            argument="contenders",
+        )
+    data = _arrays(dataset, batch_size)
+    name = type(module).__name__
+    torch_loss = _torch_loss(loss_fn) if torch_loss is None else torch_loss
+
+    log("the fastest settings of PyTorch, and its losses")
+    task = (module, optimizer, torch_loss, data.inputs, data.targets, batch_size)
+    try:
+        found = call(pytorch.prepare, task, machine.cores(), seconds, _CHECKED_STEPS)
+    except ProcessError as error:
+        raise InputError(
+            f"PyTorch cannot train {name} ({error}); expected a module that takes inputs of the "
+            f"shape {_shapes(data.inputs, batch_size)}, and a torch_loss that takes its outputs "
+            f"and targets of the shape {_shapes(data.targets, batch_size)}"
+        ) from error
+    ways = tuple(way for way in contenders if way in ours.WAYS)
+    notes = [_describe_settings(found)]
+    if ways:
+        log("the losses in JAX")
+        try:
+            losses = call(
+                *(ours.checked_losses, module, optimizer, data, loss_fn, batch_size),
+                *(_CHECKED_STEPS, ways),
+            )
+        except ProcessError as error:
+            raise InputError(
+                f"JAX cannot train {name} ({error}); expected a loss_fn that takes its outputs and "
+                "targets, and returns a loss per example, as jaxtrain.losses do"
+            ) from error
+        notes.append(compare(losses, found["losses"], found["rounding"], found["draws"]))
+
+    steps, settings = found["steps"], found["settings"]
+    data = data[: steps * batch_size]
+    task = (module, optimizer, torch_loss, data.inputs, data.targets, batch_size)
+    makers = {
+        EAGER: functools.partial(pytorch.TorchTrainer, *task, **settings),
+        COMPILED: functools.partial(pytorch.TorchTrainer, *task, **settings, compiled=True),
+    } | {
+        way: functools.partial(ours.make, module, optimizer, data, loss_fn, batch_size, way)
+        for way in ours.WAYS
+    }
+
+    def action(contender: str, cache: Path) -> Callable[[int], Values]:
+        # The first round compiles with an empty cache, so that its compilation times count.
+        arguments = (measuring.measure, makers[contender], steps, found["passes"])
+        return lambda _: {name: call(*arguments, cache=cache / contender)}
+
+    load, readings, failed, interrupted = machine.Load(), {}, {}, ""
+    first_loss = abs(float(found["losses"][0]))
+    with tempfile.TemporaryDirectory() as folder:
+        turns = take_turns(
+            {contender: action(contender, Path(folder)) for contender in contenders},
+            dict.fromkeys(contenders, rounds),
+            references=(EAGER, *contenders),
+            tolerances={"loss": (_ROUGHLY, _ROUGHLY_OF_FIRST * first_loss)},
+            log=log,
+        )
+        try:
+            for everything, left_out in turns:
+                failed = left_out
+                readings = {k: list(each) for k, each in everything.get(name, {}).items()}
+        except KeyboardInterrupt:
+            if not readings:
+                raise
+            interrupted = f"Interrupted after {max(map(len, readings.values()))} rounds."
+    rows = make_rows(contenders, readings, failed, steps)
+    notes += [disturbances(rows, load.others()), *filter(None, [interrupted])]
+    title = (
+        f"{name}, batch {batch_size}, {type(optimizer).__name__}: {rounds} rounds of 3 sections of "
+        f"{steps * found['passes']} steps"
+    )
+    return Race(rows, title, tuple(notes), machine.describe())
+
+
+def compare(
+    losses: dict[str, np.ndarray], expected: np.ndarray, rounding: np.ndarray, draws: bool
+) -> str:
+    """Returns a sentence about how far losses agree with those of PyTorch.
+
+    Args:
+      losses: the losses in JAX by way.
+      expected: those of PyTorch.
+      rounding: the effect of rounding on them.
+      draws: whether the module draws random numbers, so that only mean losses can be compared.
+
+    Raises:
+      DisagreementError: they differ by more than rounding explains.
+      InputError: those of PyTorch are not finite.
+    """
+    if not np.isfinite(expected).all():
+        step = int(np.argmin(np.isfinite(expected)))
+        raise InputError(
+            f"the loss of PyTorch is {expected[step]} in step {step + 1}; expected a finite one: "
+            "use a smaller learning rate, or scaled inputs"
+        )
+    count = len(expected)
+    if draws:
+        mean = float(expected.mean())
+        allowed = _ROUGHLY * abs(mean) + _ROUGHLY_OF_FIRST * abs(float(expected[0]))
+        means = {way: float(each.mean()) for way, each in losses.items()}
+        for way, other in means.items():
+            if not abs(other - mean) <= allowed:
+                raise DisagreementError(way, None, other, mean, allowed)
+        return (
+            f"The module draws random numbers; the mean loss of {count} steps is {mean:.4g} in "
+            f"PyTorch, and {next(iter(means.values())):.4g} in JAX."
+        )
+    bounds = _FRACTION * (np.abs(expected) + 0.01 * abs(expected[0])) + _ROUNDINGS * rounding
+    for way, found in losses.items():
+        wrong = ~(np.abs(found - expected) <= bounds)  # also if it is not finite
+        if wrong.any():
+            step = int(np.argmax(wrong))
+            raise DisagreementError(
+                way, step + 1, float(found[step]), float(expected[step]), float(bounds[step])
+            )
+    largest = max(float(np.abs(found - expected).max()) for found in losses.values())
+    return f"The losses of {count} steps without dropout agree to {largest:.1g}."
+
+
+def _arrays(dataset: Any, batch_size: int) -> Dataset:
+    """Returns the first batches of a data set as arrays of NumPy."""
+    limit = _MAX_BATCHES * batch_size
+    is_map = not isinstance(dataset, Dataset | tuple)
+    if is_map and hasattr(dataset, "__len__") and hasattr(dataset, "__getitem__"):
+        pairs = [dataset[index] for index in range(min(len(dataset), limit))]
+        if not pairs or any(not isinstance(pair, tuple) or len(pair) != 2 for pair in pairs):
+            raise InputError(
+                "the data set has no pairs of an input and a target; expected dataset[0] to be one",
+                argument="dataset",
+            )
+        dataset = tuple(
+            np.stack([np.asarray(x) for x in each]) for each in zip(*pairs, strict=True)
+        )
+    if isinstance(dataset, tuple) and len(dataset) == 2:
+        dataset = Dataset(*dataset)
+    if not isinstance(dataset, Dataset) or dataset.targets is None:
+        raise InputError(
+            f"dataset is a {type(dataset).__name__}; expected inputs and targets, as a Dataset or "
+            "a tuple of arrays, or an object with len(dataset) and dataset[index]",
+            argument="dataset",
+        )
+    if dataset.weights is not None or dataset.shared is not None:
+        raise InputError(
+            "the data set has weights or shared arrays, which a race does not use; expected inputs "
+            "and targets alone",
+            argument="dataset",
+        )
+
+    def convert(arrays: Any) -> Any:
+        parts = arrays if isinstance(arrays, tuple) else (arrays,)
+        found = tuple(np.asarray(part) for part in parts)
+        for part in found:
+            if part.dtype == object or part.ndim == 0:
+                raise InputError(
+                    f"the data set has a {type(parts[0]).__name__} in the place of an array; "
+                    "expected arrays, or tuples of arrays, [examples, ...]",
+                    argument="dataset",
+                )
+        return found if isinstance(arrays, tuple) else found[0]
+
+    data = Dataset(convert(dataset.inputs), convert(dataset.targets))[:limit]
+    if len(data) < batch_size:
+        raise InputError(
+            f"batch_size is {batch_size} for {len(data)} examples; expected at most as many",
+            argument="batch_size",
+        )
+    return data[: len(data) // batch_size * batch_size]
+
+
+def _torch_loss(loss_fn: Loss) -> Callable[[Any, Any], Any]:
+    """Returns the loss of PyTorch for one of `jaxtrain.losses`, also for one with options."""
+    from jaxtrain import losses
+    from jaxtrain.race import pytorch
+
+    inner, options = loss_fn, {}
+    if isinstance(loss_fn, functools.partial) and not loss_fn.args:
+        inner, options = loss_fn.func, loss_fn.keywords
+    name = name_of(inner)
+    is_known = name in pytorch.LOSSES and getattr(losses, name) is inner
+    if not is_known or not all(isinstance(value, int | float) for value in options.values()):
+        raise InputError(
+            f"torch_loss is missing for {name_of(loss_fn)}; expected the same loss in PyTorch, "
+            "torch_loss(outputs, targets), which is known for jaxtrain.losses."
+            f"{', '.join(pytorch.LOSSES)}",
+            argument="torch_loss",
+        )
+    return functools.partial(pytorch.LOSSES[name], **options)
+
+
+def _describe_settings(found: dict[str, Any]) -> str:
+    """Returns a sentence about PyTorch's settings."""
+
+    def name(settings: dict[str, Any]) -> str:
+        threads = settings["threads"]
+        parts = [f"{threads} thread{'s' * (threads > 1)}"]
+        parts += ["channels_last"] * settings["channels_last"]
+        return ", ".join([*parts, *filter(None, [settings["variant"]])])
+
+    tried = "; ".join(f"{name(each)} {1000 * value:.3g} ms" for each, value in found["tried"])
+    return f"PyTorch is fastest with {name(found['settings'])} (tried: {tried})."
+
+
+def _shapes(arrays: Any, batch_size: int) -> str:
+    parts = arrays if isinstance(arrays, tuple) else (arrays,)
+    return " and ".join(str((batch_size, *part.shape[1:])) for part in parts)
+
+
+def _print(text: str) -> None:
+    print(text, file=sys.stderr, flush=True)
