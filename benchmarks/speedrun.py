@@ -90,7 +90,7 @@ def run_recipe(quick: bool, data_dir: Path | None, seeds: int) -> Reading:
         arguments += ["--dataset", "digits" if quick else "mnist"]
         arguments += ["--data-dir", str(data_dir)] if data_dir else []
         sys.argv = ["speedrun.py", *arguments]
-        runpy.run_module("experiments.speedrun", run_name="__main__")
+        runpy.run_module("experiments.speedrun", run_name="__main__", alter_sys=True)
         summary = json.loads((Path(folder) / "summary.json").read_text())
     return {
         "seconds": summary["train_seconds"] / seeds,
