@@ -58,12 +58,14 @@ class Race:
       title: what was trained.
       notes: how PyTorch was set up, how far the losses agree, and what disturbed the race.
       machine: processor, versions and flags.
+      complete: whether all rounds were made; False after Ctrl-C.
     """
 
     rows: tuple[Row, ...]
     title: str
     notes: tuple[str, ...]
     machine: Mapping[str, Any]
+    complete: bool = True
 
     @property
     def ratios(self) -> dict[str, float]:

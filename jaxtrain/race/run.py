@@ -177,14 +177,14 @@ def race(
         except KeyboardInterrupt:
             if not readings:
                 raise
-            interrupted = f"Interrupted after {max(map(len, readings.values()))} rounds."
+            interrupted = f"Interrupted after round {max(map(len, readings.values()))}."
     rows = make_rows(contenders, readings, failed, steps)
     notes += [disturbances(rows, load.others()), *filter(None, [interrupted])]
     title = (
-        f"{name}, batch {batch_size}, {type(optimizer).__name__}: {rounds} rounds of 3 sections of "
-        f"{steps * found['passes']} steps"
+        f"{name}, batch {batch_size}, {type(optimizer).__name__}; rounds: {rounds}, of "
+        f"{measuring.SECTIONS} sections of {steps * found['passes']} steps"
     )
-    return Race(rows, title, tuple(notes), machine.describe())
+    return Race(rows, title, tuple(notes), machine.describe(), complete=not interrupted)
 
 
 def compare(

@@ -39,10 +39,12 @@ def take_turns(
       log: called with a line about what is measured next.
 
     Yields:
-      After each round, the readings so far, and the reasons of those that are left out.
+      After each round, and when Ctrl-C interrupts one, the readings so far, and the reasons of
+      those that are left out.
     """
     found: Readings = {}
     failed: dict[str, str] = {}
+    interrupted: KeyboardInterrupt | None = None
     total = max(rounds.values(), default=0)
     for index in range(total):
         for name, action in actions.items():
@@ -54,13 +56,20 @@ def take_turns(
                     found.setdefault(case, {}).setdefault(name, []).append(values)
             except (ProcessError, InputError) as error:
                 failed[name] = str(error)
-        failed |= check_ends(found, references, tolerances)
+                log(f"{name} is left out: {error}")
+            except KeyboardInterrupt as error:
+                interrupted = error
+                break
+        wrong = check_ends(found, references, tolerances)
+        for name, reason in wrong.items():
+            log(f"{name} is left out: {reason}")
+        failed |= wrong
         for by_name in found.values():
             for name in failed:
                 by_name.pop(name, None)
-        for name, reason in failed.items():
-            log(f"{name} is left out: {reason}")
         yield found, failed
+        if interrupted is not None:
+            raise interrupted
 
 
 def check_ends(
