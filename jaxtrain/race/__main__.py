@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import copy
 import importlib
-import importlib.util
+import inspect
 import signal
 import sys
 from pathlib import Path
@@ -21,7 +21,7 @@ from jaxtrain.race.result import EAGER
 from jaxtrain.race.run import CONTENDERS, race
 
 OPTIMIZERS = ("SGD", "Adam", "AdamW", "RMSprop", "Rprop", "Adagrad", "Adadelta")
-_QUICK = {"rounds": 1, "seconds": 0.2, "contenders": (EAGER, "train_epoch")}
+_QUICK: dict[str, Any] = {"rounds": 1, "seconds": 0.2, "contenders": (EAGER, "train_epoch")}
 _SHAPE = (1, 28, 28)
 _RANDOM_BATCHES = 50
 
@@ -35,6 +35,7 @@ def main() -> None:
     add = parser.add_argument
     add("module", help="FILE.py:NAME or package.module:NAME, a class without arguments, a function "
         "that returns a module, or a module")  # fmt: skip
+    add("--model", help="the same network in Flax or Equinox, as FILE.py:NAME")
     add("--batch-size", type=int, default=64, help="examples per step (64)")
     add("--shape", type=_shape, help="shape of one random example, such as 3,32,32 (1,28,28)")
     add("--integers", type=int, help="random inputs are integers below this, as those of a text")
@@ -67,15 +68,14 @@ def main() -> None:
 
 def _race(flags: argparse.Namespace) -> Any:
     with needs_extra("torch"):
-        import cloudpickle
+        import cloudpickle  # noqa: F401
         import torch
 
         from jaxtrain.race.pytorch import LOSSES
     if flags.loss not in LOSSES:
         raise InputError(f"--loss is {flags.loss}; expected one of {', '.join(LOSSES)}")
     torch.manual_seed(0)
-    module = _construct(_load(flags.module), flags.module)
-    module = module.cpu()
+    module = _construct(flags.module)
     dataset = _dataset(flags, module)
     kind = next(name for name in OPTIMIZERS if name.lower() == flags.optimizer)
     options = {} if flags.momentum is None else {"momentum": flags.momentum}
@@ -88,21 +88,21 @@ def _race(flags: argparse.Namespace) -> Any:
         ) from error
     chosen = {"rounds": flags.rounds, "contenders": flags.contenders}
     settings = (_QUICK if flags.quick else {}) | {k: x for k, x in chosen.items() if x is not None}
-    # Travels with its code, so that PyTorch's processes do not import what its file imports.
-    source = sys.modules.get(type(module).__module__)
-    if source is not None and not source.__name__.startswith(("torch.", "jaxtrain.")):
-        cloudpickle.register_pickle_by_value(source)
+    model = None if flags.model is None else _call(_load(flags.model), flags.model)
     return race(
         *(module, dataset),
         loss_fn=getattr(losses, flags.loss),
         optimizer=optimizer,
         batch_size=flags.batch_size,
+        model=model,
         **settings,
     )
 
 
 def _load(target: str) -> Any:
     """Returns what FILE.py:NAME or package.module:NAME is."""
+    import cloudpickle
+
     place, _, name = target.rpartition(":")
     if not place or not name:
         raise InputError(
@@ -126,53 +126,62 @@ def _load(target: str) -> Any:
     if not hasattr(source, name):
         names = [each for each, value in vars(source).items() if callable(value) and each[0] != "_"]
         raise InputError(f"{place} has no {name}; expected one of its names: {', '.join(names)}")
+    if is_file:
+        # Its classes travel with their code: PyTorch's processes import less than the file does.
+        cloudpickle.register_pickle_by_value(source)
     return getattr(source, name)
 
 
-def _construct(found: Any, target: str) -> Any:
-    """Returns the module that a class or a function returns."""
+def _construct(target: str) -> Any:
+    """Returns the PyTorch module that a class or a function of a file returns."""
     import torch
 
-    module = found
-    if callable(found) and not isinstance(found, torch.nn.Module):
-        try:
-            module = found()
-        except Exception as error:  # of any kind, by the constructor
-            raise InputError(
-                f"{target} cannot be called without arguments ({type(error).__name__}: {error}); "
-                "expected a class or a function without arguments: write a function that returns "
-                "the module"
-            ) from error
+    found = _load(target)
+    module = found if isinstance(found, torch.nn.Module) else _call(found, target)
     if not isinstance(module, torch.nn.Module):
         raise InputError(f"{target} is a {type(module).__name__}; expected a torch.nn.Module")
-    return module
+    return module.cpu()
+
+
+def _call(found: Any, target: str) -> Any:
+    """Returns what a class or a function returns, or an object as it is."""
+    if not inspect.isroutine(found) and not inspect.isclass(found):
+        return found
+    try:
+        return found()
+    except Exception as error:  # of any kind, by the constructor
+        raise InputError(
+            f"{target} cannot be called without arguments ({type(error).__name__}: {error}); "
+            "expected a class or a function without arguments: write a function that returns the "
+            "module"
+        ) from error
 
 
 def _dataset(flags: argparse.Namespace, module: Any) -> Any:
     """Returns the data set that the flags name, or random examples."""
     if flags.dataset is not None and ":" in flags.dataset:
-        found = _load(flags.dataset)
-        return found() if callable(found) and not hasattr(found, "__getitem__") else found
+        return _call(_load(flags.dataset), flags.dataset)
     if flags.dataset is not None:
         train, _ = data.load(flags.dataset, flags.data_dir)
         images = np.asarray(train.inputs, np.float32) / 255
         # Most modules take channels; some take rows, and some a vector.
         layouts = [images[:, None], images, images.reshape(len(images), -1)]
         errors = []
-        for inputs in layouts:
+        for layout in layouts:
             try:
-                _outputs(module, inputs)
+                _outputs(module, layout)
             except InputError as error:
                 errors.append(error)
             else:
-                return Dataset(inputs, np.asarray(train.targets))
+                return Dataset(layout, np.asarray(train.targets))
         raise errors[0]
     shape = (flags.batch_size * _RANDOM_BATCHES, *(flags.shape or _SHAPE))
     generator = np.random.default_rng(0)
-    if flags.integers is None:
-        inputs = generator.standard_normal(shape, np.float32)
-    else:
-        inputs = generator.integers(0, flags.integers, shape)
+    inputs: np.ndarray = (
+        generator.standard_normal(shape, np.float32)
+        if flags.integers is None
+        else generator.integers(0, flags.integers, shape)
+    )
     outputs = _outputs(module, inputs)
     return Dataset(inputs, _targets(outputs, flags.loss, len(inputs), generator))
 

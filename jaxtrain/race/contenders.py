@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import functools
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import jax
@@ -11,6 +12,7 @@ import numpy as np
 
 from jaxtrain.dataset import Dataset
 from jaxtrain.errors import InputError
+from jaxtrain.inspect import port, without_dropout
 from jaxtrain.losses import Loss
 from jaxtrain.optimizers import from_torch
 from jaxtrain.race.measuring import first_losses
@@ -92,22 +94,40 @@ class JaxTrainer:
 
 
 def make(
-    module: Any, optimizer: Any, dataset: Dataset, loss_fn: Loss, batch_size: int, way: str
+    module: Any,
+    optimizer: Any,
+    dataset: Dataset,
+    loss_fn: Loss,
+    batch_size: int,
+    way: str,
+    model: Any = None,
+    *,
+    dropout: bool = True,
 ) -> JaxTrainer:
-    """Returns the trainer of a PyTorch module and its optimizer."""
-    translated = from_torch(optimizer, module)
+    """Returns the trainer of a PyTorch module and its optimizer.
 
-    def init(**options: Any) -> TrainState:
-        key = jax.random.key(0)
-        return init_state(module, translated, dataset[:1].inputs, key=key, **options)
-
-    try:
-        state = init()
-    except InputError as error:
+    With a model of JAX, this is trained from the module's parameters, in its own layout of inputs.
+    """
+    key = jax.random.key(0)
+    if model is not None:
+        for group in optimizer.param_groups:  # the model's parameters have other names
+            group.pop("param_names", None)
+        translated = from_torch(optimizer)
+        state, inputs = port(module, model, dataset.inputs, translated, key=key)
+        dataset = dataset.replace(inputs=inputs)
+    else:
+        init = functools.partial(
+            init_state, module, from_torch(optimizer, module), dataset[:1].inputs, key=key
+        )
         try:
-            state = init(draws_in_evaluation=True)
-        except InputError:
-            raise error from None
+            state = init()
+        except InputError as error:
+            try:
+                state = init(draws_in_evaluation=True)
+            except InputError:
+                raise error from None
+    if not dropout:
+        state = state.replace(model=without_dropout(state.model))
     return JaxTrainer(state, dataset, loss_fn, batch_size, way)
 
 
@@ -118,16 +138,16 @@ def checked_losses(
     loss_fn: Loss,
     batch_size: int,
     steps: int,
-    ways: tuple[str, ...],
+    contenders: Mapping[str, tuple[str, Any]],
 ) -> dict[str, np.ndarray]:
-    """Returns the losses of the first steps without dropout, by way."""
-    from jaxtrain.race.pytorch import without_dropout
+    """Returns the losses of the first steps without dropout, by contender.
 
-    found = {}
-    with without_dropout(module):
-        for way in ways:
-            trainer = make(
-                module, optimizer, dataset[: steps * batch_size], loss_fn, batch_size, way
-            )
-            found[way] = first_losses(trainer, steps)
-    return found
+    `contenders` has the way, and the model or None, of each.
+    """
+    head = dataset[: steps * batch_size]
+    return {
+        name: first_losses(
+            make(module, optimizer, head, loss_fn, batch_size, *each, dropout=False), steps
+        )
+        for name, each in contenders.items()
+    }

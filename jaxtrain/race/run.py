@@ -41,6 +41,7 @@ def race(
     optimizer: Any,
     torch_loss: Callable[[Any, Any], Any] | None = None,
     batch_size: int = 64,
+    model: Any = None,
     contenders: Sequence[str] = CONTENDERS,
     rounds: int = 5,
     seconds: float = 1.0,
@@ -70,6 +71,9 @@ def race(
       torch_loss: the same loss in PyTorch, from outputs and targets to the mean. By default that
         of the loss in `jt.losses`, with its options.
       batch_size: examples per step.
+      model: the same network as a Linen, NNX or Equinox module, whose layers are in the module's
+        order. It gets the module's parameters, and is trained in the same ways as the module; its
+        rows are named "train_epoch, CLASS".
       contenders: which of the five to measure.
       rounds: readings of each contender; five or more give intervals.
       seconds: duration of a section of eager PyTorch; all contenders take the same steps.
@@ -114,6 +118,12 @@ def race(
             f"contenders is {contenders!r}; expected some of {', '.join(CONTENDERS)}",
             argument="contenders",
         )
+    if model is not None and len(optimizer.param_groups) > 1:
+        raise InputError(
+            f"the optimizer has {len(optimizer.param_groups)} groups of parameters, whose names a "
+            "model of JAX does not know; expected one group, or no model",
+            argument="optimizer",
+        )
     data = _arrays(dataset, batch_size)
     name = type(module).__name__
     torch_loss = _torch_loss(loss_fn) if torch_loss is None else torch_loss
@@ -128,15 +138,16 @@ def race(
             f"shape {_shapes(data.inputs, batch_size)}, and a torch_loss that takes its outputs "
             f"and targets of the shape {_shapes(data.targets, batch_size)}"
         ) from error
-    ways = tuple(way for way in contenders if way in ours.WAYS)
+    ways = [way for way in contenders if way in ours.WAYS]
+    in_jax: dict[str, tuple[str, Any]] = {way: (way, None) for way in ways}
+    if model is not None:
+        in_jax |= {f"{way}, {type(model).__name__}": (way, model) for way in ways}
     notes = [_describe_settings(found)]
-    if ways:
+    if in_jax:
         log("the losses in JAX")
+        arguments = (module, optimizer, data, loss_fn, batch_size)
         try:
-            losses = call(
-                *(ours.checked_losses, module, optimizer, data, loss_fn, batch_size),
-                *(_CHECKED_STEPS, ways),
-            )
+            losses = call(ours.checked_losses, *arguments, _CHECKED_STEPS, in_jax)
         except ProcessError as error:
             raise InputError(
                 f"JAX cannot train {name} ({error}); expected a loss_fn that takes its outputs and "
@@ -147,38 +158,48 @@ def race(
     steps, settings = found["steps"], found["settings"]
     data = data[: steps * batch_size]
     task = (module, optimizer, torch_loss, data.inputs, data.targets, batch_size)
-    makers = {
+    makers: dict[str, Callable[[], measuring.Trainer]] = {
         EAGER: functools.partial(pytorch.TorchTrainer, *task, **settings),
         COMPILED: functools.partial(pytorch.TorchTrainer, *task, **settings, compiled=True),
-    } | {
-        way: functools.partial(ours.make, module, optimizer, data, loss_fn, batch_size, way)
-        for way in ours.WAYS
+    }
+    makers = {each: make for each, make in makers.items() if each in contenders} | {
+        each: functools.partial(ours.make, module, optimizer, data, loss_fn, batch_size, *pair)
+        for each, pair in in_jax.items()
     }
 
     def action(contender: str, cache: Path) -> Callable[[int], Values]:
         # The first round compiles with an empty cache, so that its compilation times count.
         arguments = (measuring.measure, makers[contender], steps, found["passes"])
-        return lambda _: {name: call(*arguments, cache=cache / contender)}
 
-    load, readings, failed, interrupted = machine.Load(), {}, {}, ""
+        def measure(_: int) -> Values:
+            values = call(*arguments, cache=cache / contender)
+            if contender in in_jax and in_jax[contender][1] is not None:
+                values["making_seconds"] = 0.0  # of moving the parameters
+            return {name: values}
+
+        return measure
+
+    load, interrupted = machine.Load(), ""
+    readings: dict[str, list[dict[str, Any]]] = {}
+    failed: dict[str, str] = {}
     first_loss = abs(float(found["losses"][0]))
     with tempfile.TemporaryDirectory() as folder:
         turns = take_turns(
-            {contender: action(contender, Path(folder)) for contender in contenders},
-            dict.fromkeys(contenders, rounds),
-            references=(EAGER, *contenders),
+            {contender: action(contender, Path(folder)) for contender in makers},
+            dict.fromkeys(makers, rounds),
+            references=(EAGER, *makers),
             tolerances={"loss": (_ROUGHLY, _ROUGHLY_OF_FIRST * first_loss)},
             log=log,
         )
         try:
             for everything, left_out in turns:
                 failed = left_out
-                readings = {k: list(each) for k, each in everything.get(name, {}).items()}
+                readings = everything.get(name, {})
         except KeyboardInterrupt:
             if not readings:
                 raise
             interrupted = f"Interrupted after round {max(map(len, readings.values()))}."
-    rows = make_rows(contenders, readings, failed, steps)
+    rows = make_rows(list(makers), readings, failed, steps)
     notes += [disturbances(rows, load.others()), *filter(None, [interrupted])]
     title = (
         f"{name}, batch {batch_size}, {type(optimizer).__name__}; rounds: {rounds}, of "
