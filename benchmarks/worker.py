@@ -18,14 +18,14 @@ TorchTrainer = Callable[..., Any] | None
 
 def trainers(
     suite: str, name: str, data: Path | None, torch_trainer: TorchTrainer
-) -> Iterator[tuple[str, Callable[[], Trainer], int]]:
-    """Yields the name of each case, a function that makes its trainer, and the steps of a pass."""
+) -> Iterator[tuple[str, tuple[Callable[[], Trainer], int, int | None]]]:
+    """Yields the name of each case, and what `measure` of jaxtrain.race takes."""
     for case, task in cases.problems(suite, name, data).items():
         make = functools.partial(peers.make, name, task, torch_trainer)
         if suite == "step":
-            yield case, functools.partial(_of_one_batch, make, name, task), 1
+            yield case, (functools.partial(_of_one_batch, make, name, task), 1, None)
         else:
-            yield case, make, task.steps
+            yield case, (make, task.steps, 1)
 
 
 def _of_one_batch(make: Callable[[], Any], name: str, task: Problem) -> Trainer:

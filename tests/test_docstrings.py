@@ -22,6 +22,7 @@ NAMES = public_names()
 # Examples that need an optional package are skipped without it.
 PACKAGES = {
     **dict.fromkeys(("export.load_torch", "export.to_torch", "optimizers.from_torch"), "torch"),
+    "race": "torch",
     "export.onnx": "onnxruntime",
     "callbacks.tensorboard": "tensorboardX",
     "callbacks.wandb": "wandb",
@@ -33,7 +34,7 @@ PACKAGES = {
 
 # Functions return these or call callbacks with them, and have examples.
 RESULTS = {
-    *("Minimum", "Run", "sweeps.RangeTest", "sweeps.SweepRun", "sweeps.SweepTable"),
+    *("Minimum", "Race", "Run", "sweeps.RangeTest", "sweeps.SweepRun", "sweeps.SweepTable"),
     *("callbacks.SweepProgress", "data.Resolved", "losses.WeightedSum"),
 }
 

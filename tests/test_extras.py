@@ -18,7 +18,7 @@ ROOT = Path(__file__).parents[1]
 HIDE = "import sys; sys.modules.update(dict.fromkeys({hidden}))\n"
 EXTRAS = {
     *("sklearn", "tensorflow_datasets", "importlib_resources", "platformdirs", "pooch"),
-    *("requests", "tyro", "matplotlib", "tensorboardX", "wandb"),
+    *("requests", "tyro", "matplotlib", "tensorboardX", "wandb", "torch"),
 }
 
 
@@ -46,6 +46,7 @@ MISSING = {
     "jt.data.load('tfds:mnist')": "tensorflow_datasets .*'jaxtrain\\[tfds\\]'",
     "jt.callbacks.tensorboard('a')": "tensorboardX .*'jaxtrain\\[tensorboard\\]'",
     "jt.callbacks.wandb('a')": "wandb .*'jaxtrain\\[wandb\\]'",
+    "jt.race(None, None, loss_fn=None, optimizer=None)": "torch .*'jaxtrain\\[torch\\]'",
     "import jaxtrain.cli.plots": "matplotlib .*'jaxtrain\\[experiments\\]'",
 }
 

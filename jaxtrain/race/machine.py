@@ -71,9 +71,14 @@ class Load:
         self._start = _busy_seconds()
 
     def others(self) -> float:
-        """Returns how many cores other processes, and other virtual machines, have kept busy."""
+        """Returns how many of our cores other processes, and virtual machines, have kept busy.
+
+        On a machine with more cores than this process may use, they are thought to use the rest
+        first.
+        """
         busy, own, now = (b - a for a, b in zip(self._start, _busy_seconds(), strict=True))
-        return max(0.0, (busy - own) / now) if busy else 0.0
+        rest = (os.cpu_count() or 1) - cores()
+        return max(0.0, (busy - own) / now - rest) if busy else 0.0
 
 
 def _busy_seconds() -> tuple[float, float, float]:

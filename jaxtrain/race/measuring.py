@@ -5,7 +5,6 @@ It imports no library that is measured.
 
 from __future__ import annotations
 
-import resource
 import statistics
 import sys
 import time
@@ -93,10 +92,10 @@ def measure(make: Callable[[], Trainer], steps: int, passes: int | None = None) 
 
 
 def measure_all(
-    trainers: Callable[[], Iterable[tuple[str, Callable[[], Trainer], int]]],
+    trainers: Callable[[], Iterable[tuple[str, tuple[Callable[[], Trainer], int, int | None]]]],
 ) -> dict[str, dict[str, Any]]:
-    """Measures trainers in turn; `trainers` yields the name, `make` and `steps` of each."""
-    return {name: measure(make, steps) for name, make, steps in trainers()}
+    """Measures trainers in turn; `trainers` yields the name of each and what `measure` takes."""
+    return {name: measure(*arguments) for name, arguments in trainers()}
 
 
 def first_losses(trainer: Trainer, steps: int) -> np.ndarray:
@@ -118,5 +117,7 @@ def peak_memory_mib() -> float:
     if status.exists():  # on Linux, getrusage also counts the parent's memory before exec
         line = next(line for line in status.read_text().splitlines() if line.startswith("VmHWM"))
         return int(line.split()[1]) / 2**10
+    import resource  # Unix only
+
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak / (2**20 if sys.platform == "darwin" else 2**10)

@@ -22,6 +22,7 @@ from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
 from jaxtrain.race.measuring import first_losses
+from jaxtrain.race.processes import DEVICE_VARIABLE
 
 # A setting is measured for so long, several times.
 _TUNING_SECONDS, _TUNING_READINGS = 0.1, 3
@@ -95,6 +96,8 @@ class TorchTrainer:
         self._batch_size, self._loader = batch_size, loader
         self._loss = loss
         self._loss_of = self._compute_loss
+        # CUDA graphs compute each loss in the memory of the last one.
+        self._copies = compiled and torch.cuda.is_available()
         if compiled:
             torch.compiler.reset()  # so that the programs of another problem are not reused
             for function in (loss, *(type(layer).forward for layer in module.modules())):
@@ -141,7 +144,7 @@ class TorchTrainer:
         loss = self._loss_of(inputs, targets)
         loss.backward()
         self.optimizer.step()
-        return loss.detach()
+        return loss.detach().clone() if self._copies else loss.detach()
 
     def _compute_loss(self, inputs: Any, targets: Any) -> torch.Tensor:
         return self._loss(self._call(inputs), targets[0] if self._single[1] else targets)
@@ -194,7 +197,7 @@ def device() -> torch.device:
     Raises:
       RuntimeError: JAX computes on a GPU that PyTorch does not see.
     """
-    if os.environ.get("JAXTRAIN_RACE_DEVICE", "cpu") == "cpu":
+    if os.environ.get(DEVICE_VARIABLE, "cpu") == "cpu":
         return torch.device("cpu")
     if not torch.cuda.is_available():
         raise RuntimeError("JAX computes on a GPU that PyTorch does not see")

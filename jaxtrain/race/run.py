@@ -272,7 +272,8 @@ def _arrays(dataset: Any, batch_size: int) -> Dataset:
     if not isinstance(dataset, Dataset) or dataset.targets is None:
         raise InputError(
             f"dataset is a {type(dataset).__name__}; expected inputs and targets, as a Dataset or "
-            "a tuple of arrays, or an object with len(dataset) and dataset[index]",
+            "a tuple of arrays, or an object with len(dataset) and dataset[index], such as "
+            "loader.dataset of a DataLoader",
             argument="dataset",
         )
     if dataset.weights is not None or dataset.shared is not None:
