@@ -10,6 +10,7 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 
+import flax.linen as linen
 import numpy as np
 import pytest
 
@@ -114,6 +115,25 @@ def test_another_learning_rate_is_noticed(monkeypatch) -> None:
     with pytest.raises(DisagreementError) as caught:
         race(nn.Linear(6, 3), contenders=("train_epoch",))
     assert caught.value.step in range(2, 10)
+
+
+class Dense(linen.Module):
+    """The port of a linear layer, perhaps with a mistake."""
+
+    factor: float = 1.0
+
+    @linen.compact
+    def __call__(self, x):
+        return self.factor * linen.Dense(3)(x)
+
+
+def test_a_model_beside_the_module_starts_from_its_parameters() -> None:
+    options = {"contenders": ("eager PyTorch", "train_epoch")}
+    result = race(nn.Linear(6, 3), model=Dense(), **options)
+    assert list(result.ratios) == ["eager PyTorch", "train_epoch", "train_epoch, Dense"]
+    with pytest.raises(DisagreementError, match="in train_epoch, Dense and") as caught:
+        race(nn.Linear(6, 3), model=Dense(1.01), **options)
+    assert caught.value.step == 1
 
 
 def test_a_module_that_draws_is_compared_by_its_mean_loss() -> None:
