@@ -33,6 +33,7 @@ from benchmarks.results import (
 from benchmarks.speedrun import CASE
 from jaxtrain.race.estimates import Estimate
 from jaxtrain.race.machine import machine_line
+from jaxtrain.race.result import number
 
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
@@ -252,11 +253,6 @@ def with_interval(value: Estimate) -> str:
     """Returns the ratio with its interval, for example "2 × (1.9–2.1)"."""
     low, median, high = map(number, value)
     return f"{median} ×" if low == high else f"{median} × ({low}–{high})"
-
-
-def number(value: float) -> str:
-    """Returns the number with three digits and no exponent."""
-    return f"{value:.0f}" if value >= 100 else f"{value:.3g}"
 
 
 def duration(seconds: float) -> str:

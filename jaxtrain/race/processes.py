@@ -20,7 +20,10 @@ from jaxtrain.race.machine import cores
 # Set for each process, to the platform of JAX's default device.
 DEVICE_VARIABLE = "JAXTRAIN_RACE_DEVICE"
 # They are pickled with their code, since importing them would import JAX.
-_BY_VALUE = ("jaxtrain.race.measuring", "jaxtrain.race.pytorch")
+_BY_VALUE = (
+    *("jaxtrain.race.measuring", "jaxtrain.race.pytorch"),
+    "jaxtrain.adapters.torch._dropout",
+)
 _CACHE_SETTINGS = ("JAX_COMPILATION", "JAX_PERSISTENT", "TORCHINDUCTOR")
 _MAX_REASON = 240
 

@@ -21,6 +21,7 @@ import torch
 from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
+from jaxtrain.adapters.torch import call_without_dropout
 from jaxtrain.race.measuring import first_losses
 from jaxtrain.race.processes import DEVICE_VARIABLE
 
@@ -226,34 +227,13 @@ def _takes(module: torch.nn.Module, inputs: Any) -> bool:
     return True
 
 
-class _NoDropout(TorchFunctionMode):
-    """Makes every dropout the identity, that of functions as that of layers."""
+class _WithoutDropout(TorchFunctionMode):
+    """Makes every dropout inside the identity, that of functions as that of layers."""
 
     def __torch_function__(
         self, function: Any, types: Any, args: Any = (), kwargs: Any = None
     ) -> Any:
-        kwargs = kwargs or {}
-        dropouts = (
-            *(F.dropout, F.dropout1d, F.dropout2d, F.dropout3d, F.alpha_dropout),
-            *(F.feature_alpha_dropout, torch.dropout),
-        )
-        if function in dropouts:
-            return args[0] if args else kwargs["input"]
-        if function is F.scaled_dot_product_attention:
-            if len(args) > 4:
-                args = (*args[:4], 0.0, *args[5:])
-            kwargs = {**kwargs, **({"dropout_p": 0.0} if "dropout_p" in kwargs else {})}
-        return function(*args, **kwargs)
-
-
-@contextlib.contextmanager
-def without_dropout(module: torch.nn.Module) -> Iterator[None]:
-    """Trains a module without dropout inside; recurrent layers lose theirs for good."""
-    for layer in module.modules():
-        if isinstance(layer, torch.nn.RNNBase):
-            layer.dropout = 0.0
-    with _NoDropout():
-        yield
+        return call_without_dropout(function, args, kwargs or {})
 
 
 def prepare(
@@ -345,5 +325,5 @@ def _checked_losses(
                 if x.is_floating_point():
                     unit = torch.finfo(x.dtype).eps
                     x.mul_(1 + unit * torch.randint(-1, 2, x.shape, device=x.device))
-    with without_dropout(trainer.module):
+    with _WithoutDropout():
         return first_losses(trainer, steps)

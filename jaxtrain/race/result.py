@@ -165,6 +165,11 @@ def _cells(row: Row) -> tuple[str, ...]:
     )
 
 
+def number(value: float) -> str:
+    """Returns a number with three digits and no exponent."""
+    return f"{value:.0f}" if value >= 100 else f"{value:.3g}"
+
+
 def _ahead(steps: float) -> str:
     return "never" if math.isinf(steps) else f"after {steps:,.0f} steps"
 
@@ -172,5 +177,5 @@ def _ahead(steps: float) -> str:
 def _with_interval(value: Estimate | None) -> str:
     if value is None:
         return ""
-    low, median, high = (f"{x:.0f}" if x >= 100 else f"{x:.3g}" for x in value)
+    low, median, high = map(number, value)
     return median if value.low == value.high else f"{median} ({low}–{high})"

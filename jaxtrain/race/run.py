@@ -7,7 +7,7 @@ import sys
 import tempfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -18,7 +18,7 @@ from jaxtrain.errors import DisagreementError, InputError
 from jaxtrain.losses import Loss, name_of
 from jaxtrain.race import machine, measuring
 from jaxtrain.race.processes import ProcessError, call
-from jaxtrain.race.result import EAGER, Race, disturbances, make_rows
+from jaxtrain.race.result import EAGER, Race, disturbances, make_rows, number
 from jaxtrain.race.turns import Values, take_turns
 
 COMPILED = "torch.compile"
@@ -108,15 +108,11 @@ def race(
         raise InputError(
             f"module is {module!r}; expected a torch.nn.Module, such as Net()", argument="module"
         )
-    check_integer(batch_size, "batch_size", minimum=1)
-    check_integer(rounds, "rounds", minimum=1)
-    if not seconds > 0:
-        raise InputError(f"seconds is {seconds}; expected a number above 0", argument="seconds")
-    unknown = [name for name in contenders if name not in CONTENDERS]
-    if unknown or not contenders:
+    if not isinstance(optimizer, torch.optim.Optimizer):
         raise InputError(
-            f"contenders is {contenders!r}; expected some of {', '.join(CONTENDERS)}",
-            argument="contenders",
+            f"optimizer is a {type(optimizer).__name__}; expected one of torch.optim, such as "
+            "torch.optim.SGD(module.parameters(), lr=0.01)",
+            argument="optimizer",
         )
     if model is not None and len(optimizer.param_groups) > 1:
         raise InputError(
@@ -124,88 +120,126 @@ def race(
             "model of JAX does not know; expected one group, or no model",
             argument="optimizer",
         )
-    data = _arrays(dataset, batch_size)
-    name = type(module).__name__
+    check_integer(batch_size, "batch_size", minimum=1)
+    check_integer(rounds, "rounds", minimum=1)
+    if not seconds > 0:
+        raise InputError(f"seconds is {seconds}; expected a number above 0", argument="seconds")
+    if not contenders or not set(contenders) <= set(CONTENDERS):
+        raise InputError(
+            f"contenders is {contenders!r}; expected some of {', '.join(CONTENDERS)}",
+            argument="contenders",
+        )
     torch_loss = _torch_loss(loss_fn) if torch_loss is None else torch_loss
+    data = _arrays(dataset, batch_size)
+    task = _Task(module, optimizer, torch_loss, loss_fn, data, batch_size)
 
     log("the fastest settings of PyTorch, and its losses")
-    task = (module, optimizer, torch_loss, data.inputs, data.targets, batch_size)
     try:
-        found = call(pytorch.prepare, task, machine.cores(), seconds, _CHECKED_STEPS)
+        found = call(pytorch.prepare, task.in_pytorch, machine.cores(), seconds, _CHECKED_STEPS)
     except ProcessError as error:
         raise InputError(
-            f"PyTorch cannot train {name} ({error}); expected a module that takes inputs of the "
-            f"shape {_shapes(data.inputs, batch_size)}, and a torch_loss that takes its outputs "
-            f"and targets of the shape {_shapes(data.targets, batch_size)}"
+            f"PyTorch cannot train {task.name} ({error}); expected a module that takes inputs of "
+            f"the shape {_shapes(data.inputs, batch_size)}, and a torch_loss that takes its "
+            f"outputs and targets of the shape {_shapes(data.targets, batch_size)}"
         ) from error
+    notes = [_describe_settings(found)]
     ways = [way for way in contenders if way in ours.WAYS]
     in_jax: dict[str, tuple[str, Any]] = {way: (way, None) for way in ways}
     if model is not None:
         in_jax |= {f"{way}, {type(model).__name__}": (way, model) for way in ways}
-    notes = [_describe_settings(found)]
     if in_jax:
         log("the losses in JAX")
-        arguments = (module, optimizer, data, loss_fn, batch_size)
-        try:
-            losses = call(ours.checked_losses, *arguments, _CHECKED_STEPS, in_jax)
-        except ProcessError as error:
-            raise InputError(
-                f"JAX cannot train {name} ({error}); expected a loss_fn that takes its outputs and "
-                "targets, and returns a loss per example, as jaxtrain.losses do"
-            ) from error
+        losses = _losses_in_jax(task, in_jax)
         notes.append(compare(losses, found["losses"], found["rounding"], found["draws"]))
 
-    steps, settings = found["steps"], found["settings"]
-    data = data[: steps * batch_size]
-    task = (module, optimizer, torch_loss, data.inputs, data.targets, batch_size)
+    task = task._replace(data=data[: found["steps"] * batch_size])
+    in_pytorch = functools.partial(pytorch.TorchTrainer, *task.in_pytorch, **found["settings"])
     makers: dict[str, Callable[[], measuring.Trainer]] = {
-        EAGER: functools.partial(pytorch.TorchTrainer, *task, **settings),
-        COMPILED: functools.partial(pytorch.TorchTrainer, *task, **settings, compiled=True),
+        **{EAGER: in_pytorch, COMPILED: functools.partial(in_pytorch, compiled=True)},
+        **{
+            each: functools.partial(ours.make, *task.in_jax, way, network)
+            for each, (way, network) in in_jax.items()
+        },
     }
-    makers = {each: make for each, make in makers.items() if each in contenders} | {
-        each: functools.partial(ours.make, module, optimizer, data, loss_fn, batch_size, *pair)
-        for each, pair in in_jax.items()
-    }
-
-    def action(contender: str, cache: Path) -> Callable[[int], Values]:
-        # The first round compiles with an empty cache, so that its compilation times count.
-        arguments = (measuring.measure, makers[contender], steps, found["passes"])
-
-        def measure(_: int) -> Values:
-            values = call(*arguments, cache=cache / contender)
-            if contender in in_jax and in_jax[contender][1] is not None:
-                values["making_seconds"] = 0.0  # of moving the parameters
-            return {name: values}
-
-        return measure
-
+    chosen = [name for name in makers if name in contenders or name in in_jax]
     load, interrupted = machine.Load(), ""
     readings: dict[str, list[dict[str, Any]]] = {}
     failed: dict[str, str] = {}
-    first_loss = abs(float(found["losses"][0]))
     with tempfile.TemporaryDirectory() as folder:
+
+        def read(name: str, _: int) -> Values:
+            # The first round compiles with an empty cache, so that its compilation times count.
+            arguments = (measuring.measure, makers[name], found["steps"], found["passes"])
+            values = call(*arguments, cache=Path(folder) / name)
+            if name in in_jax and in_jax[name][1] is not None:
+                values["making_seconds"] = 0.0  # of moving the parameters to the model
+            return {task.name: values}
+
         turns = take_turns(
-            {contender: action(contender, Path(folder)) for contender in makers},
-            dict.fromkeys(makers, rounds),
-            references=(EAGER, *makers),
-            tolerances={"loss": (_ROUGHLY, _ROUGHLY_OF_FIRST * first_loss)},
+            {name: functools.partial(read, name) for name in chosen},
+            dict.fromkeys(chosen, rounds),
+            references=(EAGER, *chosen),
+            tolerances={"loss": (_ROUGHLY, _ROUGHLY_OF_FIRST * abs(float(found["losses"][0])))},
             log=log,
         )
         try:
             for everything, left_out in turns:
-                failed = left_out
-                readings = everything.get(name, {})
+                readings, failed = everything.get(task.name, {}), left_out
         except KeyboardInterrupt:
             if not readings:
                 raise
             interrupted = f"Interrupted after round {max(map(len, readings.values()))}."
-    rows = make_rows(list(makers), readings, failed, steps)
+    rows = make_rows(chosen, readings, failed, found["steps"])
     notes += [disturbances(rows, load.others()), *filter(None, [interrupted])]
     title = (
-        f"{name}, batch {batch_size}, {type(optimizer).__name__}; rounds: {rounds}, of "
-        f"{measuring.SECTIONS} sections of {steps * found['passes']} steps"
+        f"{task.name}, batch {batch_size}, {type(optimizer).__name__}; rounds: {rounds}, of "
+        f"{measuring.SECTIONS} sections of {found['steps'] * found['passes']} steps"
     )
     return Race(rows, title, tuple(notes), machine.describe(), complete=not interrupted)
+
+
+class _Task(NamedTuple):
+    """What both sides train."""
+
+    module: Any
+    optimizer: Any
+    torch_loss: Callable[[Any, Any], Any]
+    loss_fn: Loss
+    data: Dataset
+    batch_size: int
+
+    @property
+    def name(self) -> str:
+        """The class of the module."""
+        return type(self.module).__name__
+
+    @property
+    def in_pytorch(self) -> tuple[Any, ...]:
+        """The first arguments of `TorchTrainer`."""
+        data = self.data.inputs, self.data.targets
+        return (self.module, self.optimizer, self.torch_loss, *data, self.batch_size)
+
+    @property
+    def in_jax(self) -> tuple[Any, Any, Dataset, Loss, int]:
+        """The first arguments of `contenders.make`."""
+        return self.module, self.optimizer, self.data, self.loss_fn, self.batch_size
+
+
+def _losses_in_jax(task: _Task, contenders: dict[str, tuple[str, Any]]) -> dict[str, np.ndarray]:
+    """Returns the losses of the first steps without dropout, by contender."""
+    from jaxtrain.race import contenders as ours
+
+    try:
+        return call(ours.checked_losses, *task.in_jax, _CHECKED_STEPS, contenders)
+    except InputError:
+        # Here, the error of an operation without a rule names the line of the user's file.
+        ours.make(*task.in_jax, ours.WAYS[0])
+        raise
+    except ProcessError as error:
+        raise InputError(
+            f"JAX cannot train {task.name} ({error}); expected a loss_fn that takes its outputs "
+            "and targets, and returns a loss per example, as jaxtrain.losses do"
+        ) from error
 
 
 def compare(
@@ -333,7 +367,7 @@ def _describe_settings(found: dict[str, Any]) -> str:
         parts += ["channels_last"] * settings["channels_last"]
         return ", ".join([*parts, *filter(None, [settings["variant"]])])
 
-    tried = "; ".join(f"{name(each)} {1000 * value:.3g} ms" for each, value in found["tried"])
+    tried = "; ".join(f"{name(each)} {number(1000 * value)} ms" for each, value in found["tried"])
     return f"PyTorch is fastest with {name(found['settings'])} (tried: {tried})."
 
 

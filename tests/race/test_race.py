@@ -237,6 +237,7 @@ def other_loss(predictions, targets):
     ("options", "message"),
     [
         ({"module": Net}, "expected a torch.nn.Module, such as Net"),
+        ({"optimizer": jt.optimizers.sgd(0.1)}, "expected one of torch.optim, such as"),
         ({"data": (INPUTS[:8], LABELS[:8])}, "batch_size is 16 for 8 examples"),
         ({"data": INPUTS}, "no pairs of an input and a target"),
         ({"data": (INPUTS, None)}, "expected inputs and targets"),
