@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 
 from jaxtrain import data, losses
+from jaxtrain._arguments import check_integer
 from jaxtrain._extras import needs_extra
 from jaxtrain.dataset import Dataset
 from jaxtrain.errors import InputError
@@ -61,6 +62,7 @@ def main() -> None:
     except (InputError, OSError) as error:
         sys.exit(f"error: {error}")
     except KeyboardInterrupt:
+        print("interrupted before anything was measured", file=sys.stderr)
         sys.exit(130)
     if not result.complete:
         sys.exit(130)
@@ -74,6 +76,9 @@ def _race(flags: argparse.Namespace) -> Any:
         from jaxtrain.race.pytorch import LOSSES
     if flags.loss not in LOSSES:
         raise InputError(f"--loss is {flags.loss}; expected one of {', '.join(LOSSES)}")
+    check_integer(flags.batch_size, "--batch-size", minimum=1)
+    if flags.integers is not None:
+        check_integer(flags.integers, "--integers", minimum=1)
     torch.manual_seed(0)
     module = _construct(flags.module)
     dataset = _dataset(flags, module)

@@ -316,6 +316,10 @@ def file(tmp_path: Path, monkeypatch) -> Iterator[Path]:
             ["{file}:Net", "--shape", "12", "--optimizer", "adagrad", "--momentum=1"],
             "refuses its opt",
         ),
+        (
+            ["{file}:Net", "--shape", "12", "--integers", "0"],
+            "--integers is 0; expected an integer",
+        ),
         (["no_package.no_module:Net"], "no_package.no_module cannot be imported .*ModuleNotFound"),
     ],
 )
