@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import statistics
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -41,7 +41,7 @@ def speedup(ours: Sequence[float], theirs: Sequence[float]) -> Estimate:
 def _estimate(readings: np.ndarray) -> Estimate:
     """Returns the median of the first row, divided by that of the second if there is one."""
 
-    def value(medians: np.ndarray) -> np.ndarray:
+    def value(medians: np.ndarray) -> Any:
         return medians[0] / medians[1] if len(medians) > 1 else medians[0]
 
     median, count = float(value(np.median(readings, axis=1))), readings.shape[1]

@@ -10,7 +10,7 @@ import sys
 import time
 from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 
@@ -21,6 +21,7 @@ SECTIONS = 3
 SECTION_SECONDS = 0.1
 
 
+@runtime_checkable
 class Trainer(Protocol):
     """Trains one network on data that it holds; each method waits until the device has finished."""
 
