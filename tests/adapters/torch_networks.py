@@ -37,11 +37,6 @@ class Function(nn.Module):
         return self.function(self, *inputs)
 
 
-def mlp() -> nn.Module:
-    layers = (nn.Flatten(), nn.Linear(8, 6), nn.ReLU(), nn.Dropout(0.0), nn.Linear(6, 3))
-    return nn.Sequential(*layers)
-
-
 class LeNet(nn.Module):
     def __init__(self) -> None:
         super().__init__()
@@ -55,20 +50,15 @@ class LeNet(nn.Module):
         return F.log_softmax(self.fc2(torch.sigmoid(self.fc1(x))), dim=1)
 
 
-def mnist() -> nn.Module:
-    """The CNN of PyTorch's example, without dropout."""
-    return nn.Sequential(
-        *(nn.Conv2d(1, 3, 3, 1), nn.ReLU(), nn.Conv2d(3, 4, 3, 1), nn.ReLU(), nn.MaxPool2d(2)),
-        *(nn.Dropout2d(0.0), nn.Flatten(), nn.Linear(16, 5), nn.ReLU(), nn.Linear(5, 3)),
-    )
-
-
 def vgg() -> nn.Module:
     features = nn.Sequential(
         *(nn.Conv2d(2, 3, 3, padding=1), nn.BatchNorm2d(3), nn.ReLU(inplace=True), nn.MaxPool2d(2)),
         *(nn.Conv2d(3, 4, 3, padding=1), nn.BatchNorm2d(4), nn.ReLU(inplace=True), nn.MaxPool2d(2)),
     )
-    return nn.Sequential(features, nn.AdaptiveAvgPool2d(3), nn.Flatten(), nn.Linear(36, 3))
+    classifier = (nn.Linear(36, 5), nn.ReLU(), nn.Dropout(0.0), nn.Linear(5, 3))
+    return nn.Sequential(
+        *(features, nn.Dropout2d(0.0), nn.AdaptiveAvgPool2d(3), nn.Flatten(), *classifier)
+    )
 
 
 class Block(nn.Module):
@@ -160,7 +150,8 @@ class Recurrent(nn.Module):
         super().__init__()
         self.embed = nn.Embedding(7, 4, padding_idx=0)
         self.rnn = getattr(nn, kind)(4, 3, batch_first=True, **options)
-        self.out = nn.Linear(6 if options.get("bidirectional") else options.get("proj_size", 3), 2)
+        directions = 2 if options.get("bidirectional") else 1
+        self.out = nn.Linear(directions * options.get("proj_size", 3), 2)
 
     def forward(self, tokens: Any) -> Any:
         x, hidden = self.rnn(self.embed(tokens))
@@ -292,23 +283,20 @@ class Counter(nn.Module):
 
 
 CASES = {
-    "MLP": Case(mlp, ((2, 4),)),
     "LeNet": Case(LeNet, ((1, 12, 12),)),
-    "MNIST": Case(mnist, ((1, 9, 9),)),
     "VGG": Case(vgg, ((2, 16, 16),)),
     "ResNet": Case(resnet, ((3, 16, 16),)),
     "MobileNetV2": Case(InvertedResidual, ((3, 6, 6),)),
     "UNet": Case(UNet, ((1, 8, 8),)),
-    "autoencoder": Case(
-        lambda: nn.Sequential(nn.Linear(8, 3), nn.Tanh(), nn.Linear(3, 8), nn.Sigmoid()), ((8,),)
-    ),
     "VAE": Case(Vae, ((8,),)),
     "siamese": Case(lambda: Function(siamese, body=nn.Linear(8, 4)), ((2, 4), (2, 4))),
     "DCGAN": Case(generator, ((4, 1, 1),)),
-    "LSTM": Case(lambda: Recurrent("LSTM", num_layers=2, bidirectional=True), (Tokens(7, (5,)),)),
-    "LSTM with a projection": Case(lambda: Recurrent("LSTM", proj_size=2), (Tokens(7, (5,)),)),
-    "GRU": Case(lambda: Recurrent("GRU", bidirectional=True), (Tokens(7, (5,)),)),
-    "RNN": Case(lambda: Recurrent("RNN", num_layers=2, bias=False), (Tokens(7, (5,)),)),
+    "LSTM": Case(lambda: Recurrent("LSTM", num_layers=2), (Tokens(7, (3,)),)),
+    "LSTM with a projection": Case(
+        lambda: Recurrent("LSTM", bidirectional=True, proj_size=2), (Tokens(7, (3,)),)
+    ),
+    "GRU": Case(lambda: Recurrent("GRU", bidirectional=True), (Tokens(7, (3,)),)),
+    "RNN": Case(lambda: Recurrent("RNN", num_layers=2, bias=False), (Tokens(7, (3,)),)),
     "cells": Case(Cells, ((3, 3),)),
     "Transformer": Case(Transformer, (Tokens(7, (5,)), Tokens(7, (4,)))),
     "GPT": Case(Gpt, (Tokens(11, (6,)),)),

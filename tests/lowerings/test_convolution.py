@@ -99,7 +99,7 @@ def assert_same_as_float64(function: Callable[..., jax.Array], *arguments: np.nd
         np.testing.assert_allclose(ours_, theirs_, rtol=0, atol=1e-5 * (np.abs(theirs_).max() + 1))
 
 
-@settings(max_examples=60)
+@settings(max_examples=30)
 @given(convolutions())
 def test_values_and_gradients_are_those_of_xla(case: Case) -> None:
     def convolve(images: Any, kernel: Any) -> jax.Array:
@@ -108,7 +108,7 @@ def test_values_and_gradients_are_those_of_xla(case: Case) -> None:
     assert_same_as_float64(convolve, random(case.images, 1), random(case.kernel, 2))
 
 
-@settings(max_examples=15)
+@settings(max_examples=8)
 @given(convolutions())
 def test_vmapped_kernels_give_the_values_and_gradients_of_xla(case: Case) -> None:
     def convolve(images: Any, kernel: Any) -> jax.Array:

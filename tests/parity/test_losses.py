@@ -175,6 +175,18 @@ def mean_and_grad(loss_fn, predictions, targets, weights=None):
     return jax.value_and_grad(mean)(jnp.asarray(predictions))
 
 
+@functools.cache
+def with_options(loss, label_smoothing, weighted):
+    """The compiled `mean_and_grad` of a loss, which takes the weights of classes last."""
+
+    @jax.jit
+    def run(predictions, targets, weights, weight):
+        options = {"label_smoothing": label_smoothing, "weight": weight if weighted else None}
+        return mean_and_grad(functools.partial(loss, **options), predictions, targets, weights)
+
+    return run
+
+
 # Its predictions are its parameters.
 IDENTITY = jt.init_state(
     jt.Model(
@@ -203,13 +215,9 @@ def test_options_of_cross_entropy_match_pytorchs_mean(
 ) -> None:
     """Labels of weight 0 here are those with `ignore_index` there."""
     assume(kept.any() and (not weighted or weight[labels[kept]].sum() > 0))
-    loss_fn = functools.partial(
-        jt.losses.cross_entropy,
-        label_smoothing=label_smoothing,
-        weight=jnp.asarray(weight) if weighted else None,
-    )
+    run = with_options(jt.losses.cross_entropy, label_smoothing, weighted)
     masked = np.where(kept, labels, -1)
-    mean, gradient = mean_and_grad(loss_fn, logits, masked, kept.astype(np.float32))
+    mean, gradient = run(logits, masked, kept.astype(np.float32), weight)
     theirs = torch.nn.CrossEntropyLoss(
         weight=torch.tensor(weight) if weighted else None, label_smoothing=label_smoothing
     )
@@ -231,10 +239,8 @@ def test_options_of_soft_cross_entropy_match_pytorchs_mean(
     logits, targets, weight, label_smoothing
 ) -> None:
     targets = targets / targets.sum(axis=1, keepdims=True)
-    loss_fn = functools.partial(
-        jt.losses.soft_cross_entropy, weight=jnp.asarray(weight), label_smoothing=label_smoothing
-    )
-    mean, gradient = mean_and_grad(loss_fn, logits, targets)
+    run = with_options(jt.losses.soft_cross_entropy, label_smoothing, True)
+    mean, gradient = run(logits, targets, None, weight)
     leaf = torch.tensor(logits, requires_grad=True)
     theirs = torch.nn.CrossEntropyLoss(torch.tensor(weight), label_smoothing=label_smoothing)
     expected = theirs(leaf, torch.tensor(targets))

@@ -95,7 +95,7 @@ def test_batches_are_those_of_epochs() -> None:
 def test_the_suggestion_trains_as_well_as_the_best_of_ten_rates(make_optimizer) -> None:
     train, test = jt.data.load("digits")
     mean, std = jt.data.STATISTICS["digits"]
-    model = jt.models.FeedForward(mean=mean, std=std)
+    model = jt.models.FeedForward((32, 10), mean=mean, std=std)
 
     def start(optimizer, seed):
         return jt.init_state(model, optimizer, train.inputs[:1], key=jax.random.key(seed))
@@ -107,7 +107,7 @@ def test_the_suggestion_trains_as_well_as_the_best_of_ten_rates(make_optimizer) 
             test,
             loss_fn=LOSS,
             metric_fns={"accuracy": jt.metrics.accuracy},
-            epochs=10,
+            epochs=5,
             key=jax.random.key(seed),
         )[1]
 
