@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import csv
+import dataclasses
 import os
 import random
 import re
@@ -18,11 +19,12 @@ import jax
 import numpy as np
 import pytest
 
-from experiments import gradient_descent, linear_regression, mnist
+from experiments import gradient_descent, linear_regression, minibatch_regression, mnist
 from jaxtrain._files import PART, lock_folder
 from jaxtrain.checkpoint import checkpoint_path, list_checkpoints, list_epochs, verify
 from jaxtrain.cli.resuming import checkpoint_callbacks
 from jaxtrain.errors import InputError
+from tests import survivor
 
 ROOT = Path(__file__).parents[1]
 DIGITS = ("--dataset", "digits")
@@ -89,26 +91,27 @@ def unfinished(folder: Path) -> list[Path]:
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("flags", "more"),
+    ("streamed", "more"),
     [
-        pytest.param((), 20, id="in memory, with averaged parameters"),
-        pytest.param(("--streamed",), 1, id="stream with workers, accumulated gradients"),
+        pytest.param(False, 20, id="in memory, with averaged parameters"),
+        pytest.param(True, 1, id="stream with workers, accumulated gradients"),
     ],
 )
-def test_a_run_killed_6_times_ends_in_the_same_bits(environment, tmp_path, flags, more) -> None:
+def test_a_run_killed_4_times_ends_in_the_same_bits(environment, tmp_path, streamed, more) -> None:
     """SIGKILL at random moments, every second time while a checkpoint is being written.
 
-    Another process reads the stream in two runs. `JAXTRAIN_KILLS` sets another number of kills.
+    Another process reads the stream in a run. `JAXTRAIN_KILLS` sets another number of kills.
     """
     moments = random.Random(0)
     folder = tmp_path / "checkpoints"
-    kills, while_writing = int(os.environ.get("JAXTRAIN_KILLS", "6")), 0
+    kills, while_writing = int(os.environ.get("JAXTRAIN_KILLS", "4")), 0
     for kill in range(kills):
         before = list_checkpoints(folder)
         for leftover in unfinished(folder):  # the run removes it too, but later
             leftover.unlink()
-        worker = ["--worker"] * (bool(flags) and kill % 4 > 1)
-        process = start(environment, "-m", "tests.survivor", folder, 1_000_000, *flags, *worker)
+        worker = ["--worker"] * (streamed and kill % 4 == 2)
+        flags = ["--streamed"] * streamed + worker
+        process = start(environment, "-m", "tests.survivor", folder, 1_000_000, *flags)
         if kill % 2:
             wait_for(lambda: unfinished(folder), process, interval=0)
             time.sleep(moments.uniform(0, 0.002))
@@ -122,10 +125,9 @@ def test_a_run_killed_6_times_ends_in_the_same_bits(environment, tmp_path, flags
             verify(checkpoint_path(folder, *found))
     assert while_writing >= kills // 4
     epochs = list_checkpoints(folder)[-1][0] + more
-    resumed, _ = run(environment, "-m", "tests.survivor", folder, epochs, *flags)
+    resumed = survivor.train(str(folder), epochs, streamed=streamed)
     assert not unfinished(folder)
-    straight, _ = run(environment, "-m", "tests.survivor", "nowhere", epochs, "--plain", *flags)
-    assert resumed == straight
+    assert resumed == survivor.train("nowhere", epochs, plain=True, streamed=streamed)
 
 
 @pytest.mark.slow
@@ -186,28 +188,30 @@ def test_a_resumed_experiment_equals_an_uninterrupted_one(tmp_path: Path) -> Non
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("script", "flags", "pictures"),
+    ("script", "epochs", "pictures"),
     [
-        ("gradient_descent", (), {"descent.png"}),
-        ("minibatch_regression", ("--epochs", 20), {"fit.png", "path.png"}),
+        (gradient_descent, 100, {"descent.png"}),
+        (minibatch_regression, 20, {"fit.png", "path.png"}),
     ],
+    ids=["gradient_descent", "minibatch_regression"],
 )
-def test_every_tutorial_resumes(environment, tmp_path: Path, script, flags, pictures) -> None:
+def test_every_tutorial_resumes(environment, tmp_path: Path, script, epochs, pictures) -> None:
     """Killed in the middle; its pictures need the epochs before."""
     folder = tmp_path / "checkpoints"
-    command = (f"experiments/{script}.py", *flags, "--log-interval", 0)
-    parts = ("--checkpoint-dir", folder, "--output-dir", tmp_path / "parts")
-    process = start(environment, *command, *parts)
-    deep = folder / "stochastic" if script == "gradient_descent" else folder
+    config = script.Config(tmp_path / "whole", epochs=epochs, log_interval=0)
+    parts = dataclasses.replace(config, output_dir=tmp_path / "parts", checkpoint_dir=folder)
+    flags = ("--output-dir", parts.output_dir, "--checkpoint-dir", folder, "--log-interval", 0)
+    process = start(environment, script.__file__, *flags, "--epochs", epochs)
+    deep = folder / "stochastic" if script is gradient_descent else folder
     wait_for(lambda: len(list_epochs(deep)) == 3, process)
     process.kill()
     process.communicate()
-    run(environment, *command, *parts)
-    run(environment, *command, "--output-dir", tmp_path / "whole")
-    assert read_history(tmp_path / "parts") == read_history(tmp_path / "whole")
+    script.run(parts)
+    script.run(config)
+    assert read_history(parts.output_dir) == read_history(config.output_dir)
     for name in pictures:
-        whole = (tmp_path / "whole" / name).read_bytes()
-        assert (tmp_path / "parts" / name).read_bytes() == whole
+        whole = (config.output_dir / name).read_bytes()
+        assert (parts.output_dir / name).read_bytes() == whole
 
 
 @pytest.mark.parametrize(
@@ -340,17 +344,17 @@ def test_a_full_disk_for_the_results_names_the_file(environment, tmp_path: Path)
 @pytest.mark.slow
 @pytest.mark.skipif(jax.default_backend() == "gpu", reason="limits the memory of a CPU")
 def test_out_of_memory_names_a_batch_size_that_fits(environment, tmp_path: Path) -> None:
-    """A network whose hidden layer is 16 MiB per example, with 3 GiB to work in."""
+    """A network whose hidden layer is 4 MiB per example, with 768 MiB to work in."""
     program = """
 import resource, sys
 import jax.numpy as jnp, jax
 import jaxtrain as jt
 batch_size, test_batch_size = map(int, sys.argv[1:])
 data = jt.Dataset(jnp.ones((512, 1)), jnp.zeros(512, jnp.int32))
-model = jt.models.FeedForward((2**22, 2), dropout_rate=0.0, mean=0.0, std=1.0)
+model = jt.models.FeedForward((2**20, 2), dropout_rate=0.0, mean=0.0, std=1.0)
 state = jt.init_state(model, jt.optimizers.sgd(0.1), data.inputs[:1], key=jax.random.key(0))
 now = int(open("/proc/self/statm").read().split()[0]) * resource.getpagesize()
-resource.setrlimit(resource.RLIMIT_AS, (now + 3 * 2**30,) * 2)
+resource.setrlimit(resource.RLIMIT_AS, (now + 768 * 2**20,) * 2)
 try:
     jt.fit(state, data.take(jnp.arange(batch_size)), data.take(jnp.arange(test_batch_size)),
            loss_fn=jt.losses.cross_entropy, epochs=1, batch_size=batch_size,
@@ -401,12 +405,12 @@ except jt.errors.OutOfMemoryError as error:
 
 
 @pytest.mark.slow
-def test_a_thousand_epochs_leak_no_memory_threads_or_files(environment, tmp_path: Path) -> None:
+def test_600_epochs_leak_no_memory_threads_or_files(environment, tmp_path: Path) -> None:
     """With a checkpoint after every fifth."""
-    out, _ = run(environment, "-m", "tests.survivor", tmp_path, 1000, "--watched")
+    out, _ = run(environment, "-m", "tests.survivor", tmp_path, 600, "--watched")
     readings = np.array([line.split() for line in out.strip().splitlines()[:-1]], int)
     epochs, kib, threads, files = readings.T
-    assert list(epochs) == list(range(50, 1001, 50))
+    assert list(epochs) == list(range(50, 601, 50))
     assert kib[1:].max() <= 1.05 * kib[0]
     assert len(set(threads)) == 1
     assert len(set(files)) == 1
