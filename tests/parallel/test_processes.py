@@ -31,10 +31,10 @@ pytestmark = pytest.mark.slow
 PAGE = ROOT / "docs" / "devices.md"
 MEMBER = ("-m", "tests.parallel.cluster_member")
 PROCESSES = 2
-EPOCHS = 10
+EPOCHS = 5
 # Of the page's program.
 PAGE_EPOCHS = 5
-# How long the other process may take to end. JAX's heartbeats notice a lost process in 30 s.
+# How long the other process may take to end.
 SECONDS_TO_END = 60
 SECONDS_TO_TRAIN = 120
 
