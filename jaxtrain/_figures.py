@@ -63,9 +63,7 @@ def learning_curves(
         data, _, quantity = name.partition("_")
         if np.ndim(values) == 1 and data in STYLES:
             panels.setdefault(quantity, {})[data] = values
-        elif (
-            np.ndim(values) == 1 and name not in ("epoch", "step", "seconds") and np.ptp(values) > 0
-        ):
+        elif np.ndim(values) == 1 and name not in _AXES and np.ptp(values) > 0:
             panels[name] = {"": values}
     columns = min(len(panels), _PANELS_PER_ROW)
     rows = -(-len(panels) // columns)
