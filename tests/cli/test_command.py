@@ -58,6 +58,11 @@ def test_checkpoints_record_the_flags_that_decide_the_result(tmp_path: Path) -> 
         (jt.errors.InputError("a", argument="dropout_rate"), "error: a (--dropout)"),
         (jt.errors.InputError("a", argument="every"), "error: a (--checkpoint-every)"),
         (jt.errors.InputError("a", argument="classes"), "error: a"),
+        (
+            jt.errors.StorageError(Path("a"), "no space left on the disk"),
+            "a could not be written (no space left on the disk); free some space and start the run "
+            "again",
+        ),
         (MissingExtraError("sklearn", "data"), "pip install 'jaxtrain[data]'"),
     ],
     ids=lambda value: type(value).__name__,
