@@ -1,4 +1,4 @@
-"""Tutorial T2: 300 steps equal PyTorch's, and five epochs reach its accuracy."""
+"""Tutorial T2: 300 steps equal PyTorch's. `make tutorials` compares the accuracy of its epochs."""
 
 from __future__ import annotations
 
@@ -43,29 +43,6 @@ def test_300_steps_match_pytorch(mnist: jt.data.Resolved) -> None:
         state.params,
         torch_reference.read_params(model),
     )
-
-
-@pytest.mark.slow
-def test_five_epochs_reach_the_accuracy_of_the_tutorial(mnist: jt.data.Resolved) -> None:
-    state = jt.init_state(
-        jt.models.FeedForward(),
-        jt.optimizers.sgd(0.01, weight_decay=1e-6),
-        mnist.train.inputs[:1],
-        key=jax.random.key(42),
-    )
-    _, history = jt.fit(
-        state,
-        mnist.train,
-        mnist.test,
-        loss_fn=jt.losses.cross_entropy,
-        metric_fns={"accuracy": jt.metrics.accuracy},
-        epochs=5,
-        key=jax.random.key(0),
-    )
-    assert history["test_accuracy"][-1] >= 0.943
-    assert 0.155 <= history["test_loss"][-1] <= 0.185  # PyTorch's five seeds: 0.166 to 0.174
-    # Another initialization would show in the first epoch: PyTorch's seeds reach 0.8569 to 0.8713.
-    assert 0.85 <= history["test_accuracy"][0] <= 0.88
 
 
 def test_the_statistics_equal_those_of_the_training_pixels(
