@@ -13,6 +13,7 @@ from typing import Any
 
 import jax
 
+from jaxtrain._allocator import ENVIRONMENT
 from jaxtrain._extras import needs_extra
 from jaxtrain.errors import InputError
 from jaxtrain.race.machine import cores
@@ -91,7 +92,8 @@ def _first_lines(text: str) -> str:
 
 def _variables(cache: Path | None) -> dict[str, str]:
     """Returns the environment variables of a process."""
-    found = {name: os.environ[name] for name in os.environ if not name.startswith(_CACHE_SETTINGS)}
+    kept = {name: os.environ[name] for name in os.environ if not name.startswith(_CACHE_SETTINGS)}
+    found = ENVIRONMENT | kept  # both sides reuse freed memory
     found |= {"OMP_NUM_THREADS": str(cores()), DEVICE_VARIABLE: jax.default_backend()}
     if jax.default_backend() != "cpu":
         found |= {"JAX_DEFAULT_MATMUL_PRECISION": "highest", "NVIDIA_TF32_OVERRIDE": "0"}

@@ -31,6 +31,7 @@ _CHECKED_STEPS, _FRACTION, _ROUNDINGS = 20, 1e-4, 8
 _ROUGHLY, _ROUGHLY_OF_FIRST = 0.3, 0.02
 # The first batches of a data set are enough for a race.
 _MAX_BATCHES = 1000
+_MEMORY = "All processes reuse freed memory, as a program does after jaxtrain.reuse_freed_memory()."
 
 
 def race(
@@ -142,7 +143,7 @@ def race(
             f"the shape {_shapes(data.inputs, batch_size)}, and a torch_loss that takes its "
             f"outputs and targets of the shape {_shapes(data.targets, batch_size)}"
         ) from error
-    notes = [_describe_settings(found)]
+    notes = [_describe_settings(found), *[_MEMORY] * (sys.platform == "linux")]
     ways = [way for way in contenders if way in ours.WAYS]
     in_jax: dict[str, tuple[str, Any]] = {way: (way, None) for way in ways}
     if model is not None:
