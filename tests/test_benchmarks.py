@@ -135,6 +135,7 @@ def test_a_worker_imports_no_other_peers_library(libraries: dict[str, str]) -> N
 
 @pytest.mark.slow
 def test_quick_run_measures_a_suite(tmp_path: Path) -> None:
+    pytest.importorskip("cloudpickle")
     command = [sys.executable, "-m", "benchmarks", "--quick", "--peers", "jaxtrain", "pytorch"]
     command += ["--suite", "step", "--output-dir", str(tmp_path)]
     result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)

@@ -22,7 +22,7 @@ from jaxtrain.race.machine import cores
 DEVICE_VARIABLE = "JAXTRAIN_RACE_DEVICE"
 # They are pickled with their code, since importing them would import JAX.
 _BY_VALUE = (
-    *("jaxtrain.race.measuring", "jaxtrain.race.pytorch"),
+    *("jaxtrain.race.measuring", "jaxtrain.race.preparing", "jaxtrain.race.pytorch"),
     "jaxtrain.adapters.torch._dropout",
 )
 _CACHE_SETTINGS = ("JAX_COMPILATION", "JAX_PERSISTENT", "TORCHINDUCTOR")

@@ -103,7 +103,7 @@ def race(
         import torch
 
         from jaxtrain.race import contenders as ours
-        from jaxtrain.race import pytorch
+        from jaxtrain.race import preparing, pytorch
     log = _print if log is None else log
     if not isinstance(module, torch.nn.Module):
         raise InputError(
@@ -136,7 +136,7 @@ def race(
 
     log("the fastest settings of PyTorch, and its losses")
     try:
-        found = call(pytorch.prepare, task.in_pytorch, machine.cores(), seconds, _CHECKED_STEPS)
+        found = call(preparing.prepare, task.in_pytorch, machine.cores(), seconds, _CHECKED_STEPS)
     except ProcessError as error:
         raise InputError(
             f"PyTorch cannot train {task.name} ({error}); expected a module that takes inputs of "

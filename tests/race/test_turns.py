@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import os
 import threading
+from importlib.util import find_spec
 
 import numpy as np
 import pytest
@@ -15,6 +16,8 @@ from jaxtrain.race.processes import ProcessError, call
 from jaxtrain.race.turns import take_turns
 
 ENDS = {"loss": (0.3, 0.05)}
+# The extra torch has it.
+needs_cloudpickle = pytest.mark.skipif(not find_spec("cloudpickle"), reason="needs cloudpickle")
 
 
 def turns(actions: dict, rounds: int, log=lambda text: None) -> list:
@@ -90,6 +93,7 @@ def test_ctrl_c_returns_the_readings_of_the_incomplete_round() -> None:
         next(found)
 
 
+@needs_cloudpickle
 def test_a_process_takes_what_no_module_defines() -> None:
     offset = 3
 
@@ -104,6 +108,7 @@ def refuse() -> None:
     raise InputError("x is 3; expected 4")
 
 
+@needs_cloudpickle
 @pytest.mark.parametrize(
     ("function", "arguments", "kind", "message"),
     [
