@@ -6,6 +6,7 @@ import argparse
 import copy
 import importlib
 import inspect
+import math
 import signal
 import sys
 from pathlib import Path
@@ -19,7 +20,7 @@ from jaxtrain._extras import needs_extra
 from jaxtrain.dataset import Dataset
 from jaxtrain.errors import InputError
 from jaxtrain.race.result import EAGER
-from jaxtrain.race.run import CONTENDERS, race
+from jaxtrain.race.run import CONTENDERS, most_batches, race
 
 OPTIMIZERS = ("SGD", "Adam", "AdamW", "RMSprop", "Rprop", "Adagrad", "Adadelta")
 _QUICK: dict[str, Any] = {"rounds": 1, "seconds": 0.2, "contenders": (EAGER, "train_epoch")}
@@ -180,7 +181,9 @@ def _dataset(flags: argparse.Namespace, module: Any) -> Any:
             else:
                 return Dataset(layout, np.asarray(train.targets))
         raise errors[0]
-    shape = (flags.batch_size * _RANDOM_BATCHES, *(flags.shape or _SHAPE))
+    example = flags.shape or _SHAPE
+    batches = min(_RANDOM_BATCHES, most_batches(4 * flags.batch_size * math.prod(example)))
+    shape = (flags.batch_size * batches, *example)
     generator = np.random.default_rng(0)
     inputs: np.ndarray = (
         generator.standard_normal(shape, np.float32)

@@ -29,8 +29,9 @@ _CHECKED_STEPS, _FRACTION, _ROUNDINGS = 20, 1e-4, 8
 # Where both sides draw different random numbers, mean losses may differ by a fraction of their
 # value, and by one of the first loss.
 _ROUGHLY, _ROUGHLY_OF_FIRST = 0.3, 0.02
-# The first batches of a data set are enough for a race.
-_MAX_BATCHES = 1000
+# The first batches of a data set are enough for a race: at least some, and otherwise up to a number
+# and a size. They are sent to each process.
+_MIN_BATCHES, _MAX_BATCHES, _MAX_BYTES = 5, 1000, 2**28
 _MEMORY = "All processes reuse freed memory, as a program does after jaxtrain.reuse_freed_memory()."
 
 
@@ -65,7 +66,8 @@ def race(
       module: the module, on the CPU; not modified.
       dataset: inputs and targets, [examples, ...], as a `Dataset` or a tuple of arrays or tensors,
         or an object with `len(dataset)` and `dataset[index]`, the input and the target of an
-        example. The first 1,000 batches are used, in stored order; a smaller last batch is not.
+        example. The first batches are used in stored order, up to 1,000 or 256 MiB; a smaller last
+        batch is not.
       loss_fn: per-example loss of JAX.
       optimizer: an optimizer of `torch.optim` of the module's parameters, see
         `jt.optimizers.from_torch`.
@@ -290,15 +292,16 @@ def compare(
 
 def _arrays(dataset: Any, batch_size: int) -> Dataset:
     """Returns the first batches of a data set as arrays of NumPy."""
-    limit = _MAX_BATCHES * batch_size
     is_map = not isinstance(dataset, Dataset | tuple)
     if is_map and hasattr(dataset, "__len__") and hasattr(dataset, "__getitem__"):
-        pairs = [dataset[index] for index in range(min(len(dataset), limit))]
-        if not pairs or any(not isinstance(pair, tuple) or len(pair) != 2 for pair in pairs):
+        first = dataset[0] if len(dataset) else None
+        if not isinstance(first, tuple) or len(first) != 2:
             raise InputError(
                 "the data set has no pairs of an input and a target; expected dataset[0] to be one",
                 argument="dataset",
             )
+        limit = most_batches(np.asarray(first[0]).nbytes * batch_size) * batch_size
+        pairs = [dataset[index] for index in range(min(len(dataset), limit))]
         dataset = tuple(
             np.stack([np.asarray(x) for x in each]) for each in zip(*pairs, strict=True)
         )
@@ -330,13 +333,20 @@ def _arrays(dataset: Any, batch_size: int) -> Dataset:
                 )
         return found if isinstance(arrays, tuple) else found[0]
 
-    data = Dataset(convert(dataset.inputs), convert(dataset.targets))[:limit]
+    data = Dataset(convert(dataset.inputs), convert(dataset.targets))
     if len(data) < batch_size:
         raise InputError(
             f"batch_size is {batch_size} for {len(data)} examples; expected at most as many",
             argument="batch_size",
         )
-    return data[: len(data) // batch_size * batch_size]
+    parts = data.inputs if isinstance(data.inputs, tuple) else (data.inputs,)
+    most = most_batches(sum(part[:batch_size].nbytes for part in parts))
+    return data[: min(len(data) // batch_size, most) * batch_size]
+
+
+def most_batches(size: int) -> int:
+    """Returns how many batches of a size in bytes are used at most."""
+    return max(_MIN_BATCHES, min(_MAX_BATCHES, _MAX_BYTES // max(size, 1)))
 
 
 def _torch_loss(loss_fn: Loss) -> Callable[[Any, Any], Any]:

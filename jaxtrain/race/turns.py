@@ -98,8 +98,9 @@ def check_ends(
                         count = min(map(len, pair))  # some report the last section's alone
                         for value, expected in zip(pair[0][-count:], pair[1][-count:], strict=True):
                             if not abs(value - expected) <= fraction * abs(expected) + constant:
-                                wrong[name] = (
-                                    f"ends {case} with the {what} {value:.4g}; expected about "
-                                    f"{expected:.4g}, as the reference"
+                                wrong[name] = f"ends {case} with the {what} {value:.4g}; " + (
+                                    f"expected about {expected:.4g}, as the reference"
+                                    if np.isfinite(expected)
+                                    else "expected a finite one: use a smaller learning rate"
                                 )
     return wrong

@@ -210,6 +210,13 @@ def test_data_of_either_library(data) -> None:
     np.testing.assert_array_equal(found.targets, LABELS[:40])
 
 
+def test_large_examples_are_few() -> None:
+    images = np.zeros((100, 3, 2048, 2048), np.float32)  # 48 MiB each, never touched
+    assert len(run._arrays((images, np.zeros(100, int)), 2)) == 2 * 5
+    assert len(run._arrays((images, np.zeros(100, int)), 1)) == 5
+    assert len(run._arrays((images[:, :, :512, :512], np.zeros(100, int)), 1)) == 85
+
+
 TORCH_LOSSES = {
     jt.losses.cross_entropy: LABELS,
     functools.partial(jt.losses.cross_entropy, label_smoothing=0.2): LABELS,

@@ -57,6 +57,11 @@ def test_the_loss_of_every_section_is_compared(ends: list[float]) -> None:
     assert list(failed) == ["other"]
 
 
+def test_a_loss_that_is_not_finite_has_a_remedy() -> None:
+    ((_, failed),) = turns({"reference": lambda _: {"case": {"loss": [1.0, np.nan]}}}, 1)
+    assert "use a smaller learning rate" in failed["reference"]
+
+
 class Slope:
     """A trainer that should make five updates in a pass."""
 
