@@ -59,8 +59,9 @@ def race(
     compiles. A contender that fails, makes another number of updates than expected, or ends a
     section with another loss has no numbers but a reason.
 
-    By default, a race takes about five minutes, most of which is spent on starting processes and
-    compiling; `rounds=1, seconds=0.2` takes one. Ctrl-C ends it, and returns what was measured.
+    By default, a race takes five to ten minutes, most of which is spent on starting processes and
+    compiling; `rounds=1, seconds=0.2` takes one or two. Ctrl-C ends it, and returns what was
+    measured.
 
     Args:
       module: the module, on the CPU; not modified.
