@@ -41,6 +41,7 @@ def linear_algebra(x: Any) -> tuple[Any, ...]:
         torch.linalg.slogdet(matrix).logabsdet,
         torch.linalg.cholesky(matrix),
         torch.linalg.qr(x)[1].abs(),
+        torch.linalg.solve(matrix[0], x),
         torch.linalg.svdvals(x),
         torch.linalg.eigvalsh(matrix),
         torch.cdist(x, x + 1),
@@ -57,6 +58,7 @@ def sorting(x: Any) -> tuple[Any, ...]:
     return (
         *reduced,
         x.scatter_reduce(1, index, x, "mean", include_self=False),
+        (9 * x).long().scatter_reduce(1, index, (9 * x).long(), "amax", include_self=False),
         x.median(1)[0],
         x.kthvalue(2, 1)[1],
         x.round().cummax(1)[1],

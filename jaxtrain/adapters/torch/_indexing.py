@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 
 from jaxtrain.adapters.torch._rules import add_all, family
+from jaxtrain.errors import InputError
 
 register = family("Indexing, masks and copies")
 
@@ -44,14 +45,23 @@ def scatter_add(self: Any, dim: int, index: Any, src: Any) -> Any:
 def scatter_reduce(
     self: Any, dim: int, index: Any, src: Any, reduce: str, *, include_self: bool = True
 ) -> Any:
+    if reduce == "prod":
+        raise InputError("JAX has no gradient of a product over repeated indices")
     places, values = _places(index, dim), src[tuple(map(slice, index.shape))]
-    start = {"sum": 0, "mean": 0, "amax": -jnp.inf, "amin": jnp.inf}[reduce]
-    begun = self if include_self else self.at[places].set(jnp.asarray(start, self.dtype))
+    if not include_self:  # the first value replaces it
+        extreme = {"amax": "min", "amin": "max"}.get(reduce)
+        start = getattr(_info(self.dtype), extreme) if extreme else 0
+        self = self.at[places].set(jnp.asarray(start, self.dtype))
     if reduce == "mean":
         counts = jnp.full_like(self, include_self).at[places].add(1)
-        return begun.at[places].add(values) / jnp.maximum(counts, 1)
-    methods = {"sum": "add", "amax": "max", "amin": "min"}
-    return getattr(begun.at[places], methods[reduce])(values)
+        total, counts = self.at[places].add(values), jnp.maximum(counts, 1)
+        return total / counts if jnp.issubdtype(self.dtype, jnp.inexact) else total // counts
+    method = {"sum": "add", "amax": "max", "amin": "min"}[reduce]
+    return getattr(self.at[places], method)(values)
+
+
+def _info(dtype: Any) -> Any:
+    return (jnp.finfo if jnp.issubdtype(dtype, jnp.inexact) else jnp.iinfo)(dtype)
 
 
 @register("aten.index_put")

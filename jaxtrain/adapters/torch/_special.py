@@ -73,9 +73,16 @@ def cholesky(self: Any, *, upper: bool = False, check_errors: bool = False) -> A
 
 @register("aten._linalg_solve_ex")
 def solve(A: Any, B: Any, *, left: bool = True, check_errors: bool = False) -> Any:
-    vectors = B.ndim == A.ndim - 1
-    found = jnp.linalg.solve(A if left else A.mT, B[..., None] if vectors else B if left else B.mT)
-    return found[..., 0] if vectors else found if left else found.mT, None, None, _SUCCESS
+    if B.ndim == 1 or B.shape == A.shape[:-1]:  # vectors
+        return jnp.linalg.solve(A, B[..., None])[..., 0], None, None, _SUCCESS
+    found = jnp.linalg.solve(A, B) if left else jnp.linalg.solve(A.mT, B.mT).mT
+    return found, None, None, _SUCCESS
+
+
+@register("aten.linalg_qr")
+def qr(A: Any, mode: str = "reduced") -> Any:
+    found = jnp.linalg.qr(A, mode)
+    return (jnp.zeros(0, A.dtype), found) if mode == "r" else tuple(found)
 
 
 @register("aten._linalg_eigh")
@@ -97,7 +104,6 @@ add_all(
         "_linalg_slogdet": lambda A: (*jnp.linalg.slogdet(A), None, None),
         "linalg_matrix_exp": jax.scipy.linalg.expm,
         "_linalg_det": lambda A: (jnp.linalg.det(A), None, None),
-        "linalg_qr": lambda A, mode="reduced": tuple(jnp.linalg.qr(A, mode)),
         "_linalg_svd": lambda A, full_matrices=False, compute_uv=True, *, driver=None: tuple(
             jnp.linalg.svd(A, full_matrices)
         ),
