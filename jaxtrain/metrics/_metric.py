@@ -167,7 +167,22 @@ def per_example(
 
     `expected` is the shape of the weights, [batch] without any; the values may have further axes.
     """
-    result = function(predictions, targets)
+    try:
+        result = function(predictions, targets)
+    except (AttributeError, TypeError) as error:
+        if hasattr(predictions, "shape"):
+            raise
+        raise InputError(
+            f"{name_of(function)} fails on the model's outputs, a {_describe(predictions)} "
+            f"({error}); expected a loss or a metric that takes them, or init_state(..., call=) "
+            "that returns the array it takes, such as "
+            "call=lambda module, inputs, *, train, rngs: module(inputs)[0] of a PyTorch module"
+        ) from error
+    if not isinstance(result, WeightedMean) and not hasattr(result, "shape"):
+        raise InputError(
+            f"{name_of(function)} returned a {_describe(result)}; expected an array {expected}, or "
+            "jaxtrain.losses.WeightedMean(values, weights)"
+        )
     for array in (each for pair in mean_terms(result) for each in pair if each is not None):
         shape = jnp.shape(array)
         if shape[: len(expected)] != expected:
@@ -188,6 +203,11 @@ def per_example(
                 f"{jnp.shape(values)} and weights of shape {jnp.shape(own)}; expected the same"
             )
     return result
+
+
+def _describe(tree: Any) -> str:
+    """Returns the type of a container, and how many arrays it has."""
+    return f"{type(tree).__name__} of {len(jax.tree.leaves(tree))} arrays"
 
 
 def _check_pairs(function: Any, predictions: Any, targets: Any, shape: tuple[int, ...]) -> None:

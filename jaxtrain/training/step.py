@@ -515,11 +515,19 @@ def make_objective(
 
 
 def check_loss(loss_fn: Any) -> None:
-    """Raises InputError unless `loss_fn` is callable and hashable."""
+    """Raises InputError unless `loss_fn` is callable, hashable and not of PyTorch."""
     if not callable(loss_fn):
         found = repr(loss_fn) if isinstance(loss_fn, str) else f"a {type(loss_fn).__name__}"
         raise InputError(
             f"loss_fn is {found}; expected a function, such as jaxtrain.losses.cross_entropy"
+        )
+    inner = loss_fn.func if isinstance(loss_fn, functools.partial) else loss_fn
+    owner = getattr(inner, "__module__", None) or type(inner).__module__
+    if owner.split(".")[0] == "torch":
+        raise InputError(
+            f"loss_fn is {name_of(inner)} of PyTorch; expected a function of JAX's arrays, such as "
+            "jaxtrain.losses.cross_entropy for torch.nn.CrossEntropyLoss",
+            argument="loss_fn",
         )
     _check_hashable(loss_fn, "loss_fn")
 

@@ -165,7 +165,7 @@ def test_a_fit_resumes_and_its_file_predicts(tmp_path) -> None:
     jt.export.stablehlo(state, tmp_path / "model.stablehlo", DATA.inputs[:1])
     predict = jt.export.load_stablehlo(tmp_path / "model.stablehlo")
     for count in (1, 7):
-        np.testing.assert_allclose(predict(DATA.inputs[:count]), outputs[:count], rtol=1e-5)
+        np.testing.assert_allclose(predict(DATA.inputs[:count]), outputs[:count], rtol=1e-5, atol=1e-5)
     jt.save(tmp_path / "model.safetensors", state)
     loaded = jt.load(tmp_path / "model.safetensors", init(make_cnn()))
     np.testing.assert_array_equal(jt.predict(loaded, DATA.inputs), outputs)
@@ -417,7 +417,7 @@ def sequence_first() -> Any:
         (lambda self, x: Double.apply(x), r"autograd function Double, called at test_torch"),
         (lambda self, x: x[x > 0].mean() * x, r"aten.index.*failed in JAX"),
         (lambda self, x: x.view(13, 4), r"fixed number of examples.*x.shape\[0\]"),
-        (lambda self, x: x.numpy(), r"cannot export Function, called at test_torch"),
+        (lambda self, x: x.numpy(), r"cannot run Function, called at test_torch"),
         (lambda self, x: x.mode(1)[0], r"the operation aten.*no rule in JAX"),
         (lambda self, x: x + torch.rand_like(x), "draws random numbers in evaluation"),
         (sequence_first, "batch_first=True"),
@@ -428,7 +428,7 @@ def sequence_first() -> Any:
         (lambda: torch.jit.script(nn.Linear(4, 3)), r"compiled by torch.jit or torch.compile"),
         (lambda: torch.compile(nn.Linear(4, 3)), r"compiled by torch.jit or torch.compile"),
         (lambda: torch.ao.nn.quantized.Linear(4, 3), "has the quantized layer Linear"),
-        (lambda: nn.Linear(5, 3), "cannot export Linear"),
+        (lambda: nn.Linear(5, 3), r"cannot run Linear.*on inputs of \(batch, 4\) float32"),
     ],
 )
 @pytest.mark.filterwarnings("ignore")

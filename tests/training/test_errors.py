@@ -346,3 +346,41 @@ def test_a_missing_rng_stream_is_named(small_classes) -> None:
 def test_fit_inside_a_traced_function_names_train(small_state, small_classes) -> None:
     with refused("fit is called inside a function that JAX traces.*call jaxtrain.train"):
         jax.jit(lambda state: jt.fit(state, small_classes, loss_fn=LOSS)[0])(small_state)
+
+
+class TwoOutputs(nn.Module):
+    @nn.compact
+    def __call__(self, x, train: bool = False):
+        return nn.Dense(3)(x), x
+
+
+def test_a_loss_of_one_array_names_the_outputs_that_it_does_not_take() -> None:
+    batch = (np.ones((4, 6), np.float32), np.zeros(4, int))
+    state = jt.init_state(TwoOutputs(), SGD, batch[0], key=KEY)
+    for call in (jt.train_step, jt.evaluate):
+        with refused(r"cross_entropy fails on .* a tuple of 2 arrays.*call="):
+            call(state, batch, LOSS)
+    own = jt.train_step(state, batch, lambda outputs, targets: LOSS(outputs[0], targets))[1]
+    assert np.isfinite(own["loss"])
+
+
+@pytest.mark.parametrize("result", [(jnp.ones(4), jnp.ones(4)), [jnp.ones(4)], None])
+def test_what_is_no_loss_per_example_names_its_type(result) -> None:
+    batch = (np.ones((4, 6), np.float32), np.zeros(4, int))
+    state = jt.init_state(MODEL, SGD, batch[0], key=KEY)
+    with refused(f"own returned a {type(result).__name__} of .*WeightedMean"):
+
+        def own(outputs, targets):
+            return result
+
+        jt.train_step(state, batch, own)
+
+
+def test_a_loss_of_pytorch_is_refused() -> None:
+    torch = pytest.importorskip("torch")
+    batch = (np.ones((4, 6), np.float32), np.zeros(4, int))
+    state = jt.init_state(MODEL, SGD, batch[0], key=KEY)
+    of_torch = torch.nn.functional.cross_entropy
+    for loss in (of_torch, torch.nn.MSELoss(), functools.partial(of_torch, label_smoothing=0.1)):
+        with refused("of PyTorch; expected a function of JAX's arrays"):
+            jt.train_step(state, batch, loss)

@@ -60,7 +60,7 @@ def export(
     except InputError:
         raise
     except Exception as error:  # of any part of the module
-        raise failure(error, type(module).__name__) from error
+        raise failure(error, type(module).__name__, example) from error
 
 
 @contextlib.contextmanager

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 import traceback
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -35,8 +35,8 @@ def failed(name: str, node: Any, error: Exception) -> InputError:
     )
 
 
-def failure(error: Exception, kind: str) -> InputError:
-    """Returns the error for a module that PyTorch cannot export."""
+def failure(error: Exception, kind: str, inputs: Sequence[Any]) -> InputError:
+    """Returns the error for a module that PyTorch cannot export, with the inputs it was called."""
     text, where = str(error), place(traceback.extract_tb(error.__traceback__))
     if "data-dependent" in text:
         return InputError(
@@ -51,9 +51,16 @@ def failure(error: Exception, kind: str) -> InputError:
             "x.view(x.shape[0], -1) or x.flatten(1)"
         )
     reason = text.splitlines()[0] if text else type(error).__name__
+    # A size that torch.export leaves open is a symbol, such as s28.
+    reason = re.sub(r"\bs\d+\b", "batch", reason)
+    shapes = " and ".join(
+        f"({', '.join(['batch', *map(str, x.shape[1:])])}) {str(x.dtype).removeprefix('torch.')}"
+        for x in inputs
+    )
     return InputError(
-        f"PyTorch cannot export {kind}{where}: {reason}; expected a module that takes the inputs, "
-        "a tuple as several arguments, and that torch.export.export(strict=False) accepts"
+        f"PyTorch cannot run {kind}{where} on inputs of {shapes}: {reason}; expected inputs that "
+        "the module takes, in its layout and dtype (integer pixels divided by 255), and a module "
+        "that torch.export.export(strict=False) accepts"
     )
 
 
