@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import functools
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -24,6 +23,8 @@ CHECK_TOLERANCE = 1e-4
 # Largest difference of the values after the timed sections, where peers draw different dropout
 # masks: a part of the reference's value, and a constant.
 TOLERANCES = {"loss": (0.3, 0.05), "accuracy": (0.0, 0.02)}
+# Suites whose processes reuse freed memory, as those of a race do.
+REUSING_MEMORY = ("models", "step")
 # torch.compile compiles a network for up to a minute, and PyTorch's MNIST example trains for three.
 MOST_ROUNDS = {"pytorch-compile": 3, EXAMPLE: 3}
 
@@ -159,12 +160,12 @@ def _actions(
     """Returns functions that make one reading of each case, by peer."""
 
     def reading(name: str) -> Callable[[int], Values]:
-        task = functools.partial(worker.trainers, suite, name, settings.data, torch_trainer(name))
-        action: tuple[Any, ...] = (measuring.measure_all, task)
+        task = (suite, name, settings.data, torch_trainer(name))
+        action: tuple[Any, ...] = (worker.measure_all, measuring.measure, *task)
         if suite == "sweep":
             action = (worker.measure_sweeps, measuring.time_sections, name, settings.data)
         # The first round compiles with an empty cache, so that its compilation times count.
-        return lambda _: call(*action, cache=cache)
+        return lambda _: call(*action, cache=cache, reuse_memory=suite in REUSING_MEMORY)
 
     def process(name: str, cache: Path | None = None) -> Callable[[int], Values]:
         return lambda _: _process_values(name, settings, cache)
@@ -192,9 +193,9 @@ def _rows(suite: str, readings: Readings) -> Iterator[Row]:
 def _process_values(name: str, settings: Settings, cache: Path | None) -> Values:
     """Returns the values of a whole process that trains T2, from its start to its end."""
     epochs = 1 if settings.data is None else 5
-    task = (worker.train_and_test, name, settings.data, epochs, torch_trainer(name))
+    train = (worker.train_and_test, measuring.peak_memory_mib, name, settings.data, epochs)
     started = time.perf_counter()
-    accuracy, peak = call(measuring.with_peak_memory, *task, cache=cache)
+    accuracy, peak = call(*train, torch_trainer(name), cache=cache)
     seconds = time.perf_counter() - started
     case = f"whole process, T2, {epochs} epoch{'s' * (epochs > 1)}"
     return {case: {"seconds": seconds, "accuracy": accuracy, "peak_mib": peak}}

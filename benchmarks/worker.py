@@ -28,6 +28,18 @@ def trainers(
             yield case, (make, task.steps, 1)
 
 
+def measure_all(
+    measure: Callable[..., dict[str, Any]],
+    suite: str,
+    name: str,
+    data: Path | None,
+    torch_trainer: TorchTrainer,
+) -> dict[str, dict[str, Any]]:
+    """Returns the values of each case, by `measure` of jaxtrain.race."""
+    cases_of_peer = trainers(suite, name, data, torch_trainer)
+    return {case: measure(*arguments) for case, arguments in cases_of_peer}
+
+
 def _of_one_batch(make: Callable[[], Any], name: str, task: Problem) -> Trainer:
     """Returns a trainer whose pass is one step on the first batch.
 
@@ -100,8 +112,14 @@ def losses(
     }
 
 
-def train_and_test(name: str, data: Path | None, epochs: int, torch_trainer: TorchTrainer) -> float:
-    """Trains T2, tests it after each epoch, and returns the last accuracy."""
+def train_and_test(
+    peak_memory_mib: Callable[[], float],
+    name: str,
+    data: Path | None,
+    epochs: int,
+    torch_trainer: TorchTrainer,
+) -> tuple[float, float]:
+    """Trains T2, tests it after each epoch, and returns the last accuracy and the peak memory."""
     task = problem.make("T2", *problem.read_images(data, "train"))
     images, labels = problem.read_images(data, "test")
     images = images if peers.takes_pixels(name) else normalize(images)
@@ -109,4 +127,4 @@ def train_and_test(name: str, data: Path | None, epochs: int, torch_trainer: Tor
     for _ in range(epochs):
         trainer.train(1)
         accuracy = float((trainer.predict(images).argmax(-1) == labels).mean())
-    return accuracy
+    return accuracy, peak_memory_mib()

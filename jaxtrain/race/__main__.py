@@ -7,6 +7,7 @@ import copy
 import importlib
 import inspect
 import math
+import os
 import signal
 import sys
 from pathlib import Path
@@ -32,7 +33,7 @@ def main() -> None:
     """Runs a race of the module that the command line names, and prints its result."""
     parser = argparse.ArgumentParser(
         "python -m jaxtrain.race",
-        description="Train a PyTorch module in PyTorch and in JAX, and print who is faster.",
+        description="Train a PyTorch module in PyTorch and in JAX, and print which is faster.",
     )
     add = parser.add_argument
     add("module", help="FILE.py:NAME or package.module:NAME, a class without arguments, a function "
@@ -54,6 +55,8 @@ def main() -> None:
     add("--quick", action="store_true", help="one short round of eager PyTorch and train_epoch")
     add("--json", type=Path, help="file of the result")
     flags = parser.parse_args()
+    # JAX would reserve most of a GPU's memory, which the processes of the race need.
+    os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # ends the processes as well
     try:
         result = _race(flags)
@@ -107,34 +110,28 @@ def _race(flags: argparse.Namespace) -> Any:
 
 def _load(target: str) -> Any:
     """Returns what FILE.py:NAME or package.module:NAME is."""
-    import cloudpickle
-
     place, _, name = target.rpartition(":")
     if not place or not name:
-        raise InputError(
-            f"{target} names nothing in a file; expected FILE.py:NAME, as in net.py:Net"
-        )
+        raise InputError(f"{target} has no NAME; expected FILE.py:NAME, as in net.py:Net")
     is_file = place.endswith(".py")
     if is_file and not Path(place).is_file():
         raise InputError(f"there is no file {place}; expected FILE.py:NAME, as in net.py:Net")
     sys.path.insert(0, str(Path(place).resolve().parent) if is_file else str(Path.cwd()))
     try:
         source = importlib.import_module(Path(place).stem if is_file else place)
-    except Exception as error:  # of any statement of the file
+    except (Exception, SystemExit) as error:  # of any statement of the file
         raise InputError(
             f"{place} cannot be imported ({type(error).__name__}: {error}); expected a file whose "
             'training is below `if __name__ == "__main__":`'
         ) from error
-    if is_file and Path(str(source.__file__)).resolve() != Path(place).resolve():
+    file = getattr(source, "__file__", None)  # None for a folder, and for built-in modules
+    if is_file and (file is None or Path(file).resolve() != Path(place).resolve()):
         raise InputError(
             f"{place} has the name of the module {source.__name__}; expected another file name"
         )
     if not hasattr(source, name):
         names = [each for each, value in vars(source).items() if callable(value) and each[0] != "_"]
         raise InputError(f"{place} has no {name}; expected one of its names: {', '.join(names)}")
-    if is_file:
-        # Its classes travel with their code: PyTorch's processes import less than the file does.
-        cloudpickle.register_pickle_by_value(source)
     return getattr(source, name)
 
 
@@ -232,9 +229,11 @@ def _shape(text: str) -> tuple[int, ...]:
     try:
         sizes = tuple(int(part) for part in text.split(",") if part)
     except ValueError:
-        raise argparse.ArgumentTypeError(f"{text!r} is no shape such as 3,32,32") from None
+        raise argparse.ArgumentTypeError(
+            f"{text!r} is not a shape; expected 3,32,32, for example"
+        ) from None
     if not sizes or min(sizes) < 1:
-        raise argparse.ArgumentTypeError(f"{text!r} is no shape such as 3,32,32")
+        raise argparse.ArgumentTypeError(f"{text!r} is not a shape; expected 3,32,32, for example")
     return sizes
 
 

@@ -33,7 +33,7 @@ class JaxTrainer:
       loss_fn: per-example loss.
       batch_size: examples per step; the last batch may have fewer.
       way: "train_step", a loop over batches that are copied to the device one by one;
-        "train_epoch", on data that are there already; or "fit", without callbacks.
+        "train_epoch", on data that are on the device already; or "fit", without callbacks.
     """
 
     def __init__(
@@ -55,7 +55,7 @@ class JaxTrainer:
             return history.step_losses[-(len(history.step_losses) // passes) :]
         for _ in range(passes):
             losses = self._pass()
-        return np.asarray(jax.block_until_ready(losses))
+        return np.asarray(jax.device_get(losses))
 
     def losses(self) -> np.ndarray:
         """Makes one pass, and returns the loss of each step."""
@@ -86,7 +86,7 @@ class JaxTrainer:
         for batch in self._batches():
             self.state, metrics = train_step(self.state, batch, self._loss_fn)
             found.append(metrics["loss"])
-        return jnp.stack(found)
+        return found
 
     def _batches(self) -> Iterator[Dataset]:
         for start in range(0, len(self._dataset), self._batch_size):

@@ -14,7 +14,7 @@ _MIN_ROUNDS = 5
 
 
 class Estimate(NamedTuple):
-    """A median, or a ratio of medians, with its 95 % interval."""
+    """A median, or a ratio of medians, with an interval of about 95 %."""
 
     low: float
     median: float
@@ -22,12 +22,12 @@ class Estimate(NamedTuple):
 
 
 def median_of(readings: Sequence[float]) -> Estimate:
-    """Returns the median with its 95 % bootstrap interval."""
+    """Returns the median with a bootstrap interval of about 95 %."""
     return _estimate(np.asarray([readings]))
 
 
 def speedup(ours: Sequence[float], theirs: Sequence[float]) -> Estimate:
-    """Returns the ratio of medians, theirs over ours, with its 95 % bootstrap interval.
+    """Returns the ratio of medians, theirs over ours, with an interval of about 95 %.
 
     The readings of a round are resampled as a pair (percentile bootstrap, Efron & Tibshirani,
     1993). Fewer than five rounds have no interval: its ends are the ratio.
@@ -53,7 +53,7 @@ def _estimate(readings: np.ndarray) -> Estimate:
     return Estimate(float(low), median, float(high))
 
 
-def steps_until_ahead(ours: tuple[float, float], theirs: tuple[float, float]) -> float:
+def break_even_steps(ours: tuple[float, float], theirs: tuple[float, float]) -> float:
     """Returns from which number of steps on we are ahead, compilation included.
 
     Args:

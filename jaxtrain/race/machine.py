@@ -2,33 +2,39 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import platform
 import time
-from importlib.metadata import version
-from importlib.util import find_spec
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
 import jax
 
+from jaxtrain._allocator import ENVIRONMENT
+
 _RECORDED = (
     *("XLA_FLAGS", "JAX_PLATFORMS", "JAXTRAIN_CPU_LOWERINGS"),
     *("OMP_NUM_THREADS", "OMP_WAIT_POLICY", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS"),
+    *ENVIRONMENT,
 )
 _PACKAGES = ("jax", "jaxlib", "flax", "optax", "numpy", "torch", "equinox", "keras")
 
 
 def describe() -> dict[str, Any]:
     """Returns processor, versions and flags."""
-    device = jax.devices()[0]
+    device, versions = jax.devices()[0], {}
+    for name in _PACKAGES:
+        with contextlib.suppress(PackageNotFoundError):
+            versions[name] = version(name)
     return {
         "processor": _processor(),
         "cores": cores(),
         "device": "cpu" if device.platform == "cpu" else device.device_kind,
         "system": f"{platform.system()} {platform.machine()}",
         "python": platform.python_version(),
-        "versions": {name: version(name) for name in _PACKAGES if find_spec(name)},
+        "versions": versions,
         "precision": "float32, no TF32",
         "flags": {name: os.environ[name] for name in _RECORDED if name in os.environ},
     }
@@ -62,23 +68,20 @@ def _processor() -> str:
 
 
 class Load:
-    """What other processes have computed since it was made, as Linux counts it.
-
-    On other systems it is 0.
-    """
+    """What other processes have computed since it was made, as Linux counts it."""
 
     def __init__(self) -> None:
         self._start = _busy_seconds()
 
-    def others(self) -> float:
+    def others(self) -> float | None:
         """Returns how many of our cores other processes, and virtual machines, have kept busy.
 
-        On a machine with more cores than this process may use, they are thought to use the rest
-        first.
+        On a machine with more cores than this process may use, it assumes that they fill the other
+        cores first. On systems other than Linux it returns None.
         """
         busy, own, now = (b - a for a, b in zip(self._start, _busy_seconds(), strict=True))
         rest = (os.cpu_count() or 1) - cores()
-        return max(0.0, (busy - own) / now - rest) if busy else 0.0
+        return max(0.0, (busy - own) / now - rest) if busy else None
 
 
 def _busy_seconds() -> tuple[float, float, float]:

@@ -8,7 +8,7 @@ from __future__ import annotations
 import statistics
 import sys
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
@@ -16,8 +16,8 @@ import numpy as np
 
 # Timed sections per process, after a pass that warms up. A reading is their median.
 SECTIONS = 3
-# Least duration of a section of which nobody knows how long it takes, so that waking threads and
-# refilling caches matter little.
+# Minimum duration of a section when `passes` is None, so that waking threads and refilling caches
+# matter little.
 SECTION_SECONDS = 0.1
 
 
@@ -92,24 +92,12 @@ def measure(make: Callable[[], Trainer], steps: int, passes: int | None = None) 
     }
 
 
-def measure_all(
-    trainers: Callable[[], Iterable[tuple[str, tuple[Callable[[], Trainer], int, int | None]]]],
-) -> dict[str, dict[str, Any]]:
-    """Measures trainers in turn; `trainers` yields the name of each and what `measure` takes."""
-    return {name: measure(*arguments) for name, arguments in trainers()}
-
-
 def first_losses(trainer: Trainer, steps: int) -> np.ndarray:
     """Returns the losses of the first steps, in as many passes as they need."""
     found = np.zeros(0)
     while len(found) < steps:
         found = np.concatenate([found, np.asarray(trainer.losses(), np.float64)])
     return found[:steps]
-
-
-def with_peak_memory(function: Callable[..., Any], *arguments: Any) -> tuple[Any, float]:
-    """Returns what a function returns, and the peak memory of the process."""
-    return function(*arguments), peak_memory_mib()
 
 
 def peak_memory_mib() -> float:

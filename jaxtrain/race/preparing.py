@@ -23,7 +23,7 @@ from jaxtrain.race.pytorch import TorchTrainer, parts
 _TUNING_SECONDS, _TUNING_READINGS = 0.1, 3
 # At least so many steps are in a pass, if there are data.
 _MIN_STEPS = 5
-# A loss that another seed changes by more than this fraction depends on random draws.
+# A first loss that another seed changes by more than this fraction depends on random draws.
 _DRAWN = 1e-5
 
 
@@ -50,22 +50,25 @@ def prepare(
     Returns:
       `settings`, options of `TorchTrainer`; `tried`, all that were tried, with their seconds per
       step; `steps` per pass and `passes` per section; `losses` of `checked_steps` steps, their
-      `rounding`, which is the effect of a change of the parameters in the last place; and whether
-      the module `draws` random numbers besides dropout.
+      `rounding`, which is the effect of a change of the parameters in the last place; and
+      `inexact`, why only mean losses can be compared: what the module does, or None.
     """
     settings, tried = _tune(task, cores)
     available = len(parts(task[3])[0]) // task[5]
     step = min(duration for _, duration in tried)
     steps = min(available, max(_MIN_STEPS, math.ceil(seconds / step)))
     passes = max(1, round(seconds / (step * steps)))
-    losses, others = (
-        _checked_losses(task, settings, checked_steps, rounding=rounding)
-        for rounding in (False, True)
-    )
-    draws = abs(losses[0] - others[0]) > _DRAWN * abs(losses[0])
+    losses = _checked_losses(task, settings, checked_steps)
+    others = _checked_losses(task, settings, checked_steps, rounding=True)
+    (reseeded,) = _checked_losses(task, settings, 1, seed=1)
+    inexact = None
+    if abs(losses[0] - reseeded) > _DRAWN * abs(losses[0]):
+        inexact = "draws random numbers"
+    elif any(x.is_floating_point() and x.element_size() == 2 for x in task[0].parameters()):
+        inexact = "computes in half precision"
     return {
         **{"settings": settings, "tried": tried, "steps": steps, "passes": passes},
-        **{"losses": losses, "rounding": np.abs(losses - others), "draws": bool(draws)},
+        **{"losses": losses, "rounding": np.abs(losses - others), "inexact": inexact},
     }
 
 
@@ -114,12 +117,17 @@ def _make(task: tuple[Any, ...], batches: int, settings: dict[str, Any]) -> Torc
 
 
 def _checked_losses(
-    task: tuple[Any, ...], settings: dict[str, Any], steps: int, *, rounding: bool
+    task: tuple[Any, ...],
+    settings: dict[str, Any],
+    steps: int,
+    *,
+    seed: int = 0,
+    rounding: bool = False,
 ) -> np.ndarray:
-    """Returns the losses without dropout, perhaps from rounded parameters and another seed."""
+    """Returns the losses without dropout, perhaps from rounded parameters or with another seed."""
     trainer = _make(task, batches=steps, settings=settings)
+    torch.manual_seed(seed)
     if rounding:
-        torch.manual_seed(1)
         with torch.no_grad():
             for x in trainer.module.parameters():
                 if x.is_floating_point():

@@ -84,19 +84,19 @@ class TorchTrainer:
         self._loss = loss
         self._loss_of = self._compute_loss
         # CUDA graphs compute each loss in the memory of the last one.
-        self._copies = compiled and torch.cuda.is_available()
+        self._copies = compiled and device().type == "cuda"
         if compiled:
             torch.compiler.reset()  # so that the programs of another problem are not reused
             for function in (loss, *(type(layer).forward for layer in module.modules())):
                 _publish_globals(function)
-            mode = "reduce-overhead" if torch.cuda.is_available() else None  # CUDA graphs
+            mode = "reduce-overhead" if self._copies else None  # CUDA graphs
             self._loss_of = torch.compile(self._compute_loss, dynamic=False, mode=mode)
 
     def train(self, passes: int) -> np.ndarray:
         """Makes passes over the data, and returns the losses of the last one before its updates."""
         for _ in range(passes):
             losses = [self._step(*batch) for batch in self._batches()]
-        return torch.stack(losses).cpu().numpy()
+        return torch.stack(losses).cpu().double().numpy()
 
     def losses(self) -> np.ndarray:
         """Makes one pass, and returns the loss of each step."""

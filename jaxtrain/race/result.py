@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from jaxtrain._json import to_json
-from jaxtrain.race.estimates import Estimate, median_of, speedup, steps_until_ahead
+from jaxtrain.race.estimates import Estimate, break_even_steps, median_of, speedup
 from jaxtrain.race.machine import machine_line
 
 EAGER = "eager PyTorch"
@@ -26,12 +26,11 @@ class Row:
 
     Attributes:
       contender: its name.
-      milliseconds: milliseconds per step; the median over the rounds with its 95 % interval.
-      ratio: by how many times it is as fast as eager PyTorch, with its 95 % interval.
-      compile_seconds: what the first pass takes longer than later ones, with making the model, in
-        the first round.
+      milliseconds: milliseconds per step, the median over the rounds.
+      speedup: speedup over eager PyTorch.
+      compile_seconds: extra time of the first pass, plus model construction, in the first round.
       peak_mib: peak memory of the process in MiB, the median over the rounds.
-      ahead_after: the number of steps from which it is ahead of eager PyTorch, compilation
+      break_even_steps: the number of steps from which it is ahead of eager PyTorch, compilation
         included; infinite if it never is.
       readings: milliseconds per step of each round.
       missing: the reason why there are no numbers, else None.
@@ -39,22 +38,26 @@ class Row:
 
     contender: str
     milliseconds: Estimate | None = None
-    ratio: Estimate | None = None
+    speedup: Estimate | None = None
     compile_seconds: float | None = None
     peak_mib: float | None = None
-    ahead_after: float | None = None
+    break_even_steps: float | None = None
     readings: tuple[float, ...] = ()
     missing: str | None = None
 
 
 @dataclasses.dataclass(frozen=True, repr=False)
 class Race:
-    """Who trains a module faster; prints as a table.
-
-    Intervals need five rounds; with fewer, their ends are the median.
+    """Which side trains a module faster; prints as a table.
 
     Attributes:
-      rows: a `Row` per contender.
+      rows: one per contender, with its `contender` name; `milliseconds` per step, and `speedup`
+        over eager PyTorch, each with the fields `low`, `median` and `high`, an interval of about
+        95 % (of five rounds or more; otherwise all are the median); `compile_seconds`, the extra
+        time of the first pass, plus model construction; `peak_mib`, the peak memory of the process;
+        `break_even_steps`, from which it is ahead of eager PyTorch with compilation included, or
+        infinite; `readings`, the milliseconds per step of each round; and `missing`, the reason
+        why there are no numbers, else None.
       title: what was trained.
       notes: how PyTorch was set up, how far the losses agree, and what disturbed the race.
       machine: processor, versions and flags.
@@ -68,16 +71,27 @@ class Race:
     complete: bool = True
 
     @property
-    def ratios(self) -> dict[str, float]:
-        """By how many times each contender is as fast as eager PyTorch."""
-        return {row.contender: row.ratio.median for row in self.rows if row.ratio is not None}
+    def speedups(self) -> dict[str, float]:
+        """The speedup of each contender over eager PyTorch."""
+        return {row.contender: row.speedup.median for row in self.rows if row.speedup is not None}
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Writes everything as JSON; an infinite number becomes null."""
-        Path(path).write_text(json.dumps(to_json(dataclasses.asdict(self)), indent=1) + "\n")
+        found = dataclasses.asdict(self)
+        for row in found["rows"]:
+            for name, value in row.items():
+                row[name] = value._asdict() if isinstance(value, Estimate) else value
+        Path(path).write_text(json.dumps(to_json(found), indent=1) + "\n")
 
     def __str__(self) -> str:
-        headings = ("", "ms per step (95 %)", "compile s", "peak MiB", "× eager (95 %)", "ahead")
+        headings = (
+            "",
+            "ms per step (95 %)",
+            "compile s",
+            "peak MiB",
+            "speedup (95 %)",
+            "break-even",
+        )
         table = [headings, *(_cells(row) for row in self.rows if row.missing is None)]
         widths = [max(map(len, column)) for column in zip(*table, strict=True)]
         lines = [
@@ -127,31 +141,34 @@ def make_rows(
             speedup(seconds[name], seconds[EAGER]) if is_measured else None,
             compiling,
             median_of([x["peak_mib"] for x in readings[name]]).median,
-            steps_until_ahead(costs(name), costs(EAGER)) if is_measured else None,
+            break_even_steps(costs(name), costs(EAGER)) if is_measured else None,
             tuple(1000 * x for x in seconds[name]),
         )
 
     return tuple(map(make, names))
 
 
-def disturbances(rows: Sequence[Row], others: float) -> str:
+def disturbances(rows: Sequence[Row], others: float | None) -> str:
     """Returns a sentence about what disturbed a race.
 
     Args:
       rows: the rows.
-      others: how many cores other processes kept busy on average.
+      others: how many cores other processes kept busy on average; None if it was not measured.
     """
     found = []
-    if others > _OTHERS:
+    if others is not None and others > _OTHERS:
         found.append(f"other processes kept {others:.1f} cores busy on average")
     for row in rows:
         if row.milliseconds is not None:
             spread = (max(row.readings) - min(row.readings)) / row.milliseconds.median
             if spread > _SPREAD:
                 found.append(f"rounds of {row.contender} differ by {spread:.0%}")
-    if not found:
-        return "Nothing disturbed the machine noticeably."
-    return f"The machine was disturbed: {', '.join(found)}."
+    unknown = ["the load of other processes"] * (others is None)
+    unknown += ["how much rounds differ"] * all(len(row.readings) < 2 for row in rows)
+    sentences = [f"The machine was disturbed: {', '.join(found)}."] if found else []
+    if unknown:
+        sentences.append(f"Not measured: {', '.join(unknown)}.")
+    return " ".join(sentences) or "Nothing disturbed the machine noticeably."
 
 
 def _cells(row: Row) -> tuple[str, ...]:
@@ -160,8 +177,8 @@ def _cells(row: Row) -> tuple[str, ...]:
         _with_interval(row.milliseconds),
         f"{row.compile_seconds:.1f}",
         f"{row.peak_mib:.0f}",
-        "" if row.contender == EAGER else _with_interval(row.ratio),
-        "" if row.contender == EAGER or row.ahead_after is None else _ahead(row.ahead_after),
+        "" if row.contender == EAGER else _with_interval(row.speedup),
+        "" if row.contender == EAGER else _after(row.break_even_steps),
     )
 
 
@@ -170,7 +187,9 @@ def number(value: float) -> str:
     return f"{value:.0f}" if value >= 100 else f"{value:.3g}"
 
 
-def _ahead(steps: float) -> str:
+def _after(steps: float | None) -> str:
+    if steps is None:
+        return ""
     return "never" if math.isinf(steps) else f"after {steps:,.0f} steps"
 
 

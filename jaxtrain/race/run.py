@@ -1,4 +1,4 @@
-"""race: trains a PyTorch module in PyTorch and in JAX, and says who is faster."""
+"""race: trains a PyTorch module in PyTorch and in JAX, and measures which is faster."""
 
 from __future__ import annotations
 
@@ -9,15 +9,17 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import jax
 import numpy as np
 
 from jaxtrain._arguments import check_integer
 from jaxtrain._extras import needs_extra
 from jaxtrain.dataset import Dataset
 from jaxtrain.errors import DisagreementError, InputError
+from jaxtrain.inspect._port import check_module
 from jaxtrain.losses import Loss, name_of
 from jaxtrain.race import machine, measuring
-from jaxtrain.race.processes import ProcessError, call
+from jaxtrain.race.processes import ProcessError, by_value, call
 from jaxtrain.race.result import EAGER, Race, disturbances, make_rows, number
 from jaxtrain.race.turns import Values, take_turns
 
@@ -49,7 +51,7 @@ def race(
     seconds: float = 1.0,
     log: Callable[[str], object] | None = None,
 ) -> Race:
-    """Trains a PyTorch module in PyTorch and in JAX, and measures who is faster.
+    """Trains a PyTorch module in PyTorch and in JAX, and measures which is faster.
 
     First, PyTorch's fastest number of threads, memory format and variant of the optimizer are
     found, and both sides take 20 steps from the same parameters on the same batches without
@@ -61,7 +63,8 @@ def race(
 
     By default, a race takes five to ten minutes, most of which is spent on starting processes and
     compiling; `rounds=1, seconds=0.2` takes one or two. Ctrl-C ends it, and returns what was
-    measured.
+    measured. On a GPU, JAX reserves most of the memory when it starts, which the processes need:
+    set the environment variable XLA_PYTHON_CLIENT_PREALLOCATE=false first, as the command does.
 
     Args:
       module: the module, on the CPU; not modified.
@@ -99,23 +102,65 @@ def race(
       >>> result = jt.race(  # doctest: +SKIP
       ...     module, train, loss_fn=loss_fn, optimizer=theirs, batch_size=32
       ... )
-      >>> result.ratios["train_epoch"]  # doctest: +SKIP
+      >>> result.speedups["train_epoch"]  # doctest: +SKIP
       2.67
     """
     with needs_extra("torch"):
-        import torch
-
-        from jaxtrain.race import contenders as ours
-        from jaxtrain.race import preparing, pytorch
+        import torch  # noqa: F401
     log = _print if log is None else log
-    if not isinstance(module, torch.nn.Module):
-        raise InputError(
-            f"module is {module!r}; expected a torch.nn.Module, such as Net()", argument="module"
-        )
+    _check(module, optimizer, model, batch_size, rounds, seconds, contenders)
+    torch_loss = _torch_loss(loss_fn) if torch_loss is None else torch_loss
+    data = _arrays(dataset, batch_size)
+    task = _Task(module, optimizer, torch_loss, loss_fn, data, batch_size)
+    # The way of each contender in JAX, and the model or None for the module.
+    in_jax: dict[str, tuple[str, Any]] = {
+        each: (each, None) for each in contenders if each not in (EAGER, COMPILED)
+    }
+    if model is not None:
+        in_jax |= {f"{way}, {type(model).__name__}": (way, model) for way in list(in_jax)}
+    described = machine.describe()
+    with by_value(*module.modules(), torch_loss):
+        found, notes = _prepare(task, in_jax, seconds, log)
+        task = task._replace(data=data[: found["steps"] * batch_size])
+        in_pytorch = [each for each in (EAGER, COMPILED) if each in contenders]
+        load = machine.Load()
+        readings, failed, complete = _measure(task, found, in_pytorch, in_jax, rounds, log)
+    rows = make_rows([*in_pytorch, *in_jax], readings, failed, found["steps"])
+    notes.append(disturbances(rows, load.others()))
+    if not complete:
+        notes.append(f"Interrupted after round {max(map(len, readings.values()))}.")
+    title = (
+        f"{task.name}, batch {batch_size}, {type(optimizer).__name__}; rounds: {rounds}, of "
+        f"{measuring.SECTIONS} sections of {found['steps'] * found['passes']} steps"
+    )
+    return Race(rows, title, tuple(notes), described, complete)
+
+
+def _check(
+    module: Any,
+    optimizer: Any,
+    model: Any,
+    batch_size: int,
+    rounds: int,
+    seconds: float,
+    contenders: Sequence[str],
+) -> None:
+    """Raises InputError unless the arguments of a race are as expected."""
+    import torch
+
+    check_module(module)
+    name = type(module).__name__
     if not isinstance(optimizer, torch.optim.Optimizer):
         raise InputError(
             f"optimizer is a {type(optimizer).__name__}; expected one of torch.optim, such as "
             "torch.optim.SGD(module.parameters(), lr=0.01)",
+            argument="optimizer",
+        )
+    held = {id(x) for group in optimizer.param_groups for x in group["params"]}
+    if not held <= {id(x) for x in module.parameters()}:
+        raise InputError(
+            f"the optimizer has parameters that this {name} does not have; expected one of the "
+            "module's own: make it after the module, from module.parameters()",
             argument="optimizer",
         )
     if model is not None and len(optimizer.param_groups) > 1:
@@ -133,40 +178,56 @@ def race(
             f"contenders is {contenders!r}; expected some of {', '.join(CONTENDERS)}",
             argument="contenders",
         )
-    torch_loss = _torch_loss(loss_fn) if torch_loss is None else torch_loss
-    data = _arrays(dataset, batch_size)
-    task = _Task(module, optimizer, torch_loss, loss_fn, data, batch_size)
+
+
+def _prepare(
+    task: _Task,
+    in_jax: dict[str, tuple[str, Any]],
+    seconds: float,
+    log: Callable[[str], object],
+) -> tuple[dict[str, Any], list[str]]:
+    """Returns what `preparing.prepare` does, and notes about it and about the losses in JAX."""
+    from jaxtrain.race import preparing
 
     log("the fastest settings of PyTorch, and its losses")
+    arguments = (task.in_pytorch, machine.cores(), seconds, _CHECKED_STEPS)
     try:
-        found = call(preparing.prepare, task.in_pytorch, machine.cores(), seconds, _CHECKED_STEPS)
+        found = call(preparing.prepare, *arguments, reuse_memory=True)
     except ProcessError as error:
+        data, size = task.data, task.batch_size
         raise InputError(
             f"PyTorch cannot train {task.name} ({error}); expected a module that takes inputs of "
-            f"the shape {_shapes(data.inputs, batch_size)}, and a torch_loss that takes its "
-            f"outputs and targets of the shape {_shapes(data.targets, batch_size)}"
+            f"the shape {_shapes(data.inputs, size)}, and a torch_loss that takes its outputs and "
+            f"targets of the shape {_shapes(data.targets, size)}"
         ) from error
-    notes = [_describe_settings(found), *[_MEMORY] * (sys.platform == "linux")]
-    ways = [way for way in contenders if way in ours.WAYS]
-    in_jax: dict[str, tuple[str, Any]] = {way: (way, None) for way in ways}
-    if model is not None:
-        in_jax |= {f"{way}, {type(model).__name__}": (way, model) for way in ways}
+    notes = [_describe_settings(found)]
     if in_jax:
         log("the losses in JAX")
         losses = _losses_in_jax(task, in_jax)
-        notes.append(compare(losses, found["losses"], found["rounding"], found["draws"]))
+        notes.append(compare(losses, found["losses"], found["rounding"], found["inexact"]))
+    return found, notes + [_MEMORY] * (sys.platform == "linux")
 
-    task = task._replace(data=data[: found["steps"] * batch_size])
-    in_pytorch = functools.partial(pytorch.TorchTrainer, *task.in_pytorch, **found["settings"])
+
+def _measure(
+    task: _Task,
+    found: dict[str, Any],
+    in_pytorch: Sequence[str],
+    in_jax: dict[str, tuple[str, Any]],
+    rounds: int,
+    log: Callable[[str], object],
+) -> tuple[dict[str, list[dict[str, Any]]], dict[str, str], bool]:
+    """Returns the readings of contenders, why some are left out, and whether all were made."""
+    from jaxtrain.race import contenders as ours
+    from jaxtrain.race import pytorch
+
     makers: dict[str, Callable[[], measuring.Trainer]] = {
-        **{EAGER: in_pytorch, COMPILED: functools.partial(in_pytorch, compiled=True)},
-        **{
-            each: functools.partial(ours.make, *task.in_jax, way, network)
-            for each, (way, network) in in_jax.items()
-        },
+        name: functools.partial(
+            pytorch.TorchTrainer, *task.in_pytorch, **found["settings"], compiled=name == COMPILED
+        )
+        for name in in_pytorch
     }
-    chosen = [name for name in makers if name in contenders or name in in_jax]
-    load, interrupted = machine.Load(), ""
+    for name, arguments in in_jax.items():
+        makers[name] = functools.partial(ours.make, *task.in_jax, *arguments)
     readings: dict[str, list[dict[str, Any]]] = {}
     failed: dict[str, str] = {}
     with tempfile.TemporaryDirectory() as folder:
@@ -174,15 +235,15 @@ def race(
         def read(name: str, _: int) -> Values:
             # The first round compiles with an empty cache, so that its compilation times count.
             arguments = (measuring.measure, makers[name], found["steps"], found["passes"])
-            values = call(*arguments, cache=Path(folder) / name)
+            values = call(*arguments, cache=Path(folder) / name, reuse_memory=True)
             if name in in_jax and in_jax[name][1] is not None:
                 values["making_seconds"] = 0.0  # of moving the parameters to the model
             return {task.name: values}
 
         turns = take_turns(
-            {name: functools.partial(read, name) for name in chosen},
-            dict.fromkeys(chosen, rounds),
-            references=(EAGER, *chosen),
+            {name: functools.partial(read, name) for name in makers},
+            dict.fromkeys(makers, rounds),
+            references=(EAGER, *makers),
             tolerances={"loss": (_ROUGHLY, _ROUGHLY_OF_FIRST * abs(float(found["losses"][0])))},
             log=log,
         )
@@ -192,14 +253,8 @@ def race(
         except KeyboardInterrupt:
             if not readings:
                 raise
-            interrupted = f"Interrupted after round {max(map(len, readings.values()))}."
-    rows = make_rows(chosen, readings, failed, found["steps"])
-    notes += [disturbances(rows, load.others()), *filter(None, [interrupted])]
-    title = (
-        f"{task.name}, batch {batch_size}, {type(optimizer).__name__}; rounds: {rounds}, of "
-        f"{measuring.SECTIONS} sections of {found['steps'] * found['passes']} steps"
-    )
-    return Race(rows, title, tuple(notes), machine.describe(), complete=not interrupted)
+            return readings, failed, False
+    return readings, failed, True
 
 
 class _Task(NamedTuple):
@@ -234,7 +289,8 @@ def _losses_in_jax(task: _Task, contenders: dict[str, tuple[str, Any]]) -> dict[
     from jaxtrain.race import contenders as ours
 
     try:
-        return call(ours.checked_losses, *task.in_jax, _CHECKED_STEPS, contenders)
+        arguments = (*task.in_jax, _CHECKED_STEPS, contenders)
+        return call(ours.checked_losses, *arguments, reuse_memory=True)
     except InputError:
         # Here, the error of an operation without a rule names the line of the user's file.
         ours.make(*task.in_jax, ours.WAYS[0])
@@ -247,7 +303,7 @@ def _losses_in_jax(task: _Task, contenders: dict[str, tuple[str, Any]]) -> dict[
 
 
 def compare(
-    losses: dict[str, np.ndarray], expected: np.ndarray, rounding: np.ndarray, draws: bool
+    losses: dict[str, np.ndarray], expected: np.ndarray, rounding: np.ndarray, inexact: str | None
 ) -> str:
     """Returns a sentence about how far losses agree with those of PyTorch.
 
@@ -255,7 +311,7 @@ def compare(
       losses: the losses in JAX by way.
       expected: those of PyTorch.
       rounding: the effect of rounding on them.
-      draws: whether the module draws random numbers, so that only mean losses can be compared.
+      inexact: why only mean losses can be compared, such as "draws random numbers", or None.
 
     Raises:
       DisagreementError: they differ by more than rounding explains.
@@ -268,7 +324,7 @@ def compare(
             "use a smaller learning rate, or scaled inputs"
         )
     count = len(expected)
-    if draws:
+    if inexact is not None:
         mean = float(expected.mean())
         allowed = _ROUGHLY * abs(mean) + _ROUGHLY_OF_FIRST * abs(float(expected[0]))
         means = {way: float(each.mean()) for way, each in losses.items()}
@@ -276,7 +332,7 @@ def compare(
             if not abs(other - mean) <= allowed:
                 raise DisagreementError(way, None, other, mean, allowed)
         return (
-            f"The module draws random numbers; the mean loss of {count} steps is {mean:.4g} in "
+            f"The module {inexact}; the mean loss of {count} steps is {mean:.4g} in "
             f"PyTorch, and {next(iter(means.values())):.4g} in JAX."
         )
     bounds = _FRACTION * (np.abs(expected) + 0.01 * abs(expected[0])) + _ROUNDINGS * rounding
@@ -301,7 +357,8 @@ def _arrays(dataset: Any, batch_size: int) -> Dataset:
                 "the data set has no pairs of an input and a target; expected dataset[0] to be one",
                 argument="dataset",
             )
-        limit = most_batches(np.asarray(first[0]).nbytes * batch_size) * batch_size
+        size = sum(np.asarray(each).nbytes for each in first) * batch_size
+        limit = most_batches(size) * batch_size
         pairs = [dataset[index] for index in range(min(len(dataset), limit))]
         dataset = tuple(
             np.stack([np.asarray(x) for x in each]) for each in zip(*pairs, strict=True)
@@ -340,8 +397,8 @@ def _arrays(dataset: Any, batch_size: int) -> Dataset:
             f"batch_size is {batch_size} for {len(data)} examples; expected at most as many",
             argument="batch_size",
         )
-    parts = data.inputs if isinstance(data.inputs, tuple) else (data.inputs,)
-    most = most_batches(sum(part[:batch_size].nbytes for part in parts))
+    arrays = jax.tree.leaves((data.inputs, data.targets))
+    most = most_batches(sum(part[:batch_size].nbytes for part in arrays))
     return data[: min(len(data) // batch_size, most) * batch_size]
 
 

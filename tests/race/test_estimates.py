@@ -7,7 +7,7 @@ import statistics
 
 import pytest
 
-from jaxtrain.race.estimates import median_of, speedup, steps_until_ahead
+from jaxtrain.race.estimates import break_even_steps, median_of, speedup
 
 
 def test_speedup_is_the_ratio_of_medians_with_a_paired_interval() -> None:
@@ -42,7 +42,7 @@ def test_the_interval_of_a_median_lies_among_the_readings() -> None:
         ((0.0, 1.0), (1.0, 1.0), 0),
     ],
 )
-def test_steps_until_ahead_count_compilation(
+def test_break_even_steps_count_compilation(
     ours: tuple[float, float], theirs: tuple[float, float], steps: float
 ) -> None:
-    assert steps_until_ahead(ours, theirs) == steps
+    assert break_even_steps(ours, theirs) == steps

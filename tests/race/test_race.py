@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import functools
+import importlib
 import json
 import subprocess
 import sys
@@ -22,7 +23,8 @@ from torch import nn  # noqa: E402
 from torch.nn import functional as F  # noqa: E402
 
 from jaxtrain.race import __main__ as command  # noqa: E402
-from jaxtrain.race import contenders, run  # noqa: E402
+from jaxtrain.race import contenders, processes, run  # noqa: E402
+from jaxtrain.race.processes import by_value  # noqa: E402
 
 ROOT = Path(__file__).parents[2]
 RNG = np.random.default_rng(0)
@@ -65,7 +67,7 @@ def _in_this_process(request, monkeypatch) -> Iterator[None]:
     torch.set_num_threads(threads)
 
 
-def call(function, *arguments, cache=None):
+def call(function, *arguments, **options):
     return function(*copy.deepcopy(arguments))
 
 
@@ -81,12 +83,13 @@ def test_a_race_measures_steps_with_the_same_losses(tmp_path: Path) -> None:
     assert [row.missing for row in result.rows] == [None] * 3
     for row in result.rows:
         assert row.milliseconds.median > 0
-        assert row.ratio.median == pytest.approx(
+        assert row.speedup.median == pytest.approx(
             result.rows[0].milliseconds.median / row.milliseconds.median
         )
         assert row.contender in str(result)
-    assert result.ratios["eager PyTorch"] == 1
-    settings, agreement, *_ = result.notes
+    assert result.speedups["eager PyTorch"] == 1
+    settings, agreement, *rest = result.notes
+    assert "Not measured: how much rounds differ." in rest[-1]  # there is one
     assert "thread" in settings
     assert "fused" in settings
     largest = float(agreement.rpartition(" ")[2].rstrip("."))
@@ -95,6 +98,7 @@ def test_a_race_measures_steps_with_the_same_losses(tmp_path: Path) -> None:
     result.save(tmp_path / "race.json")
     saved = json.loads((tmp_path / "race.json").read_text())
     assert saved["rows"][2]["contender"] == "fit"
+    assert saved["rows"][0]["speedup"] == {"low": 1, "median": 1, "high": 1}
     assert saved["machine"]["versions"]["torch"] == torch.__version__
 
 
@@ -130,16 +134,22 @@ class Dense(linen.Module):
 def test_a_model_beside_the_module_starts_from_its_parameters() -> None:
     options = {"contenders": ("eager PyTorch", "train_epoch")}
     result = race(nn.Linear(6, 3), model=Dense(), **options)
-    assert list(result.ratios) == ["eager PyTorch", "train_epoch", "train_epoch, Dense"]
+    assert list(result.speedups) == ["eager PyTorch", "train_epoch", "train_epoch, Dense"]
     with pytest.raises(DisagreementError, match="in train_epoch, Dense and") as caught:
         race(nn.Linear(6, 3), model=Dense(1.01), **options)
     assert caught.value.step == 1
 
 
+def test_a_module_of_half_precision_does_not_draw() -> None:
+    result = race(nn.Linear(6, 3).bfloat16(), contenders=("eager PyTorch", "train_epoch"))
+    assert "computes in half precision; the mean loss of 20 steps" in result.notes[1]
+    assert set(result.speedups) == {"eager PyTorch", "train_epoch"}
+
+
 def test_a_module_that_draws_is_compared_by_its_mean_loss() -> None:
     result = race(Noisy(), contenders=("eager PyTorch", "train_epoch"))
     assert "draws random numbers; the mean loss of 20 steps" in result.notes[1]
-    assert set(result.ratios) == {"eager PyTorch", "train_epoch"}
+    assert set(result.speedups) == {"eager PyTorch", "train_epoch"}
     with pytest.raises(DisagreementError, match="the mean loss is"):
         race(
             Noisy(),
@@ -163,15 +173,15 @@ EXPECTED = np.array([2.0, 1.0, 0.5])
 def test_losses_may_differ_by_rounding(found, rounding, step: int | None) -> None:
     arguments = ({"fit": found}, EXPECTED, np.broadcast_to(rounding, 3))
     if step is None:
-        assert "agree to" in run.compare(*arguments, draws=False)
+        assert "agree to" in run.compare(*arguments, inexact=None)
     else:
         with pytest.raises(DisagreementError) as caught:
-            run.compare(*arguments, draws=False)
+            run.compare(*arguments, inexact=None)
         assert caught.value.step == step
 
 
 def test_ctrl_c_returns_what_was_measured(monkeypatch) -> None:
-    def interrupted(function, *arguments, cache=None):
+    def interrupted(function, *arguments, **options):
         if function is run.measuring.measure:
             measured.append(function)
             if len(measured) == 2:
@@ -243,7 +253,8 @@ def other_loss(predictions, targets):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"module": Net}, "expected a torch.nn.Module, such as Net"),
+        ({"module": Net}, "the module is .*Net.*; expected a torch.nn.Module"),
+        ({"optimizer": torch.optim.SGD(Net().parameters())}, "parameters that this Net does not"),
         ({"optimizer": jt.optimizers.sgd(0.1)}, "expected one of torch.optim, such as"),
         ({"data": (INPUTS[:8], LABELS[:8])}, "batch_size is 16 for 8 examples"),
         ({"data": INPUTS}, "no pairs of an input and a target"),
@@ -255,7 +266,7 @@ def other_loss(predictions, targets):
 )
 def test_arguments_are_checked(options: dict, message: str) -> None:
     module = options.pop("module", None) or Net()
-    optimizer = torch.optim.SGD(Net().parameters())
+    optimizer = torch.optim.SGD((module if isinstance(module, nn.Module) else Net()).parameters())
     arguments = {"loss_fn": jt.losses.cross_entropy, "optimizer": optimizer} | QUICK | options
     with pytest.raises(InputError, match=message):
         jt.race(module, arguments.pop("data", (INPUTS, LABELS)), **arguments)
@@ -288,12 +299,16 @@ def data():
 
 word = "x"
 """
+SCRIPT = "import argparse\nargparse.ArgumentParser().parse_args(['--unknown'])"
 
 
 @pytest.fixture
 def file(tmp_path: Path, monkeypatch) -> Iterator[Path]:
     (tmp_path / "networks_of_a_user.py").write_text(FILE)
+    (tmp_path / "script_of_a_user.py").write_text(SCRIPT)
+    (tmp_path / "sys.py").write_text(FILE)
     monkeypatch.setattr(sys, "path", [*sys.path])
+    monkeypatch.chdir(tmp_path)
     yield tmp_path / "networks_of_a_user.py"
     sys.modules.pop("networks_of_a_user", None)
 
@@ -302,7 +317,9 @@ def file(tmp_path: Path, monkeypatch) -> Iterator[Path]:
     ("flags", "message"),
     [
         (["nowhere.py:Net"], "there is no file nowhere.py"),
-        (["{file}"], "expected FILE.py:NAME"),
+        (["{file}"], "has no NAME; expected FILE.py:NAME"),
+        (["script_of_a_user.py:Net"], r'SystemExit: 2.* below `if __name__ == "__main__":`'),
+        (["sys.py:Net"], "sys.py has the name of the module sys"),
         (["{file}:Nets"], "has no Nets; expected one of its names: Net, NeedsWidth, Pair, data"),
         (["{file}:NeedsWidth"], "cannot be called without arguments .*width.*write a function"),
         (["{file}:word"], "is a str; expected a torch.nn.Module"),
@@ -338,6 +355,15 @@ def test_mistakes_in_the_command_are_one_sentence(
     with pytest.raises(SystemExit, match=f"^error: .*{message}") as caught:
         command.main()
     assert "\n" not in str(caught.value.code)
+
+
+def test_a_process_imports_no_file_of_the_user(file: Path) -> None:
+    sys.path.insert(0, str(file.parent))
+    module = importlib.import_module(file.stem).Net()
+    imported = lambda module: sorted({"jax", type(module).__module__} & {*sys.modules})  # noqa: E731
+    with by_value(module):
+        assert processes.call(imported, module) == []
+    assert processes.call(imported, module) == ["jax", file.stem]
 
 
 @pytest.mark.slow

@@ -99,6 +99,13 @@ def test_ctrl_c_returns_the_readings_of_the_incomplete_round() -> None:
 
 
 @needs_cloudpickle
+@pytest.mark.parametrize("reuse_memory", [False, True])
+def test_a_process_reuses_memory_if_told(reuse_memory: bool) -> None:
+    found = call(lambda: "MALLOC_ARENA_MAX" in os.environ, reuse_memory=reuse_memory)
+    assert found == reuse_memory
+
+
+@needs_cloudpickle
 def test_a_process_takes_what_no_module_defines() -> None:
     offset = 3
 
@@ -113,13 +120,21 @@ def refuse() -> None:
     raise InputError("x is 3; expected 4")
 
 
+def end(code: int) -> None:
+    os.write(2, b"a warning\nlast words\n")
+    if code < 0:
+        os.kill(os.getpid(), -code)
+    os._exit(code)
+
+
 @needs_cloudpickle
 @pytest.mark.parametrize(
     ("function", "arguments", "kind", "message"),
     [
         (refuse, (), InputError, "x is 3; expected 4"),
         (lambda: 1 / 0, (), ProcessError, "ZeroDivisionError: division by zero"),
-        (os._exit, (3,), ProcessError, "the process ended with 3"),
+        (end, (3,), ProcessError, "the process ended with exit code 3: last words"),
+        (end, (-9,), ProcessError, r"the process ended by signal 9 \(Killed\): last words"),
         (print, (threading.Lock(),), InputError, "cannot be sent to another process .*lock"),
     ],
 )
