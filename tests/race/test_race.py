@@ -24,7 +24,9 @@ from torch.nn import functional as F  # noqa: E402
 
 from jaxtrain.race import __main__ as command  # noqa: E402
 from jaxtrain.race import contenders, processes, run  # noqa: E402
+from jaxtrain.race.estimates import median_of  # noqa: E402
 from jaxtrain.race.processes import by_value  # noqa: E402
+from jaxtrain.race.result import Row, disturbances  # noqa: E402
 
 ROOT = Path(__file__).parents[2]
 RNG = np.random.default_rng(0)
@@ -194,6 +196,21 @@ def test_ctrl_c_returns_what_was_measured(monkeypatch) -> None:
     assert not result.complete
     assert len(result.rows[0].readings) == 1
     assert "Interrupted after round 1." in str(result)
+
+
+@pytest.mark.parametrize(
+    ("readings", "others", "sentence"),
+    [
+        ((1.0, 1.1), 0.0, "Nothing disturbed the machine noticeably."),
+        ((1.0, 1.1), None, "Not measured: the load of other processes."),
+        ((1.0,), None, "Not measured: the load of other processes, how much rounds differ."),
+        ((1.0,), 0.5, "other processes kept 0.5 cores busy on average. Not measured: how much"),
+        ((1.0, 1.5), None, "disturbed: rounds of fit differ by 40%. Not measured: the load"),
+    ],
+)
+def test_what_is_not_measured_is_not_called_quiet(readings, others, sentence: str) -> None:
+    row = Row("fit", milliseconds=median_of(readings), readings=readings)
+    assert sentence in disturbances([row], others)
 
 
 class Pairs:
