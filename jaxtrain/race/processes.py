@@ -145,9 +145,8 @@ def _variables(cache: Path | None, reuse_memory: bool) -> dict[str, str]:
     """Returns the environment variables of a process."""
     kept = {name: os.environ[name] for name in os.environ if not name.startswith(_CACHE_SETTINGS)}
     # The process that starts this one may hold most of the memory of a GPU.
-    found = (
-        {"XLA_PYTHON_CLIENT_PREALLOCATE": "false"} | (ENVIRONMENT if reuse_memory else {}) | kept
-    )
+    found = {"XLA_PYTHON_CLIENT_PREALLOCATE": "false"}
+    found |= (ENVIRONMENT if reuse_memory else {}) | kept
     found |= {"OMP_NUM_THREADS": str(cores()), DEVICE_VARIABLE: jax.default_backend()}
     if jax.default_backend() != "cpu":
         found |= {"JAX_DEFAULT_MATMUL_PRECISION": "highest", "NVIDIA_TF32_OVERRIDE": "0"}

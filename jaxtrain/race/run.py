@@ -119,7 +119,7 @@ def race(
     if model is not None:
         in_jax |= {f"{way}, {type(model).__name__}": (way, model) for way in list(in_jax)}
     described = machine.describe()
-    with by_value(*module.modules(), torch_loss):
+    with by_value(*module.modules(), optimizer, torch_loss):
         found, notes = _prepare(task, in_jax, seconds, log)
         task = task._replace(data=data[: found["steps"] * batch_size])
         in_pytorch = [each for each in (EAGER, COMPILED) if each in contenders]
