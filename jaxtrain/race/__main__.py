@@ -130,7 +130,8 @@ def _load(target: str) -> Any:
             f"{place} has the name of the module {source.__name__}; expected another file name"
         )
     if not hasattr(source, name):
-        names = [each for each, value in vars(source).items() if callable(value) and each[0] != "_"]
+        found = vars(source).items()
+        names = [each for each, x in found if each[0] != "_" and not inspect.ismodule(x)]
         raise InputError(f"{place} has no {name}; expected one of its names: {', '.join(names)}")
     return getattr(source, name)
 

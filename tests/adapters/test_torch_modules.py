@@ -165,7 +165,9 @@ def test_a_fit_resumes_and_its_file_predicts(tmp_path) -> None:
     jt.export.stablehlo(state, tmp_path / "model.stablehlo", DATA.inputs[:1])
     predict = jt.export.load_stablehlo(tmp_path / "model.stablehlo")
     for count in (1, 7):
-        np.testing.assert_allclose(predict(DATA.inputs[:count]), outputs[:count], rtol=1e-5, atol=1e-5)
+        np.testing.assert_allclose(
+            predict(DATA.inputs[:count]), outputs[:count], rtol=1e-5, atol=1e-5
+        )
     jt.save(tmp_path / "model.safetensors", state)
     loaded = jt.load(tmp_path / "model.safetensors", init(make_cnn()))
     np.testing.assert_array_equal(jt.predict(loaded, DATA.inputs), outputs)
