@@ -287,7 +287,7 @@ def _readings(pairs: Pairs, uses: Uses | None) -> tuple[Sequence[Orders], str | 
 
 
 def conversions(
-    state: TrainState, source: Any, mapping: Mapping[str, str] | None, *, strict: bool = True
+    state: TrainState, source: Any, mapping: Mapping[str, str] | None
 ) -> list[Conversion]:
     """Returns the ways to convert the weights of a PyTorch model, the likeliest first.
 
@@ -298,7 +298,7 @@ def conversions(
     """
     tensors, tied = read_state_dict(source)
     uses = trace_uses(state)
-    pairs = _match(tensors, tied, state, uses, mapping, strict)
+    pairs = _match(tensors, tied, state, uses, mapping, strict=True)
     known, in_doubt = _readings(pairs, uses)
     readings = {tuple(sorted(reading)): reading for reading in reversed([*known, {}])}
     return [

@@ -11,6 +11,7 @@ import numpy as np
 from jax.extend.core import ClosedJaxpr, jaxpr_as_fun
 from jaxtyping import PyTree
 
+from jaxtrain._differences import relative
 from jaxtrain.export._torch_layers import Layer
 from jaxtrain.export._torch_match import TorchLayer
 from jaxtrain.export._torch_trace import Uses, sample_shapes
@@ -165,7 +166,7 @@ def _difference(theirs: np.ndarray, ours: np.ndarray) -> float:
     """Returns the difference relative to the largest output, in either layout of channels."""
     forms = [theirs, np.moveaxis(theirs, 1, -1)] if theirs.ndim > 2 else [theirs]
     return min(
-        _relative(form.reshape(-1), np.asarray(last(ours)).reshape(-1))
+        relative(form.reshape(-1), np.asarray(last(ours)).reshape(-1), 1e-6)
         for form in forms
         for last in _LAST
     )
@@ -173,9 +174,4 @@ def _difference(theirs: np.ndarray, ours: np.ndarray) -> float:
 
 def _has_same_entries(a: np.ndarray, b: np.ndarray, tolerance: float) -> bool:
     """Returns whether two arrays have the same entries in any order."""
-    return a.size == b.size and _relative(np.sort(a, None), np.sort(b, None)) <= tolerance
-
-
-def _relative(a: np.ndarray, b: np.ndarray) -> float:
-    difference = np.abs(a - b).max(initial=0.0)
-    return float(difference / max(np.abs(a).max(initial=0.0), 1e-6)) if difference else 0.0
+    return a.size == b.size and relative(np.sort(a, None), np.sort(b, None), 1e-6) <= tolerance

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 
 from jaxtrain.inspect._torch_calls import ARGUMENTS, Change, Site
 
-# By name: the function, and what to write in JAX.
+# By name: the function with the defaults of JAX, and what to write in JAX.
 _ACTIVATIONS: dict[str, tuple[Callable[..., Any], str]] = {
     "no activation": (lambda x: x, "no activation"),
     "relu": (F.relu, "jax.nn.relu(x)"),
@@ -22,18 +22,26 @@ _ACTIVATIONS: dict[str, tuple[Callable[..., Any], str]] = {
         "jax.nn.gelu(x, approximate=True)",
     ),
     "silu": (F.silu, "jax.nn.silu(x)"),
-    "leaky_relu": (F.leaky_relu, "jax.nn.leaky_relu(x, 0.01)"),
-    "elu": (F.elu, "jax.nn.elu(x)"),
+    "leaky_relu": (F.leaky_relu, "jax.nn.leaky_relu(x, {0:g})"),
+    "elu": (F.elu, "jax.nn.elu(x, {0:g})"),
     "tanh": (torch.tanh, "jnp.tanh(x)"),
     "sigmoid": (torch.sigmoid, "jax.nn.sigmoid(x)"),
-    "softplus": (F.softplus, "jax.nn.softplus(x)"),
+    "softplus": (F.softplus, "jax.nn.softplus({0:g} * x) / {0:g}"),
     "relu6": (F.relu6, "jax.nn.relu6(x)"),
     "hardswish": (F.hardswish, "jax.nn.hard_swish(x)"),
-    "softmax": (lambda x: F.softmax(x, -1), "jax.nn.softmax(x)"),
-    "log_softmax": (lambda x: F.log_softmax(x, -1), "jax.nn.log_softmax(x)"),
+    "softmax": (lambda x: F.softmax(x, -1), "jax.nn.softmax(x, axis={0})"),
+    "log_softmax": (lambda x: F.log_softmax(x, -1), "jax.nn.log_softmax(x, axis={0})"),
 }
+# Their arguments, with the defaults of JAX.
+_OPTIONS: dict[str, tuple[str, float]] = {
+    "leaky_relu": ("negative_slope", 0.01),
+    "elu": ("alpha", 1.0),
+    "softplus": ("beta", 1.0),
+    "softmax": ("dim", -1),
+    "log_softmax": ("dim", -1),
+}
+# Of norms without a layer whose settings are known.
 _EPSILONS = (1e-6, 1e-5, 1e-3, 1e-12, 1e-8)
-_MOMENTA = (0.01, 0.1, 0.9, 0.99, 0.001, 0.05)
 
 
 def in_evaluation(
@@ -50,8 +58,9 @@ def in_evaluation(
     is_known = name in ARGUMENTS
     if is_known and (name.startswith("conv") or "pool" in name):
         yield from _windows(site, arguments)
-    if name.endswith("_norm"):
-        theirs = arguments.get("eps") or 1e-5
+    if is_known and name.endswith("_norm"):
+        theirs = arguments.get("eps", None if name == "rms_norm" else 1e-5)
+        theirs = torch.finfo(arguments["input"].dtype).eps if theirs is None else theirs
         for eps in [settings["eps"]] if "eps" in settings else _EPSILONS:
             if not math.isclose(eps, theirs, rel_tol=1e-3):
                 fix = f"{{layer}}({{eps}}={theirs:g})"
@@ -67,10 +76,11 @@ def in_evaluation(
     if name == "gelu" and arguments.get("approximate", "none") != "none":
         name = "approximate gelu"
     if name in _ACTIVATIONS or name == "outputs":
-        fix = _ACTIVATIONS.get(name, (None, "the outputs without it"))[1]
+        theirs, fix = _activation(name, arguments)
         for other, (function, _) in _ACTIVATIONS.items():
-            if other != name and (name, other) != ("outputs", "no activation"):
-                yield _change("activation", site, name, other, fix, _instead(function))
+            ours = _activation(other, {})[0]
+            if ours != theirs and (name, other) != ("outputs", "no activation"):
+                yield _change("activation", site, theirs, ours, fix, _instead(function))
     if name == "masked_fill" or arguments.get("attn_mask") is not None or is_causal:
         change = _replace(attn_mask=None, is_causal=False)
         change = _instead(lambda x: x) if name == "masked_fill" else change
@@ -91,18 +101,17 @@ def in_training(
     """
     if site.function != "batch_norm" or arguments.get("running_mean") is None:
         return
-    theirs = 0.1 if arguments.get("momentum") is None else arguments["momentum"]
-    for momentum in [settings["momentum"]] if "momentum" in settings else _MOMENTA:
-        if not math.isclose(momentum, theirs, rel_tol=1e-3):
-            fix = f"{{layer}}(momentum={1 - theirs:g})"
-            ours = f"{momentum:g} (momentum={1 - momentum:g} in JAX)"
-            change = _replace(momentum=momentum)
-            yield _change("momentum", site, f"{theirs:g}", ours, fix, change)
+    number, momentum = arguments.get("momentum", 0.1), settings.get("momentum")
+    is_cumulative = "is_cumulative" in settings
+    if momentum is not None and (is_cumulative or not math.isclose(momentum, number, rel_tol=1e-3)):
+        theirs = "a cumulative average (momentum=None)" if is_cumulative else f"{number:g}"
+        fix = f"{{layer}}(momentum={1 - number:g})"
+        fix = "a layer that averages all batches equally" if is_cumulative else fix
+        ours = f"{momentum:g} (momentum={1 - momentum:g} in JAX)"
+        yield _change("momentum", site, theirs, ours, fix, _replace(momentum=momentum))
     mode = "batch norm in training", site, "statistics of the batch"
     fix = "{layer} in training mode, such as use_running_average=not train"
     yield _change(*mode, "running statistics", fix, _replace(training=False))
-    fix = '{layer}(..., mode="batch")'
-    yield _change(*mode, "running statistics that it updates", fix, _updated_first)
     note = "the running variance of batch norm is the biased one, as in Flax and Equinox"
     convention = _change("running variance", site, "unbiased", note, "", _biased_running)
     yield convention._replace(is_convention=True)
@@ -125,12 +134,11 @@ def joined(changes: Sequence[Change]) -> Iterator[Change]:
             yield group[0]._replace(theirs=theirs, fix=fix, calls=calls)
 
 
-def with_bias(layer: str) -> Change:
+def with_bias(layer: str, size: int) -> Change:
     """Returns the change of a layer without a bias to one with a bias of 0."""
 
     def change(module: Any) -> None:
         found = module.get_submodule(layer)
-        size = found.weight.shape[0]
         found.bias = torch.nn.Parameter(torch.zeros(size, dtype=found.weight.dtype))
 
     site = Site(layer, "bias", 0)
@@ -159,6 +167,18 @@ def unfrozen() -> Change:
     fix = "optax.partition with optax.set_to_zero for the frozen parameters"
     theirs = "parameters with requires_grad=False"
     return Change("frozen", {site: theirs}, "trained ones", {site: fix}, {}, change)
+
+
+def _activation(name: str, arguments: Mapping[str, Any]) -> tuple[str, str]:
+    """Returns a function with its argument, if it is not JAX's default, and what to write."""
+    fix = _ACTIVATIONS.get(name, (None, "the outputs without it"))[1]
+    if name not in _OPTIONS:
+        return name, fix
+    option, default = _OPTIONS[name]
+    value = arguments.get(option)
+    if value is None or (option == "dim" and value == arguments["input"].dim() - 1):
+        value = default
+    return name if value == default else f"{name} with {option}={value:g}", fix.format(value)
 
 
 def _change(
@@ -293,18 +313,6 @@ def _biased_running(inner: Any) -> Any:
             added = updated - running * (1 - kwargs["momentum"])
             running.copy_(updated - added / n)
         return outputs
-
-    return call
-
-
-def _updated_first(inner: Any) -> Any:
-    """Returns batch norm that normalizes by the running statistics after their update."""
-
-    def call(**kwargs: Any) -> Any:
-        if kwargs.get("training"):
-            with torch.no_grad():
-                inner(**kwargs)
-        return inner(**{**kwargs, "training": False})
 
     return call
 

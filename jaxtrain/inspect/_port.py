@@ -8,13 +8,13 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import optax
 from jaxtyping import Array, Key, PyTree
 
 from jaxtrain import adapters
 from jaxtrain._compiler import bounded
+from jaxtrain._differences import difference, relative
 from jaxtrain._extras import needs_extra
 from jaxtrain.errors import InputError
 from jaxtrain.export import Conversion, conversions, misfits
@@ -26,15 +26,7 @@ _SAME = 1e-3
 
 
 class MisfitError(InputError):
-    """Layers of a module and of a model have no counterpart.
-
-    Attributes:
-      inputs: the inputs in the layout in which the fewest have none.
-    """
-
-    def __init__(self, message: str, inputs: PyTree) -> None:
-        super().__init__(message)
-        self.inputs = inputs
+    """Layers of a module and of a model have no counterpart."""
 
 
 class Port(NamedTuple):
@@ -44,7 +36,7 @@ class Port(NamedTuple):
       state: the state.
       inputs: the inputs in the layout of the model.
       conversion: how weights are converted.
-      difference: of the outputs in evaluation, relative to the largest; infinite if their sizes
+      difference: of the outputs in evaluation, relative to the largest; infinite if their shapes
         differ.
       initial: the state with the model's own parameters.
       biases: names of biases that only the model has, which are 0 in the state.
@@ -74,7 +66,7 @@ def port(
       module: the PyTorch module, which is not changed.
       model: the same network as a Linen, NNX or Equinox module, or a `Model`.
       inputs: inputs of the module, [batch, ...]; arrays or tensors.
-      optimizer: that of the state.
+      optimizer: optimizer of the state.
       key: PRNG key of the state.
       mapping: as in `jaxtrain.export.load_torch`.
       model_inputs: the inputs in the model's layout. None takes them as they are if the model then
@@ -87,9 +79,9 @@ def port(
     Raises:
       InputError: the module does not take the inputs, or its layers are not those of the model.
     """
-    found = best_port(
-        module, model, inputs, optimizer, key=key, mapping=mapping, model_inputs=model_inputs
-    )
+    options = {"key": key, "mapping": mapping, "model_inputs": model_inputs}
+    with jax.default_matmul_precision("highest"):
+        found = best_port(module, model, inputs, optimizer, **options)
     return found.state, found.inputs
 
 
@@ -102,13 +94,11 @@ def best_port(
     key: Key[Array, ""],
     mapping: Mapping[str, str] | None = None,
     model_inputs: PyTree = None,
-    strict: bool = True,
     any_biases: bool = False,
 ) -> Port:
     """Returns the layout of inputs and the order of features with the most similar outputs.
 
-    The arguments are those of `port`. With `strict=False`, layers without a counterpart keep the
-    model's own weights, and with `any_biases`, layers may have a bias on one side alone.
+    The arguments are those of `port`. With `any_biases`, layers may have a bias on one side alone.
     """
     check_module(module)
     with needs_extra("torch"):
@@ -137,17 +127,17 @@ def best_port(
             source = {n: x for n, x in module.state_dict().items() if n not in others}
             if any_biases:
                 source, biases = _with_our_biases(state, source)
-            ways = conversions(state, source, mapping, strict=strict)
+            ways = conversions(state, source, mapping)
         except Exception as error:  # networks raise different types for a wrong shape
             is_misfit = state is not None and isinstance(error, InputError) and not error.argument
-            error = MisfitError(str(error), layout) if is_misfit else error
+            error = MisfitError(str(error)) if is_misfit else error
             errors.append((_misfits(state, module), error))
             continue
         for way in ways:
             loaded = way.load(state)
             ours = evaluate(loaded, jax.tree.map(lambda leaf: leaf[:4], layout))
-            difference = _difference(theirs, jax.tree.leaves(ours))
-            found.append(Port(loaded, layout, way, difference, state, biases))
+            distance = _difference(theirs, jax.tree.leaves(ours))
+            found.append(Port(loaded, layout, way, distance, state, biases))
             if found[-1].difference <= _SAME:
                 return found[-1]
     if not found:
@@ -162,10 +152,6 @@ def without_dropout(model_or_module: Any) -> Any:
     Args:
       model_or_module: a `torch.nn.Module`, of which it returns a copy; or the `Model` of a state,
         `state.model`. A `Model` of plain functions is returned as it is.
-
-    Example:
-      >>> from jaxtrain.inspect import without_dropout
-      >>> state = state.replace(model=without_dropout(state.model))
     """
     if isinstance(model_or_module, Model):
         return adapters.without_dropout(model_or_module)
@@ -207,8 +193,7 @@ def _layouts(inputs: PyTree) -> Iterator[PyTree]:
 
 def evaluate(state: TrainState, inputs: PyTree) -> PyTree:
     """Returns the outputs of a model in evaluation as arrays of NumPy."""
-    with jax.default_matmul_precision("highest"):
-        outputs = _evaluate(state.model, state.params, state.model_state, inputs)
+    outputs = _evaluate(state.model, state.params, state.model_state, inputs)
     return jax.tree.map(np.asarray, outputs)
 
 
@@ -220,10 +205,11 @@ def _evaluate(model: Model, params: PyTree, model_state: PyTree, inputs: PyTree)
 
 
 def _difference(theirs: list[np.ndarray], ours: list[np.ndarray]) -> float:
-    if [x.size for x in theirs] != [x.size for x in ours]:
-        return float("inf")
-    pairs = zip(theirs, ours, strict=True)
-    return max((relative(x, in_layout(y, x.shape)) for x, y in pairs), default=0.0)
+    orders = axis_orders(theirs, ours)
+    if orders is None:
+        return math.inf
+    pairs = zip(theirs, orders, ours, strict=True)
+    return max((relative(x.transpose(order), y) for x, order, y in pairs), default=0.0)
 
 
 def _with_our_biases(
@@ -258,18 +244,23 @@ def _misfits(state: TrainState | None, source: Any) -> float:
         return 0
 
 
-def in_layout(array: Any, shape: tuple[int, ...]) -> Any:
-    """Returns an array of another layout in that of a shape: as it is, or with channels moved."""
-    ndim = len(array.shape)
-    for source, target in ((0, 0), (-1, 1), (1, -1)):
-        moved = jnp.moveaxis(array, source, target) if ndim > 2 else array
-        if moved.shape == tuple(shape):
-            return moved
-    return array.reshape(shape)
+def axis_orders(
+    theirs: Sequence[np.ndarray], ours: Sequence[np.ndarray]
+) -> list[tuple[int, ...]] | None:
+    """Returns how the axes of PyTorch's outputs are ordered in the model's, as for `transpose`.
 
-
-def relative(a: Any, b: Any) -> float:
-    """Returns the largest difference of two arrays relative to the largest entry of the first."""
-    a, b = np.asarray(a, np.float64), np.asarray(b, np.float64)
-    difference = np.abs(a - b).max(initial=0.0)
-    return float(difference / max(np.abs(a).max(initial=0.0), 1e-12)) if difference else 0.0
+    The channels may be first or last. Of several orders with the right shape, the one with the
+    smallest difference is taken. None if an output has no order with the right shape.
+    """
+    if len(theirs) != len(ours):
+        return None
+    found = []
+    for x, y in zip(theirs, ours, strict=True):
+        axes = tuple(range(x.ndim))
+        orders = [axes, (0, *axes[2:], 1), (0, axes[-1], *axes[1:-1])] if x.ndim > 2 else [axes]
+        fitting = [order for order in orders if x.transpose(order).shape == y.shape]
+        if not fitting:
+            return None
+        distances = [difference(x.transpose(order), y) for order in fitting]
+        found.append(fitting[distances.index(min(distances))])
+    return found

@@ -4,19 +4,22 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from typing import Any, TypeVar
 
 import jax
 import numpy as np
 from jaxtyping import PyTree
 
+from jaxtrain._differences import difference, explained, largest
 from jaxtrain.inspect import _causes
 from jaxtrain.inspect._torch_calls import Change, Reference, Site
 
-# Forward passes in a search for two changes at once, and steps of the search.
-_MAXIMUM_RUNS, _MAXIMUM_CHANGES = 2000, 8
+# How long a search takes, and how many changes it finds.
+SECONDS, _MAXIMUM_CHANGES = 60, 8
 _OUTPUTS = Site("", "outputs", 0)
+_Option = TypeVar("_Option")
 
 
 class Search:
@@ -27,6 +30,7 @@ class Search:
         outputs; None if none differs.
       changes: those found so far.
       is_done: whether both sides agree with the changes.
+      is_stopped: whether the search ended because it took `SECONDS`.
     """
 
     def __init__(
@@ -35,7 +39,7 @@ class Search:
         exact: Reference,
         inputs: PyTree,
         layers: Mapping[str, np.ndarray],
-        outputs: Sequence[np.ndarray] | None,
+        outputs: Sequence[np.ndarray],
         settings: Mapping[str, Mapping[str, float]],
         tolerance: float,
     ) -> None:
@@ -47,8 +51,7 @@ class Search:
           inputs: some examples.
           layers: entries of the outputs of the model's layers, by name in PyTorch, in the order
             of the model.
-          outputs: leaves of the model's outputs in the layout of PyTorch; None compares layers
-            alone.
+          outputs: leaves of the model's outputs in the layout of PyTorch.
           settings: what is known of the model's layers, by name in PyTorch.
           tolerance: of arrays, relative to the largest entry.
         """
@@ -66,11 +69,12 @@ class Search:
         }
         self._outputs = outputs
         self._noise = {
-            name: _largest(np.sort(x, None), np.sort(rounded.layers[name], None))
+            name: difference(np.sort(x, None), np.sort(rounded.layers[name], None))
             for name, x in forward.layers.items()
             if name in self._ours
         }
         self._tolerance = tolerance
+        self._deadline, self.is_stopped = time.monotonic() + SECONDS, False
         self.changes: list[Change] = []
         differences = self._differences(())
         index = _first(differences)
@@ -96,27 +100,54 @@ class Search:
                 return
             self.changes += found
 
+    def run_training(
+        self, further: Sequence[Change], failing: Callable[[Sequence[Change]], float]
+    ) -> None:
+        """Adds changes with which fewer arrays differ in training.
+
+        Args:
+          further: changes of the module to try besides those of calls.
+          failing: returns the number of arrays that differ with some changes.
+        """
+        count = failing(self.changes)
+        calls = [
+            change
+            for site, arguments in self.sites.items()
+            for change in _causes.in_training(site, arguments, self._settings_of(site))
+        ]
+        groups = [change for change in _causes.joined(calls) if len(change.calls) > 1]
+        while count and len(self.changes) < _MAXIMUM_CHANGES:
+            for options in ([*groups, *further], calls):
+                counts = [failing([*self.changes, x]) for x in self._in_time(options)]
+                if min(counts, default=count) < count:
+                    count = min(counts)
+                    self.changes.append(options[counts.index(count)])
+                    break
+            else:
+                break
+
     def _best(self, index: int, changes: Sequence[Change]) -> Sequence[Change]:
         """Returns the changes that lead furthest, or () if the first layer still differs."""
         start, stop = self._window(index)
-        for first in (start, 0):
-            near = set(list(self.sites)[first:stop])
-            some = [x for x in changes if near & x.calls.keys()]
-            groups = [x for x in _causes.joined(changes) if near & x.calls.keys()]
-            pairs = (
-                pair for pair in itertools.combinations(some, 2) if pair[0].calls != pair[1].calls
-            )
-            few = itertools.islice(pairs, _MAXIMUM_RUNS if first == start else 0)
-            for options in ([(x,) for x in groups], few):
-                best: Sequence[Change] = ()
-                best_key = index, -math.inf
-                for option in options:
-                    after = self._differences([*self.changes, *option])
-                    key = _first(after), -after[index]
-                    if key > best_key:
-                        best, best_key = option, key
-                if best_key[0] > index:
-                    return best
+        calls = list(self.sites)
+        near, before = set(calls[start:stop]), set(calls[:stop])
+        some = [change for change in changes if near & change.calls.keys()]
+        pairs = (x for x in itertools.combinations(some, 2) if x[0].calls != x[1].calls)
+        groups = list(_causes.joined(changes))
+        for options in (
+            [(x,) for x in groups if near & x.calls.keys()],
+            [(x,) for x in groups if before & x.calls.keys()],
+            pairs,
+        ):
+            best: Sequence[Change] = ()
+            best_key = index, -math.inf
+            for option in self._in_time(options):
+                after = self._differences([*self.changes, *option])
+                key = _first(after), -after[index]
+                if key > best_key:
+                    best, best_key = option, key
+            if best_key[0] > index:
+                return best
         return ()
 
     def _window(self, index: int) -> tuple[int, int]:
@@ -135,48 +166,20 @@ class Search:
             theirs = np.sort(forward.layers[name], None) if name in forward.layers else None
             noise = self._noise[name]
             found.append(_ratio(theirs, np.sort(ours, None), self._tolerance, noise))
-        if self._outputs is not None:
-            pairs = itertools.zip_longest(forward.outputs or (), self._outputs)
-            found.append(max(_ratio(x, y, self._tolerance, 0.0) for x, y in pairs))
+        pairs = itertools.zip_longest(forward.outputs or (), self._outputs)
+        found.append(max(_ratio(x, y, self._tolerance, 0.0) for x, y in pairs))
         return found
+
+    def _in_time(self, options: Iterable[_Option]) -> Iterator[_Option]:
+        """Yields options until the search has taken `SECONDS`."""
+        for option in options:
+            if time.monotonic() > self._deadline:
+                self.is_stopped = True
+                return
+            yield option
 
     def _settings_of(self, site: Site) -> Mapping[str, float]:
         return self._settings.get(site.layer, {})
-
-
-def in_training(
-    sites: Mapping[Site, Mapping[str, Any]],
-    settings: Mapping[str, Mapping[str, float]],
-    further: Sequence[Change],
-    failing: Callable[[Sequence[Change]], float],
-    changes: Sequence[Change],
-) -> list[Change]:
-    """Returns changes with which fewer arrays differ in training, after those given.
-
-    Args:
-      sites: the calls of functions with their arguments.
-      settings: what is known of the model's layers, by name in PyTorch.
-      further: other changes to try.
-      failing: returns the number of arrays that differ with some changes.
-      changes: those that were found in evaluation.
-    """
-    found, count = list(changes), failing(changes)
-    calls = [
-        change
-        for site, arguments in sites.items()
-        for change in _causes.in_training(site, arguments, settings.get(site.layer, {}))
-    ]
-    groups = [change for change in _causes.joined(calls) if len(change.calls) > 1]
-    while count and len(found) < _MAXIMUM_CHANGES:
-        for options in ([*groups, *further], calls):
-            counts = [failing([*found, option]) for option in options]
-            if min(counts, default=count) < count:
-                count = min(counts)
-                found.append(options[counts.index(count)])
-                break
-        else:
-            break
-    return found
 
 
 def _first(differences: Sequence[float]) -> int:
@@ -185,12 +188,6 @@ def _first(differences: Sequence[float]) -> int:
 
 
 def _ratio(theirs: Any, ours: Any, tolerance: float, noise: float) -> float:
-    if theirs is None or ours is None or theirs.size != ours.size:
+    if theirs is None or ours is None:
         return math.inf
-    explained = max(tolerance * float(np.abs(theirs).max(initial=0.0)), 8 * noise, 1e-12)
-    ratio = _largest(theirs, ours) / explained
-    return math.inf if math.isnan(ratio) else ratio
-
-
-def _largest(a: np.ndarray, b: np.ndarray) -> float:
-    return float(np.abs(np.asarray(a, np.float64) - b).max(initial=0.0))
+    return difference(theirs, ours) / explained(largest(theirs), tolerance, noise)

@@ -28,9 +28,15 @@ ARGUMENTS: dict[str, tuple[str, ...]] = {
     **{f"avg_pool{n}d": _AVG_POOL for n in (1, 2, 3)},
     "linear": ("input", "weight", "bias"),
     "gelu": ("input",),
+    "leaky_relu": ("input", "negative_slope", "inplace"),
+    "elu": ("input", "alpha", "inplace"),
+    "softplus": ("input", "beta", "threshold"),
+    "softmax": ("input", "dim"),
+    "log_softmax": ("input", "dim"),
     "scaled_dot_product_attention": _ATTENTION,
     "multi_head_attention_forward": (),
     "batch_norm": (*_BATCH_NORM, "eps"),
+    "instance_norm": (*_BATCH_NORM, "eps"),
     "layer_norm": ("input", "normalized_shape", "weight", "bias", "eps"),
     "group_norm": ("input", "num_groups", "weight", "bias", "eps"),
     "rms_norm": ("input", "normalized_shape", "weight", "eps"),
@@ -42,7 +48,7 @@ class Site(NamedTuple):
 
     Attributes:
       layer: name of the module that makes it; "" is the outermost.
-      function: name of the function, or "outputs" for what the outermost module returns.
+      function: name of the function, or "outputs" for the outputs of the outermost module.
       number: how many such calls the layer made before.
     """
 

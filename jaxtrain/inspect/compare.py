@@ -1,4 +1,4 @@
-"""compare: whether a JAX model computes and trains as a PyTorch module does, and if not, why."""
+"""compare: whether a JAX port computes and trains like its PyTorch module, and if not, why."""
 
 from __future__ import annotations
 
@@ -17,23 +17,30 @@ from jaxtyping import Array, Float, PyTree
 
 from jaxtrain import adapters, optimizers, parallel
 from jaxtrain._compiler import bounded
+from jaxtrain._differences import difference, differences, explained, largest
 from jaxtrain.dataset import Dataset
 from jaxtrain.errors import InputError
 from jaxtrain.inspect._port import (
     MisfitError,
     Port,
     as_arrays,
+    axis_orders,
     best_port,
     check_module,
     evaluate,
     first_line,
-    in_layout,
     without_dropout,
 )
 from jaxtrain.losses import Loss, context_parameters
 from jaxtrain.model import Model
-from jaxtrain.training.state import TrainState, init_state, with_optimizer
-from jaxtrain.training.step import apply_gradients, check_loss, gradients
+from jaxtrain.training.state import TrainState, with_optimizer
+from jaxtrain.training.step import (
+    LossContext,
+    apply_gradients,
+    check_loss,
+    gradients,
+    mean_loss,
+)
 
 if TYPE_CHECKING:
     from jaxtrain.inspect._search import Search
@@ -42,8 +49,8 @@ if TYPE_CHECKING:
 _STEPS, _RATE = 5, 0.1
 # In which the search runs, those that differ most.
 _EXAMPLES = 4
-# The rounding of float32, and how much of what PyTorch rounds is explained.
-_TOLERANCE, _FACTOR = 1e-5, 8
+# The rounding of float32.
+_TOLERANCE = 1e-5
 # Backward passes and statistics subtract numbers that are nearly equal.
 _LARGER_TOLERANCE = 1e-4
 # Arrays below this fraction of the largest of a quantity are compared relative to that.
@@ -60,10 +67,11 @@ class PortDifference(NamedTuple):
 
     Attributes:
       quantity: such as "gradients".
-      difference: that of the array that differs most, relative to its largest entry.
-      tolerance: what rounding explains.
+      difference: the largest difference of the array that differs most, relative to its largest
+        entry.
+      tolerance: the difference that rounding explains.
       where: the array, with its names in PyTorch and in the model.
-      remaining: the difference if PyTorch does what the causes say; None without causes.
+      remaining: the difference after the causes are removed; None without causes.
     """
 
     quantity: str
@@ -82,11 +90,11 @@ class Cause(NamedTuple):
     """Something that a model does differently from a PyTorch module.
 
     Attributes:
-      kind: what it is about, such as "padding".
+      kind: the kind of difference, such as "padding".
       where: the layers, with their names in PyTorch and in the model.
-      theirs: what PyTorch does.
-      ours: what the model does, or something with the same results.
-      fix: what to write in the model.
+      theirs: the setting or function in PyTorch.
+      ours: the setting or function in the model, or one with the same results.
+      fix: the code to write in the model.
     """
 
     kind: str
@@ -105,14 +113,15 @@ class Cause(NamedTuple):
 
 @dataclasses.dataclass(frozen=True, repr=False)
 class Comparison:
-    """Whether a model computes and trains as a PyTorch module does; prints as a table.
+    """Whether a JAX port computes and trains like its PyTorch module; prints as a table.
 
     Attributes:
-      differences: the largest difference of each quantity; () if the weights do not fit.
-      causes: what the model does differently, as far as it was found.
-      first: the first layer whose output differs in evaluation, in both names; None without one.
-      refused: why the weights do not fit; None if they do.
-      notes: differences that a right port may have.
+      differences: the largest difference of each quantity; () with a mismatch.
+      causes: the causes that were found.
+      first_layer: the first layer whose output differs in evaluation, in both names; None without
+        one.
+      mismatch: why the weights or the shapes of the outputs do not fit; None if they do.
+      notes: differences that a right port may have, and quantities that were not compared.
 
     Example:
       >>> import torch
@@ -128,14 +137,14 @@ class Comparison:
 
     differences: tuple[PortDifference, ...]
     causes: tuple[Cause, ...]
-    first: str | None
-    refused: str | None
+    first_layer: str | None
+    mismatch: str | None
     notes: tuple[str, ...]
 
     @property
     def ok(self) -> bool:
-        """Whether the port is right: rounding explains all differences."""
-        return not self.refused and not self.causes and all(each.ok for each in self.differences)
+        """Whether rounding explains all differences; `notes` says what was not compared."""
+        return not self.mismatch and not self.causes and all(each.ok for each in self.differences)
 
     def __str__(self) -> str:
         rows = [["quantity", "difference", "tolerance", "", "fixed", "where"]]
@@ -152,10 +161,10 @@ class Comparison:
             for row in rows
             if self.differences
         ]
-        if self.refused:
-            lines.append(f"the weights do not fit: {self.refused}")
-        if self.first is not None:
-            lines.append(f"first layer that differs: {self.first}")
+        if self.mismatch:
+            lines.append(f"the two do not fit: {self.mismatch}")
+        if self.first_layer is not None:
+            lines.append(f"first layer that differs: {self.first_layer}")
         lines += [f"{number}. {cause}" for number, cause in enumerate(self.causes, start=1)]
         unexplained = [
             x.quantity
@@ -185,17 +194,17 @@ def compare(
     mapping: Mapping[str, str] | None = None,
     model_inputs: PyTree = None,
 ) -> Comparison:
-    """Compares a JAX model with the PyTorch module of which it is a port, and finds what differs.
+    """Checks that a JAX port computes and trains like its PyTorch module, and finds the causes.
 
     The weights and buffers of the module are loaded into the model, as by
     `jaxtrain.export.load_torch`. Compared are the outputs in evaluation and, without dropout, those
     in training, the buffers after a training pass, the loss, the gradients, and the losses and
-    parameters of five steps. PyTorch runs as it is; neither argument is changed.
+    parameters of five steps. PyTorch runs unmodified; neither argument is changed.
 
     Rounding in float32 explains differences up to 1e-5 of the largest entry of the outputs and of
-    the loss, and up to 1e-4 of that of an array of gradients, buffers or parameters. Where rounding
-    has more effect, eight times the difference between PyTorch in float32 and in float64 is
-    explained.
+    the loss, and up to 1e-4 of the largest entry of an array of gradients, buffers or parameters.
+    Where rounding has more effect, eight times the difference between PyTorch in float32 and in
+    float64 is explained.
 
     If something differs, calls of functions in a copy of the module are changed one by one to what
     ports usually do: padding, epsilon, activations, a missing bias, momentum and more. A cause is
@@ -212,16 +221,17 @@ def compare(
       optimizer: an optimizer of `torch.optim` with the parameters of the module; None takes SGD
         with a learning rate of 0.1.
       mapping: paths of layers in the model by names of layers in PyTorch, as in `load_torch`.
-      model_inputs: the batch in the model's layout. None takes the inputs as they are or, if the
+      model_inputs: the batch in the model's layout. None takes the inputs unchanged or, if the
         weights fit only then, with the channels last.
 
     Returns:
-      The differences and their causes; `report.ok` says whether the port is right.
+      The differences and their causes; `report.ok` says whether the port is right. If the weights
+      or the shapes of the outputs do not fit, `report.mismatch` says why, and nothing is compared.
 
     Raises:
       InputError: an argument has the wrong type, the module does not take the inputs, the loss
-        takes more than predictions, targets and inputs, or the layers of both sides need a
-        `mapping`.
+        takes more than predictions, targets and inputs, `mapping` names a layer that does not
+        exist, or layers of equal shapes are used in another order and need a `mapping`.
       MissingExtraError: PyTorch is not installed.
 
     Example:
@@ -239,28 +249,20 @@ def compare(
     check_module(module)
     loss_fn = _check_loss(loss_fn, targets)
     make_theirs, optimizer = _optimizers(optimizer)
-    inputs, key = as_arrays(inputs), jax.random.key(0)
-    options: dict[str, Any] = {"key": key, "mapping": mapping, "model_inputs": model_inputs}
-    options["any_biases"] = True
-    with parallel.without_mesh():
+    inputs = as_arrays(inputs)
+    options = {"mapping": mapping, "model_inputs": model_inputs, "any_biases": True}
+    with parallel.without_mesh(), jax.default_matmul_precision("highest"):
         try:
-            port = best_port(module, model, inputs, None, **options)
+            port = best_port(module, model, inputs, None, key=jax.random.key(0), **options)
         except MisfitError as error:
-            options["model_inputs"] = error.inputs
-            return _refused(module, model, inputs, str(error), options)
+            return Comparison((), (), None, str(error), ())
         state = with_optimizer(port.state, optimizer)
         port = port._replace(state=state.replace(model=without_dropout(state.model)))
         both = _Both(module, model, port, inputs)
-        outputs = evaluate(port.state, port.inputs)
-        theirs = both.reference.evaluate(inputs).outputs or []
-        shapes = [[list(x.shape) for x in side] for side in (theirs, jax.tree.leaves(outputs))]
-        if [math.prod(x) for x in shapes[0]] != [math.prod(x) for x in shapes[1]]:
-            text = f"the module returns outputs of {shapes[0]}, and the model of {shapes[1]}"
-            return Comparison((), (), None, text, ())
-        sample = jax.tree.map(lambda leaf: leaf[:1], port.inputs)
-        predictions = init_state(Model(_no_params, _return_params), None, sample, key=key)
+        if both.mismatch is not None:
+            return Comparison((), (), None, both.mismatch, ())
         batch = Dataset(port.inputs, as_arrays(targets))
-        return _compared(_Measure(both, batch, loss_fn, make_theirs, outputs, predictions))
+        return _compared(both, _Training(both, batch, loss_fn, make_theirs))
 
 
 def _check_loss(loss_fn: Loss | None, targets: PyTree) -> Loss:
@@ -296,12 +298,20 @@ def _optimizers(optimizer: Any) -> tuple[Callable[[Any], Any], Any]:
             "such as torch.optim.SGD(module.parameters(), lr=0.1)",
             argument="optimizer",
         )
+    kind = type(optimizer)
     options = {name: x for name, x in groups[0].items() if name not in ("params", "param_names")}
 
     def make(copy: Any) -> Any:
-        return type(optimizer)([{**options, "params": list(copy.parameters())}])
+        try:
+            return kind([{**options, "params": list(copy.parameters())}])
+        except TypeError as error:
+            raise InputError(
+                f"the optimizer {kind.__name__} takes other arguments than parameters and "
+                f"options ({first_line(error)}); expected an optimizer of torch.optim, such as SGD",
+                argument="optimizer",
+            ) from error
 
-    # Of a parameter as large as any model, which may have more than the module trains.
+    # Stands for all parameters, so that from_torch's size check passes.
     large = torch.nn.ParameterList([torch.empty(2**50, device="meta")])
     return make, optimizers.from_torch(make(large))
 
@@ -314,23 +324,16 @@ def _sgd() -> Any:
 
 def _projection(predictions: PyTree, targets: PyTree) -> Float[Array, "batch"]:
     """Returns for each example a random combination of its outputs."""
-    leaves = [jnp.asarray(x, jnp.float32) for x in jax.tree.leaves(predictions)]
+    leaves = [
+        jnp.where(jnp.isfinite(x), jnp.asarray(x, jnp.float32), 0.0)  # without masked logits
+        for x in jax.tree.leaves(predictions)
+    ]
     keys = jax.random.split(jax.random.key(0), len(leaves))
     means = [
         jnp.mean((x * jax.random.normal(key, x.shape[1:])[None]).reshape(len(x), -1), axis=1)
         for x, key in zip(leaves, keys, strict=True)
     ]
     return functools.reduce(jnp.add, means)
-
-
-def _no_params(key: Any, inputs: PyTree) -> tuple[PyTree, PyTree]:
-    return {}, {}
-
-
-def _return_params(
-    params: PyTree, model_state: PyTree, inputs: PyTree, *, train: bool, key: Any
-) -> tuple[PyTree, PyTree]:
-    return params, model_state
 
 
 @bounded
@@ -344,25 +347,10 @@ def _train_step(state: TrainState, batch: Dataset, loss_fn: Loss) -> Any:
 
 @bounded
 @functools.partial(jax.jit, static_argnames="loss_fn")
-def _loss_and_gradients(state: TrainState, batch: Dataset, loss_fn: Loss) -> Any:
-    (loss, _), grads = gradients(state, batch, loss_fn)
-    return loss, grads
-
-
-def _refused(
-    module: Any, model: Any, inputs: PyTree, reason: str, options: dict[str, Any]
-) -> Comparison:
-    """Returns the comparison of a module whose weights do not fit, with the causes of shapes."""
-    try:
-        port = best_port(module, model, inputs, None, strict=False, **options)
-    except InputError:
-        return Comparison((), (), None, reason, ())
-    both = _Both(module, model, port, inputs)
-    search = both.search(None)
-    search.run()
-    causes = both.causes(search.changes, list(search.sites))
-    first = None if not search.first else both.name(search.first)
-    return Comparison((), tuple(causes), first, reason, ())
+def _loss_and_gradients(predictions: PyTree, batch: Dataset, loss_fn: Loss) -> Any:
+    """Returns the mean loss of predictions, and its gradients with respect to them."""
+    loss_fn = LossContext({}, {}, batch, lambda: None).bind(loss_fn)
+    return jax.value_and_grad(lambda x: mean_loss(loss_fn, x, batch)[0])(predictions)
 
 
 class _Both:
@@ -388,6 +376,37 @@ class _Both:
         }
         self.added = {names[x.tensor]: names[x.added] for names, _, x in entries if x.added}
         self._calls = _recorded(port.initial, port.inputs)
+        self.outputs = evaluate(port.state, port.inputs)
+        theirs = self.reference.evaluate(inputs).outputs or []
+        self._orders = axis_orders(theirs, jax.tree.leaves(self.outputs))
+        self.mismatch = self._mismatch([x.shape for x in theirs])
+
+    def _mismatch(self, theirs: Sequence[tuple[int, ...]]) -> str | None:
+        """Returns why the shapes of the outputs cannot be compared."""
+        ours = [x.shape for x in jax.tree.leaves(self.outputs)]
+        examples = len(jax.tree.leaves(self.inputs)[0])
+        if any(shape[:1] != (examples,) for shape in theirs):
+            return (
+                f"the module returns outputs of {list(map(list, theirs))} for {examples} examples; "
+                "expected the batch as the first axis of each"
+            )
+        if self._orders is None:
+            return (
+                f"the module returns outputs of {list(map(list, theirs))}, and the model of "
+                f"{list(map(list, ours))}; expected equal shapes, apart from the channels' axis"
+            )
+        return None
+
+    def to_ours(self, outputs: Sequence[np.ndarray]) -> PyTree:
+        """Returns outputs of PyTorch in the model's layout and structure."""
+        pairs = zip(outputs, self._orders or (), strict=True)
+        structure = jax.tree.structure(self.outputs)
+        return jax.tree.unflatten(structure, [x.transpose(order) for x, order in pairs])
+
+    def to_theirs(self, outputs: PyTree) -> list[np.ndarray]:
+        """Returns outputs of the model, or their gradients, in PyTorch's layout."""
+        pairs = zip(jax.tree.leaves(outputs), self._orders or (), strict=True)
+        return [np.asarray(x).transpose(np.argsort(order)) for x, order in pairs]
 
     def name(self, layer: str) -> str:
         """Returns the name of a layer, or of an array, in PyTorch and in the model."""
@@ -403,16 +422,26 @@ class _Both:
                 {"epsilon": "eps"}.get(key, key): 1 - x if key == "momentum" else x
                 for key, x in given.items()
             }
+            if getattr(self.module.get_submodule(name), "momentum", 0) is None:
+                found[name]["is_cumulative"] = True
         return found
 
-    def search(
-        self, outputs: Sequence[np.ndarray] | None, examples: Sequence[int] = (0,)
-    ) -> Search:
-        """Returns the search for what differs in some examples in evaluation."""
+    def search(self, theirs: Sequence[np.ndarray]) -> Search:
+        """Returns the search for what differs in evaluation, in the examples that differ most.
+
+        Args:
+          theirs: the outputs of the module.
+        """
         from jaxtrain.inspect._search import Search
 
-        theirs, ours = (
-            jax.tree.map(lambda leaf: leaf[np.asarray(examples)], tree)
+        outputs = self.to_theirs(self.outputs)
+        distances = [
+            differences(x, y).reshape(len(x), -1).max(axis=1, initial=0.0)
+            for x, y in zip(theirs, outputs, strict=True)
+        ]
+        examples = np.argsort(-np.asarray(sum(distances)))[:_EXAMPLES]
+        given, ours = (
+            jax.tree.map(lambda leaf: leaf[examples], tree)
             for tree in (self.inputs, self.port.inputs)
         )
         layers = self.port.conversion.layer_outputs(self.port.state, ours)
@@ -421,15 +450,19 @@ class _Both:
         counts = Counter(map(id, tensors.values()))
         tied = {name.rpartition(".")[0] for name, x in tensors.items() if counts[id(x)] > 1}
         layers = {name: x for name, x in layers.items() if name not in tied}
-        some = None if outputs is None else [x[np.asarray(examples)] for x in outputs]
-        arguments = self.reference, self.exact, theirs, layers, some
+        some = [x[examples] for x in outputs]
+        arguments = self.reference, self.exact, given, layers, some
         return Search(*arguments, self.settings(), _TOLERANCE)
 
     def module_changes(self) -> tuple[list[Change], list[Change]]:
         """Returns the changes of the module that are known, and others to try in training."""
         from jaxtrain.inspect import _causes
 
-        known = [_causes.with_bias(name.removesuffix(".bias")) for name in self.port.biases]
+        tensors = self.port.conversion.tensors
+        known = [
+            _causes.with_bias(name.removesuffix(".bias"), tensors[name].size)
+            for name in self.port.biases
+        ]
         others = [_causes.one_bias(list(self.added.values()))] if self.added else []
         if not all(x.requires_grad for x in self.module.parameters()):
             others.append(_causes.unfrozen())
@@ -499,17 +532,16 @@ class _Both:
 
     def initialization(self) -> list[str]:
         """Returns a note if the model's own initial weights have another deviation."""
-        initial = self.port.conversion.to_torch(
-            self.port.initial.params, self.port.initial.model_state
-        )
-        for name, tensor in self.port.conversion.tensors.items():
+        port = self.port
+        initial = port.conversion.to_torch(port.initial.params, port.initial.model_state)
+        for name, tensor in port.conversion.tensors.items():
             if name in initial and tensor.ndim > 1 and tensor.size >= 64:
                 theirs, ours = float(tensor.std()), float(initial[name].std())
                 if not 0.8 < ours / max(theirs, 1e-30) < 1.25:
                     return [
-                        f"the model's own initial weights have another scale: {self.name(name)} "
-                        f"has a standard deviation of {ours:.2g}, and {theirs:.2g} in PyTorch, "
-                        "which matters for training from scratch"
+                        f"the initial weights of {self.name(name)} have a standard deviation of "
+                        f"{ours:.2g}, and {theirs:.2g} in PyTorch; it matters for training from "
+                        "scratch"
                     ]
         return []
 
@@ -536,33 +568,29 @@ def _depends_on_key(state: TrainState, inputs: PyTree) -> bool:
     return adapters.depends_on_key(run, state.key, (state.params, state.model_state, inputs))
 
 
-class _Measure(NamedTuple):
+class _Training(NamedTuple):
     """How both sides are trained.
 
     Attributes:
-      both: the sides.
-      batch: the batch of the model.
+      both: the module and the port.
+      batch: the batch in the model's layout.
       loss_fn: the loss.
       optimizer: makes the optimizer of a module.
-      outputs: those of the model in evaluation.
-      predictions: a state whose parameters are predictions, for gradients of the loss.
     """
 
     both: _Both
     batch: Dataset
     loss_fn: Loss
     optimizer: Callable[[Any], Any]
-    outputs: PyTree
-    predictions: TrainState
 
     def theirs(
-        self, reference: Reference, changes: Sequence[Change] = (), seed: int = 0
+        self, reference: Reference, changes: Sequence[Change] = ()
     ) -> tuple[dict[str, _Arrays], list[tuple[str, float]]]:
         """Returns the arrays of PyTorch by quantity and name, and the rates of dropout."""
         outputs = reference.evaluate(self.both.inputs, changes).outputs
         if outputs is None:
             raise InputError("the changed module fails")
-        found = reference.train(self.both.inputs, self._loss, self.optimizer, _STEPS, changes, seed)
+        found = reference.train(self.both.inputs, self._loss, self.optimizer, _STEPS, changes)
         parameters, losses = dict(found.parameters), dict(enumerate(found.losses, start=1))
         for name, added in self.both.added.items():
             parameters[name] = parameters[name] + parameters[added]
@@ -578,26 +606,22 @@ class _Measure(NamedTuple):
 
     def _loss(self, outputs: list[np.ndarray]) -> tuple[float, list[np.ndarray]]:
         """Returns the loss of outputs of PyTorch, and its gradients with respect to them."""
-        leaves, structure = jax.tree.flatten(self.outputs)
-        found = [in_layout(jnp.asarray(x), y.shape) for x, y in zip(outputs, leaves, strict=True)]
-        state = self.predictions.replace(params=jax.tree.unflatten(structure, found))
-        value, grads = _loss_and_gradients(state, self.batch, self.loss_fn)
-        pairs = zip(jax.tree.leaves(grads), outputs, strict=True)
-        return float(value), [np.asarray(in_layout(x, y.shape)) for x, y in pairs]
+        predictions = self.both.to_ours(outputs)
+        value, grads = _loss_and_gradients(predictions, self.batch, self.loss_fn)
+        return float(value), self.both.to_theirs(grads)
 
     def ours(self) -> dict[str, _Arrays]:
         """Returns the arrays of the model by quantity and name in PyTorch."""
         conversion, state = self.both.port.conversion, self.both.port.state
         steps = []
-        with jax.default_matmul_precision("highest"):
-            for _ in range(_STEPS):
-                state, found = _train_step(state, self.batch, self.loss_fn)
-                steps.append(found)
+        for _ in range(_STEPS):
+            state, found = _train_step(state, self.batch, self.loss_fn)
+            steps.append(found)
         loss, predictions, model_state, grads = steps[0]
         tensors = conversion.to_torch(grads, model_state)
         return {
-            _EVALUATION: _numbered(jax.tree.leaves(self.outputs)),
-            _TRAINING: _numbered(jax.tree.leaves(predictions)),
+            _EVALUATION: _numbered(self.both.to_theirs(self.both.outputs)),
+            _TRAINING: _numbered(self.both.to_theirs(predictions)),
             _BUFFERS: tensors,
             "loss": {"loss": np.asarray(loss)},
             _GRADIENTS: tensors,
@@ -607,53 +631,47 @@ class _Measure(NamedTuple):
 
     def draws(self, theirs: dict[str, _Arrays]) -> bool:
         """Returns whether a side draws random numbers in training, without dropout."""
-        again = self.theirs(self.both.reference, seed=1)[0][_TRAINING]
-        same = all(np.array_equal(x, again[name]) for name, x in theirs[_TRAINING].items())
+        arguments = self.both.inputs, self._loss, self.optimizer
+        again = self.both.reference.train(*arguments, steps=1, seed=1).outputs
+        same = all(map(np.array_equal, again, theirs[_TRAINING].values()))
         return not same or _depends_on_key(self.both.port.state, self.batch.inputs)
 
 
-class _Rows(NamedTuple):
-    """Compares arrays of PyTorch with those of the model.
+def _rows(
+    theirs: dict[str, _Arrays],
+    ours: dict[str, _Arrays],
+    noise: dict[str, dict[str, float]],
+    skipped: Sequence[str],
+) -> list[PortDifference]:
+    """Returns the differences of all arrays of the model from those of a module.
 
-    Attributes:
-      theirs: those of the module.
-      exact: those of the module in float64.
-      ours: those of the model.
+    Args:
+      theirs: the arrays of the module, which may be changed, by quantity and name.
+      ours: the arrays of the model.
+      noise: the effect of rounding in the module.
       skipped: names that are not compared.
     """
-
-    theirs: dict[str, _Arrays]
-    exact: dict[str, _Arrays]
-    ours: dict[str, _Arrays]
-    skipped: Sequence[str]
-
-    def of(self, theirs: dict[str, _Arrays]) -> list[PortDifference]:
-        """Returns the differences of all arrays from those of a module, which may be changed."""
-        found = []
-        for quantity, ours in self.ours.items():
-            arrays = theirs.get(quantity, {})
-            largest = max(map(_size, arrays.values()), default=0.0)
-            for name in arrays.keys() & ours.keys() - set(self.skipped):
-                a, b = arrays[name], np.asarray(in_layout(ours[name], arrays[name].shape))
-                exact = self.exact[quantity].get(name)
-                rounded = self.theirs[quantity].get(name)
-                noise = 0.0 if rounded is None else _size(rounded - exact)
-                scale = max(_size(a), _SMALLEST * largest, 1e-30)
-                difference = _size(np.asarray(a, np.float64) - b) / scale
-                difference = math.inf if math.isnan(difference) else difference
-                is_exact = quantity in (_EVALUATION, _TRAINING, "loss")
-                rounding = _TOLERANCE if is_exact else _LARGER_TOLERANCE
-                tolerance = max(rounding, _FACTOR * noise / scale)
-                found.append(PortDifference(quantity, difference, tolerance, name))
-        return found
+    found = []
+    for quantity, own in ours.items():
+        arrays = theirs.get(quantity, {})
+        smallest = max(_SMALLEST * max(map(largest, arrays.values()), default=0.0), 1e-30)
+        is_exact = quantity in (_EVALUATION, _TRAINING, "loss")
+        rounding = _TOLERANCE if is_exact else _LARGER_TOLERANCE
+        for name, array in arrays.items():
+            if name in own and name not in skipped:
+                scale = max(largest(array), smallest)
+                tolerance = explained(scale, rounding, noise[quantity].get(name, 0.0)) / scale
+                distance = difference(array, own[name]) / scale
+                found.append(PortDifference(quantity, distance, tolerance, name))
+    return found
 
 
-def _compared(measure: _Measure) -> Comparison:
-    from jaxtrain.inspect import _search
+def _compared(both: _Both, training: _Training) -> Comparison:
+    from jaxtrain.inspect._search import SECONDS
 
-    both, reference = measure.both, measure.both.reference
+    reference = both.reference
     try:
-        theirs, rates = measure.theirs(reference)
+        theirs, rates = training.theirs(reference)
     except InputError:
         raise
     except Exception as error:  # of the module
@@ -663,47 +681,47 @@ def _compared(measure: _Measure) -> Comparison:
             argument="inputs",
         ) from error
     try:
-        exact = measure.theirs(both.exact)[0]
+        exact = training.theirs(both.exact)[0]
     except Exception:  # a module that cannot be in float64
         exact = theirs
-    ours, draws = measure.ours(), measure.draws(theirs)
+    noise = {
+        quantity: {name: difference(x, exact[quantity][name]) for name, x in arrays.items()}
+        for quantity, arrays in theirs.items()
+    }
+    ours, draws = training.ours(), training.draws(theirs)
     ours = {_EVALUATION: ours[_EVALUATION]} if draws else ours
-    compared = _Rows(theirs, exact, ours, list(both.added.values()))
 
     def rows(changes: Sequence[Change]) -> list[PortDifference] | None:
         """Returns the differences with changes; None if PyTorch fails with them."""
         try:
-            return compared.of(measure.theirs(reference, changes)[0] if changes else theirs)
+            found = training.theirs(reference, changes)[0] if changes else theirs
         except Exception:  # such as a shape that does not fit
             return None
+        return _rows(found, ours, noise, list(both.added.values()))
 
     def failing(changes: Sequence[Change]) -> float:
         found = rows(changes)
         return math.inf if found is None else sum(not row.ok for row in found)
 
-    first, sites = None, {}
+    first_layer, sites, notes = None, {}, []
     found, further = both.module_changes()
     if failing(()) or found:
-        pairs = [
-            (np.asarray(in_layout(ours[_EVALUATION][name], x.shape)), x)
-            for name, x in theirs[_EVALUATION].items()
-        ]
-        by_example = [np.abs(x - y).reshape(len(x), -1).max(axis=1) for x, y in pairs]
-        worst = np.argsort(-np.asarray(sum(by_example)))[:_EXAMPLES].tolist()
-        search = both.search([x for x, _ in pairs], worst)
+        search = both.search(list(theirs[_EVALUATION].values()))
         search.run(found)
-        found, sites = search.changes, search.sites
         if search.first is not None:
-            first = both.name(search.first) or "the outputs"
+            first_layer = both.name(search.first) or "the outputs"
         if search.is_done and not draws:
-            found = _search.in_training(sites, both.settings(), further, failing, found)
+            search.run_training(further, failing)
+        found, sites = search.changes, search.sites
+        if search.is_stopped:
+            notes.append(f"the search ended after {SECONDS} s")
     sites = sites or reference.evaluate(both.inputs).sites
     known = {site for change in found for site in change.calls if change.kind == "epsilon"}
     others = both.other_epsilons({site: x for site, x in sites.items() if site not in known})
     conventions = [change for change in found if change.is_convention]
     causes = both.causes([*(x for x in found if not x.is_convention), *others], list(sites))
     before, after = _largest(rows(conventions)), _largest(rows(found))
-    differences = [
+    compared = [
         row._replace(
             where=both.name(row.where),
             remaining=after[quantity].difference if causes and quantity in after else None,
@@ -711,10 +729,10 @@ def _compared(measure: _Measure) -> Comparison:
         for quantity, row in before.items()
     ]
     causes += both.dropout(rates)
-    notes = [*dict.fromkeys(change.ours for change in conventions), *both.initialization()]
+    notes = [*dict.fromkeys(change.ours for change in conventions), *both.initialization(), *notes]
     if draws:
         notes.append("a side draws random numbers in training, so only evaluation is compared")
-    return Comparison(tuple(differences), tuple(causes), first, None, tuple(notes))
+    return Comparison(tuple(compared), tuple(causes), first_layer, None, tuple(notes))
 
 
 def _largest(rows: Sequence[PortDifference] | None) -> dict[str, PortDifference]:
@@ -735,7 +753,3 @@ def _shortened(layer: str, path: str) -> str:
 
 def _numbered(arrays: Sequence[Any]) -> _Arrays:
     return {f"output {i}" if i else "output": np.asarray(x) for i, x in enumerate(arrays)}
-
-
-def _size(array: Any) -> float:
-    return float(np.abs(array).max(initial=0.0))
