@@ -44,27 +44,48 @@ _OPTIONS: dict[str, tuple[str, float]] = {
 _EPSILONS = (1e-6, 1e-5, 1e-3, 1e-12, 1e-8)
 
 
-def in_evaluation(
-    site: Site, arguments: Mapping[str, Any], settings: Mapping[str, float]
+def other_numbers(
+    site: Site, arguments: Mapping[str, Any], settings: Mapping[str, float], layer: Any
 ) -> Iterator[Change]:
+    """Yields the numbers of a norm that the model's layer has otherwise.
+
+    Args:
+      site: the call.
+      arguments: its arguments.
+      settings: numbers of the model's layer, by the names of its framework.
+      layer: the layer in PyTorch.
+    """
+    if site.function not in ARGUMENTS or not site.function.endswith("_norm"):
+        return
+    if (eps := settings.get("epsilon", settings.get("eps"))) is not None:
+        yield from _epsilon(site, arguments, eps)
+    is_tracked = site.function == "batch_norm" and arguments.get("running_mean") is not None
+    if not is_tracked or "momentum" not in settings:
+        return
+    number, momentum = arguments.get("momentum", 0.1), 1 - settings["momentum"]
+    is_cumulative = getattr(layer, "momentum", 0) is None
+    if is_cumulative or not math.isclose(momentum, number, rel_tol=1e-3):
+        theirs = "a cumulative average (momentum=None)" if is_cumulative else f"{number:g}"
+        fix = f"{{layer}}(momentum={1 - number:g})"
+        fix = "a layer that averages all batches equally" if is_cumulative else fix
+        ours = f"{momentum:g} (momentum={1 - momentum:g} in JAX)"
+        yield _change("momentum", site, theirs, ours, fix, _replace(momentum=momentum))
+
+
+def in_evaluation(site: Site, arguments: Mapping[str, Any]) -> Iterator[Change]:
     """Yields what a model may do differently in a call, as far as evaluation shows it.
 
     Args:
       site: the call.
       arguments: its arguments.
-      settings: "eps" and "momentum" of the model's layer, in PyTorch's sense, if they are known.
     """
     name, is_causal = site.function.removesuffix("_"), arguments.get("is_causal", False)
     is_known = name in ARGUMENTS
     if is_known and (name.startswith("conv") or "pool" in name):
         yield from _windows(site, arguments)
     if is_known and name.endswith("_norm"):
-        theirs = arguments.get("eps", None if name == "rms_norm" else 1e-5)
-        theirs = torch.finfo(arguments["input"].dtype).eps if theirs is None else theirs
-        for eps in [settings["eps"]] if "eps" in settings else _EPSILONS:
-            if not math.isclose(eps, theirs, rel_tol=1e-3):
-                fix = f"{{layer}}({{eps}}={theirs:g})"
-                yield _change("epsilon", site, f"{theirs:g}", f"{eps:g}", fix, _replace(eps=eps))
+        for eps in _EPSILONS:
+            yield from _epsilon(site, arguments, eps)
     if is_known and (name.startswith("conv") or name == "linear"):
         weight = arguments["weight"]
         if arguments.get("bias") is not None:
@@ -92,23 +113,10 @@ def in_evaluation(
         yield from _flattened(site, arguments["input"].shape)
 
 
-def in_training(
-    site: Site, arguments: Mapping[str, Any], settings: Mapping[str, float]
-) -> Iterator[Change]:
-    """Yields what a model may do differently in a call, as far as only training shows it.
-
-    The arguments are those of `in_evaluation`.
-    """
+def in_training(site: Site, arguments: Mapping[str, Any]) -> Iterator[Change]:
+    """Yields what a model may do differently in a call, as far as only training shows it."""
     if site.function != "batch_norm" or arguments.get("running_mean") is None:
         return
-    number, momentum = arguments.get("momentum", 0.1), settings.get("momentum")
-    is_cumulative = "is_cumulative" in settings
-    if momentum is not None and (is_cumulative or not math.isclose(momentum, number, rel_tol=1e-3)):
-        theirs = "a cumulative average (momentum=None)" if is_cumulative else f"{number:g}"
-        fix = f"{{layer}}(momentum={1 - number:g})"
-        fix = "a layer that averages all batches equally" if is_cumulative else fix
-        ours = f"{momentum:g} (momentum={1 - momentum:g} in JAX)"
-        yield _change("momentum", site, theirs, ours, fix, _replace(momentum=momentum))
     mode = "batch norm in training", site, "statistics of the batch"
     fix = "{layer} in training mode, such as use_running_average=not train"
     yield _change(*mode, "running statistics", fix, _replace(training=False))
@@ -179,6 +187,15 @@ def _activation(name: str, arguments: Mapping[str, Any]) -> tuple[str, str]:
     if value is None or (option == "dim" and value == arguments["input"].dim() - 1):
         value = default
     return name if value == default else f"{name} with {option}={value:g}", fix.format(value)
+
+
+def _epsilon(site: Site, arguments: Mapping[str, Any], eps: float) -> Iterator[Change]:
+    """Yields the change of a norm to another epsilon, if it is another."""
+    theirs = arguments.get("eps", None if site.function == "rms_norm" else 1e-5)
+    theirs = torch.finfo(arguments["input"].dtype).eps if theirs is None else theirs
+    if not math.isclose(eps, theirs, rel_tol=1e-3):
+        fix = f"{{layer}}({{eps}}={theirs:g})"
+        yield _change("epsilon", site, f"{theirs:g}", f"{eps:g}", fix, _replace(eps=eps))
 
 
 def _change(

@@ -40,7 +40,6 @@ class Search:
         inputs: PyTree,
         layers: Mapping[str, np.ndarray],
         outputs: Sequence[np.ndarray],
-        settings: Mapping[str, Mapping[str, float]],
         tolerance: float,
     ) -> None:
         """Starts a search.
@@ -52,10 +51,9 @@ class Search:
           layers: entries of the outputs of the model's layers, by name in PyTorch, in the order
             of the model.
           outputs: leaves of the model's outputs in the layout of PyTorch.
-          settings: what is known of the model's layers, by name in PyTorch.
           tolerance: of arrays, relative to the largest entry.
         """
-        self._reference, self._inputs, self._settings = reference, inputs, settings
+        self._reference, self._inputs = reference, inputs
         forward, rounded = reference.evaluate(inputs), exact.evaluate(inputs)
         self.sites = {**forward.sites, _OUTPUTS: {}}
         # Layers whose outputs have no examples, such as embedded positions, are left out: the
@@ -87,7 +85,7 @@ class Search:
         all_changes = [
             change
             for site, arguments in self.sites.items()
-            for change in _causes.in_evaluation(site, arguments, self._settings_of(site))
+            for change in _causes.in_evaluation(site, arguments)
         ]
         while len(self.changes) < _MAXIMUM_CHANGES:
             before = self._differences(self.changes)
@@ -113,7 +111,7 @@ class Search:
         calls = [
             change
             for site, arguments in self.sites.items()
-            for change in _causes.in_training(site, arguments, self._settings_of(site))
+            for change in _causes.in_training(site, arguments)
         ]
         groups = [change for change in _causes.joined(calls) if len(change.calls) > 1]
         while count and len(self.changes) < _MAXIMUM_CHANGES:
@@ -177,9 +175,6 @@ class Search:
                 self.is_stopped = True
                 return
             yield option
-
-    def _settings_of(self, site: Site) -> Mapping[str, float]:
-        return self._settings.get(site.layer, {})
 
 
 def _first(differences: Sequence[float]) -> int:

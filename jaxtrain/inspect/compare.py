@@ -258,11 +258,11 @@ def compare(
             return Comparison((), (), None, str(error), ())
         state = with_optimizer(port.state, optimizer)
         port = port._replace(state=state.replace(model=without_dropout(state.model)))
-        both = _Both(module, model, port, inputs)
+        batch = Dataset(port.inputs, as_arrays(targets))
+        both = _Both(module, model, port, inputs, batch, loss_fn, make_theirs)
         if both.mismatch is not None:
             return Comparison((), (), None, both.mismatch, ())
-        batch = Dataset(port.inputs, as_arrays(targets))
-        return _compared(both, _Training(both, batch, loss_fn, make_theirs))
+        return _compared(both)
 
 
 def _check_loss(loss_fn: Loss | None, targets: PyTree) -> Loss:
@@ -354,11 +354,21 @@ def _loss_and_gradients(predictions: PyTree, batch: Dataset, loss_fn: Loss) -> A
 
 
 class _Both:
-    """A module, and a port that has its weights."""
+    """A module, a port that has its weights, and how both are trained."""
 
-    def __init__(self, module: Any, model: Any, port: Port, inputs: PyTree) -> None:
+    def __init__(
+        self,
+        module: Any,
+        model: Any,
+        port: Port,
+        inputs: PyTree,
+        batch: Dataset,
+        loss_fn: Loss,
+        optimizer: Callable[[Any], Any],
+    ) -> None:
         from jaxtrain.inspect._torch_calls import Reference
 
+        self.batch, self._loss_fn, self._optimizer = batch, loss_fn, optimizer
         self.module, self.port, self.inputs = module, port, inputs
         self.reference, self.exact = Reference(module), Reference(module, exact=True)
         model = model[0] if isinstance(model, tuple) and not isinstance(model, Model) else model
@@ -408,22 +418,74 @@ class _Both:
         pairs = zip(jax.tree.leaves(outputs), self._orders or (), strict=True)
         return [np.asarray(x).transpose(np.argsort(order)) for x, order in pairs]
 
+    def theirs(
+        self, reference: Reference, changes: Sequence[Change] = ()
+    ) -> tuple[dict[str, _Arrays], list[tuple[str, float]]]:
+        """Returns the arrays of PyTorch by quantity and name, and the rates of dropout."""
+        outputs = reference.evaluate(self.inputs, changes).outputs
+        if outputs is None:
+            raise InputError("the changed module fails")
+        found = reference.train(self.inputs, self._loss, self._optimizer, _STEPS, changes)
+        parameters, losses = dict(found.parameters), dict(enumerate(found.losses, start=1))
+        for name, added in self.added.items():
+            parameters[name] = parameters[name] + parameters[added]
+        return {
+            _EVALUATION: _numbered(outputs),
+            _TRAINING: _numbered(found.outputs),
+            _BUFFERS: found.buffers,
+            "loss": {"loss": np.asarray(losses[1])},
+            _GRADIENTS: found.gradients,
+            _LOSSES: {f"step {i}": np.asarray(x) for i, x in losses.items()},
+            _PARAMETERS: parameters,
+        }, found.rates
+
+    def _loss(self, outputs: list[np.ndarray]) -> tuple[float, list[np.ndarray]]:
+        """Returns the loss of outputs of PyTorch, and its gradients with respect to them."""
+        predictions = self.to_ours(outputs)
+        value, grads = _loss_and_gradients(predictions, self.batch, self._loss_fn)
+        return float(value), self.to_theirs(grads)
+
+    def ours(self) -> dict[str, _Arrays]:
+        """Returns the arrays of the model by quantity and name in PyTorch."""
+        conversion, state = self.port.conversion, self.port.state
+        steps = []
+        for _ in range(_STEPS):
+            state, found = _train_step(state, self.batch, self._loss_fn)
+            steps.append(found)
+        loss, predictions, model_state, grads = steps[0]
+        tensors = conversion.to_torch(grads, model_state)
+        return {
+            _EVALUATION: _numbered(self.to_theirs(self.outputs)),
+            _TRAINING: _numbered(self.to_theirs(predictions)),
+            _BUFFERS: tensors,
+            "loss": {"loss": np.asarray(loss)},
+            _GRADIENTS: tensors,
+            _LOSSES: {f"step {i}": np.asarray(x[0]) for i, x in enumerate(steps, start=1)},
+            _PARAMETERS: conversion.to_torch(state.params, state.model_state),
+        }
+
+    def draws(self, theirs: dict[str, _Arrays]) -> bool:
+        """Returns whether a side draws random numbers in training, without dropout."""
+        arguments = self.inputs, self._loss, self._optimizer
+        again = self.reference.train(*arguments, steps=1, seed=1).outputs
+        same = all(map(np.array_equal, again, theirs[_TRAINING].values()))
+        return not same or _depends_on_key(self.port.state, self.batch.inputs)
+
     def name(self, layer: str) -> str:
         """Returns the name of a layer, or of an array, in PyTorch and in the model."""
         ours = self._path_of.get(layer) or self._arrays_of.get(layer)
         return f"{layer} ({ours})" if ours else layer
 
-    def settings(self) -> dict[str, dict[str, float]]:
-        """Returns numbers of the model's layers in PyTorch's sense, by name in PyTorch."""
-        found: dict[str, dict[str, float]] = {}
-        for name, path in self._path_of.items():
+    def numbers(self, sites: Mapping[Site, Mapping[str, Any]]) -> list[Change]:
+        """Returns the changes of calls whose layer in the model has another epsilon or momentum."""
+        from jaxtrain.inspect import _causes
+
+        found = []
+        for site, arguments in sites.items():
+            path = self._path_of.get(site.layer)
             given = self._calls[path].settings if path in self._calls else {}
-            found[name] = {
-                {"epsilon": "eps"}.get(key, key): 1 - x if key == "momentum" else x
-                for key, x in given.items()
-            }
-            if getattr(self.module.get_submodule(name), "momentum", 0) is None:
-                found[name]["is_cumulative"] = True
+            layer = self.module.get_submodule(site.layer)
+            found += _causes.other_numbers(site, arguments, given, layer)
         return found
 
     def search(self, theirs: Sequence[np.ndarray]) -> Search:
@@ -452,7 +514,7 @@ class _Both:
         layers = {name: x for name, x in layers.items() if name not in tied}
         some = [x[examples] for x in outputs]
         arguments = self.reference, self.exact, given, layers, some
-        return Search(*arguments, self.settings(), _TOLERANCE)
+        return Search(*arguments, _TOLERANCE)
 
     def module_changes(self) -> tuple[list[Change], list[Change]]:
         """Returns the changes of the module that are known, and others to try in training."""
@@ -476,6 +538,8 @@ class _Both:
             after = f" after {self.name(last)}" if last and site.function != "outputs" else ""
             places[site] = f"{site.layer or site.function}{after}"
         found: dict[tuple[str, ...], list[str]] = {}
+        order = list(sites)
+        changes = sorted(changes, key=lambda x: min(map(order.index, x.calls), default=-1))
         for change in changes:
             for site, theirs in change.theirs.items():
                 path = self._path_of.get(site.layer)
@@ -488,19 +552,6 @@ class _Both:
         return [
             Cause(kind, ", ".join(dict.fromkeys(where)), theirs, ours, fix)
             for (kind, theirs, ours, fix), where in found.items()
-        ]
-
-    def other_epsilons(self, sites: Mapping[Site, Mapping[str, Any]]) -> list[Change]:
-        """Returns the calls of norms whose model has another epsilon, by its number."""
-        from jaxtrain.inspect import _causes
-
-        return [
-            change
-            for site, arguments in sites.items()
-            for given in [self.settings().get(site.layer, {})]
-            if "eps" in given
-            for change in _causes.in_evaluation(site, arguments, given)
-            if change.kind == "epsilon"
         ]
 
     def dropout(self, rates: Sequence[tuple[str, float]]) -> list[Cause]:
@@ -568,75 +619,6 @@ def _depends_on_key(state: TrainState, inputs: PyTree) -> bool:
     return adapters.depends_on_key(run, state.key, (state.params, state.model_state, inputs))
 
 
-class _Training(NamedTuple):
-    """How both sides are trained.
-
-    Attributes:
-      both: the module and the port.
-      batch: the batch in the model's layout.
-      loss_fn: the loss.
-      optimizer: makes the optimizer of a module.
-    """
-
-    both: _Both
-    batch: Dataset
-    loss_fn: Loss
-    optimizer: Callable[[Any], Any]
-
-    def theirs(
-        self, reference: Reference, changes: Sequence[Change] = ()
-    ) -> tuple[dict[str, _Arrays], list[tuple[str, float]]]:
-        """Returns the arrays of PyTorch by quantity and name, and the rates of dropout."""
-        outputs = reference.evaluate(self.both.inputs, changes).outputs
-        if outputs is None:
-            raise InputError("the changed module fails")
-        found = reference.train(self.both.inputs, self._loss, self.optimizer, _STEPS, changes)
-        parameters, losses = dict(found.parameters), dict(enumerate(found.losses, start=1))
-        for name, added in self.both.added.items():
-            parameters[name] = parameters[name] + parameters[added]
-        return {
-            _EVALUATION: _numbered(outputs),
-            _TRAINING: _numbered(found.outputs),
-            _BUFFERS: found.buffers,
-            "loss": {"loss": np.asarray(losses[1])},
-            _GRADIENTS: found.gradients,
-            _LOSSES: {f"step {i}": np.asarray(x) for i, x in losses.items()},
-            _PARAMETERS: parameters,
-        }, found.rates
-
-    def _loss(self, outputs: list[np.ndarray]) -> tuple[float, list[np.ndarray]]:
-        """Returns the loss of outputs of PyTorch, and its gradients with respect to them."""
-        predictions = self.both.to_ours(outputs)
-        value, grads = _loss_and_gradients(predictions, self.batch, self.loss_fn)
-        return float(value), self.both.to_theirs(grads)
-
-    def ours(self) -> dict[str, _Arrays]:
-        """Returns the arrays of the model by quantity and name in PyTorch."""
-        conversion, state = self.both.port.conversion, self.both.port.state
-        steps = []
-        for _ in range(_STEPS):
-            state, found = _train_step(state, self.batch, self.loss_fn)
-            steps.append(found)
-        loss, predictions, model_state, grads = steps[0]
-        tensors = conversion.to_torch(grads, model_state)
-        return {
-            _EVALUATION: _numbered(self.both.to_theirs(self.both.outputs)),
-            _TRAINING: _numbered(self.both.to_theirs(predictions)),
-            _BUFFERS: tensors,
-            "loss": {"loss": np.asarray(loss)},
-            _GRADIENTS: tensors,
-            _LOSSES: {f"step {i}": np.asarray(x[0]) for i, x in enumerate(steps, start=1)},
-            _PARAMETERS: conversion.to_torch(state.params, state.model_state),
-        }
-
-    def draws(self, theirs: dict[str, _Arrays]) -> bool:
-        """Returns whether a side draws random numbers in training, without dropout."""
-        arguments = self.both.inputs, self._loss, self.optimizer
-        again = self.both.reference.train(*arguments, steps=1, seed=1).outputs
-        same = all(map(np.array_equal, again, theirs[_TRAINING].values()))
-        return not same or _depends_on_key(self.both.port.state, self.batch.inputs)
-
-
 def _rows(
     theirs: dict[str, _Arrays],
     ours: dict[str, _Arrays],
@@ -666,12 +648,12 @@ def _rows(
     return found
 
 
-def _compared(both: _Both, training: _Training) -> Comparison:
+def _compared(both: _Both) -> Comparison:
     from jaxtrain.inspect._search import SECONDS
 
     reference = both.reference
     try:
-        theirs, rates = training.theirs(reference)
+        theirs, rates = both.theirs(reference)
     except InputError:
         raise
     except Exception as error:  # of the module
@@ -681,20 +663,20 @@ def _compared(both: _Both, training: _Training) -> Comparison:
             argument="inputs",
         ) from error
     try:
-        exact = training.theirs(both.exact)[0]
+        exact = both.theirs(both.exact)[0]
     except Exception:  # a module that cannot be in float64
         exact = theirs
     noise = {
         quantity: {name: difference(x, exact[quantity][name]) for name, x in arrays.items()}
         for quantity, arrays in theirs.items()
     }
-    ours, draws = training.ours(), training.draws(theirs)
+    ours, draws = both.ours(), both.draws(theirs)
     ours = {_EVALUATION: ours[_EVALUATION]} if draws else ours
 
     def rows(changes: Sequence[Change]) -> list[PortDifference] | None:
         """Returns the differences with changes; None if PyTorch fails with them."""
         try:
-            found = training.theirs(reference, changes)[0] if changes else theirs
+            found = both.theirs(reference, changes)[0] if changes else theirs
         except Exception:  # such as a shape that does not fit
             return None
         return _rows(found, ours, noise, list(both.added.values()))
@@ -703,8 +685,11 @@ def _compared(both: _Both, training: _Training) -> Comparison:
         found = rows(changes)
         return math.inf if found is None else sum(not row.ok for row in found)
 
-    first_layer, sites, notes = None, {}, []
-    found, further = both.module_changes()
+    first_layer, notes = None, []
+    sites = reference.evaluate(both.inputs).sites
+    numbers = both.numbers(sites)
+    biases, further = both.module_changes()
+    found = [*biases, *numbers]
     if failing(()) or found:
         search = both.search(list(theirs[_EVALUATION].values()))
         search.run(found)
@@ -712,14 +697,11 @@ def _compared(both: _Both, training: _Training) -> Comparison:
             first_layer = both.name(search.first) or "the outputs"
         if search.is_done and not draws:
             search.run_training(further, failing)
-        found, sites = search.changes, search.sites
+        found = search.changes
         if search.is_stopped:
             notes.append(f"the search ended after {SECONDS} s")
-    sites = sites or reference.evaluate(both.inputs).sites
-    known = {site for change in found for site in change.calls if change.kind == "epsilon"}
-    others = both.other_epsilons({site: x for site, x in sites.items() if site not in known})
     conventions = [change for change in found if change.is_convention]
-    causes = both.causes([*(x for x in found if not x.is_convention), *others], list(sites))
+    causes = both.causes([x for x in found if not x.is_convention], list(sites))
     before, after = _largest(rows(conventions)), _largest(rows(found))
     compared = [
         row._replace(

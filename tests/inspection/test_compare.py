@@ -89,9 +89,14 @@ def test_an_equal_port_is_right(framework: str) -> None:
 
 TORCH = [
     ({"activation": F.silu}, "activation", "silu", "gelu", "jax.nn.silu(x)"),
+    (
+        {"activation": lambda x: F.leaky_relu(x, 0.2)},
+        *("activation", "leaky_relu with negative_slope=0.2", "gelu", "jax.nn.leaky_relu(x, 0.2)"),
+    ),
     ({"eps": 1e-3}, "epsilon", "0.001", "1e-05", "nn.LayerNorm(epsilon=0.001)"),
     ({"norm_eps": 1.1e-5}, "epsilon", "1.1e-05", "1e-05", "nn.BatchNorm(epsilon=1.1e-05)"),
     ({"momentum": 0.01}, "momentum", "0.01", "0.1 ", "nn.BatchNorm(momentum=0.99)"),
+    ({"momentum": None}, "momentum", "a cumulative average", "0.1 ", "averages all batches"),
     ({"bias": False}, "bias", "no bias", "a bias", "nn.Dense(..., use_bias=False)"),
     ({"rate": 0.2}, "dropout", "0.2", "0.5", "a rate of 0.2"),
     ({"pool": torch.nn.MaxPool2d}, "pooling", "max_pool", "avg_pool", "max_pool"),
@@ -168,6 +173,49 @@ def test_a_mask_that_is_missing_is_named() -> None:
     ], report
 
 
+class Defaults(torch.nn.Module):
+    """Has settings that PyTorch derives, and infinite outputs."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv = torch.nn.Conv2d(2, 3, 1, bias=False)
+        self.norm, self.head = torch.nn.RMSNorm(3), torch.nn.Linear(3, 3)
+
+    def forward(self, x):
+        x = F.leaky_relu(self.head(self.norm(1e-3 * self.conv(x).mean((2, 3)))), 0.2)
+        return x.masked_fill(torch.arange(3) == 2, -torch.inf)
+
+
+def test_settings_that_are_left_out_and_infinite_outputs_are_compared() -> None:
+    class DefaultsPort(linen.Module):
+        @linen.compact
+        def __call__(self, x):
+            x = linen.RMSNorm()(1e-3 * linen.Conv(3, (1, 1))(x).mean((1, 2)))
+            x = linen.leaky_relu(linen.Dense(3)(x))
+            return jnp.where(jnp.arange(3) == 2, -jnp.inf, x)
+
+    report = jt.compare(Defaults(), DefaultsPort(), IMAGES)
+    assert {(x.kind, x.theirs, x.ours) for x in report.causes} == {
+        ("bias", "no bias", "a bias"),
+        ("epsilon", "1.19209e-07", "1e-06"),
+        ("activation", "leaky_relu with negative_slope=0.2", "leaky_relu"),
+    }, report
+    assert all(x.remaining <= x.tolerance for x in report.differences), report
+
+
+def test_outputs_that_cannot_be_compared_are_named() -> None:
+    class Sum(torch.nn.Linear):
+        def forward(self, x):
+            return super().forward(x).sum()
+
+    report = jt.compare(Sum(5, 3), linen.Dense(3), IMAGES[:, 0, 0])
+    assert "outputs of [[]] for 6 examples" in report.mismatch
+    module = torch.nn.Sequential(torch.nn.Linear(5, 3), torch.nn.Unflatten(1, (1, 3)))
+    report = jt.compare(module, linen.Dense(3), IMAGES[:, 0, 0])
+    assert "outputs of [[6, 1, 3]], and the model of [[6, 3]]" in report.mismatch
+    assert not report.ok
+
+
 def test_what_is_not_known_is_not_explained() -> None:
     report = jt.compare(Network(activation=lambda x: torch.sin(3 * x)), Port(), IMAGES)
     assert (report.causes, report.ok) == ((), False)
@@ -231,6 +279,11 @@ def test_random_numbers_in_training_are_named() -> None:
 LINEAR = functools.partial(torch.nn.Linear, 5, 3)
 
 
+class SGD(torch.optim.SGD):
+    def __init__(self, params, scale):
+        super().__init__(params, lr=scale)
+
+
 @pytest.mark.parametrize(
     ("arguments", "options", "message"),
     [
@@ -239,6 +292,11 @@ LINEAR = functools.partial(torch.nn.Linear, 5, 3)
         ((LINEAR(), linen.Dense(3), IMAGES[..., 0]), {}, "does not take the inputs"),
         ((LINEAR(), linen.Dense(3), IMAGES, LABELS), {}, "targets is given without loss_fn"),
         ((LINEAR(), linen.Dense(3), IMAGES), {"optimizer": jt.optimizers.sgd(1.0)}, "torch.optim"),
+        (
+            (LINEAR(), linen.Dense(3), IMAGES),
+            {"optimizer": SGD(LINEAR().parameters(), 0.1)},
+            "SGD takes other arguments",
+        ),
         (
             (LINEAR(), linen.Dense(3), IMAGES),
             {"loss_fn": lambda predictions, targets, params: predictions[:, 0]},

@@ -121,6 +121,10 @@ def test_dropout_inside_other_layers_is_left_out() -> None:
     for layer, inputs in zip(layers, [(x,), (x, x, x)], strict=True):
         copy = without_dropout(layer).train()
         torch.testing.assert_close(copy(*inputs)[0], layer.eval()(*inputs)[0])
+    packed = torch.nn.utils.rnn.pack_sequence(list(x))
+    for layer in (layers[0], nn.GRU(4, 4, 2, dropout=0.5)):
+        copy = without_dropout(layer).train()
+        torch.testing.assert_close(copy(packed)[0].data, layer.eval()(packed)[0].data)
 
 
 def test_the_inputs_keep_their_layout_where_it_fits() -> None:
