@@ -13,9 +13,8 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch.overrides import TorchFunctionMode
 
-from jaxtrain.adapters.torch import call_without_dropout
+from jaxtrain.adapters.torch import dropping_nothing
 from jaxtrain.race.measuring import first_losses
 from jaxtrain.race.pytorch import TorchTrainer, parts
 
@@ -25,15 +24,6 @@ _TUNING_SECONDS, _TUNING_READINGS = 0.1, 3
 _MIN_STEPS = 5
 # A first loss that another seed changes by more than this fraction depends on random draws.
 _DRAWN = 1e-5
-
-
-class _WithoutDropout(TorchFunctionMode):
-    """Makes every dropout inside the identity, that of functions as that of layers."""
-
-    def __torch_function__(
-        self, function: Any, types: Any, args: Any = (), kwargs: Any = None
-    ) -> Any:
-        return call_without_dropout(function, args, kwargs or {})
 
 
 def prepare(
@@ -133,7 +123,7 @@ def _checked_losses(
                 if x.is_floating_point():
                     unit = torch.finfo(x.dtype).eps
                     x.mul_(1 + unit * torch.randint(-1, 2, x.shape, device=x.device))
-    with _WithoutDropout():
+    with dropping_nothing():
         return first_losses(trainer, steps)
 
 

@@ -11,7 +11,7 @@ from collections.abc import Callable
 from typing import Any
 
 from jaxtrain.adapters._shared import Static
-from jaxtrain.adapters.torch._dropout import call_without_dropout, dropout_rate
+from jaxtrain.adapters.torch._dropout import call_without_dropout, dropout_rate, dropping_nothing
 from jaxtrain.adapters.torch._rules import RULES, family
 from jaxtrain.model import Model
 
@@ -20,6 +20,7 @@ __all__ = [
     "call",
     "call_without_dropout",
     "dropout_rate",
+    "dropping_nothing",
     "operations",
     "register",
     "without_dropout",

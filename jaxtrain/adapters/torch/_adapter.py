@@ -16,12 +16,11 @@ import numpy as np
 import torch
 from flax.traverse_util import flatten_dict, unflatten_dict
 from jaxtyping import PyTree
-from torch.overrides import TorchFunctionMode
 
 from jaxtrain._placement import to_numpy
 from jaxtrain.adapters._recording import Recorder
 from jaxtrain.adapters._shared import AdaptedApply, BatchStatistics, RefuseInit, Static, unused_key
-from jaxtrain.adapters.torch._dropout import call_without_dropout
+from jaxtrain.adapters.torch._dropout import dropping_nothing
 from jaxtrain.adapters.torch._export import export
 from jaxtrain.adapters.torch._interpreter import compute, to_array
 from jaxtrain.dataset import JoinedInputs
@@ -205,18 +204,8 @@ class WithoutDropout:
     def __call__(self, *args: Any, **options: Any) -> Any:
         """Calls the module."""
         function = self.call.value if isinstance(self.call, Static) else self.call
-        with _DroppingNothing():
+        with dropping_nothing():
             return function(*args, **options)
-
-
-class _DroppingNothing(TorchFunctionMode):
-    """Calls functions of PyTorch without dropout, while it is active."""
-
-    def __torch_function__(
-        self, function: Any, types: Any, args: Any = (), kwargs: Any = None
-    ) -> Any:
-        """Calls a function."""
-        return call_without_dropout(function, args, kwargs or {})
 
 
 def _variables(module: Any) -> dict[str, torch.Tensor]:

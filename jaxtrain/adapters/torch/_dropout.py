@@ -52,6 +52,19 @@ def call_without_dropout(function: Any, args: Any, kwargs: Any) -> Any:
     return function(*args, **kwargs)
 
 
+def dropping_nothing() -> Any:
+    """Returns a mode of PyTorch in which no function drops elements."""
+    from torch.overrides import TorchFunctionMode
+
+    class DroppingNothing(TorchFunctionMode):
+        def __torch_function__(
+            self, function: Any, types: Any, args: Any = (), kwargs: Any = None
+        ) -> Any:
+            return call_without_dropout(function, args, kwargs or {})
+
+    return DroppingNothing()
+
+
 def _arguments(name: str, args: Any) -> _Arguments | None:
     found = _RATES.get(name)
     # A packed sequence has its batch sizes as a further argument, before the list of weights.
