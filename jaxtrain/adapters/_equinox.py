@@ -18,6 +18,7 @@ from jaxtrain.adapters._shared import (
     BatchStatistics,
     RefuseInit,
     Static,
+    WithoutDropout,
     describe_type,
     to_arrays,
     unused_key,
@@ -99,9 +100,9 @@ class Apply(AdaptedApply):
         module = self._combine(params, model_state, inference=False)
         return patched_calls(recorder, module, _modules, eqx.nn.Dropout)
 
-    def without_dropout(self) -> Any:
+    def without_dropout(self) -> WithoutDropout:
         """Returns the function of `call` that drops nothing in training."""
-        return WithoutDropout(self.call)
+        return WithoutDropout(self.call, _call_without_dropout)
 
     def batch_statistics(
         self, params: PyTree, model_state: dict[str, Any]
@@ -141,23 +142,16 @@ class Apply(AdaptedApply):
         return eqx.nn.inference_mode(module, value=inference)
 
 
-@dataclasses.dataclass(frozen=True)
-class WithoutDropout:
+def _call_without_dropout(call: Any, module: eqx.Module, *args: Any, **options: Any) -> Any:
     """Calls a module whose layers have no rate of dropout."""
 
-    call: Static
+    def is_dropout(node: Any) -> bool:
+        return isinstance(node, eqx.nn.Dropout)
 
-    def __call__(self, module: eqx.Module, *args: Any, **options: Any) -> Any:
-        """Calls the module."""
+    def convert(node: Any) -> Any:
+        return eqx.tree_at(lambda x: x.p, node, 0.0) if is_dropout(node) else node
 
-        def is_dropout(node: Any) -> bool:
-            return isinstance(node, eqx.nn.Dropout)
-
-        def convert(node: Any) -> Any:
-            return eqx.tree_at(lambda x: x.p, node, 0.0) if is_dropout(node) else node
-
-        module = jax.tree.map(convert, module, is_leaf=is_dropout)
-        return self.call.value(module, *args, **options)
+    return call(jax.tree.map(convert, module, is_leaf=is_dropout), *args, **options)
 
 
 def _modules(module: Any, path: Path = ()) -> list[tuple[Path, Any]]:

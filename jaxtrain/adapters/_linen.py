@@ -23,6 +23,7 @@ from jaxtrain.adapters._shared import (
     AdaptedApply,
     BatchStatistics,
     Static,
+    WithoutDropout,
     draws_unasked,
     dropout_rates,
     named_statistics,
@@ -154,9 +155,9 @@ class Apply(AdaptedApply):
         with nn.intercept_methods(intercept):
             yield
 
-    def without_dropout(self) -> Any:
+    def without_dropout(self) -> WithoutDropout:
         """Returns the function of `call` that drops nothing in training."""
-        return WithoutDropout(self.call)
+        return WithoutDropout(self.call, _call_without_dropout)
 
     def batch_statistics(self, params: PyTree, model_state: PyTree) -> dict[str, BatchStatistics]:
         """Returns the statistics by layer; the first name is that of the collection."""
@@ -170,22 +171,16 @@ class Apply(AdaptedApply):
         )
 
 
-@dataclasses.dataclass(frozen=True)
-class WithoutDropout:
+def _call_without_dropout(call: Any, *args: Any, **options: Any) -> Any:
     """Calls a module whose layers have no rate of dropout."""
 
-    call: Static
+    def intercept(method: Any, args: Any, kwargs: Any, context: Any) -> Any:
+        for name in dropout_rates(context.module):  # of an instance of this call
+            object.__setattr__(context.module, name, 0.0)
+        return method(*args, **kwargs)
 
-    def __call__(self, module: nn.Module, inputs: PyTree, **options: Any) -> Any:
-        """Calls the module."""
-
-        def intercept(method: Any, args: Any, kwargs: Any, context: Any) -> Any:
-            for name in dropout_rates(context.module):  # of an instance of this call
-                object.__setattr__(context.module, name, 0.0)
-            return method(*args, **kwargs)
-
-        with nn.intercept_methods(intercept):
-            return self.call.value(module, inputs, **options)
+    with nn.intercept_methods(intercept):
+        return call(*args, **options)
 
 
 def _streams(key: Any, names: Iterable[str]) -> dict[str, Any]:

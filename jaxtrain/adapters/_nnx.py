@@ -17,6 +17,7 @@ from jaxtrain.adapters._shared import (
     BatchStatistics,
     RefuseInit,
     Static,
+    WithoutDropout,
     describe_type,
     dropout_rates,
     named_statistics,
@@ -64,9 +65,9 @@ class Apply(AdaptedApply):
         module = nnx.merge(self.graphdef.value, params, model_state)
         return patched_calls(recorder, module, _modules, nnx.Dropout)
 
-    def without_dropout(self) -> Any:
+    def without_dropout(self) -> WithoutDropout:
         """Returns the function of `call` that drops nothing in training."""
-        return WithoutDropout(self.call)
+        return WithoutDropout(self.call, _call_without_dropout)
 
     def batch_statistics(self, params: PyTree, model_state: PyTree) -> dict[str, BatchStatistics]:
         """Returns the statistics by layer; they have the path of their layer."""
@@ -79,18 +80,12 @@ class Apply(AdaptedApply):
         return module
 
 
-@dataclasses.dataclass(frozen=True)
-class WithoutDropout:
-    """Calls a module whose layers have no rate of dropout."""
-
-    call: Static
-
-    def __call__(self, module: nnx.Module, inputs: PyTree, **options: Any) -> Any:
-        """Calls the module, which has been built for this call."""
-        for _, layer in _modules(module):
-            for name in dropout_rates(layer):
-                setattr(layer, name, 0.0)
-        return self.call.value(module, inputs, **options)
+def _call_without_dropout(call: Any, module: nnx.Module, *args: Any, **options: Any) -> Any:
+    """Calls a module, which has been built for this call, with no rate of dropout."""
+    for _, layer in _modules(module):
+        for name in dropout_rates(layer):
+            setattr(layer, name, 0.0)
+    return call(module, *args, **options)
 
 
 def _modules(module: nnx.Module) -> list[tuple[Path, nnx.Module]]:

@@ -6,6 +6,7 @@ import abc
 import contextlib
 import dataclasses
 import re
+from collections.abc import Callable
 from typing import Any, ClassVar, NamedTuple, NoReturn
 
 import jax
@@ -67,6 +68,23 @@ class BatchStatistics(NamedTuple):
     scale: float = 1.0
 
 
+@dataclasses.dataclass(frozen=True)
+class WithoutDropout:
+    """Calls a module while its layers drop nothing; equal ones are compiled once.
+
+    Attributes:
+      call: calls the module.
+      run: the function of a framework that makes this call without dropout.
+    """
+
+    call: Static
+    run: Callable[..., Any]
+
+    def __call__(self, *args: Any, **options: Any) -> Any:
+        """Calls the module."""
+        return self.run(self.call.value, *args, **options)
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class AdaptedApply(abc.ABC):
     """Base of the `Model.apply` of modules.
@@ -124,7 +142,7 @@ class AdaptedApply(abc.ABC):
         """Records the calls of the module and its submodules."""
 
     @abc.abstractmethod
-    def without_dropout(self) -> Any:
+    def without_dropout(self) -> WithoutDropout:
         """Returns the function of `call` that drops nothing in training."""
 
     @abc.abstractmethod

@@ -480,7 +480,7 @@ class _Both:
         """Returns the changes of calls whose layer in the model has another epsilon or momentum."""
         from jaxtrain.inspect import _causes
 
-        found = []
+        found: list[Change] = []
         for site, arguments in sites.items():
             path = self._path_of.get(site.layer)
             given = self._calls[path].settings if path in self._calls else {}

@@ -10,7 +10,7 @@ import importlib
 from collections.abc import Callable
 from typing import Any
 
-from jaxtrain.adapters._shared import Static
+from jaxtrain.adapters._shared import Static, WithoutDropout
 from jaxtrain.adapters.torch._dropout import call_without_dropout, dropout_rate, dropping_nothing
 from jaxtrain.adapters.torch._rules import RULES, family
 from jaxtrain.model import Model
@@ -74,7 +74,8 @@ def without_dropout(module: Any) -> Any:
     from jaxtrain.adapters.torch import _adapter
 
     found = copy.deepcopy(module)
-    found.forward = _adapter.WithoutDropout(found.forward)
+    call = _adapter.call_without_dropout
+    found.forward = WithoutDropout(Static(found.forward), call)
     return found
 
 

@@ -19,7 +19,14 @@ from jaxtyping import PyTree
 
 from jaxtrain._placement import to_numpy
 from jaxtrain.adapters._recording import Recorder
-from jaxtrain.adapters._shared import AdaptedApply, BatchStatistics, RefuseInit, Static, unused_key
+from jaxtrain.adapters._shared import (
+    AdaptedApply,
+    BatchStatistics,
+    RefuseInit,
+    Static,
+    WithoutDropout,
+    unused_key,
+)
 from jaxtrain.adapters.torch._dropout import dropping_nothing
 from jaxtrain.adapters.torch._export import export
 from jaxtrain.adapters.torch._interpreter import compute, to_array
@@ -167,9 +174,9 @@ class Apply(AdaptedApply):
         finally:
             self.template.recorder = before
 
-    def without_dropout(self) -> Any:
+    def without_dropout(self) -> WithoutDropout:
         """Returns the function of `call` that drops nothing in training."""
-        return WithoutDropout(self.call)
+        return WithoutDropout(self.call, call_without_dropout)
 
     def batch_statistics(self, params: PyTree, model_state: PyTree) -> dict[str, BatchStatistics]:
         """Returns the statistics by layer; they have the path of their layer."""
@@ -195,17 +202,10 @@ class Apply(AdaptedApply):
         return module.eval()
 
 
-@dataclasses.dataclass(frozen=True)
-class WithoutDropout:
+def call_without_dropout(call: Any, *args: Any, **options: Any) -> Any:
     """Calls a module, or its `forward` alone, while no function of PyTorch drops elements."""
-
-    call: Any
-
-    def __call__(self, *args: Any, **options: Any) -> Any:
-        """Calls the module."""
-        function = self.call.value if isinstance(self.call, Static) else self.call
-        with dropping_nothing():
-            return function(*args, **options)
+    with dropping_nothing():
+        return call(*args, **options)
 
 
 def _variables(module: Any) -> dict[str, torch.Tensor]:
