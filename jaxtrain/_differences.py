@@ -45,4 +45,4 @@ def explained(scale: float, tolerance: float, noise: float) -> float:
       tolerance: of rounding, relative to it.
       noise: the measured effect of rounding; infinity explains nothing.
     """
-    return max(tolerance * scale, _FACTOR * noise if math.isfinite(noise) else 0.0, 1e-12)
+    return max(tolerance * scale, _FACTOR * noise if math.isfinite(noise) else 0.0)

@@ -69,7 +69,7 @@ def port(
       optimizer: optimizer of the state.
       key: PRNG key of the state.
       mapping: as in `jaxtrain.export.load_torch`.
-      model_inputs: the inputs in the model's layout. None takes them as they are if the model then
+      model_inputs: the inputs in the model's layout. None takes them unchanged if the model then
         has the shapes of the weights; else images with their channels last, or without an axis for
         one channel.
 
@@ -151,7 +151,7 @@ def without_dropout(model_or_module: Any) -> Any:
 
     Args:
       model_or_module: a `torch.nn.Module`, of which it returns a copy; or the `Model` of a state,
-        `state.model`. A `Model` of plain functions is returned as it is.
+        `state.model`. A `Model` of plain functions is returned unchanged.
     """
     if isinstance(model_or_module, Model):
         return adapters.without_dropout(model_or_module)
@@ -182,7 +182,7 @@ def as_arrays(inputs: PyTree) -> PyTree:
 
 
 def _layouts(inputs: PyTree) -> Iterator[PyTree]:
-    """Yields the inputs as they are, with the channels last, and without an axis for one."""
+    """Yields the inputs unchanged, with the channels last, and without an axis for one."""
     shapes = [leaf.shape for leaf in jax.tree.leaves(inputs)]
     yield inputs
     if any(len(shape) > 2 for shape in shapes):

@@ -185,4 +185,4 @@ def _first(differences: Sequence[float]) -> int:
 def _ratio(theirs: Any, ours: Any, tolerance: float, noise: float) -> float:
     if theirs is None or ours is None:
         return math.inf
-    return difference(theirs, ours) / explained(largest(theirs), tolerance, noise)
+    return difference(theirs, ours) / max(explained(largest(theirs), tolerance, noise), 1e-12)

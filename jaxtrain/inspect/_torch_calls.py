@@ -61,11 +61,11 @@ class Change(NamedTuple):
     """Something that a model may do differently from a PyTorch module.
 
     Attributes:
-      kind: what it is about, such as "padding".
-      theirs: what PyTorch does, by call.
-      ours: what the model then does.
-      fix: what to write in the model, by call; `{layer}` and `{eps}` are names of its framework.
-      calls: how calls are changed: a function of the function, which it returns changed.
+      kind: the kind of difference, such as "padding".
+      theirs: the setting or function in PyTorch, by call.
+      ours: the setting or function in the model.
+      fix: the code to write in the model, by call; `{layer}`, `{eps}` are names of its framework.
+      calls: by call, a function that takes the called function and returns another one.
       module: changes the module itself.
       is_convention: whether it is a difference that a right port may have.
     """
@@ -168,8 +168,8 @@ class Reference:
           loss: returns the loss of outputs, and its gradients with respect to them.
           optimizer: makes the optimizer of a module.
           steps: number of steps.
-          changes: what is changed.
-          seed: that of PyTorch's random numbers, which are restored afterwards.
+          changes: changes of the module.
+          seed: seed of PyTorch's random numbers, which are restored afterwards.
         """
         module = copy.deepcopy(self._changed(changes)).train()
         tensors, stepper = to_tensors(module, inputs), optimizer(module)

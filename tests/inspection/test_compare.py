@@ -203,6 +203,17 @@ def test_settings_that_are_left_out_and_infinite_outputs_are_compared() -> None:
     assert all(x.remaining <= x.tolerance for x in report.differences), report
 
 
+def test_outputs_without_a_value_are_never_right() -> None:
+    class Undefined(torch.nn.Linear):
+        def forward(self, x):
+            return super().forward(x) * torch.nan
+
+    report = jt.compare(Undefined(5, 3), linen.Dense(3), IMAGES[:, 0, 0])
+    assert not report.ok
+    assert len(report.differences) == 6, report  # all but buffers: NaN is not a random draw
+    assert all(x.tolerance <= 1e-4 for x in report.differences), report
+
+
 def test_outputs_that_cannot_be_compared_are_named() -> None:
     class Sum(torch.nn.Linear):
         def forward(self, x):
