@@ -582,6 +582,21 @@ class _Both:
             if not math.isclose(x, y, rel_tol=1e-6)
         ]
 
+    def tied(self) -> list[Cause]:
+        """Returns the tensors that PyTorch shares between layers, and the model does not."""
+        names: dict[int, list[str]] = {}
+        for name, tensor in self.module.named_parameters(remove_duplicate=False):
+            if name in self._arrays_of:
+                names.setdefault(id(tensor), []).append(name)
+        return [
+            Cause(
+                *("tied weights", ", ".join(map(self.name, each)), "one tensor", "separate arrays"),
+                "one parameter that both layers use, such as attend of flax.linen.Embed",
+            )
+            for each in names.values()
+            if len({self._arrays_of[name] for name in each}) > 1
+        ]
+
     def initialization(self) -> list[str]:
         """Returns a note if the model's own initial weights have another deviation."""
         port = self.port
@@ -711,7 +726,7 @@ def _compared(both: _Both) -> Comparison:
         )
         for quantity, row in before.items()
     ]
-    causes += both.dropout(rates)
+    causes += [*both.dropout(rates), *both.tied()]
     notes = [*dict.fromkeys(change.ours for change in conventions), *both.initialization(), *notes]
     if draws:
         notes.append("a side draws random numbers in training, so only evaluation is compared")

@@ -227,6 +227,31 @@ def test_outputs_that_cannot_be_compared_are_named() -> None:
     assert not report.ok
 
 
+class Tied(torch.nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.wte, self.head = torch.nn.Embedding(7, 4), torch.nn.Linear(4, 7, bias=False)
+        self.head.weight = self.wte.weight
+
+    def forward(self, tokens: Any) -> Any:
+        return self.head(self.wte(tokens))
+
+
+def test_weights_that_only_pytorch_ties_are_named() -> None:
+    class Untied(linen.Module):
+        @linen.compact
+        def __call__(self, tokens: Any) -> Any:
+            return linen.Dense(7, use_bias=False)(linen.Embed(7, 4)(tokens))
+
+    report = jt.compare(Tied(), Untied(), np.arange(12).reshape(4, 3) % 7)
+    (cause,) = report.causes
+    assert (cause.kind, cause.where) == (
+        "tied weights",
+        "wte.weight (Embed_0.embedding), head.weight (Dense_0.kernel)",
+    )
+    assert not report.ok
+
+
 def test_what_is_not_known_is_not_explained() -> None:
     report = jt.compare(Network(activation=lambda x: torch.sin(3 * x)), Port(), IMAGES)
     assert (report.causes, report.ok) == ((), False)
