@@ -47,6 +47,7 @@ ORDER = [
         "_placement",
         "_safetensors",
         "_device_memory",
+        "_differences",
         "_json",
         "lowerings",
         "dataset",

@@ -16,7 +16,7 @@ from jaxtrain._arguments import check_integer
 from jaxtrain._extras import needs_extra
 from jaxtrain.dataset import Dataset
 from jaxtrain.errors import DisagreementError, InputError
-from jaxtrain.inspect._port import check_module
+from jaxtrain.inspect import check_module
 from jaxtrain.losses import Loss, name_of
 from jaxtrain.race import machine, measuring
 from jaxtrain.race.processes import ProcessError, by_value, call
