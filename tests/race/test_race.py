@@ -255,7 +255,9 @@ TORCH_LOSSES = {
 }
 
 
-@pytest.mark.parametrize("loss_fn", TORCH_LOSSES, ids=str)
+@pytest.mark.parametrize(
+    "loss_fn", TORCH_LOSSES, ids=lambda loss: getattr(loss, "func", loss).__name__
+)
 def test_the_losses_of_pytorch_are_those_of_jaxtrain(loss_fn) -> None:
     targets = TORCH_LOSSES[loss_fn]
     theirs = run._torch_loss(loss_fn)(torch.tensor(INPUTS[:, :3]), torch.tensor(targets))
