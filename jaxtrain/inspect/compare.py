@@ -176,7 +176,7 @@ class Comparison:
             lines.append(f"no known cause explains the difference of: {names}")
         lines += [f"note: {note}" for note in self.notes]
         return "\n".join(
-            textwrap.fill(line, 99, subsequent_indent="   ") if " " * 3 not in line else line
+            textwrap.fill(line, 96, subsequent_indent="   ") if " " * 3 not in line else line
             for line in "\n".join(lines).splitlines()
         )
 

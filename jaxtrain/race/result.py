@@ -6,6 +6,7 @@ import dataclasses
 import json
 import math
 import os
+import textwrap
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -101,10 +102,12 @@ class Race:
             ).rstrip()
             for cells in table
         ]
-        lines += [f"{row.contender}: no numbers: {row.missing}" for row in self.rows if row.missing]
-        return "\n".join(
-            [self.title, "", *lines, "", *self.notes, machine_line(dict(self.machine))]
-        )
+        missing = [
+            f"{row.contender}: no numbers: {row.missing}" for row in self.rows if row.missing
+        ]
+        notes = [*self.notes, machine_line(dict(self.machine))]
+        wrapped = [textwrap.fill(note, 96, subsequent_indent="  ") for note in (*missing, *notes)]
+        return "\n".join([self.title, "", *lines, "", *wrapped])
 
     __repr__ = __str__
 
