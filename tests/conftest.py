@@ -19,10 +19,8 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 gc.set_threshold(100_000, 20, 100)
 # Simulated devices, for the tests of meshes; all other tests use the first one. Most of the time is
 # spent on compiling, which takes a third as long without LLVM's optimizations and XLA's newer
-# emitters, and a tenth less in one piece. jaxlib 0.12 has no other emitters, and ends the process
-# at a flag that it does not know.
+# emitters. jaxlib 0.12 has no others, and ends the process at a flag that it does not know.
 FLAGS = "--xla_force_host_platform_device_count=8 --xla_backend_optimization_level=0"
-FLAGS += " --xla_cpu_parallel_codegen_split_count=1"
 if metadata.version("jaxlib").startswith("0.10."):
     FLAGS += " --xla_cpu_use_fusion_emitters=false"
 os.environ.setdefault("XLA_FLAGS", FLAGS)

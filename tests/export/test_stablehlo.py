@@ -133,7 +133,8 @@ def file(folder: Path) -> Path:
 
 @pytest.mark.parametrize("name", MODELS)
 def test_a_process_without_jaxtrain_predicts_the_same(states, folder: Path, name: str) -> None:
-    found = np.load(folder / f"{name}.npz")
+    with np.load(folder / f"{name}.npz") as arrays:
+        found = dict(arrays)
     loaded = jt.export.load_stablehlo(folder / name)
     # XLA chooses other roundings of half precision for other shapes.
     tolerance = 0.02 if name == "bfloat16" else 2e-6
