@@ -27,7 +27,7 @@ def reuse_freed_memory(enable: bool = True) -> bool:
     XLA allocates the memory of intermediate results anew in each call of a program on a CPU. By
     default the C library returns large blocks to the kernel after the call, and in the next call
     the kernel fills each of their pages with zeros again. In a loop over `train_step` of a
-    convolutional network, this may take half of the time. `train_epoch` and `fit` take many steps
+    convolutional network, this may take 40 % of the time. `train_epoch` and `fit` take many steps
     per call, and gain little.
 
     It concerns all code of the process, and the process keeps more memory: the largest amount that

@@ -25,11 +25,11 @@ from jaxtrain.race.turns import Values, take_turns
 
 COMPILED = "torch.compile"
 CONTENDERS = (EAGER, COMPILED, "train_step", "train_epoch", "fit")
-# So many losses are compared before anything is timed. They may differ by a fraction, and by this
-# many times what rounding the parameters of the PyTorch module changes.
+# The number of losses that are compared before anything is timed, the fraction by which they may
+# differ, and how many times the effect of rounding PyTorch's parameters may be added to it.
 _CHECKED_STEPS, _FRACTION, _ROUNDINGS = 20, 1e-4, 8
-# Where both sides draw different random numbers, mean losses may differ by a fraction of their
-# value, and by one of the first loss.
+# Where both sides draw different random numbers, mean losses may differ by the sum of a fraction of
+# their value and a fraction of the first loss.
 _ROUGHLY, _ROUGHLY_OF_FIRST = 0.3, 0.02
 # The first batches of a data set are enough for a race: at least some, and otherwise up to a number
 # and a size. They are sent to each process.
@@ -63,8 +63,9 @@ def race(
 
     By default, a race takes five to ten minutes, most of which is spent on starting processes and
     compiling; `rounds=1, seconds=0.2` takes one or two. Ctrl-C ends it, and returns what was
-    measured. On a GPU, JAX reserves most of the memory when it starts, which the processes need:
-    set the environment variable XLA_PYTHON_CLIENT_PREALLOCATE=false first, as the command does.
+    measured; before the first reading, it raises KeyboardInterrupt. On a GPU, JAX reserves most of
+    the memory when it starts, which the processes need: set the environment variable
+    XLA_PYTHON_CLIENT_PREALLOCATE=false first, as the command does.
 
     Args:
       module: the module, on the CPU; not modified.
