@@ -59,8 +59,11 @@ def port(
     key: Key[Array, ""],
     mapping: Mapping[str, str] | None = None,
     model_inputs: PyTree = None,
-) -> tuple[TrainState, PyTree]:
+    any_biases: bool = False,
+) -> Port:
     """Returns a state of a JAX model with the weights of a PyTorch module, and its inputs.
+
+    It has the layout of inputs and the order of features with the most similar outputs.
 
     Args:
       module: the PyTorch module, which is not changed.
@@ -72,33 +75,10 @@ def port(
       model_inputs: the inputs in the model's layout. None takes them unchanged if the model then
         has the shapes of the weights; else images with their channels last, or without an axis for
         one channel.
-
-    Returns:
-      The state, and the inputs in the model's layout.
+      any_biases: whether layers may have a bias on one side alone.
 
     Raises:
       InputError: the module does not take the inputs, or its layers are not those of the model.
-    """
-    options = {"key": key, "mapping": mapping, "model_inputs": model_inputs}
-    with jax.default_matmul_precision("highest"):
-        found = best_port(module, model, inputs, optimizer, **options)
-    return found.state, found.inputs
-
-
-def best_port(
-    module: Any,
-    model: Any,
-    inputs: PyTree,
-    optimizer: optax.GradientTransformation | None,
-    *,
-    key: Key[Array, ""],
-    mapping: Mapping[str, str] | None = None,
-    model_inputs: PyTree = None,
-    any_biases: bool = False,
-) -> Port:
-    """Returns the layout of inputs and the order of features with the most similar outputs.
-
-    The arguments are those of `port`. With `any_biases`, layers may have a bias on one side alone.
     """
     check_module(module)
     with needs_extra("torch"):

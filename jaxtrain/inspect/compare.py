@@ -25,11 +25,13 @@ from jaxtrain.inspect._port import (
     Port,
     as_arrays,
     axis_orders,
-    best_port,
     check_module,
     evaluate,
     first_line,
     without_dropout,
+)
+from jaxtrain.inspect._port import (
+    port as port_of,
 )
 from jaxtrain.losses import Loss, context_parameters
 from jaxtrain.model import Model
@@ -253,7 +255,7 @@ def compare(
     options = {"mapping": mapping, "model_inputs": model_inputs, "any_biases": True}
     with parallel.without_mesh(), jax.default_matmul_precision("highest"):
         try:
-            port = best_port(module, model, inputs, None, key=jax.random.key(0), **options)
+            port = port_of(module, model, inputs, None, key=jax.random.key(0), **options)
         except MisfitError as error:
             return Comparison((), (), None, str(error), ())
         state = with_optimizer(port.state, optimizer)

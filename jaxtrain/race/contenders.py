@@ -113,7 +113,8 @@ def make(
         for group in optimizer.param_groups:  # the model's parameters have other names
             group.pop("param_names", None)
         translated = from_torch(optimizer)
-        state, inputs = port(module, model, dataset.inputs, translated, key=key)
+        with jax.default_matmul_precision("highest"):
+            state, inputs, *_ = port(module, model, dataset.inputs, translated, key=key)
         dataset = dataset.replace(inputs=inputs)
     else:
         init = functools.partial(

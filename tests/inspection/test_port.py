@@ -85,7 +85,7 @@ def module():
 
 @pytest.mark.parametrize("framework", MODELS)
 def test_a_port_has_the_outputs_of_the_module_in_both_modes(framework: str, module) -> None:
-    state, inputs = port(module, MODELS[framework](), IMAGES, jt.optimizers.sgd(0.1), key=KEY)
+    state, inputs, *_ = port(module, MODELS[framework](), IMAGES, jt.optimizers.sgd(0.1), key=KEY)
     assert inputs.shape == ((4, 2, 6, 5) if framework == "Equinox" else (4, 6, 5, 2))
     theirs = module.eval()(torch.tensor(IMAGES)).detach().numpy()
     np.testing.assert_allclose(jt.predict(state, jnp.asarray(inputs)), theirs, atol=1e-6)
@@ -135,10 +135,10 @@ def test_the_inputs_keep_their_layout_where_it_fits() -> None:
         def __call__(self, x):
             return linen.gelu(linen.Dense(3)(x.reshape(x.shape[0], -1)), approximate=False)
 
-    state, inputs = port(module, Dense(), IMAGES, None, key=KEY)
+    state, inputs, *_ = port(module, Dense(), IMAGES, None, key=KEY)
     assert inputs.shape == IMAGES.shape
     given = np.moveaxis(IMAGES, 1, -1)
-    state, inputs = port(module, Dense(), IMAGES, None, key=KEY, model_inputs=given)
+    state, inputs, *_ = port(module, Dense(), IMAGES, None, key=KEY, model_inputs=given)
     np.testing.assert_array_equal(inputs, given)
     theirs = module(torch.tensor(IMAGES)).detach().numpy()
     np.testing.assert_allclose(jt.predict(state, jnp.asarray(inputs)), theirs, atol=1e-6)
