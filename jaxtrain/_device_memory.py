@@ -10,7 +10,7 @@ from pathlib import Path
 import jax
 
 from jaxtrain._versions import current_device
-from jaxtrain.errors import OutOfMemoryError
+from jaxtrain.errors import OutOfMemoryError, first_line, message_of
 
 # The fraction of free memory that an estimate may use: matrix products need workspace.
 USABLE_FRACTION = 0.5
@@ -20,7 +20,7 @@ _OUT_OF_MEMORY = ("RESOURCE_EXHAUSTED", "Out of memory")
 
 def is_out_of_memory(error: BaseException) -> bool:
     """Returns whether an error says that the device or the host has too little memory."""
-    message = str(error) or type(error).__name__
+    message = message_of(error)
     return isinstance(error, MemoryError) or any(words in message for words in _OUT_OF_MEMORY)
 
 
@@ -74,14 +74,13 @@ def memory_advice(
     except (jax.errors.JaxRuntimeError, MemoryError) as error:
         if isinstance(error, OutOfMemoryError) or not is_out_of_memory(error):
             raise
-        message = str(error) or type(error).__name__
         fitting, notes = None, list(getattr(error, "__notes__", []))
         if lower is not None:
             try:
                 fitting = _fitting_batch_size(batch_size, lower, free_bytes())
             except Exception as failure:  # better no estimate than another error
                 notes.append(f"the batch size that fits could not be estimated: {failure!r}")
-        explained = OutOfMemoryError(batch_size, fitting, message.splitlines()[0], argument)
+        explained = OutOfMemoryError(batch_size, fitting, first_line(error), argument)
         explained.__notes__ = notes
         raise explained from error
 

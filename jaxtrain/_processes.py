@@ -14,7 +14,7 @@ import jax
 import numpy as np
 from jax.experimental import multihost_utils
 
-from jaxtrain.errors import InputError, ProcessLostError, recovery_notes
+from jaxtrain.errors import InputError, ProcessLostError, message_of, recovery_notes
 
 # Codes of XLA's errors when a process or its network ends.
 _LOST = re.compile(
@@ -90,10 +90,11 @@ def process_lost_errors() -> Iterator[None]:
         yield
     except (jax.errors.JaxRuntimeError, ValueError) as error:
         # JAX raises some errors of XLA as ValueError.
-        is_lost = _LOST.match(str(error)) is not None and not isinstance(error, InputError)
+        reason = message_of(error)
+        is_lost = _LOST.match(reason) is not None and not isinstance(error, InputError)
         if not jax.distributed.is_initialized() or not is_lost:
             raise
-        lost = _lost(str(error))
+        lost = _lost(reason)
         lost.__notes__ = getattr(error, "__notes__", [])
         raise lost from error
 

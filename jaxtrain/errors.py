@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 from typing import Any
 
@@ -151,11 +152,10 @@ class StreamError(RuntimeError):
         self.batch = batch
         self.history: dict[str, Any] = {}
         self.state: Any = None
-        reason = (str(error).splitlines() or [""])[0]
         super().__init__(
             printable(
                 f"{name} raised {type(error).__name__} at batch {batch} of {unit} {epoch} "
-                f"({reason}); fix the stream and start the run again"
+                f"({first_line(error)}); fix the stream and start the run again"
             )
         )
 
@@ -223,12 +223,26 @@ def printable(text: str) -> str:
     )
 
 
+def message_of(error: BaseException) -> str:
+    """Returns an error's message; its type where there is none, or the error cannot be printed."""
+    try:
+        return str(error) or type(error).__name__
+    except Exception:  # whatever the `__str__` of a user's error raises
+        return type(error).__name__
+
+
+def first_line(error: BaseException) -> str:
+    """Returns the first line of an error's message."""
+    return (message_of(error).splitlines() or [type(error).__name__])[0]
+
+
 _RECOVERY = "kept: "
 
 
 def add_recovery_note(error: BaseException, note: str) -> None:
     """Attaches a note to an error: what the run that it ended left on disk."""
-    error.add_note(_RECOVERY + printable(note))
+    with contextlib.suppress(Exception):  # an error that takes no attributes
+        error.add_note(_RECOVERY + printable(note))
 
 
 def recovery_notes(error: BaseException) -> list[str]:

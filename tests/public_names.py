@@ -18,6 +18,7 @@ MODULES = (
 # Of the modules without `__all__`: what other modules of the package use.
 INTERNAL = {
     *("errors.NO_SPACE", "errors.add_recovery_note", "errors.printable", "errors.recovery_notes"),
+    *("errors.first_line", "errors.message_of"),
     *("losses.AnyArray", "losses.LABEL_LOSSES", "losses.PROBABILITY_LOSSES", "metrics.AnyArray"),
     *("losses.at_least_float32", "losses.mean_terms", "losses.name_of", "losses.single_losses"),
     *("losses.WHOLE_EXAMPLE_LOSSES", "losses.context_parameters"),

@@ -14,7 +14,7 @@ from jaxtrain._files import make_folder, read_regular_file
 from jaxtrain._json import rounded
 from jaxtrain._processes import shows_progress
 from jaxtrain.callbacks._callback import Callback
-from jaxtrain.errors import InputError, StorageError, printable
+from jaxtrain.errors import InputError, StorageError, first_line, printable
 from jaxtrain.optimizers._inspect import current_learning_rate
 
 if TYPE_CHECKING:
@@ -149,5 +149,5 @@ def _reason(error: Exception) -> str:
         return error.reason
     if isinstance(error, OSError) and error.strerror:
         return error.strerror
-    first_line = (str(error).splitlines() or [""])[0]
-    return f"{type(error).__name__}: {first_line}" if first_line else type(error).__name__
+    kind, reason = type(error).__name__, first_line(error)
+    return kind if reason == kind else f"{kind}: {reason}"

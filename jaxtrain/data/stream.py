@@ -17,8 +17,8 @@ from jaxtrain._arguments import check_integer, check_key, check_shard
 from jaxtrain._extras import needs_extra
 from jaxtrain.checkpoint import describe_function, digest
 from jaxtrain.data.tfds import TFDS_PREFIX, open_tfds
-from jaxtrain.dataset import Dataset, check_dataset, epoch_order
-from jaxtrain.errors import InputError
+from jaxtrain.dataset import Dataset, check_array, check_dataset, epoch_order, named_arrays
+from jaxtrain.errors import InputError, first_line
 
 
 @runtime_checkable
@@ -360,8 +360,8 @@ def _example(source: Any, index: int) -> Any:
     except Exception as error:
         reason = (str(error).splitlines() or [""])[0]
         raise InputError(
-            f"example {index} of {source!r} cannot be read ({type(error).__name__}: {reason}); fix "
-            "the source, or leave the example out"
+            f"example {index} of {source!r} cannot be read ({type(error).__name__}: "
+            f"{first_line(error)}); fix the source, or leave the example out"
         ) from error
 
 

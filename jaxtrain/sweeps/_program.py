@@ -19,7 +19,7 @@ from jaxtrain import _device_memory, parallel
 from jaxtrain._compiler import options_for
 from jaxtrain._placement import to_words
 from jaxtrain.checkpoint import digest_program
-from jaxtrain.errors import InputError
+from jaxtrain.errors import InputError, first_line, message_of
 from jaxtrain.sweeps._grid import Group
 from jaxtrain.sweeps.result import history_of
 
@@ -86,10 +86,10 @@ class Program:
             with parallel.without_mesh():  # each device trains whole runs
                 return jax.jit(train).trace(self._shapes_of(size))
         except (TypeError, ValueError, IndexError) as error:  # ConcretizationTypeError and others
-            if not isinstance(error, jax.errors.JAXTypeError) and "Trace" not in str(error):
+            if not isinstance(error, jax.errors.JAXTypeError) and "Trace" not in message_of(error):
                 raise
             names = ", ".join(self.group.values) or "none"
-            reason = (str(error).splitlines() or [type(error).__name__])[0].rstrip(".")
+            reason = first_line(error).rstrip(".")
             raise InputError(
                 f"run needs the value of an array while it is traced ({reason}); expected JAX "
                 "operations only: use jt.train in place of jt.fit, return arrays without float() "

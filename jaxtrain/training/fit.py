@@ -366,7 +366,8 @@ def _after(run: Run, callback: Callback) -> Run:
 def _attach(completed: Run, error: BaseException | None) -> None:
     """Attaches the state and the history of the last completed epoch to an error."""
     if error is not None:
-        error.state, error.history = completed.state, completed.history  # type: ignore[attr-defined]
+        with contextlib.suppress(Exception):  # an error that takes no attributes
+            error.state, error.history = completed.state, completed.history  # type: ignore[attr-defined]
 
 
 def _evaluate(

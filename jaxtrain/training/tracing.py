@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from jaxtrain import adapters
 from jaxtrain._compiler import bounded
 from jaxtrain.dataset import Dataset, describe_array, join_inputs, map_examples, named_arrays
-from jaxtrain.errors import InputError
+from jaxtrain.errors import InputError, first_line
 from jaxtrain.training.state import TrainState
 
 # Number of examples with which a model is traced whose examples do not depend on each other: a
@@ -45,13 +45,13 @@ def traced_prediction(
     except InputError:
         raise
     except Exception as error:  # networks raise different types for a wrong shape
-        if str(error).startswith("DataLoader worker"):  # PyTorch raises it from a signal handler
+        reason = first_line(error)
+        if reason.startswith("DataLoader worker"):  # PyTorch raises it from a signal handler
             raise
         shapes = ", ".join(
             f"{path} has {leaf.dtype}{[1, *leaf.shape[1:]]} per example"
             for path, leaf in named_arrays(data.inputs, f"{name}.inputs")
         )
-        reason = (str(error).splitlines() or [type(error).__name__])[0]
         hint = "" if rows == TRACED_ROWS else f", and batches of the right size, not of {rows}"
         raise InputError(
             f"the model does not take the inputs of {name} ({shapes}): {reason}; expected the "
