@@ -49,6 +49,7 @@ ORDER = [
         "_device_memory",
         "_differences",
         "_json",
+        "_static_key",
         "lowerings",
         "dataset",
         "model",

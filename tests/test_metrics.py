@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import math
 
 import flax.linen as nn
 import jax
@@ -371,6 +372,52 @@ def test_weights_and_labels_of_another_kind_are_refused() -> None:
 
 
 # In evaluation and training.
+
+
+@dataclasses.dataclass(frozen=True)
+class Constant(jt.metrics.AccumulatedMetric):
+    """A metric, and a loss, of a value that is known only while its program is traced."""
+
+    value: Any
+
+    def update(self, total, predictions, targets, weights):
+        return jnp.sum(weights)
+
+    def finish(self, total):
+        return jnp.float32([repr(x) for x in VALUES].index(repr(self.value)))
+
+    def per_example(self, predictions, targets):
+        return jnp.full(len(predictions), self.finish(None))
+
+
+class AlwaysEqual:
+    """A function that claims to equal all others of its class."""
+
+    def __init__(self, number: int) -> None:
+        self.number = number
+
+    def __eq__(self, other: object) -> bool:
+        return True
+
+    def __hash__(self) -> int:
+        return 1
+
+    def __call__(self, predictions, targets):
+        return jnp.full(len(predictions), float(self.number))
+
+
+VALUES = [0, False, 0.0, -0.0, math.nan, (0,), (0.0,)]
+
+
+def test_values_that_only_compare_equal_have_programs_of_their_own(small_state) -> None:
+    """0, False, 0.0 and -0.0 are equal, and so may be any two objects by their own account."""
+    found = [float(Constant(value)(jnp.ones(2), jnp.ones(2))) for value in VALUES]
+    assert found == list(range(len(VALUES)))
+    batch = (jnp.ones((2, 6)), jnp.zeros(2, jnp.int32))
+    for make in (lambda at: Constant(VALUES[at]).per_example, AlwaysEqual):
+        for at in (0, 1):
+            assert jt.eval_step(small_state, batch, make(at))["loss"] == at
+            assert jt.train_step(small_state, batch, make(at))[1]["loss"] == at
 
 
 def test_equal_metrics_share_their_program(small_state, small_classes) -> None:

@@ -14,6 +14,7 @@ from jax.typing import ArrayLike
 from jaxtyping import Array, Float, PyTree
 
 from jaxtrain._arguments import axis_hint
+from jaxtrain._static_key import ByKey
 from jaxtrain.dataset import has_weight, shared_inputs
 from jaxtrain.errors import InputError
 from jaxtrain.losses import WeightedMean, at_least_float32, mean_terms, name_of
@@ -69,9 +70,14 @@ class AccumulatedMetric:
           weights: one per example or per target; None weights all equally.
 
         Raises:
-          InputError: the shapes do not fit.
+          InputError: the shapes do not fit, or a target with a weight is not a label, for a metric
+            of labels. Under `jax.jit`, where the values are not known, the metric is then NaN.
         """
-        return _value(self, predictions, targets, weights)
+        self._check(predictions, targets, weights)
+        return _value(ByKey(self), predictions, targets, weights)
+
+    def _check(self, predictions: Any, targets: Any, weights: Any) -> None:
+        """Raises InputError for targets that the metric does not take, if they have values."""
 
     def _total_of(self, predictions: Any, targets: Any, weights: Array) -> PyTree:
         """Returns the total of all examples at once."""
@@ -128,9 +134,8 @@ def as_accumulated(metric: Any) -> AccumulatedMetric:
 
 
 @functools.partial(jax.jit, static_argnums=0)
-def _value(
-    metric: AccumulatedMetric, predictions: Any, targets: Any, weights: Array | None
-) -> Array:
+def _value(static: ByKey, predictions: Any, targets: Any, weights: Array | None) -> Array:
+    metric: AccumulatedMetric = static.value
     predictions = jax.tree.map(at_least_float32, predictions)
     length = jax.tree.leaves((targets, predictions))[0].shape[0]
     if weights is None:

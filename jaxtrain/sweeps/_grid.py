@@ -15,6 +15,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jaxtrain._static_key import static_key
 from jaxtrain.errors import InputError
 from jaxtrain.sweeps._labels import is_plain, make_labels
 
@@ -248,10 +249,9 @@ def _with_tuples(value: Any) -> Any:
 
 
 def _first_positions(values: tuple[Any, ...]) -> list[int]:
-    """Returns for each value the position of the first that is equal to it."""
+    """Returns for each value the position of the first that has the same `static_key`."""
     found: dict[Any, int] = {}
-    keys = (repr(value) if is_plain(value) else id(value) for value in values)
-    return [found.setdefault(key, position) for position, key in enumerate(keys)]
+    return [found.setdefault(static_key(value), at) for at, value in enumerate(values)]
 
 
 def _as_array(values: list[Any]) -> np.ndarray:

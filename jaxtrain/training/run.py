@@ -16,6 +16,7 @@ from jaxtrain import parallel
 from jaxtrain._arguments import check_integer, check_key
 from jaxtrain._compiler import bounded
 from jaxtrain._device_memory import memory_advice
+from jaxtrain._static_key import ByKey
 from jaxtrain.callbacks.early_stopping import EarlyStopping
 from jaxtrain.dataset import Dataset, epoch_order, without_drop_last
 from jaxtrain.errors import InputError
@@ -129,7 +130,7 @@ def train(
                 test_batch_size,
                 early_stopping,
             )
-            final, history = _train(state, data.pop("train"), data, key, settings)
+            final, history = _train(state, data.pop("train"), data, key, ByKey(settings))
     # A dict that leaves a compiled program is sorted by name.
     return final, {name: history[name] for name in (*columns, "step_losses")}
 
@@ -278,14 +279,15 @@ class _Settings(NamedTuple):
 
 
 @bounded
-@functools.partial(jax.jit, static_argnames="settings")
+@functools.partial(jax.jit, static_argnames="static")
 def _train(
     state: Any,
     train_data: Dataset,
     held_out: dict[str, Dataset],
     key: Key[Array, ""] | None,
-    settings: _Settings,
+    static: ByKey,
 ) -> tuple[Any, dict[str, Array]]:
+    settings: _Settings = static.value
     objective, size = settings.objective, settings.test_batch_size
 
     def run(

@@ -15,6 +15,7 @@ from jaxtyping import Array, Bool, Float, Key, PyTree
 from jaxtrain import adapters, parallel
 from jaxtrain._arguments import check_key
 from jaxtrain._compiler import bounded, limit_rows
+from jaxtrain._static_key import ByKey, static_key
 from jaxtrain.dataset import (
     Dataset,
     as_dataset,
@@ -64,6 +65,12 @@ class Objective(NamedTuple):
     loss_fn: Loss | None
     metrics: MetricItems = ()
     step_fn: StepFn | None = None
+
+    def __hash__(self) -> int:
+        return hash(static_key(self))
+
+    def __eq__(self, other: object) -> bool:
+        return static_key(self) == static_key(other)
 
     @property
     def trained(self) -> MetricItems:
@@ -156,7 +163,7 @@ def train_step(state: TrainState, batch: Batch, loss_fn: Loss) -> tuple[TrainSta
     batch = _as_batch(batch)
     with parallel.mesh_of(state, batch):
         try:
-            return _train_step(state, batch, loss_fn)
+            return _train_step(state, batch, ByKey(loss_fn))
         except Exception:
             traced_prediction(state, batch, "batch")  # whose error names inputs that do not fit
             raise
@@ -173,9 +180,9 @@ def _as_batch(batch: Any) -> Dataset:
 
 @bounded
 @functools.partial(jax.jit, static_argnames="loss_fn")
-def _train_step(state: TrainState, batch: Dataset, loss_fn: Loss) -> tuple[TrainState, Metrics]:
+def _train_step(state: TrainState, batch: Dataset, loss_fn: ByKey) -> tuple[TrainState, Metrics]:
     def step(state: TrainState, batch: Dataset) -> tuple[TrainState, Metrics]:
-        next_state, loss, _ = update(state, batch, loss_fn)
+        next_state, loss, _ = update(state, batch, loss_fn.value)
         return next_state, {"loss": loss}
 
     return parallel.on_auto_axes(step, state, batch, like=(state, None))
@@ -592,12 +599,16 @@ def update_metrics(
     return after
 
 
+def finish_metrics(totals: Totals, metrics: MetricItems) -> Metrics:
+    """Returns each metric from its total; values that `step_fn` returns are weighted means."""
+    return _finish(totals, ByKey(metrics))
+
+
 # In `fit` the totals of an epoch are NumPy's, and each operation would be compiled by itself.
 @bounded
 @functools.partial(jax.jit, static_argnames="metrics")
-def finish_metrics(totals: Totals, metrics: MetricItems) -> Metrics:
-    """Returns each metric from its total; values that `step_fn` returns are weighted means."""
-    finish = {name: metric.finish for name, metric in metrics}
+def _finish(totals: Totals, metrics: ByKey) -> Metrics:
+    finish = {name: metric.finish for name, metric in metrics.value}
     return {name: finish.get(name, sum_of_means)(total) for name, total in totals.items()}
 
 

@@ -108,6 +108,26 @@ def test_axes_of_other_values_than_numbers_compile_once_for_each_value() -> None
     assert result["total"].tolist() == [[[2, 20], [1, 10]], [[3, 30], [3, 30]]]
 
 
+class AlwaysEqual:
+    """An object that claims to equal all others."""
+
+    def __eq__(self, other: object) -> bool:
+        return True
+
+    def __hash__(self) -> int:
+        return 1
+
+
+def test_static_values_that_only_compare_equal_are_runs_of_their_own() -> None:
+    values = [0, False, 0.0, -0.0, AlwaysEqual(), AlwaysEqual()]
+
+    def run(value):
+        return {"at": jnp.float32([each is value for each in values].index(True))}
+
+    result = jt.sweep(run, {"value": values}, static_argnames="value")
+    assert result["at"].tolist() == list(range(len(values)))
+
+
 def scaled(factor):
     return lambda outputs, targets: factor * jt.losses.mean_squared_error(outputs, targets)
 
