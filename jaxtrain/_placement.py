@@ -54,3 +54,14 @@ def put(leaf: Any, sharding: jax.sharding.Sharding) -> Any:
     if is_key(leaf):
         return jax.random.wrap_key_data(array, impl=jax.random.key_impl(leaf))
     return array
+
+
+def read_only(tree: Any) -> Any:
+    """Returns the arrays of a pytree so that a callback that writes into them gets an error."""
+
+    def view(array: Any) -> np.ndarray:
+        found = np.asarray(array).view()
+        found.flags.writeable = False
+        return found
+
+    return jax.tree.map(view, tree)

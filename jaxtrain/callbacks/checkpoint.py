@@ -13,9 +13,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 import jax
-import numpy as np
 
 from jaxtrain._arguments import check_integer, checked_path
+from jaxtrain._placement import read_only
 from jaxtrain._processes import are_joined, gather
 from jaxtrain.callbacks._callback import Callback, check_column, check_number
 from jaxtrain.callbacks.early_stopping import is_improvement
@@ -189,7 +189,7 @@ def _resumed(run: Run, found: Snapshot) -> Run:
             f"{begun}; expected at least {begun - run.epoch}, or another directory",
             argument="epochs",
         )
-    columns = (found.history[name] for name in run.columns)
+    columns = (read_only(found.history[name]) for name in run.columns)
     # Python numbers, or one array per epoch.
     values = (column.tolist() if column.ndim == 1 else column for column in columns)
     rows = tuple(dict(zip(run.columns, row, strict=True)) for row in zip(*values, strict=True))
@@ -197,7 +197,7 @@ def _resumed(run: Run, found: Snapshot) -> Run:
         state=found.state,
         epoch=found.epoch,
         rows=rows,
-        step_losses=(found.step_losses,),
+        step_losses=(read_only(found.step_losses),),
         # With another column to monitor, or none, it is not the best state.
         best=found.best if found.monitor == run.monitor else None,
         resumed=True,
@@ -207,8 +207,7 @@ def _resumed(run: Run, found: Snapshot) -> Run:
     return run.replace(
         step=part.step,
         examples=part.examples,
-        log=run.log._replace(loss=part.loss, weight=part.weight, totals=part.sums),
-        losses=np.empty(0, np.float32),
+        log=read_only(run.log._replace(loss=part.loss, weight=part.weight, totals=part.sums)),
         position=_own_position(part),
         counts=part.counts,
         seconds=part.seconds,

@@ -22,6 +22,7 @@ from jaxtrain._carry import keep_types
 from jaxtrain._compile_time import CompileTime
 from jaxtrain._device_memory import memory_advice
 from jaxtrain._json import rounded
+from jaxtrain._placement import read_only
 from jaxtrain._processes import agree, check_same_start, process_lost_errors
 from jaxtrain.callbacks import Callback, checked_callbacks
 from jaxtrain.callbacks.progress import default_callbacks
@@ -172,7 +173,7 @@ def fit(
             epoch=int(start.epoch),
             last_epoch=int(start.epoch) + epochs,
             columns=(*columns, "seconds"),
-            log=first_log(start, source.batch_shapes(), objective),
+            log=read_only(first_log(start, source.batch_shapes(), objective)),
             steps_per_epoch=source.steps,
             examples_per_epoch=source.examples,
             test_examples=sources["test"].examples if "test" in sources else 0,

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 import jax
 import numpy as np
 
+from jaxtrain._placement import read_only
 from jaxtrain.errors import InputError
 from jaxtrain.training.loop import StepLog
 from jaxtrain.training.sources import Segment
@@ -17,7 +18,7 @@ from jaxtrain.training.state import counters
 if TYPE_CHECKING:
     from jaxtrain._figures import Figure
 
-NO_LOSSES = np.empty(0, np.float32)
+NO_LOSSES = read_only(np.empty(0, np.float32))
 
 
 class History(dict[str, np.ndarray]):
@@ -137,12 +138,14 @@ class Run:
             state=state,
             step=segment.start + stop,
             examples=self.examples + (stop - first) * segment.batch_size,
-            losses=np.append(self.losses, losses),
+            losses=read_only(np.append(self.losses, losses)),
             position=segment.position,
-            log=StepLog(
-                np.append(self.log.loss, losses),
-                np.append(self.log.weight, weights),
-                jax.tree.map(np.asarray, log.totals),
+            log=read_only(
+                StepLog(
+                    np.append(self.log.loss, losses),
+                    np.append(self.log.weight, weights),
+                    log.totals,
+                )
             ),
         )
 
@@ -160,7 +163,11 @@ class Run:
             losses=NO_LOSSES,
             position=None,
             seconds=0.0,
-            log=StepLog(
-                self.log.loss[:0], self.log.weight[:0], jax.tree.map(np.zeros_like, self.log.totals)
+            log=read_only(
+                self.log._replace(
+                    loss=self.log.loss[:0],
+                    weight=self.log.weight[:0],
+                    totals=jax.tree.map(np.zeros_like, self.log.totals),
+                )
             ),
         )

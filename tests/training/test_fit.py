@@ -29,6 +29,32 @@ def straight(small_state, small_classes):
     return fit(small_state, small_classes)
 
 
+@pytest.mark.parametrize("resumed", [False, True])
+def test_a_callback_cannot_write_into_the_history(
+    tmp_path, small_state, small_classes, resumed
+) -> None:
+    """A row may have an array of a metric, and the log has the losses of the steps."""
+    written = []
+
+    class Writer(jt.callbacks.Callback):
+        def on_steps(self, run: jt.Run) -> None:
+            arrays = [run.losses, *run.step_losses, *jax.tree.leaves(run.log)]
+            arrays += [each for row in run.rows for each in row.values() if np.ndim(each)]
+            for array in arrays:
+                written.append(array)
+                with pytest.raises(ValueError, match="read-only"):
+                    array[...] = 9
+
+        on_epoch = on_steps
+
+    callbacks: list = [jt.callbacks.checkpoint(tmp_path)] if resumed else []
+    metrics = {"confusion": jt.metrics.confusion_matrix}
+    if resumed:
+        fit(small_state, small_classes, metric_fns=metrics, epochs=1, callbacks=callbacks)
+    fit(small_state, small_classes, metric_fns=metrics, callbacks=[*callbacks, Writer()])
+    assert len(written) > 20
+
+
 @pytest.fixture(scope="module")
 def divergence():
     """A line that is fitted to integers."""
