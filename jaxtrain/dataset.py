@@ -334,6 +334,11 @@ def check_array(array: Any, path: str) -> None:
             f"{path} is a {kind.removeprefix('builtins.')}; expected a NumPy or JAX array: "
             f"convert it with {hint}"
         )
+    if isinstance(array, np.ma.MaskedArray):
+        raise InputError(
+            f"{path} is a masked array; expected one without a mask: fill it, as by "
+            "array.filled(0), and give the examples that are missing the weight 0"
+        )
     dtype = array.dtype
     if not any(jnp.issubdtype(dtype, kind) for kind in (jnp.bool_, jnp.integer, jnp.floating)):
         raise InputError(

@@ -77,7 +77,8 @@ class Stream:
         self.shard = shard
         self._folds_epoch = True
         size = batch_size if drop_last else 1
-        examples = len(source) // size * size
+        self._length = len(source)
+        examples = self._length // size * size
         self.examples = examples - examples % batch_size % shard[1]
 
     def __len__(self) -> int:
@@ -122,6 +123,11 @@ class Stream:
         if key is not None and self._folds_epoch:
             key = jax.random.fold_in(key, number)
         count = len(self._source)
+        if count != self._length:
+            raise InputError(
+                f"the source of the stream has {count} examples, and had {self._length} when the "
+                "stream was made; expected a source that does not change: make a new stream"
+            )
         if key is not None and self._replacement:
             order = np.asarray(jax.random.randint(key, (count,), 0, count))
         else:
@@ -272,6 +278,9 @@ def to_batch(batch: Any, name: str) -> Dataset:
     _check_not_shared(batch, name)
     if all(type(leaf) is np.ndarray for leaf in jax.tree.leaves(batch)):
         return batch
+    for path, leaf in named_arrays(batch, name):
+        if isinstance(leaf, np.ma.MaskedArray):
+            check_array(leaf, path)
     return jax.tree.map(np.asarray, batch)
 
 
@@ -344,11 +353,17 @@ def _read(source: Any, indices: np.ndarray) -> Any:
         return jax.tree.map(lambda array: _take(array, indices), source)
     if hasattr(source, "__getitems__"):
         try:
-            return list(source.__getitems__(indices.tolist()))
+            examples = list(source.__getitems__(indices.tolist()))
         except Exception:
             for index in indices.tolist():
                 _example(source, index)  # raises an error that names the example
             raise
+        if len(examples) != len(indices):
+            raise InputError(
+                f"the __getitems__ of a {type(source).__name__} returned {len(examples)} examples "
+                f"for {len(indices)} indices; expected one for each index, in their order"
+            )
+        return examples
     return [_example(source, index) for index in indices.tolist()]
 
 
@@ -358,7 +373,6 @@ def _example(source: Any, index: int) -> Any:
     except InputError:
         raise
     except Exception as error:
-        reason = (str(error).splitlines() or [""])[0]
         raise InputError(
             f"example {index} of {source!r} cannot be read ({type(error).__name__}: "
             f"{first_line(error)}); fix the source, or leave the example out"

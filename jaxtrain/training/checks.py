@@ -44,30 +44,77 @@ def checked_data(data: Any, name: str) -> Dataset:
     """Returns a checked data set on the device, so that it is transferred once, not per epoch."""
     data = as_dataset(data, name)
     check_values(data, name)
-    if data.weights is not None and has_values(data.weights):
-        lowest, highest = np.min(data.weights), np.max(data.weights)
-        if lowest < 0 or highest == 0:
-            raise InputError(
-                f"{name}.weights ranges from {lowest} to {highest}; expected weights of at least "
-                "0, and some above 0"
-            )
+    check_total_weight(data.weights, name)
     return parallel.placed(data)
 
 
-def check_values(dataset: Dataset, name: str) -> None:
+def check_weights(weights: Any, name: str) -> bool:
+    """Returns whether a weight is above 0; raises InputError if one is negative or not finite."""
+    if weights is None or not has_values(weights):
+        return True
+    values = np.asarray(weights)
+    lowest, highest = values.min(), values.max()
+    if not 0 <= lowest <= highest < np.inf:  # also of NaN, which propagates to both
+        raise InputError(
+            f"{name}.weights ranges from {lowest} to {highest}; expected finite weights of at "
+            "least 0"
+        )
+    return highest > 0
+
+
+def check_total_weight(weights: Any, name: str) -> None:
+    """Raises InputError unless the weights of a data set are valid, and some are above 0."""
+    if not check_weights(weights, name):
+        raise InputError(f"{name}.weights is 0 everywhere; expected some weights above 0")
+
+
+def check_batches(
+    batches: Dataset, count: int, name: str, start: int, limits: TargetLimits | None
+) -> bool:
+    """Checks consecutive batches of a stream, [parts, steps, batch / parts, ...].
+
+    The first `count` steps are batches, from number `start` on, and the others are 0. What would
+    take as long as reading is found when a loss becomes NaN: numbers that are not finite.
+
+    Returns:
+      Whether a weight is above 0.
+
+    Raises:
+      InputError: a weight is negative, a target outside the limits, or an integer too large.
+    """
+    try:
+        check_values(batches, name, floats=False)
+    except InputError:
+        for index in range(count):
+            batch = map_examples(functools.partial(_rows, steps=slice(index, index + 1)), batches)
+            check_values(batch, f"batch {start + index + 1} of {name}", floats=False)
+        raise
+    if limits is not None:
+        rows = functools.partial(_rows, steps=slice(count))
+        targets, weights = jax.tree.map(rows, (batches.targets, batches.weights))
+        check_limits(targets, weights, limits, name)
+    return check_weights(batches.weights, name)
+
+
+def _rows(leaf: np.ndarray, steps: slice) -> np.ndarray:
+    """Returns the examples of some steps of stacked batches, in any order."""
+    return leaf[:, steps].reshape(-1, *leaf.shape[3:])
+
+
+def check_values(dataset: Dataset, name: str, *, floats: bool = True) -> None:
     """Raises InputError unless all values are finite in the dtypes that JAX gives them.
 
     Targets may be NaN, where `check_missing_targets` decides. By default JAX converts 64-bit values
     to 32 bits: 1e300 would become infinite, and the label 2³² + 1 would become 1. Values of weight
     0 may be anything. Arrays whose values are not available are skipped: those that are traced or
-    spread over several hosts.
+    spread over several hosts; without `floats`, also all that are not integers.
     """
     weights = dataset.weights
     for path, array in named_arrays(dataset, name):
         dtype = array.dtype
         target = jax.dtypes.canonicalize_dtype(dtype)
         floating = jnp.issubdtype(dtype, jnp.floating)
-        if not has_values(array) or not (floating or target != dtype):
+        if not has_values(array) or not (floats if floating else target != dtype):
             continue
         # With NumPy nothing is compiled, and on a CPU nothing is copied.
         values = np.asarray(array)

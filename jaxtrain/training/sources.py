@@ -23,7 +23,12 @@ from jaxtrain.data.batches import Batches, Epoch, is_stream, read_ahead
 from jaxtrain.data.stream import Stream
 from jaxtrain.dataset import Dataset, as_dataset, epoch_order, map_examples
 from jaxtrain.errors import InputError
-from jaxtrain.training.checks import TargetLimits, check_limits, checked_data
+from jaxtrain.training.checks import (
+    TargetLimits,
+    check_batches,
+    check_total_weight,
+    checked_data,
+)
 
 # A segment of a stream has at most this memory in bytes and this many steps. It ends early after
 # this many seconds of reading, so that training does not wait for a slow stream.
@@ -236,6 +241,8 @@ class Streamed(Batches):
 
     def _stacked(self, epoch: Epoch) -> Iterator[Segment]:
         """Yields segments of consecutive batches of the same shapes; runs in the reading thread."""
+        # The batches that are skipped, or those of another process, may have one.
+        has_weight = epoch.count > 0 or self._processes > 1
         position, batch = epoch.position(), epoch.read()
         while batch is not None:
             shape, size, start = _shape(batch), len(batch), epoch.count - 1
@@ -270,9 +277,12 @@ class Streamed(Batches):
             for buffer in buffers:
                 buffer[:, count:] = 0  # not used; converting arbitrary bytes may warn
             stacked = jax.tree.unflatten(structure, buffers)
-            if self.limits is not None:
-                targets, weights = _joined((stacked.targets, stacked.weights), count)
-                check_limits(targets, weights, self.limits, self.name)
+            has_weight |= check_batches(stacked, count, self.name, start, self.limits)
+            if batch is None and not has_weight:
+                raise InputError(
+                    f"{self.name}.weights is 0 in all batches of epoch {epoch.epoch}; expected "
+                    "some weights above 0"
+                )
             last = count - 1 if batch is None else -1
             placed = jax.tree.map(self._place, stacked)
             yield Segment(placed, None, last, size * self._processes, start, count, position)
@@ -391,14 +401,17 @@ def make_source(
 ) -> InMemory | Streamed:
     """Returns a data set or a stream as a source; `stack` closes the stream.
 
-    For `once`, without further epochs, a data set stays where it is and its values unchecked, and a
-    source of examples is shuffled by `key` itself.
+    For `once`, without further epochs, a data set stays where it is and only its weights are
+    checked, and a source of examples is shuffled by `key` itself.
     """
     if is_stream(data):
         source = Streamed(data, name, batch_size, key, epoch, same_each_epoch=once)
         stack.callback(source.close)
         return source
-    data = as_dataset(data, name) if once else checked_data(data, name)
+    if not once:
+        return InMemory(checked_data(data, name), name, batch_size, key)
+    data = as_dataset(data, name)
+    check_total_weight(data.weights, name)
     return InMemory(data, name, batch_size, key)
 
 
@@ -413,11 +426,6 @@ def _shapes(examples: Dataset, batch_size: int) -> Dataset:
 
     shapes = map_examples(lambda leaf: shape(leaf, batch_size), examples)
     return shapes.replace(shared=jax.tree.map(shape, examples.shared))
-
-
-def _joined(stacked: Any, count: int) -> Any:
-    """Returns the examples of the first batches, in any order."""
-    return jax.tree.map(lambda leaf: leaf[:, :count].reshape(-1, *leaf.shape[3:]), stacked)
 
 
 def _aligned(shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:

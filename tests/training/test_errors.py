@@ -320,7 +320,7 @@ def test_invalid_optimizers_and_metrics_are_refused(small_state, small_classes) 
 
 @pytest.mark.parametrize("weights", [-jnp.ones(50), jnp.zeros(50)])
 def test_negative_or_all_zero_weights_are_refused(small_state, small_classes, weights) -> None:
-    with refused(r"train\.weights ranges from .*; expected weights of at least 0"):
+    with refused(r"train\.weights (ranges from -1|is 0 everywhere).*; expected (finite|some) wei"):
         jt.fit(small_state, small_classes.replace(weights=weights), loss_fn=LOSS)
 
 

@@ -541,6 +541,110 @@ def test_a_bad_batch_is_named(case: str) -> None:
     assert len(error.history["epoch"]) == 0
 
 
+def weighted(*weights: float) -> list[Any]:
+    """Batches of which the first examples have these weights, and the others 1 or 0."""
+    others = [1.0] if any(weights) else [0.0]
+    return [
+        each.replace(weights=np.array([weight, *others * (len(each) - 1)], np.float32))
+        for each, weight in zip(BATCHES, weights, strict=True)
+    ]
+
+
+def test_weights_are_checked_in_streams_and_in_memory_in_training_and_evaluation() -> None:
+    message = r"weights (ranges from (-1.0 to 1.0|nan)|holds nan|is 0 (everywhere|in all batches))"
+    for weights in ((1, 1, -1, 1), (1, 1, np.nan, 1), (0, 0, 0, 0)):
+        stream = weighted(*weights)
+        in_memory = jax.tree.map(lambda *leaves: np.concatenate(leaves), *stream)
+        for data in (stream, in_memory):
+            for call in (
+                lambda data: fit(data, epochs=1),
+                lambda data: fit(data, epochs=None, steps=8, evaluate_every=4),
+                lambda data: fit(BATCHES, test=data, epochs=1),
+                lambda data: jt.train_epoch(make_state(), data, LOSS),
+                lambda data: jt.evaluate(make_state(), data, LOSS),
+            ):
+                with pytest.raises(jt.errors.InputError, match=message):
+                    call(data)
+    padding = [weighted(1, 1, 1, 1)[0], weighted(0, 0, 0, 0)[0]]  # changes nothing
+    losses = jt.train_epoch(make_state(), padding, LOSS)[1]
+    assert losses[0] > 0 == losses[1]
+
+
+def test_what_conversions_would_change_is_named() -> None:
+    """The mask of an array, and integers that need more than 32 bits."""
+    masked = np.ma.masked_array(DATA.inputs, DATA.inputs > 1)
+    for data in ((masked, DATA.targets), [(masked, DATA.targets)], [*BATCHES[:1], (masked, 0)]):
+        with pytest.raises(jt.errors.InputError, match="inputs is a masked array; expected one wi"):
+            fit(data)
+    large = [DATA.replace(targets=DATA.targets + np.array([0, 2**32])[i]) for i in (0, 1)]
+    message = r"batch 2 of dataset.targets holds 4294967296 at \[0\]; expected integers that int32"
+    with pytest.raises(jt.errors.InputError, match=message):
+        jt.train_epoch(make_state(), large, LOSS)
+
+
+class Miscounted(InBatches):
+    """Examples that are read several at a time, one too many or one too few."""
+
+    def __init__(self, change: int) -> None:
+        super().__init__()
+        self.change = change
+
+    def __getitems__(self, indices: list[int]) -> list[Any]:
+        return super().__getitems__((indices + indices[:1])[: len(indices) + self.change])
+
+
+class Resized(Examples):
+    """Examples whose number changes."""
+
+    length = 50
+
+    def __len__(self) -> int:
+        return self.length
+
+
+@pytest.mark.parametrize("change", [-16, -1, 1])
+def test_another_number_of_examples_than_asked_for_is_refused(change: int) -> None:
+    message = rf"Miscounted returned {16 + change} examples for 16 indices; expected one for each"
+    with pytest.raises(jt.errors.InputError, match=message):
+        fit(Miscounted(change), batch_size=16)
+    source = Resized()
+
+    def resize(run: jt.Run) -> None:
+        source.length += change
+
+    message = f"has {50 + change} examples, and had 50 when the stream was made; expected a source"
+    with pytest.raises(jt.errors.InputError, match=message) as raised:
+        fit(source, batch_size=16, callbacks=[resize])
+    assert raised.value.state.epoch == 1
+
+
+class Unprintable(Exception):
+    """An error of which nothing can be read, and that takes no attributes."""
+
+    def __str__(self) -> str:
+        raise RuntimeError("no text")
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name != "__traceback__":
+            raise RuntimeError("no attributes")
+
+
+def test_errors_that_cannot_be_printed_are_passed_on(tmp_path: Path) -> None:
+    def failing(found: Any) -> None:
+        raise Unprintable
+
+    def batches() -> Iterator[Any]:
+        yield BATCHES[0]
+        raise Unprintable
+
+    callbacks = [jt.callbacks.csv(tmp_path / "log.csv"), jt.callbacks.checkpoint(tmp_path / "run")]
+    with pytest.raises(Unprintable):
+        fit(BATCHES, callbacks=[failing, *callbacks])
+    assert list_checkpoints(tmp_path / "run") == []
+    with pytest.raises(jt.errors.StreamError, match=r"raised Unprintable at .* \(Unprintable"):
+        fit(batches(), epochs=1)
+
+
 def test_a_bad_first_batch_is_named_before_anything_compiles() -> None:
     for batches in ([DATA.inputs], [(DATA.inputs, DATA.targets[:3])], [(["a"], [1])]):
         with pytest.raises(jt.errors.InputError, match="batch 1 of train"):
