@@ -290,20 +290,25 @@ def test_a_weight_of_zero_hides_everything_from_every_metric() -> None:
     "metric",
     [*BY_HAND, jt.metrics.roc_auc(), jt.metrics.accuracy, jt.metrics.top_k_accuracy(2)],
 )
-def test_a_label_that_is_no_class_gives_nan_and_is_refused_in_evaluation(metric, label) -> None:
+def test_a_label_that_is_no_class_is_refused_and_gives_nan_under_jit(metric, label) -> None:
     """JAX's indexing would clamp it, wrap around, or leave it out."""
     labels = LABELS.at[1].set(label)
-    found = np.asarray(metric(LOGITS, labels))
+    with pytest.raises(jt.errors.InputError, match=f"received the label {label}; expected labels"):
+        metric(LOGITS, labels)
+    found = np.asarray(jax.jit(metric)(LOGITS, labels))
     assert np.isnan(found[1] if isinstance(metric, type(jt.metrics.accuracy)) else found).any()
     with pytest.raises(jt.errors.InputError, match=f"the label {label}; expected labels from 0 to"):
         evaluated(metric, LOGITS, labels)
 
 
-def test_a_binary_target_other_than_0_and_1_gives_nan_and_is_refused_in_evaluation() -> None:
+def test_a_binary_target_other_than_0_and_1_is_refused_and_gives_nan_under_jit() -> None:
     scores, targets = jnp.array([1.0, -1.0, 0.5]), jnp.array([1, 0, 2])
     for metric in (jt.metrics.roc_auc(), jt.metrics.f1("binary"), jt.metrics.confusion_matrix):
-        assert np.isnan(metric(scores, targets)).all()
-        assert np.isnan(metric(scores, targets / 2)).all()
+        for wrong in (targets, targets / 2):
+            with pytest.raises(jt.errors.InputError, match=r"label (2|0\.5); expected .* 0 to 1"):
+                metric(scores, wrong)
+            assert np.isnan(jax.jit(metric)(scores, wrong)).all()
+        assert np.isfinite(metric(scores, targets, jnp.array([1.0, 1.0, 0.0]))).all()
         with pytest.raises(jt.errors.InputError, match="the label 2; expected labels from 0 to 1"):
             evaluated(metric, scores, targets)
 
@@ -319,11 +324,13 @@ def test_a_nan_prediction_gives_nan_or_is_wrong() -> None:
 
 def test_metrics_of_no_weight_are_nan() -> None:
     nothing = jnp.zeros(4)
-    for metric in (*BY_HAND, jt.metrics.roc_auc(), jt.metrics.accuracy):
-        found = evaluated(metric, LOGITS, LABELS, nothing)
+    for metric in (*BY_HAND, jt.metrics.roc_auc()):
+        found = metric(LOGITS, LABELS, nothing)
         expected = np.zeros((3, 3)) if metric is jt.metrics.confusion_matrix else np.nan
         np.testing.assert_array_equal(found, np.broadcast_to(expected, found.shape))
-    assert np.isnan(evaluated(jt.metrics.r2, jnp.ones(4), jnp.arange(4.0), nothing))
+    assert np.isnan(jt.metrics.r2(jnp.ones(4), jnp.arange(4.0), nothing))
+    with pytest.raises(jt.errors.InputError, match=r"dataset\.weights is 0 everywhere; expected"):
+        evaluated(jt.metrics.r2, jnp.ones(4), jnp.arange(4.0), nothing)
 
 
 @pytest.mark.parametrize(

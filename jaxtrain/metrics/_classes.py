@@ -8,9 +8,12 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Float, Shaped
 
 from jaxtrain._arguments import axis_hint, check_integer
+from jaxtrain._placement import has_values
+from jaxtrain.dataset import has_weight
 from jaxtrain.errors import InputError
 from jaxtrain.metrics._metric import (
     AccumulatedMetric,
@@ -26,13 +29,14 @@ def accuracy(
 
     Args:
       predictions: logits [batch, classes], or [batch, time, classes] for a label per token.
-      targets: integer labels [batch] or [batch, time]. A label out of range gives NaN.
+      targets: integer labels [batch] or [batch, time].
 
     Returns:
       One value per label.
 
     Raises:
-      InputError: there is one logit per label, or not one label per row of logits.
+      InputError: there is one logit per label, not one label per row of logits, or a label out of
+        range, which gives NaN while it is traced.
 
     Example:
       >>> logits = jnp.array([[2.0, 1.0], [2.0, 1.0]])
@@ -45,6 +49,7 @@ def accuracy(
         "lambda logits, targets: ((logits > 0) == targets).astype(float)"
     )
     check_classes("accuracy", predictions, targets, hint)
+    check_labels("accuracy", predictions, targets, None)
     correct = (jnp.argmax(predictions, axis=-1) == targets).astype(jnp.float32)
     return jnp.where(_in_range(targets, predictions.shape[-1]), correct, jnp.nan)
 
@@ -81,6 +86,7 @@ class TopK:
         targets: Shaped[AnyArray, "..."],
     ) -> Float[Array, "..."]:
         check_classes(self.__name__, predictions, targets)
+        check_labels(self.__name__, predictions, targets, None)
         inside = _in_range(targets, predictions.shape[-1])
         labels = jnp.where(inside, targets, 0).astype(jnp.int32)[..., None]
         logits = jnp.asarray(predictions)
@@ -170,6 +176,9 @@ class ClassScore(AccumulatedMetric):
     def __name__(self) -> str:
         return self.kind
 
+    def _check(self, predictions: Any, targets: Any, weights: Any) -> None:
+        check_labels(self.kind, predictions, targets, weights)
+
     def update(self, total: Any, predictions: Any, targets: Any, weights: Array) -> _Counts:
         labels = _labels(self.kind, predictions, targets, weights, self.threshold)
         expected = None
@@ -221,6 +230,9 @@ class ConfusionMatrix(AccumulatedMetric):
     def __name__(self) -> str:
         return "confusion_matrix"
 
+    def _check(self, predictions: Any, targets: Any, weights: Any) -> None:
+        check_labels(self.__name__, predictions, targets, weights)
+
     def update(self, total: Any, predictions: Any, targets: Any, weights: Array) -> Array:
         labels = _labels(self.__name__, predictions, targets, weights)
         if labels.is_multi_label:
@@ -262,6 +274,22 @@ def check_classes(name: str, predictions: AnyArray, targets: AnyArray, hint: str
     if jnp.issubdtype(targets.dtype, jnp.floating):
         raise InputError(
             f"targets of {name} have the dtype {targets.dtype}; expected integer class labels"
+        )
+
+
+def check_labels(name: str, predictions: Any, targets: Any, weights: Any) -> None:
+    """Raises InputError if targets with a weight, whose values are known, are not labels."""
+    if not all(has_values(x) for x in (targets, weights) if hasattr(x, "size")):
+        return
+    kind, values = by_kind(name, predictions, targets)[2], np.asarray(targets)
+    if weights is not None:
+        values = values[np.broadcast_to(has_weight(np.asarray(weights), values), values.shape)]
+    classes = predictions.shape[-1] if kind == "classes" else 2
+    wrong = ~_in_range(values, classes) | (values != np.floor(values))
+    if wrong.any():
+        raise InputError(
+            f"{name} received the label {values[wrong][0]}; expected labels from 0 to "
+            f"{classes - 1}: give others the weight 0, or leave them out"
         )
 
 

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float, Integer
 
-from jaxtrain.metrics._classes import by_kind, check_average
+from jaxtrain.metrics._classes import by_kind, check_average, check_labels
 from jaxtrain.metrics._metric import AccumulatedMetric, label_weights
 
 
@@ -61,6 +61,9 @@ class RocAuc(AccumulatedMetric):
             part = [each[:, start : start + capacity // 2] for each in batch[1:]]
             total = _append(total, part)
         return total
+
+    def _check(self, predictions: Any, targets: Any, weights: Any) -> None:
+        check_labels("roc_auc", predictions, targets, weights)
 
     def _total_of(self, predictions: Any, targets: Any, weights: Array) -> _Scores:
         return _scores(predictions, targets, weights)  # all of them, so that the area is exact
