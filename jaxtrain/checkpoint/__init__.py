@@ -10,7 +10,7 @@ from jaxtrain.checkpoint._file import (
     read_file,
     verify,
 )
-from jaxtrain.checkpoint._functions import describe_function
+from jaxtrain.checkpoint._functions import describe_function, digest_function
 from jaxtrain.checkpoint._identity import (
     check_same_run,
     digest,
@@ -30,6 +30,7 @@ __all__ = [
     "checkpoint_path",
     "describe_function",
     "digest",
+    "digest_function",
     "digest_program",
     "encode_arrays",
     "identify",

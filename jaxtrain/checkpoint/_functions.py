@@ -1,12 +1,14 @@
-"""Digests of functions, by which a run recognizes the transform of its data."""
+"""Digests of functions and objects, by which a run recognizes its loss and what reads its data."""
 
 from __future__ import annotations
 
+import copyreg
 import dataclasses
 import dis
 import functools
+import hashlib
 import types
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any, TypeAlias
 
 import jax
@@ -18,6 +20,12 @@ from jaxtrain.losses import name_of
 _SCALARS = (type(None), int, float, complex, str, bytes, np.generic)
 # The digest of each value by its id, with the value itself, so that its id stays its own.
 _Seen: TypeAlias = dict[int, tuple[Any, str]]
+# The special methods of a class that are compared.
+_COMPARED = ("__call__", "__getitem__", "__getitems__", "__iter__", "__next__")
+# Longer bytes, such as those of a table, are not written out.
+_LONG = 4096
+# How many rows of a memory-mapped array are compared.
+_ROWS = 64
 
 
 def describe_function(function: Any) -> str:
@@ -25,9 +33,9 @@ def describe_function(function: Any) -> str:
 
     That is, of a function, its instructions with their constants, its default arguments and the
     variables that it has captured; of a `functools.partial`, the function and the arguments; of a
-    method or a callable object, the methods and constants of its class and the instance's fields.
-    Arguments, variables and fields are compared by their content, functions among them by the
-    same rules.
+    method or an object, the methods and constants of its class and the instance's fields, or what
+    `pickle` would write of it. Arguments, variables and fields are compared by their content,
+    functions among them by the same rules; of a memory-mapped array, 64 rows.
 
     Of the global variables that it reads, their values count if they are numbers, strings,
     arrays, tuples of these, or functions of the same module. Changes in other modules, in global
@@ -35,26 +43,46 @@ def describe_function(function: Any) -> str:
 
     The digest does not depend on comments, docstrings, the place in the file or the process. It
     does depend on the version of Python, whose compilers differ.
+
     """
-    return f"{name_of(function)} ({_digest(function, {})})"
+    return f"{name_of(function)} ({digest_function(function, set())})"
 
 
-def _digest(value: Any, seen: _Seen) -> str:
+def digest_function(value: Any, opaque: set[str]) -> str:
+    """Returns the digest of `describe_function`, also of any object.
+
+    `opaque` receives the types of values that cannot be compared, such as locks and open files.
+    """
+    try:
+        return _digest(value, {}, opaque)
+    except Exception:  # whatever the objects raise that it reaches, RecursionError included
+        opaque.add(type(value).__name__)
+        return "unknown"
+
+
+def _digest(value: Any, seen: _Seen, opaque: set[str]) -> str:
+    if isinstance(value, bytes | bytearray) and len(value) > _LONG:
+        return hashlib.sha256(value).hexdigest()
     if isinstance(value, _SCALARS):
         return repr(value)
+    if isinstance(value, np.memmap):
+        rows = value[:: max(1, len(value) // _ROWS)] if value.ndim else value
+        return f"array {value.shape} {digest(np.asarray(rows))}"
     if isinstance(value, np.ndarray | jax.Array) and not getattr(value.dtype, "hasobject", False):
         return f"array {digest(value)}"
     if id(value) not in seen:
         seen[id(value)] = value, "..."  # where the value contains itself
-        parts = [_digest(part, seen) for part in _parts(value)]
+        parts = [_digest(part, seen, opaque) for part in _parts(value, opaque)]
         if isinstance(value, set | frozenset):
             parts.sort()
         seen[id(value)] = value, digest_text(f"{_class_name(type(value))}({', '.join(parts)})")
     return seen[id(value)][1]
 
 
-def _parts(value: Any) -> list[Any]:
+def _parts(value: Any, opaque: set[str]) -> list[Any]:
     """Returns simpler values that together decide what a value computes."""
+    if _is_of_grain(value):
+        return _parts_of_grain(value)
     match value:
         case types.FunctionType() if value.__code__.co_filename.startswith("<@beartype"):
             # A type checker's wrapper, whose variables are named by addresses.
@@ -82,13 +110,44 @@ def _parts(value: Any) -> list[Any]:
         case list() | tuple() | set() | frozenset():
             return list(value)
     kind: Any = type(value)
-    # An object with the default `repr` shows none of its fields.
-    shows_no_fields = dataclasses.is_dataclass(value) or kind.__repr__ is object.__repr__
-    if shows_no_fields or (callable(value) and _is_function(kind.__call__)):
-        return _instance(value)
-    if hasattr(value, "__wrapped__"):  # such as by jax.jit
+    is_object = not callable(value) or _is_function(kind.__call__)
+    if hasattr(value, "__wrapped__") and not is_object:  # such as by jax.jit
         return [value.__wrapped__]
-    return [without_addresses(repr(value))]
+    try:
+        reduce = copyreg.dispatch_table.get(kind)
+        reduced: Any = value.__reduce_ex__(4) if reduce is None else reduce(value)
+    except Exception:  # whatever an object raises that cannot be pickled
+        opaque.add(kind.__name__)
+        return [kind, without_addresses(repr(value))]
+    own = (kind.__reduce_ex__, kind.__reduce__, getattr(kind, "__getstate__", None))
+    default = (object.__reduce_ex__, object.__reduce__, object.__getstate__)
+    if dataclasses.is_dataclass(value) or (own == default and reduce is None):
+        return _instance(value)
+    if isinstance(reduced, tuple):  # with the items of a container
+        reduced = [list(each) if isinstance(each, Iterator) else each for each in reduced]
+    return [kind, reduced]
+
+
+def _is_of_grain(value: Any) -> bool:
+    module = getattr(value, "__module__", None)
+    return isinstance(module, str) and module.split(".")[0] == "grain"
+
+
+def _parts_of_grain(value: Any) -> list[Any]:
+    """Returns what decides the examples of a data set or an iterator of Grain.
+
+    That is, without its statistics, the options of threads and processes, and where an iterator is.
+    """
+    if isinstance(value, type | types.FunctionType):
+        return [f"{value.__module__}.{value.__qualname__}"]
+
+    def is_compared(name: str, each: Any) -> bool:
+        if isinstance(value, Iterator) and name != "_parents" and not hasattr(each, "_parents"):
+            return False
+        return not name.endswith(("stats", "options", "_name", "has_child"))
+
+    fields = getattr(value, "__dict__", {}).items()
+    return [type(value), _by_name({name: each for name, each in fields if is_compared(name, each)})]
 
 
 def _instructions(code: types.CodeType, function: types.FunctionType) -> list[Any]:
@@ -115,7 +174,7 @@ def _instance(value: Any) -> list[Any]:
     members = {
         name: getattr(each, "fget", getattr(each, "__func__", each))
         for name, each in members.items()
-        if name == "__call__" or not name.startswith("__")
+        if name in _COMPARED or not name.startswith("__")
     }
     members = {name: each for name, each in members.items() if _counts(each, kind.__module__)}
     if dataclasses.is_dataclass(value):  # without cached properties

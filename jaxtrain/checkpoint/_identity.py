@@ -49,6 +49,7 @@ def identify(
     settings: Mapping[str, str | int | None],
     program: str,
     descriptions: Mapping[str, str],
+    reading: Mapping[str, str],
     seekable: bool = True,
 ) -> dict[str, Any]:
     """Returns what identifies a run, as JSON-serializable values.
@@ -60,6 +61,7 @@ def identify(
       program: the digest of the traced step; another one causes a warning, and so do other initial
         parameters or another state of the optimizer, which has the learning rate.
       descriptions: model, loss, optimizer and so on, which explain the warning.
+      reading: what reads the streams, another one of which causes a warning.
       seekable: whether the training data can resume within an epoch.
     """
     start = [getattr(state, name) for name in ("params", "opt_state") if hasattr(state, name)]
@@ -70,6 +72,7 @@ def identify(
         "step": int(state.step),
         "digest": digest_text(program + digest(start or state)),
         "descriptions": {name: without_addresses(text) for name, text in descriptions.items()},
+        "reading": dict(reading),
         "versions": {**versions(), "device": device_name(), "devices": devices},
         "seekable": seekable,
     }
@@ -84,7 +87,7 @@ def check_same_run(current: dict[str, Any], recorded: dict[str, Any], where: str
       where: describes the checkpoint.
 
     Returns:
-      A warning if the code, the initial values or the versions differ.
+      A warning if the code, the initial values, what reads the data, or the versions differ.
 
     Raises:
       InputError: settings or the key differ.
@@ -97,9 +100,12 @@ def check_same_run(current: dict[str, Any], recorded: dict[str, Any], where: str
             "another checkpoint directory"
         )
     moved = _differences(recorded["versions"], current["versions"])
+    reading = _differences(recorded.get("reading", current["reading"]), current["reading"])
     # A state that a run has returned has other values, but continues it.
-    if recorded["digest"] != current["digest"] and recorded["step"] == current["step"]:
-        changed = _differences(recorded["descriptions"], current["descriptions"]) | moved
+    other_program = recorded["digest"] != current["digest"] and recorded["step"] == current["step"]
+    if other_program or reading:
+        changed = _differences(recorded["descriptions"], current["descriptions"])
+        changed = (changed if other_program else {}) | reading | moved
         named = _format(changed) or "of the model, the loss, the optimizer or the parameters"
         return printable(
             f"{where} was written by other code or from other initial values ({named}); the run "

@@ -17,9 +17,10 @@ import jax
 import numpy as np
 from jaxtyping import Array, Key
 
+from jaxtrain.checkpoint import digest_function
 from jaxtrain.data.stream import Source, Stream, is_on_disk, stream, to_batch
 from jaxtrain.dataset import Dataset, check_dataset
-from jaxtrain.errors import InputError, StreamError
+from jaxtrain.errors import InputError, StreamError, first_line
 
 _END = object()
 # A stream without a length that has yielded so many batches in one epoch may never end.
@@ -115,6 +116,16 @@ class Batches:
             return repr(self.data)
         return f"{type(self.data).__name__} of {self.steps or 'unknown'} batches"
 
+    def describe_reading(self, opaque: set[str]) -> str:
+        """Returns what decides the batches, by its code and values, or "" without positions.
+
+        `opaque` receives the types of values that cannot be compared.
+        """
+        if not self.is_seekable:
+            return ""
+        reads = self.data._reads() if isinstance(self.data, Stream) else self.data
+        return f"{type(self.data).__name__} {digest_function(reads, opaque)}"
+
     def open(
         self, epoch: int, skip: int = 0, position: Any = None, limit: int | None = None
     ) -> Epoch:
@@ -145,7 +156,7 @@ class Batches:
             else:
                 iterator = self.data if self.is_one_shot else iter(self.data)
                 if position is not None:
-                    iterator.set_state(_from_json(position["state"]))
+                    self._restore(iterator, position, epoch)
                     count = position["batches"]
         except InputError:
             raise
@@ -160,6 +171,23 @@ class Batches:
                     f"more than {skip}, after which the run resumes"
                 )
         return opened
+
+    def _restore(self, iterator: Any, position: Any, epoch: int) -> None:
+        """Moves an iterator to a position.
+
+        Raises:
+          InputError: the iterator does not take the position.
+        """
+        try:
+            iterator.set_state(_from_json(position["state"]))
+        except Exception as error:
+            raise InputError(
+                f"the checkpoint has a position in epoch {epoch} that {self.name} does not take "
+                f"({type(error).__name__}: {first_line(error)}); "
+                "expected an iterator with the same transformations and number of workers: or "
+                "delete the checkpoint to resume from the previous one, such as that of the "
+                "epoch's start"
+            ) from error
 
     def check_ends(self, epochs: int = 1) -> None:
         """Raises InputError if the batches never end, or can be read once and are needed again."""

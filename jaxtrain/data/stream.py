@@ -96,6 +96,12 @@ class Stream:
     def __iter__(self) -> Iterator[Dataset]:
         return self.epoch(1)
 
+    def _reads(self) -> tuple[Any, Any]:
+        """Returns what decides the examples of a run that resumes: the source and the transform."""
+        source = self._source
+        arrays = jax.tree.leaves(source) if isinstance(source, Dataset) else source
+        return arrays, self._transform
+
     def same_each_epoch(self) -> Stream:
         """Returns this stream with the same order in every epoch, that of `jt.train_epoch`."""
         other = copy.copy(self)

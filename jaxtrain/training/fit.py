@@ -8,6 +8,7 @@ import functools
 import math
 import reprlib
 import time
+import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, TypeVar
 
@@ -26,7 +27,7 @@ from jaxtrain._placement import read_only
 from jaxtrain._processes import agree, check_same_start, process_lost_errors
 from jaxtrain.callbacks import Callback, checked_callbacks
 from jaxtrain.callbacks.progress import default_callbacks
-from jaxtrain.checkpoint import digest_program, identify
+from jaxtrain.checkpoint import describe_function, digest_program, identify
 from jaxtrain.data.stream import Source
 from jaxtrain.dataset import Dataset
 from jaxtrain.errors import InputError
@@ -423,6 +424,7 @@ def _describe(
     with parallel.without_mesh():  # the run may resume on other devices
         program = jax.jit(step).trace(to_shapes(state), None, source.batch_shapes())
     rate = recorded(state).get("learning_rate")
+    reading = {f"what reads {name}": _describe_reading(each) for name, each in sources.items()}
     return identify(
         state,
         settings={f"{name} data": each.describe() for name, each in sources.items()}
@@ -431,9 +433,23 @@ def _describe(
         program=digest_program(program),
         descriptions={
             "model": repr(getattr(state, "model", None)),
-            "loss": name_of(objective.step_fn or objective.loss_fn),
-            "metrics": ", ".join(name_of(metric) for _, metric in objective.metrics),
+            "loss": describe_function(objective.step_fn or objective.loss_fn),
+            "metrics": ", ".join(describe_function(metric) for _, metric in objective.metrics),
             "learning rate": "unknown" if rate is None else f"{rounded(rate):g}",
         },
+        reading={name: text for name, text in reading.items() if text},
         seekable=source.is_seekable,
     )
+
+
+def _describe_reading(source: AnySource) -> str:
+    """Returns what reads a stream that resumes within an epoch; warns if it cannot be compared."""
+    opaque: set[str] = set()
+    text = source.describe_reading(opaque)
+    if opaque:
+        warnings.warn(
+            f"{source.name} reads from an object with {', '.join(sorted(opaque))}, which cannot be "
+            "compared; if what it reads changes, a run that resumes does not notice",
+            stacklevel=2,
+        )
+    return text

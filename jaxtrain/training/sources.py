@@ -171,6 +171,11 @@ class InMemory:
         order += ", without a partial last batch" if self.sample.drop_last else ""
         return f"{len(self.sample)} examples with the digest {digest(self.sample)}, {order}"
 
+    def describe_reading(self, opaque: set[str]) -> str:
+        """Returns "": `describe` has the values."""
+        del opaque  # which streams fill
+        return ""
+
 
 class Streamed(Batches):
     """A stream of batches, which a thread reads and stacks while the device trains.
@@ -379,6 +384,10 @@ class Repeated:
     def describe(self) -> str:
         """Returns what must be the same for a run to resume."""
         return f"{self._source.describe()}, in epochs of {self.steps} steps"
+
+    def describe_reading(self, opaque: set[str]) -> str:
+        """Returns what reads the source."""
+        return self._source.describe_reading(opaque)
 
     def close(self) -> None:
         """Ends the reading of the source."""

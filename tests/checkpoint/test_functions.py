@@ -17,7 +17,7 @@ from jaxtrain.checkpoint import describe_function
 ROOT = Path(__file__).parents[2]
 
 IMPORTS = """
-import dataclasses, functools, math
+import dataclasses, functools, math, re
 import jax, numpy as np
 from beartype import beartype
 """
@@ -115,6 +115,17 @@ DIFFERENT = {
     "slot": (CLASSES + "function = Slots(0.1)", "0.1", "0.3"),
     "instance of a method": (CLASSES + "function = Plain(0.1).apply", "0.1", "0.3"),
     "bound object": (CLASSES + "function = functools.partial(len, Config(0.1))", "0.1", "0.3"),
+    "bound object that shows no field": (
+        CLASSES + "function = functools.partial(len, Plain(0.1))",
+        "0.1",
+        "0.3",
+    ),
+    "bound generator": (
+        "function = functools.partial(len, np.random.default_rng(0))",
+        "(0)",
+        "(1)",
+    ),
+    "bound pattern": ("function = functools.partial(len, re.compile('a'))", "'a'", "'b'"),
     "itself": ("def function(each, rng): return function(each, rng) + 1", "1", "2"),
     "list with itself": (
         "x = [1]; x.append(x); function = functools.partial(len, x)",

@@ -254,7 +254,7 @@ CODE = r"written by other code or from other initial values \("
     ("state", "options", "message"),
     [
         ({"dropout": 0.3}, {}, CODE + r"model was .*FeedForward.*0\.2.* and is now .*0\.3"),
-        ({}, {"loss_fn": l1}, CODE + "loss was cross_entropy and is now l1"),
+        ({}, {"loss_fn": l1}, CODE + r"loss was cross_entropy \(\w+\) and is now l1 \("),
         ({"rate": 0.2}, {}, CODE + "learning rate was 0.1 and is now 0.2"),
     ],
     ids=["model", "loss", "learning rate"],

@@ -422,6 +422,126 @@ def test_another_stream_is_another_run(tmp_path: Path) -> None:
             fit(other, batch_size=16, callbacks=[checkpoint])
 
 
+class Scaled(Examples):
+    """Examples times a factor, which another class or another object has otherwise."""
+
+    def __init__(self, factor: float = 1.0) -> None:
+        super().__init__()
+        self.factor = factor
+
+    def __repr__(self) -> str:
+        return "Scaled"
+
+    def __getitem__(self, index: int) -> Any:
+        inputs, label = super().__getitem__(index)
+        return self.factor * inputs, label
+
+
+class ScaledTwice(Scaled):
+    def __getitem__(self, index: int) -> Any:
+        inputs, label = super().__getitem__(index)
+        return inputs + inputs, label
+
+
+class Locked(Examples):
+    def __init__(self) -> None:
+        super().__init__()
+        self.lock = threading.Lock()
+
+
+def grain_examples(seed: int = 1, factor: float = 1.0) -> Any:
+    import grain
+
+    def scale(factor: float, index: int) -> Any:
+        return factor * DATA.inputs[index], DATA.targets[index]
+
+    examples = grain.MapDataset.range(50).seed(seed).shuffle()
+    return examples.map(functools.partial(scale, factor)).batch(16).to_iter_dataset()
+
+
+CHANGES: dict[str, tuple[Any, Any]] = {
+    "a seed of Grain": (grain_examples, lambda: grain_examples(seed=2)),
+    "a bound argument": (grain_examples, lambda: grain_examples(factor=2.0)),
+    "an iterator": (lambda: iter(grain_examples()), lambda: iter(grain_examples(seed=2))),
+    "a field": (Scaled, lambda: Scaled(2.0)),
+    "a method": (lambda: Scaled(), lambda: ScaledTwice()),
+    "values": (
+        lambda: jt.data.stream(DATA, 16),
+        lambda: jt.data.stream(DATA.replace(inputs=DATA.inputs + 1), 16),
+    ),
+}
+
+
+@pytest.mark.parametrize("case", CHANGES)
+def test_another_way_to_read_resumes_with_a_warning(tmp_path: Path, case: str) -> None:
+    make, make_other = CHANGES[case]
+    checkpoint = jt.callbacks.checkpoint(tmp_path, every_steps=1)
+    options: Any = {"epochs": 1, "batch_size": 16}
+    with pytest.raises(Stop):
+        fit(make(), callbacks=[checkpoint, stop_at(1, 2)], **options)
+    with pytest.raises(Stop):
+        fit(make(), callbacks=[checkpoint, stop_at(1, 2)], **options)
+    with pytest.warns(UserWarning, match=r"what reads train was \w+ \w+ and is now \w+ ") as warned:
+        fit(make_other(), callbacks=[checkpoint], **options)
+    assert len(warned) == 1
+
+
+def test_a_source_that_cannot_be_compared_is_named(tmp_path: Path) -> None:
+    checkpoint = jt.callbacks.checkpoint(tmp_path)
+    with pytest.warns(UserWarning, match="train reads from an object with lock, which cannot be"):
+        fit(Locked(), epochs=1, batch_size=16, callbacks=[checkpoint])
+
+
+class ByWorkers:
+    """Batches whose positions belong to a number of workers, as those of Grain do."""
+
+    def __init__(self, workers: int) -> None:
+        self.workers = workers
+
+    def __iter__(self) -> Iterator[Any]:
+        workers = self.workers
+
+        class Batches:
+            at = 0
+
+            def __iter__(self) -> Any:
+                return self
+
+            def __next__(self) -> Any:
+                if self.at == len(BATCHES):
+                    raise StopIteration
+                self.at += 1
+                return BATCHES[self.at - 1]
+
+            def get_state(self) -> Any:
+                return {f"worker {workers - 1}": self.at}
+
+            def set_state(self, state: Any) -> None:
+                self.at = state[f"worker {workers - 1}"]
+
+        return Batches()
+
+
+def test_a_position_for_other_workers_offers_the_start_of_the_epoch(
+    tmp_path: Path, ordered
+) -> None:
+    checkpoint = jt.callbacks.checkpoint(tmp_path, every_steps=2)
+    with pytest.raises(Stop):
+        fit(ByWorkers(2), callbacks=[checkpoint, stop_at(2, 3)])
+    message = (
+        r"a position in epoch 2 that train does not take \(KeyError: 'worker 2'\); "
+        "expected an iterator with the same .* workers: or delete the checkpoint to resume"
+    )
+    with (
+        pytest.warns(UserWarning, match="what reads train was"),
+        pytest.raises(jt.errors.InputError, match=message),
+    ):
+        fit(ByWorkers(3), callbacks=[checkpoint])
+    (tmp_path / "epoch-1-step-2.safetensors").unlink()
+    with pytest.warns(UserWarning, match="what reads train was"):
+        assert_same_run(fit(ByWorkers(3), callbacks=[checkpoint]), ordered)
+
+
 def test_a_mesh_of_eight_devices_gives_the_numbers_of_one(shuffled) -> None:
     """Eight does not divide the last batch of two examples."""
     mesh = jax.make_mesh((8,), ("data",))
