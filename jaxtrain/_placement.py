@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from typing import Any
 
 import jax
@@ -32,11 +33,32 @@ def to_words(leaf: Any) -> Any:
 def to_numpy(leaf: Any) -> np.ndarray:
     """Returns the complete array on the host, also if it is spread over several processes."""
     words = to_words(leaf)
-    if isinstance(words, jax.Array) and not (
-        words.is_fully_addressable or words.is_fully_replicated
-    ):
+    if is_divided(words):
         return multihost_utils.process_allgather(words, tiled=True)
     return np.asarray(words)
+
+
+def is_divided(leaf: Any) -> bool:
+    """Returns whether no process has all values of an array."""
+    return isinstance(leaf, jax.Array) and not (
+        leaf.is_fully_addressable or leaf.is_fully_replicated
+    )
+
+
+def describe_values(leaf: Any) -> str:
+    """Describes an array: its value or their digest, with the dtype and the shape.
+
+    Two arrays have the same description if their values are the same. Of an array that is divided
+    over several processes, the values do not count.
+    """
+    words = to_words(leaf)
+    kind = f"{words.dtype}{list(words.shape)}"
+    if is_divided(words):
+        return f"{kind} divided by {getattr(words.sharding, 'spec', words.sharding)}"
+    if not words.shape:
+        return str(np.asarray(words))
+    content = np.ascontiguousarray(words).reshape(-1).view(np.uint8)
+    return f"{kind} with the digest {hashlib.sha256(content.data).hexdigest()[:16]}"
 
 
 def put(leaf: Any, sharding: jax.sharding.Sharding) -> Any:

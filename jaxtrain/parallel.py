@@ -14,8 +14,8 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 from jaxtyping import PyTree
 
-from jaxtrain._placement import put
-from jaxtrain._processes import gather, initialize
+from jaxtrain._placement import describe_values, put
+from jaxtrain._processes import check_same, initialize
 from jaxtrain.dataset import Dataset, check_dataset, map_examples, named_arrays
 from jaxtrain.errors import InputError
 
@@ -31,7 +31,7 @@ def replicate(tree: PyTree, mesh: jax.sharding.Mesh, rule: Rule | None = None) -
     """Places a state or a data set on a mesh, a complete copy on every device.
 
     Arrays that are already sharded over this mesh keep their sharding. With several processes,
-    each passes the same values.
+    each passes the same values, which are compared.
 
     Args:
       tree: a `TrainState`, a `Dataset`, or any pytree of arrays.
@@ -43,13 +43,28 @@ def replicate(tree: PyTree, mesh: jax.sharding.Mesh, rule: Rule | None = None) -
       The pytree on the devices of the mesh.
 
     Raises:
-      InputError: the mesh has no axis "data", or an array cannot be divided as the rule says.
+      InputError: the mesh has no axis "data", an array cannot be divided as the rule says, or the
+        processes pass different values.
 
     Example:
       >>> mesh = jax.make_mesh((jax.device_count(),), ("data",))
       >>> state = jt.parallel.replicate(state, mesh)
     """
     check_mesh(mesh)
+    return _replicated(tree, "", mesh, rule)
+
+
+def _replicated(
+    tree: PyTree, name: str, mesh: jax.sharding.Mesh, rule: Rule | None = None
+) -> PyTree:
+    if mesh.is_multi_process:
+        moved = [
+            (path, leaf)
+            for path, leaf in named_arrays(tree, name)
+            if getattr(leaf, "is_fully_addressable", True)
+        ]
+        with jax.set_mesh(mesh):
+            check_same(lambda: {path: describe_values(leaf) for path, leaf in moved})
 
     def place(path: str, leaf: Any) -> Any:
         spec = _spec_on(leaf, mesh) if rule is None else rule(path, leaf)
@@ -66,12 +81,16 @@ def replicate(tree: PyTree, mesh: jax.sharding.Mesh, rule: Rule | None = None) -
     return jax.tree.unflatten(jax.tree.structure(tree), leaves)
 
 
-def placed(tree: PyTree) -> PyTree:
-    """Returns arrays on the devices of the current mesh, or else on JAX's default device."""
+def placed(tree: PyTree, name: str) -> PyTree:
+    """Returns arrays on the devices of the current mesh, or else on JAX's default device.
+
+    `name` is that of `tree` in error messages.
+    """
     mesh = current_mesh()
     if mesh is None or any(isinstance(leaf, jax.core.Tracer) for leaf in jax.tree.leaves(tree)):
         return jax.tree.map(jnp.asarray, tree)
-    return replicate(tree, mesh)
+    check_mesh(mesh)
+    return _replicated(tree, name, mesh)
 
 
 def shard(dataset: Dataset, mesh: jax.sharding.Mesh) -> Dataset:
@@ -102,12 +121,11 @@ def shard(dataset: Dataset, mesh: jax.sharding.Mesh) -> Dataset:
     check_dataset(dataset, "dataset")
     processes = jax.process_count() if mesh.is_multi_process else 1
     devices = mesh.shape[AXIS] // processes
+    arrays = named_arrays(dataset, "dataset")
     with jax.set_mesh(mesh):
-        lengths = sorted(set(gather(str(len(dataset)))))
-    if len(lengths) > 1:
-        raise InputError(
-            f"dataset has {' and '.join(lengths)} examples on different processes; expected the "
-            "same number on each"
+        check_same(
+            lambda: {path: f"{array.dtype}{list(array.shape)}" for path, array in arrays},
+            "the same number of examples, and the same shapes and dtypes, in every process",
         )
     if len(dataset) % devices:
         fitting = len(dataset) // devices * devices

@@ -150,7 +150,8 @@ def find_learning_rate(
         return make_optimizer(schedule)
 
     ramp = jnp.geomspace(lowest, highest, steps)
-    state = parallel.placed(checked_state(with_optimizer(state, optimizer_with(ramp[0]))))
+    state = checked_state(with_optimizer(state, optimizer_with(ramp[0])))
+    state = parallel.placed(state, "state")
     if has_line_search(state.opt_state):
         raise InputError(
             "make_optimizer makes an optimizer with a line search, such as L-BFGS, which finds the "

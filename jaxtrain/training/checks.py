@@ -45,7 +45,7 @@ def checked_data(data: Any, name: str) -> Dataset:
     data = as_dataset(data, name)
     check_values(data, name)
     check_total_weight(data.weights, name)
-    return parallel.placed(data)
+    return parallel.placed(data, name)
 
 
 def check_weights(weights: Any, name: str) -> bool:

@@ -17,19 +17,18 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Key
 
-from jaxtrain import parallel
 from jaxtrain._arguments import check_integer
 from jaxtrain._carry import keep_types
 from jaxtrain._compile_time import CompileTime
 from jaxtrain._device_memory import memory_advice
 from jaxtrain._json import rounded
-from jaxtrain._placement import read_only
-from jaxtrain._processes import agree, check_same_start, process_lost_errors
+from jaxtrain._placement import describe_values, read_only
+from jaxtrain._processes import agree, check_same, process_lost_errors
 from jaxtrain.callbacks import Callback, checked_callbacks
 from jaxtrain.callbacks.progress import default_callbacks
-from jaxtrain.checkpoint import describe_function, digest_program, identify
+from jaxtrain.checkpoint import describe_function, identify, without_addresses
 from jaxtrain.data.stream import Source
-from jaxtrain.dataset import Dataset
+from jaxtrain.dataset import Dataset, named_arrays
 from jaxtrain.errors import InputError
 from jaxtrain.losses import Loss, name_of
 from jaxtrain.metrics import Metric
@@ -44,12 +43,19 @@ from jaxtrain.training.loop import (
 )
 from jaxtrain.training.run import history_row, prepare
 from jaxtrain.training.sources import AnySource, Segment, segments_in_order
-from jaxtrain.training.state import counters, recorded, to_shapes, with_epoch
-from jaxtrain.training.step import Objective, StepFn, evaluation_key, make_objective, take_step
+from jaxtrain.training.state import counters, recorded, with_epoch
+from jaxtrain.training.step import (
+    Objective,
+    StepFn,
+    evaluation_key,
+    make_objective,
+    program_of_step,
+)
 
 # Target duration of a compiled call, after which Ctrl-C is handled; and the time after which
 # `on_steps` is called although no callback asks for it.
 _CALL_SECONDS, _REPORT_SECONDS = 1.0, 0.5
+_EXPECTED_START = "the same state in every process, and one checkpoint folder for all of them"
 
 State = TypeVar("State")
 AnyData = Dataset | tuple[Any, ...] | Iterable[Any] | Source
@@ -167,6 +173,7 @@ def fit(
             epochs=epochs,
             steps=steps_per_epoch,
             mesh=mesh,
+            settings={"the callback that saves or judges": _describe_callbacks(called)},
         )
         source: Any = sources["train"]
         run = completed = Run(
@@ -196,7 +203,7 @@ def fit(
         for callback in sorted(called, key=lambda each: not each.saves):
             stack.push(ending(callback.on_end))
             run = completed = callback.on_start(run) or run
-        check_same_start(run.epoch, run.step)
+        check_same(lambda run=run: _describe_start(run), _EXPECTED_START)
         trainer = _Trainer(source, objective, called, timer)
         counts = {name: int(value) for name, value in counters(run.state).items()}
         counts = run.counts if run.step else counts
@@ -212,9 +219,9 @@ def fit(
             row["seconds"] = agree(timer.clock() - begun)
             run = completed = run.after_epoch(after, row, timer.seconds)
             for callback in called:
-                run = _agreed(run) if callback.saves else run
+                run = _agreed(run, after) if callback.saves else run
                 run = _after(run, callback)
-            run = completed = _agreed(run)
+            run = completed = _agreed(run, after)
     return (run.state if run.best is None else run.best), run.history
 
 
@@ -335,8 +342,32 @@ def _check_not_traced(*arguments: Any) -> None:
         )
 
 
-def _agreed(run: Run) -> Run:
-    """Returns the run with the decision of process 0 whether it ends; callbacks may differ."""
+def _describe_callbacks(callbacks: list[Callback]) -> str:
+    """Describes the callbacks that all processes must have; others may be in one of them only."""
+    found = [each for each in callbacks if each.saves or each.monitor is not None]
+    return ", ".join(without_addresses(repr(each)) for each in found) or "none"
+
+
+def _describe_start(run: Run) -> dict[str, str]:
+    after = f"step {run.step} of epoch {run.epoch + 1}" if run.step else f"epoch {run.epoch}"
+    return {"the start": f"after {after}"} | {
+        path: describe_values(leaf) for path, leaf in named_arrays(run.state, "state")
+    }
+
+
+def _agreed(run: Run, before: Any) -> Run:
+    """Returns the run with the decision of process 0 whether it ends; callbacks may differ.
+
+    Raises:
+      InputError: the processes' callbacks have changed the state `before` differently.
+    """
+    check_same(
+        lambda: {
+            path: describe_values(leaf) if run.state is not before else "unchanged"
+            for path, leaf in named_arrays(run.state, "state")
+        },
+        "callbacks that change the state in the same way in every process",
+    )
     is_over = agree(run.is_over)
     return run if is_over == run.is_over else run.replace(is_over=is_over)
 
@@ -420,9 +451,6 @@ def _describe(
 ) -> dict[str, Any]:
     """Returns what identifies a run, by which a checkpoint decides whether it may resume."""
     source = sources["train"]
-    step = functools.partial(take_step, objective=objective, last=False)
-    with parallel.without_mesh():  # the run may resume on other devices
-        program = jax.jit(step).trace(to_shapes(state), None, source.batch_shapes())
     rate = recorded(state).get("learning_rate")
     reading = {f"what reads {name}": _describe_reading(each) for name, each in sources.items()}
     return identify(
@@ -430,7 +458,7 @@ def _describe(
         settings={f"{name} data": each.describe() for name, each in sources.items()}
         | {f"{name} batch size": each.batch_size for name, each in sources.items()}
         | {"columns": ", ".join(columns)},
-        program=digest_program(program),
+        program=program_of_step(state, source.batch_shapes(), objective),
         descriptions={
             "model": repr(getattr(state, "model", None)),
             "loss": describe_function(objective.step_fn or objective.loss_fn),

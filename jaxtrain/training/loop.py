@@ -51,6 +51,7 @@ from jaxtrain.training.step import (
     Totals,
     batch_key,
     check_evaluation_key,
+    check_first_step,
     evaluate_batch,
     finish_metrics,
     make_objective,
@@ -229,6 +230,8 @@ def train_epoch(
     check_state_type(state, step_fn)
     with _opened(state, dataset, batch_size, key, next_epoch(state)) as source:
         check_run(state, {"train": source}, objective)
+        further = {"batch_size": source.batch_size, "the order": source.describe_order()}
+        check_first_step(state, source.batch_shapes(), objective, further)
         if isinstance(source, Streamed):
             return _train_on_stream(state, source, objective)
         return _compiled_epoch(state, source.sample, key, objective, source.batch_size)

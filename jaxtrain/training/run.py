@@ -16,6 +16,7 @@ from jaxtrain import parallel
 from jaxtrain._arguments import check_integer, check_key
 from jaxtrain._compiler import bounded
 from jaxtrain._device_memory import memory_advice
+from jaxtrain._processes import check_same
 from jaxtrain._static_key import ByKey
 from jaxtrain.callbacks.early_stopping import EarlyStopping
 from jaxtrain.dataset import Dataset, epoch_order, without_drop_last
@@ -30,6 +31,7 @@ from jaxtrain.training.state import checked_state, counters, next_epoch, recorde
 from jaxtrain.training.step import (
     Objective,
     StepFn,
+    describe_step,
     evaluation_key,
     finish_metrics,
     make_objective,
@@ -116,7 +118,9 @@ def train(
     sizes = (batch_size, test_batch_size)
     with contextlib.ExitStack() as stack:
         state, sources, columns = prepare(
-            *(state, given, objective, sizes, key, stack), state_metrics=state_metrics or ()
+            *(state, given, objective, sizes, key, stack),
+            state_metrics=state_metrics or (),
+            settings={"epochs of the program": epochs, "early_stopping": early_stopping},
         )
         data = {name: _in_memory(source, name) for name, source in sources.items()}
         if early_stopping is not None:
@@ -156,12 +160,14 @@ def prepare(
     steps: int | None = None,
     mesh: jax.sharding.Mesh | None = None,
     state_metrics: Iterable[str] = (),
+    settings: Mapping[str, Any] | None = None,
 ) -> tuple[Any, dict[str, AnySource], tuple[str, ...]]:
     """Checks the arguments of `train` or `fit`, and moves state and data to the devices.
 
     `given` has the data by the names "train", "test" and "validation", and None for data that are
     not given. `batch_sizes` are those of training and evaluation. `stack` leaves the mesh and
-    closes the streams. In a run by steps, an epoch has `steps`.
+    closes the streams. In a run by steps, an epoch has `steps`. Several processes compare all of
+    it, and `settings`, before they compute together.
 
     Returns:
       The state; the sources by the names of the data; and the columns of the history but `seconds`.
@@ -180,7 +186,7 @@ def prepare(
     state, epoch = checked_state(state, step_fn), next_epoch(state)
     in_memory = train if isinstance(train, Dataset | tuple) else None
     stack.enter_context(parallel.mesh_of(state, in_memory, mesh=mesh))
-    state = parallel.placed(state)
+    state = parallel.placed(state, "state")
     with memory_advice(batch_sizes[0]):
         sources: dict[str, Any] = {
             "train": make_source(train, "train", batch_sizes[0], key, epoch, stack)
@@ -193,7 +199,17 @@ def prepare(
             source.close()  # workers would run until the first evaluation
         if isinstance(source, Streamed) and (name != "train" or steps is None):
             source.check_ends(epochs)
+    check_same(
+        lambda: {
+            "epochs": epochs,
+            "steps per epoch": steps,
+            **{f"{name} batch_size": each.batch_size for name, each in sources.items()},
+            **{f"{name} data": each.describe_order() for name, each in sources.items()},
+            **(settings or {}),
+        }
+    )
     returned = check_run(state, sources, objective)
+    check_same(lambda: describe_step(state, sources["train"].batch_shapes(), objective))
     for source in sources.values():
         if isinstance(source, InMemory) and (source.name != "train" or step_fn is None):
             check_missing_targets(state, source.sample, objective.loss_fn, source.name)

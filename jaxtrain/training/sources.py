@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import itertools
 import math
 import time
 from collections.abc import Callable, Generator, Iterator
@@ -17,7 +18,7 @@ from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Int, Key
 
 from jaxtrain import parallel
-from jaxtrain._processes import are_joined
+from jaxtrain._processes import are_joined, check_same
 from jaxtrain.checkpoint import digest
 from jaxtrain.data.batches import Batches, Epoch, is_stream, read_ahead
 from jaxtrain.data.stream import Stream
@@ -167,14 +168,18 @@ class InMemory:
 
     def describe(self) -> str:
         """Returns what must be the same for a run to resume: the data and their order."""
-        order = "as stored" if self._key is None else f"shuffled by key {digest(self._key)}"
-        order += ", without a partial last batch" if self.sample.drop_last else ""
+        order = self.describe_order()
         return f"{len(self.sample)} examples with the digest {digest(self.sample)}, {order}"
 
     def describe_reading(self, opaque: set[str]) -> str:
         """Returns "": `describe` has the values."""
         del opaque  # which streams fill
         return ""
+
+    def describe_order(self) -> str:
+        """Returns what decides the batches besides the values of the data."""
+        order = "as stored" if self._key is None else f"shuffled by key {digest(self._key)}"
+        return order + (", without a partial last batch" if self.sample.drop_last else "")
 
 
 class Streamed(Batches):
@@ -232,6 +237,8 @@ class Streamed(Batches):
         """Returns what must be the same for a run to resume."""
         return repr(self)
 
+    describe_order = describe
+
     def segments(
         self, epoch: int, skip: int = 0, position: Any = None, limit: int | None = None
     ) -> Segments:
@@ -242,7 +249,27 @@ class Streamed(Batches):
         """
         opened = self.open(epoch, skip, position, limit)
         with read_ahead(self._stacked(opened), opened.close) as segments:
-            yield from segments
+            if self._processes == 1:
+                yield from segments
+                return
+            for segment in itertools.chain(segments, [None]):
+                self._check_same(segment, epoch)
+                if segment is not None:
+                    yield segment
+
+    def _check_same(self, segment: Segment | None, epoch: int) -> None:
+        """Raises InputError unless all processes have read batches of the same shapes."""
+
+        def describe() -> dict[str, str]:
+            name = f"what follows in {self.name} in epoch {epoch}"
+            if segment is None:
+                return {name: "nothing"}
+            first, last = segment.start + 1, segment.start + segment.steps
+            shapes = ", ".join(f"{x.dtype}{list(x.shape)}" for x in jax.tree.leaves(segment.data))
+            size = segment.batch_size
+            return {name: f"batches {first} to {last} of {size} examples in {shapes}"}
+
+        check_same(describe, "batches of the same number and shapes in every process")
 
     def _stacked(self, epoch: Epoch) -> Iterator[Segment]:
         """Yields segments of consecutive batches of the same shapes; runs in the reading thread."""

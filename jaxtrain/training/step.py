@@ -15,7 +15,10 @@ from jaxtyping import Array, Bool, Float, Key, PyTree
 from jaxtrain import adapters, parallel
 from jaxtrain._arguments import check_key
 from jaxtrain._compiler import bounded, limit_rows
+from jaxtrain._placement import describe_values
+from jaxtrain._processes import are_joined, check_same
 from jaxtrain._static_key import ByKey, static_key
+from jaxtrain.checkpoint import describe_function, digest_program
 from jaxtrain.dataset import (
     Dataset,
     as_dataset,
@@ -38,7 +41,7 @@ from jaxtrain.metrics._metric import (
 )
 from jaxtrain.optimizers._extra_args import accepting_extra_args
 from jaxtrain.optimizers._inspect import has_accumulation, last_step_finite
-from jaxtrain.training.state import TrainState, check_state_type
+from jaxtrain.training.state import TrainState, check_state_type, to_shapes
 from jaxtrain.training.tracing import traced_prediction
 
 Metrics = dict[str, Float[Array, "..."]]
@@ -50,6 +53,8 @@ MetricItems = tuple[tuple[str, AccumulatedMetric], ...]
 Totals = dict[str, Any]
 """What the metrics have accumulated so far, by name."""
 # Numbers that separate the draws of losses and evaluations from those of the steps.
+# The structures of the states whose first step the processes have compared.
+_compared: set[int] = set()
 _LOSS, _EVALUATION = (zlib.crc32(name) for name in (b"jaxtrain loss", b"jaxtrain evaluation"))
 
 
@@ -151,7 +156,8 @@ def train_step(state: TrainState, batch: Batch, loss_fn: Loss) -> tuple[TrainSta
       The next state, and {"loss": mean loss before the update}.
 
     Raises:
-      InputError: `batch` is not a valid batch, or the loss does not return one value per example.
+      InputError: `batch` is not a valid batch; the loss does not return one value per example; or,
+        in the first step of several processes, their states or losses differ.
 
     Example:
       >>> state, metrics = jt.train_step(state, train[:32], loss_fn)
@@ -163,10 +169,61 @@ def train_step(state: TrainState, batch: Batch, loss_fn: Loss) -> tuple[TrainSta
     batch = _as_batch(batch)
     with parallel.mesh_of(state, batch):
         try:
+            check_first_step(state, batch, Objective(loss_fn))
             return _train_step(state, batch, ByKey(loss_fn))
         except Exception:
             traced_prediction(state, batch, "batch")  # whose error names inputs that do not fit
             raise
+
+
+def check_first_step(
+    state: Any, batch: Any, objective: Objective, further: Mapping[str, Any] | None = None
+) -> None:
+    """Compares the first step with a state of this structure between processes.
+
+    Args:
+      state: the state before it.
+      batch: a batch, or its shapes.
+      objective: what the step minimizes and measures.
+      further: further descriptions by name.
+
+    Raises:
+      InputError: the values of the state, the batch's shapes, or the programs differ.
+    """
+    if not are_joined():
+        return
+    structure = hash((jax.tree.structure(state), objective.step_fn is None))
+    if structure in _compared:
+        return
+    _compared.add(structure)
+    shapes = named_arrays(to_shapes(batch), "batch")
+    check_same(
+        lambda: {
+            **(further or {}),
+            **{path: f"{leaf.dtype}{list(leaf.shape)}" for path, leaf in shapes},
+            **{path: describe_values(leaf) for path, leaf in named_arrays(state, "state")},
+        }
+    )
+    # Not before: other shapes could be an error of the model.
+    check_same(lambda: describe_step(state, batch, objective))
+
+
+def describe_step(state: Any, batch: Any, objective: Objective) -> dict[str, str]:
+    """Returns the functions and the program of a step, by name."""
+    metrics = [f"{name}: {describe_function(metric)}" for name, metric in objective.metrics]
+    return {
+        "loss": describe_function(objective.step_fn or objective.loss_fn),
+        "metrics": ", ".join(metrics) or "none",
+        "the model": repr(getattr(state, "model", None)),
+        "the program of a step": program_of_step(state, batch, objective),
+    }
+
+
+def program_of_step(state: Any, batch: Any, objective: Objective) -> str:
+    """Returns the digest of the program of a step, whatever the devices are."""
+    step = functools.partial(take_step, objective=objective, last=False)
+    with parallel.without_mesh():
+        return digest_program(jax.jit(step).trace(to_shapes(state), None, to_shapes(batch)))
 
 
 def _as_batch(batch: Any) -> Dataset:
