@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Iterator
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.experimental import multihost_utils
+
+# The largest block of a divided array that is gathered at once.
+_BLOCK_BYTES = 2**22
 
 
 def is_key(leaf: Any) -> bool:
@@ -43,6 +47,33 @@ def is_divided(leaf: Any) -> bool:
     return isinstance(leaf, jax.Array) and not (
         leaf.is_fully_addressable or leaf.is_fully_replicated
     )
+
+
+def blocks(leaf: Any) -> Iterator[np.ndarray]:
+    """Yields the values of an array in C order on the host, those of a divided one by rows.
+
+    So no process has a complete array that is divided over several processes, which all call this.
+    """
+    words = to_words(leaf)
+    if not is_divided(words):
+        yield np.asarray(words)
+        return
+    length, *shape = words.shape
+    rows = max(1, _BLOCK_BYTES * length // words.nbytes)
+    parts = [(x.index, np.asarray(x.data)) for x in words.addressable_shards if not x.replica_id]
+    for start in range(0, length, rows):
+        block = np.zeros((min(rows, length - start), *shape), words.dtype)
+        for (along, *others), part in parts:
+            first, last, _ = along.indices(length)
+            low, high = max(first, start), min(last, start + rows)
+            if low < high:
+                block[(slice(low - start, high - start), *others)] = part[
+                    low - first : high - first
+                ]
+        # Each value is in one process, and 0 in the others.
+        content = block.reshape(-1).view(np.uint8)
+        found = multihost_utils.process_allgather(content).sum(axis=0, dtype=np.uint8)
+        yield found.view(block.dtype).reshape(block.shape)
 
 
 def describe_values(leaf: Any) -> str:

@@ -35,6 +35,7 @@ def checkpoint(
     resume: Literal["auto", "required", "never"] = "auto",
     configuration: Mapping[str, Any] | None = None,
     best: str | None = None,
+    store: Literal["file", "orbax"] = "file",
 ) -> Checkpoint:
     """Saves the run in a folder; the same call of `fit` resumes from its newest checkpoint.
 
@@ -57,10 +58,14 @@ def checkpoint(
       best: a column of the history; `fit` returns the state after the epoch where it was best:
         smallest if `early_stopping` infers "min" from the column's name, else largest. None returns
         the last state.
+      store: "file" gathers the state in process 0, which writes one file. "orbax" writes a folder
+        by Orbax, each process its part, for a state that is larger than the memory of one host; it
+        can be restored on other numbers of devices and processes.
 
     Raises:
       InputError: a value is out of range or not JSON-serializable. In `fit`: the checkpoints belong
         to another run, are in use, or are all damaged.
+      MissingExtraError: in `fit`, Orbax is not installed.
       StorageError: in `fit`, a checkpoint could not be written; earlier ones are intact.
 
     Example:
@@ -77,8 +82,11 @@ def checkpoint(
         raise InputError(
             f"resume is {resume!r}; expected 'auto', 'required' or 'never'", argument="resume"
         )
+    if store not in ("file", "orbax"):
+        raise InputError(f"store is {store!r}; expected 'file' or 'orbax'", argument="store")
     settings = _to_json({} if configuration is None else configuration)
-    return Checkpoint(_absolute(directory), every, every_steps, keep, resume, settings, best)
+    path = _absolute(directory)
+    return Checkpoint(path, every, every_steps, keep, resume, settings, best, store)
 
 
 @dataclasses.dataclass(eq=False)
@@ -92,6 +100,7 @@ class Checkpoint(Callback):
     resume: Literal["auto", "required", "never"]
     configuration: dict[str, Any]
     monitor: str | None
+    store: Literal["file", "orbax"] = "file"
     saves = True
     _store: CheckpointStore | None = None
     _seekable: bool = False
@@ -110,7 +119,9 @@ class Checkpoint(Callback):
                 stacklevel=3,
             )
         identity = {**described, "configuration": self.configuration}
-        self._store = CheckpointStore(self.directory, identity, self.keep)
+        self._store = CheckpointStore(
+            self.directory, identity, self.keep, orbax=self.store == "orbax"
+        )
         check = functools.partial(check_same_run, identity)
         found = self._store.restore(
             run.state, run.columns, check, sums=run.log.totals, resume=self.resume

@@ -19,7 +19,13 @@ from jaxtrain.checkpoint._identity import (
     without_addresses,
 )
 from jaxtrain.checkpoint._load import load_checkpoint
-from jaxtrain.checkpoint._store import CheckpointStore, list_checkpoints, list_epochs
+from jaxtrain.checkpoint._store import (
+    CheckpointStore,
+    find_checkpoint,
+    list_checkpoints,
+    list_epochs,
+    read_checkpoint,
+)
 
 __all__ = [
     "CheckpointStore",
@@ -33,11 +39,13 @@ __all__ = [
     "digest_function",
     "digest_program",
     "encode_arrays",
+    "find_checkpoint",
     "identify",
     "list_checkpoints",
     "list_epochs",
     "load_checkpoint",
     "read_arrays",
+    "read_checkpoint",
     "read_file",
     "verify",
     "without_addresses",

@@ -9,7 +9,7 @@ import json
 import math
 import os
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from itertools import zip_longest
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -80,10 +80,18 @@ class DamagedError(InputError):
     """A file differs from the checkpoint that was written."""
 
 
+class Arrays(dict[str, np.ndarray]):
+    """The arrays of a file by name."""
+
+    def take(self, likes: Iterable[tuple[str, Any]]) -> list[Any]:
+        """Returns arrays by name, each with the type and the devices of an array like it."""
+        return [place(self[name].copy(), leaf) for name, leaf in likes]
+
+
 def flatten(
     snapshot: Snapshot, metadata: Mapping[str, Any]
-) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
-    """Copies a snapshot to the host; returns its arrays by name and a record of the rest."""
+) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Returns the arrays of a snapshot by name and a record of the rest."""
     epoch, state, history, step_losses, best, monitor, part = snapshot
     kind = "none" if best is None else "last" if best is state else "stored"
     trees = {
@@ -100,9 +108,14 @@ def flatten(
     leaves = {
         name: each for root in trees for name, each in describe_leaves(root, trees[root]).items()
     }
-    arrays = {name: to_host(leaf, name) for name, (_, leaf) in leaves.items()}
     specs = {name: spec for name, (spec, _) in leaves.items()}
+    arrays = {name: leaf for name, (_, leaf) in leaves.items()}
     return arrays, record | {"leaves": specs, "metadata": dict(metadata)}
+
+
+def to_host_all(arrays: Mapping[str, Any]) -> dict[str, np.ndarray]:
+    """Copies arrays to the host, also those that are divided over several processes."""
+    return {name: to_host(array, name) for name, array in arrays.items()}
 
 
 def encode(arrays: dict[str, np.ndarray], record: dict[str, Any]) -> bytes:
@@ -120,7 +133,7 @@ def encode(arrays: dict[str, np.ndarray], record: dict[str, Any]) -> bytes:
 def encode_arrays(arrays: dict[str, np.ndarray], metadata: Mapping[str, Any]) -> bytes:
     """Returns the content of a file of arrays that are not a state, for `read_arrays`."""
     record = {"format": _FORMAT, "leaves": {}, "metadata": dict(metadata)}
-    return encode({name: to_host(array, name) for name, array in arrays.items()}, record)
+    return encode(to_host_all(arrays), record)
 
 
 def read_arrays(path: Path) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
@@ -133,9 +146,7 @@ def read_arrays(path: Path) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
     return {name: array.copy() for name, array in arrays.items()}, record["metadata"]
 
 
-def read_file(
-    path: Path, maximum: int | None = None
-) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
+def read_file(path: Path, maximum: int | None = None) -> tuple[dict[str, Any], Arrays]:
     """Returns the record of a checkpoint, and its arrays as views of the file.
 
     Args:
@@ -156,6 +167,11 @@ def read_file(
             ) from error
         reason = getattr(error, "strerror", None) or str(error) or "it is too large"
         raise InputError(f"{path} cannot be read ({reason}); fix that and try again") from error
+    return parse(content, path)
+
+
+def parse(content: bytes, path: Path) -> tuple[dict[str, Any], Arrays]:
+    """Returns the record and the arrays in the content of a file; see `read_file`."""
     start = 8 + int.from_bytes(content[:8], "little")
     small = start <= min(len(content), MAX_HEADER_BYTES)
     match = _CHECKSUM.search(content, 8, start) if small else None
@@ -169,8 +185,7 @@ def read_file(
                 f"{path} has format {record['format']}, but this version of jaxtrain "
                 f"reads {_FORMAT}; use the version that wrote it, or another directory"
             )
-        arrays = {name: _view(content, start, entry) for name, entry in header.items()}
-        return record, arrays
+        return record, Arrays({n: _view(content, start, entry) for n, entry in header.items()})
 
 
 def checkpoint_path(directory: str | os.PathLike[str], epoch: int, step: int = 0) -> Path:
@@ -202,7 +217,7 @@ def largest_size(like: PyTree) -> int:
 
 def unflatten(
     record: dict[str, Any],
-    arrays: dict[str, np.ndarray],
+    arrays: Any,
     like: PyTree,
     sums: PyTree,
     columns: list[str],
@@ -255,7 +270,7 @@ def unflatten(
         values = {
             root: jax.tree.unflatten(
                 jax.tree.structure(likes[root]),
-                [place(arrays[name].copy(), leaf) for name, (_, leaf) in tree.items()],
+                arrays.take((name, leaf) for name, (_, leaf) in tree.items()),
             )
             for root, tree in trees.items()
         }

@@ -11,7 +11,7 @@ import jax
 import numpy as np
 from jaxtyping import PyTree
 
-from jaxtrain._placement import to_numpy
+from jaxtrain._placement import blocks, to_words
 from jaxtrain._versions import device_name, versions
 from jaxtrain.errors import InputError, printable
 
@@ -22,9 +22,10 @@ def digest(tree: PyTree) -> str:
     """Returns a short SHA-256 of the values, dtypes and shapes of all leaves."""
     found = hashlib.sha256()
     for leaf in jax.tree.leaves(tree):
-        array = to_numpy(leaf)
-        found.update(f"{array.dtype}{array.shape}".encode())
-        found.update(np.ascontiguousarray(array).reshape(-1).view(np.uint8).data)
+        words = to_words(leaf)
+        found.update(f"{words.dtype}{words.shape}".encode())
+        for block in blocks(words):
+            found.update(np.ascontiguousarray(block).reshape(-1).view(np.uint8).data)
     return found.hexdigest()[:16]
 
 

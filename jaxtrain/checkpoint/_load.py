@@ -11,9 +11,9 @@ import jax
 from jaxtyping import PyTree
 
 from jaxtrain._arguments import checked_path
-from jaxtrain._safetensors import place
 from jaxtrain.checkpoint import _file
-from jaxtrain.checkpoint._store import list_checkpoints
+from jaxtrain.checkpoint._orbax import SUFFIX
+from jaxtrain.checkpoint._store import find_checkpoint, list_checkpoints, read_checkpoint
 from jaxtrain.errors import InputError
 from jaxtrain.optimizers._evaluation import restart_evaluation
 
@@ -63,7 +63,7 @@ def load_checkpoint(
       >>> other = jt.load_checkpoint("checkpoints/epoch-1.safetensors", other, weights_only=True)
     """
     file = _find(path)
-    record, arrays = _file.read_file(file)
+    record, arrays = read_checkpoint(file)
     with _file.malformed_is_damaged(file):
         root = _root(record, best, file)
         parts: Any = state
@@ -71,21 +71,20 @@ def load_checkpoint(
             parts = {name: getattr(state, name) for name in ("params", "model_state")}
         found = _matched(record["leaves"], root, parts, weights_only, file)
         options = _options(root, [name for name, _ in found])
-        leaves = [
-            leaf if name in options else place(arrays[name].copy(), leaf) for name, leaf in found
-        ]
-    values = jax.tree.unflatten(jax.tree.structure(parts), leaves)
+        values = iter(arrays.take(pair for pair in found if pair[0] not in options))
+        leaves = [leaf if name in options else next(values) for name, leaf in found]
+    restored = jax.tree.unflatten(jax.tree.structure(parts), leaves)
     if not weights_only:
-        return values
+        return restored
     target: Any = state
-    opt_state = restart_evaluation(target.opt_state, values["params"])
-    return target.replace(opt_state=opt_state, **values)
+    opt_state = restart_evaluation(target.opt_state, restored["params"])
+    return target.replace(opt_state=opt_state, **restored)
 
 
 def _find(path: Any) -> Path:
-    """Returns the file, or the newest checkpoint of a folder."""
+    """Returns the checkpoint, or the newest one of a folder."""
     path = checked_path(path, "path")
-    if not path.is_dir():
+    if not path.is_dir() or path.name.endswith(SUFFIX):
         return path
     found = list_checkpoints(path)
     if not found:
@@ -93,7 +92,7 @@ def _find(path: Any) -> Path:
             f"{path} has no checkpoint; expected a folder with files such as epoch-5.safetensors",
             argument="path",
         )
-    return _file.checkpoint_path(path, *found[-1])
+    return find_checkpoint(path, *found[-1])
 
 
 def _root(record: dict[str, Any], best: bool, file: Path) -> str:

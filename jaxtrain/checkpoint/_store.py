@@ -6,30 +6,36 @@ import concurrent.futures
 import contextlib
 import os
 import re
+import shutil
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 from jaxtyping import PyTree
 
 from jaxtrain._files import PART, lock_folder, make_folder, write_atomically
-from jaxtrain._processes import writes_files
-from jaxtrain.checkpoint import _file
+from jaxtrain._processes import check_same, process_lost_errors, writes_files
+from jaxtrain.checkpoint import _file, _orbax
 from jaxtrain.checkpoint._file import DamagedError, Snapshot, checkpoint_path
-from jaxtrain.errors import InputError, NonFiniteError, StorageError, add_recovery_note
+from jaxtrain.errors import (
+    InputError,
+    NonFiniteError,
+    ProcessLostError,
+    StorageError,
+    add_recovery_note,
+)
 
-_NAME = r"epoch-(0|[1-9][0-9]*)(?:-step-([1-9][0-9]*))?\.safetensors"
+_NAME = r"epoch-(0|[1-9][0-9]*)(?:-step-([1-9][0-9]*))?\.(?:safetensors|orbax)"
 # The number of calls from `restore` to the caller of `fit`, whose line a warning shows.
 _FIT = 4
-_LEFT_OVER = rf"\.{_NAME}\.[a-z0-9_]+{re.escape(PART)}"
+_LEFT_OVER = rf"\.{_NAME}\.[a-z0-9_]+{re.escape(PART)}|{_NAME}{re.escape(_orbax.PART)}.*"
 
 
 class CheckpointStore:
-    """The checkpoints of one run, such as `epoch-5.safetensors`.
+    """The checkpoints of one run, such as `epoch-5.safetensors` or the folder `epoch-5.orbax`.
 
-    A file appears complete or not at all. Nothing in it is executed: it contains only arrays and
+    Each appears complete or not at all. Nothing in it is executed: it contains only arrays and
     JSON. A thread writes it in the background.
 
     Attributes:
@@ -37,18 +43,23 @@ class CheckpointStore:
       metadata: the identity of the run, stored in each checkpoint; JSON-serializable.
     """
 
-    def __init__(self, path: Path, metadata: Mapping[str, Any], keep: int = 3) -> None:
+    def __init__(
+        self, path: Path, metadata: Mapping[str, Any], keep: int = 3, *, orbax: bool = False
+    ) -> None:
         """Creates the folder and locks it, until `close`.
 
         Args:
           path: the folder.
           metadata: the identity of the run.
           keep: number of checkpoints to keep, the newest ones.
+          orbax: whether Orbax writes them, in all processes.
 
         Raises:
           InputError: the folder cannot be written, or another run uses it.
+          MissingExtraError: Orbax is not installed.
         """
         self.path, self.metadata, self._keep = path, metadata, keep
+        self._writer: Any = _orbax.OrbaxWriter() if orbax else _FileWriter()
         self._writes = writes_files()
         self._pending: concurrent.futures.Future[None] | None = None
         make_folder(path, "checkpoint folder")
@@ -75,6 +86,7 @@ class CheckpointStore:
                 raise  # a StorageError would hide the error that ended the run
         finally:
             self._thread.shutdown()
+            self._writer.close()
             if self._lock is not None:
                 self._lock.release()
             if error is not None:
@@ -86,16 +98,19 @@ class CheckpointStore:
         return list_checkpoints(self.path)
 
     def save(self, snapshot: Snapshot) -> None:
-        """Copies a snapshot to the host, and writes it in the background.
+        """Copies a snapshot to the host, and writes it in the background; all processes call it.
 
         Raises:
           InputError: safetensors lacks the dtype of an array.
           StorageError: the previous checkpoint could not be written.
         """
         self.wait()
-        arrays, record = _file.flatten(snapshot, self.metadata)
-        if self._writes:
-            self._pending = self._thread.submit(self._write, arrays, record)
+        leaves, record = _file.flatten(snapshot, self.metadata)
+        at = record["epoch"], _file.step_of(record)
+        path = _file.checkpoint_path(self.path, *at).with_suffix(self._writer.suffix)
+        write = self._writer.begin(path, leaves, record)
+        if write is not None:
+            self._pending = self._thread.submit(self._write, path, write)
 
     def wait(self) -> None:
         """Waits until the last checkpoint is on disk; raises StorageError if writing it failed."""
@@ -130,6 +145,10 @@ class CheckpointStore:
             read.
         """
         found = self.found
+        check_same(  # and no process renames a checkpoint before the others have seen it
+            lambda: {f"the list of checkpoints in {self.path}": [_name(*at) for at in found]},
+            "one folder, on a file system that all processes share",
+        )
         if resume == "never" and found:
             raise InputError(
                 f"resume is 'never', but {self.path} has checkpoints up to {_name(*found[-1])}; "
@@ -143,11 +162,11 @@ class CheckpointStore:
                 argument="resume",
             )
         damaged: dict[Path, str] = {}
-        for path in (checkpoint_path(self.path, *at) for at in reversed(found)):
+        for path in (find_checkpoint(self.path, *at) for at in reversed(found)):
             if not self._writes and not path.exists():
                 continue  # process 0 has renamed it
             try:
-                record, arrays = _file.read_file(path, _file.largest_size(like))
+                record, arrays = read_checkpoint(path, _file.largest_size(like))
                 with _file.malformed_is_damaged(path):
                     message = check(record["metadata"], f"the checkpoint {path}")
                 snapshot = _file.unflatten(record, arrays, like, sums, list(columns), path)
@@ -180,38 +199,76 @@ class CheckpointStore:
         except OSError as error:
             raise StorageError(aside, error.strerror or str(error)) from error
 
-    def _write(self, arrays: dict[str, np.ndarray], record: dict[str, Any]) -> None:
-        path = checkpoint_path(self.path, record["epoch"], _file.step_of(record))
+    def _write(self, path: Path, write: Callable[[], None]) -> None:
         try:
-            write_atomically(path, _file.encode(arrays, record), sync_folder=True)
-        except StorageError:
+            with process_lost_errors():
+                write()
+        except (StorageError, ProcessLostError):
             raise
         except Exception as error:  # out of memory, or more names than safetensors permits
             raise StorageError(path, str(error) or type(error).__name__) from error
         found = self.found
         epochs = [at for at in found if not at[1]]
         for old in set(found[: -self._keep]) - set(epochs[-1:]):
-            self._remove(checkpoint_path(self.path, *old))
+            self._remove(find_checkpoint(self.path, *old))
 
     def _remove(self, path: Path) -> None:
         if self._writes:
             with contextlib.suppress(OSError):  # an extra file does no harm
-                os.unlink(path)
+                if path.is_dir():
+                    # First the name, so that no part of a checkpoint has it.
+                    shutil.rmtree(path.rename(path.with_name(path.name + _orbax.PART)))
+                else:
+                    os.unlink(path)
 
     def _add_note(self, error: BaseException) -> None:
         if self.found and not isinstance(error, InputError):
             at = self.found[-1]
-            path, last = checkpoint_path(self.path, *at), _name(*at)
+            path, last = find_checkpoint(self.path, *at), _name(*at)
             note = f"rerun the same command to resume after {last}; its checkpoint is {path}"
             if isinstance(error, NonFiniteError):  # the same run would end the same way
                 note = f"the checkpoint of {last} is {path}; other settings need another folder"
             add_recovery_note(error, note)
 
 
+class _FileWriter:
+    """Writes checkpoints as files, in process 0."""
+
+    suffix = ".safetensors"
+
+    def begin(
+        self, path: Path, leaves: dict[str, Any], record: dict[str, Any]
+    ) -> Callable[[], None] | None:
+        """Copies the arrays to the host; returns a function that writes them, in process 0."""
+        arrays = _file.to_host_all(leaves)
+
+        def write() -> None:
+            write_atomically(path, _file.encode(arrays, record), sync_folder=True)
+
+        return write if writes_files() else None
+
+    def close(self) -> None:
+        """Does nothing."""
+
+
+def read_checkpoint(path: Path, maximum: int | None = None) -> tuple[dict[str, Any], Any]:
+    """Returns the record of a checkpoint, and its arrays; see `read_file` and `read_folder`."""
+    if path.name.endswith(_orbax.SUFFIX):
+        return _orbax.read_folder(path)
+    return _file.read_file(path, maximum)
+
+
+def find_checkpoint(directory: str | os.PathLike[str], epoch: int, step: int = 0) -> Path:
+    """Returns the path of a checkpoint in a folder: a file, or a folder of Orbax."""
+    file = checkpoint_path(directory, epoch, step)
+    folder = file.with_suffix(_orbax.SUFFIX)
+    return folder if folder.is_dir() else file
+
+
 def list_checkpoints(directory: str | os.PathLike[str]) -> list[tuple[int, int]]:
     """Returns the checkpoints in a folder, ascending: epochs, and steps of the next epoch."""
     matches = (re.fullmatch(_NAME, name) for name in _list(directory))
-    return sorted((int(match[1]), int(match[2] or 0)) for match in matches if match)
+    return sorted({(int(match[1]), int(match[2] or 0)) for match in matches if match})
 
 
 def list_epochs(directory: str | os.PathLike[str]) -> list[int]:

@@ -134,7 +134,7 @@ def fit(
     Raises:
       InputError: an argument is out of range; the data are not finite, or do not fit the model or
         the loss; a callback cannot start, for example because the checkpoints belong to another
-        run.
+        run; or several processes differ in what they should train together.
       NonFiniteError: a loss or an array of the state became NaN or infinite.
       OutOfMemoryError: the device has too little memory.
       StorageError: a checkpoint could not be written, and earlier ones are intact.

@@ -5,7 +5,7 @@
 Prints a digest of the final state and history, and then the files that the process wrote to the
 folder of checkpoints. `--slow` waits after each step, `--streamed` reads the training data as a
 stream and saves every 3 steps, and `--failing` raises an error in process 1 after the first epoch.
-`--logged` also logs to the folder.
+`--logged` also logs to the folder. `--orbax` divides a weight, and saves by Orbax.
 """
 
 from __future__ import annotations
@@ -35,6 +35,7 @@ def train(
     streamed: bool = False,
     failing: bool = False,
     logged: bool = False,
+    orbax: bool = False,
 ) -> str:
     """Trains on all devices, and returns a digest of the final state and history."""
     inputs = np.random.default_rng(0).normal(size=(TRAINED + TESTED, 8)).astype(np.float32)
@@ -50,6 +51,13 @@ def train(
     processes = jax.process_count()
     mesh = jax.make_mesh((processes,), ("data",), devices=jax.devices()[:processes])
 
+    if orbax:
+
+        def rule(path: str, leaf: jax.Array) -> jax.P:
+            return jax.P("data") if path == "params.Dense_0.weight" else jax.P()
+
+        state = jt.parallel.replicate(state, mesh, rule)
+
     def wait(run: jt.Run) -> None:
         time.sleep(SECONDS_PER_SLOW_STEP)
 
@@ -59,7 +67,9 @@ def train(
 
     callbacks = [
         jt.callbacks.progress(),
-        jt.callbacks.checkpoint(folder, every_steps=3 if streamed else None),
+        jt.callbacks.checkpoint(
+            folder, every_steps=3 if streamed else None, store="orbax" if orbax else "file"
+        ),
         after_epoch,
     ]
     if slow:
@@ -105,6 +115,7 @@ if __name__ == "__main__":
     changed = record_changes(Path(directory))
     options = {"heartbeat_timeout_seconds": HEARTBEAT_SECONDS}
     jt.parallel.initialize(address, int(processes), int(process_id), **options)
-    flags = {name: f"--{name}" in sys.argv for name in ("slow", "streamed", "failing", "logged")}
+    names = ("slow", "streamed", "failing", "logged", "orbax")
+    flags = {name: f"--{name}" in sys.argv for name in names}
     print(train(Path(directory), int(epochs), **flags))
     print(*sorted(set(changed)))

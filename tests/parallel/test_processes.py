@@ -22,7 +22,7 @@ import numpy as np
 import pytest
 
 import jaxtrain as jt
-from jaxtrain.checkpoint import checkpoint_path, list_checkpoints, read_file
+from jaxtrain.checkpoint import find_checkpoint, list_checkpoints, read_checkpoint
 from tests.parallel import cluster_member
 from tests.test_readme import ROOT
 
@@ -110,12 +110,19 @@ def cluster(*command: object, arguments: tuple = (), cwd: Path = ROOT) -> Iterat
 
 def assert_same_checkpoint(one: Path, other: Path, epoch: int, tolerance: float) -> None:
     """Compares the states, the histories and the losses of all steps in two folders."""
-    (_, found), (_, expected) = (read_file(checkpoint_path(each, epoch)) for each in (one, other))
+    found, expected = (read_all(find_checkpoint(each, epoch)) for each in (one, other))
     assert set(found) == set(expected)
     assert any("Dense_0" in name for name in found)
     for name in found:
         if "seconds" not in name:
             np.testing.assert_allclose(found[name], expected[name], rtol=0, atol=tolerance)
+
+
+def read_all(path: Path) -> dict[str, np.ndarray]:
+    """Returns the arrays of a checkpoint by name, read by this process alone."""
+    record, arrays = read_checkpoint(path)
+    names = list(record["leaves"])
+    return dict(zip(names, arrays.take((name, np.zeros(0)) for name in names), strict=True))
 
 
 class Trained(NamedTuple):
@@ -167,22 +174,23 @@ class Killed(NamedTuple):
     resumed: list[Ended]
 
 
-@pytest.fixture(scope="module")
-def killed(tmp_path_factory) -> Killed:
+@pytest.fixture(scope="module", params=["file", "orbax"])
+def killed(tmp_path_factory, request) -> Killed:
     """Kills process 1, starts both again and kills process 0, and starts both again.
 
     The processes read streams, and are killed within an epoch.
     """
     folder = tmp_path_factory.mktemp("killed") / "checkpoints"
     ended = []
+    flags = ("--streamed", *(["--orbax"] if request.param == "orbax" else []))
     for victim in (1, 0):
-        with cluster(*MEMBER, arguments=(folder, EPOCHS, "--streamed", "--slow")) as running:
+        with cluster(*MEMBER, arguments=(folder, EPOCHS, "--slow", *flags)) as running:
             before = newest(folder)
             running.wait_for(lambda old=before: newest(folder) > old and newest(folder)[1] == 3)
             running.processes[victim].kill()
             ended.append(running.end_of(1 - victim, SECONDS_TO_END))
     assert newest(folder)[1] > 0, "the run was not killed within an epoch"
-    with cluster(*MEMBER, arguments=(folder, EPOCHS, "--streamed")) as running:
+    with cluster(*MEMBER, arguments=(folder, EPOCHS, *flags)) as running:
         return Killed(folder, ended, running.results())
 
 
@@ -225,6 +233,15 @@ def test_both_resume_within_an_epoch_with_the_numbers_of_an_uninterrupted_run(
     first, second = killed.resumed
     assert "resuming after step" in first.err
     assert first.out.splitlines()[0] == second.out.splitlines()[0]
+
+
+def test_a_divided_state_is_saved_without_all_of_it_in_one_process(tmp_path: Path) -> None:
+    """The state has 128 MiB, of which each process has half."""
+    with cluster("-m", "tests.parallel.large_member", arguments=(tmp_path, "orbax")) as running:
+        for ended in running.results():
+            growth, restored = ended.out.splitlines()
+            assert float(growth) < 1.5
+            assert restored == "2 True"
 
 
 def test_the_program_of_the_page_gives_the_numbers_of_one_process(tmp_path: Path) -> None:
