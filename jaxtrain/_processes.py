@@ -128,8 +128,9 @@ def _exit_after_timeout(
                 "each process_id from 0 to processes - 1 once"
             )
     if not joined.is_set():
+        who = "this process" if process_id is None else f"process {process_id} of {processes}"
         print(
-            f"error: process {process_id} of {processes} could not join the others within "
+            f"error: {who} could not join the others within "
             f"{timeout:g} seconds: {found}; start all processes again, or pass a longer timeout "
             "to jaxtrain.parallel.initialize",
             file=sys.stderr,

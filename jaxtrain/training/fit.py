@@ -173,7 +173,7 @@ def fit(
             epochs=epochs,
             steps=steps_per_epoch,
             mesh=mesh,
-            settings={"the callback that saves or judges": _describe_callbacks(called)},
+            settings=functools.partial(_describe_callbacks, called),
         )
         source: Any = sources["train"]
         run = completed = Run(
@@ -203,7 +203,7 @@ def fit(
         for callback in sorted(called, key=lambda each: not each.saves):
             stack.push(ending(callback.on_end))
             run = completed = callback.on_start(run) or run
-        check_same(lambda run=run: _describe_start(run), _EXPECTED_START)
+        check_same(functools.partial(_describe_start, run), _EXPECTED_START)
         trainer = _Trainer(source, objective, called, timer)
         counts = {name: int(value) for name, value in counters(run.state).items()}
         counts = run.counts if run.step else counts
@@ -342,10 +342,11 @@ def _check_not_traced(*arguments: Any) -> None:
         )
 
 
-def _describe_callbacks(callbacks: list[Callback]) -> str:
+def _describe_callbacks(callbacks: list[Callback]) -> dict[str, str]:
     """Describes the callbacks that all processes must have; others may be in one of them only."""
     found = [each for each in callbacks if each.saves or each.monitor is not None]
-    return ", ".join(without_addresses(repr(each)) for each in found) or "none"
+    described = ", ".join(without_addresses(repr(each)) for each in found)
+    return {"the callback that saves or judges": described or "none"}
 
 
 def _describe_start(run: Run) -> dict[str, str]:

@@ -230,8 +230,10 @@ def train_epoch(
     check_state_type(state, step_fn)
     with _opened(state, dataset, batch_size, key, next_epoch(state)) as source:
         check_run(state, {"train": source}, objective)
-        further = {"batch_size": source.batch_size, "the order": source.describe_order()}
-        check_first_step(state, source.batch_shapes(), objective, further)
+        check_first_step(
+            *(state, source.batch_shapes(), objective),
+            lambda: {"batch_size": source.batch_size, "the order": source.describe_order()},
+        )
         if isinstance(source, Streamed):
             return _train_on_stream(state, source, objective)
         return _compiled_epoch(state, source.sample, key, objective, source.batch_size)

@@ -120,7 +120,7 @@ def train(
         state, sources, columns = prepare(
             *(state, given, objective, sizes, key, stack),
             state_metrics=state_metrics or (),
-            settings={"epochs of the program": epochs, "early_stopping": early_stopping},
+            settings=lambda: {"epochs of the program": epochs, "early_stopping": early_stopping},
         )
         data = {name: _in_memory(source, name) for name, source in sources.items()}
         if early_stopping is not None:
@@ -160,14 +160,14 @@ def prepare(
     steps: int | None = None,
     mesh: jax.sharding.Mesh | None = None,
     state_metrics: Iterable[str] = (),
-    settings: Mapping[str, Any] | None = None,
+    settings: Callable[[], Mapping[str, Any]] = dict,
 ) -> tuple[Any, dict[str, AnySource], tuple[str, ...]]:
     """Checks the arguments of `train` or `fit`, and moves state and data to the devices.
 
     `given` has the data by the names "train", "test" and "validation", and None for data that are
     not given. `batch_sizes` are those of training and evaluation. `stack` leaves the mesh and
     closes the streams. In a run by steps, an epoch has `steps`. Several processes compare all of
-    it, and `settings`, before they compute together.
+    it, and what `settings` returns, before they compute together.
 
     Returns:
       The state; the sources by the names of the data; and the columns of the history but `seconds`.
@@ -205,7 +205,7 @@ def prepare(
             "steps per epoch": steps,
             **{f"{name} batch_size": each.batch_size for name, each in sources.items()},
             **{f"{name} data": each.describe_order() for name, each in sources.items()},
-            **(settings or {}),
+            **settings(),
         }
     )
     returned = check_run(state, sources, objective)

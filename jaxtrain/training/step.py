@@ -177,7 +177,10 @@ def train_step(state: TrainState, batch: Batch, loss_fn: Loss) -> tuple[TrainSta
 
 
 def check_first_step(
-    state: Any, batch: Any, objective: Objective, further: Mapping[str, Any] | None = None
+    state: Any,
+    batch: Any,
+    objective: Objective,
+    further: Callable[[], Mapping[str, Any]] = dict,
 ) -> None:
     """Compares the first step with a state of this structure between processes.
 
@@ -185,7 +188,7 @@ def check_first_step(
       state: the state before it.
       batch: a batch, or its shapes.
       objective: what the step minimizes and measures.
-      further: further descriptions by name.
+      further: returns further descriptions by name.
 
     Raises:
       InputError: the values of the state, the batch's shapes, or the programs differ.
@@ -199,7 +202,7 @@ def check_first_step(
     shapes = named_arrays(to_shapes(batch), "batch")
     check_same(
         lambda: {
-            **(further or {}),
+            **further(),
             **{path: f"{leaf.dtype}{list(leaf.shape)}" for path, leaf in shapes},
             **{path: describe_values(leaf) for path, leaf in named_arrays(state, "state")},
         }

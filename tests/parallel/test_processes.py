@@ -236,11 +236,14 @@ def test_both_resume_within_an_epoch_with_the_numbers_of_an_uninterrupted_run(
 
 
 def test_a_divided_state_is_saved_without_all_of_it_in_one_process(tmp_path: Path) -> None:
-    """The state has 128 MiB, of which each process has half."""
+    """Each process has half of the state, and its memory grows by less than the state.
+
+    As a file it grows by more than three times the state.
+    """
     with cluster("-m", "tests.parallel.large_member", arguments=(tmp_path, "orbax")) as running:
         for ended in running.results():
             growth, restored = ended.out.splitlines()
-            assert float(growth) < 1.5
+            assert float(growth) < 1.0
             assert restored == "2 True"
 
 
