@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import http.client
 import json
 import re
 import socket
@@ -91,6 +92,18 @@ def test_a_bad_request_is_answered_with_the_reason(state, address: str, body: by
         assert answer.code == 400
         assert json.load(answer)["error"]
     assert len(post(address, IMAGES.tobytes())) == 3  # type: ignore  # it still answers
+
+
+@pytest.mark.parametrize("size", ["-1", "1" + "0" * 20, "x"], ids=["negative", "huge", "text"])
+def test_a_length_out_of_range_is_answered_with_the_reason(address: str, size: str) -> None:
+    connection = http.client.HTTPConnection(address.removeprefix("http://"), timeout=60)
+    connection.putrequest("POST", "/")
+    connection.putheader("Content-Length", size)
+    connection.endheaders()
+    answer = connection.getresponse()
+    assert answer.status == 400
+    assert size in json.load(answer)["error"]
+    connection.close()
 
 
 def test_the_short_program_of_the_page_runs(folder: Path) -> None:
