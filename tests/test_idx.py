@@ -90,9 +90,9 @@ def test_damage_is_named(tmp_path: Path, content: bytes, message: str) -> None:
 
 
 def test_a_folder_and_a_missing_file_are_named(tmp_path: Path) -> None:
-    with pytest.raises(jt.errors.InputError, match="is a directory; expected an IDX file"):
+    with pytest.raises(jt.errors.InputError, match=r"it is a directory, .*; expected an IDX"):
         read_idx(tmp_path)
-    with pytest.raises(jt.errors.InputError, match="cannot be read: No such file"):
+    with pytest.raises(jt.errors.InputError, match=r"cannot be read \(No such file"):
         read_idx(tmp_path / "missing")
 
 

@@ -3,18 +3,15 @@
 from __future__ import annotations
 
 import contextlib
-import os
 import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from jaxtrain._arguments import checked_path
-from jaxtrain._files import make_folder, read_regular_file
 from jaxtrain._json import rounded
 from jaxtrain._processes import shows_progress
 from jaxtrain.callbacks._callback import Callback
-from jaxtrain.errors import InputError, StorageError, first_line, printable
+from jaxtrain.errors import StorageError, first_line, printable
 from jaxtrain.optimizers._inspect import current_learning_rate
 
 if TYPE_CHECKING:
@@ -100,41 +97,6 @@ class Logger(Callback):
                 ),
                 stacklevel=2,
             )
-
-
-def checked_file(
-    path: str | os.PathLike[str], argument: str, is_log: Callable[[bytes], bool]
-) -> Path:
-    """Returns the path of a file to write, and makes its folder.
-
-    Args:
-      path: the file.
-      argument: the name of the argument.
-      is_log: returns whether the first line of a file, without its end, is that of a log.
-
-    Raises:
-      InputError: it is not a regular file, it has content that is not a log, or the folder cannot
-        be made or written.
-    """
-    found = checked_path(path, argument)
-    if found.is_symlink() or (found.exists() and not found.is_file()):
-        raise InputError(
-            f"{argument} is {found}, which is not a regular file; expected the name of a file",
-            argument=argument,
-        )
-    if shows_progress():
-        make_folder(found.parent, "folder of the log")
-        content = b""
-        with contextlib.suppress(OSError):  # is missing, or a warning when writing starts
-            content = read_regular_file(found)
-        first = content.partition(b"\n")[0]
-        if content and not is_log(first):
-            raise InputError(
-                f"{argument} is {found}, which is not a log file (it starts with {first[:40]!r}); "
-                "expected a new file, or one by this logger",
-                argument=argument,
-            )
-    return found
 
 
 def learning_rate(state: Any) -> float | None:

@@ -6,15 +6,14 @@ import io
 import json
 import os
 from csv import DictReader, DictWriter
-from pathlib import Path
-from typing import TYPE_CHECKING, Any, TextIO
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from jaxtrain._files import read_regular_file, write_atomically
 from jaxtrain._json import to_json
 from jaxtrain.callbacks._callback import Callback
-from jaxtrain.callbacks._logger import Logger, checked_file
+from jaxtrain.callbacks._log_file import LogFile
+from jaxtrain.callbacks._logger import Logger
 from jaxtrain.errors import InputError
 
 if TYPE_CHECKING:
@@ -37,8 +36,8 @@ def csv(path: str | os.PathLike[str], *, steps: str | os.PathLike[str] | None = 
       A callback for `fit`. If it cannot write, it warns once, and training continues.
 
     Raises:
-      InputError: a path is a folder or a file of other content, its folder cannot be written, or
-        both are the same.
+      InputError: a path is not a regular file, or one of other content; another run is writing to
+        it; its folder cannot be written; or both are the same.
 
     Example:
       >>> log = jt.callbacks.csv("epochs.csv", steps="steps.csv")
@@ -47,18 +46,18 @@ def csv(path: str | os.PathLike[str], *, steps: str | os.PathLike[str] | None = 
       ...     print(file.readline().strip())
       step,epoch,loss
     """
-    epochs_file = checked_file(path, "path", _is_header)
-    steps_file = None if steps is None else checked_file(steps, "steps", _is_header)
-    if steps_file is not None and steps_file.resolve() == epochs_file.resolve():
+    epochs_file = LogFile(path, "path", _has_epochs)
+    steps_file = None if steps is None else LogFile(steps, "steps", _has_steps)
+    if steps_file is not None and steps_file.path.resolve() == epochs_file.path.resolve():
         raise InputError(
-            f"path and steps are both {epochs_file}; expected two files", argument="steps"
+            f"path and steps are both {epochs_file.path}; expected two files", argument="steps"
         )
     return _Csv(epochs_file, steps_file)
 
 
 class _Csv(Logger):
-    def __init__(self, epochs: Path, steps: Path | None) -> None:
-        super().__init__("CSV", epochs, *([] if steps is None else [steps]))
+    def __init__(self, epochs: LogFile, steps: LogFile | None) -> None:
+        super().__init__("CSV", epochs.path, *([] if steps is None else [steps.path]))
         self._epochs = _Table(epochs)
         self._steps = None if steps is None else _Table(steps)
 
@@ -88,50 +87,49 @@ class _Csv(Logger):
 class _Table:
     """A CSV file with a column `step` to which rows are appended."""
 
-    def __init__(self, path: Path) -> None:
-        self._path = path
+    def __init__(self, file: LogFile) -> None:
+        self._file = file
         self._columns: list[str] = []
-        self._file: TextIO | None = None
 
     def start(self, step: int) -> None:
         """Removes the rows after a step, and incomplete ones."""
-        rows = [row for row in self._read() if 0 < _step_of(row) <= step]
-        self._columns = list(rows[0]) if rows else []
-        self._rewrite(rows)
+
+        def kept(content: bytes) -> bytes:
+            rows = [row for row in _rows_of(content) if 0 < _step_of(row) <= step]
+            self._columns = list(rows[0]) if rows else []
+            return self._table(rows)
+
+        self._file.rewrite(kept)
 
     def append(self, rows: list[dict[str, Any]]) -> None:
         """Adds rows with the same columns."""
         new = [name for name in rows[0] if name not in self._columns]
         if new:
-            earlier = self._read()
             self._columns += new
-            self._rewrite(earlier)
-        assert self._file is not None
-        self._file.write(_to_text(self._columns, rows))
-        self._file.flush()
+            self._file.rewrite(lambda content: self._table(_rows_of(content)))
+        self._file.append(_to_text(self._columns, rows))
 
     def close(self) -> None:
-        if self._file is not None:
-            self._file.close()
+        self._file.close()
 
-    def _read(self) -> list[dict[str, str]]:
-        try:
-            text = read_regular_file(self._path).decode(errors="replace")
-        except FileNotFoundError:
-            return []
-        complete = text[: text.rfind("\n") + 1]  # a killed run may leave an incomplete line
-        return list(DictReader(io.StringIO(complete, newline="")))
-
-    def _rewrite(self, rows: list[dict[str, str]]) -> None:
-        self.close()
+    def _table(self, rows: list[dict[str, str]]) -> bytes:
         header = dict(zip(self._columns, self._columns, strict=True))
-        text = _to_text(self._columns, [header, *rows]) if self._columns else ""
-        write_atomically(self._path, text.encode())
-        self._file = self._path.open("a", encoding="utf-8", newline="")
+        return _to_text(self._columns, [header, *rows]).encode() if self._columns else b""
 
 
-def _is_header(line: bytes) -> bool:
-    return {b"epoch", b"step"} <= set(line.rstrip(b"\r").split(b","))
+def _has_epochs(header: bytes) -> bool:
+    # Other tools write epoch and step as well, and no seconds.
+    return header.startswith(b"epoch,step,") and b"seconds" in header.rstrip().split(b",")
+
+
+def _has_steps(header: bytes) -> bool:
+    return header.rstrip() == b"step,epoch,loss"
+
+
+def _rows_of(content: bytes) -> list[dict[str, str]]:
+    text = content.decode(errors="replace")
+    complete = text[: text.rfind("\n") + 1]  # a killed run may leave an incomplete line
+    return list(DictReader(io.StringIO(complete, newline="")))
 
 
 def _to_cell(value: Any) -> Any:

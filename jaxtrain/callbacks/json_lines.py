@@ -4,18 +4,23 @@ from __future__ import annotations
 
 import json
 import os
-from contextlib import suppress
-from typing import TYPE_CHECKING, Any, TextIO
+import re
+from typing import TYPE_CHECKING, Any
 
-from jaxtrain._files import read_regular_file, write_atomically
 from jaxtrain._json import to_json
 from jaxtrain.callbacks._callback import Callback
-from jaxtrain.callbacks._logger import Logger, checked_file, learning_rate
+from jaxtrain.callbacks._log_file import LogFile
+from jaxtrain.callbacks._logger import Logger, learning_rate
 
 if TYPE_CHECKING:
     from jaxtrain.training.history import Run
 
-_START = b'{"event": '
+# The start of a line, and what a killed run may have written of the first one.
+_RECORD = re.compile(
+    rb'{"event": "step", "step": \d+, "epoch": \d+, "loss": |'
+    rb'{"event": "epoch", "epoch": \d+, "step": \d+[,}]'
+)
+_STARTS = (b'{"event": "step", "step": ', b'{"event": "epoch", "epoch": ')
 
 
 def json_lines(path: str | os.PathLike[str]) -> Callback:
@@ -33,7 +38,8 @@ def json_lines(path: str | os.PathLike[str]) -> Callback:
       A callback for `fit`. If it cannot write, it warns once, and training continues.
 
     Raises:
-      InputError: the path is a folder or a file of other content, or its folder cannot be written.
+      InputError: the path is not a regular file, or one of other content; another run is writing
+        to it; or its folder cannot be written.
 
     Example:
       >>> log = jt.callbacks.json_lines("log.jsonl")
@@ -42,19 +48,20 @@ def json_lines(path: str | os.PathLike[str]) -> Callback:
       ...     print(file.readline().strip())
       {"event": "step", "step": 1, "epoch": 1, "loss": ...}
     """
-    return _JsonLines("JSON lines", checked_file(path, "path", _is_record))
+    return _JsonLines(LogFile(path, "path", _is_record))
 
 
 class _JsonLines(Logger):
-    _file: TextIO | None = None
+    def __init__(self, file: LogFile) -> None:
+        super().__init__("JSON lines", file.path)
+        self._file = file
 
     def _start(self, step: int) -> None:
-        self._close(None)
-        with suppress(FileNotFoundError):
-            lines = read_regular_file(self._place).split(b"\n")
-            kept = [line + b"\n" for line in lines if _is_up_to(line, step)]
-            write_atomically(self._place, b"".join(kept))
-        self._file = self._place.open("a", encoding="utf-8")
+        def kept(content: bytes) -> bytes:
+            lines = content.split(b"\n")
+            return b"".join(line + b"\n" for line in lines if _is_up_to(line, step))
+
+        self._file.rewrite(kept)
 
     def _write_steps(self, run: Run, losses: dict[int, float]) -> None:
         start = {"event": "step", "step": 0, "epoch": run.epoch + 1}
@@ -69,19 +76,18 @@ class _JsonLines(Logger):
         self._write([start | run.rows[-1] | start])
 
     def _close(self, error: BaseException | None) -> None:
-        if self._file is not None:
-            self._file.close()
+        self._file.close()
 
     def _write(self, rows: list[dict[str, Any]]) -> None:
-        assert self._file is not None
-        for row in rows:
-            self._file.write(json.dumps(to_json(row), allow_nan=False) + "\n")
-        self._file.flush()
+        lines = [json.dumps(to_json(row), allow_nan=False) + "\n" for row in rows]
+        self._file.append("".join(lines))
 
 
 def _is_record(line: bytes) -> bool:
-    # A killed run may leave an incomplete line.
-    return line != b"" and _START.startswith(line[: len(_START)])
+    """Returns whether a line is a record, or the start of one."""
+    is_complete = line.endswith(b"\n")
+    starts = (start.startswith(line[: len(start)]) for start in _STARTS)
+    return _RECORD.match(line) is not None or (not is_complete and any(starts))
 
 
 def _is_up_to(line: bytes, step: int) -> bool:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import errno
 import hashlib
 import json
 import math
@@ -20,7 +19,7 @@ import numpy as np
 from jax import tree_util
 from jaxtyping import PyTree
 
-from jaxtrain._files import read_regular_file
+from jaxtrain._files import read_input
 from jaxtrain._placement import is_key, to_words
 from jaxtrain._safetensors import DTYPES, MAX_HEADER_BYTES, place, to_host
 from jaxtrain.errors import InputError, printable
@@ -136,17 +135,20 @@ def encode_arrays(arrays: dict[str, np.ndarray], metadata: Mapping[str, Any]) ->
     return encode(to_host_all(arrays), record)
 
 
-def read_arrays(path: Path) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
+def read_arrays(path: str | os.PathLike[str]) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
     """Returns the arrays and the metadata of a file of `encode_arrays`.
 
     Raises:
       DamagedError, InputError: as in `read_file`.
     """
     record, arrays = read_file(path)
-    return {name: array.copy() for name, array in arrays.items()}, record["metadata"]
+    with malformed_is_damaged(path):
+        return {name: array.copy() for name, array in arrays.items()}, record["metadata"]
 
 
-def read_file(path: Path, maximum: int | None = None) -> tuple[dict[str, Any], Arrays]:
+def read_file(
+    path: str | os.PathLike[str], maximum: int | None = None
+) -> tuple[dict[str, Any], Arrays]:
     """Returns the record of a checkpoint, and its arrays as views of the file.
 
     Args:
@@ -157,20 +159,10 @@ def read_file(path: Path, maximum: int | None = None) -> tuple[dict[str, Any], A
       DamagedError: the file differs from what was written.
       InputError: it cannot be read at the moment, or has the format of another version.
     """
-    try:
-        content = read_regular_file(path, maximum)
-    except (OSError, ValueError, MemoryError) as error:  # ValueError: a null character in the path
-        if getattr(error, "errno", None) == errno.EFBIG:
-            raise InputError(
-                f"{path} is larger than a checkpoint of this model; expected the same model, or "
-                "another directory"
-            ) from error
-        reason = getattr(error, "strerror", None) or str(error) or "it is too large"
-        raise InputError(f"{path} cannot be read ({reason}); fix that and try again") from error
-    return parse(content, path)
+    return parse(read_input(path, maximum), path)
 
 
-def parse(content: bytes, path: Path) -> tuple[dict[str, Any], Arrays]:
+def parse(content: bytes, path: str | os.PathLike[str]) -> tuple[dict[str, Any], Arrays]:
     """Returns the record and the arrays in the content of a file; see `read_file`."""
     start = 8 + int.from_bytes(content[:8], "little")
     small = start <= min(len(content), MAX_HEADER_BYTES)
@@ -206,7 +198,7 @@ def verify(path: str | os.PathLike[str]) -> None:
       DamagedError: as in `read_file`.
       InputError: the file cannot be read, or has the format of another version.
     """
-    read_file(Path(path))
+    read_file(path)
 
 
 def largest_size(like: PyTree) -> int:
@@ -286,7 +278,7 @@ def unflatten(
 
 
 @contextlib.contextmanager
-def malformed_is_damaged(path: Path) -> Iterator[None]:
+def malformed_is_damaged(path: str | os.PathLike[str]) -> Iterator[None]:
     """Turns the errors that malformed data cause into DamagedError."""
     try:
         yield

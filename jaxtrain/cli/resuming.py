@@ -9,11 +9,11 @@ from pathlib import Path
 from typing import Any
 
 from jaxtrain import callbacks
-from jaxtrain._files import lock_folder
+from jaxtrain._files import lock_folder, read_input, remove_file
 from jaxtrain.callbacks.checkpoint import Checkpoint
 from jaxtrain.checkpoint import DamagedError, checkpoint_path, list_checkpoints, read_file
 from jaxtrain.cli.flags import TrainingFlags
-from jaxtrain.errors import InputError, StorageError
+from jaxtrain.errors import InputError
 
 # Flags that may change when a run resumes: they do not decide what it computes.
 _FREE = {
@@ -78,9 +78,9 @@ def resumes(config: TrainingFlags) -> bool:
     if config.resume == "never" or not _has_checkpoints(folder):
         return False
     try:
-        earlier = json.loads((config.output_dir / "config.json").read_text())
+        earlier = json.loads(read_input(config.output_dir / "config.json"))
         return Path(earlier["checkpoint_dir"]).resolve() == folder.resolve()
-    except (OSError, ValueError, KeyError, TypeError):  # missing, or of a run without checkpoints
+    except (ValueError, KeyError, TypeError):  # missing, or of a run without checkpoints
         return False
 
 
@@ -107,8 +107,5 @@ def _remove_other_run(callback: Checkpoint) -> None:
     if found:
         with lock_folder(folder, "checkpoint folder"):
             for path in found:
-                try:
-                    path.unlink()
-                except OSError as error:
-                    raise StorageError(path, error.strerror or str(error)) from error
+                remove_file(path)
         print(f"removed the checkpoints of another run in {folder}", file=sys.stderr)

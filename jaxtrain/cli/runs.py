@@ -9,7 +9,15 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from jaxtrain._files import PART, lock_folder, make_folder, write_atomically, write_csv
+from jaxtrain._files import (
+    PART,
+    lock_folder,
+    make_folder,
+    read_input,
+    remove_file,
+    write_atomically,
+    write_csv,
+)
 from jaxtrain._json import to_json
 from jaxtrain._versions import device_name, versions
 from jaxtrain.callbacks import Callback, SweepProgress
@@ -100,11 +108,8 @@ class RunFolder:
         self._has_started = True
         if not resumed:
             names = [*self._earlier_pictures(), "summary.json", "history.csv", _MODEL]
-            for path in (self.path / name for name in names):
-                try:
-                    path.unlink(missing_ok=True)
-                except OSError as error:  # a folder, for example
-                    raise StorageError(path, error.strerror or str(error)) from error
+            for name in names:
+                remove_file(self.path / name)
         self._write_json("config.json", dataclasses.asdict(self.config))
         self._write_history()
 
@@ -184,9 +189,9 @@ class RunFolder:
     def _earlier_pictures(self) -> list[str]:
         """Returns the pictures that an earlier run's summary lists; others are the user's."""
         try:
-            listed = json.loads((self.path / "summary.json").read_text())["pictures"]
+            listed = json.loads(read_input(self.path / "summary.json"))["pictures"]
             return [Path(name).name for name in listed if name.endswith(".png")]
-        except (OSError, ValueError, LookupError, TypeError, AttributeError):
+        except (ValueError, LookupError, TypeError, AttributeError):
             return []  # missing, or not written by a run
 
     def _write_history(self) -> None:

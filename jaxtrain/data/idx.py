@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import gzip
-import io
 import math
 import os
 import zlib
 from pathlib import Path
-from typing import TypeAlias
+from typing import IO, TypeAlias
 
 import numpy as np
 
+from jaxtrain._arguments import checked_path
+from jaxtrain._files import open_input
 from jaxtrain.errors import InputError
 
 # Images uint8 [examples, 28, 28] and labels int32 [examples].
@@ -45,25 +46,24 @@ def read_idx(path: str | os.PathLike[str]) -> np.ndarray:
       >>> jt.data.read_idx("labels-idx1-ubyte")
       array([5, 0, 4], dtype=uint8)
     """
-    path = Path(path)
-    if path.is_dir():
-        raise InputError(f"{path} is a directory; expected an IDX file")
+    path = checked_path(path, "path")
     try:
-        with path.open("rb") as file:
+        with open_input(path) as file:
             start = file.read(2)
-        if not start:
-            raise InputError(f"{path} is empty; expected an IDX file")
-        with gzip.open(path, "rb") if start == _GZIP_MAGIC else path.open("rb") as stream:
-            return _read_stream(stream, path)
+            if not start:
+                raise InputError(f"{path} is empty; expected an IDX file")
+            file.seek(0)
+            return _read_stream(gzip.open(file) if start == _GZIP_MAGIC else file, path)
     except (gzip.BadGzipFile, EOFError, zlib.error) as error:
         raise InputError(
             f"{path} is not a complete gzip file ({error}); download or copy it again"
         ) from error
     except OSError as error:
-        raise InputError(f"{path} cannot be read: {error.strerror or error}") from error
+        reason = error.strerror or error
+        raise InputError(f"{path} cannot be read ({reason}); expected an IDX file") from error
 
 
-def _read_stream(stream: io.BufferedIOBase, path: Path) -> np.ndarray:
+def _read_stream(stream: IO[bytes] | gzip.GzipFile, path: Path) -> np.ndarray:
     magic = stream.read(4)
     if len(magic) < 4 or magic[:2] != b"\0\0" or magic[2] not in _DTYPES:
         raise InputError(

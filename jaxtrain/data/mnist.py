@@ -8,6 +8,7 @@ from typing import NamedTuple
 
 import numpy as np
 
+from jaxtrain._arguments import checked_path
 from jaxtrain._extras import needs_extra
 from jaxtrain.data.download import DownloadError, fetch
 from jaxtrain.data.idx import Images, read_idx
@@ -99,7 +100,7 @@ def locate_files(name: str, data_dir: str | os.PathLike[str] | None = None) -> P
     given = data_dir or os.environ.get(DATA_DIR_VARIABLE)
     folder = None
     try:
-        if given and not Path(given).expanduser().is_dir():
+        if given and not checked_path(given, "data_dir").expanduser().is_dir():
             raise InputError(
                 f"the data folder {given} is not a folder; expected one that contains the files "
                 f"of {name}, given as data_dir or ${DATA_DIR_VARIABLE}",

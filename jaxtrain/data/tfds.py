@@ -11,6 +11,7 @@ from typing import Any, SupportsIndex
 
 import numpy as np
 
+from jaxtrain._arguments import checked_path
 from jaxtrain._extras import needs_extra
 from jaxtrain.data.idx import Images
 from jaxtrain.errors import InputError
@@ -189,7 +190,8 @@ def _open_builder(name: str, data_dir: str | os.PathLike[str] | None) -> Any:
             argument="name",
         )
     given = data_dir or os.environ.get("TFDS_DATA_DIR") or "~/tensorflow_datasets"
-    root = Path(given).expanduser().absolute()  # worker processes may run in another folder.
+    # Worker processes may run in another folder.
+    root = checked_path(given, "data_dir").expanduser().absolute()
     try:
         return tfds.builder_from_directory(_find_folder(name, root, *match.groups()))
     except InputError:

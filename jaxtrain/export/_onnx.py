@@ -22,9 +22,9 @@ from jax.interpreters.partial_eval import dce_jaxpr
 from jaxtyping import PyTree
 
 from jaxtrain import parallel
-from jaxtrain._arguments import check_integer, checked_path
+from jaxtrain._arguments import check_integer
 from jaxtrain._extras import needs_extra
-from jaxtrain._files import write_atomically
+from jaxtrain._files import output_path, write_atomically
 from jaxtrain.errors import InputError
 from jaxtrain.export._prediction import (
     prediction_function,
@@ -73,13 +73,14 @@ def onnx(
     Raises:
       MissingExtraError: jax2onnx or onnxruntime is not installed.
       InputError: the model does not take the inputs or only a fixed number of examples, jax2onnx
-        cannot convert it, there are more or fewer names than arrays, or `path` is not a path.
+        cannot convert it, there are more or fewer names than arrays, or `path` is something else
+        than a new or regular file.
       StorageError: the file cannot be written.
 
     Example:
       >>> jt.export.onnx(state, "model.onnx", test.inputs[:1], postprocess=jax.nn.softmax)
     """
-    file = checked_path(path, "path")
+    file = output_path(path)
     check_integer(opset, "opset", minimum=1)
     predict = prediction_function(state, preprocess, postprocess)
     specs = symbolic_inputs(inputs, "B")

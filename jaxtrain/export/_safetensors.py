@@ -4,18 +4,16 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 import jax
 import numpy as np
 
-from jaxtrain._files import write_atomically
+from jaxtrain._files import output_path, read_input, write_atomically
 from jaxtrain._placement import to_words
 from jaxtrain._safetensors import DTYPES, MAX_HEADER_BYTES, place, to_host
 from jaxtrain.dataset import named_arrays
 from jaxtrain.errors import InputError
-from jaxtrain.export._files import read_file
 from jaxtrain.training.state import TrainState
 
 
@@ -35,8 +33,8 @@ def save(path: str | os.PathLike[str], state: TrainState) -> None:
       state: the trained state.
 
     Raises:
-      InputError: an array has a dtype that the format does not support, or two have the same
-        name.
+      InputError: an array has a dtype that the format does not support, two have the same name,
+        or `path` is something else than a new or regular file.
       StorageError: the file cannot be written.
 
     Example:
@@ -44,12 +42,13 @@ def save(path: str | os.PathLike[str], state: TrainState) -> None:
     """
     import safetensors.numpy
 
+    file = output_path(path)
     arrays: dict[str, np.ndarray] = {}
     for name, leaf in _named(state):
         if name in arrays:
             raise InputError(f"two arrays have the path {name}; expected names without dots")
         arrays[name] = to_host(leaf, name)
-    write_atomically(Path(path), safetensors.numpy.save(arrays))
+    write_atomically(file, safetensors.numpy.save(arrays))
 
 
 def load(path: str | os.PathLike[str], state: TrainState) -> TrainState:
@@ -74,7 +73,6 @@ def load(path: str | os.PathLike[str], state: TrainState) -> TrainState:
       >>> state = jt.load("model.safetensors", state)
     """
     expected = _named(state)
-    path = Path(path)
     found = _read(path, sum(to_words(leaf).nbytes for _, leaf in expected))
     if found and not found.keys() & {name for name, _ in expected}:
         raise InputError(
@@ -109,11 +107,11 @@ def load(path: str | os.PathLike[str], state: TrainState) -> TrainState:
     )
 
 
-def _read(path: Path, array_bytes: int) -> dict[str, Any]:
+def _read(path: str | os.PathLike[str], array_bytes: int) -> dict[str, Any]:
     """Reads names, dtypes, shapes and bytes of a file for arrays of `array_bytes` in total."""
     import safetensors
 
-    content = read_file(path, array_bytes + MAX_HEADER_BYTES)
+    content = read_input(path, array_bytes + MAX_HEADER_BYTES)
     try:
         return dict(safetensors.deserialize(content))
     except safetensors.SafetensorError as error:

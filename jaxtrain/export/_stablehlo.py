@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import os
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from typing import Any
 
 import jax
@@ -13,12 +12,10 @@ import jax.numpy as jnp
 from jaxtyping import PyTree
 
 from jaxtrain import parallel
-from jaxtrain._arguments import checked_path
-from jaxtrain._files import write_atomically
+from jaxtrain._files import output_path, read_input, write_atomically
 from jaxtrain._versions import current_device
 from jaxtrain.dataset import check_inputs, describe_array, named_arrays
 from jaxtrain.errors import InputError
-from jaxtrain.export._files import read_file
 from jaxtrain.export._prediction import (
     prediction_function,
     symbolic_inputs,
@@ -56,7 +53,7 @@ def stablehlo(
 
     Raises:
       InputError: the model does not take the inputs or only a fixed number of examples, a platform
-        is unknown, or `path` is not a path.
+        is unknown, or `path` is something else than a new or regular file.
       StorageError: the file cannot be written.
 
     Example:
@@ -80,7 +77,7 @@ def stablehlo(
             f"platforms is {platforms!r}; expected some of {', '.join(known)}",
             argument="platforms",
         )
-    file = checked_path(path, "path")
+    file = output_path(path)
     predict = prediction_function(state, preprocess, postprocess)
     specs = symbolic_inputs(inputs, "batch")
 
@@ -125,7 +122,6 @@ def load_stablehlo(path: str | os.PathLike[str]) -> Callable[[PyTree], Any]:
     """
     from jax import export
 
-    path = Path(path)
     content = _read(path)
     try:
         exported = export.deserialize(bytearray(content))
@@ -151,9 +147,9 @@ def load_stablehlo(path: str | os.PathLike[str]) -> Callable[[PyTree], Any]:
     return predict
 
 
-def _read(path: Path) -> bytes:
+def _read(path: str | os.PathLike[str]) -> bytes:
     """Returns the content of a file without its digest, which is checked."""
-    content = read_file(path)
+    content = read_input(path)
     content, digest = content[:-DIGEST_BYTES], content[-DIGEST_BYTES:]
     if hashlib.sha256(content).digest() != digest:
         raise InputError(
@@ -163,7 +159,7 @@ def _read(path: Path) -> bytes:
     return content
 
 
-def _check_like(inputs: PyTree, expected: PyTree, path: Path) -> None:
+def _check_like(inputs: PyTree, expected: PyTree, path: str | os.PathLike[str]) -> None:
     """Raises InputError unless inputs have the structure, shapes and dtypes that a file expects."""
     ours: Any = jax.tree.structure(inputs)
     theirs: Any = jax.tree.structure(expected)

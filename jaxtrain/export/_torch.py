@@ -97,8 +97,8 @@ def load_torch(
 
     Args:
       state: a state of the same network, made by `init_state`.
-      source: the module, `module.state_dict()`, or a file: ".safetensors", ".pt", ".pth" or ".bin".
-        The last three are read with `weights_only=True`, so that they cannot run code. With the
+      source: the module, `module.state_dict()`, or a file of torch.save or safetensors, whatever
+        its name. Files are read with `weights_only=True`, so that they cannot run code. With the
         module, both sides are run on the same random inputs and compared, if the module takes
         inputs like those of `state`, and if `strict`.
       mapping: paths in the model by names of layers in PyTorch, such as {"fc1": "Dense_0"}, where
@@ -117,7 +117,7 @@ def load_torch(
       InputError: layers are missing, additional, or differ in shape, all of which are named; the
         order of layers or of features is unclear; the outputs of both sides differ; the file cannot
         be read; or the optimizers differ.
-      MissingExtraError: the file is a ".pt" file, and PyTorch is not installed.
+      MissingExtraError: the file is of torch.save, and PyTorch is not installed.
 
     Example:
       >>> import torch

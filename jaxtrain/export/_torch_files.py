@@ -7,18 +7,18 @@ import os
 import pickle
 import warnings
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax.numpy as jnp
 import numpy as np
 
 from jaxtrain._extras import needs_extra
-from jaxtrain._safetensors import DTYPES
+from jaxtrain._files import read_input
+from jaxtrain._safetensors import DTYPES, MAX_HEADER_BYTES
 from jaxtrain.errors import InputError
-from jaxtrain.export._files import read_file
 
-_SAFETENSORS, _PICKLES = (".safetensors",), (".pt", ".pth", ".bin")
+# The first bytes of the two formats of torch.save: an archive, and a pickle.
+_TORCH = (b"PK\x03\x04", b"\x80")
 
 
 class StateDict(NamedTuple):
@@ -41,12 +41,11 @@ def read_state_dict(source: Any) -> StateDict:
 
     Raises:
       InputError: it is something else, or a file that cannot be read.
-      MissingExtraError: a ".pt" file is given, and PyTorch is not installed.
+      MissingExtraError: a file of torch.save is given, and PyTorch is not installed.
     """
     if isinstance(source, str | os.PathLike):
-        path = Path(source)
-        found = _read_file(path)
-        name = str(path)
+        found = _read_file(source)
+        name = os.fspath(source)
     else:
         is_module = hasattr(source, "state_dict") and not isinstance(source, type)
         found = source.state_dict() if is_module else source
@@ -106,20 +105,23 @@ def to_array(tensor: Any) -> np.ndarray:
     return tensor.numpy()
 
 
-def _read_file(path: Path) -> Any:
+def _read_file(path: str | os.PathLike[str]) -> Any:
+    """Returns the tensors of a file, whose format its content tells, whatever its name."""
     import safetensors
 
-    if path.suffix not in (*_SAFETENSORS, *_PICKLES):
+    content = read_input(path)
+    header_bytes, is_torch = int.from_bytes(content[:8], "little"), content.startswith(_TORCH)
+    is_safetensors = header_bytes <= MAX_HEADER_BYTES and content[8:9] == b"{"
+    if not is_safetensors and not is_torch:
         raise InputError(
-            f"{path} has the suffix {path.suffix!r}; expected a file of PyTorch weights, "
-            f"{', '.join((*_SAFETENSORS, *_PICKLES))}"
+            f"{path} is not a file of PyTorch weights (it starts with {content[:20]!r}); expected "
+            "one written by torch.save or safetensors: copy or download it again"
         )
-    content = read_file(path)
-    if path.suffix in _PICKLES:
+    if not is_safetensors:
         with needs_extra("torch"):
             import torch
     try:
-        if path.suffix in _PICKLES:
+        if not is_safetensors:
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")  # of deprecated storage types in old files
                 return torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
@@ -134,6 +136,12 @@ def _read_file(path: Path) -> Any:
             f"{path} is not a complete file of weights ({_reason(error)}); expected one written by "
             "torch.save or safetensors: copy or download it again"
         ) from error
+    for name, entry in entries.items():
+        if entry["dtype"] not in DTYPES:
+            raise InputError(
+                f"{name} of {path} has the dtype {entry['dtype']}, which is not supported; "
+                f"expected one of {', '.join(DTYPES)}: convert it in PyTorch"
+            )
     # Sorted, since the file does not preserve the order of the state dict.
     return {
         name: np.frombuffer(entry["data"], jnp.dtype(DTYPES[entry["dtype"]])).reshape(

@@ -8,9 +8,9 @@ import math
 import os
 import textwrap
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
+from jaxtrain._files import output_path, write_atomically
 from jaxtrain._json import to_json
 from jaxtrain.race.estimates import Estimate, break_even_steps, median_of, speedup
 from jaxtrain.race.machine import machine_line
@@ -82,7 +82,8 @@ class Race:
         for row in found["rows"]:
             for name, value in row.items():
                 row[name] = value._asdict() if isinstance(value, Estimate) else value
-        Path(path).write_text(json.dumps(to_json(found), indent=1) + "\n")
+        text = json.dumps(to_json(found), indent=1) + "\n"
+        write_atomically(output_path(path), text.encode())
 
     def __str__(self) -> str:
         headings = (

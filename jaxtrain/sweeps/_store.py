@@ -6,11 +6,11 @@ import json
 import os
 import warnings
 from collections.abc import Iterator, Sequence
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from jaxtrain._arguments import checked_path
 from jaxtrain._files import lock_folder, make_folder, write_atomically
 from jaxtrain._versions import device_name, versions
 from jaxtrain.checkpoint import DamagedError, encode_arrays, read_arrays
@@ -37,7 +37,7 @@ class Store:
         Raises:
           InputError: the folder is in use, or cannot be written.
         """
-        self._path = Path(folder)
+        self._path = checked_path(folder, "checkpoint")
         make_folder(self._path, _DESCRIPTION)
         identity = {
             "grid": grid.to_json(),

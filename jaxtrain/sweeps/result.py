@@ -7,7 +7,6 @@ import numbers
 import operator
 import os
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import jax
@@ -16,7 +15,7 @@ import numpy as np
 from jaxtyping import PyTree
 
 from jaxtrain._extras import needs_extra
-from jaxtrain._files import write_atomically, write_csv
+from jaxtrain._files import output_path, write_atomically, write_csv
 from jaxtrain.callbacks.early_stopping import Mode, infer_mode
 from jaxtrain.checkpoint import encode_arrays, read_arrays
 from jaxtrain.errors import InputError
@@ -336,7 +335,7 @@ class SweepResult:
         """
         columns = self._long_columns()
         numbers = {n: c for n, c in columns.items() if not isinstance(c[0], np.ndarray)}
-        write_csv(Path(path), numbers)
+        write_csv(output_path(path), numbers)
 
     def _long_columns(self) -> dict[str, list[Any]]:
         """Returns the columns of `to_pandas`, each with one cell per run and epoch."""
@@ -380,7 +379,7 @@ class SweepResult:
             "columns": self.columns,
             "rows": self._rows,
         }
-        write_atomically(Path(path), encode_arrays(arrays, metadata))
+        write_atomically(output_path(path), encode_arrays(arrays, metadata))
 
     def line_plot(self, column: str, *, x: str | None = None, over: Any = ()) -> Figure:
         """Draws the final value of a column against one axis, with a band over others.
@@ -443,7 +442,7 @@ def load_sweep(path: str | os.PathLike[str]) -> SweepResult:
       >>> jt.load_sweep("parabola.safetensors")["loss"]
       array([1., 0., 4.], dtype=float32)
     """
-    arrays, metadata = read_arrays(Path(path))
+    arrays, metadata = read_arrays(path)
     try:
         grid = Grid.from_json(metadata["sweep"])
         outputs = [

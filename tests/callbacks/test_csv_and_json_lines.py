@@ -192,9 +192,9 @@ def test_a_new_column_is_added_when_a_run_continues(tmp_path: Path) -> None:
 def test_wrong_arguments_are_refused_before_anything_is_written(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     (tmp_path / "link.csv").symlink_to(tmp_path / "file")
-    with pytest.raises(jt.errors.InputError, match=r"path is .*, which is not a regular file"):
+    with pytest.raises(jt.errors.InputError, match=r"path is .* \(it is a directory, not a"):
         jt.callbacks.csv(tmp_path)
-    with pytest.raises(jt.errors.InputError, match=r"path is .*link.csv, which is not a regular"):
+    with pytest.raises(jt.errors.InputError, match=r"path is .*link.csv, .* \(it is a link, not"):
         jt.callbacks.json_lines(tmp_path / "link.csv")
     with pytest.raises(jt.errors.InputError, match=r"folder of the log .* cannot be written"):
         jt.callbacks.json_lines(tmp_path / "file" / "log.jsonl")
@@ -220,7 +220,16 @@ def test_two_loggers_of_one_file_are_refused(tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == []
 
 
-@pytest.mark.parametrize("content", ["name,grade\nMia,1\n", '{"name": "Mia"}\n', "\n\0"])
+@pytest.mark.parametrize(
+    "content",
+    [
+        *("name,grade\nMia,1\n", '{"name": "Mia"}\n', "\n\0"),
+        "epoch,step,train_loss\n0,9,0.5\n",  # of Lightning's CSVLogger
+        "step,loss,epoch\n1,0.5,1\n",
+        '{"event": "step", "step": 1, "loss": 0.5}\n',
+        '{"event": "epoch", "level": "info"}\n',  # of structlog
+    ],
+)
 def test_a_file_of_other_content_is_refused_and_kept(tmp_path: Path, content: str) -> None:
     mine = tmp_path / "mine"
     mine.write_text(content)
@@ -229,7 +238,56 @@ def test_a_file_of_other_content_is_refused_and_kept(tmp_path: Path, content: st
         jt.callbacks.json_lines,
         lambda path: jt.callbacks.csv(tmp_path / "log.csv", steps=path),
     ):
-        with pytest.raises(jt.errors.InputError, match=r"is .*mine, which is not a log file \(it"):
+        with pytest.raises(
+            jt.errors.InputError, match=r"is .*mine, .* \(it is not a log: it starts"
+        ):
             make(mine)
     assert mine.read_text() == content
     assert list(tmp_path.iterdir()) == [mine]
+
+
+def test_the_epochs_of_a_run_are_not_replaced_by_its_steps(tmp_path: Path) -> None:
+    fit(loggers(tmp_path), 1)
+    with pytest.raises(jt.errors.InputError, match=r"steps is .*log.csv, .* \(it is not a log"):
+        jt.callbacks.csv(tmp_path / "new.csv", steps=tmp_path / "log.csv")
+
+
+@pytest.mark.parametrize("name", ["log.csv", "steps.csv", "log.jsonl"])
+def test_a_log_that_is_deleted_or_replaced_is_reported_once(
+    tmp_path: Path, name: str, recwarn: pytest.WarningsRecorder
+) -> None:
+    """The run would otherwise append to a file that has no name."""
+
+    def remove(run: jt.Run) -> None:
+        if len(run.rows) == 1:
+            (tmp_path / name).unlink()
+            (tmp_path / name).write_text("mine") if name == "log.csv" else None
+
+    _, history = fit([*loggers(tmp_path), remove], epochs=3)
+    (warning,) = recwarn
+    assert "(it was deleted or replaced); it stops logging" in str(warning.message)
+    assert len(history["epoch"]) == 3
+    assert (tmp_path / "log.csv").read_text() == "mine" or name != "log.csv"
+
+
+def test_a_second_run_does_not_write_to_the_files_of_a_first(
+    tmp_path: Path, recwarn: pytest.WarningsRecorder
+) -> None:
+    """Not one whose loggers are made during the first run, and not one that has made them."""
+    second = loggers(tmp_path)
+
+    def run_another(run: jt.Run) -> None:
+        if len(run.rows) == 1:
+            with pytest.raises(jt.errors.InputError, match="another run is writing to it"):
+                loggers(tmp_path)
+            fit(second, 1)
+
+    _, history = fit([*loggers(tmp_path), run_another], 2)
+    messages = [str(warning.message) for warning in recwarn]
+    assert len(messages) == 2
+    assert all("(another run is writing to it); it stops logging" in each for each in messages)
+    steps = [row for row in read_lines(tmp_path / "log.jsonl") if row["event"] == "step"]
+    assert [row["loss"] for row in steps] == history.step_losses.tolist()
+    losses = [float(row["loss"]) for row in read_csv(tmp_path / "steps.csv")]
+    assert losses == history.step_losses.tolist()
+    loggers(tmp_path)  # released

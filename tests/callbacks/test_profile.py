@@ -187,7 +187,7 @@ def test_a_folder_that_cannot_be_written_is_refused(
     arguments: dict[str, Any], tmp_path: Path
 ) -> None:
     (tmp_path / "file").write_text("")
-    for folder in (tmp_path / "file", tmp_path / "file" / "inside", "a\0b"):
+    for folder in (tmp_path / "file", tmp_path / "file" / "inside"):
         profile = jt.callbacks.profile(folder)
         with pytest.raises(jt.errors.InputError, match=r"the profile folder .* cannot be written"):
             fit(arguments, profile)

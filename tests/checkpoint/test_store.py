@@ -217,7 +217,7 @@ def test_a_killed_writer_leaves_the_previous_checkpoint_and_its_files_are_remove
 def test_what_is_not_a_file_of_a_checkpoint_is_refused_without_delay(tmp_path: Path, make) -> None:
     write(tmp_path, 1)
     make(checkpoint_path(tmp_path, 2))
-    with pytest.raises(InputError, match=r"epoch-2.* (cannot be read|is larger than a checkpoint)"):
+    with pytest.raises(InputError, match=r"epoch-2.* (cannot be read|is larger than)"):
         restore(tmp_path)
     assert list_epochs(tmp_path) == [1, 2]
 
@@ -333,5 +333,5 @@ def test_a_folder_that_cannot_be_created_is_named(tmp_path: Path) -> None:
         with pytest.raises(InputError, match=r"checkpoint folder .* cannot be written"):
             open_store(path).__enter__()
     assert list_epochs(Path("a\0b")) == list_epochs(tmp_path / "file") == []
-    with pytest.raises(InputError, match="cannot be read"):
+    with pytest.raises(InputError, match="expected a path"):
         verify("a\0b")

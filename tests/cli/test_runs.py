@@ -147,7 +147,7 @@ def test_a_folder_in_the_place_of_a_result_is_named(tmp_path: Path, name: str) -
         folder.start()
         folder.write_picture("a.png", Figure())
 
-    with pytest.raises(jt.errors.StorageError, match=rf"{name} could not be written \(Is a dir"):
+    with pytest.raises(jt.errors.StorageError, match=rf"{name} could not be written \(it is a dir"):
         write()
 
 

@@ -178,11 +178,11 @@ def test_a_file_that_is_not_a_complete_model_is_refused(tmp_path: Path) -> None:
         with pytest.raises(jt.errors.InputError, match="is not a complete safetensors file"):
             jt.load(path, state)
     assert not trace.exists()
-    with pytest.raises(jt.errors.InputError, match="cannot be read: No such file"):
+    with pytest.raises(jt.errors.InputError, match=r"cannot be read \(No such file"):
         jt.load(tmp_path / "missing", state)
-    with pytest.raises(jt.errors.InputError, match="cannot be read: not a regular file"):
+    with pytest.raises(jt.errors.InputError, match=r"cannot be read \(it is a directory, not a"):
         jt.load(tmp_path, state)
-    with pytest.raises(jt.errors.InputError, match=r"cannot be read: .*null"):
+    with pytest.raises(jt.errors.InputError, match="expected a path"):
         jt.load("model\0", state)
     with pytest.raises(jt.errors.StorageError, match="could not be written"):
         jt.save(tmp_path / "missing" / "model.safetensors", state)
@@ -194,9 +194,9 @@ def test_pipes_devices_and_huge_files_are_refused_before_they_are_read(tmp_path:
     (tmp_path / "zero").symlink_to("/dev/zero")
     (tmp_path / "loop").symlink_to("loop")
     for name in ("pipe", "zero"):
-        with pytest.raises(jt.errors.InputError, match="cannot be read: not a regular file"):
+        with pytest.raises(jt.errors.InputError, match=r"read \(it is a (pipe|device), not"):
             jt.load(tmp_path / name, state)
-    with pytest.raises(jt.errors.InputError, match="cannot be read: "):
+    with pytest.raises(jt.errors.InputError, match=r"cannot be read \(Too many levels"):
         jt.load(tmp_path / "loop", state)
     with (tmp_path / "sparse").open("wb") as file:
         file.truncate(1 << 40)

@@ -205,15 +205,15 @@ def test_a_file_that_is_cut_short_or_changed_is_refused(file: Path, tmp_path: Pa
 
 
 def test_a_path_that_is_not_a_file_is_named(state, tmp_path: Path) -> None:
-    with pytest.raises(jt.errors.InputError, match="cannot be read: not a regular file"):
+    with pytest.raises(jt.errors.InputError, match=r"cannot be read \(it is a directory, not a"):
         jt.export.load_stablehlo(tmp_path)
-    with pytest.raises(jt.errors.InputError, match="cannot be read: No such file or directory"):
+    with pytest.raises(jt.errors.InputError, match=r"cannot be read \(No such file or directory"):
         jt.export.load_stablehlo(tmp_path / "missing")
-    with pytest.raises(jt.errors.InputError, match="cannot be read: not a regular file"):
+    with pytest.raises(jt.errors.InputError, match=r"cannot be read \(it is a device, not a"):
         jt.export.load_stablehlo("/dev/zero")
-    with pytest.raises(jt.errors.InputError, match=r"cannot be read: .*null"):
+    with pytest.raises(jt.errors.InputError, match="expected a path"):
         jt.export.load_stablehlo("a\0b")
-    with pytest.raises(jt.errors.StorageError, match="could not be written"):
+    with pytest.raises(jt.errors.InputError, match="cannot be written"):
         jt.export.stablehlo(state, tmp_path, IMAGES[:1])
 
 

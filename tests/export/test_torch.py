@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import json
 import os
 import re
 from collections.abc import Callable
@@ -465,6 +466,36 @@ def test_files_of_pytorch_and_safetensors_are_read(tmp_path: Path) -> None:
         jt.load(tmp_path / "model.safetensors", state)
 
 
+def test_the_content_of_a_file_tells_its_format(tmp_path: Path) -> None:
+    """In Hugging Face's cache, the name is that of a link to a file without a suffix."""
+    module, state = torch_dense(4, 3), state_of(dense(3), INPUTS)
+    torch.save(module.state_dict(), tmp_path / "zip")
+    torch.save(module.state_dict(), tmp_path / "old", _use_new_zipfile_serialization=False)
+    save_file(module.state_dict(), tmp_path / "blob")
+    (tmp_path / "model.pt").symlink_to("blob")
+    (tmp_path / "model.safetensors").symlink_to("zip")
+    for name in ("zip", "old", "blob", "model.pt", "model.safetensors"):
+        loaded = load_torch(state, tmp_path / name)
+        np.testing.assert_allclose(
+            jt.predict(loaded, INPUTS), outputs_of(module, INPUTS), atol=1e-6
+        )
+    os.mkfifo(tmp_path / "pipe")
+    (tmp_path / "pipe.pt").symlink_to("pipe")
+    with pytest.raises(InputError, match=r"pipe.pt cannot be read \(it is a pipe, not"):
+        load_torch(state, tmp_path / "pipe.pt")
+
+
+@pytest.mark.parametrize("dtype", ["F8_E8M0", "F8_E4M3FNUZ", "F4"])
+def test_a_dtype_that_numpy_lacks_is_named(tmp_path: Path, dtype: str) -> None:
+    size = 4 if dtype == "F4" else 8
+    entry = {"dtype": dtype, "shape": [8], "data_offsets": [0, size]}
+    header = json.dumps({"0.bias": entry}).encode()
+    path = tmp_path / "model.safetensors"
+    path.write_bytes(len(header).to_bytes(8, "little") + header + bytes(size))
+    with pytest.raises(InputError, match=rf"0\.bias of .* has the dtype {dtype}, which is not"):
+        load_torch(state_of(dense(3), INPUTS), path)
+
+
 class Bomb:
     """Creates a folder when it is unpickled."""
 
@@ -480,16 +511,16 @@ def test_files_that_cannot_be_read_are_one_sentence(tmp_path: Path) -> None:
     torch.save(module.state_dict(), tmp_path / "model.pt")
     save_file(module.state_dict(), tmp_path / "model.safetensors")
     messages = {
-        "missing.pt": "missing.pt cannot be read: No such file or directory",
-        "folder.safetensors": "folder.safetensors cannot be read: not a regular file",
-        "model.txt": "has the suffix '.txt'; expected a file of PyTorch weights",
+        "missing.pt": "missing.pt cannot be read (No such file or directory)",
+        "folder.safetensors": "folder.safetensors cannot be read (it is a directory",
+        "model.txt": "is not a file of PyTorch weights (it starts with b'import",
         "run.pt": "has a value of type OrderedDict for 'model'; expected a tensor for each name",
         "list.pt": "is a list; expected a state dict of PyTorch",
         "code.pt": "contains objects other than tensors, which could run code, or is damaged",
-        "null\0.pt": "cannot be read: embedded null",
+        "null\0.pt": "; expected a path",
     }
     (tmp_path / "folder.safetensors").mkdir()
-    (tmp_path / "model.txt").write_text("")
+    (tmp_path / "model.txt").write_text("import torch\n")
     torch.save({"model": module.state_dict(), "epoch": 3}, tmp_path / "run.pt")
     torch.save([1, 2], tmp_path / "list.pt")
     torch.save({"x": Bomb(tmp_path / "trace")}, tmp_path / "code.pt")
