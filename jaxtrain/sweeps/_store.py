@@ -8,12 +8,14 @@ import warnings
 from collections.abc import Iterator, Sequence
 from typing import Any
 
+import jax
 import numpy as np
 
 from jaxtrain._arguments import checked_path
 from jaxtrain._files import lock_folder, make_folder, write_atomically
+from jaxtrain._placement import to_words
 from jaxtrain._versions import device_name, versions
-from jaxtrain.checkpoint import DamagedError, encode_arrays, read_arrays
+from jaxtrain.checkpoint import DamagedError, encode_arrays, malformed_is_damaged, read_arrays
 from jaxtrain.errors import InputError
 from jaxtrain.sweeps._grid import Grid
 from jaxtrain.sweeps._program import Program
@@ -45,6 +47,11 @@ class Store:
             "versions": {**versions(), "device": device_name()},
         }
         self._identity = json.loads(json.dumps(identity))  # tuples become lists, as in a file
+        self._shapes = [
+            jax.eval_shape(lambda tree: list(map(to_words, jax.tree.leaves(tree))), program.shapes)
+            for program in programs
+        ]
+        self._runs = [len(program.group.indices) for program in programs]
         self._lock = lock_folder(self._path, _DESCRIPTION)
 
     def close(self) -> None:
@@ -54,7 +61,8 @@ class Store:
     def restore(self) -> Iterator[tuple[int, list[int], list[np.ndarray]]]:
         """Yields the group, the positions in it, and the leaves of the runs of each file.
 
-        A damaged file is left out with a warning, so that its runs are trained again.
+        A damaged file, or one that does not fit the sweep, is left out with a warning, so that its
+        runs are trained again.
 
         Raises:
           InputError: a file belongs to another sweep, or cannot be read at the moment.
@@ -62,12 +70,15 @@ class Store:
         for file in sorted(self._path.glob("runs-*.safetensors")):
             try:
                 arrays, metadata = read_arrays(file)
+                with malformed_is_damaged(file):
+                    self._check_identity(metadata.get("identity", {}))
+                    leaves = [arrays[str(index)] for index in range(len(arrays))]
+                    group, positions = metadata["group"], metadata["positions"]
+                    self._check_fits(group, positions, leaves)
             except DamagedError as error:
                 warnings.warn(f"{error}; its runs are trained again", stacklevel=4)
                 continue
-            self._check_identity(metadata.get("identity", {}))
-            leaves = [arrays[str(index)] for index in range(len(arrays))]
-            yield metadata["group"], metadata["positions"], leaves
+            yield group, positions, leaves
 
     def save(self, group: int, positions: list[int], leaves: list[np.ndarray]) -> None:
         """Writes the leaves that `Program.train` has returned for some runs of a group."""
@@ -75,6 +86,19 @@ class Store:
         metadata = {"identity": self._identity, "group": group, "positions": positions}
         file = self._path / f"runs-{group}-{positions[0]}.safetensors"
         write_atomically(file, encode_arrays(arrays, metadata), sync_folder=True)
+
+    def _check_fits(self, group: Any, positions: Any, leaves: list[np.ndarray]) -> None:
+        """Raises ValueError unless these can be the leaves of some runs of a group."""
+        if type(group) is not int or not 0 <= group < len(self._runs):
+            raise ValueError(f"group is {group!r}, of {len(self._runs)} groups")
+        runs = range(self._runs[group])
+        integers = all(type(each) is int and each in runs for each in positions)
+        if not integers or len(set(positions)) < len(positions):
+            raise ValueError(f"positions is {positions!r}, of {len(runs)} runs")
+        found = [(leaf.shape, leaf.dtype) for leaf in leaves]
+        expected = [((len(positions), *leaf.shape), leaf.dtype) for leaf in self._shapes[group]]
+        if found != expected:
+            raise ValueError("its arrays have other shapes or dtypes than the runs return")
 
     def _check_identity(self, found: dict[str, Any]) -> None:
         """Raises InputError if the finished runs are of other axes, code or data."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 import numbers
 import operator
 import os
@@ -449,11 +450,27 @@ def load_sweep(path: str | os.PathLike[str]) -> SweepResult:
             (indices, {name: arrays[f"{group}.{name}"] for name in metadata["columns"]})
             for group, indices in enumerate(metadata["indices"])
         ]
-        return SweepResult(grid, outputs, metadata["rows"])
-    except (LookupError, TypeError, AttributeError) as error:
+        rows = metadata["rows"]
+        _check_saved(grid, outputs, rows)
+        return SweepResult(grid, outputs, rows)
+    except (LookupError, TypeError, ValueError, AttributeError) as error:
         raise InputError(
             f"{path} is not a saved sweep; expected a file written by SweepResult.save"
         ) from error
+
+
+def _check_saved(grid: Grid, outputs: list[tuple[list[int], PyTree]], rows: list[int]) -> None:
+    """Raises ValueError unless outputs and rows have each run of a grid once."""
+    runs = sorted(index for indices, _ in outputs for index in indices)
+    count = math.prod(grid.shape) if grid.axes else 0
+    # Compared before there are lists of `count` elements, which a file may state to be huge.
+    if len(runs) != count or runs != list(range(count)) or len(rows) != count or not grid.cells:
+        raise ValueError("it has other runs than its grid")
+    if not all(type(each) is int for each in (*runs, *rows)) or len(grid.configurations) != count:
+        raise ValueError("it has runs or rows that are not integers")
+    lengths = [(len(indices), {len(x) for x in tree.values()}) for indices, tree in outputs]
+    if any(found - {length} for length, found in lengths):
+        raise ValueError("its columns have other lengths than its runs")
 
 
 def history_of(output: PyTree) -> Any:

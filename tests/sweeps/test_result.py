@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 import jaxtrain as jt
+from tests.checkpoint.helpers import forge
 
 
 def run(slope, seed):
@@ -221,6 +222,25 @@ def test_another_file_is_no_sweep(small_state, tmp_path) -> None:
         jt.load_sweep(tmp_path / "params.safetensors")
     with pytest.raises(jt.errors.InputError, match="cannot be read"):
         jt.load_sweep(tmp_path / "missing")
+
+
+def test_a_saved_sweep_that_contradicts_itself_is_no_sweep(tmp_path) -> None:
+    """Each file has a correct checksum."""
+    path = tmp_path / "sweep.safetensors"
+    jt.sweep(lambda slope: {"loss": slope}, {"slope": range(4)}).save(path)
+    content = path.read_bytes()
+    for changes in (
+        *({"indices": [[0, 1, 2]]}, {"indices": [[0, 1, 2, 2]]}, {"indices": [[0, 1, 2, 4]]}),
+        *({"indices": [[0, 1], [2, 3]]}, {"indices": None}, {"indices": [[0, 1, 2, "3"]]}),
+        *({"rows": [0]}, {"rows": ["a"] * 4}, {"rows": None}, {"columns": ["other"]}),
+        *({"columns": 3}, {"sweep": {"axes": {}, "zipped": False}}, {"sweep": []}),
+        {"sweep": {"axes": {name: [0] * 1000 for name in "abcdef"}, "zipped": False}},
+        {"sweep": {"axes": {"slope": [0, 1, 2, 3], "other": [1]}, "zipped": True}},
+    ):
+        path.write_bytes(content)
+        forge(path, lambda _, record, changes=changes: record["metadata"].update(changes))
+        with pytest.raises(jt.errors.InputError, match="is not a saved sweep; expected a file"):
+            jt.load_sweep(path)
 
 
 def test_a_heat_map_shows_the_mean_over_the_other_axes() -> None:

@@ -9,6 +9,7 @@ import pytest
 
 import jaxtrain as jt
 from jaxtrain.callbacks import SweepProgress
+from tests.checkpoint.helpers import forge
 
 AXES = {"slope": range(6)}
 
@@ -74,3 +75,49 @@ def test_the_folder_of_another_sweep_is_refused(tmp_path) -> None:
     ):
         with pytest.raises(jt.errors.InputError, match=f"belongs to another sweep: {reason}"):
             jt.sweep(other, axes, checkpoint=tmp_path)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        *({"positions": [2, 6]}, {"positions": [-1, 2]}, {"positions": [2, 2]}, {"positions": [2]}),
+        *({"positions": "23"}, {"positions": None}, {"positions": [[2], [3]]}),
+        *({"group": 1}, {"group": -1}, {"group": None}, {"group": False}, {"identity": 3}),
+    ],
+    ids=str,
+)
+def test_a_file_that_does_not_fit_the_sweep_is_trained_again(tmp_path, changes) -> None:
+    """Its checksum is correct."""
+    expected = jt.sweep(run, AXES, at_once=2, checkpoint=tmp_path)
+    file = tmp_path / "runs-0-2.safetensors"
+    forge(file, lambda _, record: record["metadata"].update(changes))
+    with pytest.warns(UserWarning, match="is malformed: .*; its runs are trained again"):
+        result = jt.sweep(run, AXES, at_once=2, checkpoint=tmp_path)
+    np.testing.assert_array_equal(result["loss"], expected["loss"])
+    assert jt.sweep(run, AXES, at_once=2, checkpoint=tmp_path)["loss"].shape == (6, 3)
+
+
+def test_arrays_of_other_shapes_or_dtypes_are_trained_again(tmp_path) -> None:
+    expected = jt.sweep(run, AXES, at_once=2, checkpoint=tmp_path)
+
+    def reshape(header, record) -> None:
+        header["0"]["shape"] = [3, 2]
+
+    def recast(header, record) -> None:
+        header["0"]["dtype"] = "I32"
+
+    for change in (reshape, recast, lambda header, record: record.pop("metadata")):
+        forge(tmp_path / "runs-0-4.safetensors", change)
+        with pytest.warns(UserWarning, match="is malformed: .*; its runs are trained again"):
+            result = jt.sweep(run, AXES, at_once=2, checkpoint=tmp_path)
+        np.testing.assert_array_equal(result["loss"], expected["loss"])
+
+
+def test_runs_of_two_sweeps_are_not_mixed(tmp_path) -> None:
+    """Each file says which sweep it belongs to."""
+    jt.sweep(run, AXES, at_once=2, checkpoint=tmp_path / "a")
+    jt.sweep(lambda slope: run(2 * slope), AXES, at_once=2, checkpoint=tmp_path / "b")
+    name = "runs-0-2.safetensors"
+    (tmp_path / "b" / name).replace(tmp_path / "a" / name)
+    with pytest.raises(jt.errors.InputError, match="belongs to another sweep: its run differs"):
+        jt.sweep(run, AXES, at_once=2, checkpoint=tmp_path / "a")
