@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from jaxtrain._files import output_path, read_input, write_atomically
@@ -124,7 +125,8 @@ def _read(path: str | os.PathLike[str], array_bytes: int) -> dict[str, Any]:
 def _restore(data: bytes | bytearray, like: Any) -> Any:
     """Returns an array of the file with the dtype, the kind and the placement of `like`."""
     words = to_words(like)
-    return place(np.frombuffer(data, words.dtype).reshape(words.shape), like)
+    dtype = jnp.dtype(words.dtype.name)  # in the byte order of the file
+    return place(np.frombuffer(data, dtype).reshape(words.shape), like)
 
 
 def _named(state: TrainState) -> list[tuple[str, Any]]:

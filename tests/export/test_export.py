@@ -229,6 +229,13 @@ def test_a_dtype_that_the_format_does_not_support_is_named(tmp_path: Path) -> No
     assert not list(tmp_path.iterdir())
 
 
+def test_arrays_of_the_other_byte_order_are_restored(tmp_path: Path) -> None:
+    state = state_of(Network()).replace(params={"weight": np.arange(3, dtype=">f4")})
+    jt.save(tmp_path / "model.safetensors", state)
+    loaded = jt.load(tmp_path / "model.safetensors", state)
+    assert loaded.params["weight"].tolist() == [0, 1, 2]
+
+
 def test_objects_other_than_a_train_state_are_refused(tmp_path: Path) -> None:
     # The type checker of `make test TYPES=1` raises a TypeError first.
     with pytest.raises(
