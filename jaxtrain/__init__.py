@@ -12,29 +12,18 @@ epoch is a loop of steps, a run is a loop of epochs, and a sweep is many runs at
     state, history = jt.fit(state, train, test, loss_fn=jt.losses.cross_entropy)
 """
 
-from jaxtrain import (
-    callbacks,
-    data,
-    errors,
-    export,
-    losses,
-    metrics,
-    models,
-    optimizers,
-    parallel,
-    sweeps,
-)
+from typing import TYPE_CHECKING
+
+from jaxtrain import callbacks, data, errors, losses, metrics, optimizers, parallel
 from jaxtrain._allocator import reuse_freed_memory
+from jaxtrain._lazy import lazy_names
 from jaxtrain.adapters import mixed_precision
 from jaxtrain.checkpoint import load_checkpoint
 from jaxtrain.dataset import Dataset
-from jaxtrain.export import load, save
-from jaxtrain.inspect import compare, summary, verify
 from jaxtrain.lowerings import use_cpu_lowerings
 from jaxtrain.model import Model
 from jaxtrain.optimizers._minimize import Minimum, minimize
 from jaxtrain.race import Race, race
-from jaxtrain.sweeps import find_learning_rate, load_sweep, sweep
 from jaxtrain.training.batch_stats import update_batch_stats
 from jaxtrain.training.fit import fit
 from jaxtrain.training.history import History, Run
@@ -48,6 +37,22 @@ from jaxtrain.training.state import (
     with_optimizer,
 )
 from jaxtrain.training.step import apply_gradients, eval_step, gradients, train_step
+
+if TYPE_CHECKING:
+    from jaxtrain import export, models, sweeps
+    from jaxtrain.export import load, save
+    from jaxtrain.inspect import compare, summary, verify
+    from jaxtrain.sweeps import find_learning_rate, load_sweep, sweep
+else:  # so that type checkers report names that do not exist
+    __getattr__, __dir__ = lazy_names(
+        __name__,
+        {
+            "export": ("load", "save"),
+            "inspect": ("compare", "summary", "verify"),
+            "models": (),
+            "sweeps": ("find_learning_rate", "load_sweep", "sweep"),
+        },
+    )
 
 __version__ = "0.2.0"
 

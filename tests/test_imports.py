@@ -7,6 +7,10 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
+import jaxtrain as jt
+
 PACKAGE = Path(__file__).parents[1] / "jaxtrain"
 
 HEAVY = {
@@ -16,23 +20,55 @@ HEAVY = {
 }
 
 
-def test_importing_it_loads_nothing_heavy() -> None:
-    """Flax and optax themselves may."""
+# A run that uses a plain function as a model, and saves it.
+RUN = """
+inputs = np.ones((8, 1), np.float32)
+model = jt.Model(
+    lambda key, inputs: ({"w": jnp.ones(1)}, {}),
+    lambda params, state, inputs, *, train, key: (inputs * params["w"], state),
+)
+state = jt.init_state(model, jt.optimizers.sgd(0.1), inputs, key=jax.random.key(0))
+loss_fn = jt.losses.mean_squared_error
+state, history = jt.fit(state, (inputs, inputs), loss_fn=loss_fn, epochs=1, callbacks=[])
+jt.save(sys.argv[1], state)
+"""
+
+
+def test_it_loads_only_what_is_used(tmp_path: Path) -> None:
+    """optax, and what it imports itself, may be loaded."""
     program = (
-        "import sys, flax.linen, optax; before = set(sys.modules); import jaxtrain; "
+        "import sys, jax, jax.numpy as jnp, numpy as np, optax; before = set(sys.modules)\n"
+        f"import jaxtrain as jt\nprint(*set(sys.modules) - before){RUN}"
         "print(*set(sys.modules) - before)"
     )
-    command = [sys.executable, "-c", program]
+    command = [sys.executable, "-c", program, tmp_path / "model.safetensors"]
     result = subprocess.run(command, capture_output=True, text=True, check=True)
-    loaded = {name.split(".")[0] for name in result.stdout.split()}
-    assert "jaxtrain" in loaded
-    assert not loaded & HEAVY
+    imported, used = map(str.split, result.stdout.splitlines())
+    assert "jaxtrain.training.fit" in imported
+    parts = {f"jaxtrain.{name}" for name in ("export", "inspect", "models", "sweeps")}
+    assert not {*imported} & parts
+    assert {name for name in used if name.startswith("jaxtrain.export.")} == {
+        "jaxtrain.export._files",
+        "jaxtrain.export._safetensors",
+    }
+    assert not {*used} & (parts - {"jaxtrain.export"})
+    loaded = {name.split(".")[0] for name in used}
+    assert not loaded & (HEAVY - {"safetensors"} | {"flax"})
+    assert "safetensors" not in {name.split(".")[0] for name in imported}
+
+
+def test_a_name_that_does_not_exist_is_an_attribute_error() -> None:
+    assert {*jt.__all__} <= {*dir(jt)}
+    assert {*jt.export.__all__} <= {*dir(jt.export)}
+    with pytest.raises(AttributeError, match=r"module 'jaxtrain' has no attribute 'sweap'"):
+        jt.sweap  # noqa: B018
 
 
 # Each package imports from those before it alone.
 ORDER = [
     *(
         "errors",
+        "_lazy",
         "_allocator",
         "_compile_time",
         "_compiler",

@@ -29,7 +29,6 @@ from jaxtrain.errors import (
     StreamError,
     recovery_notes,
 )
-from jaxtrain.inspect import verify
 from jaxtrain.losses import Loss
 from jaxtrain.training.state import TrainState
 
@@ -154,6 +153,8 @@ def verify_step(config: TrainingFlags, state: TrainState, batch: Dataset, loss_f
       InputError: the ways differ by more than rounding.
     """
     if config.verify:
+        from jaxtrain.inspect import verify
+
         verification = verify(state, batch, loss_fn)
         _print_line(str(verification))
         if not verification.ok:

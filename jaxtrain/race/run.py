@@ -16,7 +16,6 @@ from jaxtrain._arguments import check_integer
 from jaxtrain._extras import needs_extra
 from jaxtrain.dataset import Dataset
 from jaxtrain.errors import DisagreementError, InputError
-from jaxtrain.inspect import check_module
 from jaxtrain.losses import Loss, name_of
 from jaxtrain.race import machine, measuring
 from jaxtrain.race.processes import ProcessError, by_value, call
@@ -148,6 +147,8 @@ def _check(
 ) -> None:
     """Raises InputError unless the arguments of a race are as expected."""
     import torch
+
+    from jaxtrain.inspect import check_module
 
     check_module(module)
     name = type(module).__name__
