@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any, NamedTuple, TypeVar
 
 import jax
@@ -54,6 +54,7 @@ from jaxtrain.training.step import (
     check_first_step,
     evaluate_batch,
     finish_metrics,
+    first_totals,
     make_objective,
     model_inputs,
     predict_batch,
@@ -122,45 +123,28 @@ def train_steps(
             ),
         )
 
-    log = empty_log(state, segment.batch, objective, segment.capacity)
-    log = log if totals is None else log._replace(totals=totals)
+    if totals is None:
+        shapes = jax.eval_shape(lambda: first_totals(state, segment.batch(0), objective))
+        totals = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), shapes)
+    steps = segment.capacity
+    values = {
+        name: jnp.zeros((steps, *value.shape), value.dtype)
+        for name, value in recorded(state).items()
+    }
+    log = StepLog(jnp.zeros(steps), jnp.zeros(steps), totals, values)
     return lax.fori_loop(first, stop, step, (state, log))
-
-
-def empty_log(
-    state: Any, batch: Callable[[int], Dataset], objective: Objective, steps: int
-) -> StepLog:
-    """Returns a zero-filled log for `steps` steps."""
-
-    def step(state: Any) -> Any:
-        state, loss, _, totals = take_step(state, None, batch(0), objective, last=False)
-        return loss, totals, recorded(state)
-
-    def zeros(leaf: Any, length: tuple[int, ...] = ()) -> Array:
-        return jnp.zeros((*length, *leaf.shape), leaf.dtype)
-
-    loss, totals, values = jax.eval_shape(step, state)
-    return StepLog(
-        zeros(loss, (steps,)),
-        jnp.zeros(steps),
-        jax.tree.map(zeros, totals),
-        jax.tree.map(lambda leaf: zeros(leaf, (steps,)), values),
-    )
 
 
 def first_log(state: Any, batch: Dataset, objective: Objective) -> StepLog:
     """Returns an empty log on the host, for batches of the shapes of `batch`."""
     with parallel.without_mesh():  # the shapes do not depend on it
-        shapes = _log_of_no_steps.eval_shape(to_shapes(state), batch, objective)
-    shapes = shapes._replace(recorded={})
-    return jax.tree.map(lambda leaf: np.zeros(leaf.shape, leaf.dtype), shapes)
+        shapes = _first_training_totals.eval_shape(to_shapes(state), batch, objective)
+    none = np.zeros(0, jnp.result_type(float))
+    return StepLog(none, none, jax.tree.map(lambda leaf: np.zeros(leaf.shape, leaf.dtype), shapes))
 
 
 # Jitted functions keep their traces, so the next `fit` or evaluation need not trace again.
-@bounded
-@functools.partial(jax.jit, static_argnames="objective")
-def _log_of_no_steps(state: Any, batch: Dataset, objective: Objective) -> StepLog:
-    return empty_log(state, lambda index: batch, objective, 0)
+_first_training_totals = bounded(jax.jit(first_totals, static_argnames="objective"))
 
 
 @bounded

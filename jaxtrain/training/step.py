@@ -279,12 +279,32 @@ def take_step(
         before = state
         state, loss, aux = update(state, batch, objective.loss_fn, last=last)
         weight = aux.weight
-        further = LossContext(before.params, aux.model_state, batch, lambda: _step_key(before))
-        after = update_metrics(totals, aux.predictions, batch, objective.metrics, further)
+        after = _training_totals(before, totals, batch, objective, aux)
     if totals is not None and last_step_finite(getattr(state, "opt_state", ())) is not None:
         finite = jnp.isfinite(loss)  # as in `mean_step_loss`
         after = jax.tree.map(functools.partial(jnp.where, finite), after, totals)
     return state, loss, weight, after
+
+
+def first_totals(state: Any, batch: Dataset, objective: Objective) -> Totals:
+    """Returns totals of the shapes of those of `take_step`, which take less time to trace."""
+    if objective.step_fn is not None:
+        return take_step(state, None, batch, objective, last=False)[-1]
+    assert objective.loss_fn is not None  # checked on the host
+    _, aux = _mean_loss(state.params, state, batch, objective.loss_fn)
+    return _training_totals(state, None, batch, objective, aux)
+
+
+def _training_totals(
+    state: TrainState,
+    totals: Totals | None,
+    batch: Dataset,
+    objective: Objective,
+    aux: Auxiliary,
+) -> Totals:
+    """Returns the totals after a batch; `aux` is that of the step, and `state` the one before."""
+    further = LossContext(state.params, aux.model_state, batch, lambda: _step_key(state))
+    return update_metrics(totals, aux.predictions, batch, objective.metrics, further)
 
 
 def update(
