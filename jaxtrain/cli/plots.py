@@ -57,9 +57,10 @@ def of_classifier(
     pictures = {"learning_curves.png": history.plot(title)}
     if "validation_loss" in history:
         pictures["overfitting.png"] = generalization_gap(history, title)
-    labels, predicted = np.asarray(test.targets), np.argmax(logits, axis=-1)
-    pictures["predictions.png"] = predictions(np.asarray(test.inputs), labels, predicted)
-    counts = np.asarray(metrics.confusion_matrix(logits, test.targets)).astype(int)
+    # With NumPy, nothing is compiled.
+    images, labels, logits = (np.asarray(each) for each in (test.inputs, test.targets, logits))
+    pictures["predictions.png"] = predictions(images, labels, logits.argmax(axis=-1))
+    counts = np.asarray(metrics.confusion_matrix(logits, labels)).astype(int)
     picture = confusion_matrix(counts, f"{title}: {len(labels)} test images")
     return pictures | {"confusion_matrix.png": picture}
 
@@ -142,23 +143,35 @@ def predictions(
     if len(mistakes):
         groups.append(("the first mistakes: ✗ predicted class, true class", mistakes))
     rows = [-(-len(at) // columns) for _, at in groups]
-    figure = Figure(figsize=(columns * 0.9, sum(rows) * 1.12 + len(groups) * 0.5))
-    parts = figure.subfigures(len(groups), 1, height_ratios=[count + 0.45 for count in rows])
-    for part, count, (heading, at) in zip(np.ravel(np.asarray(parts)), rows, groups, strict=True):
-        part.suptitle(heading, fontsize=10, y=1 - 0.1 / (count + 0.45))
-        axes = part.subplots(count, columns, squeeze=False).ravel()
-        top = 1 - 0.65 / (count + 0.45)
-        part.subplots_adjust(left=0.01, right=0.99, bottom=0.02, top=top, wspace=0.1, hspace=0.5)
-        for ax in axes[len(at) :]:
-            ax.axis("off")
-        for ax, index in zip(axes, at, strict=False):
-            ax.set(xticks=[], yticks=[])
-            ax.imshow(images[index], cmap="gray_r", vmin=0, vmax=255)
+    figure = Figure(figsize=(columns * 0.9, sum(rows) * 1.17 + len(groups) * 0.45))
+    top = 1 - 0.35 / figure.get_figheight()
+    figure.subplots_adjust(left=0.01, right=0.99, bottom=0.01, top=top)
+    axes = figure.subplots(len(groups), 1, height_ratios=rows, squeeze=False).ravel()
+    height, width = images.shape[1:]
+    above, beside = height // 3, width // 10
+    # One image per group: axes for each digit would take longer than all other pictures.
+    for ax, count, (heading, at) in zip(axes, rows, groups, strict=True):
+        empty = count * columns - len(at)
+        cells = np.pad(images[at], [(0, empty), (above, 0), (beside, 0)])
+        cells = cells.reshape(count, columns, *cells.shape[1:]).swapaxes(1, 2)
+        grid = cells.reshape(count * (above + height), columns * (beside + width))
+        style = {"cmap": "gray_r", "vmin": 0, "vmax": 255}
+        ax.imshow(grid, extent=(0, grid.shape[1], grid.shape[0], 0), **style)
+        ax.set(xlim=(0, grid.shape[1] + beside), ylim=(grid.shape[0] + beside, 0))
+        ax.set_title(heading, fontsize=10)
+        ax.axis("off")
+        for place, index in enumerate(at):
+            row, column = divmod(place, columns)
+            left, top = column * (beside + width) + beside, row * (above + height) + above
+            right, bottom = left + width, top + height
             guess, label = predicted[index], labels[index]
             wrong = guess != label
             text = f"✗ {guess}, is {label}" if wrong else f"{guess}"
-            ax.set_title(text, fontsize=9, color=VERMILION if wrong else "black", pad=5)
-            ax.spines[:].set(color=VERMILION if wrong else GREY, linewidth=2.5 if wrong else 0.5)
+            style = {"color": VERMILION if wrong else "black", "fontsize": 9}
+            ax.text((left + right) / 2, top, text, ha="center", va="bottom", **style)
+            style = {"color": VERMILION, "linewidth": 2.5} if wrong else {"color": GREY}
+            x, y = [left, right, right, left, left], [top, top, bottom, bottom, top]
+            ax.plot(x, y, **({"linewidth": 0.5} | style))
     return figure
 
 
