@@ -42,7 +42,9 @@ if TYPE_CHECKING:
     from jaxtrain import export, models, sweeps
     from jaxtrain.export import load, save
     from jaxtrain.inspect import compare, summary, verify
-    from jaxtrain.sweeps import find_learning_rate, load_sweep, sweep
+    from jaxtrain.sweeps.find_learning_rate import find_learning_rate
+    from jaxtrain.sweeps.result import load_sweep
+    from jaxtrain.sweeps.sweep import sweep
 else:  # so that type checkers report names that do not exist
     __getattr__, __dir__ = lazy_names(
         __name__,
