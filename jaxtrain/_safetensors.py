@@ -46,4 +46,4 @@ def place(array: np.ndarray, like: Any) -> Any:
         value = jax.random.wrap_key_data(jnp.asarray(array), impl=jax.random.key_impl(like))
     if isinstance(like, jax.Array) and like.committed:
         return put(value, like.sharding)
-    return jnp.asarray(value)
+    return jax.device_put(value)  # `jnp.asarray` would compile a program for each shape

@@ -149,7 +149,7 @@ def load_resolved(
                 f"shard is {shard} for {len(arrays[0])} examples; expected at most as many parts",
                 argument="shard",
             )
-        # Unlike `jnp.asarray`, this compiles nothing.
+        # `jnp.asarray` would compile a program for each shape.
         return Dataset(*(jax.device_put(array[index * size :][:size]) for array in arrays))
 
     train, test = splits

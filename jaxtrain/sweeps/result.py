@@ -215,7 +215,8 @@ class SweepResult:
         index = range(len(self.configurations))[index]
         indices, tree = next(each for each in self._outputs if index in each[0])
         alone = jax.tree.map(operator.itemgetter(indices.index(index)), tree)
-        state = jax.tree.map(jnp.asarray, _state(alone))
+        # `jnp.asarray` would compile a program for each shape.
+        state = jax.device_put(_state(alone))
         return SweepRun(self.configurations[index], history_of(alone) or {}, state)
 
     def best(self, column: str, mode: Mode | None = None, *, over: Any = ()) -> SweepRun:
