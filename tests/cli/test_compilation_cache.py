@@ -33,7 +33,10 @@ def test_damaged_entries_are_removed_once(tmp_path: Path) -> None:
 @pytest.fixture
 def settings():
     """Restores the cache of the tests."""
-    names = ("jax_enable_compilation_cache", "jax_compilation_cache_dir")
+    names = (
+        *("jax_enable_compilation_cache", "jax_compilation_cache_dir"),
+        "jax_persistent_cache_min_compile_time_secs",
+    )
     before = {name: getattr(jax.config, name) for name in names}
     yield
     for name, value in before.items():
@@ -54,3 +57,17 @@ def test_the_folder_is_the_users_cache_unless_it_cannot_be_written(
     assert Path(jax.config.jax_compilation_cache_dir).parent == compiled
     set_up_compilation_cache(False)
     assert not jax.config.jax_enable_compilation_cache
+
+
+@pytest.mark.parametrize("chosen", [None, "3"])
+def test_every_program_is_kept_unless_the_user_chooses(
+    chosen, settings, tmp_path: Path, monkeypatch
+) -> None:
+    name = "jax_persistent_cache_min_compile_time_secs"
+    monkeypatch.delenv(name.upper(), raising=False)
+    if chosen is not None:
+        monkeypatch.setenv(name.upper(), chosen)
+    jax.config.update("jax_compilation_cache_dir", str(tmp_path))
+    jax.config.update(name, float(chosen or 1))
+    set_up_compilation_cache(True)
+    assert getattr(jax.config, name) == float(chosen or 0)
