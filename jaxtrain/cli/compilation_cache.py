@@ -36,8 +36,8 @@ def set_up_compilation_cache(enabled: bool) -> None:
         return
     jax.config.update("jax_compilation_cache_dir", str(folder))
     if "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS" not in os.environ:
-        # By default JAX caches only what took a second to compile. Here even single operations on
-        # arrays, of which a run compiles about 50, take longer to compile than to read.
+        # By default JAX caches only what took a second to compile. Even a single operation takes
+        # longer to compile than to read.
         jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
 
 
