@@ -14,6 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import PyTree
 
+from jaxtrain import lowerings
 from jaxtrain.adapters._recording import Recorder
 from jaxtrain.dataset import named_arrays
 from jaxtrain.errors import InputError
@@ -115,7 +116,8 @@ class AdaptedApply(abc.ABC):
         """
         if self.draws and key is None:
             raise missing_key(self.kind.__name__)
-        return self.call_module(params, model_state, inputs, train, key)
+        with lowerings.scope():
+            return self.call_module(params, model_state, inputs, train, key)
 
     def call_module(
         self, params: PyTree, model_state: Any, inputs: PyTree, train: bool, key: Any

@@ -99,6 +99,7 @@ def convolve(
     dimension_numbers: lax.ConvDimensionNumbers,
     feature_group_count: int,
     batch_group_count: int,
+    compiled: Any = None,
     **params: Any,
 ) -> jax.Array:
     """Returns `lax.conv_general_dilated` of the same arguments.
@@ -109,6 +110,7 @@ def convolve(
       dimension_numbers: the layouts.
       feature_group_count: groups of the images' channels (as those of a vmapped kernel).
       batch_group_count: groups of the examples, as in the gradient of a grouped kernel.
+      compiled: the module `_numba`, whose functions are called where they apply, or None.
       **params: the other parameters of the primitive.
 
     Returns:
@@ -125,7 +127,8 @@ def convolve(
 
     groups = feature_group_count * batch_group_count
     if groups == 1:
-        out = ungrouped(x, w, True)
+        out = None if compiled is None else _call(compiled, x, w, **params)
+        out = ungrouped(x, w, True) if out is None else out
     else:
         w = jnp.moveaxis(w.reshape(*w.shape[:-1], groups, -1), -2, 0)
         if feature_group_count > 1:
@@ -140,6 +143,65 @@ def convolve(
     for position, axis in enumerate((spec.out_spec[0], *spec.out_spec[2:], spec.out_spec[1])):
         order[axis] = position
     return out.transpose(order)
+
+
+def _call(
+    compiled: Any,
+    x: jax.Array,
+    w: jax.Array,
+    *,
+    window_strides: tuple[int, ...],
+    padding: tuple[tuple[int, int], ...],
+    lhs_dilation: tuple[int, ...],
+    rhs_dilation: tuple[int, ...],
+    **_: Any,
+) -> jax.Array | None:
+    """Returns the convolution of `_ungrouped` by a compiled function, or None if none applies."""
+    if x.ndim == 3:
+        out = _call(
+            compiled,
+            x[:, None],
+            w[None],
+            window_strides=(1, *window_strides),
+            padding=((0, 0), *padding),
+            lhs_dilation=(1, *lhs_dilation),
+            rhs_dilation=(1, *rhs_dilation),
+        )
+        return None if out is None else out[:, 0]
+    if set(lhs_dilation) != {1} or w.shape[-1] % compiled.LANES:
+        return None
+    outputs = _output_size(x, w, window_strides, padding, lhs_dilation, rhs_dilation)
+    if math.prod(outputs) >= math.prod(w.shape[:2]):
+        if set(rhs_dilation) != {1} or not _within(padding, w.shape[:2]):
+            return None
+        return compiled.output(x, w, window_strides, padding)
+    # The gradient of a kernel: the images' channels are the examples here, and `w` is the gradient
+    # of the output, dilated by the strides of the output.
+    if set(window_strides) != {1} or not _within(padding, outputs):
+        return None
+    images, gradient = x.transpose(3, 1, 2, 0), w.transpose(2, 0, 1, 3)
+    out = compiled.kernel_gradient(images, gradient, tuple(outputs), rhs_dilation, padding)
+    return out.transpose(2, 0, 1, 3)
+
+
+def _within(padding: tuple[tuple[int, int], ...], window: Sequence[int]) -> bool:
+    return all(0 <= low < taps for (low, _), taps in zip(padding, window, strict=True))
+
+
+def _output_size(
+    x: jax.Array,
+    w: jax.Array,
+    strides: Sequence[int],
+    padding: Sequence[tuple[int, int]],
+    lhs_dilation: Sequence[int],
+    rhs_dilation: Sequence[int],
+) -> list[int]:
+    size = [
+        (s - 1) * d + 1 + sum(p)
+        for s, d, p in zip(x.shape[1:-1], lhs_dilation, padding, strict=True)
+    ]
+    reach = [(k - 1) * d + 1 for k, d in zip(w.shape[:-2], rhs_dilation, strict=True)]
+    return [(s - r) // q + 1 for s, r, q in zip(size, reach, strides, strict=True)]
 
 
 def _ungrouped(
@@ -160,12 +222,7 @@ def _ungrouped(
     """
     precision = {name: other[name] for name in ("precision", "preferred_element_type")}
     window, inputs = w.shape[:-2], w.shape[-2]
-    size = [
-        (s - 1) * d + 1 + sum(p)
-        for s, d, p in zip(x.shape[1:-1], lhs_dilation, padding, strict=True)
-    ]
-    reach = [(k - 1) * d + 1 for k, d in zip(window, rhs_dilation, strict=True)]
-    outputs = [(s - r) // q + 1 for s, r, q in zip(size, reach, window_strides, strict=True)]
+    outputs = _output_size(x, w, window_strides, padding, lhs_dilation, rhs_dilation)
     few_outputs = math.prod(outputs) < math.prod(window)
     dense = set(window_strides) == {1} and (set(lhs_dilation) != {1} or set(padding) != {(0, 0)})
     convolved = (

@@ -7,40 +7,84 @@ stay as they are written, gradients and `vmap` follow, and other platforms are u
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import os
+import warnings
 from collections.abc import Callable
 from typing import Any
 
 import jax
 from jax import lax
+from jax.experimental.xla_metadata import set_xla_metadata
 from jax.interpreters import mlir
 
+from jaxtrain._extras import needs_extra
 from jaxtrain.lowerings import _convolution, _pooling
 
-# 0 in the environment turns the rules off before anything is compiled.
+# In the environment, 0 turns the rules off, and "numba" is `use_cpu_lowerings(numba=True)`.
 VARIABLE = "JAXTRAIN_CPU_LOWERINGS"
 
+# Marks the operations that the rules act on. Unlike a context during lowering, it stays with them
+# in gradients, loops and functions that are compiled later.
+_MARK = "jaxtrain_lowerings"
+
 _enabled = os.environ.get(VARIABLE) != "0"
+_with_numba = os.environ.get(VARIABLE) == "numba"
 
 
-def use_cpu_lowerings(enabled: bool) -> None:
-    """Turns the package's CPU lowerings of convolutions and max pooling on or off.
+def use_cpu_lowerings(enabled: bool = True, *, numba: bool = False) -> None:
+    """Chooses how convolutions and max pooling are compiled for CPUs, in programs of jaxtrain.
 
-    They are on from `import jaxtrain`, for every program of the process that JAX compiles for a
-    CPU, unless the environment variable JAXTRAIN_CPU_LOWERINGS is 0. Programs that are already
-    compiled are dropped from JAX's memory, so that they follow the new setting.
+    The package's lowerings are on from `import jaxtrain`. They act in the forward and the backward
+    pass of its steps, loops and predictions, and leave other programs of the process as they are.
+    By default they use XLA's operations only; a NaN may then spread from one channel of a pixel to
+    the others. With `numba`, convolutions call functions that Numba compiles for this processor,
+    which takes three seconds once per installation. Programs that are already compiled are dropped
+    from JAX's memory, so that they follow the new setting.
+
+    The environment variable JAXTRAIN_CPU_LOWERINGS does the same before the process starts: 0 turns
+    the lowerings off, and `numba` uses Numba.
 
     Args:
-      enabled: whether programs compiled from now on use them.
+      enabled: whether programs compiled from now on use the lowerings.
+      numba: whether convolutions use functions compiled by Numba, where these apply: float32, one
+        or two dimensions, one group, one device, and output channels that fill vector registers (a
+        multiple of 16 with AVX-512, of 8 with AVX2, else of 4). The others are lowered as without.
+
+    Raises:
+      MissingExtraError: if Numba is not installed.
 
     Example:
       >>> jt.use_cpu_lowerings(False)  # XLA's own convolutions
-      >>> jt.use_cpu_lowerings(True)
+      >>> jt.use_cpu_lowerings(numba=True)
+      >>> jt.use_cpu_lowerings()  # the default
     """
-    global _enabled
-    _enabled = enabled
+    global _enabled, _with_numba
+    if enabled and numba:
+        _import_numba()
+    _enabled, _with_numba = enabled, enabled and numba
     jax.clear_caches()
+
+
+def scope() -> contextlib.AbstractContextManager[None]:
+    """Returns a context in which the lowerings act on operations, and on their gradients.
+
+    The steps, loops and predictions of jaxtrain, and the `Model` that `init_state` makes of a
+    module, use it. A loop of your own that calls a network directly needs it to be as fast.
+
+    Example:
+      >>> from jaxtrain import lowerings
+      >>> @jax.jit
+      ... def forward(params, images):
+      ...     with lowerings.scope():
+      ...         return network.apply({"params": params}, images)
+    """
+    return set_xla_metadata(**{_MARK: "1"})
+
+
+def _in_scope(ctx: Any) -> bool:
+    return _MARK in (ctx.jaxpr_eqn_ctx.xla_metadata or {})
 
 
 def _register(
@@ -49,15 +93,41 @@ def _register(
     """Registers a rule that lowers `replacement` where it applies, and JAX's own rule elsewhere."""
     default = _default_rule(primitive)
     if default is None:
+        warnings.warn(
+            f"jaxtrain finds no rule of jax {jax.__version__} for {primitive} on CPUs, so it "
+            "leaves this operation to XLA, which is slow in loops; use a version that "
+            "pyproject.toml names",
+            stacklevel=2,
+        )
         return
 
     def rule(ctx: Any, *operands: Any, **params: Any) -> Any:
-        if not _enabled or not applies(*ctx.avals_in, *ctx.avals_out, **params):
+        if not (_enabled and _in_scope(ctx) and applies(*ctx.avals_in, *ctx.avals_out, **params)):
             return default(ctx, *operands, **params)
+        if primitive is lax.conv_general_dilated_p and _with_numba and _calls_are_possible(ctx):
+            params["compiled"] = _import_numba()
         function = functools.partial(replacement, **params)
         return mlir.lower_fun(function, multiple_results=False)(ctx, *operands)
 
     mlir.register_lowering(primitive, rule, platform="cpu")
+
+
+def _import_numba() -> Any:
+    with needs_extra("numba"):
+        from jaxtrain.lowerings import _numba
+    return _numba
+
+
+def _calls_are_possible(ctx: Any) -> bool:
+    """Returns whether a program may call functions of this process.
+
+    An exported program may run elsewhere, and XLA cannot divide a call among devices.
+    """
+    module = ctx.module_context
+    return (
+        not module.lowering_parameters.for_export
+        and getattr(module.axis_context, "num_devices", None) == 1
+    )
 
 
 def _default_rule(primitive: Any) -> Callable[..., Any] | None:

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import Array, Bool, Float, Key, PyTree
 
-from jaxtrain import adapters, parallel
+from jaxtrain import adapters, lowerings, parallel
 from jaxtrain._arguments import check_key
 from jaxtrain._compiler import bounded, limit_rows
 from jaxtrain._placement import describe_values
@@ -451,11 +451,12 @@ def _mean_loss(
     params: PyTree, state: TrainState, batch: Dataset, loss_fn: Loss
 ) -> tuple[Float[Array, ""], Auxiliary]:
     inputs, key = model_inputs(batch), _step_key(state)
-    predictions, model_state, sown = adapters.call_in_training(
-        state.model, params, state.model_state, inputs, key=key
-    )
-    loss_fn = LossContext(params, model_state, batch, lambda: key).bind(loss_fn)
-    mean, weight = mean_loss(loss_fn, predictions, batch)
+    with lowerings.scope():
+        predictions, model_state, sown = adapters.call_in_training(
+            state.model, params, state.model_state, inputs, key=key
+        )
+        loss_fn = LossContext(params, model_state, batch, lambda: key).bind(loss_fn)
+        mean, weight = mean_loss(loss_fn, predictions, batch)
     mean = functools.reduce(jnp.add, to_float32(sown), mean)
     return mean, Auxiliary(model_state, predictions, weight)
 
@@ -652,9 +653,10 @@ def evaluate_batch(
 def _evaluate_part(
     state: TrainState, totals: Totals | None, part: Dataset, key: Any, objective: Objective
 ) -> Totals:
-    predictions, model_state = _call_in_evaluation(state, model_inputs(part), key)
-    further = LossContext(state.evaluation_params, model_state, part, lambda: key)
-    return update_metrics(totals, predictions, part, objective.evaluated, further)
+    with lowerings.scope():
+        predictions, model_state = _call_in_evaluation(state, model_inputs(part), key)
+        further = LossContext(state.evaluation_params, model_state, part, lambda: key)
+        return update_metrics(totals, predictions, part, objective.evaluated, further)
 
 
 def update_metrics(
@@ -712,7 +714,8 @@ def model_inputs(batch: Dataset) -> PyTree:
 
 def predict_batch(state: TrainState, inputs: PyTree, key: Any = None) -> Any:
     """Returns the model's outputs for one batch, in evaluation mode."""
-    return _call_in_evaluation(state, inputs, key)[0]
+    with lowerings.scope():
+        return _call_in_evaluation(state, inputs, key)[0]
 
 
 def _call_in_evaluation(state: TrainState, inputs: PyTree, key: Any) -> tuple[Any, PyTree]:

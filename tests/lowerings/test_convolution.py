@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -16,6 +17,7 @@ from hypothesis import strategies as st
 from jax import lax
 
 import jaxtrain as jt
+from jaxtrain import lowerings
 
 LAYOUTS = {
     1: [("NHC", "HIO", "NHC"), ("NCH", "OIH", "NCH")],
@@ -75,7 +77,8 @@ def values_and_gradients(
 
     @jax.jit
     def run(*arguments: Any) -> Any:
-        out, vjp = jax.vjp(function, *arguments)
+        with lowerings.scope():
+            out, vjp = jax.vjp(function, *arguments)
         cotangent = np.random.default_rng(seed).normal(size=out.shape)
         return out, *vjp(jnp.asarray(cotangent, out.dtype))
 
@@ -106,6 +109,40 @@ def test_values_and_gradients_are_those_of_xla(case: Case) -> None:
         return lax.conv_general_dilated(images, kernel, **case.params)
 
     assert_same_as_float64(convolve, random(case.images, 1), random(case.kernel, 2))
+
+
+@pytest.fixture(scope="module")
+def with_numba() -> Iterator[None]:
+    pytest.importorskip("numba")
+    jt.use_cpu_lowerings(numba=True)
+    yield
+    jt.use_cpu_lowerings()
+
+
+@settings(max_examples=20)
+@given(convolutions(), st.sampled_from([1, 4, 24]), st.integers(1, 3))
+def test_compiled_by_numba_they_give_the_values_and_gradients_of_xla(
+    with_numba: None, case: Case, inputs: int, vectors: int
+) -> None:
+    def convolve(images: Any, kernel: Any) -> jax.Array:
+        return lax.conv_general_dilated(images, kernel, **case.params)
+
+    params = case.params | {"feature_group_count": 1}
+    names = params["dimension_numbers"]
+    sizes = {"C": inputs, "I": inputs, "O": 16 * vectors, "N": 11}  # 11: two images in some parts
+    images, kernel = (
+        random(tuple(sizes.get(name, size) for name, size in zip(layout, shape, strict=True)), seed)
+        for layout, shape, seed in ((names[0], case.images, 1), (names[1], case.kernel, 2))
+    )
+    case = Case(images.shape, kernel.shape, params)
+    assert_same_as_float64(convolve, images, kernel)
+
+
+def test_numba_compiles_what_fills_vector_registers(with_numba: None) -> None:
+    assert stablehlo("cpu").count("@jaxtrain_convolution") == 3
+    text = stablehlo("cpu", channels=17)
+    assert "@jaxtrain_convolution" not in text
+    assert text.count("stablehlo.convolution") == 2
 
 
 @settings(max_examples=8)
@@ -161,7 +198,8 @@ def test_other_convolutions_are_left_to_xla(
 ) -> None:
     def loss(images: jax.Array, kernel: jax.Array) -> jax.Array:
         strides = (1,) * (images.ndim - 2)
-        return jnp.sum(lax.conv_general_dilated(images, kernel, strides, "VALID") ** 2)
+        with lowerings.scope():
+            return jnp.sum(lax.conv_general_dilated(images, kernel, strides, "VALID") ** 2)
 
     arguments = jnp.ones(images, dtype), jnp.ones(kernel, dtype)
     text = jax.jit(jax.grad(loss, argnums=(0, 1))).lower(*arguments).as_text()
@@ -181,7 +219,7 @@ def test_the_gradient_of_max_pooling_is_that_of_xla(
         try:
             theirs = values_and_gradients(pool, (values,))
         finally:
-            jt.use_cpu_lowerings(True)
+            jt.use_cpu_lowerings()
         for found, expected in zip(values_and_gradients(pool, (values,)), theirs, strict=True):
             np.testing.assert_array_equal(found, expected)
 
@@ -202,27 +240,28 @@ def test_pytorch_resolves_ties_of_max_pooling_in_the_same_way() -> None:
 
 def test_a_nan_in_a_pooling_window_passes_its_gradient_on() -> None:
     images = jnp.array([[1.0, jnp.nan, 2.0, 3.0]])[..., None]
-    gradient = jax.jit(jax.grad(lambda x: nn.max_pool(x, (2,), (2,)).sum()))(images)
-    assert gradient.sum() == 2
+    (_, gradient) = values_and_gradients(lambda x: nn.max_pool(x, (2,), (2,)).sum(), (images,))
+    assert np.count_nonzero(gradient) == 2
 
 
 @pytest.fixture
 def lowerings_off() -> Iterator[None]:
     jt.use_cpu_lowerings(False)
     yield
-    jt.use_cpu_lowerings(True)
+    jt.use_cpu_lowerings()
 
 
-def stablehlo(platform: str) -> str:
+def stablehlo(platform: str, channels: int = 16, scope: Callable[[], Any] = lowerings.scope) -> str:
     """Returns the program of both gradients of a padded convolution and of max pooling."""
 
     def loss(images: jax.Array, kernel: jax.Array) -> jax.Array:
-        out = lax.conv_general_dilated(
-            images, kernel, (1, 1), "SAME", dimension_numbers=("NHWC", "HWIO", "NHWC")
-        )
-        return jnp.sum(nn.max_pool(out, (2, 2), (2, 2)) ** 2)
+        with scope():
+            out = lax.conv_general_dilated(
+                images, kernel, (1, 1), "SAME", dimension_numbers=("NHWC", "HWIO", "NHWC")
+            )
+            return jnp.sum(nn.max_pool(out, (2, 2), (2, 2)) ** 2)
 
-    arguments = jnp.ones((2, 8, 8, 16)), jnp.ones((3, 3, 16, 16))
+    arguments = jnp.ones((2, 8, 8, channels)), jnp.ones((3, 3, channels, channels))
     traced = jax.jit(jax.grad(loss, argnums=(0, 1))).trace(*arguments)
     return traced.lower(lowering_platforms=(platform,)).as_text()
 
@@ -242,14 +281,21 @@ def test_a_nan_stays_at_its_position() -> None:
     images = np.ones((2, 6, 6, 3), np.float32)
     images[1, 5, 5, 0] = np.nan
     kernel = jnp.ones((3, 3, 3, 4))
-    out = jax.jit(
-        lambda x: lax.conv_general_dilated(
-            x, kernel, (1, 1), "VALID", dimension_numbers=("NHWC", "HWIO", "NHWC")
-        )
-    )(images)
+
+    def convolve(images: jax.Array) -> jax.Array:
+        with lowerings.scope():
+            return lax.conv_general_dilated(
+                images, kernel, (1, 1), "VALID", dimension_numbers=("NHWC", "HWIO", "NHWC")
+            )
+
+    out = jax.jit(convolve)(images)
     assert np.isnan(out[1, 3, 3]).all()
     out = out.at[1, 3, 3].set(27)
     np.testing.assert_array_equal(out, np.full((2, 4, 4, 4), 27))
+
+
+def test_programs_outside_the_scope_stay_as_they_are() -> None:
+    assert stablehlo("cpu", scope=contextlib.nullcontext).count("stablehlo.convolution") == 3
 
 
 def test_on_a_gpu_the_program_stays_as_it_is() -> None:
