@@ -72,12 +72,15 @@ def release_programs() -> None:
     can only be emptied together. Programs in use are compiled again. Called where a new model or
     optimizer appears; does nothing while JAX traces a program.
     """
-    if isinstance(jnp.zeros(()), jax.core.Tracer):
-        return
-    if any(function._cache_size() > _MAX_PROGRAMS for function in _bounded):
+    if not is_tracing() and any(function._cache_size() > _MAX_PROGRAMS for function in _bounded):
         for function in _bounded:
             function.clear_cache()
         jax.clear_caches()
+
+
+def is_tracing() -> bool:
+    """Returns whether JAX traces a function, so that new arrays have no values."""
+    return isinstance(jnp.zeros(()), jax.core.Tracer)
 
 
 def is_on_cpu() -> bool:

@@ -13,7 +13,7 @@ import numpy as np
 from jax.typing import ArrayLike
 from jaxtyping import Array, Int, Key, PyTree
 
-from jaxtrain._arguments import check_key
+from jaxtrain._arguments import check_key, check_number
 from jaxtrain.errors import InputError
 
 # The largest number of characters that a `Dataset` shows of one field.
@@ -113,13 +113,13 @@ class Dataset:
         check_dataset(self, "dataset")
         check_key(key)
         examples = len(self)
-        held_out = round(examples * fraction) if 0 < fraction < 1 else 0
-        if not 0 < held_out < examples:
-            raise InputError(
-                f"fraction is {fraction} for {examples} examples; expected a value between 0 and 1 "
-                "that leaves at least one example in each part",
-                argument="fraction",
-            )
+        check_number(
+            "fraction",
+            fraction,
+            lambda number: 0 < number < 1 and 0 < round(examples * number) < examples,
+            f"a number in 0 … 1 that leaves at least one example in each part, of {examples}",
+        )
+        held_out = round(examples * fraction)
         order = jax.random.permutation(key, examples)
         return (
             self.take(jnp.sort(order[: examples - held_out])),

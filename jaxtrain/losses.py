@@ -30,7 +30,7 @@ import optax
 from jax import lax
 from jaxtyping import Array, Float, Shaped
 
-from jaxtrain._arguments import axis_hint
+from jaxtrain._arguments import axis_hint, check_arrays, check_number, describe
 from jaxtrain.errors import InputError
 
 AnyArray: TypeAlias = Array | np.ndarray
@@ -292,8 +292,7 @@ def huber(
       Array([1.], dtype=float32)
       >>> loss_fn = functools.partial(jt.losses.huber, delta=0.5)
     """
-    if not delta > 0:
-        raise InputError(f"delta is {delta}; expected a number above 0", argument="delta")
+    check_number("delta", delta, lambda number: number > 0, "a number above 0")
     predictions, targets = _check_and_promote(predictions, targets)
     error = predictions - targets
     size = error * jnp.sign(error)
@@ -328,8 +327,7 @@ def smooth_l1(
       Array([1.25], dtype=float32)
       >>> loss_fn = functools.partial(jt.losses.smooth_l1, beta=0.5)
     """
-    if not beta >= 0:
-        raise InputError(f"beta is {beta}; expected a number of at least 0", argument="beta")
+    check_number("beta", beta, lambda number: number >= 0, "a number of at least 0")
     if beta == 0:
         return mean_absolute_error(predictions, targets)
     return huber(predictions, targets, delta=beta) / beta
@@ -357,7 +355,7 @@ def cosine_distance(
     """
     predictions, targets = _check_and_promote(predictions, targets)
     pair = _as_vectors(predictions), _as_vectors(targets).astype(predictions.dtype)
-    directions = [vector / _at_least(_norm(vector), 1e-8)[:, None] for vector in pair]
+    directions = [vector / _at_least(_norm(vector), 1e-8)[..., None] for vector in pair]
     return 1 - jnp.sum(directions[0] * directions[1], axis=-1)
 
 
@@ -407,8 +405,7 @@ def cross_entropy(
       ... )
       >>> state, losses = jt.train_epoch(state, train, loss_fn)
     """
-    if targets is None:
-        raise InputError("targets is None; expected integer class labels")
+    check_arrays(predictions=predictions, targets=targets)
     if not jnp.issubdtype(targets.dtype, jnp.integer):
         raise InputError(
             f"targets of cross_entropy have the dtype {targets.dtype}; expected integer class "
@@ -419,7 +416,7 @@ def cross_entropy(
                 else "convert them with targets.astype(int)"
             )
         )
-    if targets.shape != predictions.shape[:-1]:
+    if not predictions.ndim or targets.shape != predictions.shape[:-1]:
         raise InputError(
             f"targets of cross_entropy have the shape {targets.shape}; expected one label per row "
             f"of the logits, {predictions.shape[:-1]}"
@@ -465,6 +462,8 @@ def soft_cross_entropy(
       Array([0.693...], dtype=float32)
     """
     predictions, targets = _check_and_promote(predictions, targets)
+    if not predictions.ndim:
+        raise InputError("predictions is a scalar; expected logits of classes along the last axis")
     classes = predictions.shape[-1]
     _check_options(label_smoothing, weight, classes)
     if label_smoothing:
@@ -473,16 +472,14 @@ def soft_cross_entropy(
 
 
 def _check_options(label_smoothing: float, weight: AnyArray | None, classes: int) -> None:
-    if not 0 <= label_smoothing <= 1:
-        raise InputError(
-            f"label_smoothing is {label_smoothing}; expected a number from 0 to 1",
-            argument="label_smoothing",
-        )
-    if weight is not None and weight.shape != (classes,):
-        raise InputError(
-            f"weight has the shape {weight.shape}; expected one number per class, ({classes},)",
-            argument="weight",
-        )
+    check_number("label_smoothing", label_smoothing, lambda x: 0 <= x <= 1, "a number from 0 to 1")
+    if weight is not None:
+        check_arrays(weight=weight)
+        if weight.shape != (classes,):
+            raise InputError(
+                f"weight has the shape {weight.shape}; expected one number per class, ({classes},)",
+                argument="weight",
+            )
 
 
 def _weighted_by_class(values: Array, weight: AnyArray | None) -> Array:
@@ -585,9 +582,13 @@ def weighted_sum(*terms: tuple[float, Loss]) -> Loss:
     """
     if not terms:
         raise InputError("weighted_sum has no terms; expected (weight, loss) pairs")
-    for weight, _ in terms:
-        if not isinstance(weight, jax.core.Tracer) and not math.isfinite(weight):
-            raise InputError(f"a weight of weighted_sum is {weight}; expected a finite number")
+    for term in terms:
+        if not isinstance(term, tuple) or len(term) != 2 or not callable(term[1]):
+            raise InputError(
+                f"a term of weighted_sum is {describe(term)}; expected a pair (weight, loss)"
+            )
+        if not isinstance(term[0], jax.core.Tracer):
+            check_number("a weight of weighted_sum", term[0], math.isfinite, "a finite number")
     return WeightedSum(terms)
 
 
@@ -613,6 +614,8 @@ def ignore_nan(loss_fn: Loss) -> Loss:
       >>> loss.values.sum() / loss.weights.sum()  # (1 + 3 + 2) / 3
       Array(2., dtype=float32)
     """
+    if not callable(loss_fn):
+        raise InputError(f"loss_fn is {describe(loss_fn)}; expected a loss", argument="loss_fn")
     if whole := single_losses(loss_fn) & WHOLE_EXAMPLE_LOSSES:
         raise InputError(
             f"loss_fn is {name_of(min(whole, key=name_of))}, which compares examples as a whole; "
@@ -673,8 +676,7 @@ WHOLE_EXAMPLE_LOSSES: frozenset[Loss] = frozenset(
 
 def _check_and_promote(predictions: AnyArray, targets: AnyArray) -> tuple[Array, Array]:
     """Checks that the shapes are equal, and promotes half precision."""
-    if targets is None:
-        raise InputError("targets is None; expected an array of the shape of the predictions")
+    check_arrays(predictions=predictions, targets=targets)
     if predictions.shape != targets.shape:
         raise InputError(
             f"predictions have the shape {predictions.shape} and targets {targets.shape}; "
@@ -695,7 +697,7 @@ def _mean_over_example(values: Array) -> Array:
 
 
 def _as_vectors(values: Array) -> Array:
-    return values.reshape(values.shape[0], -1)
+    return values.reshape(*values.shape[:1], -1)
 
 
 def _sum_over_example(values: Array) -> Array:

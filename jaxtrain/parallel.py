@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import jax
@@ -14,6 +14,7 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 from jaxtyping import PyTree
 
+from jaxtrain._arguments import check_arguments
 from jaxtrain._placement import describe_values, put
 from jaxtrain._processes import check_same, initialize
 from jaxtrain.dataset import Dataset, check_dataset, map_examples, named_arrays
@@ -50,6 +51,7 @@ def replicate(tree: PyTree, mesh: jax.sharding.Mesh, rule: Rule | None = None) -
       >>> mesh = jax.make_mesh((jax.device_count(),), ("data",))
       >>> state = jt.parallel.replicate(state, mesh)
     """
+    check_arguments(replicate, locals(), eager="call it outside")
     check_mesh(mesh)
     return _replicated(tree, "", mesh, rule)
 
@@ -117,6 +119,7 @@ def shard(dataset: Dataset, mesh: jax.sharding.Mesh) -> Dataset:
       >>> train = jt.parallel.shard(train, mesh)
       >>> state, history = jt.fit(state, train, loss_fn=loss_fn)
     """
+    check_arguments(shard, locals(), eager="call it outside")
     check_mesh(mesh)
     check_dataset(dataset, "dataset")
     processes = jax.process_count() if mesh.is_multi_process else 1
@@ -186,14 +189,41 @@ def mesh_of(*trees: PyTree, mesh: jax.sharding.Mesh | None = None) -> Iterator[N
       mesh: the mesh, or None.
 
     Raises:
-      InputError: the given mesh has no axis "data".
+      InputError: the given mesh has no axis "data"; or without a mesh, the arrays are on different
+        devices, with which JAX does not compute.
     """
     if mesh is not None:
         check_mesh(mesh)
     elif not _is_tracing() and current_mesh() is None:
         mesh = next(filter(None, map(_mesh_of_leaf, jax.tree.leaves(trees))), None)
     with contextlib.nullcontext() if mesh is None else jax.set_mesh(mesh):
-        yield
+        try:
+            yield
+        except ValueError as error:
+            is_placed = mesh is not None or current_mesh() is not None
+            if not is_placed and not isinstance(error, InputError):
+                _check_devices(trees)
+            raise
+
+
+def _check_devices(trees: tuple[PyTree, ...]) -> None:
+    """Raises InputError if arrays that `jax.device_put` has placed are on different devices."""
+    found: dict[Any, str] = {}
+    for tree, name in zip(trees, ("state", *["data"] * len(trees)), strict=False):
+        for path, leaf in named_arrays(tree, name):
+            is_array = isinstance(leaf, jax.Array) and not isinstance(leaf, jax.core.Tracer)
+            if is_array and leaf.committed:
+                found.setdefault(frozenset(leaf.sharding.device_set), path)
+    if len(found) > 1:
+        (first, path), (second, other), *_ = found.items()
+        raise InputError(
+            f"{path} is on {_names(first)} and {other} on {_names(second)}; expected the same "
+            "devices: move one of them by jax.device_put, or pass mesh= to fit"
+        )
+
+
+def _names(devices: Iterable[Any]) -> str:
+    return ", ".join(sorted(map(str, devices)))
 
 
 def current_mesh() -> jax.sharding.Mesh | None:

@@ -311,7 +311,7 @@ UNTYPED = pytest.mark.skipif(
     [
         ({"batch_size": 0}, "batch_size is 0", "batch_size"),
         ({"workers": -1}, "workers is -1", "workers"),
-        pytest.param({"key": 3}, "key is 3; expected a PRNG key", None, marks=UNTYPED),
+        pytest.param({"key": 3}, "key is 3; expected a PRNG key", "key", marks=UNTYPED),
         pytest.param(
             {"source": iter([])},
             "source is a list_iterator; expected a jaxtrain.Dataset, an object",

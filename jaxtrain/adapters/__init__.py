@@ -63,8 +63,6 @@ def adapt(
     `eqx.nn.make_with_state`. The two functions of the Model are equal for equal modules. The
     variables are the pair (params, model_state), or None if `Model.init` makes them.
     """
-    _check_names("rngs", rngs, "RNG streams, such as ('dropout', 'latent')")
-    _check_names("sown_losses", sown_losses, "collections, such as ('losses',)")
     if isinstance(model, type):
         raise InputError(
             f"model is the class {model.__name__}; expected an instance of it, such as "
@@ -251,12 +249,6 @@ def _with_apply(model: Model, apply: Any) -> Model:
 
 def _returning_losses(apply: AdaptedApply) -> AdaptedApply:
     return dataclasses.replace(apply, returns_losses=True) if apply.sown_losses else apply
-
-
-def _check_names(argument: str, names: Any, expected: str) -> None:
-    is_names = isinstance(names, Sequence) and all(isinstance(name, str) for name in names)
-    if isinstance(names, str) or not is_names:
-        raise InputError(f"{argument} is {names!r}; expected the names of {expected}")
 
 
 def _check_model(model: Model) -> None:

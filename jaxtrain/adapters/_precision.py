@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import PyTree
 
+from jaxtrain._arguments import describe
 from jaxtrain.errors import InputError
 from jaxtrain.model import Model
 
@@ -47,9 +48,14 @@ def mixed_precision(model: Any, dtype: Any = "bfloat16") -> MixedPrecision:
       >>> jt.predict(state, test.inputs).dtype
       dtype('float32')
     """
-    name = dtype if isinstance(dtype, str) else jnp.dtype(dtype).name
+    try:
+        name = jnp.dtype(dtype).name
+    except (TypeError, ValueError):
+        name = ""
     if name not in ("bfloat16", "float16"):
-        raise InputError(f"dtype is {dtype!r}; expected 'bfloat16' or 'float16'", argument="dtype")
+        raise InputError(
+            f"dtype is {describe(dtype)}; expected 'bfloat16' or 'float16'", argument="dtype"
+        )
     return MixedPrecision(model, name)
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import collections
 import inspect
 import types
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
@@ -108,7 +108,7 @@ class FunctionCallback(Callback):
 
 def checked_callbacks(callbacks: Any, method: str) -> list[Callback]:
     """Returns the callbacks of `fit` or `sweep`, where a function takes the place of `method`."""
-    if isinstance(callbacks, Callback) or not isinstance(callbacks, Iterable):
+    if isinstance(callbacks, Callback) or not np.iterable(callbacks):
         raise InputError(
             f"callbacks is {callbacks!r}; expected a list, such as [jaxtrain.callbacks.progress()]",
             argument="callbacks",

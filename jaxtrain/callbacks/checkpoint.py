@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import jax
 
-from jaxtrain._arguments import check_integer, checked_path
+from jaxtrain._arguments import check_arguments, check_integer, checked_path
 from jaxtrain._placement import read_only
 from jaxtrain._processes import are_joined, gather
 from jaxtrain.callbacks._callback import Callback, check_column, check_number
@@ -74,16 +74,11 @@ def checkpoint(
       >>> # The same call resumes; here, after the last of 5 epochs:
       >>> trained, history = jt.fit(state, train, loss_fn=loss_fn, callbacks=[checkpoint])
     """
+    check_arguments(checkpoint, locals())
     check_integer(every, "every", minimum=1)
     check_integer(keep, "keep", minimum=1)
     if every_steps is not None:
         check_integer(every_steps, "every_steps", minimum=1)
-    if resume not in ("auto", "required", "never"):
-        raise InputError(
-            f"resume is {resume!r}; expected 'auto', 'required' or 'never'", argument="resume"
-        )
-    if store not in ("file", "orbax"):
-        raise InputError(f"store is {store!r}; expected 'file' or 'orbax'", argument="store")
     settings = _to_json({} if configuration is None else configuration)
     path = _absolute(directory)
     return Checkpoint(path, every, every_steps, keep, resume, settings, best, store)

@@ -10,9 +10,9 @@ from typing import TYPE_CHECKING, Any, Literal
 import jax.numpy as jnp
 import numpy as np
 
-from jaxtrain._arguments import check_integer
+from jaxtrain import _arguments
+from jaxtrain._arguments import check_arguments, check_integer
 from jaxtrain.callbacks._callback import Callback, check_column, check_number
-from jaxtrain.errors import InputError
 
 if TYPE_CHECKING:
     from jaxtrain.training.history import Run
@@ -60,18 +60,11 @@ def early_stopping(
       ...     callbacks=[jt.callbacks.early_stopping(3, monitor="validation_accuracy")],
       ... )
     """
+    check_arguments(early_stopping, locals())
     check_integer(patience, "patience", minimum=1)
-    if not isinstance(monitor, str):
-        raise InputError(
-            f"monitor is {monitor!r}; expected the name of a column", argument="monitor"
-        )
-    if mode not in (None, "min", "max"):
-        raise InputError(f"mode is {mode!r}; expected 'min' or 'max'", argument="mode")
-    if not 0 <= min_delta < math.inf:
-        raise InputError(
-            f"min_delta is {min_delta}; expected a finite number of at least 0",
-            argument="min_delta",
-        )
+    _arguments.check_number(
+        "min_delta", min_delta, lambda x: 0 <= x < math.inf, "a finite number of at least 0"
+    )
     check_integer(min_epochs, "min_epochs", minimum=0)
     return EarlyStopping(patience, monitor, mode or infer_mode(monitor), min_delta, min_epochs)
 

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 
 import jax
 
-from jaxtrain._arguments import check_integer, checked_path
+from jaxtrain._arguments import check_arguments, check_integer, checked_path
 from jaxtrain._files import make_folder
 from jaxtrain._processes import are_joined
 from jaxtrain.callbacks._callback import Callback
@@ -44,12 +44,8 @@ def profile(folder: str | os.PathLike[str], steps: tuple[int, int] = (10, 20)) -
       >>> trace = jt.callbacks.profile("trace", steps=(2, 4))
       >>> state, history = jt.fit(state, train, loss_fn=loss_fn, batch_size=16, callbacks=[trace])
     """
+    check_arguments(profile, locals())
     folder = checked_path(folder, "folder")
-    if not isinstance(steps, tuple | list) or len(steps) != 2:
-        raise InputError(
-            f"steps is {steps!r}; expected a pair (first, last), such as (10, 20)",
-            argument="steps",
-        )
     check_integer(steps[0], "steps[0]", minimum=0)
     check_integer(steps[1], "steps[1]", minimum=int(steps[0]) + 1)
     return _Profile(folder, int(steps[0]), int(steps[1]))

@@ -10,12 +10,13 @@ from typing import TYPE_CHECKING, Literal
 import jax
 import jax.numpy as jnp
 
-from jaxtrain._arguments import check_integer
+from jaxtrain import _arguments
+from jaxtrain._arguments import check_arguments, check_integer
 from jaxtrain.callbacks._callback import Callback, check_column, check_number
 from jaxtrain.callbacks.early_stopping import infer_mode
 from jaxtrain.errors import InputError
 from jaxtrain.optimizers._inspect import has_settable_rate, map_rates
-from jaxtrain.optimizers._numbers import check_fractions, check_not_negative
+from jaxtrain.optimizers._numbers import check_not_negative
 
 if TYPE_CHECKING:
     from jaxtrain.training.history import Run
@@ -70,21 +71,8 @@ def reduce_on_plateau(
       >>> history["learning_rate"].shape
       (20,)
     """
-    if not isinstance(monitor, str):
-        raise InputError(
-            f"monitor is {monitor!r}; expected the name of a column", argument="monitor"
-        )
-    for name, value, known in (
-        ("mode", mode, (None, "min", "max")),
-        ("threshold_mode", threshold_mode, ("rel", "abs")),
-    ):
-        if value not in known:
-            raise InputError(
-                f"{name} is {value!r}; expected {known[-2]!r} or {known[-1]!r}", argument=name
-            )
-    check_fractions(factor=(factor,))
-    if factor == 0:
-        raise InputError(f"factor is {factor}; expected a number above 0", argument="factor")
+    check_arguments(reduce_on_plateau, locals())
+    _arguments.check_number("factor", factor, lambda x: 0 < x < 1, "a number above 0 and below 1")
     check_integer(patience, "patience", minimum=0)
     check_integer(cooldown, "cooldown", minimum=0)
     check_not_negative(threshold=threshold, min_lr=min_lr, eps=eps)

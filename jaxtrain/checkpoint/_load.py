@@ -10,10 +10,11 @@ from typing import Any, TypeVar
 import jax
 from jaxtyping import PyTree
 
-from jaxtrain._arguments import checked_path
+from jaxtrain._arguments import check_arguments, check_arrays, checked_path
 from jaxtrain.checkpoint import _file
 from jaxtrain.checkpoint._orbax import SUFFIX
 from jaxtrain.checkpoint._store import find_checkpoint, list_checkpoints, read_checkpoint
+from jaxtrain.dataset import named_arrays
 from jaxtrain.errors import InputError
 from jaxtrain.optimizers._evaluation import restart_evaluation
 
@@ -62,6 +63,8 @@ def load_checkpoint(
       >>> other = jt.init_state(model, jt.optimizers.sgd(0.1), train.inputs[:1], key=key)
       >>> other = jt.load_checkpoint("checkpoints/epoch-1.safetensors", other, weights_only=True)
     """
+    check_arguments(load_checkpoint, locals(), eager="call it outside")
+    check_arrays(**dict(named_arrays(state, "state")))
     file = _find(path)
     record, arrays = read_checkpoint(file)
     with _file.malformed_is_damaged(file):

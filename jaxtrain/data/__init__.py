@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 import jax
 
-from jaxtrain._arguments import check_shard
+from jaxtrain._arguments import check_arguments, check_shard
 from jaxtrain.data.digits import load_digits
 from jaxtrain.data.idx import Images, read_idx
 from jaxtrain.data.mnist import DOWNLOADS, load_mnist
@@ -131,6 +131,7 @@ def load_resolved(
       >>> resolved.name, len(resolved.train), len(resolved.test)
       ('digits', 1437, 360)
     """
+    check_arguments(load_resolved, locals())
     index, count = (0, 1) if shard is None else check_shard(shard)
     notice = None
     if name == "auto":

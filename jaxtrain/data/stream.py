@@ -13,7 +13,7 @@ import jax
 import numpy as np
 from jaxtyping import Array, Key
 
-from jaxtrain._arguments import check_integer, check_key, check_shard
+from jaxtrain._arguments import check_arguments, check_integer, check_shard
 from jaxtrain._extras import needs_extra
 from jaxtrain.checkpoint import describe_function, digest
 from jaxtrain.data.tfds import TFDS_PREFIX, open_tfds
@@ -203,13 +203,12 @@ def stream(
       >>> train = jt.data.stream(jt.Dataset(mapped, labels), batch_size=16, key=jax.random.key(0))
       >>> state, history = jt.fit(state, train, loss_fn=loss_fn)
     """
+    check_arguments(stream, locals(), eager="call it before")
     if isinstance(source, str) and source.startswith(TFDS_PREFIX):
         source = open_tfds(source.removeprefix(TFDS_PREFIX))
     check_integer(batch_size, "batch_size", minimum=1)
     check_integer(workers, "workers", minimum=0)
-    if key is not None:
-        check_key(key)
-    elif replacement:
+    if key is None and replacement:
         raise InputError(
             "key is None with replacement=True; expected a PRNG key, by which examples are drawn",
             argument="key",

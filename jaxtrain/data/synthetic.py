@@ -5,6 +5,7 @@ from __future__ import annotations
 import jax.numpy as jnp
 import numpy as np
 
+from jaxtrain._arguments import check_finite, check_integer
 from jaxtrain.dataset import Dataset
 
 
@@ -25,6 +26,7 @@ def line(weight: float = 0.7, bias: float = 0.3) -> tuple[Dataset, Dataset]:
       (Dataset(inputs=float32[40,1], targets=float32[40,1]),
        Dataset(inputs=float32[10,1], targets=float32[10,1]))
     """
+    check_finite(weight=weight, bias=bias)
     x = np.arange(0, 1, 0.02, dtype=np.float64).astype(np.float32)[:, None]
     y = np.float32(weight) * x + np.float32(bias)
     inputs, targets = jnp.asarray(x), jnp.asarray(y)
@@ -45,8 +47,9 @@ def points_on_line(weight: float = 2.0, bias: float = 0.0) -> Dataset:
       >>> jt.data.points_on_line().targets.ravel()
       Array([2., 4., 6.], dtype=float32)
     """
+    check_finite(weight=weight, bias=bias)
     x = jnp.arange(1.0, 4.0)[:, None]
-    return Dataset(x, weight * x + bias)
+    return Dataset(x, float(weight) * x + float(bias))
 
 
 def noisy_line(
@@ -71,6 +74,9 @@ def noisy_line(
       >>> jt.data.noisy_line(100, weight=3.0, bias=2.0, noise=0.5, seed=0, width=2.0)
       Dataset(inputs=float32[100,1], targets=float32[100,1])
     """
+    check_integer(examples, "examples", minimum=1)
+    check_integer(seed, "seed", minimum=0, maximum=2**32 - 1)
+    check_finite(weight=weight, bias=bias, noise=noise, width=width)
     random = np.random.RandomState(seed)
     x = width * random.rand(examples, 1)
     y = weight * x + bias + noise * random.randn(examples, 1)

@@ -22,7 +22,7 @@ from jax.interpreters.partial_eval import dce_jaxpr
 from jaxtyping import PyTree
 
 from jaxtrain import parallel
-from jaxtrain._arguments import check_integer
+from jaxtrain._arguments import check_arguments, check_integer
 from jaxtrain._extras import needs_extra
 from jaxtrain._files import output_path, write_atomically
 from jaxtrain.errors import InputError
@@ -80,6 +80,7 @@ def onnx(
     Example:
       >>> jt.export.onnx(state, "model.onnx", test.inputs[:1], postprocess=jax.nn.softmax)
     """
+    check_arguments(onnx, locals(), eager="call it outside")
     file = output_path(path)
     check_integer(opset, "opset", minimum=1)
     predict = prediction_function(state, preprocess, postprocess)
@@ -141,8 +142,7 @@ def onnx(
 def _check_names(names: Any, argument: str, count: int) -> None:
     if names is None:
         return
-    is_sequence = isinstance(names, Sequence) and not isinstance(names, str)
-    if not is_sequence or not len(names) == len(set(names)) == count:
+    if not len(names) == len(set(names)) == count:
         raise InputError(
             f"{argument} is {names!r}; expected {count} different names", argument=argument
         )

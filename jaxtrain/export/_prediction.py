@@ -41,9 +41,6 @@ def prediction_function(
             "this state in one of init_state(..., call=...)",
             argument="state",
         )
-    for name, function in (("preprocess", preprocess), ("postprocess", postprocess)):
-        if function is not None and not callable(function):
-            raise InputError(f"{name} is {function!r}; expected a function or None", argument=name)
 
     def on_host(tree: PyTree) -> PyTree:
         # A file does not depend on the devices that the state lies on.

@@ -10,12 +10,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jaxtrain._arguments import check_arguments
 from jaxtrain._files import output_path, read_input, write_atomically
 from jaxtrain._placement import to_words
 from jaxtrain._safetensors import DTYPES, MAX_HEADER_BYTES, place, to_host
 from jaxtrain.dataset import named_arrays
 from jaxtrain.errors import InputError
-from jaxtrain.training.state import TrainState
+from jaxtrain.training.state import TrainState, check_state_type
 
 
 def save(path: str | os.PathLike[str], state: TrainState) -> None:
@@ -43,6 +44,8 @@ def save(path: str | os.PathLike[str], state: TrainState) -> None:
     """
     import safetensors.numpy
 
+    check_arguments(save, locals(), eager="call it outside")
+    check_state_type(state)
     file = output_path(path)
     arrays: dict[str, np.ndarray] = {}
     for name, leaf in _named(state):
@@ -73,6 +76,8 @@ def load(path: str | os.PathLike[str], state: TrainState) -> TrainState:
       >>> state = jt.init_state(model, None, train.inputs[:1], key=key)  # needs no optimizer
       >>> state = jt.load("model.safetensors", state)
     """
+    check_arguments(load, locals(), eager="call it outside")
+    check_state_type(state)
     expected = _named(state)
     found = _read(path, sum(to_words(leaf).nbytes for _, leaf in expected))
     if found and not found.keys() & {name for name, _ in expected}:
@@ -131,10 +136,6 @@ def _restore(data: bytes | bytearray, like: Any) -> Any:
 
 def _named(state: TrainState) -> list[tuple[str, Any]]:
     """Returns the arrays with their paths: params first, then the model state."""
-    if not isinstance(state, TrainState):
-        raise InputError(
-            f"state is a {type(state).__name__}; expected a TrainState, made by init_state or fit"
-        )
     # Linen's collections have names of their own.
     name = "" if isinstance(state.model_state, Mapping) else "model_state"
     return [

@@ -12,6 +12,7 @@ import jax.numpy as jnp
 from jaxtyping import PyTree
 
 from jaxtrain import parallel
+from jaxtrain._arguments import check_arguments
 from jaxtrain._files import output_path, read_input, write_atomically
 from jaxtrain._versions import current_device
 from jaxtrain.dataset import check_inputs, describe_array, named_arrays
@@ -35,7 +36,7 @@ def stablehlo(
     *,
     preprocess: Callable[[PyTree], PyTree] | None = None,
     postprocess: Callable[[Any], Any] | None = None,
-    platforms: Sequence[str] = ("cpu", "cuda"),
+    platforms: str | Sequence[str] = ("cpu", "cuda"),
 ) -> None:
     """Writes a model to one file that runs with JAX alone, on any number of examples.
 
@@ -70,9 +71,9 @@ def stablehlo(
     from jax import export
 
     known = ("cpu", "cuda", "rocm", "tpu")
+    check_arguments(stablehlo, locals(), eager="call it outside")
     platforms = (platforms,) if isinstance(platforms, str) else platforms
-    is_sequence = isinstance(platforms, Sequence) and len(platforms) > 0
-    if not is_sequence or not all(each in known for each in platforms):
+    if not platforms or not all(each in known for each in platforms):
         raise InputError(
             f"platforms is {platforms!r}; expected some of {', '.join(known)}",
             argument="platforms",
@@ -122,6 +123,7 @@ def load_stablehlo(path: str | os.PathLike[str]) -> Callable[[PyTree], Any]:
     """
     from jax import export
 
+    check_arguments(load_stablehlo, locals(), eager="call it outside")
     content = _read(path)
     try:
         exported = export.deserialize(bytearray(content))

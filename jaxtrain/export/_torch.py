@@ -8,6 +8,7 @@ from typing import Any, NamedTuple, TypeVar
 import numpy as np
 from jaxtyping import PyTree
 
+from jaxtrain._arguments import check_arguments
 from jaxtrain._extras import needs_extra
 from jaxtrain._placement import to_numpy
 from jaxtrain.dataset import named_arrays
@@ -126,6 +127,7 @@ def load_torch(
       ... )
       >>> state = jt.export.load_torch(state, module)
     """
+    check_arguments(load_torch, locals(), eager="call it outside")
     check_state_type(state)
     tensors, tied = read_state_dict(source)
     uses = trace_uses(state)
@@ -181,6 +183,7 @@ def to_torch(
       >>> module.load_state_dict(jt.export.to_torch(state, module))
       <All keys matched successfully>
     """
+    check_arguments(to_torch, locals(), eager="call it outside")
     check_state_type(state)
     with needs_extra("torch"):
         import torch  # noqa: F401
@@ -324,14 +327,6 @@ def _match(
     strict: bool,
 ) -> Pairs:
     """Returns pairs of layers; of tied tensors, those that the model also has twice, or one."""
-    if not isinstance(mapping or {}, Mapping) or not all(
-        isinstance(x, str) for pair in (mapping or {}).items() for x in pair
-    ):
-        raise InputError(
-            f"mapping is {mapping!r}; expected paths of layers by names of layers, such as "
-            "{'fc1': 'Dense_0'}",
-            argument="mapping",
-        )
     layers = layers_of(state, uses)
 
     def pairs_of(names: Collection[str]) -> Pairs:

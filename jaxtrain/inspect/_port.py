@@ -16,6 +16,7 @@ from jaxtrain import adapters
 from jaxtrain._compiler import bounded
 from jaxtrain._differences import difference, relative
 from jaxtrain._extras import needs_extra
+from jaxtrain.dataset import check_inputs
 from jaxtrain.errors import InputError
 from jaxtrain.export import Conversion, conversions, misfits
 from jaxtrain.model import Model
@@ -85,6 +86,8 @@ def port(
         from jaxtrain.inspect._torch_calls import Reference
     inputs = as_arrays(inputs)
     layouts = [as_arrays(model_inputs)] if model_inputs is not None else list(_layouts(inputs))
+    for each in (inputs, *layouts):
+        check_inputs(each)
     some = jax.tree.map(lambda leaf: leaf[:4], inputs)
     try:
         theirs = Reference(module).evaluate(some).outputs

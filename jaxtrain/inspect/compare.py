@@ -16,6 +16,7 @@ import numpy as np
 from jaxtyping import Array, Float, PyTree
 
 from jaxtrain import adapters, optimizers, parallel
+from jaxtrain._arguments import check_arguments
 from jaxtrain._compiler import bounded
 from jaxtrain._differences import difference, differences, explained, largest
 from jaxtrain.dataset import Dataset
@@ -248,6 +249,7 @@ def compare(
       True
       >>> table = str(report)  # print(report) shows it
     """
+    check_arguments(compare, locals(), eager="call it outside")
     check_module(module)
     loss_fn = _check_loss(loss_fn, targets)
     make_theirs, optimizer = _optimizers(optimizer)

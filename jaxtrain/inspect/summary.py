@@ -14,6 +14,7 @@ import numpy as np
 from jaxtyping import Array, Float, PyTree
 
 from jaxtrain import adapters, parallel
+from jaxtrain._arguments import check_arguments
 from jaxtrain.dataset import (
     Dataset,
     check_dataset,
@@ -167,6 +168,7 @@ def summary(
       610
       >>> table = str(summary)  # print(summary) shows it
     """
+    check_arguments(summary, locals(), eager="call it outside")
     check_state_type(state)
     check_loss(_mean_output if loss_fn is None else loss_fn)
     if loss_fn is None and targets is not None:

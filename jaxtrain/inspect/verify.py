@@ -17,6 +17,7 @@ from jax import lax
 from jaxtyping import PyTree
 
 from jaxtrain import adapters, parallel
+from jaxtrain._arguments import check_arguments
 from jaxtrain._compiler import KNOWN_FLAGS, equations
 from jaxtrain.dataset import Dataset, as_dataset, named_arrays
 from jaxtrain.inspect._interpreter import Interpreter
@@ -24,6 +25,7 @@ from jaxtrain.losses import Loss, context_parameters, mean_terms
 from jaxtrain.model import Model
 from jaxtrain.training.state import TrainState, check_state_type
 from jaxtrain.training.step import Batch, LossContext, check_loss, gradients
+from jaxtrain.training.tracing import traced_prediction
 
 # Differences up to this many times the effect of rounding are explained by it.
 _FACTOR = 8
@@ -138,9 +140,11 @@ def verify(state: TrainState, batch: Batch, loss_fn: Loss) -> Verification:
       True
       >>> table = str(verification)  # print(verification) shows it
     """
+    check_arguments(verify, locals(), eager="call it outside")
     check_state_type(state)
     check_loss(loss_fn)
     state, data = jax.tree.map(jnp.asarray, (state, as_dataset(batch, "batch")))
+    traced_prediction(state, data, "batch")  # whose error names inputs that do not fit
     with parallel.without_mesh():
         function = functools.partial(_results, loss_fn=loss_fn)
         step = _Step(function, state, data)

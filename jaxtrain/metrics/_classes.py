@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Shaped
 
-from jaxtrain._arguments import axis_hint, check_integer
+from jaxtrain._arguments import axis_hint, check_arrays, check_finite, check_integer, describe
 from jaxtrain._placement import has_values
 from jaxtrain.dataset import has_weight
 from jaxtrain.errors import InputError
@@ -132,7 +132,7 @@ def _labels(
     name: str, predictions: Array, targets: Array, weights: Array, threshold: float = 0.0
 ) -> _Labels:
     """Returns the classes or labels that scores predict; see `f1`."""
-    weights = label_weights(weights, targets.shape, name)
+    weights = label_weights(name, predictions, targets, weights)
     scores, true, kind = by_kind(name, predictions, targets)
     classes = 2 if kind == "binary" else scores.shape[-1]
     if kind == "classes":
@@ -171,6 +171,7 @@ class ClassScore(AccumulatedMetric):
 
     def __post_init__(self) -> None:
         check_average(self.kind, self.average, ("binary", "macro", "micro", "weighted"))
+        check_finite(threshold=self.threshold)
 
     @property
     def __name__(self) -> str:
@@ -249,19 +250,21 @@ class ConfusionMatrix(AccumulatedMetric):
 
 def check_average(name: str, average: Any, names: tuple[str, ...]) -> None:
     """Raises InputError unless the average is one of the names, or None."""
-    if average is not None and average not in names:
+    if average is not None and not (isinstance(average, str) and average in names):
         raise InputError(
-            f"the average of {name} is {average!r}; expected None, {', '.join(map(repr, names))}: "
-            f"{name}(average) makes a metric",
+            f"the average of {name} is {describe(average)}; expected None, "
+            f"{', '.join(map(repr, names))}: {name}(average) makes a metric",
             argument="average",
         )
 
 
 def check_classes(name: str, predictions: AnyArray, targets: AnyArray, hint: str = "") -> None:
     """Raises InputError unless each label has logits of two or more classes."""
+    check_arrays(predictions=predictions, targets=targets)
     rows = predictions.shape[:-1]
     extra_axis = axis_hint(rows, targets.shape)
-    if predictions.shape[-1] == 1 or (predictions.ndim <= targets.ndim and not extra_axis):
+    has_classes = predictions.ndim > 0 and predictions.shape[-1] != 1
+    if not has_classes or (predictions.ndim <= targets.ndim and not extra_axis):
         raise InputError(
             f"{name} received predictions of shape {predictions.shape}; expected logits of two "
             f"or more classes along the last axis{hint}"

@@ -13,7 +13,7 @@ import numpy as np
 from jax.typing import ArrayLike
 from jaxtyping import Array, Float, PyTree
 
-from jaxtrain._arguments import axis_hint
+from jaxtrain._arguments import axis_hint, check_arrays
 from jaxtrain._static_key import ByKey
 from jaxtrain.dataset import has_weight, shared_inputs
 from jaxtrain.errors import InputError
@@ -137,7 +137,13 @@ def as_accumulated(metric: Any) -> AccumulatedMetric:
 def _value(static: ByKey, predictions: Any, targets: Any, weights: Array | None) -> Array:
     metric: AccumulatedMetric = static.value
     predictions = jax.tree.map(at_least_float32, predictions)
-    length = jax.tree.leaves((targets, predictions))[0].shape[0]
+    leaves = jax.tree.leaves((targets, predictions))
+    if not leaves or any(not jnp.ndim(leaf) for leaf in leaves):
+        raise InputError(
+            f"{name_of(metric)} received targets or predictions without an axis of examples; "
+            "expected arrays [examples, ...]"
+        )
+    length = leaves[0].shape[0]
     if weights is None:
         return metric.finish(metric._total_of(predictions, targets, jnp.ones(length)))
     weights = as_weights(weights)
@@ -174,7 +180,7 @@ def per_example(
     """
     try:
         result = function(predictions, targets)
-    except (AttributeError, TypeError) as error:
+    except (AttributeError, TypeError, InputError) as error:
         if hasattr(predictions, "shape"):
             raise
         raise InputError(
@@ -277,11 +283,14 @@ def vector_sum(values: Array, weights: Array | None = None) -> Array:
     return jnp.dot(values.ravel(), weights.ravel(), precision=jax.lax.Precision.HIGHEST)
 
 
-def label_weights(weights: Array, shape: tuple[int, ...], name: str) -> Float[Array, "..."]:
+def label_weights(name: str, predictions: Any, targets: Any, weights: Array) -> Float[Array, "..."]:
     """Returns weights broadcast to the shape of the targets: each label has that of its example.
 
-    Raises InputError unless they are along the leading axes of the targets.
+    Raises InputError unless predictions and targets are arrays, and the weights are along the
+    leading axes of the targets.
     """
+    check_arrays(predictions=predictions, targets=targets)
+    shape = targets.shape
     if weights.shape != shape[: weights.ndim]:
         raise InputError(
             f"the weights of {name} have the shape {weights.shape}; expected one per example or "

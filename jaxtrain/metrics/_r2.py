@@ -43,13 +43,14 @@ class R2(AccumulatedMetric):
         return "r2"
 
     def update(self, total: Any, predictions: Any, targets: Any, weights: Array) -> _Moments:
+        weights = label_weights("r2", predictions, targets, weights)
         if predictions.shape != targets.shape:
             raise InputError(
                 f"r2 received predictions of shape {predictions.shape} and targets of shape "
                 f"{targets.shape}; expected the same shape"
                 + axis_hint(predictions.shape, targets.shape)
             )
-        each = predictions, targets, label_weights(weights, targets.shape, "r2")
+        each = predictions, targets, weights
         predictions, targets, weights = (
             at_least_float32(x + 0.0).reshape(len(targets), -1) for x in each
         )

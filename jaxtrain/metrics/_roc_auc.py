@@ -84,7 +84,7 @@ class RocAuc(AccumulatedMetric):
 
 def _scores(predictions: Array, targets: Array, weights: Array) -> _Scores:
     """Returns the scores of a batch, [labels, examples]."""
-    weights = label_weights(weights, targets.shape, "roc_auc")
+    weights = label_weights("roc_auc", predictions, targets, weights)
     scores, true, kind = by_kind("roc_auc", predictions, targets)
     labels = 1 if kind == "binary" else scores.shape[-1]
     scores = scores.reshape(-1, labels).astype(jnp.promote_types(scores.dtype, jnp.float32))

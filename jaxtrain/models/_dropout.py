@@ -10,8 +10,7 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Bool, Float, Key
 
-from jaxtrain._arguments import check_key
-from jaxtrain.errors import InputError
+from jaxtrain._arguments import check_arrays, check_key, check_number
 
 # The multipliers of lowbias32, a 32-bit hash (https://nullprogram.com/blog/2018/07/31/).
 MULTIPLIERS = (0x7FEB352D, 0x846CA68B)
@@ -40,7 +39,8 @@ def dropout(inputs: Float[Array, "..."], rate: float, key: Key[Array, ""]) -> Fl
       >>> jnp.unique(outputs)
       Array([0.  , 1.25], dtype=float32)
     """
-    check_rate(rate)
+    check_arrays(inputs=inputs)
+    rate = checked_rate(rate)
     check_key(key)
     if rate == 0:
         return inputs
@@ -58,10 +58,10 @@ def keep_mask(key: Key[Array, ""], rate: float, shape: tuple[int, ...]) -> Bool[
     return x >= jnp.uint32(round(rate * 2**32))
 
 
-def check_rate(rate: float, name: str = "rate") -> None:
-    """Raises an InputError if the rate is not in [0, 1)."""
-    if not 0 <= rate < 1:
-        raise InputError(f"{name} is {rate}; expected a fraction in [0, 1)", argument=name)
+def checked_rate(rate: float, name: str = "rate") -> float:
+    """Returns the rate as a number, and raises an InputError if it is not in [0, 1)."""
+    check_number(name, rate, lambda number: 0 <= number < 1, "a fraction in [0, 1)")
+    return float(rate)
 
 
 class Dropout(nn.Module):
@@ -89,7 +89,7 @@ class Dropout(nn.Module):
           inputs: array of any shape.
           train: whether to drop elements; draws from the RNG stream "dropout".
         """
-        check_rate(self.rate)
-        if not train or self.rate == 0:
+        rate = checked_rate(self.rate)
+        if not train or rate == 0:
             return inputs
-        return dropout(inputs, self.rate, self.make_rng("dropout"))
+        return dropout(inputs, rate, self.make_rng("dropout"))

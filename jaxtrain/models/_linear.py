@@ -12,6 +12,8 @@ from jax import lax
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
+from jaxtrain._arguments import check_integer
+
 
 def uniform_fan_in(fan_in: int) -> nn.initializers.Initializer:
     """Returns the initializer of weight and bias in `torch.nn.Linear`: uniform in ±1/√fan_in.
@@ -25,6 +27,7 @@ def uniform_fan_in(fan_in: int) -> nn.initializers.Initializer:
       >>> init = jt.models.uniform_fan_in(64)  # uniform in ±1/8
       >>> dense = nn.Dense(10, kernel_init=init, bias_init=init)
     """
+    check_integer(fan_in, "fan_in", minimum=1)
     bound = 1 / math.sqrt(fan_in)
 
     def init(key: Array, shape: Sequence[int], dtype: DTypeLike = jnp.float32) -> Array:
@@ -56,6 +59,7 @@ class Linear(nn.Module):
     @nn.compact
     def __call__(self, inputs: Float[Array, "*batch inputs"]) -> Float[Array, "*batch features"]:
         """Returns inputs · weightᵀ + bias."""
+        check_integer(self.features, "features", minimum=1, maximum=2**31 - 1)
         fan_in = inputs.shape[-1]
         init = uniform_fan_in(fan_in)
 

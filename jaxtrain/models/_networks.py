@@ -6,12 +6,14 @@ from collections.abc import Sequence
 from typing import Any
 
 import flax.linen as nn
+import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Shaped
 
+from jaxtrain._arguments import check_arrays, check_integer, describe
 from jaxtrain.errors import InputError
-from jaxtrain.models._dropout import Dropout, check_rate
+from jaxtrain.models._dropout import Dropout, checked_rate
 from jaxtrain.models._linear import Linear
 
 
@@ -36,6 +38,9 @@ class LinearRegression(nn.Module):
         self, inputs: Shaped[Array, "batch inputs"], train: bool = False
     ) -> Float[Array, "batch features"]:
         """Returns the predictions; `train` has no effect."""
+        check_integer(self.features, "features", minimum=1, maximum=2**31 - 1)
+        if not isinstance(self.use_bias, bool):
+            raise InputError(f"use_bias is {describe(self.use_bias)}; expected True or False")
         shape, dtype = (inputs.shape[-1], self.features), jnp.result_type(inputs, jnp.float32)
         weight = self.param("weight", nn.initializers.normal(1.0), shape, dtype)
         # For one input and one output, vectors: XLA:CPU takes 5 times as long for columns.
@@ -84,9 +89,11 @@ class FeedForward(nn.Module):
           InputError: `features` is empty, the dropout rate is not in [0, 1), or `mean` or `std` is
             an array of another size than the inputs of an example.
         """
-        if not self.features:
-            raise InputError("features is empty; expected the width of at least one layer")
-        check_rate(self.dropout_rate, "dropout_rate")
+        if not isinstance(self.features, (tuple, list)) or not self.features:
+            raise InputError(
+                f"features is {describe(self.features)}; expected the width of at least one layer"
+            )
+        rate = checked_rate(self.dropout_rate, "dropout_rate")
         x = inputs.reshape(inputs.shape[0], -1)
         if jnp.issubdtype(x.dtype, jnp.integer):
             x = x.astype(jnp.float32) / 255
@@ -95,14 +102,15 @@ class FeedForward(nn.Module):
         # Flax derives the initial parameters from the key and the names of the layers.
         for layer, width in enumerate(self.features[:-1]):
             x = nn.relu(Linear(width, name=f"Dense_{layer}")(x))
-            x = Dropout(self.dropout_rate)(x, train)
+            x = Dropout(rate)(x, train)
         return Linear(self.features[-1], name=f"Dense_{len(self.features) - 1}")(x)
 
 
 def _per_input(name: str, value: Any, inputs: int) -> Any:
     """Returns a number as it is, and an array as a row of as many numbers as an example has."""
-    if isinstance(value, (int, float)) or not np.ndim(value):
+    if isinstance(value, (int, float)) or (isinstance(value, jax.Array) and not value.ndim):
         return value
+    check_arrays(**{name: value})
     if np.size(value) != inputs:
         raise InputError(
             f"{name} has {np.size(value)} numbers, and an example {inputs} inputs; expected one "

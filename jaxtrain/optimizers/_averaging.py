@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import Array, Bool, Int, PyTree
 
+from jaxtrain._arguments import check_arguments
 from jaxtrain.optimizers._accumulation import AccumulationState
 from jaxtrain.optimizers._evaluation import evaluate_with, evaluation_params
 from jaxtrain.optimizers._extra_args import accepting_extra_args
@@ -66,6 +67,7 @@ def average_parameters(
       >>> metrics = jt.evaluate(state, test, loss_fn)  # of the average
       >>> params = jt.optimizers.averaged_params(state.opt_state)
     """
+    check_arguments(average_parameters, locals())
     check_number("decay", decay, lambda number: 0 <= number <= 1, "from 0 to 1")
     inner = accepting_extra_args(optimizer)
 

@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import PyTree
 
+from jaxtrain._arguments import check_arguments
 from jaxtrain.errors import InputError
 from jaxtrain.optimizers._extra_args import accepting_extra_args
 from jaxtrain.optimizers._hoist import HoistedState
@@ -77,6 +78,7 @@ def evaluate_with(
       >>> state, losses = jt.train_epoch(state, train, loss_fn)
       >>> metrics = jt.evaluate(state, test, loss_fn)  # of the averaged parameters
     """
+    check_arguments(evaluate_with, locals())
     inner = accepting_extra_args(optimizer)
 
     def init(params: PyTree) -> EvaluationState:

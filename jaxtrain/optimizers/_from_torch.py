@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import PyTree
 
+from jaxtrain._arguments import describe
 from jaxtrain.errors import InputError
 from jaxtrain.optimizers._torch import OPTIMIZERS
 
@@ -61,6 +62,11 @@ def from_torch(torch_optimizer: Any, module: Any = None) -> optax.GradientTransf
                 "that has just been made",
                 argument="torch_optimizer",
             )
+    if module is not None and not hasattr(module, "named_parameters"):
+        raise InputError(
+            f"module is {describe(module)}; expected the PyTorch module of the optimizer",
+            argument="module",
+        )
     groups = torch_optimizer.param_groups
     parts = [_translate(name, group, torch_optimizer.defaults) for group in groups]
     names = [_names(group, module) for group in groups]

@@ -12,8 +12,9 @@ import optax
 from jax import lax
 from jaxtyping import Array, Float, Int, PyTree
 
-from jaxtrain._arguments import check_integer
+from jaxtrain._arguments import check_arguments, check_integer
 from jaxtrain._carry import keep_types
+from jaxtrain.optimizers._check import check_optimizer
 from jaxtrain.optimizers._extra_args import accepting_extra_args
 from jaxtrain.optimizers._inspect import has_line_search
 
@@ -126,6 +127,8 @@ def minimize(
       >>> jt.optimizers.Stop(result.stop).message
       'loss below the threshold'
     """
+    check_arguments(minimize, locals())
+    check_optimizer(optimizer)
     check_integer(max_steps, "max_steps", minimum=0, maximum=2**31 - 2)
     searches = has_line_search(jax.eval_shape(optimizer.init, params))
     evaluate = jax.value_and_grad(loss_fn)

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import Array, Float
 
-from jaxtrain.errors import InputError
+from jaxtrain import _arguments
 
 # An array if jax.vmap maps over the argument.
 Number: TypeAlias = float | Float[Array, ""]
@@ -46,13 +46,5 @@ def check_fractions(**arguments: tuple[Any, ...]) -> None:
 
 def check_number(name: str, value: Any, is_valid: Callable[[float], bool], expected: str) -> None:
     """Raises InputError if `value` is not a number or not valid; a traced one is not checked."""
-    if isinstance(value, jax.core.Tracer):
-        return
-    try:
-        valid = not isinstance(value, (str, bytes)) and is_valid(float(value))
-    except (TypeError, ValueError):
-        valid = False
-    if not valid:
-        raise InputError(
-            f"{name} is {value!r}; expected a number that is {expected}", argument=name
-        )
+    if not isinstance(value, jax.core.Tracer):
+        _arguments.check_number(name, value, is_valid, f"a number that is {expected}")

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import math
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import jax.numpy as jnp
 import optax
 from jaxtyping import Array, Bool, Float, Int
 
-from jaxtrain._arguments import check_integer
-from jaxtrain.errors import InputError
+from jaxtrain._arguments import check_arguments, check_integer, check_number
 from jaxtrain.optimizers._numbers import Number, check_learning_rate, check_not_negative
 
 
@@ -177,7 +176,7 @@ def one_cycle_lr(
     total_steps: int,
     *,
     pct_start: float = 0.3,
-    anneal_strategy: str = "cos",
+    anneal_strategy: Literal["cos", "linear"] = "cos",
     div_factor: float = 25.0,
     final_div_factor: float = 1e4,
     three_phase: bool = False,
@@ -209,21 +208,12 @@ def one_cycle_lr(
       [0.04, 0.538, 1.0, 0.0]
       >>> optimizer = jt.optimizers.adam(schedule)
     """
+    check_arguments(one_cycle_lr, locals())
     check_learning_rate(max_lr)
     check_integer(total_steps, "total_steps", minimum=1)
-    for name, value, is_valid, expected in (
-        ("pct_start", pct_start, 0 <= pct_start <= 1, "a number from 0 to 1"),
-        ("div_factor", div_factor, div_factor > 0, "a number above 0"),
-        ("final_div_factor", final_div_factor, final_div_factor > 0, "a number above 0"),
-        (
-            "anneal_strategy",
-            repr(anneal_strategy),
-            anneal_strategy in ("cos", "linear"),
-            "'cos' or 'linear'",
-        ),
-    ):
-        if not is_valid:
-            raise InputError(f"{name} is {value}; expected {expected}", argument=name)
+    check_number("pct_start", pct_start, lambda part: 0 <= part <= 1, "a number from 0 to 1")
+    for name, value in (("div_factor", div_factor), ("final_div_factor", final_div_factor)):
+        check_number(name, value, lambda factor: factor > 0, "a number above 0")
     peak = pct_start * total_steps - 1
     last = total_steps - 1.0
     # The ends of the phases, in steps, and the factors of `max_lr` there.

@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import Array, Float, Int
 
-from jaxtrain._arguments import check_integer
+from jaxtrain._arguments import check_arguments, check_integer, check_number
 from jaxtrain.errors import InputError
 from jaxtrain.optimizers._numbers import (
     LearningRate,
@@ -63,6 +63,7 @@ def sgd(
       >>> state = jt.init_state(model, optimizer, train.inputs[:1], key=key)
       >>> state, metrics = jt.train_step(state, batch, loss_fn)
     """
+    check_arguments(sgd, locals())
     check_learning_rate(learning_rate)
     check_not_negative(momentum=momentum, dampening=dampening)
     if nesterov and (not is_used(momentum) or is_used(dampening)):
@@ -103,6 +104,7 @@ def adam(
     Example:
       >>> optimizer = jt.optimizers.adam(1e-3)
     """
+    check_arguments(adam, locals())
     return optax.chain(
         *_l2(weight_decay),
         _scale_by_adam(learning_rate, betas, eps, amsgrad),
@@ -135,6 +137,7 @@ def adamw(
     Example:
       >>> optimizer = jt.optimizers.adamw(1e-3, weight_decay=0.1)
     """
+    check_arguments(adamw, locals())
     check_not_negative(weight_decay=weight_decay)
     return optax.chain(
         _scale_by_adam(learning_rate, betas, eps, amsgrad),
@@ -170,6 +173,7 @@ def rmsprop(
     Example:
       >>> optimizer = jt.optimizers.rmsprop(1e-3, momentum=0.9)
     """
+    check_arguments(rmsprop, locals())
     check_learning_rate(learning_rate)
     check_not_negative(eps=eps, momentum=momentum)
     check_fractions(alpha=(alpha,))
@@ -215,15 +219,13 @@ def rprop(
             "step size of each parameter",
             argument="learning_rate",
         )
+    check_arguments(rprop, locals())
     check_learning_rate(learning_rate)
-    eta_minus, eta_plus = etas
     smallest, largest = step_sizes
-    if not (0 < eta_minus < 1 < eta_plus):
-        raise InputError(f"etas are {etas}; expected a factor in (0, 1) and one above 1")
-    if not (0 <= smallest <= largest):
-        raise InputError(
-            f"step_sizes are {step_sizes}; expected the smallest, at least 0, and the largest"
-        )
+    check_number("etas[0]", etas[0], lambda factor: 0 < factor < 1, "a factor in (0, 1)")
+    check_number("etas[1]", etas[1], lambda factor: factor > 1, "a factor above 1")
+    check_number("step_sizes[0]", smallest, lambda size: size >= 0, "the smallest, at least 0")
+    check_number("step_sizes[1]", largest, lambda size: size >= smallest, "the largest")
     return optax.chain(
         scale_by_sign_and_step_size(learning_rate, etas, step_sizes), optax.scale(-1.0)
     )
@@ -332,7 +334,7 @@ def lbfgs(
       Array([1., 1.], dtype=float32)
     """
     check_learning_rate(learning_rate)
-    check_integer(history_size, "history_size", minimum=1)
+    check_integer(history_size, "history_size", minimum=1, maximum=2**31 - 1)
     return optax.lbfgs(
         learning_rate,
         memory_size=history_size,
@@ -370,6 +372,7 @@ def make(name: str, learning_rate: LearningRate, **options: Any) -> optax.Gradie
       >>> optimizer = jt.optimizers.make("sgd", 0.1, momentum=0.9)
       >>> optimizer = jt.optimizers.make("adam", 0.1, momentum=0.0)  # adam has no momentum
     """
+    check_arguments(make, locals())
     if name not in OPTIMIZERS:
         raise InputError(f"the optimizer is {name!r}; expected one of {', '.join(OPTIMIZERS)}")
     known = inspect.signature(OPTIMIZERS[name]).parameters

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
-from jaxtrain._arguments import check_integer
+from jaxtrain._arguments import check_arguments, check_integer, check_number
 from jaxtrain._extras import needs_extra
 from jaxtrain.dataset import Dataset
 from jaxtrain.errors import DisagreementError, InputError
@@ -107,6 +107,7 @@ def race(
     """
     with needs_extra("torch"):
         import torch  # noqa: F401
+    check_arguments(race, locals(), eager="call it outside")
     log = _print if log is None else log
     _check(module, optimizer, model, batch_size, rounds, seconds, contenders)
     torch_loss = _torch_loss(loss_fn) if torch_loss is None else torch_loss
@@ -173,8 +174,7 @@ def _check(
         )
     check_integer(batch_size, "batch_size", minimum=1)
     check_integer(rounds, "rounds", minimum=1)
-    if not seconds > 0:
-        raise InputError(f"seconds is {seconds}; expected a number above 0", argument="seconds")
+    check_number("seconds", seconds, lambda number: number > 0, "a number above 0")
     if not contenders or not set(contenders) <= set(CONTENDERS):
         raise InputError(
             f"contenders is {contenders!r}; expected some of {', '.join(CONTENDERS)}",

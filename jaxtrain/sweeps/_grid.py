@@ -133,9 +133,9 @@ def make_grid(
       InputError: an axis is empty or mixes types, the lengths of zipped axes differ, or `run` does
         not take the axes as arguments.
     """
-    if not isinstance(axes, Mapping) or not axes:
+    if not axes:
         raise InputError(
-            f"axes is {axes!r}; expected a dict of at least one axis, such as "
+            "axes is {}; expected a dict of at least one axis, such as "
             '{"learning_rate": [0.01, 0.1]}',
             argument="axes",
         )

@@ -15,7 +15,7 @@ from jax.typing import ArrayLike
 from jaxtyping import Array, Int, Key
 
 from jaxtrain import parallel
-from jaxtrain._arguments import check_integer, check_key
+from jaxtrain._arguments import check_arguments, check_finite, check_integer
 from jaxtrain.dataset import Dataset
 from jaxtrain.errors import InputError
 from jaxtrain.losses import Loss
@@ -124,22 +124,22 @@ def find_learning_rate(
       >>> state = jt.with_optimizer(state, jt.optimizers.adam(range_test.suggestion))
       >>> range_test.plot().savefig("learning_rates.png")
     """
-    check_integer(steps, "steps", minimum=20)
-    check_integer(batch_size, "batch_size", minimum=1)
-    if not 0 < lowest < highest < np.inf:
-        raise InputError(
-            f"lowest is {lowest!r} and highest is {highest!r}; expected finite rates with "
-            "0 < lowest < highest"
-        )
-    if key is not None:
-        check_key(key)
-    check_loss(loss_fn)
     if not callable(make_optimizer):
         raise InputError(
             f"make_optimizer is a {type(make_optimizer).__name__}; expected a function that makes "
             "an optimizer from a schedule, such as jaxtrain.optimizers.adam, without parentheses",
             argument="make_optimizer",
         )
+    check_arguments(find_learning_rate, locals(), eager="call it outside")
+    check_integer(steps, "steps", minimum=20)
+    check_integer(batch_size, "batch_size", minimum=1)
+    check_finite(lowest=lowest, highest=highest)
+    if not 0 < lowest < highest < np.inf:
+        raise InputError(
+            f"lowest is {lowest!r} and highest is {highest!r}; expected finite rates with "
+            "0 < lowest < highest"
+        )
+    check_loss(loss_fn)
     calls = []
 
     def optimizer_with(rate: ArrayLike) -> optax.GradientTransformation:

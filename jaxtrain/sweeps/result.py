@@ -8,13 +8,14 @@ import numbers
 import operator
 import os
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import PyTree
 
+from jaxtrain._arguments import check_arguments, check_integer
 from jaxtrain._extras import needs_extra
 from jaxtrain._files import output_path, write_atomically, write_csv
 from jaxtrain.callbacks.early_stopping import Mode, infer_mode
@@ -29,6 +30,9 @@ if TYPE_CHECKING:
     from jaxtrain._figures import Figure
 
 _HELD_OUT = ("test_", "validation_")
+
+Names: TypeAlias = str | Sequence[str]
+"""One name, or several."""
 
 
 class SweepRun(NamedTuple):
@@ -152,6 +156,7 @@ class SweepResult:
         Raises:
           InputError: there is no such column, or its shape differs between the runs.
         """
+        check_arguments(SweepResult.__getitem__, locals())
         if column not in self.columns:
             raise InputError(
                 f"the sweep has no column {column!r}; expected one of {', '.join(self.columns)}"
@@ -212,14 +217,16 @@ class SweepResult:
         Args:
           index: its position in `configurations`.
         """
-        index = range(len(self.configurations))[index]
+        runs = len(self.configurations)
+        check_integer(index, "index", minimum=-runs, maximum=runs - 1)
+        index = range(runs)[index]
         indices, tree = next(each for each in self._outputs if index in each[0])
         alone = jax.tree.map(operator.itemgetter(indices.index(index)), tree)
         # `jnp.asarray` would compile a program for each shape.
         state = jax.device_put(_state(alone))
         return SweepRun(self.configurations[index], history_of(alone) or {}, state)
 
-    def best(self, column: str, mode: Mode | None = None, *, over: Any = ()) -> SweepRun:
+    def best(self, column: str, mode: Mode | None = None, *, over: Names = ()) -> SweepRun:
         """Returns the run with the best final value of a column.
 
         Args:
@@ -234,8 +241,7 @@ class SweepResult:
           InputError: there is no such column or axis, or all runs have diverged.
           MissingExtraError: `over` is given, and pandas is not installed.
         """
-        if mode not in (None, "min", "max"):
-            raise InputError(f"mode is {mode!r}; expected 'min' or 'max'", argument="mode")
+        check_arguments(SweepResult.best, locals())
         names = _axis_names(over)
         values, runs = np.ravel(self.final(column)), range(len(self.configurations))
         if names:
@@ -251,7 +257,7 @@ class SweepResult:
             )
         return self.run(runs[int(np.nanargmin(values))])
 
-    def table(self, columns: Sequence[str] | None = None, *, over: Any = ()) -> SweepTable:
+    def table(self, columns: Names | None = None, *, over: Names = ()) -> SweepTable:
         """Returns the final values as a table, averaged over some of the axes.
 
         Args:
@@ -263,11 +269,14 @@ class SweepResult:
           InputError: there is no such axis or column.
           MissingExtraError: pandas is not installed.
         """
+        check_arguments(SweepResult.table, locals())
         if isinstance(columns, str):
             columns = [columns]
         if columns is None:
             columns = [n for n in self.columns if n == "train_loss" or n.startswith(_HELD_OUT)]
             columns = columns or [n for n in self.columns if self[n].ndim <= len(self.shape) + 1]
+        if not columns:
+            raise InputError("columns is empty; expected at least one column", argument="columns")
         names = _axis_names(over)
         groups = self._grouped(columns, names)
         means, deviations, runs = groups.mean(), groups.std(), groups.size()
@@ -383,7 +392,7 @@ class SweepResult:
         }
         write_atomically(output_path(path), encode_arrays(arrays, metadata))
 
-    def line_plot(self, column: str, *, x: str | None = None, over: Any = ()) -> Figure:
+    def line_plot(self, column: str, *, x: str | None = None, over: Names = ()) -> Figure:
         """Draws the final value of a column against one axis, with a band over others.
 
         Args:
@@ -401,11 +410,12 @@ class SweepResult:
         """
         from jaxtrain.sweeps import _pictures  # needs matplotlib
 
+        check_arguments(SweepResult.line_plot, locals())
         names = _axis_names(over)
         return _pictures.line_plot(self._grid, self._grouped([column], names)[column], x, names)
 
     def heat_map(
-        self, column: str, *, x: str | None = None, y: str | None = None, over: Any = ()
+        self, column: str, *, x: str | None = None, y: str | None = None, over: Names = ()
     ) -> Figure:
         """Draws the final value of a column over two axes, averaged over the others.
 
@@ -425,6 +435,7 @@ class SweepResult:
         """
         from jaxtrain.sweeps import _pictures  # needs matplotlib
 
+        check_arguments(SweepResult.heat_map, locals())
         x, y, names = _pictures.heat_map_axes(self._grid, x, y, _axis_names(over))
         return _pictures.heat_map(self._grid, self._grouped([column], names)[column], x, y, names)
 
@@ -497,7 +508,7 @@ def _pandas() -> Any:
     return pandas
 
 
-def _axis_names(over: Any) -> tuple[str, ...]:
+def _axis_names(over: Names) -> tuple[str, ...]:
     """Returns the axes to average over, given as one name or several."""
     return (over,) if isinstance(over, str) else tuple(over)
 

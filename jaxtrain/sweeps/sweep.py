@@ -14,7 +14,7 @@ import numpy as np
 from jaxtyping import PyTree
 
 from jaxtrain import _device_memory
-from jaxtrain._arguments import check_integer
+from jaxtrain._arguments import check_arguments, check_integer
 from jaxtrain._processes import are_joined
 from jaxtrain.callbacks import Callback, SweepProgress, checked_callbacks
 from jaxtrain.callbacks.progress import default_callbacks
@@ -38,7 +38,7 @@ def sweep(
     axes: Mapping[str, Iterable[Any]],
     *,
     zipped: bool = False,
-    static_argnames: Sequence[str] = (),
+    static_argnames: str | Sequence[str] = (),
     at_once: int | Literal["auto"] = "auto",
     checkpoint: str | os.PathLike[str] | None = None,
     callbacks: Sequence[Callback | Callable[[SweepProgress], Any]] | None = None,
@@ -91,11 +91,12 @@ def sweep(
       (3, 2, 5)
       >>> table = result.table(over="seed")  # print(table) shows it
     """
+    check_arguments(sweep, locals(), eager="call it outside")
     grid = make_grid(run, axes, zipped=zipped, static_argnames=static_argnames)
     callbacks = default_callbacks() if callbacks is None else callbacks
     called = checked_callbacks(callbacks, "on_runs")
     _check_called(called)
-    if at_once != "auto":
+    if not (isinstance(at_once, str) and at_once == "auto"):
         check_integer(at_once, "at_once", minimum=1)
     with contextlib.ExitStack() as stack:
         stack.enter_context(mesh_of(mesh=mesh))

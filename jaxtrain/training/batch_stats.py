@@ -12,7 +12,7 @@ from jax import lax
 from jaxtyping import Array, Key, PyTree
 
 from jaxtrain import adapters, parallel
-from jaxtrain._arguments import check_integer, check_key
+from jaxtrain._arguments import check_arguments, check_integer
 from jaxtrain._compiler import bounded
 from jaxtrain._placement import to_numpy
 from jaxtrain._safetensors import place
@@ -71,10 +71,9 @@ def update_batch_stats(
       >>> state = jt.update_batch_stats(state, train, batch_size=16)
       >>> metrics = jt.evaluate(state, test, loss_fn)  # of the average
     """
+    check_arguments(update_batch_stats, locals(), eager="call it outside")
     check_state_type(state)
     check_integer(batch_size, "batch_size", minimum=1)
-    if key is not None:
-        check_key(key)
     layers = adapters.batch_statistics(state.model, state.params, state.model_state)
     if not layers:
         raise InputError(

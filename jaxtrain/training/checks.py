@@ -296,12 +296,6 @@ def check_step_fn(step_fn: Any, state: Any, batch: Dataset) -> tuple[str, ...]:
     Raises InputError unless it is `step_fn(state, batch) -> (state, {"loss": ...})`, and keeps the
     structure, the shapes and the dtypes of the state.
     """
-    if not callable(step_fn):
-        raise InputError(
-            f"step_fn is {step_fn!r}; expected a function step_fn(state, batch) that returns the "
-            'next state and {"loss": loss}',
-            argument="step_fn",
-        )
     result = jax.eval_shape(step_fn, state, batch)
     if not (isinstance(result, tuple) and len(result) == 2 and isinstance(result[1], dict)):
         found = result[1] if isinstance(result, tuple) and len(result) == 2 else result

@@ -17,7 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Key
 
-from jaxtrain._arguments import check_integer
+from jaxtrain._arguments import check_arguments, check_integer
 from jaxtrain._carry import keep_types
 from jaxtrain._compile_time import CompileTime
 from jaxtrain._device_memory import memory_advice
@@ -159,6 +159,7 @@ def fit(
       >>> history["step"] - history["step"][0]
       array([ 0, 25, 50, 75])
     """
+    check_arguments(fit, locals(), eager="call jaxtrain.train, which computes the same")
     epochs, steps_per_epoch = _checked_length(epochs, steps, evaluate_every)
     called = _in_order(
         checked_callbacks(default_callbacks() if callbacks is None else callbacks, "on_epoch")
@@ -166,7 +167,6 @@ def fit(
     objective = make_objective(loss_fn, metric_fns, step_fn)
     given = {"train": train, "test": test, "validation": validation}
     sizes = (batch_size, test_batch_size)
-    _check_not_traced(state, train if isinstance(train, Dataset | tuple) else None, key)
     with contextlib.ExitStack() as stack:
         start, sources, columns = prepare(
             *(state, given, objective, sizes, key, stack),
@@ -331,15 +331,6 @@ def _checked_length(
             argument="steps",
         )
     return steps // evaluate_every, evaluate_every
-
-
-def _check_not_traced(*arguments: Any) -> None:
-    """Raises InputError if `fit` is called where its arguments have no values."""
-    if any(isinstance(leaf, jax.core.Tracer) for leaf in jax.tree.leaves(arguments)):
-        raise InputError(
-            "fit is called inside a function that JAX traces, such as one under jit or in sweep; "
-            "expected arrays with values: call jaxtrain.train, which computes the same"
-        )
 
 
 def _describe_callbacks(callbacks: list[Callback]) -> dict[str, str]:

@@ -14,7 +14,7 @@ from jax import lax
 from jaxtyping import Array, Float, Key, PyTree
 
 from jaxtrain import parallel
-from jaxtrain._arguments import check_integer, check_key
+from jaxtrain._arguments import check_arguments, check_integer
 from jaxtrain._carry import keep_types
 from jaxtrain._compiler import bounded, limit_rows
 from jaxtrain.data.stream import Source
@@ -207,9 +207,8 @@ def train_epoch(
       >>> losses.shape
       (4,)
     """
+    check_arguments(train_epoch, locals())
     check_integer(batch_size, "batch_size", minimum=1)
-    if key is not None:
-        check_key(key)
     objective = make_objective(loss_fn, step_fn=step_fn)
     check_state_type(state, step_fn)
     with _opened(state, dataset, batch_size, key, next_epoch(state)) as source:
@@ -313,6 +312,7 @@ def evaluate(
       >>> sorted(metrics)
       ['accuracy', 'loss']
     """
+    check_arguments(evaluate, locals())
     check_state_type(state)
     check_integer(batch_size, "batch_size", minimum=1)
     objective = make_objective(loss_fn, metric_fns)
@@ -444,6 +444,7 @@ def predict(
       >>> labels.shape
       (16,)
     """
+    check_arguments(predict, locals())
     check_state_type(state)
     shared = None
     if isinstance(inputs, Dataset):

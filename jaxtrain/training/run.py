@@ -13,7 +13,7 @@ from jax import lax
 from jaxtyping import Array, Float, Key
 
 from jaxtrain import parallel
-from jaxtrain._arguments import check_integer, check_key
+from jaxtrain._arguments import check_arguments, check_integer
 from jaxtrain._compiler import bounded
 from jaxtrain._device_memory import memory_advice
 from jaxtrain._processes import check_same
@@ -101,6 +101,7 @@ def train(
       >>> history["test_loss"].shape
       (3, 5)
     """
+    check_arguments(globals()["train"], locals())  # `train` is an argument
     check_integer(epochs, "epochs", minimum=0)
     if early_stopping is not None and not isinstance(early_stopping, EarlyStopping):
         raise InputError(
@@ -174,8 +175,6 @@ def prepare(
     """
     for size, name in zip(batch_sizes, ("batch_size", "test_batch_size"), strict=True):
         check_integer(size, name, minimum=1)
-    if key is not None:
-        check_key(key)
     train, step_fn = given["train"], objective.step_fn
     held_out = {n: data for n, data in given.items() if n != "train" and data is not None}
     if objective.loss_fn is None and (held_out or objective.metrics):
@@ -184,8 +183,8 @@ def prepare(
             argument="loss_fn",
         )
     state, epoch = checked_state(state, step_fn), next_epoch(state)
-    in_memory = train if isinstance(train, Dataset | tuple) else None
-    stack.enter_context(parallel.mesh_of(state, in_memory, mesh=mesh))
+    in_memory = [x for x in (train, *held_out.values()) if isinstance(x, Dataset | tuple)]
+    stack.enter_context(parallel.mesh_of(state, *in_memory, mesh=mesh))
     state = parallel.placed(state, "state")
     with memory_advice(batch_sizes[0]):
         sources: dict[str, Any] = {

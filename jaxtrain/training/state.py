@@ -14,7 +14,7 @@ from jax import lax
 from jaxtyping import Array, Float, Int, Key, PyTree
 
 from jaxtrain import adapters
-from jaxtrain._arguments import check_key
+from jaxtrain._arguments import check_arguments
 from jaxtrain._compiler import release_programs
 from jaxtrain._placement import has_values
 from jaxtrain.dataset import check_array, join_inputs, named_arrays
@@ -170,7 +170,7 @@ def init_state(
       >>> sample = {"pixels": train.inputs[:1]}
       >>> state = jt.init_state(model, optimizer, sample, key=key, call=call)
     """
-    check_key(key)
+    check_arguments(init_state, locals())
     sample_inputs = join_inputs(sample_inputs)
     for path, leaf in named_arrays(sample_inputs, "sample_inputs"):
         if not isinstance(leaf, jax.ShapeDtypeStruct):

@@ -13,7 +13,7 @@ import optax
 from jaxtyping import Array, Bool, Float, Key, PyTree
 
 from jaxtrain import adapters, lowerings, parallel
-from jaxtrain._arguments import check_key
+from jaxtrain._arguments import check_arguments
 from jaxtrain._compiler import bounded, limit_rows
 from jaxtrain._placement import describe_values
 from jaxtrain._processes import are_joined, check_same
@@ -400,6 +400,7 @@ def apply_gradients(
       >>> (loss, aux), grads = jt.gradients(state, batch, loss_fn)
       >>> state = jt.apply_gradients(state, grads, model_state=aux.model_state)
     """
+    check_state_type(state)
     _check_like_params("grads", grads, state.params)
     if model_state is None:
         if jax.tree.leaves(state.model_state):
@@ -514,6 +515,7 @@ def eval_step(
       >>> sorted(metrics)
       ['accuracy', 'loss']
     """
+    check_arguments(eval_step, locals())
     check_state_type(state)
     batch, objective = _as_batch(batch), make_objective(loss_fn, metric_fns)
     check_evaluation_key(state, key, objective.evaluated)
@@ -537,14 +539,11 @@ def _eval_step(
 
 
 def check_evaluation_key(state: TrainState, key: Any, metrics: MetricItems = ()) -> None:
-    """Raises InputError if `key` is not a PRNG key, or an evaluation draws nothing from it.
+    """Raises InputError if an evaluation has a key and draws nothing from it.
 
     A missing key is found where it is needed.
     """
-    if key is None:
-        return
-    check_key(key)
-    if not _evaluation_draws(state, metrics):
+    if key is not None and not _evaluation_draws(state, metrics):
         raise InputError(
             f"key is given, but {adapters.name_of_model(state.model)} draws no random numbers in "
             "evaluation; expected no key, or a state of init_state(..., draws_in_evaluation=True)",
@@ -580,11 +579,6 @@ def make_objective(
     if loss_fn is not None or step_fn is None:
         check_loss(loss_fn)  # which refuses None
     metric_fns = {} if metric_fns is None else metric_fns
-    if not isinstance(metric_fns, Mapping):
-        raise InputError(
-            f"metric_fns is {metric_fns!r}; expected functions by name, such as "
-            '{"accuracy": metrics.accuracy}'
-        )
     if "loss" in metric_fns:
         raise InputError(
             "metric_fns has a metric named 'loss', the name of the loss itself; rename it"

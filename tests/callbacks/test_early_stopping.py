@@ -127,7 +127,7 @@ def test_a_column_to_monitor_is_needed(small_state, small_classes) -> None:
     if not hasattr(jt.init_state, "__wrapped__"):  # the type checker of `TYPES=1` raises first
         with pytest.raises(jt.errors.InputError, match="mode is 'best'; expected 'min' or 'max'"):
             jt.callbacks.early_stopping(1, mode="best")
-        with pytest.raises(jt.errors.InputError, match="monitor is 3; expected the name"):
+        with pytest.raises(jt.errors.InputError, match="monitor is 3; expected a string"):
             jt.callbacks.early_stopping(1, 3)
 
 

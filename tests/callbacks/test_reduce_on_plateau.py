@@ -101,7 +101,7 @@ def test_all_groups_are_reduced() -> None:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"factor": 1.0}, r"factor is 1\.0; expected a number that is in"),
+        ({"factor": 1.0}, r"factor is 1\.0; expected a number above 0 and below 1"),
         ({"factor": 0.0}, r"factor is 0\.0; expected a number above 0"),
         ({"patience": -1}, "patience is -1"),
         ({"mode": "least"}, "mode is 'least'; expected 'min' or 'max'"),

@@ -239,6 +239,6 @@ def test_arrays_of_the_other_byte_order_are_restored(tmp_path: Path) -> None:
 def test_objects_other_than_a_train_state_are_refused(tmp_path: Path) -> None:
     # The type checker of `make test TYPES=1` raises a TypeError first.
     with pytest.raises(
-        (jt.errors.InputError, TypeError), match=r"state is a dict|parameter 'state'"
+        (jt.errors.InputError, TypeError), match=r"state is a builtins.dict|parameter 'state'"
     ):
         jt.save(tmp_path / "model.safetensors", {"params": {}})

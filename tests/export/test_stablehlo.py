@@ -283,7 +283,7 @@ def test_wrong_arguments_are_named_before_the_model_is_traced(state, tmp_path: P
 
     for platforms in (3, None, [["cpu"]], [], ["cpu", 3]):
         with pytest.raises(
-            jt.errors.InputError, match=r"platforms is .*; expected some of cpu, cuda"
+            jt.errors.InputError, match=r"platforms is .*; expected (some of cpu, cuda|a string)"
         ):
             jt.export.stablehlo(
                 state, tmp_path / "m", IMAGES[:1], platforms=platforms, preprocess=fail

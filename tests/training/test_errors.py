@@ -261,7 +261,7 @@ def test_unhashable_losses_and_missing_targets_are_refused(small_state, small_cl
 
 
 def test_invalid_streams_and_state_metrics_are_refused(small_state, small_classes) -> None:
-    with refused("rngs is None; expected the names of RNG streams"):
+    with refused("rngs is None; expected a sequence of strings"):
         jt.init_state(MODEL, SGD, small_classes.inputs, key=KEY, rngs=None)
     with refused("the state metric x is 3; expected a function of the state"):
         jt.train(small_state, small_classes, loss_fn=LOSS, state_metrics={"x": 3})
