@@ -1,13 +1,17 @@
-"""Files with any content: every parser returns a correct result or raises InputError.
+"""Files with any content, and calls with odd arguments.
 
-About 500 inputs; `JAXTRAIN_FUZZ=100000 make test ARGS=tests/test_fuzz.py` tries 100,000.
+Every parser returns a correct result or raises InputError, and every public callable returns a
+value, or raises an error of the library or a documented one of JAX. About 600 files and 400 calls;
+`JAXTRAIN_FUZZ=100000 JAXTRAIN_FUZZ_CALLS=8000 make test ARGS=tests/test_fuzz.py` tries more.
 """
 
 from __future__ import annotations
 
 import gzip
 import os
+import warnings
 from pathlib import Path
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -18,9 +22,13 @@ from hypothesis import strategies as st
 import jaxtrain as jt
 from jaxtrain.checkpoint import DamagedError, checkpoint_path, verify
 from jaxtrain.data import read_idx
+from tests import fuzz_calls
 from tests.checkpoint.helpers import write
+from tests.fuzz_calls import Call
+from tests.public_names import public_names
 from tests.test_idx import encode, header
 
+CALLS = int(os.environ.get("JAXTRAIN_FUZZ_CALLS", "400"))
 INPUTS = int(os.environ.get("JAXTRAIN_FUZZ", "600"))
 
 
@@ -118,3 +126,46 @@ def test_any_change_of_a_checkpoint_is_detected(tmp_path: Path, checkpoint: byte
     else:
         with pytest.raises(DamagedError):
             verify(path)
+
+
+VALID = [Call(text) for text in fuzz_calls.CALLS.strip().splitlines()]
+
+
+@pytest.fixture(scope="module")
+def values(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    pytest.importorskip("torch")
+    return fuzz_calls.names(tmp_path_factory.mktemp("calls"))
+
+
+def test_every_public_callable_has_a_valid_call_or_a_reason() -> None:
+    def is_called(name: str) -> bool:
+        method = f"train.{name.removeprefix('Dataset.')}"
+        return any(f"jt.{name}(" in x or f"jt.{name})" in x or method in x for x in texts)
+
+    texts = [each.text for each in VALID]
+    needed = {
+        name
+        for name, value in public_names().items()
+        if callable(value) and not name.startswith("errors.") and name[0] != "_"
+    }
+    unknown = {name for name in needed - set(fuzz_calls.NOT_CALLED) if not is_called(name)}
+    assert unknown == {"losses.Loss", "metrics.PerExampleMetric"}  # types
+
+
+@pytest.mark.parametrize("call", VALID, ids=lambda call: call.text.partition("(")[0])
+def test_odd_arguments_give_a_value_or_a_documented_error(
+    call: Call, values: dict[str, Any], tmp_path_factory, monkeypatch, capfd
+) -> None:
+    monkeypatch.chdir(values["folder"])
+    raw = []
+    with jax.numpy_rank_promotion("allow"), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        function, positional, given = call.bound(values)
+        function(*[given.pop(name) for name in positional], **given)
+        for odd, attempt in fuzz_calls.odd_calls(call, values, max(1, CALLS // len(VALID))):
+            try:
+                attempt()
+            except Exception as error:
+                if not fuzz_calls.is_documented(error, call.name, odd):
+                    raw.append(f"{odd}: {type(error).__name__}: {str(error)[:200]}")
+    assert raw == []
