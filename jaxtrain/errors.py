@@ -1,4 +1,20 @@
-"""Exceptions of the library; each message says in one sentence what is wrong and how to fix it."""
+"""Exceptions of the library; each message says in one sentence what is wrong and how to fix it.
+
+What a call with wrong arguments raises:
+
+- A function that runs, reads, writes or makes something raises one of these exceptions: `fit`,
+  `evaluate`, `predict`, sweeps, files, data sets, callbacks, models and optimizers, for example.
+- A function of arrays that may be part of a compiled program raises `InputError` for shapes that do
+  not fit, options out of range, and what is not an array. These are losses and metrics,
+  `models.dropout`, initializers, schedules, `minimize`, `gradients`, `apply_gradients` and
+  `Dataset.take`. All else is left to JAX, which raises `TypeError`, or `ValueError` in some cases:
+  for arrays of text or objects, masked arrays, and numbers that are too large, for example.
+- A function of your own, such as a loss or a callback, raises its own exceptions unchanged.
+
+`fit`, `sweep`, `find_learning_rate`, `update_batch_stats`, `summary`, `verify`, `compare`,
+`data.stream`, `parallel`, and all functions that load, save or export raise `InputError` inside a
+function that JAX traces, such as one under `jax.jit`. The others may be compiled.
+"""
 
 from __future__ import annotations
 
