@@ -202,12 +202,15 @@ def mesh_of(*trees: PyTree, mesh: jax.sharding.Mesh | None = None) -> Iterator[N
         except ValueError as error:
             is_placed = mesh is not None or current_mesh() is not None
             if not is_placed and not isinstance(error, InputError):
-                _check_devices(trees)
+                check_devices(*trees)
             raise
 
 
-def _check_devices(trees: tuple[PyTree, ...]) -> None:
-    """Raises InputError if arrays that `jax.device_put` has placed are on different devices."""
+def check_devices(*trees: PyTree) -> None:
+    """Raises InputError if arrays that `jax.device_put` has placed are on different devices.
+
+    The first tree is the state.
+    """
     found: dict[Any, str] = {}
     for tree, name in zip(trees, ("state", *["data"] * len(trees)), strict=False):
         for path, leaf in named_arrays(tree, name):

@@ -144,6 +144,7 @@ def verify(state: TrainState, batch: Batch, loss_fn: Loss) -> Verification:
     check_state_type(state)
     check_loss(loss_fn)
     state, data = jax.tree.map(jnp.asarray, (state, as_dataset(batch, "batch")))
+    parallel.check_devices(state, data)
     traced_prediction(state, data, "batch")  # whose error names inputs that do not fit
     with parallel.without_mesh():
         function = functools.partial(_results, loss_fn=loss_fn)

@@ -175,6 +175,9 @@ def init_state(
     for path, leaf in named_arrays(sample_inputs, "sample_inputs"):
         if not isinstance(leaf, jax.ShapeDtypeStruct):
             check_array(leaf, path)
+    leaves = jax.tree.leaves(sample_inputs)
+    if leaves and not any(leaf.ndim for leaf in leaves):
+        raise InputError("sample_inputs is a scalar; expected inputs with an axis of examples")
     params_key, state_key = jax.random.split(key)
     release_programs()
     adapted, held = adapters.adapt(model, rngs, sown_losses, call)
