@@ -159,6 +159,7 @@ def find_learning_rate(
             argument="make_optimizer",
         )
     dataset = checked_data(train, "train")
+    parallel.check_devices(state, dataset)
     check_data(state, dataset, loss_fn, "train")
     check_missing_targets(state, dataset, loss_fn, "train")
     batches = _batches(len(dataset), min(batch_size, len(dataset)), steps, key)
