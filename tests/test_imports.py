@@ -47,10 +47,8 @@ def test_it_loads_only_what_is_used(tmp_path: Path) -> None:
     assert "jaxtrain.training.fit" in imported
     parts = {f"jaxtrain.{name}" for name in ("export", "inspect", "models", "sweeps")}
     assert not {*imported} & parts
-    assert {name for name in used if name.startswith("jaxtrain.export.")} == {
-        "jaxtrain.export._files",
-        "jaxtrain.export._safetensors",
-    }
+    exports = {name for name in used if name.startswith("jaxtrain.export.")}
+    assert exports == {"jaxtrain.export._safetensors"}
     assert not {*used} & (parts - {"jaxtrain.export"})
     loaded = {name.split(".")[0] for name in used}
     assert not loaded & (HEAVY - {"safetensors"} | {"flax"})

@@ -108,7 +108,7 @@ def _make_tile(rows: int, vectors: int) -> Any:
             builder.store(builder.load(pointer), target).align = 4
         return context.get_dummy_value()
 
-    @intrinsic  # type: ignore[misc]
+    @intrinsic
     def tile(_: Any, a: Any, b: Any, out: Any, walk: Any) -> Any:
         return types.void(_WORD, _WORD, _WORD, types.UniTuple(_WORD, 9)), generate
 
@@ -119,7 +119,7 @@ _full_2, _four_2, _one_2 = (_make_tile(rows, 2) for rows in (_ROWS, 4, 1))
 _full_1, _four_1, _one_1 = (_make_tile(rows, 1) for rows in (_ROWS, 4, 1))
 
 
-@intrinsic  # type: ignore[misc]
+@intrinsic
 def _words(_: Any, address: Any) -> Any:
     """Returns the pointer to the words at an address."""
 
@@ -129,7 +129,7 @@ def _words(_: Any, address: Any) -> Any:
     return types.CPointer(_WORD)(_WORD), generate
 
 
-@intrinsic  # type: ignore[misc]
+@intrinsic
 def _fetch_add(_: Any, job: Any, word: Any, value: Any) -> Any:
     """Adds to a word of a job, as one step for all threads, and returns what it was."""
 
@@ -142,7 +142,7 @@ def _fetch_add(_: Any, job: Any, word: Any, value: Any) -> Any:
     return _WORD(_WORD, _WORD, _WORD), generate
 
 
-@intrinsic  # type: ignore[misc]
+@intrinsic
 def _call(_: Any, function: Any, argument: Any) -> Any:
     """Calls a function of XLA, which returns the address of an error, or 0."""
 
@@ -153,7 +153,7 @@ def _call(_: Any, function: Any, argument: Any) -> Any:
     return _WORD(_WORD, _WORD), generate
 
 
-@intrinsic  # type: ignore[misc]
+@intrinsic
 def _task_address(_: Any) -> Any:
     """Returns the address of `_task`, by name: it differs in each process, cached code does not."""
 
@@ -166,7 +166,7 @@ def _task_address(_: Any) -> Any:
     return _WORD(), generate
 
 
-@numba.njit(**_OPTIONS)  # type: ignore[misc]
+@numba.njit(**_OPTIONS)
 def _multiply(wide: bool, rows: int, a: int, b: int, out: int, walk: tuple[int, ...]) -> None:
     """Computes rows of a matrix product: `out[row] = sum of a[row, outer, inner] b[outer, inner]`.
 
@@ -201,7 +201,7 @@ def _multiply(wide: bool, rows: int, a: int, b: int, out: int, walk: tuple[int, 
         row += step
 
 
-@numba.njit(**_OPTIONS)  # type: ignore[misc]
+@numba.njit(**_OPTIONS)
 def _run_part(address: int, part: int) -> None:
     """Computes the output of some images, or their sum of the gradient of the kernel."""
     job = _words(address)
@@ -258,7 +258,7 @@ def _run_part(address: int, part: int) -> None:
         _free(copy)
 
 
-@numba.njit(**_OPTIONS)  # type: ignore[misc]
+@numba.njit(**_OPTIONS)
 def _work(job: int) -> None:
     """Runs the parts of a job that no other thread has begun."""
     while True:
@@ -269,14 +269,14 @@ def _work(job: int) -> None:
         _fetch_add(job, _DONE, 1)
 
 
-@numba.njit(**_OPTIONS)  # type: ignore[misc]
+@numba.njit(**_OPTIONS)
 def _release(job: int) -> None:
     """Frees a job if no other thread will read it."""
     if _fetch_add(job, _REFERENCES, -1) == 1:
         _free(job)
 
 
-@numba.cfunc(types.void(_WORD), **_OPTIONS)  # type: ignore[misc]
+@numba.cfunc(types.void(_WORD), **_OPTIONS)
 def _task(job: int) -> None:
     _work(job)
     _release(job)
@@ -285,7 +285,7 @@ def _task(job: int) -> None:
 binding.add_symbol(_TASK, _task.address)
 
 
-@numba.njit(**_OPTIONS)  # type: ignore[misc]
+@numba.njit(**_OPTIONS)
 def _share(api: Any, context: int, job: int) -> None:
     """Runs a job on the threads of XLA's pool and on this one, and waits until it is done.
 
@@ -309,7 +309,7 @@ def _share(api: Any, context: int, job: int) -> None:
         _sched_yield()
 
 
-@numba.cfunc(_WORD(_WORD), **_OPTIONS)  # type: ignore[misc]
+@numba.cfunc(_WORD(_WORD), **_OPTIONS)
 def _handle(frame_address: int) -> int:
     """Computes an output or the gradient of a kernel, as XLA's `XLA_FFI_Handler`."""
     frame = _words(frame_address)
