@@ -60,6 +60,9 @@ SPEEDRUN_NAMES = {
     EXAMPLE: "PyTorch's MNIST example, until above 99 %",
 }
 
+# What trains whole epochs, and single steps, by what the README calls it.
+WAYS = {"": (OURS, "jaxtrain-steps"), ", with Numba": ("jaxtrain-numba", "jaxtrain-numba-steps")}
+
 
 def readme_section(machines: dict[str, Results]) -> str:
     """Returns the text between the README's marks: a summary of the first CPU machine."""
@@ -72,8 +75,9 @@ def readme_section(machines: dict[str, Results]) -> str:
             summary_table(results),
             speedrun_table(results),
             "Above 1, jaxtrain is faster: the ratio is PyTorch's median over jaxtrain's. The "
-            "models train for an epoch at batch 64; cold and warm refer to JAX's compilation "
-            f"cache. {ranking(results)} The peak memory of the cold process is {memory[0]}; "
+            "models train for an epoch at batch 64, in one call or in a loop over `train_step`; "
+            "cold and warm refer to JAX's compilation cache. "
+            f"{ranking(results)} The peak memory of the cold process is {memory[0]}; "
             f"PyTorch's is {memory[1]}, or {memory[2]} if it keeps the images as uint8 pixels. "
             f"Machine: {device_name(results)}, {machine['cores']} cores. Software: "
             f"Python {machine['python']}, JAX {machine['versions']['jax']}, "
@@ -90,22 +94,26 @@ def summary_table(results: Results) -> str:
     rows = []
     for case, name in MODEL_NAMES.items():
         found = medians(results, "models")[case]
-        ratio = ratio_to_ours(results, "models", case, EAGER)
-        rows.append([name, duration(found[OURS]), duration(found[EAGER]), with_interval(ratio)])
+        for suffix, ways in WAYS.items():
+            if ways[0] in found:
+                ratios = [ratio_to_ours(results, "models", case, EAGER, way) for way in ways]
+                times = [duration(found[peer]) for peer in (ways[0], EAGER)]
+                rows.append([name + suffix, *times, *map(with_interval, ratios)])
     for case, name in SWEEP_NAMES.items():
         found = medians(results, "sweep")[case]
         peer = min(PYTORCH_SWEEPS, key=found.__getitem__)
         ratio = ratio_to_ours(results, "sweep", case, peer)
         theirs = f"{duration(found[peer])} ({label(peer)})"
-        rows.append([name, duration(found[OURS]), theirs, with_interval(ratio)])
+        rows.append([name, duration(found[OURS]), theirs, with_interval(ratio), ""])
     found = medians(results, "run")[PROCESS]
     both, ratios = [], []
     for row, state in ((OURS, "cold"), (WARM_CACHE, "warm")):
         both.append(f"{duration(found[row])} {state}")
         ratio = ratio_to_ours(results, "run", PROCESS, EAGER, row)
         ratios.append(f"{with_interval(ratio)} {state}")
-    rows.append([PROCESS, ", ".join(both), duration(found[EAGER]), ", ".join(ratios)])
-    return markdown(["model", "jaxtrain", "eager PyTorch", "ratio (95 % interval)"], rows)
+    rows.append([PROCESS, ", ".join(both), duration(found[EAGER]), ", ".join(ratios), ""])
+    headings = ["model", "jaxtrain", "eager PyTorch", "ratio (95 %)", "loop over `train_step`"]
+    return markdown(headings, rows)
 
 
 def speedrun_table(results: Results) -> str:

@@ -16,7 +16,7 @@ WARM_CACHE = "jaxtrain, warm cache"
 RECIPE = "pytorch, the same recipe"
 EXAMPLE = "pytorch, its MNIST example"
 # Ways to train with jaxtrain other than its main one, and loops by hand.
-NO_LIBRARIES = ("jaxtrain-steps", "jax-scan")
+NO_LIBRARIES = ("jaxtrain-steps", "jaxtrain-numba", "jaxtrain-numba-steps", "jax-scan")
 
 Results = dict[str, Any]
 Row = dict[str, Any]

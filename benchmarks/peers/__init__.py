@@ -30,10 +30,21 @@ class Peer(NamedTuple):
 
 
 STEP_AND_MODELS = ("step", "models")
-TORCH, KERAS = ("torch",), ("keras",)
+TORCH, KERAS, NUMBA = ("torch",), ("keras",), ("numba",)
+CONVOLUTIONAL = ("CNN", "ResNet")
 PEERS = {
     "jaxtrain": Peer("jaxtrain", "jaxtrain:epochs", ("jax",), (*STEP_AND_MODELS, "sweep", "run")),
     "jaxtrain-steps": Peer("jaxtrain, step by step", "jaxtrain:steps", ("jax",), ("models", "run")),
+    "jaxtrain-numba": Peer(
+        "jaxtrain with Numba", "jaxtrain:numba_epochs", NUMBA, ("models",), CONVOLUTIONAL
+    ),
+    "jaxtrain-numba-steps": Peer(
+        "jaxtrain with Numba, step by step",
+        "jaxtrain:numba_steps",
+        NUMBA,
+        ("models",),
+        CONVOLUTIONAL,
+    ),
     "jax-scan": Peer("JAX, `lax.scan` by hand", "jax_scan:make", ("jax",), ("models",)),
     "pytorch": Peer("eager PyTorch", "pytorch:eager", TORCH, (*STEP_AND_MODELS, "sweep", "run")),
     "pytorch-dataloader": Peer(

@@ -33,6 +33,18 @@ def steps(problem: Problem, params: Params) -> JaxTrainer:
     return _trainer(problem, params, "train_step")
 
 
+def numba_epochs(problem: Problem, params: Params) -> JaxTrainer:
+    """Returns the trainer of `epochs`, whose convolutions Numba compiles."""
+    jt.use_cpu_lowerings(numba=True)
+    return epochs(problem, params)
+
+
+def numba_steps(problem: Problem, params: Params) -> JaxTrainer:
+    """Returns the trainer of `steps`, whose convolutions Numba compiles."""
+    jt.use_cpu_lowerings(numba=True)
+    return steps(problem, params)
+
+
 def _trainer(problem: Problem, params: Params, way: str) -> JaxTrainer:
     optimizer, model = make_optimizer(problem.optimizer), linen.make(problem)
     state = jt.init_state(model, optimizer, problem.images[:1], key=jax.random.key(0))

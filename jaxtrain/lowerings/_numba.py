@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import ctypes
 import platform
-from typing import Any
+from typing import Any, no_type_check
 
 import jax
 import numba
@@ -36,6 +36,7 @@ _BLOCK = 24 * 1024
 # Parts of a batch that have sums of their own for the gradient of the kernel.
 _GRADIENT_PARTS = 8
 
+# Of functions with `no_type_check`, since Numba compiles them as they are written.
 _OPTIONS = {"nogil": True, "cache": True}
 _INT, _FLOAT, _WORD = ir.IntType(64), ir.FloatType(), types.intp
 
@@ -167,6 +168,7 @@ def _task_address(_: Any) -> Any:
 
 
 @numba.njit(**_OPTIONS)
+@no_type_check
 def _multiply(wide: bool, rows: int, a: int, b: int, out: int, walk: tuple[int, ...]) -> None:
     """Computes rows of a matrix product: `out[row] = sum of a[row, outer, inner] b[outer, inner]`.
 
@@ -202,6 +204,7 @@ def _multiply(wide: bool, rows: int, a: int, b: int, out: int, walk: tuple[int, 
 
 
 @numba.njit(**_OPTIONS)
+@no_type_check
 def _run_part(address: int, part: int) -> None:
     """Computes the output of some images, or their sum of the gradient of the kernel."""
     job = _words(address)
@@ -259,6 +262,7 @@ def _run_part(address: int, part: int) -> None:
 
 
 @numba.njit(**_OPTIONS)
+@no_type_check
 def _work(job: int) -> None:
     """Runs the parts of a job that no other thread has begun."""
     while True:
@@ -270,6 +274,7 @@ def _work(job: int) -> None:
 
 
 @numba.njit(**_OPTIONS)
+@no_type_check
 def _release(job: int) -> None:
     """Frees a job if no other thread will read it."""
     if _fetch_add(job, _REFERENCES, -1) == 1:
@@ -277,6 +282,7 @@ def _release(job: int) -> None:
 
 
 @numba.cfunc(types.void(_WORD), **_OPTIONS)
+@no_type_check
 def _task(job: int) -> None:
     _work(job)
     _release(job)
@@ -286,6 +292,7 @@ binding.add_symbol(_TASK, _task.address)
 
 
 @numba.njit(**_OPTIONS)
+@no_type_check
 def _share(api: Any, context: int, job: int) -> None:
     """Runs a job on the threads of XLA's pool and on this one, and waits until it is done.
 
@@ -310,6 +317,7 @@ def _share(api: Any, context: int, job: int) -> None:
 
 
 @numba.cfunc(_WORD(_WORD), **_OPTIONS)
+@no_type_check
 def _handle(frame_address: int) -> int:
     """Computes an output or the gradient of a kernel, as XLA's `XLA_FFI_Handler`."""
     frame = _words(frame_address)
