@@ -14,7 +14,7 @@ import numpy as np
 from jaxtrain._arguments import checked_path
 from jaxtrain._extras import needs_extra
 from jaxtrain.data.idx import Images
-from jaxtrain.errors import InputError
+from jaxtrain.errors import InputError, first_line
 
 # Of names that `load` and `stream` take.
 TFDS_PREFIX = "tfds:"
@@ -77,7 +77,7 @@ class TfdsSource:
         except Exception as error:  # RuntimeError of a damaged file, or whatever a decoder raises
             raise InputError(
                 f"example {index} of {self.name} (split {self.split!r}) cannot be read "
-                f"({_first_line(error)}); correct the cause, or prepare the data set again"
+                f"({first_line(error)}); correct the cause, or prepare the data set again"
             ) from error
 
     def __getitems__(self, indices: Sequence[int] | np.ndarray) -> list[tuple[Any, Any]]:
@@ -198,7 +198,7 @@ def _open_builder(name: str, data_dir: str | os.PathLike[str] | None) -> Any:
         raise
     except Exception as error:  # of JSON, of protobuf, of the file system, of an old format, …
         raise InputError(
-            f"the data set {name} in {root} cannot be opened ({_first_line(error)}); correct the "
+            f"the data set {name} in {root} cannot be opened ({first_line(error)}); correct the "
             f"cause, or {_remedy(name, root)}",
             argument="data_dir",
         ) from error
@@ -235,10 +235,6 @@ def _remedy(name: str, root: Path) -> str:
         f"prepare it where TensorFlow is installed, with tfds.builder({name!r}, "
         f"data_dir={str(root)!r}, file_format='array_record').download_and_prepare()"
     )
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).splitlines() or [type(error).__name__])[0].rstrip(".")
 
 
 def _check_keys(info: Any, keys: tuple[str, str] | None) -> tuple[str, str]:

@@ -25,7 +25,7 @@ from jaxtrain import parallel
 from jaxtrain._arguments import check_arguments, check_integer
 from jaxtrain._extras import needs_extra
 from jaxtrain._files import output_path, write_atomically
-from jaxtrain.errors import InputError
+from jaxtrain.errors import InputError, first_line
 from jaxtrain.export._prediction import (
     prediction_function,
     symbolic_inputs,
@@ -124,7 +124,7 @@ def onnx(
         names = [each.name for each in session.get_inputs()]
         found = session.run(None, dict(zip(names, samples, strict=True)))
     except Exception as error:  # jax2onnx and onnxruntime raise different types
-        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        reason = first_line(error)
         raise InputError(f"jax2onnx cannot convert the model: {reason}; {_HINT}") from error
     sample = jax.tree.unflatten(jax.tree.structure(inputs), samples)
     wanted = jax.tree.leaves(jax.jit(predict)(sample))

@@ -12,7 +12,7 @@ from jaxtyping import PyTree
 from jaxtrain import adapters
 from jaxtrain._placement import is_key, to_numpy
 from jaxtrain.dataset import check_inputs, describe_array, named_arrays
-from jaxtrain.errors import InputError
+from jaxtrain.errors import InputError, first_line
 from jaxtrain.training.state import TrainState, check_state_type
 from jaxtrain.training.step import predict_batch
 
@@ -141,7 +141,7 @@ def _export_error(inputs: PyTree, error: Exception, which: str = "") -> InputErr
     shapes = ", ".join(
         f"{path} has {describe_array(leaf)}" for path, leaf in named_arrays(inputs, "inputs")
     )
-    reason = (str(error).splitlines() or [type(error).__name__])[0]
+    reason = first_line(error)
     return InputError(
         f"the model cannot be exported ({shapes}): {reason}; expected inputs as of init_state, and "
         f"a model that takes any number of examples{which}: x.shape[0] in place of len(x)"

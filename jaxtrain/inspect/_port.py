@@ -17,7 +17,7 @@ from jaxtrain._compiler import bounded
 from jaxtrain._differences import difference, relative
 from jaxtrain._extras import needs_extra
 from jaxtrain.dataset import check_inputs
-from jaxtrain.errors import InputError
+from jaxtrain.errors import InputError, first_line
 from jaxtrain.export import Conversion, conversions, misfits
 from jaxtrain.model import Model
 from jaxtrain.training.state import TrainState, init_state
@@ -148,11 +148,6 @@ def check_module(module: Any) -> None:
         raise InputError(
             f"the module is {module!r:.60}; expected a torch.nn.Module", argument="module"
         )
-
-
-def first_line(error: Exception) -> str:
-    """Returns the first line of the message of an error."""
-    return (str(error).splitlines() or [type(error).__name__])[0]
 
 
 def as_arrays(inputs: PyTree) -> PyTree:

@@ -20,7 +20,7 @@ from jaxtrain._arguments import check_arguments
 from jaxtrain._compiler import bounded
 from jaxtrain._differences import difference, differences, explained, largest
 from jaxtrain.dataset import Dataset
-from jaxtrain.errors import InputError
+from jaxtrain.errors import InputError, first_line
 from jaxtrain.inspect._port import (
     MisfitError,
     Port,
@@ -28,7 +28,6 @@ from jaxtrain.inspect._port import (
     axis_orders,
     check_module,
     evaluate,
-    first_line,
     without_dropout,
 )
 from jaxtrain.inspect._port import (

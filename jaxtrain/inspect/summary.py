@@ -23,7 +23,7 @@ from jaxtrain.dataset import (
     join_inputs,
     named_arrays,
 )
-from jaxtrain.errors import InputError
+from jaxtrain.errors import InputError, first_line
 from jaxtrain.inspect._flops import count_flops
 from jaxtrain.losses import Loss
 from jaxtrain.training.state import TrainState, check_state_type, to_shapes
@@ -211,7 +211,7 @@ def _layers(state: TrainState, abstract: TrainState, inputs: PyTree) -> tuple[La
             found = ", ".join(
                 f"{path} is {describe_array(x)}" for path, x in named_arrays(inputs, "inputs")
             )
-            reason = (str(error).splitlines() or [type(error).__name__])[0]
+            reason = first_line(error)
             raise InputError(
                 f"the model does not take the inputs ({found}): {reason}; expected a batch as in "
                 "training"

@@ -19,7 +19,7 @@ from jaxtrain import data, losses
 from jaxtrain._arguments import check_integer
 from jaxtrain._extras import needs_extra
 from jaxtrain.dataset import Dataset
-from jaxtrain.errors import InputError
+from jaxtrain.errors import InputError, first_line
 from jaxtrain.race.result import EAGER
 from jaxtrain.race.run import CONTENDERS, most_batches, race
 
@@ -201,7 +201,7 @@ def _outputs(module: Any, inputs: np.ndarray) -> Any:
         with torch.no_grad():
             outputs = copy.deepcopy(module).eval()(sample)
     except Exception as error:  # of any layer
-        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        reason = first_line(error)
         raise InputError(
             f"{type(module).__name__} does not take inputs of the shape {tuple(sample.shape)} "
             f"({reason}); give the shape of one example, such as --shape 3,32,32 (with --integers "

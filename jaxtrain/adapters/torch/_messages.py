@@ -11,7 +11,7 @@ from typing import Any
 import jax
 import torch
 
-from jaxtrain.errors import InputError
+from jaxtrain.errors import InputError, first_line
 
 _SKIPPED = tuple(str(Path(str(file)).parent) for file in (torch.__file__, jax.__file__, __file__))
 _LAYERS = str(Path(torch.nn.__file__).parent)
@@ -29,7 +29,7 @@ def no_rule(name: str, node: Any) -> InputError:
 
 def failed(name: str, node: Any, error: Exception) -> InputError:
     """Returns the error for an operation whose rule has raised one."""
-    reason = (str(error).splitlines() or [type(error).__name__])[0]
+    reason = first_line(error)
     return InputError(
         f"the operation {name}{_line(node)} failed in JAX ({reason}); {_way_out(name)}"
     )
