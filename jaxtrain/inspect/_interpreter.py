@@ -159,7 +159,8 @@ class Interpreter:
 
 
 def _bind(equation: Any, operands: list[Any], params: dict[str, Any]) -> list[Any]:
-    found = equation.primitive.bind(*operands, **params)
+    with equation.ctx.manager:  # the settings under which the operation was traced
+        found = equation.primitive.bind(*operands, **params)
     return list(found) if equation.primitive.multiple_results else [found]
 
 

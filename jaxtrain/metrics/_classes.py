@@ -282,6 +282,7 @@ def check_classes(name: str, predictions: AnyArray, targets: AnyArray, hint: str
 
 def check_labels(name: str, predictions: Any, targets: Any, weights: Any) -> None:
     """Raises InputError if targets with a weight, whose values are known, are not labels."""
+    check_arrays(predictions=predictions, targets=targets)
     if not all(has_values(x) for x in (targets, weights) if hasattr(x, "size")):
         return
     kind, values = by_kind(name, predictions, targets)[2], np.asarray(targets)

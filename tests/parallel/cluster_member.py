@@ -100,9 +100,8 @@ def record_changes(folder: Path) -> list[str]:
     def hook(event: str, arguments: tuple) -> None:
         writes = event == "open" and arguments[2] & (os.O_WRONLY | os.O_RDWR | os.O_CREAT)
         if writes or event in ("os.rename", "os.remove", "os.truncate"):
-            path = (
-                Path(os.fsdecode(arguments[0])) if isinstance(arguments[0], str | bytes) else None
-            )
+            changes = arguments[1] if event == "os.rename" else arguments[0]
+            path = Path(os.fsdecode(changes)) if isinstance(changes, str | bytes | Path) else None
             if path is not None and folder in path.parents:
                 changed.append(path.name)
 

@@ -166,11 +166,12 @@ def test_a_batch_of_zero_weights_does_not_change_the_parameters() -> None:
     jax.tree.map(np.testing.assert_array_equal, after.params, state.params)
 
 
-def test_evaluation_of_no_weight_is_nan() -> None:
+def test_evaluation_of_no_weight_is_refused_or_nan() -> None:
     """There is nothing whose mean could be taken; 0 would be the best loss."""
     state, data = line(jnp.zeros(12))
-    for found in (jt.evaluate(state, data, MSE, {"mae": MAE}), jt.eval_step(state, data, MSE)):
-        assert np.isnan(list(found.values())).all()
+    with pytest.raises(jt.errors.InputError, match=r"dataset\.weights is 0 everywhere"):
+        jt.evaluate(state, data, MSE, {"mae": MAE})
+    assert np.isnan(jt.eval_step(state, data, MSE)["loss"])
 
 
 def test_a_pair_of_functions_defines_an_accumulated_metric(small_state, small_classes) -> None:
