@@ -8,6 +8,7 @@ import dis
 import functools
 import hashlib
 import types
+import weakref
 from collections.abc import Iterator, Mapping
 from typing import Any, TypeAlias
 
@@ -103,6 +104,8 @@ def _parts(value: Any, opaque: set[str]) -> list[Any]:
             return [_class_name(value)]
         case types.ModuleType():
             return [value.__name__]
+        case weakref.ReferenceType():
+            return [value()]
         case Mapping():
             return [part for item in value.items() for part in item]
         case np.ndarray():  # of objects, such as strings

@@ -59,7 +59,7 @@ def check_weights(weights: Any, name: str) -> bool:
             f"{name}.weights ranges from {lowest} to {highest}; expected finite weights of at "
             "least 0"
         )
-    return highest > 0
+    return bool(highest > 0)
 
 
 def check_total_weight(weights: Any, name: str) -> None:
