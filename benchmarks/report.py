@@ -96,9 +96,9 @@ def summary_table(results: Results) -> str:
         found = medians(results, "models")[case]
         for suffix, ways in WAYS.items():
             if ways[0] in found:
-                ratios = [ratio_to_ours(results, "models", case, EAGER, way) for way in ways]
+                speedups = [ratio_to_ours(results, "models", case, EAGER, way) for way in ways]
                 times = [duration(found[peer]) for peer in (ways[0], EAGER)]
-                rows.append([name + suffix, *times, *map(with_interval, ratios)])
+                rows.append([name + suffix, *times, *map(with_interval, speedups)])
     for case, name in SWEEP_NAMES.items():
         found = medians(results, "sweep")[case]
         peer = min(PYTORCH_SWEEPS, key=found.__getitem__)

@@ -25,7 +25,7 @@ from jaxtrain.errors import InputError
 def check_arguments(
     function: Callable[..., Any], arguments: Mapping[str, Any], *, eager: str | None = None
 ) -> None:
-    """Raises InputError unless arguments are what the annotations of a function say.
+    """Raises InputError unless the arguments match a function's annotations.
 
     A public function that runs something begins with `check_arguments(name, locals())`. Flags,
     strings, choices, paths, functions, dicts, tuples and PRNG keys are checked; ranges and all that
@@ -63,7 +63,7 @@ def check_integer(value: Any, name: str, *, minimum: int, maximum: int | None = 
 
 
 def check_number(name: str, value: Any, is_valid: Callable[[float], bool], expected: str) -> None:
-    """Raises InputError unless `value` is a number with a value, and valid."""
+    """Raises InputError unless `value` is a valid number; a traced one is not."""
     try:
         valid = not isinstance(value, (str, bytes)) and is_valid(float(value))
     except (TypeError, ValueError, OverflowError):

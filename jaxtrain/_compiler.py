@@ -9,7 +9,6 @@ from collections.abc import Callable, Iterator
 from typing import Any, TypeVar
 
 import jax
-import jax.numpy as jnp
 from jax.extend import core as jex
 from jaxlib.version import __version__ as JAXLIB
 
@@ -79,8 +78,12 @@ def release_programs() -> None:
 
 
 def is_tracing() -> bool:
-    """Returns whether JAX traces a function, so that new arrays have no values."""
-    return isinstance(jnp.zeros(()), jax.core.Tracer)
+    """Returns whether JAX traces a function; does not start JAX's devices."""
+    try:
+        jax.sharding.get_mesh()
+    except ValueError:  # JAX has a mesh outside of traced functions only
+        return True
+    return False
 
 
 def is_on_cpu() -> bool:

@@ -30,7 +30,7 @@ def make_folder(path: Path, description: str) -> None:
 
     Args:
       path: the folder.
-      description: what the folder is to the user, "output folder" for example.
+      description: name of the folder in messages, such as "output folder".
 
     Raises:
       InputError: it cannot be made or written.
@@ -51,7 +51,7 @@ def lock_folder(path: Path, description: str) -> filelock.BaseFileLock:
 
     Args:
       path: the folder.
-      description: what the folder is to the user.
+      description: name of the folder in messages.
 
     Returns:
       The lock, acquired. `release()` ends it, and so does the end of the process. (On file systems

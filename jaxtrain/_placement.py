@@ -59,7 +59,7 @@ def blocks(leaf: Any) -> Iterator[np.ndarray]:
         yield np.asarray(words)
         return
     length, *shape = words.shape
-    rows = max(1, _BLOCK_BYTES * length // words.nbytes)
+    rows = max(1, _BLOCK_BYTES * length // max(1, words.nbytes))
     parts = [(x.index, np.asarray(x.data)) for x in words.addressable_shards if not x.replica_id]
     for start in range(0, length, rows):
         block = np.zeros((min(rows, length - start), *shape), words.dtype)
@@ -87,7 +87,7 @@ def describe_values(leaf: Any) -> str:
     if is_divided(words):
         return f"{kind} divided by {getattr(words.sharding, 'spec', words.sharding)}"
     if not words.shape:
-        return str(np.asarray(words))
+        return f"{words.dtype} {np.asarray(words)}"
     content = np.ascontiguousarray(words).reshape(-1).view(np.uint8)
     return f"{kind} with the digest {hashlib.sha256(content.data).hexdigest()[:16]}"
 

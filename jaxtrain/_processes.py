@@ -18,7 +18,13 @@ import jax
 import numpy as np
 from jax.experimental import multihost_utils
 
-from jaxtrain.errors import InputError, ProcessLostError, message_of, recovery_notes
+from jaxtrain.errors import (
+    InputError,
+    ProcessLostError,
+    first_line,
+    message_of,
+    recovery_notes,
+)
 
 # Codes of XLA's errors when a process or its network ends.
 _LOST = re.compile(
@@ -67,6 +73,8 @@ def initialize(
       >>> mesh = jax.make_mesh((jax.device_count(),), ("data",))
       >>> state, history = jt.fit(state, train, loss_fn=loss_fn, mesh=mesh)
     """
+    if "initialization_timeout" in options:
+        raise InputError("initialization_timeout is given; expected timeout=, which sets it")
     options.setdefault("heartbeat_timeout_seconds", _HEARTBEAT_SECONDS)
     # Ignored where there are GPUs.
     jax.config.update("jax_cpu_collectives_implementation", "gloo")
@@ -83,11 +91,10 @@ def initialize(
         options["initialization_timeout"] = int(timeout) + _GRACE_SECONDS
         jax.distributed.initialize(coordinator, processes, process_id, **options)
     except (RuntimeError, ValueError, TypeError, OSError, OverflowError) as error:
-        reason = (str(error).splitlines() or [type(error).__name__])[0]
         raise InputError(
-            f"the processes could not be joined ({reason}): coordinator is {coordinator}, "
-            f"processes is {processes}, process_id is {process_id}; expected the address and a "
-            "free port of process 0, and process_id from 0 to processes - 1; call it before "
+            f"the processes could not be joined ({first_line(error)}): coordinator is "
+            f"{coordinator}, processes is {processes}, process_id is {process_id}; expected "
+            "the address and a free port of process 0, and process_id from 0 to processes - 1; call it before "
             "anything else that uses JAX"
         ) from error
     finally:
@@ -213,8 +220,14 @@ def check_same(
     """
     if not are_joined():
         return
-    texts = {name: str(value) for name, value in describe().items()}
+    failure = None
+    try:
+        texts = {name: str(value) for name, value in describe().items()}
+    except Exception as error:  # the others wait for what this process describes
+        failure, texts = error, {"an error": first_line(error)}
     found = [json.loads(each) for each in gather(json.dumps(texts))]
+    if failure is not None:
+        raise failure
     differences = []
     for name in dict.fromkeys(name for each in found for name in each):
         values = [each.get(name, "missing") for each in found]

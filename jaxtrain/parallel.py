@@ -15,6 +15,7 @@ from jax.sharding import PartitionSpec as P
 from jaxtyping import PyTree
 
 from jaxtrain._arguments import check_arguments
+from jaxtrain._compiler import is_tracing
 from jaxtrain._placement import describe_values, put
 from jaxtrain._processes import check_same, initialize
 from jaxtrain.dataset import Dataset, check_dataset, map_examples, named_arrays
@@ -194,7 +195,7 @@ def mesh_of(*trees: PyTree, mesh: jax.sharding.Mesh | None = None) -> Iterator[N
     """
     if mesh is not None:
         check_mesh(mesh)
-    elif not _is_tracing() and current_mesh() is None:
+    elif not is_tracing() and current_mesh() is None:
         mesh = next(filter(None, map(_mesh_of_leaf, jax.tree.leaves(trees))), None)
     with contextlib.nullcontext() if mesh is None else jax.set_mesh(mesh):
         try:
@@ -231,7 +232,7 @@ def _names(devices: Iterable[Any]) -> str:
 
 def current_mesh() -> jax.sharding.Mesh | None:
     """Returns the mesh that `jax.set_mesh` has set; None without one, and in a traced function."""
-    mesh = None if _is_tracing() else jax.sharding.get_mesh()
+    mesh = None if is_tracing() else jax.sharding.get_mesh()
     return None if mesh is None or mesh.empty else mesh
 
 
@@ -317,14 +318,6 @@ def on_auto_axes(function: Callable[..., Any], *args: Any, like: Any = None) -> 
 
 def _is_spec(leaf: Any) -> bool:
     return leaf is None or isinstance(leaf, P)
-
-
-def _is_tracing() -> bool:
-    try:
-        jax.sharding.get_mesh()
-    except ValueError:
-        return True
-    return False
 
 
 def _mesh_of_leaf(leaf: Any) -> jax.sharding.Mesh | None:

@@ -1,4 +1,4 @@
-"""LogFile: a file of lines that one run at a time replaces, and to which it appends."""
+"""LogFile: a locked log that a run rewrites at its start and then appends to."""
 
 from __future__ import annotations
 

@@ -26,6 +26,7 @@ from jaxtrain.checkpoint._store import (
     list_checkpoints,
     list_epochs,
     read_checkpoint,
+    remove_checkpoint,
 )
 
 __all__ = [
@@ -49,6 +50,7 @@ __all__ = [
     "read_arrays",
     "read_checkpoint",
     "read_file",
+    "remove_checkpoint",
     "verify",
     "without_addresses",
 ]

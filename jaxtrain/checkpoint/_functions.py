@@ -67,7 +67,7 @@ def _digest(value: Any, seen: _Seen, opaque: set[str]) -> str:
     if isinstance(value, _SCALARS):
         return repr(value)
     if isinstance(value, np.memmap):
-        rows = value[:: max(1, len(value) // _ROWS)] if value.ndim else value
+        rows = value[:: max(1, -(-len(value) // _ROWS))] if value.ndim else value
         return f"array {value.shape} {digest(np.asarray(rows))}"
     if isinstance(value, np.ndarray | jax.Array) and not getattr(value.dtype, "hasobject", False):
         return f"array {digest(value)}"

@@ -18,7 +18,7 @@ from jaxtrain._placement import to_words
 from jaxtrain._processes import are_joined, process_lost_errors
 from jaxtrain._safetensors import place
 from jaxtrain.checkpoint import _file
-from jaxtrain.errors import InputError, StorageError
+from jaxtrain.errors import InputError, StorageError, first_line
 
 SUFFIX = ".orbax"
 # What Orbax appends to the name of a folder that is incomplete.
@@ -49,7 +49,7 @@ class OrbaxWriter:
             with process_lost_errors():
                 self._checkpointer.save(path, args=self._save_args(item=item), force=True)
         except (OSError, ValueError, TypeError) as error:
-            raise StorageError(path, _first_line(error)) from error
+            raise StorageError(path, first_line(error)) from error
         return self._checkpointer.wait_until_finished
 
     def close(self) -> None:
@@ -105,7 +105,7 @@ def _restore(path: Path, likes: dict[str, Any]) -> dict[str, Any]:
         return checkpointer.restore(path.absolute(), args=request)
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise InputError(
-            f"{path} cannot be read by Orbax ({_first_line(error)}); delete it to resume from the "
+            f"{path} cannot be read by Orbax ({first_line(error)}); delete it to resume from the "
             "previous checkpoint"
         ) from error
     finally:
@@ -134,7 +134,3 @@ def _import_orbax() -> Any:
     with needs_extra("orbax"):
         import orbax.checkpoint
     return orbax.checkpoint
-
-
-def _first_line(error: BaseException) -> str:
-    return (str(error).splitlines() or [type(error).__name__])[0][:200]

@@ -59,7 +59,6 @@ class CheckpointStore:
           MissingExtraError: Orbax is not installed.
         """
         self.path, self.metadata, self._keep = path, metadata, keep
-        self._writer: Any = _orbax.OrbaxWriter() if orbax else _FileWriter()
         self._writes = writes_files()
         self._pending: concurrent.futures.Future[None] | None = None
         make_folder(path, "checkpoint folder")
@@ -68,6 +67,8 @@ class CheckpointStore:
         self._thread = concurrent.futures.ThreadPoolExecutor(1, "checkpoints")
         for name in filter(re.compile(_LEFT_OVER).fullmatch, _list(path)):
             self._remove(path / name)  # of a process that was killed
+        # Last, since it starts threads, which only `close` ends.
+        self._writer: Any = _orbax.OrbaxWriter() if orbax else _FileWriter()
 
     def close(self, error: BaseException | None = None) -> None:
         """Waits for the checkpoint that is being written, also on Ctrl-C, and releases the folder.
@@ -214,12 +215,8 @@ class CheckpointStore:
 
     def _remove(self, path: Path) -> None:
         if self._writes:
-            with contextlib.suppress(OSError):  # an extra file does no harm
-                if path.is_dir():
-                    # First the name, so that no part of a checkpoint has it.
-                    shutil.rmtree(path.rename(path.with_name(path.name + _orbax.PART)))
-                else:
-                    os.unlink(path)
+            with contextlib.suppress(StorageError):  # an extra file does no harm
+                remove_checkpoint(path)
 
     def _add_note(self, error: BaseException) -> None:
         if self.found and not isinstance(error, InputError):
@@ -256,6 +253,18 @@ def read_checkpoint(path: Path, maximum: int | None = None) -> tuple[dict[str, A
     if path.name.endswith(_orbax.SUFFIX):
         return _orbax.read_folder(path)
     return _file.read_file(path, maximum)
+
+
+def remove_checkpoint(path: Path) -> None:
+    """Removes a checkpoint, a file or a folder of Orbax; raises StorageError if it cannot."""
+    try:
+        if path.is_dir():
+            # First the name, so that no part of a checkpoint has it.
+            shutil.rmtree(path.rename(path.with_name(path.name + _orbax.PART)))
+        else:
+            os.unlink(path)
+    except OSError as error:
+        raise StorageError(path, error.strerror or str(error)) from error
 
 
 def find_checkpoint(directory: str | os.PathLike[str], epoch: int, step: int = 0) -> Path:

@@ -9,9 +9,15 @@ from pathlib import Path
 from typing import Any
 
 from jaxtrain import callbacks
-from jaxtrain._files import lock_folder, read_input, remove_file
+from jaxtrain._files import lock_folder, read_input
 from jaxtrain.callbacks.checkpoint import Checkpoint
-from jaxtrain.checkpoint import DamagedError, checkpoint_path, list_checkpoints, read_file
+from jaxtrain.checkpoint import (
+    DamagedError,
+    find_checkpoint,
+    list_checkpoints,
+    read_checkpoint,
+    remove_checkpoint,
+)
 from jaxtrain.cli.flags import TrainingFlags
 from jaxtrain.errors import InputError
 
@@ -97,15 +103,15 @@ def _remove_other_run(callback: Checkpoint) -> None:
       StorageError: a checkpoint cannot be removed.
     """
     folder = callback.directory
-    found = [checkpoint_path(folder, *at) for at in list_checkpoints(folder)]
+    found = [find_checkpoint(folder, *at) for at in list_checkpoints(folder)]
     for path in reversed(found):
         try:
-            if read_file(path)[0]["metadata"].get("configuration") == callback.configuration:
+            if read_checkpoint(path)[0]["metadata"].get("configuration") == callback.configuration:
                 return
         except DamagedError:
             continue
     if found:
         with lock_folder(folder, "checkpoint folder"):
             for path in found:
-                remove_file(path)
+                remove_checkpoint(path)
         print(f"removed the checkpoints of another run in {folder}", file=sys.stderr)

@@ -36,7 +36,7 @@ def save(path: str | os.PathLike[str], state: TrainState) -> None:
 
     Raises:
       InputError: an array has a dtype that the format does not support, two have the same name,
-        or `path` is something else than a new or regular file.
+        or `path` is not a new or regular file.
       StorageError: the file cannot be written.
 
     Example:

@@ -54,7 +54,7 @@ def stablehlo(
 
     Raises:
       InputError: the model does not take the inputs or only a fixed number of examples, a platform
-        is unknown, or `path` is something else than a new or regular file.
+        is unknown, or `path` is not a new or regular file.
       StorageError: the file cannot be written.
 
     Example:

@@ -15,7 +15,7 @@ import numpy as np
 from jaxtrain._extras import needs_extra
 from jaxtrain._files import read_input
 from jaxtrain._safetensors import DTYPES, MAX_HEADER_BYTES
-from jaxtrain.errors import InputError
+from jaxtrain.errors import InputError, first_line
 
 # The first bytes of the two formats of torch.save: an archive, and a pickle.
 _TORCH = (b"PK\x03\x04", b"\x80")
@@ -77,8 +77,8 @@ def read_state_dict(source: Any) -> StateDict:
             tensors[str(key)] = to_array(value)
         except (TypeError, ValueError, RuntimeError, NotImplementedError) as error:
             raise InputError(
-                f"{key} of {name} cannot be read ({_reason(error)}); expected a dense tensor of a "
-                "dtype of NumPy, or bfloat16"
+                f"{key} of {name} cannot be read ({first_line(error)}); expected a dense tensor "
+                "of a dtype of NumPy, or bfloat16"
             ) from error
     return StateDict(tensors, tied)
 
@@ -133,8 +133,8 @@ def _read_file(path: str | os.PathLike[str]) -> Any:
         ) from error
     except Exception as error:  # PyTorch and safetensors raise different types
         raise InputError(
-            f"{path} is not a complete file of weights ({_reason(error)}); expected one written by "
-            "torch.save or safetensors: copy or download it again"
+            f"{path} is not a complete file of weights ({first_line(error)}); expected one written "
+            "by torch.save or safetensors: copy or download it again"
         ) from error
     for name, entry in entries.items():
         if entry["dtype"] not in DTYPES:
@@ -149,7 +149,3 @@ def _read_file(path: str | os.PathLike[str]) -> Any:
         )
         for name, entry in sorted(entries.items())
     }
-
-
-def _reason(error: Exception) -> str:
-    return (str(error).splitlines() or [type(error).__name__])[0]

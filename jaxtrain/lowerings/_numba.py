@@ -54,7 +54,7 @@ _sched_yield = types.ExternalFunction("sched_yield", types.int32())
 
 
 def _make_tile(rows: int, vectors: int) -> Any:
-    """Returns `tile(a, b, out, walk)`, for `_multiply`, of so many rows and vectors of columns."""
+    """Returns `tile(a, b, out, walk)`, which computes so many rows and vectors of `_multiply`."""
     vector = ir.VectorType(_FLOAT, LANES)
     undefined, splat = ir.Constant(vector, ir.Undefined), ir.VectorType(ir.IntType(32), LANES)
 
@@ -307,6 +307,7 @@ def _share(api: Any, context: int, job: int) -> None:
     helpers = min(call[5], _words(job)[_PARTS]) - 1
     _words(job)[_REFERENCES] = helpers + 1
     call[0], call[3], call[4] = 40, _task_address(), job
+    # An error is not expected, and its few bytes are never freed.
     for _ in range(helpers):
         if _call(schedule, address) != 0:
             _fetch_add(job, _REFERENCES, -1)

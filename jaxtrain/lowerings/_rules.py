@@ -19,7 +19,9 @@ from jax import lax
 from jax.experimental.xla_metadata import set_xla_metadata
 from jax.interpreters import mlir
 
+from jaxtrain._arguments import check_arguments
 from jaxtrain._extras import needs_extra
+from jaxtrain.errors import InputError
 from jaxtrain.lowerings import _convolution, _pooling
 
 # In the environment, 0 turns the rules off, and "numba" is `use_cpu_lowerings(numba=True)`.
@@ -54,6 +56,7 @@ def use_cpu_lowerings(enabled: bool = True, *, numba: bool = False) -> None:
 
     Raises:
       MissingExtraError: if Numba is not installed.
+      InputError: if Numba cannot write its cache.
 
     Example:
       >>> jt.use_cpu_lowerings(False)  # XLA's own convolutions
@@ -61,9 +64,12 @@ def use_cpu_lowerings(enabled: bool = True, *, numba: bool = False) -> None:
       >>> jt.use_cpu_lowerings()  # the default
     """
     global _enabled, _with_numba
-    if enabled and numba:
+    check_arguments(use_cpu_lowerings, locals())
+    if numba and not enabled:
+        raise InputError("numba is True and enabled is False; expected one of them")
+    if numba:
         _import_numba()
-    _enabled, _with_numba = enabled, enabled and numba
+    _enabled, _with_numba = enabled, numba
     jax.clear_caches()
 
 
@@ -95,8 +101,8 @@ def _register(
     if default is None:
         warnings.warn(
             f"jaxtrain finds no rule of jax {jax.__version__} for {primitive} on CPUs, so it "
-            "leaves this operation to XLA, which is slow in loops; use a version that "
-            "pyproject.toml names",
+            "leaves this operation to XLA, which is slow in loops; install a version of jax that "
+            "`pip show jaxtrain` allows",
             stacklevel=2,
         )
         return
@@ -113,8 +119,14 @@ def _register(
 
 
 def _import_numba() -> Any:
-    with needs_extra("numba"):
-        from jaxtrain.lowerings import _numba
+    try:
+        with needs_extra("numba"):
+            from jaxtrain.lowerings import _numba
+    except RuntimeError as error:  # no folder for its cache
+        raise InputError(
+            f"Numba cannot compile the convolutions ({error}); expected a folder that can be "
+            "written, in the environment variable NUMBA_CACHE_DIR"
+        ) from error
     return _numba
 
 

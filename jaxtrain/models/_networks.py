@@ -6,7 +6,6 @@ from collections.abc import Sequence
 from typing import Any
 
 import flax.linen as nn
-import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Shaped
@@ -108,9 +107,11 @@ class FeedForward(nn.Module):
 
 def _per_input(name: str, value: Any, inputs: int) -> Any:
     """Returns a number as it is, and an array as a row of as many numbers as an example has."""
-    if isinstance(value, (int, float)) or (isinstance(value, jax.Array) and not value.ndim):
+    if isinstance(value, (int, float)):
         return value
     check_arrays(**{name: value})
+    if not np.ndim(value):
+        return value
     if np.size(value) != inputs:
         raise InputError(
             f"{name} has {np.size(value)} numbers, and an example {inputs} inputs; expected one "

@@ -135,7 +135,7 @@ def make_grid(
     """
     if not axes:
         raise InputError(
-            "axes is {}; expected a dict of at least one axis, such as "
+            "axes is empty; expected a dict of at least one axis, such as "
             '{"learning_rate": [0.01, 0.1]}',
             argument="axes",
         )

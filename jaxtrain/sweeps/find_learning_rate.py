@@ -134,9 +134,9 @@ def find_learning_rate(
     check_integer(steps, "steps", minimum=20)
     check_integer(batch_size, "batch_size", minimum=1)
     check_finite(lowest=lowest, highest=highest)
-    if not 0 < lowest < highest < np.inf:
+    if not 0 < lowest < highest:
         raise InputError(
-            f"lowest is {lowest!r} and highest is {highest!r}; expected finite rates with "
+            f"lowest is {lowest!r} and highest is {highest!r}; expected rates with "
             "0 < lowest < highest"
         )
     check_loss(loss_fn)

@@ -73,8 +73,8 @@ def check_batches(
 ) -> bool:
     """Checks consecutive batches of a stream, [parts, steps, batch / parts, ...].
 
-    The first `count` steps are batches, from number `start` on, and the others are 0. What would
-    take as long as reading is found when a loss becomes NaN: numbers that are not finite.
+    The first `count` steps are batches, from number `start` on, and the others are 0. Numbers that
+    are not finite are not looked for, which would take as long as reading: a NaN loss shows them.
 
     Returns:
       Whether a weight is above 0.

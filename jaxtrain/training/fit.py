@@ -337,7 +337,7 @@ def _describe_callbacks(callbacks: list[Callback]) -> dict[str, str]:
     """Describes the callbacks that all processes must have; others may be in one of them only."""
     found = [each for each in callbacks if each.saves or each.monitor is not None]
     described = ", ".join(without_addresses(repr(each)) for each in found)
-    return {"the callback that saves or judges": described or "none"}
+    return {"saving and monitoring callbacks": described or "none"}
 
 
 def _describe_start(run: Run) -> dict[str, str]:

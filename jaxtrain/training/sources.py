@@ -172,7 +172,7 @@ class InMemory:
         return f"{len(self.sample)} examples with the digest {digest(self.sample)}, {order}"
 
     def describe_reading(self, opaque: set[str]) -> str:
-        """Returns "": `describe` has the values."""
+        """Returns an empty string, since `describe` covers the values."""
         del opaque  # which streams fill
         return ""
 

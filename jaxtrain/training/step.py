@@ -52,9 +52,9 @@ StepFn = Callable[[Any, Dataset], tuple[Any, dict[str, Any]]]
 MetricItems = tuple[tuple[str, AccumulatedMetric], ...]
 Totals = dict[str, Any]
 """What the metrics have accumulated so far, by name."""
-# Numbers that separate the draws of losses and evaluations from those of the steps.
-# The structures of the states whose first step the processes have compared.
+# The first steps that the processes have compared: structure of the state, objective and mesh.
 _compared: set[int] = set()
+# Numbers that separate the draws of losses and evaluations from those of the steps.
 _LOSS, _EVALUATION = (zlib.crc32(name) for name in (b"jaxtrain loss", b"jaxtrain evaluation"))
 
 
@@ -182,7 +182,7 @@ def check_first_step(
     objective: Objective,
     further: Callable[[], Mapping[str, Any]] = dict,
 ) -> None:
-    """Compares the first step with a state of this structure between processes.
+    """Compares the first step of a model, an objective and a mesh between processes.
 
     Args:
       state: the state before it.
@@ -195,10 +195,9 @@ def check_first_step(
     """
     if not are_joined():
         return
-    structure = hash((jax.tree.structure(state), objective.step_fn is None))
-    if structure in _compared:
+    step = hash((jax.tree.structure(state), objective, parallel.current_mesh()))
+    if step in _compared:
         return
-    _compared.add(structure)
     shapes = named_arrays(to_shapes(batch), "batch")
     check_same(
         lambda: {
@@ -209,6 +208,7 @@ def check_first_step(
     )
     # Not before: other shapes could be an error of the model.
     check_same(lambda: describe_step(state, batch, objective))
+    _compared.add(step)
 
 
 def describe_step(state: Any, batch: Any, objective: Objective) -> dict[str, str]:

@@ -36,7 +36,7 @@ NAMED = {
     "number of batches": "what follows in train in epoch 1 is batches 1 to 3 of 16 examples",
     "rows of a later batch": "is batches 3 to 3 of 8 examples in ",
     "callback": "state.step is 4 on process 0 and unchanged on process 1",
-    "judge": "the callback that saves or judges is EarlyStopping(",
+    "judge": "saving and monitoring callbacks is EarlyStopping(",
     "train": "epochs of the program is 1 on process 0 and 2 on process 1",
     "copies": "w is float64[3] with the digest ",
     "values in a step": "state.params.Dense_0.weight is float32[4, 4] with the digest ",
