@@ -94,8 +94,8 @@ def initialize(
         raise InputError(
             f"the processes could not be joined ({first_line(error)}): coordinator is "
             f"{coordinator}, processes is {processes}, process_id is {process_id}; expected "
-            "the address and a free port of process 0, and process_id from 0 to processes - 1; call it before "
-            "anything else that uses JAX"
+            "the address and a free port of process 0, and process_id from 0 to processes - 1; "
+            "call it before anything else that uses JAX"
         ) from error
     finally:
         joined.set()
