@@ -77,7 +77,7 @@ def blocks(leaf: Any) -> Iterator[np.ndarray]:
 
 
 def describe_values(leaf: Any) -> str:
-    """Describes an array: its value or their digest, with the dtype and the shape.
+    """Describes an array: a number by its value, others by dtype, shape and a digest of the values.
 
     Two arrays have the same description if their values are the same. Of an array that is divided
     over several processes, the values do not count.
@@ -87,7 +87,7 @@ def describe_values(leaf: Any) -> str:
     if is_divided(words):
         return f"{kind} divided by {getattr(words.sharding, 'spec', words.sharding)}"
     if not words.shape:
-        return f"{words.dtype} {np.asarray(words)}"
+        return str(np.asarray(words))
     content = np.ascontiguousarray(words).reshape(-1).view(np.uint8)
     return f"{kind} with the digest {hashlib.sha256(content.data).hexdigest()[:16]}"
 

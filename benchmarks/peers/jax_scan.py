@@ -18,6 +18,7 @@ from benchmarks.networks import linen
 from benchmarks.peers import loop
 from benchmarks.peers.jaxtrain import make_optimizer
 from benchmarks.problem import Params, Problem, Trainer
+from jaxtrain import lowerings
 
 
 def make(problem: Problem, params: Params) -> Trainer:
@@ -34,13 +35,14 @@ def make(problem: Problem, params: Params) -> Trainer:
         images, labels = batch
 
         def loss_fn(params: PyTree) -> tuple[Array, Any]:
-            logits, updated = model.apply(
-                {"params": params, **statistics},
-                images,
-                True,
-                rngs={"dropout": jax.random.fold_in(key, count)},
-                mutable=list(statistics),
-            )
+            with lowerings.scope():
+                logits, updated = model.apply(
+                    {"params": params, **statistics},
+                    images,
+                    True,
+                    rngs={"dropout": jax.random.fold_in(key, count)},
+                    mutable=list(statistics),
+                )
             losses = optax.softmax_cross_entropy_with_integer_labels(logits, labels)
             return losses.mean(), updated
 
