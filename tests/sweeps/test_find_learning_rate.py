@@ -229,7 +229,7 @@ def test_an_optimizer_without_a_rate_to_find(state, small_classes, make_optimize
     [
         ({"steps": 5}, "steps is 5; expected an integer of at least 20"),
         ({"batch_size": 0}, "batch_size is 0"),
-        ({"lowest": 0.0}, r"lowest is 0.0 and highest is 10.0; expected finite rates"),
+        ({"lowest": 0.0}, r"lowest is 0.0 and highest is 10.0; expected rates"),
         ({"lowest": 1.0, "highest": 0.1}, "lowest is 1.0 and highest is 0.1"),
         ({"highest": float("inf")}, "highest is inf"),
     ],

@@ -332,7 +332,7 @@ def test_a_run_that_alone_does_not_fit_is_an_error(monkeypatch, kind) -> None:
 @pytest.mark.parametrize(
     ("axes", "options", "message"),
     [
-        ({}, {}, "axes is {}; expected a dict of at least one axis"),
+        ({}, {}, "axes is empty; expected a dict of at least one axis"),
         ([1, 2], {}, r"axes is \[1, 2\]; expected a dict"),
         ({"slope": []}, {}, "the axis slope is empty; expected at least one value"),
         ({"slope": 0.1}, {}, "the axis slope is 0.1; expected a sequence"),
