@@ -114,7 +114,7 @@ def test_a_run_killed_4_times_ends_in_the_same_bits(environment, tmp_path, strea
         process = start(environment, "-m", "tests.survivor", folder, 1_000_000, *flags)
         if kill % 2:
             wait_for(lambda: unfinished(folder), process, interval=0)
-            time.sleep(moments.uniform(0, 0.002))
+            time.sleep(moments.uniform(0, 0.0005))
         else:
             wait_for(lambda before=before: list_checkpoints(folder) != before, process)
             time.sleep(moments.uniform(0, 0.3))
