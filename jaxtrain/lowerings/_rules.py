@@ -7,7 +7,6 @@ stay as they are written, gradients and `vmap` follow, and other platforms are u
 
 from __future__ import annotations
 
-import contextlib
 import functools
 import os
 import warnings
@@ -16,20 +15,16 @@ from typing import Any
 
 import jax
 from jax import lax
-from jax.experimental.xla_metadata import set_xla_metadata
 from jax.interpreters import mlir
 
 from jaxtrain._arguments import check_arguments
 from jaxtrain._extras import needs_extra
 from jaxtrain.errors import InputError
 from jaxtrain.lowerings import _convolution, _pooling
+from jaxtrain.lowerings._scope import is_in_scope
 
 # In the environment, 0 turns the rules off, and "numba" is `use_cpu_lowerings(numba=True)`.
 VARIABLE = "JAXTRAIN_CPU_LOWERINGS"
-
-# Marks the operations that the rules act on. Unlike a context during lowering, it stays with them
-# in gradients, loops and functions that are compiled later.
-_MARK = "jaxtrain_lowerings"
 
 _enabled = os.environ.get(VARIABLE) != "0"
 _with_numba = os.environ.get(VARIABLE) == "numba"
@@ -73,26 +68,6 @@ def use_cpu_lowerings(enabled: bool = True, *, numba: bool = False) -> None:
     jax.clear_caches()
 
 
-def scope() -> contextlib.AbstractContextManager[None]:
-    """Returns a context in which the lowerings act on operations, and on their gradients.
-
-    The steps, loops and predictions of jaxtrain, and the `Model` that `init_state` makes of a
-    module, use it. A loop of your own that calls a network directly needs it to be as fast.
-
-    Example:
-      >>> from jaxtrain import lowerings
-      >>> @jax.jit
-      ... def forward(params, images):
-      ...     with lowerings.scope():
-      ...         return network.apply({"params": params}, images)
-    """
-    return set_xla_metadata(**{_MARK: "1"})
-
-
-def _in_scope(ctx: Any) -> bool:
-    return _MARK in (ctx.jaxpr_eqn_ctx.xla_metadata or {})
-
-
 def _register(
     primitive: Any, applies: Callable[..., bool], replacement: Callable[..., jax.Array]
 ) -> None:
@@ -108,7 +83,7 @@ def _register(
         return
 
     def rule(ctx: Any, *operands: Any, **params: Any) -> Any:
-        if not (_enabled and _in_scope(ctx) and applies(*ctx.avals_in, *ctx.avals_out, **params)):
+        if not (_enabled and is_in_scope(ctx) and applies(*ctx.avals_in, *ctx.avals_out, **params)):
             return default(ctx, *operands, **params)
         if primitive is lax.conv_general_dilated_p and _with_numba and _calls_are_possible(ctx):
             params["compiled"] = _import_numba()
